@@ -1,0 +1,545 @@
+"""Collect statistics of layers while samples run through the model.
+
+Forward statistics (input norms, Hessians) cost one forward a sample. Gradient statistics cost one forward and one
+backward: the parameters are frozen meanwhile, so that autograd makes no weight gradient at all, and each layer's own
+per-sample gradient is formed from its input X and output gradient delta, ``G_b = delta_b^T X_b``, and added to the
+aggregate at once. So a batch of B samples gives the aggregate of B batches of one, and no full set of gradients
+ever exists.
+
+Dimensions: B samples, T rows of a sample (tokens), I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.batches import batch_size, padding_mask, samples, take, to_device
+from lightning_prune.losses import causal_lm_losses
+from lightning_prune.progress import progress_bar
+from lightning_prune.statistics import (
+    ALL_STATISTICS,
+    BACKWARD_STATISTICS,
+    FORWARD_STATISTICS,
+    GRADIENTS,
+    Accumulator,
+    CalibrationError,
+    LayerStatistics,
+    check_finite,
+)
+from lightning_prune.targets import Target
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+# Loss scale for float16 models: output gradients are of the order 1/T, near the smallest float16.
+_HALF_SCALE = 2.0**14
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Sequence[Target],
+    statistics: Iterable[str],
+    *,
+    num_samples: int = 128,
+    loss_fn: LossFn | None = None,
+    gradient_dtype: torch.dtype = torch.float32,
+    gradient_device: torch.device | str | None = None,
+    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    distributed: bool = False,
+    progress: bool = True,
+) -> dict[str, LayerStatistics]:
+    """Run calibration samples through the model once and return the statistics of every target.
+
+    The model runs in evaluation mode; its mode, its ``requires_grad`` flags, its ``.grad`` and the global random
+    state are afterwards what they were.
+
+    Args:
+        model: The model that holds the targets.
+        batches: Iterable of batches (see `lightning_prune.prune`).
+        targets: From `find_targets`.
+        statistics: Names out of `lightning_prune.statistics.ALL_STATISTICS`.
+        num_samples: Samples to use in this process; the last batch is cut to fit.
+        loss_fn: ``loss_fn(model, batch)`` returns one loss a sample, ``[B]``, or a scalar. With a scalar, batches
+            of more than one sample are run sample by sample, which gives the same statistics. Default: the
+            next-token cross-entropy of a transformers causal language model.
+        gradient_dtype: dtype of gradient aggregates (one buffer of the weight's size a target).
+        gradient_device: Their device; default that of the weight.
+        forward_context: Makes the context that forward passes run in (autocast).
+        distributed: Sum over all ranks of the default process group; every rank must call.
+        progress: Show a progress bar.
+
+    Returns:
+        Statistics by parameter name.
+
+    Raises:
+        CalibrationError: no sample; NaN or infinity; a target that the samples never reached; a layout of
+            inputs whose padding or samples cannot be told apart. With `distributed`, on every rank.
+    """
+    wanted = frozenset(statistics)
+    if unknown := wanted - ALL_STATISTICS:
+        raise ValueError(f"statistics {sorted(unknown)} are unknown; choose from {sorted(ALL_STATISTICS)}")
+    if not wanted:
+        return {}
+    sweep = _Sweep(model, targets, wanted, loss_fn, gradient_dtype, gradient_device, forward_context)
+    with synchronized_errors(distributed), quiet_model(model, freeze=sweep.backward):
+        sweep.run(batches, num_samples, progress)
+    return sweep.finish(distributed)
+
+
+def collect_forward(
+    targets: Sequence[Target],
+    statistics: Iterable[str],
+    steps: Iterable[tuple[Tensor | None, int]],
+    distributed: bool = False,
+) -> dict[str, LayerStatistics]:
+    """Forward statistics of some layers while somebody else runs them.
+
+    Args:
+        targets: The layers.
+        statistics: Out of ``FORWARD_STATISTICS``.
+        steps: Yields, *before* each forward pass, the padding mask ``[B, T]`` (or None) and number of its samples.
+        distributed: Sum over all ranks.
+
+    Returns:
+        Statistics by parameter name; empty if there are no targets.
+    """
+    if not targets:
+        return {}
+    sweep = _Sweep(None, targets, frozenset(statistics))
+    with synchronized_errors(distributed), sweep.hooks():
+        for keep, size in steps:
+            sweep.begin(size, keep)
+            sweep.samples += size
+    return sweep.finish(distributed)
+
+
+class _NotPerSampleError(Exception):
+    """The inputs of a layer do not come sample by sample."""
+
+
+@dataclass
+class _Tap:
+    """One target's accumulator, and what passes through its layers during one forward pass."""
+
+    target: Target
+    accumulator: Accumulator
+    uses: int = 0
+    pending: list[Tensor] = field(default_factory=list)  # [B, O, I] of each use of a layer used more than once
+    leader: _Tap | None = None  # the tap with the same input tensor
+    last_input: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+
+class _Record:
+    """One use of a layer: its output gradient, from the output's hook until the input's backward."""
+
+    __slots__ = ("delta", "tap")
+
+    def __init__(self, tap: _Tap) -> None:
+        self.tap = tap
+        self.delta: Tensor | None = None
+
+
+class _SaveInput(torch.autograd.Function):
+    """Identity on a layer's input that sees, in backward, that input beside the layer's output gradient.
+
+    The input is saved through autograd, so checkpointed blocks recompute it instead of holding it, and each use of
+    a layer is counted exactly once however often its forward is repeated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, record: _Record, sweep: _Sweep) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.record, ctx.sweep = record, sweep
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.sweep.take_gradient(ctx.record, x)
+        return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class _Sweep:
+    """One pass over the samples with hooks on every target."""
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        targets: Sequence[Target],
+        statistics: frozenset[str],
+        loss_fn: LossFn | None = None,
+        gradient_dtype: torch.dtype = torch.float32,
+        gradient_device: torch.device | str | None = None,
+        forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        device = None if gradient_device is None else torch.device(gradient_device)
+        self.model = model
+        self.statistics = statistics
+        self.backward = bool(statistics & BACKWARD_STATISTICS)
+        self.loss_fn = loss_fn
+        self.forward_context = forward_context
+        self.taps = [_Tap(t, Accumulator(statistics, t.shape, gradient_dtype, device)) for t in targets]
+        self.samples = 0
+        self.size: int | None = None
+        self.keep: Tensor | None = None
+        self.in_backward = False
+        self.one_by_one = False
+        self.previous: _Tap | None = None
+        half = any(t.weight.dtype == torch.float16 for t in targets)
+        self.scale = _HALF_SCALE if half and self.backward else 1.0
+        # Makes the graph start at the first target although every parameter is frozen.
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks on every target, while the block runs."""
+        handles: list[RemovableHandle] = []
+        try:
+            for tap in self.taps:
+                for module in tap.target.modules:
+                    handles.extend(self._hook(tap, module))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.previous = None
+            for tap in self.taps:
+                tap.last_input = None
+
+    def begin(self, size: int | None, keep: Tensor | None) -> None:
+        """A forward pass over `size` samples is about to run."""
+        self.size, self.keep, self.previous = size, keep, None
+        for tap in self.taps:
+            tap.uses, tap.last_input = 0, None
+
+    def run(self, batches: Iterable[Any], num_samples: int, progress: bool) -> None:
+        """Take in up to `num_samples` samples."""
+        with ExitStack() as stack:
+            stack.enter_context(self.hooks())
+            kind = "forward + backward" if self.backward else "forward"
+            advance = stack.enter_context(progress_bar(f"Calibrating ({kind})", num_samples, progress))
+            stack.enter_context(torch.enable_grad() if self.backward else torch.no_grad())
+            for batch, size in samples(batches, num_samples):
+                self._run_batch(batch, batch_size(batch))
+                self.samples += size
+                advance(size)
+
+    def finish(self, distributed: bool) -> dict[str, LayerStatistics]:
+        """Check, reduce over ranks, and return the statistics."""
+        total = self.samples
+        with synchronized_errors(distributed):
+            if not total:
+                raise CalibrationError("calibration saw no sample: `batches` is empty; the weights are unchanged")
+            for tap in self.taps:
+                if missing := self.statistics - set(tap.accumulator.sums):
+                    raise CalibrationError(
+                        f"no calibration sample reached {tap.name!r} ({', '.join(sorted(missing))}): the layer "
+                        "is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or "
+                        "use more samples"
+                    )
+        if distributed:
+            count = torch.tensor(total, dtype=torch.int64, device=self.taps[0].target.weight.device)
+            dist.all_reduce(count)
+            total = int(count)
+            for tap in self.taps:
+                tap.accumulator.all_reduce(FORWARD_STATISTICS if tap.leader else frozenset())
+        results: dict[str, LayerStatistics] = {}
+        with synchronized_errors(distributed):
+            finished: dict[int, LayerStatistics] = {}
+            for tap in self.taps:
+                owner = tap.leader or tap
+                if id(owner) not in finished:
+                    finished[id(owner)] = owner.accumulator.result(total)
+                    check_finite(owner.name, finished[id(owner)])
+                results[tap.name] = finished[id(owner)]
+        return results
+
+    # -- one batch -----------------------------------------------------------------------------------------------
+
+    def _run_batch(self, batch: Any, size: int | None) -> None:
+        if self.backward and self.one_by_one and size is not None and size > 1:
+            for i in range(size):
+                self._run_batch(take(batch, i, i + 1), 1)
+            return
+        self.begin(size, padding_mask(batch))
+        if not self.backward:
+            with self.forward_context():
+                self._forward(batch)
+            return
+        try:
+            with self.forward_context():
+                losses = self._losses(batch)
+        except _NotPerSampleError:
+            losses = None
+        if losses is None or (losses.dim() == 0 and size != 1):
+            if size is None or size == 1:
+                raise CalibrationError(
+                    f"per-sample gradients need batches that can be taken apart, got {type(batch).__name__} of "
+                    "unknown size; use batches of tensors that share their first dimension"
+                )
+            # Nothing has been added yet: sums grow only in backward.
+            self.one_by_one = True
+            self._run_batch(batch, size)
+            return
+        if not bool(torch.isfinite(losses).all()):
+            raise CalibrationError(
+                f"the loss of a calibration sample is not finite ({losses.detach().flatten().tolist()}); the "
+                "weights are unchanged"
+            )
+        self.in_backward = True
+        try:
+            (losses.sum() * self.scale).backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.in_backward = False
+        for tap in self.taps:
+            self._flush(tap)
+
+    def _losses(self, batch: Any) -> Tensor:
+        """One loss a sample, ``[B]``, or a scalar."""
+        assert self.model is not None
+        losses = (self.loss_fn or causal_lm_loss)(self.model, batch)
+        if not isinstance(losses, Tensor) or losses.dim() > 1:
+            got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+            raise CalibrationError(f"loss_fn must return a scalar or one loss a sample, got {got}")
+        if not losses.requires_grad:
+            raise CalibrationError("the calibration loss does not depend on any layer to prune (is it detached?)")
+        if losses.dim() == 1 and losses.shape[0] == 1:
+            losses = losses[0]
+        if losses.dim() == 1 and losses.shape[0] != self.size:
+            raise CalibrationError(
+                f"loss_fn returned {losses.shape[0]} losses for {self.size} samples; return one a sample, or a scalar"
+            )
+        return losses
+
+    def _forward(self, batch: Any) -> None:
+        assert self.model is not None
+        if self.loss_fn is not None:
+            self.loss_fn(self.model, batch)
+        else:
+            forward(self.model, batch, [tap.target for tap in self.taps])
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _hook(self, tap: _Tap, module: nn.Module) -> Iterator[RemovableHandle]:
+        stack: list[_Record] = []
+
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else kwargs["input"]
+            if not self.backward:
+                self._take_input(tap, layer, x)
+                return None
+            if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
+                return None
+            if not self.in_backward:
+                tap.uses += 1
+                self._check_per_sample(tap, layer, x)
+            record = _Record(tap)
+            stack.append(record)
+            saved = _SaveInput.apply(x, self.anchor.to(x.device), record, self)  # type: ignore[no-untyped-call]
+            return ((saved, *args[1:]), kwargs) if args else (args, {**kwargs, "input": saved})
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            if self.backward and torch.is_grad_enabled():
+                record = stack.pop()
+                output.register_hook(lambda delta: setattr(record, "delta", delta))
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    def _take_input(self, tap: _Tap, layer: nn.Module, x: Tensor) -> None:
+        """Forward statistics; layers that follow each other with the same input tensor share their sums."""
+        tap.last_input = x
+        previous, self.previous = self.previous, tap
+        owner = None if previous is None else previous.leader or previous
+        shares = owner is not None and owner is not tap and owner.last_input is x
+        if shares and (tap.leader is owner or not tap.accumulator.sums):
+            assert owner is not None
+            tap.leader = owner
+            tap.accumulator.share_input(owner.accumulator)
+            return
+        if tap.leader is not None:
+            raise CalibrationError(
+                f"{tap.name!r} had the same inputs as {tap.leader.name!r} in one batch and others in the next; "
+                "prune them in separate calls (`targets`)"
+            )
+        rows = tap.target.kind.input_rows(layer, x.detach())
+        tap.accumulator.add_input(rows, self._keep_for(tap, rows))
+
+    def _check_per_sample(self, tap: _Tap, layer: nn.Module, x: Tensor) -> None:
+        if self.size is not None and self.size > 1 and self.statistics & GRADIENTS:
+            batched = x.dim() > (3 if isinstance(layer, nn.Conv2d) else 1) and x.shape[0] == self.size
+            if not batched:
+                raise _NotPerSampleError(tap.name)
+
+    def _keep_for(self, tap: _Tap, rows: Tensor) -> Tensor | None:
+        """The padding mask in the layout of a layer's rows ``[B, T, I]``."""
+        if self.keep is None:
+            return None
+        if rows.shape[:2].numel() != self.keep.numel():
+            raise CalibrationError(
+                f"the padding of the batch {tuple(self.keep.shape)} cannot be found in the inputs of {tap.name!r} "
+                f"({tuple(rows.shape[:2])} rows): calibrate on samples without padding"
+            )
+        return self.keep.to(rows.device)
+
+    def take_gradient(self, record: _Record, x: Tensor) -> None:
+        """Backward of a layer's input: add the layer's statistics for one use."""
+        tap, delta, record.delta = record.tap, record.delta, None
+        if delta is None:
+            return
+        kind, accumulator = tap.target.kind, tap.accumulator
+        with torch.no_grad():
+            rows = kind.input_rows(tap.target.module, x)  # [B, T, I]
+            deltas = kind.output_rows(delta)  # [B, T, O]
+            if self.statistics & FORWARD_STATISTICS:
+                accumulator.add_input(rows, self._keep_for(tap, rows))
+            accumulator.add_output_gradient(deltas, self.scale)
+            if not self.statistics & GRADIENTS:
+                return
+            rows = rows.to(deltas.dtype)  # what autocast did in the forward pass
+            if self.size == 1:  # all rows belong to the one sample, in whatever layout
+                rows, deltas = rows.reshape(1, -1, rows.shape[-1]), deltas.reshape(1, -1, deltas.shape[-1])
+            if tap.uses > 1:  # abs and squares are of the sum over uses
+                gradients = torch.bmm(deltas.transpose(1, 2), rows)  # [B, O, I]
+                tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
+                return
+            for x_b, delta_b in zip(rows, deltas, strict=True):
+                accumulator.add_gradient(delta_b.t() @ x_b, self.scale)
+
+    def _flush(self, tap: _Tap) -> None:
+        for gradients in tap.pending:
+            for gradient in gradients:
+                tap.accumulator.add_gradient(gradient, self.scale)
+        tap.pending = []
+
+
+# -- running the model -----------------------------------------------------------------------------------------------
+
+
+def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Next-token cross-entropy of each sample, ``[B]``, of a transformers causal language model.
+
+    Labels are ``batch["labels"]``, else the input ids without padding.
+
+    Raises:
+        ValueError: the batch or the model's output is not that of a language model.
+    """
+    inputs = _model_inputs(batch)
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(inputs, dict) or "input_ids" not in inputs:
+        raise ValueError(
+            f"this score needs a loss: give a dict with input_ids for a causal language model (got "
+            f"{type(batch).__name__}), or pass loss_fn=f(model, batch)"
+        )
+    if labels is None:
+        mask = padding_mask(batch)
+        labels = inputs["input_ids"] if mask is None else inputs["input_ids"].masked_fill(~mask, -100)
+    logits = getattr(model(**inputs), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")
+    return causal_lm_losses(logits, labels)
+
+
+def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
+    """Run the model for its layers' inputs alone: a language model without its head if no target is there."""
+    inputs = _model_inputs(batch)
+    body = getattr(model, "base_model", None)
+    if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict):
+        inside = set(body.modules())
+        if all(module in inside for target in targets for module in target.modules):
+            model = body
+    if isinstance(inputs, dict):
+        model(**inputs)
+    else:
+        model(inputs)
+
+
+def _model_inputs(batch: Any) -> Any:
+    """What the model's forward takes: keyword arguments of a dict, the first part of a tuple, or a tensor."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != "labels"}
+    if isinstance(batch, (list, tuple)):
+        return batch[0]
+    if isinstance(batch, Tensor) and not batch.is_floating_point() and batch.dim() == 2:
+        return {"input_ids": batch}
+    return batch
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, moved to the model's device one by one."""
+    device = model_device(model)
+    for batch in batches:
+        yield to_device(batch, device)
+
+
+@contextmanager
+def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
+    """Evaluation mode, no cache of keys and values, eager execution, random state forked; undone at the end.
+
+    With `freeze`, no parameter requires a gradient meanwhile, so backward makes none and existing ``.grad`` stay.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    caches = [
+        config
+        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+        if getattr(config, "use_cache", False) is True
+    ]
+    trainable = [p for p in model.parameters() if p.requires_grad] if freeze else []
+    device = model_device(model)
+    devices = [device] if device.type == "cuda" else []
+    # A compiled model would not see hooks that were added after it was compiled.
+    stance = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices=devices), stance:
+        try:
+            for module, _ in modes:
+                module.training = False
+            for config in caches:
+                config.use_cache = False
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for config in caches:
+                config.use_cache = True
+            for module, mode in modes:
+                module.training = mode
+
+
+@contextmanager
+def synchronized_errors(distributed: bool) -> Iterator[None]:
+    """If the block fails on one rank, it fails on every rank with that rank's message, instead of hanging there."""
+    if not distributed:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise CalibrationError(f"rank {rank} failed: {message}")

@@ -1,0 +1,100 @@
+"""Hold pruned weights at zero through training: weights, gradients and optimizer states.
+
+A mask is kept as int8, all bits set where kept, beside its parameter: one byte a weight. It is widened in small
+pieces to the parameter's integer type and and-ed with its bits, which gives +0.0 whatever was there (a product with
+0 turns infinity into NaN and negatives into -0.0), at a few times the speed of a bool product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+# Elements widened at a time: the buffer stays in the processor's cache; on a GPU kernel launches count instead.
+_CPU_PIECE = 1 << 18
+_GPU_PIECE = 1 << 24
+
+
+def to_bytes(mask: Tensor, device: torch.device) -> Tensor:
+    """Bool mask to int8, -1 (all bits) where kept and 0 where pruned, on `device`."""
+    return mask.to(device=device, dtype=torch.int8).neg_()
+
+
+class Enforcer:
+    """The masks of a model's parameters, ready to be applied every step.
+
+    Args:
+        weights: Parameters by name.
+        masks: Bool masks by name, True = kept, of the parameters' shapes.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        self._weights = dict(weights)
+        self._bytes = {id(p): to_bytes(masks[name], p.device) for name, p in weights.items()}
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def masks(self) -> dict[str, Tensor]:
+        """The bool masks by name."""
+        return {name: self._bytes[id(p)].bool() for name, p in self._weights.items()}
+
+    def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
+        """The masked parameters that an optimizer steps."""
+        return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._bytes]
+
+    @torch.no_grad()
+    def mask_weights(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Zero the pruned weights (of all parameters by default)."""
+        for parameter in self._weights.values() if parameters is None else parameters:
+            self._mask(parameter.detach(), self._bytes[id(parameter)])
+
+    @torch.no_grad()
+    def mask_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Zero the gradients of pruned weights, where there are any."""
+        for parameter in self._weights.values() if parameters is None else parameters:
+            if parameter.grad is not None:
+                self._mask(parameter.grad, self._bytes[id(parameter)])
+
+    @torch.no_grad()
+    def mask_states(self, optimizer: Optimizer) -> None:
+        """Zero momentum, variance and any other state of a weight's shape where the weight is pruned."""
+        for parameter in self.parameters_of(optimizer):
+            for state in optimizer.state.get(parameter, {}).values():
+                if isinstance(state, Tensor) and state.shape == parameter.shape and state.is_floating_point():
+                    self._mask(state, self._bytes[id(parameter)])
+
+    @torch.no_grad()
+    def resurrected(self) -> dict[str, int]:
+        """How many pruned weights of each parameter are not zero now; empty if masks hold."""
+        counts = {}
+        for name, parameter in self._weights.items():
+            # The mask's bytes are 0 where pruned, so this reads both once and makes one bool temporary.
+            alive = int(((parameter != 0) & (self._bytes[id(parameter)] == 0)).sum())
+            if alive:
+                counts[name] = alive
+        return counts
+
+    def _mask(self, tensor: Tensor, mask: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            raise RuntimeError(f"cannot mask a {tensor.layout} tensor; use dense gradients")
+        bits = _INTEGER[tensor.element_size()]
+        if not (tensor.is_contiguous() and mask.is_contiguous()):  # channels-last convolutions, transposed views
+            tensor.view(bits).bitwise_and_(mask.to(bits))
+            return
+        flat, flat_mask = tensor.view(-1).view(bits), mask.view(-1)
+        piece = _CPU_PIECE if tensor.device.type == "cpu" else _GPU_PIECE
+        buffer = self._buffer(tensor.device, bits, min(piece, flat.numel()))
+        for start in range(0, flat.numel(), piece):
+            part = flat[start : start + piece]
+            wide = buffer[: part.numel()]
+            wide.copy_(flat_mask[start : start + piece])
+            part.bitwise_and_(wide)
+
+    def _buffer(self, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
+        buffer = self._buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[(device, dtype)] = torch.empty(size, dtype=dtype, device=device)
+        return buffer

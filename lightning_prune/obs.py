@@ -1,0 +1,110 @@
+"""The Hessian solver: select weights and update the rest so that a layer's outputs change least.
+
+Minimises ``||X W^T - X W'^T||^2`` column by column (Optimal Brain Surgeon, Hassibi & Stork 1993; in this form
+SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1). It serves SparseGPT, which selects as it goes, and
+the weight update on a mask that any other score has chosen.
+
+Dimensions: O outputs, I inputs, C columns of one block. The weight is worked on transposed, ``[I, O]``, so that each
+column of W is contiguous.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_prune.patterns import NM, lowest_in_layer, nm_mask
+from lightning_prune.statistics import CalibrationError
+
+DAMPING = 0.01
+BLOCK = 128
+
+
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """Upper triangular U with ``U^T U = (H + damping * mean(diag H) * 1)^-1``.
+
+    Inputs that were always zero get a unit diagonal. If the matrix is not positive definite to working precision,
+    damping grows tenfold, three times at most.
+
+    Args:
+        hessian: ``X^T X``, ``[I, I]``, symmetric; not changed.
+        damping: Share of the mean diagonal; 0.01 in the reference.
+
+    Returns:
+        ``[I, I]``, float32 (or float64, as given).
+
+    Raises:
+        CalibrationError: the matrix stays indefinite.
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    for _ in range(4):
+        damped = hessian + damping * diagonal.mean() * torch.eye(len(hessian)).to(hessian)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            factor: Tensor
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed) and bool(torch.isfinite(factor).all()):
+                return factor
+        damping *= 10
+    raise CalibrationError(
+        "the layer's Hessian X^T X is not positive definite even when damped; use more calibration samples"
+    )
+
+
+def prune_with_hessian(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    mask: Tensor | None = None,
+    count: int = 0,
+    pattern: NM | None = None,
+    damping: float = DAMPING,
+) -> tuple[Tensor, Tensor]:
+    """Prune a matrix and update what remains.
+
+    Args:
+        weight: ``[O, I]``; not changed.
+        hessian: ``X^T X`` of the layer's inputs, ``[I, I]``, up to a factor.
+        mask: Bool ``[O, I]``, True = kept: update on this mask. Default: select as SparseGPT does.
+        count: Weights to prune when selecting; spread evenly over blocks of 128 columns.
+        pattern: Select N of every M inputs instead.
+        damping: See `inverse_factor`.
+
+    Returns:
+        The new weight (exact zeros where pruned) and its mask, ``[O, I]`` each, weight in the Hessian's dtype.
+
+    Raises:
+        CalibrationError: see `inverse_factor`.
+    """
+    inputs = weight.shape[1]
+    dead = hessian.diagonal() == 0
+    upper = inverse_factor(hessian, damping)
+    columns = weight.t().to(upper.dtype, copy=True).contiguous()  # [I, O]
+    kept = torch.empty_like(columns, dtype=torch.bool) if mask is None else mask.t().contiguous()
+    size = BLOCK if pattern is None else max(BLOCK // pattern.m, 1) * pattern.m
+    for start in range(0, inputs, size):
+        stop = min(start + size, inputs)
+        block, factor = columns[start:stop], upper[start:stop, start:stop]  # [C, O], [C, C]
+        diagonal = factor.diagonal()
+        if mask is None and pattern is None:
+            scores = block.square() / diagonal.square()[:, None]
+            scores[dead[start:stop]] = 0.0
+            # Whole blocks add up to `count` exactly, whatever its remainder.
+            share = count * stop // inputs - count * start // inputs
+            kept[start:stop] = lowest_in_layer(scores.t(), share).t()
+        errors = torch.empty_like(block)
+        for i in range(stop - start):
+            if mask is None and pattern is not None and i % pattern.m == 0:
+                group = slice(i, i + pattern.m)
+                scores = block[group].square() / diagonal[group].square()[:, None]  # [M, O]
+                scores[dead[start:stop][group]] = 0.0
+                kept[start + i : start + i + pattern.m] = nm_mask(scores.t().contiguous(), pattern).t()
+            error = block[i].masked_fill(kept[start + i], 0.0).div_(diagonal[i])  # [O]
+            errors[i] = error
+            block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    columns.masked_fill_(~kept, 0.0)
+    return columns.t(), kept.t()

@@ -1,0 +1,202 @@
+"""From scores to masks: exact counts, deterministic ties. Masks are bool, True = kept, shaped ``(O, I)`` as the scores.
+
+The order is that of a stable ascending sort: the lowest score goes first, and of equal scores the one that comes
+first in the matrix. So every rank and every re-run prunes the same weights, exactly as many as asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to this group size, counting for each element how many of its group are smaller beats sorting.
+_PAIRWISE_GROUP = 16
+
+
+@dataclass(frozen=True)
+class NM:
+    """N:M sparsity: of every M consecutive inputs of a row, the N with the highest scores are kept."""
+
+    n: int
+    m: int
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights, ``1 - N/M``."""
+        return 1.0 - self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+def parse_pattern(pattern: str) -> NM | None:
+    """``"unstructured"`` to None, ``"N:M"`` (N kept of M) to `NM`.
+
+    >>> parse_pattern("2:4")
+    NM(n=2, m=4)
+
+    Raises:
+        ValueError: any other value, or not 0 < N < M.
+    """
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    if match and 0 < int(match[1]) < int(match[2]):
+        return NM(int(match[1]), int(match[2]))
+    raise ValueError(
+        f"pattern={pattern!r} is neither 'unstructured' nor 'N:M' with 0 < N < M (N kept of every M consecutive "
+        "inputs), such as '2:4'"
+    )
+
+
+def check_scores(scores: Tensor, name: str) -> Tensor:
+    """Refuse NaN.
+
+    Raises:
+        ValueError: naming the weight.
+    """
+    if bool(torch.isnan(scores).any()):
+        raise ValueError(f"the scores of {name!r} hold NaN; the weights are unchanged")
+    return scores
+
+
+def lowest_in_layer(scores: Tensor, count: int) -> Tensor:
+    """Mask that prunes the `count` lowest scores of the whole matrix."""
+    return _lowest(scores.reshape(1, -1), count).view(scores.shape)
+
+
+def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
+    """Mask that prunes `count` weights in equal numbers from every row.
+
+    What does not divide by the number of rows goes one more to each of the first rows.
+    """
+    rows, columns = scores.shape
+    _check_count(count, rows * columns)
+    each, extra = divmod(count, rows)
+    if not extra:
+        return _lowest(scores, each)
+    return torch.cat([_lowest(scores[:extra], each + 1), _lowest(scores[extra:], each)])
+
+
+def nm_mask(scores: Tensor, pattern: NM) -> Tensor:
+    """Mask that keeps the N highest scores of every M consecutive inputs.
+
+    Raises:
+        ValueError: the number of inputs does not divide by M.
+    """
+    rows, columns = scores.shape
+    if columns % pattern.m:
+        raise ValueError(f"{columns} inputs do not divide by M={pattern.m}")
+    groups = scores.view(rows, -1, pattern.m)  # [O, I/M, M]
+    pruned = pattern.m - pattern.n
+    if pattern.m > _PAIRWISE_GROUP:
+        order = groups.argsort(dim=-1, stable=True)
+        mask = torch.ones_like(groups, dtype=torch.bool).scatter_(-1, order[..., :pruned], False)
+        return mask.view(rows, columns)
+    # rank = how many of the group come before; each pair is compared once.
+    members = [groups[..., i] for i in range(pattern.m)]
+    ranks = [torch.zeros(member.shape, dtype=torch.int8, device=scores.device) for member in members]
+    for i in range(pattern.m):
+        for j in range(i + 1, pattern.m):
+            first = members[i] <= members[j]
+            ranks[j] += first
+            ranks[i] += ~first
+    return torch.stack([rank >= pruned for rank in ranks], dim=-1).view(rows, columns)
+
+
+def _check_count(count: int, size: int) -> None:
+    if not 0 <= count <= size:
+        raise ValueError(f"cannot prune {count} of {size} weights")
+
+
+def _lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask that prunes the `count` lowest scores of each row of ``[R, C]``."""
+    rows, columns = scores.shape
+    _check_count(count, columns)
+    if count == 0 or count == columns:
+        return torch.full_like(scores, count == 0, dtype=torch.bool)
+    if rows == 1 and columns > 4096:
+        threshold = kth_smallest(lambda: [scores], count).view(1, 1)
+    else:
+        threshold = scores.kthvalue(count, dim=1, keepdim=True).values  # [R, 1]
+    mask = scores > threshold
+    # Of the scores equal to the threshold, the last ones stay until the number is right.
+    missing = (columns - count) - mask.sum(dim=1)  # [R]
+    short = missing.nonzero().flatten()
+    if len(short):
+        equal = scores[short] == threshold[short]
+        from_end = equal.flip(1).cumsum(1, dtype=torch.int32).flip(1)  # 1 at the last equal score
+        mask[short] |= equal & (from_end <= missing[short, None])
+    return mask
+
+
+# Floats as integers of the same size, and the wider type their bits are counted in.
+_INTEGER = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def kth_smallest(
+    parts: Callable[[], Iterable[Tensor]], k: int, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """The k-th smallest (from 1) of all values in several tensors, exactly, without joining or sorting them.
+
+    Radix selection on the bits of the numbers: one histogram of 65,536 counts for every 16 bits, so float32 takes
+    two passes. `reduce` sums a histogram over ranks; the answer is then that of all ranks' values together.
+
+    Args:
+        parts: Called once a pass; yields the tensors (all of one float dtype, no NaN).
+        k: ``1 <= k <= total number of values``.
+        reduce: Sums an int64 tensor over ranks; None in a single process.
+
+    Returns:
+        A scalar tensor of the values' dtype, on their device.
+
+    Raises:
+        ValueError: `k` is out of range.
+    """
+    prefix, remaining = 0, k
+    shift: int | None = None  # bits below those already known
+    while shift != 0:
+        known = shift
+        counts: Tensor | None = None
+        for part in parts():
+            if shift is None or shift == known:
+                shift = (part.element_size() * 8 if known is None else known) - 16
+            keys, dtype = _ordered_bits(part), part.dtype
+            if known is not None:
+                keys = keys[(keys >> known) == prefix]
+            digits = (keys >> shift).int() + (1 << 15) if known is None else (keys >> shift) & 0xFFFF
+            found = torch.bincount(digits, minlength=1 << 16)
+            counts = found if counts is None else counts + found
+        assert counts is not None
+        assert shift is not None
+        device = counts.device
+        cumulative = (counts if reduce is None else reduce(counts)).cumsum(0)
+        if known is None and not 1 <= k <= int(cumulative[-1]):
+            raise ValueError(f"k={k} is not in 1..{int(cumulative[-1])}")
+        digit = int(torch.searchsorted(cumulative, remaining))
+        remaining -= int(cumulative[digit - 1]) if digit else 0
+        prefix = digit - (1 << 15) if known is None else (prefix << 16) | digit
+    key = torch.tensor(prefix, dtype=_INTEGER[dtype], device=device)
+    return _flip_negative(key).view(dtype)
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """Integers in the order of the floats, flat; -0.0 counts as 0.0."""
+    bits = values.reshape(-1).view(_INTEGER[values.dtype])
+    if bits.numel() and int(bits.min()) < 0:
+        bits = _flip_negative((values.reshape(-1) + 0.0).view(_INTEGER[values.dtype]))
+    return bits
+
+
+def _flip_negative(bits: Tensor) -> Tensor:
+    # Negative floats grow in magnitude with their bits: reverse them. The map is its own inverse.
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)

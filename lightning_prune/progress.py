@@ -1,0 +1,39 @@
+"""A progress bar for long work: rich, on stderr, on rank 0, and only where someone can see it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Advance(Protocol):
+    """Say that `steps` more units are done."""
+
+    def __call__(self, steps: int = 1) -> None:
+        """Move the bar on."""
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, or the only process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator[Advance]:
+    """Show a bar while the block runs; silent on other ranks and in logs that are no terminal."""
+    console = Console(stderr=True)
+    if not (enabled and console.is_terminal and is_main_process()):
+        yield lambda steps=1: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda steps=1: progress.advance(task, steps)

@@ -1,0 +1,550 @@
+"""`prune`: the whole pipeline without a Trainer: targets, calibration, scores, masks, and the weight update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.allocation import (
+    Allocation,
+    KFACAllocation,
+    OWLAllocation,
+    allocation_statistics,
+    exact_counts,
+    global_counts,
+    kfac_sparsities,
+    make_allocation,
+    mapping_counts,
+    owl_sparsities,
+    uniform_counts,
+)
+from lightning_prune.calibration import (
+    LossFn,
+    collect,
+    collect_forward,
+    forward,
+    on_device,
+    quiet_model,
+    synchronized_errors,
+)
+from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, uninterrupted
+from lightning_prune.obs import prune_with_hessian
+from lightning_prune.patterns import NM, check_scores, lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
+from lightning_prune.progress import progress_bar
+from lightning_prune.scores import GROUPS, Keep, Score, SparseGPT, make_score
+from lightning_prune.sequential import BlockWalk
+from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN, CalibrationError, LayerStatistics
+from lightning_prune.targets import DEFAULT_IGNORE, Target, find_blocks, find_targets
+
+__all__ = ["PruningPlan", "make_plan", "prune", "run_plan"]
+
+UPDATES = (None, "obs")
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    score: str | Score = "gblm",
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    group: str | None = None,
+    allocation: Allocation | None = None,
+    update: str | None = None,
+    num_samples: int = 128,
+    alpha: float = 100.0,
+    gamma: float = 0.7,
+    grad_norm: str = "l2",
+    sequential: bool = False,
+    loss_fn: LossFn | None = None,
+    targets: Sequence[str | type[nn.Module]] | None = None,
+    ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
+    seed: int = 0,
+    gradient_dtype: torch.dtype = torch.float32,
+    gradient_device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Masks:
+    """Prune a model in place and return its masks.
+
+    Everything is validated first; if calibration fails or is interrupted, the weights are bit-identical to before.
+
+    Args:
+        model: Any module; a transformers model needs nothing more, others need `loss_fn` for scores with gradients.
+        batches: Calibration data, an iterable of what the model takes: dicts with input_ids and optionally
+            attention_mask and labels, tensors, or tuples whose first part is the input. Tensors are moved to the
+            model's device. Not needed for magnitude, random and keep. With `sequential` and a score that also needs
+            gradients or an allocation from data, it is iterated twice (a list or a DataLoader, no generator).
+        score: ``"magnitude"``, ``"random"``, ``"wanda"``, ``"gradient"``, ``"gblm"``, ``"sparsegpt"``, ``"kfac"``,
+            ``"keep"`` (the zeros that are there), or an object (see `lightning_prune.scores.Score`).
+        sparsity: Share of the weights to prune, in [0, 1]; default 0.5, or what an N:M pattern or a complete
+            `allocation` mapping implies.
+        pattern: ``"unstructured"`` or ``"N:M"``: N *kept* of every M consecutive inputs (NVIDIA's 2:4).
+        group: What weights are compared within: ``"row"``, ``"layer"`` or ``"global"``; default the score's own.
+            Exactly ``floor(sparsity * group size)`` are pruned in each.
+        allocation: Layer sparsities: ``"uniform"``, ``"owl"``, ``"kfac"``, an `OWLAllocation` or `KFACAllocation`,
+            or a mapping from name patterns to sparsities; default the score's own. The total is exact,
+            ``floor(sparsity * number of weights)``.
+        update: ``"obs"`` updates the remaining weights with each layer's Hessian, on the mask of any score.
+        num_samples: Calibration samples (sequences).
+        alpha: Weight of gblm's gradient term.
+        gamma: Power of kfac's output-gradient norm.
+        grad_norm: ``"l1"`` or ``"l2"`` over per-sample gradients (gradient, gblm).
+        sequential: Decoder block by decoder block, each on the outputs of the pruned blocks before it; holds one
+            block's activations. For wanda, gblm, sparsegpt and every `update`; other scores' masks need the whole
+            model at once. Without it all statistics come from the dense model in one sweep.
+        loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``; also drives the forward pass of
+            scores without gradients.
+        targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d.
+        ignore: The same, left out.
+        seed: Of ``"random"``.
+        gradient_dtype: dtype of the gradient aggregate, one buffer a pruned weight.
+        gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
+        progress: Show progress bars in a terminal.
+
+    Returns:
+        Bool masks of the parameters' shapes by parameter name, True = kept.
+
+    Raises:
+        ValueError: an argument or a combination that is not supported; the message names value and choices.
+        TypeError: an argument of the wrong type.
+        CalibrationError: calibration could not give finite statistics of every layer.
+    """
+    plan = make_plan(
+        model,
+        score=make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed),
+        sparsity=sparsity,
+        pattern=pattern,
+        group=group,
+        allocation=allocation,
+        update=update,
+        num_samples=num_samples,
+        sequential=sequential,
+        targets=targets,
+        ignore=ignore,
+    )
+    plan = replace(plan, gradient_dtype=gradient_dtype, gradient_device=gradient_device, progress=progress)
+    if plan.needs_data and batches is None:
+        raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
+    return run_plan(plan, model, batches if batches is None else _Moved(model, batches), loss_fn)
+
+
+class _Moved:
+    """Batches on the model's device; can be iterated as often as the batches can."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        self.model, self.batches = model, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return on_device(self.model, self.batches)
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Validated settings of one pruning, bound to the layers of a model."""
+
+    targets: list[Target]
+    score: Score
+    sparsity: float | None
+    pattern: NM | None
+    group: str
+    allocation: Allocation
+    update: str | None
+    num_samples: int
+    sequential: bool
+    blocks: list[tuple[str, nn.Module]]
+    gradient_dtype: torch.dtype = torch.float32
+    gradient_device: torch.device | str | None = None
+    progress: bool = True
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration samples are needed."""
+        return bool(self.dense_statistics or self.block_statistics)
+
+    @property
+    def updates_weights(self) -> bool:
+        """Whether remaining weights change too."""
+        return self.update is not None or isinstance(self.score, SparseGPT)
+
+    @property
+    def scores_in_walk(self) -> bool:
+        """Whether activations are seen block by block, on the outputs of pruned blocks, by the score too."""
+        return self.sequential and bool(self.score.statistics & FORWARD_STATISTICS)
+
+    @property
+    def dense_statistics(self) -> frozenset[str]:
+        """What one sweep through the dense model must collect."""
+        needed = self.score.statistics
+        if self.scores_in_walk:
+            needed = needed - FORWARD_STATISTICS
+        if self.updates_weights and not self.sequential:
+            needed = needed | {HESSIAN}
+        return needed | allocation_statistics(self.allocation)
+
+    @property
+    def block_statistics(self) -> frozenset[str]:
+        """What is collected block by block."""
+        if not self.sequential:
+            return frozenset()
+        needed = self.score.statistics & FORWARD_STATISTICS if self.scores_in_walk else frozenset()
+        return needed | ({HESSIAN} if self.updates_weights else frozenset())
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    score: Score,
+    sparsity: float | None,
+    pattern: str,
+    group: str | None,
+    allocation: Allocation | None,
+    update: str | None,
+    num_samples: int,
+    sequential: bool,
+    targets: Sequence[str | type[nn.Module]] | None,
+    ignore: Sequence[str | type[nn.Module]],
+) -> PruningPlan:
+    """Validate every argument of `prune` against the model; nothing is computed.
+
+    Raises:
+        ValueError, TypeError: see `prune`.
+    """
+    nm = parse_pattern(pattern)
+    _check_number("sparsity", sparsity)
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
+        raise ValueError(f"num_samples={num_samples!r} must be an integer >= 1")
+    if update not in UPDATES:
+        raise ValueError(f"update={update!r} must be None or 'obs'")
+    if group is not None and group not in GROUPS:
+        raise ValueError(f"group={group!r} must be one of {GROUPS}, or None for the score's own")
+    if nm is not None:
+        if sparsity is not None and abs(sparsity - nm.sparsity) > 1e-6:
+            raise ValueError(f"pattern={pattern!r} prunes {nm.sparsity:.4f} of the weights, but sparsity={sparsity}")
+        if allocation not in (None, "uniform"):
+            raise ValueError(f"pattern={pattern!r} fixes the sparsity of every layer: leave allocation out")
+        if group not in (None, "row"):
+            raise ValueError(f"pattern={pattern!r} compares within groups of a row: leave group={group!r} out")
+    found = find_targets(model, targets, ignore)
+    chosen_group = group or score.group
+    if chosen_group not in GROUPS:
+        raise ValueError(f"score {score.name!r} has group={chosen_group!r}; it must be one of {GROUPS}")
+    chosen = (
+        make_allocation("uniform" if nm is not None or chosen_group == "global" else score.allocation)
+        if (allocation is None)
+        else make_allocation(allocation)
+    )
+    if chosen_group == "global" and chosen != "uniform":
+        raise ValueError("group='global' decides the layers' sparsities itself: leave allocation out")
+    _check_layers(found, nm, score.statistics | allocation_statistics(chosen) | ({HESSIAN} if update else set()))
+    if isinstance(score, SparseGPT) and (chosen_group != "layer" or update):
+        raise ValueError(
+            "score='sparsegpt' selects within 128 columns and updates by itself: leave group and update out"
+        )
+    if isinstance(score, Keep) and (update or sequential or sparsity is not None or nm is not None):
+        raise ValueError("score='keep' takes the zeros as they are: leave sparsity, pattern, update and sequential out")
+    if isinstance(chosen, Mapping):  # fail now, not after calibration
+        mapping_counts(found, chosen, sparsity, {})
+    plan = PruningPlan(
+        targets=found,
+        score=score,
+        sparsity=nm.sparsity if nm is not None else sparsity,
+        pattern=nm,
+        group=chosen_group,
+        allocation=chosen,
+        update=update,
+        num_samples=num_samples,
+        sequential=sequential,
+        blocks=find_blocks(model),
+    )
+    if sequential:
+        _check_sequential(plan, model)
+    return plan
+
+
+def _check_number(argument: str, value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{argument}={value!r} must be a number in [0, 1]: the share of weights to prune, such as 0.5")
+
+
+def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: Iterable[str]) -> None:
+    statistics = frozenset(statistics)
+    for target in targets:
+        inputs = target.shape[1]
+        if nm is not None and inputs % nm.m:
+            raise ValueError(
+                f"pattern={str(nm)!r}: the {inputs} inputs of {target.name!r} do not divide by {nm.m}; add the layer "
+                "to `ignore`, or choose another pattern"
+            )
+        for module in target.modules:
+            if statistics and isinstance(module, nn.Conv2d) and module.groups > 1:
+                raise ValueError(
+                    f"{target.name!r} is a grouped convolution, for which activations and gradients per input are not "
+                    "defined here; use score='magnitude', or add the layer to `ignore`"
+                )
+
+
+def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:
+    if not plan.blocks:
+        raise ValueError(
+            f"sequential=True, but {type(model).__name__} names no decoder blocks (_no_split_modules); use "
+            "sequential=False"
+        )
+    if not plan.block_statistics:
+        raise ValueError(
+            f"sequential=True changes nothing for score={plan.score.name!r}, whose masks need the whole model at once; "
+            "use sequential=False, or add update='obs'"
+        )
+    if plan.group == "global":
+        raise ValueError(
+            "sequential=True prunes block by block and cannot compare globally; use group='row' or 'layer'"
+        )
+    inside = {id(m) for _, block in plan.blocks for m in block.modules()}
+    outside = [t.name for t in plan.targets if id(t.module) not in inside]
+    if outside:
+        raise ValueError(
+            f"sequential=True, but {', '.join(map(repr, outside[:4]))} lie outside the decoder blocks; add them to "
+            "`ignore`, or use sequential=False"
+        )
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def run_plan(
+    plan: PruningPlan,
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    loss_fn: LossFn | None = None,
+    *,
+    sparsity: float | None = None,
+    previous: Mapping[str, Tensor] | None = None,
+    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    distributed: bool = False,
+) -> Masks:
+    """Carry out a plan. `prune` and the callbacks both end here.
+
+    Args:
+        plan: From `make_plan`, for this model.
+        model: The model.
+        batches: Calibration batches on the model's device (of this rank, if distributed).
+        loss_fn: See `prune`.
+        sparsity: Sparsity of this step of a schedule; default the plan's.
+        previous: Masks whose pruned weights stay pruned.
+        forward_context: Makes the context that forward passes run in.
+        distributed: Sum statistics over the ranks of the default process group; every rank must call.
+
+    Returns:
+        Masks by parameter name.
+    """
+    if isinstance(plan.score, Keep):
+        masks = masks_from_zeros(plan.targets)
+        apply_masks(model, masks)  # -0.0 to 0.0
+        return masks
+    run = _Run(plan, model, batches, loss_fn, sparsity, previous or {}, forward_context, distributed)
+    return run.masks()
+
+
+class _Run:
+    """One pruning in progress."""
+
+    def __init__(
+        self,
+        plan: PruningPlan,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        loss_fn: LossFn | None,
+        sparsity: float | None,
+        previous: Mapping[str, Tensor],
+        forward_context: Callable[[], AbstractContextManager[Any]],
+        distributed: bool,
+    ) -> None:
+        self.plan = plan
+        self.model = model
+        self.batches = batches
+        self.loss_fn = loss_fn
+        self.sparsity = plan.sparsity if sparsity is None else sparsity
+        self.previous = previous
+        self.forward_context = forward_context
+        self.distributed = distributed
+        self.statistics: dict[str, LayerStatistics] = {}
+        self.counts: dict[str, int] = {}
+
+    def masks(self) -> Masks:
+        """Calibrate, select, update; then change the model."""
+        plan = self.plan
+        if plan.dense_statistics:
+            assert self.batches is not None
+            self.statistics = collect(
+                self.model,
+                self.batches,
+                plan.targets,
+                plan.dense_statistics,
+                num_samples=plan.num_samples,
+                loss_fn=self.loss_fn,
+                gradient_dtype=plan.gradient_dtype,
+                gradient_device=plan.gradient_device,
+                forward_context=self.forward_context,
+                distributed=self.distributed,
+                progress=plan.progress,
+            )
+        with torch.no_grad():
+            self.counts = self._allocate()
+            if not plan.sequential and not plan.updates_weights:
+                masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
+                apply_masks(self.model, masks)
+                return masks
+            with _restored_on_failure() as keep:
+                masks = self._walk(keep) if plan.sequential else self._update_all(keep)
+                return masks
+
+    def _tracked(self, description: str) -> Iterator[Target]:
+        with progress_bar(description, len(self.plan.targets), self.plan.progress) as advance:
+            for target in self.plan.targets:
+                yield target
+                advance()
+
+    # -- selection -----------------------------------------------------------------------------------------------
+
+    def _allocate(self) -> dict[str, int]:
+        """Number of weights to prune in each layer; empty for N:M."""
+        plan, targets = self.plan, self.plan.targets
+        if plan.pattern is not None:
+            return {}
+        lower = {name: mask.numel() - int(mask.sum()) for name, mask in self.previous.items()}
+        if isinstance(plan.allocation, Mapping):
+            mapping: Mapping[str, float] = plan.allocation
+            if self.sparsity is not None and plan.sparsity:
+                scale = self.sparsity / plan.sparsity
+                mapping = {name: value * scale for name, value in mapping.items()}
+            return mapping_counts(targets, mapping, self.sparsity, lower)
+        sparsity = 0.5 if self.sparsity is None else self.sparsity
+        total = math.floor(sparsity * sum(t.numel for t in targets))
+        if plan.group == "global":
+            return global_counts(targets, lambda t: self._scores(t, self.statistics.get(t.name)), total)
+        if isinstance(plan.allocation, KFACAllocation):
+            wanted = kfac_sparsities(targets, self.statistics, sparsity, plan.allocation)
+            return exact_counts(targets, wanted, total, lower)
+        if isinstance(plan.allocation, OWLAllocation):
+            wanted = owl_sparsities(targets, self.statistics, sparsity, plan.allocation, self._blocks_of_targets())
+            return exact_counts(targets, wanted, total, lower)
+        return uniform_counts(targets, sparsity, plan.group)
+
+    def _blocks_of_targets(self) -> dict[str, str]:
+        blocks = {id(m): name for name, block in self.plan.blocks for m in block.modules()}
+        return {t.name: blocks.get(id(t.module), t.name) for t in self.plan.targets}
+
+    def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
+        """Scores ``[O, I]``; weights that are pruned already come first."""
+        weight = target.matrix().float()
+        scores = self.plan.score(weight, statistics or LayerStatistics(samples=0), target.name)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"score {self.plan.score.name!r} returned {got} for {target.name!r}, not {target.shape}")
+        check_scores(scores, target.name)
+        previous = self.previous.get(target.name)
+        if previous is not None:
+            scores = scores.masked_fill(~target.kind.to_matrix(previous.to(scores.device)), -math.inf)
+        return scores
+
+    def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
+        """The mask of one layer, in the parameter's shape."""
+        scores = self._scores(target, statistics).contiguous()
+        if self.plan.pattern is not None:
+            mask = nm_mask(scores, self.plan.pattern)
+        elif self.plan.group == "row":
+            mask = lowest_in_rows(scores, self.counts[target.name])
+        else:
+            mask = lowest_in_layer(scores, self.counts[target.name])
+        return target.to_parameter(mask).contiguous()
+
+    # -- weight updates ------------------------------------------------------------------------------------------
+
+    def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
+        """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
+        mask = None if isinstance(self.plan.score, SparseGPT) else self._select(target, statistics)
+        if not self.plan.updates_weights:
+            assert mask is not None
+            target.weight.masked_fill_(~mask, 0.0)
+            return mask
+        weight, kept = prune_with_hessian(
+            target.matrix(),
+            statistics.get(HESSIAN),
+            mask=None if mask is None else target.kind.to_matrix(mask),
+            count=self.counts.get(target.name, 0),
+            pattern=self.plan.pattern,
+        )
+        if not bool(torch.isfinite(weight).all()):
+            raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
+        target.weight.copy_(target.to_parameter(weight))
+        return target.to_parameter(kept).contiguous()
+
+    def _update_all(self, keep: Callable[[Target], None]) -> Masks:
+        """Every layer with the Hessian of its dense inputs."""
+        masks: Masks = {}
+        for target in self._tracked("Updating weights"):
+            keep(target)
+            masks[target.name] = self._prune_layer(target, self.statistics[target.name])
+        return masks
+
+    def _walk(self, keep: Callable[[Target], None]) -> Masks:
+        """Block by block, each on the outputs of the pruned blocks before it."""
+        plan = self.plan
+        masks: Masks = {}
+        by_module = {id(t.module): t for t in plan.targets}
+        assert self.batches is not None
+        with quiet_model(self.model, freeze=False):
+            with synchronized_errors(self.distributed):
+                run = self.loss_fn or (lambda model, batch: forward(model, batch, plan.targets))
+                modules = [block for _, block in plan.blocks]
+                walk = BlockWalk(self.model, modules, self.batches, plan.num_samples, run, self.forward_context)
+            with progress_bar("Pruning blocks", len(modules), plan.progress) as advance:
+                for index, block in enumerate(modules):
+                    layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
+                    steps = ((batch.keep, batch.samples) for batch in walk.run(index)) if layers else ()
+                    statistics = collect_forward(layers, plan.block_statistics, steps, self.distributed)
+                    for target in layers:
+                        keep(target)
+                        masks[target.name] = self._prune_layer(
+                            target, _merge(statistics[target.name], self.statistics.get(target.name))
+                        )
+                    if index + 1 < len(modules):
+                        for _ in walk.run(index, keep_output=True):
+                            pass
+                    advance()
+        return {t.name: masks[t.name] for t in plan.targets}
+
+
+def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:
+    """Forward statistics of the walk, gradient statistics of the dense sweep."""
+    if dense is None:
+        return block
+    seen = {name: getattr(block, name) for name in FORWARD_STATISTICS}
+    return replace(dense, **{name: value for name, value in seen.items() if value is not None})
+
+
+@contextmanager
+def _restored_on_failure() -> Iterator[Callable[[Target], None]]:
+    """Give a function that remembers a weight before it changes; put all back if the block fails.
+
+    Copies are held in main memory, one of every pruned weight at most.
+    """
+    copies: dict[str, tuple[Target, Tensor]] = {}
+
+    def keep(target: Target) -> None:
+        copies.setdefault(target.name, (target, target.weight.detach().to("cpu", copy=True)))
+
+    try:
+        yield keep
+    except BaseException:
+        with uninterrupted(), torch.no_grad():
+            for target, copy in copies.values():
+                target.weight.copy_(copy)
+        raise
