@@ -12,6 +12,7 @@ Dimensions: B samples, T rows of a sample (tokens), I inputs, O outputs of a lay
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -198,10 +199,17 @@ class _Sweep:
         self.in_backward = False
         self.one_by_one = False
         self.previous: _Tap | None = None
-        half = any(t.weight.dtype == torch.float16 for t in targets)
-        self.scale = _HALF_SCALE if half and self.backward else 1.0
+        self.scale = _HALF_SCALE if self.backward and self._runs_in_half() else 1.0
         # Makes the graph start at the first target although every parameter is frozen.
         self.anchor = torch.zeros((), requires_grad=True)
+
+    def _runs_in_half(self) -> bool:
+        """Whether output gradients are float16: by the weights, or by autocast."""
+        if any(tap.target.weight.dtype == torch.float16 for tap in self.taps):
+            return True
+        device = self.taps[0].target.weight.device.type
+        with self.forward_context():
+            return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -236,6 +244,8 @@ class _Sweep:
                 self._run_batch(batch, batch_size(batch))
                 self.samples += size
                 advance(size)
+        if 0 < self.samples < num_samples:
+            warnings.warn(f"calibration data ended after {self.samples} of num_samples={num_samples}", stacklevel=2)
 
     def finish(self, distributed: bool) -> dict[str, LayerStatistics]:
         """Check, reduce over ranks, and return the statistics."""
@@ -497,11 +507,8 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     With `freeze`, no parameter requires a gradient meanwhile, so backward makes none and existing ``.grad`` stay.
     """
     modes = [(module, module.training) for module in model.modules()]
-    caches = [
-        config
-        for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
-        if getattr(config, "use_cache", False) is True
-    ]
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    caches = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
     trainable = [p for p in model.parameters() if p.requires_grad] if freeze else []
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []

@@ -43,9 +43,13 @@ from lightning_prune.sequential import BlockWalk
 from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN, CalibrationError, LayerStatistics
 from lightning_prune.targets import DEFAULT_IGNORE, Target, find_blocks, find_targets
 
-__all__ = ["PruningPlan", "make_plan", "prune", "run_plan"]
-
 UPDATES = (None, "obs")
+_GRADIENT_DTYPES: dict[str | torch.dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+}
 
 
 def prune(
@@ -66,7 +70,7 @@ def prune(
     targets: Sequence[str | type[nn.Module]] | None = None,
     ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
     seed: int = 0,
-    gradient_dtype: torch.dtype = torch.float32,
+    gradient_dtype: str | torch.dtype = "float32",
     gradient_device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Masks:
@@ -103,7 +107,8 @@ def prune(
         targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d.
         ignore: The same, left out.
         seed: Of ``"random"``.
-        gradient_dtype: dtype of the gradient aggregate, one buffer a pruned weight.
+        gradient_dtype: ``"float32"`` or ``"bfloat16"`` for the gradient aggregate, one buffer a pruned weight. Sums
+            in bfloat16 stop growing after some 256 samples of equal size.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
         progress: Show progress bars in a terminal.
 
@@ -127,8 +132,10 @@ def prune(
         sequential=sequential,
         targets=targets,
         ignore=ignore,
+        gradient_dtype=gradient_dtype,
+        gradient_device=gradient_device,
+        progress=progress,
     )
-    plan = replace(plan, gradient_dtype=gradient_dtype, gradient_device=gradient_device, progress=progress)
     if plan.needs_data and batches is None:
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
     return run_plan(plan, model, batches if batches is None else _Moved(model, batches), loss_fn)
@@ -161,6 +168,10 @@ class PruningPlan:
     gradient_dtype: torch.dtype = torch.float32
     gradient_device: torch.device | str | None = None
     progress: bool = True
+
+    def with_samples(self, num_samples: int) -> PruningPlan:
+        """The plan for another number of samples (a rank's share)."""
+        return replace(self, num_samples=num_samples)
 
     @property
     def needs_data(self) -> bool:
@@ -196,8 +207,7 @@ class PruningPlan:
         return needed | ({HESSIAN} if self.updates_weights else frozenset())
 
 
-def make_plan(
-    model: nn.Module,
+def check_settings(
     *,
     score: Score,
     sparsity: float | None,
@@ -207,22 +217,29 @@ def make_plan(
     update: str | None,
     num_samples: int,
     sequential: bool,
-    targets: Sequence[str | type[nn.Module]] | None,
-    ignore: Sequence[str | type[nn.Module]],
-) -> PruningPlan:
-    """Validate every argument of `prune` against the model; nothing is computed.
+    gradient_dtype: str | torch.dtype,
+    gradient_device: torch.device | str | None,
+    progress: bool,
+) -> None:
+    """Refuse settings that no model could take.
 
     Raises:
         ValueError, TypeError: see `prune`.
     """
     nm = parse_pattern(pattern)
-    _check_number("sparsity", sparsity)
+    _check_sparsity(sparsity)
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"num_samples={num_samples!r} must be an integer >= 1")
     if update not in UPDATES:
         raise ValueError(f"update={update!r} must be None or 'obs'")
     if group is not None and group not in GROUPS:
         raise ValueError(f"group={group!r} must be one of {GROUPS}, or None for the score's own")
+    if score.group not in GROUPS:
+        raise ValueError(f"score {score.name!r} has group={score.group!r}; it must be one of {GROUPS}")
+    if gradient_dtype not in _GRADIENT_DTYPES:
+        raise ValueError(f"gradient_dtype={gradient_dtype!r} must be 'float32' or 'bfloat16'")
+    if gradient_device is not None:
+        torch.device(gradient_device)
     if nm is not None:
         if sparsity is not None and abs(sparsity - nm.sparsity) > 1e-6:
             raise ValueError(f"pattern={pattern!r} prunes {nm.sparsity:.4f} of the weights, but sparsity={sparsity}")
@@ -230,48 +247,73 @@ def make_plan(
             raise ValueError(f"pattern={pattern!r} fixes the sparsity of every layer: leave allocation out")
         if group not in (None, "row"):
             raise ValueError(f"pattern={pattern!r} compares within groups of a row: leave group={group!r} out")
-    found = find_targets(model, targets, ignore)
-    chosen_group = group or score.group
-    if chosen_group not in GROUPS:
-        raise ValueError(f"score {score.name!r} has group={chosen_group!r}; it must be one of {GROUPS}")
-    chosen = (
-        make_allocation("uniform" if nm is not None or chosen_group == "global" else score.allocation)
-        if (allocation is None)
-        else make_allocation(allocation)
-    )
-    if chosen_group == "global" and chosen != "uniform":
+    chosen = make_allocation("uniform" if allocation is None else allocation)
+    if (group or score.group) == "global" and chosen != "uniform":
         raise ValueError("group='global' decides the layers' sparsities itself: leave allocation out")
-    _check_layers(found, nm, score.statistics | allocation_statistics(chosen) | ({HESSIAN} if update else set()))
-    if isinstance(score, SparseGPT) and (chosen_group != "layer" or update):
+    if isinstance(score, SparseGPT) and (group not in (None, "layer") or update):
+        raise ValueError("score='sparsegpt' selects within 128 columns and updates by itself: no group, no update")
+    if isinstance(score, Keep) and (update or sequential or sparsity is not None or nm or group or allocation):
         raise ValueError(
-            "score='sparsegpt' selects within 128 columns and updates by itself: leave group and update out"
+            "score='keep' takes the zeros as they are: leave sparsity, pattern, group, allocation, update and "
+            "sequential out"
         )
-    if isinstance(score, Keep) and (update or sequential or sparsity is not None or nm is not None):
-        raise ValueError("score='keep' takes the zeros as they are: leave sparsity, pattern, update and sequential out")
-    if isinstance(chosen, Mapping):  # fail now, not after calibration
-        mapping_counts(found, chosen, sparsity, {})
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    targets: Sequence[str | type[nn.Module]] | None,
+    ignore: Sequence[str | type[nn.Module]],
+    **settings: Any,
+) -> PruningPlan:
+    """Validate the arguments of `prune` against the model; nothing is computed.
+
+    Args:
+        model: The model.
+        targets: See `prune`.
+        ignore: See `prune`.
+        **settings: The arguments of `check_settings`.
+
+    Raises:
+        ValueError, TypeError: see `prune`.
+    """
+    check_settings(**settings)
+    score, nm = settings["score"], parse_pattern(settings["pattern"])
+    group = settings["group"] or score.group
+    allocation = settings["allocation"]
+    if allocation is None:
+        allocation = "uniform" if nm is not None or group == "global" else score.allocation
+    allocation = make_allocation(allocation)
+    found = find_targets(model, targets, ignore)
+    statistics = score.statistics | allocation_statistics(allocation) | ({HESSIAN} if settings["update"] else set())
+    _check_layers(found, nm, statistics)
+    if isinstance(allocation, Mapping):  # fail now, not after calibration
+        mapping_counts(found, allocation, settings["sparsity"], {})
     plan = PruningPlan(
         targets=found,
         score=score,
-        sparsity=nm.sparsity if nm is not None else sparsity,
+        sparsity=settings["sparsity"] if nm is None else nm.sparsity,
         pattern=nm,
-        group=chosen_group,
-        allocation=chosen,
-        update=update,
-        num_samples=num_samples,
-        sequential=sequential,
+        group=group,
+        allocation=allocation,
+        update=settings["update"],
+        num_samples=settings["num_samples"],
+        sequential=settings["sequential"],
         blocks=find_blocks(model),
+        gradient_dtype=_GRADIENT_DTYPES[settings["gradient_dtype"]],
+        gradient_device=settings["gradient_device"],
+        progress=settings["progress"],
     )
-    if sequential:
+    if plan.sequential:
         _check_sequential(plan, model)
     return plan
 
 
-def _check_number(argument: str, value: object) -> None:
+def _check_sparsity(value: object) -> None:
     if value is None:
         return
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
-        raise ValueError(f"{argument}={value!r} must be a number in [0, 1]: the share of weights to prune, such as 0.5")
+        raise ValueError(f"sparsity={value!r} must be a number in [0, 1]: the share of weights to prune, such as 0.5")
 
 
 def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: Iterable[str]) -> None:
@@ -324,7 +366,7 @@ def run_plan(
     batches: Iterable[Any] | None,
     loss_fn: LossFn | None = None,
     *,
-    sparsity: float | None = None,
+    fraction: float = 1.0,
     previous: Mapping[str, Tensor] | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     distributed: bool = False,
@@ -336,7 +378,7 @@ def run_plan(
         model: The model.
         batches: Calibration batches on the model's device (of this rank, if distributed).
         loss_fn: See `prune`.
-        sparsity: Sparsity of this step of a schedule; default the plan's.
+        fraction: Share of the plan's sparsity to reach, for a step of a schedule.
         previous: Masks whose pruned weights stay pruned.
         forward_context: Makes the context that forward passes run in.
         distributed: Sum statistics over the ranks of the default process group; every rank must call.
@@ -348,7 +390,7 @@ def run_plan(
         masks = masks_from_zeros(plan.targets)
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
-    run = _Run(plan, model, batches, loss_fn, sparsity, previous or {}, forward_context, distributed)
+    run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, distributed)
     return run.masks()
 
 
@@ -361,7 +403,7 @@ class _Run:
         model: nn.Module,
         batches: Iterable[Any] | None,
         loss_fn: LossFn | None,
-        sparsity: float | None,
+        fraction: float,
         previous: Mapping[str, Tensor],
         forward_context: Callable[[], AbstractContextManager[Any]],
         distributed: bool,
@@ -370,7 +412,7 @@ class _Run:
         self.model = model
         self.batches = batches
         self.loss_fn = loss_fn
-        self.sparsity = plan.sparsity if sparsity is None else sparsity
+        self.fraction = fraction
         self.previous = previous
         self.forward_context = forward_context
         self.distributed = distributed
@@ -420,12 +462,10 @@ class _Run:
             return {}
         lower = {name: mask.numel() - int(mask.sum()) for name, mask in self.previous.items()}
         if isinstance(plan.allocation, Mapping):
-            mapping: Mapping[str, float] = plan.allocation
-            if self.sparsity is not None and plan.sparsity:
-                scale = self.sparsity / plan.sparsity
-                mapping = {name: value * scale for name, value in mapping.items()}
-            return mapping_counts(targets, mapping, self.sparsity, lower)
-        sparsity = 0.5 if self.sparsity is None else self.sparsity
+            mapping = {name: value * self.fraction for name, value in plan.allocation.items()}
+            wished = None if plan.sparsity is None else plan.sparsity * self.fraction
+            return mapping_counts(targets, mapping, wished, lower)
+        sparsity = (0.5 if plan.sparsity is None else plan.sparsity) * self.fraction
         total = math.floor(sparsity * sum(t.numel for t in targets))
         if plan.group == "global":
             return global_counts(targets, lambda t: self._scores(t, self.statistics.get(t.name)), total)
@@ -500,9 +540,15 @@ class _Run:
         masks: Masks = {}
         by_module = {id(t.module): t for t in plan.targets}
         assert self.batches is not None
+
+        def run(model: nn.Module, batch: Any) -> None:
+            if self.loss_fn is not None:
+                self.loss_fn(model, batch)
+            else:
+                forward(model, batch, plan.targets)
+
         with quiet_model(self.model, freeze=False):
             with synchronized_errors(self.distributed):
-                run = self.loss_fn or (lambda model, batch: forward(model, batch, plan.targets))
                 modules = [block for _, block in plan.blocks]
                 walk = BlockWalk(self.model, modules, self.batches, plan.num_samples, run, self.forward_context)
             with progress_bar("Pruning blocks", len(modules), plan.progress) as advance:

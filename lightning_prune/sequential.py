@@ -20,7 +20,7 @@ from lightning_prune.batches import batch_size, padding_mask, samples
 from lightning_prune.statistics import CalibrationError
 
 
-class _StopForward(Exception):
+class _AllRecordedError(Exception):
     """Every block has been recorded."""
 
 
@@ -114,7 +114,7 @@ class BlockWalk:
                     first.append(hidden)
                 calls.append(_Call(args[1:], kwargs, by_keyword))
                 if len(calls) == len(self.blocks):
-                    raise _StopForward
+                    raise _AllRecordedError
                 if self.tuples is None:  # once: does this architecture's block return a tensor or a tuple?
                     given = {**kwargs, "hidden_states": hidden} if by_keyword else kwargs
                     self.tuples = isinstance(first_forward(*args, **given), tuple)
@@ -126,7 +126,7 @@ class BlockWalk:
         try:
             for index, block in enumerate(self.blocks):
                 block.forward = recorder(index)
-            with self.forward_context(), contextlib.suppress(_StopForward):
+            with self.forward_context(), contextlib.suppress(_AllRecordedError):
                 run(model, batch)
         finally:
             for block in self.blocks:

@@ -201,7 +201,8 @@ def find_targets(
     if not chosen:
         raise ValueError(
             f"nothing to prune: targets={targets!r}, ignore={ignore!r} leave none of the "
-            f"{len(layers)} Linear, Conv1D and Conv2d layers of {type(model).__name__}; widen `targets` or shorten `ignore`"
+            f"{len(layers)} Linear, Conv1D and Conv2d layers of {type(model).__name__}; "
+            "widen `targets` or shorten `ignore`"
         )
     return _group_by_parameter(model, chosen)
 

@@ -1,0 +1,324 @@
+"""`WeightPruning`: prune when training starts, or along a schedule, and keep the weights pruned."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_prune.allocation import KFACAllocation, OWLAllocation
+from lightning_prune.callbacks.calibration_data import CalibrationData
+from lightning_prune.callbacks.training_loss import calibration_loss, no_trace
+from lightning_prune.enforcement import Enforcer
+from lightning_prune.masks import (
+    Masks,
+    apply_masks,
+    check_masks,
+    mask_sparsity,
+    named_weights,
+    pack_masks,
+    unpack_masks,
+)
+from lightning_prune.pruning import PruningPlan, check_settings, make_plan, run_plan
+from lightning_prune.schedules import OneShot, Schedule, check_schedule
+from lightning_prune.scores import Keep, Score, make_score
+from lightning_prune.targets import DEFAULT_IGNORE
+
+_STATE_VERSION = 1
+
+
+class WeightPruning(L.Callback):
+    """Prune the weights of a LightningModule and keep them at exactly zero while it trains.
+
+    At fit start (or along `schedule`) calibration samples run through the module, every weight is scored, and the
+    lowest go. After every optimizer step pruned weights are set to zero again, whatever the optimizer, precision or
+    accumulation; their gradients are zeroed before clipping, and their optimizer states when a mask changes. The
+    masks are saved in the callback's state of a checkpoint, packed to bits; the checkpoint's ``state_dict`` stays
+    that of the plain module.
+
+    Works with automatic and manual optimization on one device and under DDP.
+
+    Args:
+        score: See `lightning_prune.prune`, which also documents the other arguments up to `ignore`. ``"keep"`` trains
+            a model sparse that was pruned before.
+        sparsity: Share of the weights to prune.
+        pattern: ``"unstructured"`` or ``"N:M"``.
+        group: ``"row"``, ``"layer"``, ``"global"``, or None for the score's own.
+        allocation: Layer sparsities.
+        update: None or ``"obs"``.
+        num_samples: Calibration samples over all ranks.
+        alpha: Weight of gblm's gradient term.
+        gamma: Power of kfac's output-gradient norm.
+        grad_norm: ``"l1"`` or ``"l2"``.
+        sequential: Block by block.
+        loss_fn: ``loss_fn(module, batch)``, a scalar or one loss a sample. Default: the module's
+            ``calibration_loss(batch)`` if it has one, else its ``training_step``, run without any trace in logs,
+            random states, attributes, metrics, buffers or modes.
+        targets: Layers to prune.
+        ignore: Layers to leave.
+        schedule: None for one shot at fit start, or `OneShot`, `LinearSchedule`, `CubicSchedule`. Scores are computed
+            anew at each update; what is pruned stays pruned.
+        calibration: A DataLoader or iterable of batches. Default: samples drawn from the training data with a
+            sampler of its own, so the order of the training data is untouched.
+        seed: Of the draw of calibration samples, and of ``score="random"``.
+        gradient_dtype: ``"float32"`` or ``"bfloat16"`` for the gradient aggregate.
+        gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
+        progress: Show progress bars in a terminal.
+
+    Raises:
+        ValueError, TypeError: from the constructor for values that no model could take, and at fit start, before any
+            weight changes, for those that do not fit this one.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[WeightPruning(score="kfac", sparsity=0.5)])
+        trainer.fit(module, datamodule)
+    """
+
+    def __init__(
+        self,
+        score: str | Score = "gblm",
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        group: str | None = None,
+        allocation: str | dict[str, float] | KFACAllocation | OWLAllocation | None = None,
+        update: str | None = None,
+        num_samples: int = 128,
+        alpha: float = 100.0,
+        gamma: float = 0.7,
+        grad_norm: str = "l2",
+        sequential: bool = False,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        targets: list[str | type[nn.Module]] | None = None,
+        ignore: Iterable[str | type[nn.Module]] = DEFAULT_IGNORE,
+        schedule: Schedule | None = None,
+        calibration: Iterable[Any] | None = None,
+        seed: int = 0,
+        gradient_dtype: str = "float32",
+        gradient_device: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.schedule = check_schedule(schedule)
+        self.settings: dict[str, Any] = {
+            "score": make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed),
+            "sparsity": sparsity,
+            "pattern": pattern,
+            "group": group,
+            "allocation": allocation,
+            "update": update,
+            "num_samples": num_samples,
+            "sequential": sequential,
+            "gradient_dtype": gradient_dtype,
+            "gradient_device": gradient_device,
+            "progress": progress,
+        }
+        check_settings(**self.settings)
+        self._check_schedule_fits()
+        self.loss_fn = loss_fn
+        self.targets = targets
+        self.ignore = ignore if isinstance(ignore, str) else tuple(ignore)
+        self.calibration = calibration
+        self.seed = seed
+        self._masks: Masks = {}
+        self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
+        self._enforcer: Enforcer | None = None
+        self._plan: PruningPlan | None = None
+        self._handles: list[Any] = []
+        self._gradients_masked = False
+        self._seen_step = 0
+
+    def _check_schedule_fits(self) -> None:
+        gradual = not isinstance(self.schedule, OneShot)
+        if gradual and self.settings["pattern"] != "unstructured":
+            raise ValueError(
+                f"pattern={self.settings['pattern']!r} has one sparsity: use schedule=None or OneShot(step), not "
+                f"{self.schedule!r}"
+            )
+        if gradual and (self.settings["update"] or self.settings["score"].name in ("sparsegpt", "keep")):
+            raise ValueError(
+                f"score={self.settings['score'].name!r} with update={self.settings['update']!r} prunes once: use "
+                f"schedule=None or OneShot(step), not {self.schedule!r}"
+            )
+        if isinstance(self.settings["score"], Keep) and self.schedule.start:
+            raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
+
+    @property
+    def masks(self) -> Masks:
+        """Bool masks by parameter name, True = kept; empty before pruning."""
+        return self._masks if self._enforcer is None else self._enforcer.masks()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights over all targets; 0.0 before pruning."""
+        return mask_sparsity(self.masks)
+
+    # -- life of a fit -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse strategies whose shards the masks could not follow."""
+        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+            raise ValueError(
+                f"WeightPruning does not support {type(trainer.strategy).__name__} yet: its parameters are sharded; "
+                "use strategy='ddp' or a single device"
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prune, or take up the masks that are there, before the first batch."""
+        plan = make_plan(pl_module, **self.settings, targets=self.targets, ignore=self.ignore)
+        if any(isinstance(t.weight, DTensor) for t in plan.targets):
+            raise ValueError("WeightPruning does not support sharded parameters (DTensor) yet; use strategy='ddp'")
+        self._plan = plan
+        self._seen_step = trainer.global_step
+        if self._owner is not None and self._owner() is not pl_module:
+            self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
+        if self._masks:
+            self._bind(trainer, pl_module, self._masks)
+        elif self.schedule.fraction(trainer.global_step) > 0:
+            self._prune(trainer, pl_module)
+        self._owner = weakref.ref(pl_module)
+        for optimizer in trainer.optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune further if the schedule says so."""
+        step, seen = trainer.global_step, self._seen_step
+        self._seen_step = step
+        # With several optimizers a batch makes several steps.
+        if any(self.schedule.updates_at(s) for s in range(seen + 1, step + 1)):
+            self._prune(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Never save a pruned weight that something else has revived."""
+        self._repair()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check a last time and let go of the optimizers."""
+        self._repair()
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers; masks stay."""
+        self._release()
+
+    def _release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._masks = {name: mask.cpu() for name, mask in self.masks.items()}
+        self._enforcer = self._plan = None
+
+    # -- pruning -------------------------------------------------------------------------------------------------
+
+    def _prune(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert self._plan is not None
+        started = time.monotonic()
+        plan, distributed = self._plan, trainer.world_size > 1
+        loss_fn, data = None, None
+        with no_trace(trainer, module):
+            if plan.needs_data:
+                loss_fn = self.loss_fn or calibration_loss(module)
+                data = CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
+                plan = plan.with_samples(data.local_samples)
+            masks = run_plan(
+                plan,
+                module,
+                data,
+                loss_fn,
+                fraction=self.schedule.fraction(trainer.global_step),
+                previous=self.masks,
+                forward_context=trainer.precision_plugin.train_step_context,
+                distributed=distributed,
+            )
+        self._bind(trainer, module, masks)
+        total = sum(mask.numel() for mask in masks.values())
+        rank_zero_info(
+            f"WeightPruning: {mask_sparsity(masks):.2%} of {total:,} weights in {len(masks)} layers are pruned "
+            f"({plan.score.name}, {plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
+        )
+
+    def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
+        """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
+        check_masks(module, masks)
+        apply_masks(module, masks)
+        weights = named_weights(module)
+        self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
+        self._masks = {}
+        for optimizer in trainer.optimizers:
+            self._enforcer.mask_states(optimizer)
+
+    # -- enforcement ---------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Automatic optimization: mask gradients once a step, before they are clipped."""
+        if self._enforcer is not None and pl_module.automatic_optimization:
+            self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
+            self._gradients_masked = True
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Manual optimization: mask gradients after each backward, since the user may clip at any time."""
+        if self._enforcer is not None and not pl_module.automatic_optimization:
+            self._enforcer.mask_gradients()
+            self._gradients_masked = True
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # Only where no hook above saw the gradients: a manual step after a plain loss.backward().
+        if self._enforcer is not None and not self._gradients_masked:
+            self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._gradients_masked = False
+        if self._enforcer is not None:
+            self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
+
+    def _repair(self) -> None:
+        if self._enforcer is None:
+            return
+        revived = self._enforcer.resurrected()
+        if revived:
+            rank_zero_warn(
+                f"WeightPruning: {sum(revived.values())} pruned weights in {len(revived)} layers "
+                f"({next(iter(revived))}, ...) were changed outside optimizer steps, and have been set to zero again"
+            )
+            self._enforcer.mask_weights()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``."""
+        return {
+            "version": _STATE_VERSION,
+            "score": self.settings["score"].name,
+            "pattern": self.settings["pattern"],
+            "masks": pack_masks(self.masks),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take masks from a checkpoint; they are bound to the parameters at fit start.
+
+        Raises:
+            ValueError: an unknown version, or a damaged mask, with the parameter's name.
+        """
+        version = state_dict.get("version")
+        if version != _STATE_VERSION:
+            raise ValueError(f"the checkpoint's WeightPruning state has version {version!r}, not {_STATE_VERSION}")
+        for setting, mine in (("score", self.settings["score"].name), ("pattern", self.settings["pattern"])):
+            if state_dict.get(setting) != mine:
+                rank_zero_warn(
+                    f"WeightPruning: the checkpoint's masks were made with {setting}={state_dict.get(setting)!r}, this "
+                    f"callback has {mine!r}; the checkpoint's masks are kept"
+                )
+        self._masks = unpack_masks(state_dict["masks"])
+        self._owner = None
+        self._enforcer = None

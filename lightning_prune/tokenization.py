@@ -1,0 +1,142 @@
+"""Tokenizers: load one, or train a byte-level BPE on the text at hand."""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lightning_prune.sources import existing_path, pretrained_arguments
+
+END_OF_TEXT = "<|endoftext|>"
+# 256 bytes and the end-of-text token: fewer cannot spell every text
+MIN_VOCAB_SIZE = 257
+# A bare tokenizer.json does not say which token ends a document; these are the names in common use.
+_KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
+
+
+def load_tokenizer(
+    source: str, gguf_file: str | None = None, eos_token: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Args:
+        source: Hub id, local folder, `.gguf` file, or a `tokenizer.json` of the tokenizers library.
+        gguf_file: Name of a GGUF file inside the folder or hub repository `source`.
+        eos_token: Token that ends a document; default the one the tokenizer declares.
+        revision: Branch, tag or commit of a hub repository.
+
+    Returns:
+        A transformers tokenizer that has an end-of-text token, and pads with it when it has no padding token.
+
+    Raises:
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If no end-of-text token is known, or `eos_token` is not in the vocabulary.
+    """
+    if source.endswith(".json"):
+        file = existing_path(source, "tokenizer")
+        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        tokenizer.name_or_path = str(file)
+        declared = next((t for t in _KNOWN_END_TOKENS if t in tokenizer.get_vocab()), None)
+    else:
+        name, kwargs = pretrained_arguments(source, gguf_file, "tokenizer")
+        if revision is not None:
+            kwargs["revision"] = revision
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        if source.endswith(".gguf"):
+            tokenizer.name_or_path = source  # transformers keeps the folder only
+        declared = tokenizer.eos_token
+    _set_end_token(tokenizer, eos_token or declared, source)
+    return tokenizer
+
+
+def _set_end_token(tokenizer: PreTrainedTokenizerBase, token: str | None, source: str) -> None:
+    if token is None:
+        raise ValueError(
+            f"tokenizer={source!r} declares no end-of-text token, which separates documents. Pass "
+            "eos_token=, one of the tokens in its vocabulary."
+        )
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"eos_token={token!r} is not in the vocabulary of tokenizer={source!r}. Pass one of its tokens."
+        )
+    tokenizer.eos_token = token
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = token
+
+
+def trained_tokenizer(texts: Iterable[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:
+    """Train a byte-level BPE tokenizer on `texts`, or take it from the cache.
+
+    The cache is keyed by the content of the texts and the vocabulary size, so the same text gives the same
+    tokenizer on every run.
+
+    Args:
+        texts: Training text; read twice when it is not in the cache, so not an iterator.
+        vocab_size: Wanted number of tokens, at least 257; small texts may yield fewer.
+        cache_dir: Folder in which tokenizers are kept, one sub-folder each.
+
+    Returns:
+        The tokenizer, with `<|endoftext|>` (id 0) as its end-of-text and padding token.
+
+    Raises:
+        ValueError: If `vocab_size` is too small.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: a byte-level tokenizer needs at least {MIN_VOCAB_SIZE} "
+            "(256 bytes and one end-of-text token). Try 4096."
+        )
+    folder = cache_dir / f"bpe-{vocab_size}-{_content_hash(texts)}"
+    if not folder.exists():
+        _save_atomically(_train_bpe(texts, vocab_size), folder)
+    return load_tokenizer(str(folder))
+
+
+def _content_hash(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        encoded = text.encode()
+        digest.update(len(encoded).to_bytes(8, "little"))  # keeps ["ab", "c"] apart from ["a", "bc"]
+        digest.update(encoded)
+    return digest.hexdigest()[:32]
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_lines(texts), trainer)
+    wrapped: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+    return wrapped
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Cut documents into lines, which the trainer counts in parallel."""
+    for text in texts:
+        yield from text.splitlines(keepends=True)
+
+
+def _save_atomically(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save so that another process sees either nothing or the whole folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        finished = Path(scratch) / "tokenizer"
+        tokenizer.save_pretrained(str(finished))
+        try:
+            os.replace(finished, folder)
+        except OSError:
+            if not folder.exists():  # otherwise another process was first, with the same content
+                raise
