@@ -41,7 +41,8 @@ class CalibrationData:
     def __iter__(self) -> Iterator[Any]:
         for index, batch in enumerate(self.source):
             if self.presplit or index % self.world == self.rank:
-                yield self.trainer.strategy.batch_to_device(batch)
+                batch = self.trainer.strategy.batch_to_device(batch)
+                yield self.trainer.precision_plugin.convert_input(batch)
 
     def _drawn(self, loader: DataLoader[Any], num_samples: int, seed: int) -> DataLoader[Any]:
         """A loader of its own over a random draw of the same dataset: the training sampler is not run."""

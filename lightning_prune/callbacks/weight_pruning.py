@@ -177,7 +177,6 @@ class WeightPruning(L.Callback):
         if any(isinstance(t.weight, DTensor) for t in plan.targets):
             raise ValueError("WeightPruning does not support sharded parameters (DTensor) yet; use strategy='ddp'")
         self._plan = plan
-        self._seen_step = trainer.global_step
         if self._owner is not None and self._owner() is not pl_module:
             self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
         if self._masks:
@@ -189,6 +188,15 @@ class WeightPruning(L.Callback):
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Catch up with a checkpoint that had no masks: steps and optimizer states are restored only now."""
+        self._seen_step = trainer.global_step
+        if not self.masks and self.schedule.fraction(trainer.global_step) > 0:
+            self._prune(trainer, pl_module)
+        elif self._enforcer is not None:
+            for optimizer in trainer.optimizers:
+                self._enforcer.mask_states(optimizer)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -196,7 +204,8 @@ class WeightPruning(L.Callback):
         step, seen = trainer.global_step, self._seen_step
         self._seen_step = step
         # With several optimizers a batch makes several steps.
-        if any(self.schedule.updates_at(s) for s in range(seen + 1, step + 1)):
+        due = any(self.schedule.updates_at(s) for s in range(seen + 1, step + 1))
+        if due and self.schedule.fraction(step) > 0:
             self._prune(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
