@@ -66,6 +66,12 @@ def padding_mask(batch: Any) -> Tensor | None:
     return mask.bool()
 
 
+def token_batch(batch: Any) -> bool:
+    """Whether the batch is token ids ``[B, T]`` with T > 1, as a language model takes them."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    return isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 and not ids.is_floating_point()
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`."""
     if isinstance(batch, Tensor):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.batches import batch_size, padding_mask, samples, take, to_device
+from lightning_prune.batches import batch_size, padding_mask, samples, take, to_device, token_batch
 from lightning_prune.losses import causal_lm_losses
 from lightning_prune.progress import progress_bar
 from lightning_prune.statistics import (
@@ -36,7 +36,7 @@ from lightning_prune.statistics import (
     LayerStatistics,
     check_finite,
 )
-from lightning_prune.targets import Target
+from lightning_prune.targets import LayerKind, Target
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -135,12 +135,20 @@ class _Tap:
     accumulator: Accumulator
     uses: int = 0
     pending: list[Tensor] = field(default_factory=list)  # [B, O, I] of each use of a layer used more than once
-    leader: _Tap | None = None  # the tap with the same input tensor
-    last_input: Tensor | None = None
 
     @property
     def name(self) -> str:
         return self.target.name
+
+
+@dataclass
+class _Increments:
+    """What the last input seen adds to forward statistics; valid while the tensor is unchanged."""
+
+    x: Tensor
+    version: int
+    kind: LayerKind
+    values: dict[str, Tensor]
 
 
 class _Record:
@@ -198,7 +206,8 @@ class _Sweep:
         self.keep: Tensor | None = None
         self.in_backward = False
         self.one_by_one = False
-        self.previous: _Tap | None = None
+        self.of_tokens = False
+        self.last_input: _Increments | None = None
         self.scale = _HALF_SCALE if self.backward and self._runs_in_half() else 1.0
         # Makes the graph start at the first target although every parameter is frozen.
         self.anchor = torch.zeros((), requires_grad=True)
@@ -223,15 +232,13 @@ class _Sweep:
         finally:
             for handle in handles:
                 handle.remove()
-            self.previous = None
-            for tap in self.taps:
-                tap.last_input = None
+            self.last_input = None
 
     def begin(self, size: int | None, keep: Tensor | None) -> None:
         """A forward pass over `size` samples is about to run."""
-        self.size, self.keep, self.previous = size, keep, None
+        self.size, self.keep, self.last_input = size, keep, None
         for tap in self.taps:
-            tap.uses, tap.last_input = 0, None
+            tap.uses = 0
 
     def run(self, batches: Iterable[Any], num_samples: int, progress: bool) -> None:
         """Take in up to `num_samples` samples."""
@@ -265,16 +272,12 @@ class _Sweep:
             dist.all_reduce(count)
             total = int(count)
             for tap in self.taps:
-                tap.accumulator.all_reduce(FORWARD_STATISTICS if tap.leader else frozenset())
+                tap.accumulator.all_reduce()
         results: dict[str, LayerStatistics] = {}
         with synchronized_errors(distributed):
-            finished: dict[int, LayerStatistics] = {}
             for tap in self.taps:
-                owner = tap.leader or tap
-                if id(owner) not in finished:
-                    finished[id(owner)] = owner.accumulator.result(total)
-                    check_finite(owner.name, finished[id(owner)])
-                results[tap.name] = finished[id(owner)]
+                results[tap.name] = tap.accumulator.result(total)
+                check_finite(tap.name, results[tap.name])
         return results
 
     # -- one batch -----------------------------------------------------------------------------------------------
@@ -285,6 +288,7 @@ class _Sweep:
                 self._run_batch(take(batch, i, i + 1), 1)
             return
         self.begin(size, padding_mask(batch))
+        self.of_tokens = token_batch(batch)
         if not self.backward:
             with self.forward_context():
                 self._forward(batch)
@@ -351,11 +355,11 @@ class _Sweep:
             if not self.backward:
                 self._take_input(tap, layer, x)
                 return None
-            if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
-                return None
             if not self.in_backward:
                 tap.uses += 1
                 self._check_per_sample(tap, layer, x)
+            if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
+                return None
             record = _Record(tap)
             stack.append(record)
             saved = _SaveInput.apply(x, self.anchor.to(x.device), record, self)  # type: ignore[no-untyped-call]
@@ -364,34 +368,27 @@ class _Sweep:
         def after(_: nn.Module, __: Any, output: Any) -> None:
             if self.backward and torch.is_grad_enabled():
                 record = stack.pop()
-                output.register_hook(lambda delta: setattr(record, "delta", delta))
+                _on_gradient(output, lambda delta: setattr(record, "delta", delta))
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
 
     def _take_input(self, tap: _Tap, layer: nn.Module, x: Tensor) -> None:
-        """Forward statistics; layers that follow each other with the same input tensor share their sums."""
-        tap.last_input = x
-        previous, self.previous = self.previous, tap
-        owner = None if previous is None else previous.leader or previous
-        shares = owner is not None and owner is not tap and owner.last_input is x
-        if shares and (tap.leader is owner or not tap.accumulator.sums):
-            assert owner is not None
-            tap.leader = owner
-            tap.accumulator.share_input(owner.accumulator)
-            return
-        if tap.leader is not None:
-            raise CalibrationError(
-                f"{tap.name!r} had the same inputs as {tap.leader.name!r} in one batch and others in the next; "
-                "prune them in separate calls (`targets`)"
-            )
-        rows = tap.target.kind.input_rows(layer, x.detach())
-        tap.accumulator.add_input(rows, self._keep_for(tap, rows))
+        """Forward statistics; layers called one after the other on the same tensor (q, k, v) compute them once."""
+        known = self.last_input
+        if known is None or known.x is not x or known.version != x._version or known.kind is not tap.target.kind:
+            rows = tap.target.kind.input_rows(layer, x.detach())
+            increments = tap.accumulator.input_increments(rows, self._keep_for(tap, rows))
+            # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
+            known = _Increments(x, x._version, tap.target.kind, increments)
+            self.last_input = None if isinstance(layer, nn.Conv2d) else known
+        tap.accumulator.add(known.values)
 
     def _check_per_sample(self, tap: _Tap, layer: nn.Module, x: Tensor) -> None:
         if self.size is not None and self.size > 1 and self.statistics & GRADIENTS:
-            batched = x.dim() > (3 if isinstance(layer, nn.Conv2d) else 1) and x.shape[0] == self.size
-            if not batched:
+            # Of a batch of token ids, two dimensions are tokens put together (experts), whatever their number.
+            least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_tokens else 2
+            if x.dim() < least or x.shape[0] != self.size:
                 raise _NotPerSampleError(tap.name)
 
     def _keep_for(self, tap: _Tap, rows: Tensor) -> Tensor | None:
@@ -415,7 +412,7 @@ class _Sweep:
             rows = kind.input_rows(tap.target.module, x)  # [B, T, I]
             deltas = kind.output_rows(delta)  # [B, T, O]
             if self.statistics & FORWARD_STATISTICS:
-                accumulator.add_input(rows, self._keep_for(tap, rows))
+                accumulator.add(accumulator.input_increments(rows, self._keep_for(tap, rows)))
             accumulator.add_output_gradient(deltas, self.scale)
             if not self.statistics & GRADIENTS:
                 return
@@ -434,6 +431,16 @@ class _Sweep:
             for gradient in gradients:
                 tap.accumulator.add_gradient(gradient, self.scale)
         tap.pending = []
+
+
+def _on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
+    """Call `take` with the gradient of a layer's output as it is now, before anyone changes it in place."""
+    base = output._base
+    if base is not None and base.numel() == output.numel() and base.requires_grad:
+        # A linear layer returns a view; an in-place change of a view replaces its history, not that of its base.
+        base.register_hook(lambda delta: take(delta.reshape(output.shape)))  # type: ignore[no-untyped-call]
+    else:
+        output.register_hook(take)  # type: ignore[no-untyped-call]
 
 
 # -- running the model -----------------------------------------------------------------------------------------------
@@ -456,7 +463,11 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
         )
     if labels is None:
         mask = padding_mask(batch)
-        labels = inputs["input_ids"] if mask is None else inputs["input_ids"].masked_fill(~mask, -100)
+        labels = inputs["input_ids"]
+        if mask is not None:
+            real = mask.clone()
+            real[:, 1:] &= mask[:, :-1]  # padding on the left does not predict the first token either
+            labels = labels.masked_fill(~real, -100)
     logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")

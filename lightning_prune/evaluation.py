@@ -58,8 +58,9 @@ class NextTokenLoss(Metric):
             losses: Losses of single tokens, any shape, zero where nothing is predicted.
             tokens: Number of predicted tokens.
         """
-        self.total += losses.detach().sum(dtype=self.total.dtype)
-        self.tokens += tokens
+        # not in place: the states may be inference tensors, after a validation before the training
+        self.total = self.total + losses.detach().sum(dtype=self.total.dtype)
+        self.tokens = self.tokens + tokens
 
     def compute(self) -> Tensor:
         """Mean loss or perplexity of everything seen so far."""
@@ -127,7 +128,8 @@ def perplexity(
         windows = _select(windows, max_windows, spread)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
-    metric = NextTokenLoss().set_dtype(torch.float64)
+    metric = NextTokenLoss()
+    metric.set_dtype(torch.float64)
     device = next(model.parameters()).device
     longest = 0
     batches = math.ceil(len(windows) / batch_size)

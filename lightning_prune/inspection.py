@@ -1,7 +1,7 @@
 """What is in a checkpoint: zeros, sparsity and N:M structure of every tensor, read one tensor at a time.
 
-Nothing is unpickled freely and no model is built: safetensors files, ``torch.load(weights_only=True)``, and an
-allow-list of types for the index of a distributed checkpoint. Memory stays that of the largest tensor.
+Nothing is unpickled freely and no model is built: safetensors files, ``torch.load(weights_only=True)``, and
+an allow-list of types for the index of a distributed checkpoint. Memory stays that of the largest tensor.
 
 Dimensions: O outputs, I inputs of a layer, M the size of a group of an N:M pattern.
 """
@@ -15,21 +15,25 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO, NoReturn
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_prune.masks import unpack_masks
 from lightning_prune.progress import progress_bar
+from lightning_prune.targets import clean_name
 
 PATTERNS: tuple[tuple[int, int], ...] = ((1, 4), (2, 4), (4, 8))
-"""The N:M patterns that are looked for: at most N of M consecutive inputs are not zero."""
+"""The N:M patterns that are looked for: at most N of M consecutive inputs are not zero. M divides by 4."""
 
 # Elements looked at in one go; bounds the temporary memory beside the tensor itself.
 _CHUNK = 1 << 22
@@ -73,13 +77,13 @@ class TensorReport:
         dtype: Its dtype, without ``torch.``.
         numel: Number of elements.
         zeros: Number of elements equal to zero; both signs of zero count.
-        prunable: Whether it looks like the weight of a layer that is pruned: floating point, two dimensions or
-            more, and no embedding, head, norm or adapter by its name.
+        prunable: Whether it looks like the weight of a layer that is pruned: floating point, two dimensions
+            or more, and no embedding, head, norm or adapter by its name.
         block: Name up to the first number, such as ``model.layers.3``; empty outside of blocks.
         kind: Name of the layer inside its block, such as ``q_proj``.
-        patterns: For each N:M pattern the share of groups with at most N non-zeros; a pattern whose M does not
-            divide the inputs is missing. Empty for tensors with less than two dimensions.
-        tied_to: Name of the earlier tensor that is the same memory, or None. Tied tensors are left out of totals.
+        patterns: For each N:M pattern the share of groups with at most N non-zeros; a pattern whose M does
+            not divide the inputs is missing. Empty for tensors with less than two dimensions.
+        tied_to: Name of the earlier tensor that is the same memory, or None. Totals leave them out.
         mask: Agreement with the stored mask, or None where there is none.
     """
 
@@ -175,7 +179,7 @@ class Inspection:
 
     Attributes:
         path: The path that was read.
-        format: ``"safetensors"``, ``"state dict"``, ``"Lightning checkpoint"`` or ``"distributed checkpoint"``.
+        format: ``"safetensors"``, ``"state dict"``, ``"Lightning checkpoint"``, ``"distributed checkpoint"``.
         bytes_on_disk: Size of the files that hold the tensors, in bytes.
         tensors: One report a tensor, in the order of the files.
         masks: Number of masks that `WeightPruning` left in the checkpoint; None if it holds no such state.
@@ -212,7 +216,7 @@ class Inspection:
         grouped: dict[str, list[TensorReport]] = {}
         for tensor in self.selected(all_tensors):
             grouped.setdefault(tensor.block, []).append(tensor)
-        return {block: _totals(grouped[block]) for block in sorted(grouped, key=_natural)}
+        return {block: _totals(grouped[block]) for block in sorted(grouped, key=block_order)}
 
     @property
     def resurrected(self) -> int:
@@ -248,7 +252,7 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     """Count the zeros of every tensor of a checkpoint.
 
     Args:
-        path: A transformers folder (safetensors or ``pytorch_model.bin``, sharded or not), one ``.safetensors``
+        path: A transformers folder (safetensors or ``pytorch_model.bin``, sharded or not), a ``.safetensors``
             file, a Lightning ``.ckpt``, a state dict saved by ``torch.save``, or the folder of a distributed
             checkpoint (``torch.distributed.checkpoint``, Lightning's FSDP and ModelParallel strategies).
         progress: Show a bar where stderr is a terminal.
@@ -267,7 +271,7 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
             "(models of the Hugging Face hub must be downloaded first)"
         )
     source = _open(path)
-    masks = _Masks.of(source.callbacks)
+    masks = _Masks.of(source)
     reports: list[TensorReport] = []
     with progress_bar("Counting zeros", source.count, enabled=progress) as advance:
         for name, load in source.tensors():
@@ -303,16 +307,40 @@ def is_prunable(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return _NOT_PRUNABLE.search(name) is None and not name.endswith("bias")
 
 
+def place(name: str) -> tuple[str, str]:
+    """Block and kind of layer of a parameter; the block is empty outside of numbered ones.
+
+    >>> place("model.layers.3.self_attn.q_proj.weight")
+    ('model.layers.3', 'q_proj')
+    """
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    words = [part for part in parts if part != "weight" and not part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else "", words[-1] if words else "weight"
+
+
+# Files list tensors by alphabet; tables and pictures list them in the order a token meets them.
+_KINDS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "o_proj", "out_proj", "dense"),
+    *("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "down_proj", "fc2", "dense_4h_to_h"),
+)
+
+
+def order_kinds(kinds: Iterable[str]) -> list[str]:
+    """Kinds of layers without duplicates, attention before MLP where the names are known, others behind.
+
+    >>> order_kinds(["down_proj", "q_proj", "router", "q_proj"])
+    ['q_proj', 'down_proj', 'router']
+    """
+    return sorted(dict.fromkeys(kinds), key=lambda k: _KINDS.index(k) if k in _KINDS else len(_KINDS))
+
+
 def _report(name: str, tensor: Tensor, source: _Source, masks: _Masks | None) -> TensorReport:
     shape = tuple(tensor.shape)
     input_first = source.model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None
     mask = None if masks is None else masks.take(name, shape)
-    zeros, patterns, found = _count(
-        _matrix(tensor, input_first), None if mask is None else _matrix(mask, input_first)
-    )
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    words = [part for part in parts if part != "weight" and not part.isdigit()]
+    zeros, patterns, found = _count(_matrix(tensor, input_first), None if mask is None else _matrix(mask, input_first))
+    block, kind = place(name)
     return TensorReport(
         name=name,
         shape=shape,
@@ -320,8 +348,8 @@ def _report(name: str, tensor: Tensor, source: _Source, masks: _Masks | None) ->
         numel=tensor.numel(),
         zeros=zeros,
         prunable=is_prunable(name, shape, tensor.dtype),
-        block=".".join(parts[: numbers[0] + 1]) if numbers else "",
-        kind=words[-1] if words else "weight",
+        block=block,
+        kind=kind,
         patterns=patterns if len(shape) > 1 else {},
         tied_to=source.ties.get(name),
         mask=found,
@@ -340,7 +368,7 @@ def _matrix(tensor: Tensor, input_first: bool) -> Tensor:
 
 
 def _count(matrix: Tensor, mask: Tensor | None) -> tuple[int, dict[str, float], MaskReport | None]:
-    """Zeros, share of groups that follow each N:M pattern, and agreement with the mask, of an ``(O, I)`` matrix."""
+    """Zeros, share of groups that follow each N:M pattern, and agreement with the mask; all ``(O, I)``."""
     rows, columns = matrix.shape
     nonzero = masked = resurrected = kept_zeros = 0
     applicable = [(n, m) for n, m in PATTERNS if columns and columns % m == 0]
@@ -350,10 +378,14 @@ def _count(matrix: Tensor, mask: Tensor | None) -> tuple[int, dict[str, float], 
         part = matrix[start : start + step]
         # Eight-bit floats have no comparison of their own.
         part = part.float() if part.is_floating_point() and part.element_size() == 1 else part
-        live = part != 0  # [rows, I]
+        live = (part != 0).contiguous()  # [rows, I]
         nonzero += int(live.sum())
-        for n, m in applicable:
-            follow[n, m] += int((live.reshape(-1, m).sum(-1) <= n).sum())
+        if applicable:
+            # Four bools, one byte each, are one integer; the product gathers their sum in its highest byte.
+            counts = (live.view(-1).view(torch.int32) * 0x01010101) >> 24
+            for n, m in applicable:
+                in_group = counts.view(-1, m // 4).sum(-1) if m > 4 else counts
+                follow[n, m] += int((in_group <= n).sum())
         if mask is not None:
             kept = mask[start : start + step]
             masked += int((~kept).sum())
@@ -368,11 +400,9 @@ def _totals(tensors: list[TensorReport]) -> Totals:
     return Totals(len(tensors), sum(t.numel for t in tensors), sum(t.zeros for t in tensors))
 
 
-def _natural(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
+def block_order(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
     """Sort key that puts ``layers.2`` before ``layers.10`` and what is in no block last."""
-    parts: list[tuple[bool, int | str]] = [
-        (p.isdigit(), int(p) if p.isdigit() else p) for p in name.split(".")
-    ]
+    parts: list[tuple[bool, int | str]] = [(p.isdigit(), int(p) if p.isdigit() else p) for p in name.split(".")]
     return name == "", parts
 
 
@@ -479,14 +509,14 @@ def _open_safetensors(path: Path, files: list[Path]) -> _Source:
         for file in files:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 -- not a dict
-                    yield name, lambda name=name, handle=handle: handle.get_tensor(name)
+                    yield name, partial(handle.get_tensor, name)
 
     model_type = _model_type(files[0].parent) if files else None
     return _Source(path, "safetensors", files, count, tensors, model_type=model_type)
 
 
 def _torch_load(path: Path) -> Any:
-    """Load without running code from the file; mapped into memory, so that tensors are read when looked at."""
+    """Load without running code from the file; mapped into memory: a tensor is read when looked at."""
     with _readable(path):
         # Only the zip format can be mapped; files written before torch 1.6 are read whole.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -531,7 +561,7 @@ def _from_state_dicts(path: Path, files: list[Path], states: list[Mapping[str, A
 
     def tensors() -> Iterator[tuple[str, Callable[[], Tensor]]]:
         for name, tensor in found.items():
-            yield name, lambda tensor=tensor: tensor.detach()
+            yield name, tensor.detach
 
     return _Source(path, "state dict", files, len(found), tensors, ties=ties)
 
@@ -582,8 +612,8 @@ def _layout(name: str) -> torch.layout:
 def _open_distributed(folder: Path) -> _Source:
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-    with _readable(folder / ".metadata"), (folder / ".metadata").open("rb") as file:
-        metadata = _MetadataUnpickler(file).load()
+    with _readable(folder / ".metadata"), (folder / ".metadata").open("rb") as stream:
+        metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata) or not metadata.storage_data:
             raise pickle.UnpicklingError("no index of tensors")
         entries = {
@@ -591,20 +621,23 @@ def _open_distributed(folder: Path) -> _Source:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        stored = {
-            (index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()
-        }
+        stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         wanted = _model_entries(entries, metadata.planner_data or {})
     # meta.pt is Lightning's: epoch, callbacks and all that is not sharded.
     meta = folder / "meta.pt"
     extra = _torch_load(meta) if meta.is_file() else {}
     callbacks = extra.get("callbacks") if isinstance(extra, Mapping) else None
-    names = {info.relative_path for key, info in stored.items() if key[0] in wanted.values()}
-    files = [_inside(folder, name) for name in sorted(names)]
+    sizes: dict[str, int] = {}
+    for info in stored.values():  # also those of optimizers: a shorter file is a damaged checkpoint
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+    files = [_inside(folder, name) for name in sorted(sizes)]
+    for file in files:
+        if file.stat().st_size < sizes[file.relative_to(folder).as_posix()]:
+            _fail(file, "is cut off; copy it again")
 
     def tensors() -> Iterator[tuple[str, Callable[[], Tensor]]]:
         for short, name in wanted.items():
-            yield short, lambda name=name: _distributed_tensor(folder, name, entries[name], stored)
+            yield short, partial(_distributed_tensor, folder, name, entries[name], stored)
 
     return _Source(
         folder,
@@ -639,14 +672,17 @@ def _distributed_tensor(
     folder: Path, name: str, entry: Any, stored: Mapping[tuple[str, tuple[int, ...]], Any]
 ) -> Tensor:
     """One tensor put together from the chunks that the ranks wrote."""
+    infos = {tuple(chunk.offsets): stored[name, tuple(chunk.offsets)] for chunk in entry.chunks}
+    # Before memory is taken for what a damaged index claims.
+    claimed = entry.size.numel() * entry.properties.dtype.itemsize
+    if claimed > sum(info.length for info in infos.values()):
+        raise EOFError(f"{claimed} bytes are more than its chunks hold")
     whole = torch.empty(entry.size, dtype=entry.properties.dtype)
     filled = 0
     for chunk in entry.chunks:
-        info = stored[name, tuple(chunk.offsets)]
+        info = infos[tuple(chunk.offsets)]
         if info.transform_descriptors:
-            _fail(
-                folder, f"{name!r} is compressed ({', '.join(info.transform_descriptors)}), which is not read"
-            )
+            _fail(folder, f"{name!r} is compressed ({', '.join(info.transform_descriptors)}), which is not read")
         with _inside(folder, info.relative_path).open("rb") as file:
             data = _slice(file, info.offset, info.length)
         part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -659,11 +695,11 @@ def _distributed_tensor(
 
 
 def _slice(file: BinaryIO, offset: int, length: int) -> bytes:
+    missing = offset + length - file.seek(0, io.SEEK_END)
+    if missing > 0 or min(offset, length) < 0:
+        raise EOFError(f"{Path(file.name).name} ends {missing} bytes early")
     file.seek(offset)
-    data = file.read(length)
-    if len(data) != length:
-        raise EOFError(f"{Path(file.name).name} ends {length - len(data)} bytes early")
-    return data
+    return file.read(length)
 
 
 # -------------------------------------------------------------------------------------- errors and masks
@@ -708,14 +744,39 @@ def _readable(path: Path, name: str | None = None) -> Iterator[None]:
 class _Masks:
     """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time."""
 
-    count = 0
+    def __init__(self, path: Path, packed: dict[str, Any]) -> None:
+        self._path = path
+        self._packed = packed
+        self.count = len(packed)
 
     @classmethod
-    def of(cls, callbacks: Mapping[str, Any]) -> _Masks | None:
-        return None
+    def of(cls, source: _Source) -> _Masks | None:
+        """The masks of all `WeightPruning` callbacks, or None without such a callback."""
+        states = [state for key, state in source.callbacks.items() if str(key).startswith("WeightPruning") and state]
+        if not states:
+            return None
+        packed: dict[str, Any] = {}
+        for state in states:
+            masks = state.get("masks") if isinstance(state, Mapping) else None
+            if not isinstance(masks, Mapping):
+                _fail(source.path, "the state of its WeightPruning callback holds no masks; it is damaged")
+            packed.update(masks)
+        return cls(source.path, packed)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return None
+        """The mask of a tensor, or None. Masks may be named from further inside the model than the tensor."""
+        parts = clean_name(name).split(".")
+        tails = (".".join(parts[start:]) for start in range(len(parts)))
+        found = next((tail for tail in tails if tail in self._packed), None)
+        if found is None:
+            return None
+        try:
+            mask = unpack_masks({found: self._packed[found]})[found]
+        except ValueError as error:
+            raise InspectionError(f"{self._path}: {error}") from error
+        if tuple(mask.shape) != shape:
+            _fail(self._path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
+        return mask
 
 
 # ------------------------------------------------------------------------------------------------- output
@@ -739,8 +800,8 @@ def render(inspection: Inspection, console: Console | None = None, all_tensors: 
     )
     console.print(_tensor_table(inspection) if all_tensors else _block_table(inspection))
     console.print(
-        f"[bold]{prunable.sparsity:.2%}[/bold] of {prunable.numel:,} prunable weights in {prunable.tensors} tensors "
-        f"are zero ({everything.sparsity:.2%} of all parameters); {_pattern_line(inspection)}",
+        f"[bold]{prunable.sparsity:.2%}[/bold] of {prunable.numel:,} prunable weights in {prunable.tensors} "
+        f"tensors are zero ({everything.sparsity:.2%} of all parameters); {_pattern_line(inspection)}",
         highlight=False,
     )
     if inspection.masks is not None:
@@ -753,9 +814,7 @@ def _pattern_line(inspection: Inspection) -> str:
     found = Counter(t.pattern for t in inspection.selected() if t.pattern)
     if not found:
         return "no N:M pattern"
-    return ", ".join(
-        f"{count} of {len(inspection.selected())} are {pattern}" for pattern, count in found.items()
-    )
+    return ", ".join(f"{count} of {len(inspection.selected())} are {pattern}" for pattern, count in found.items())
 
 
 def _mask_line(inspection: Inspection) -> str:
@@ -764,20 +823,25 @@ def _mask_line(inspection: Inspection) -> str:
     if inspection.resurrected:
         wrong = [t.name for t in inspection.tensors if t.mask and t.mask.resurrected]
         return (
-            f"[bold red]Masks broken:[/bold red] {inspection.resurrected:,} of {masked:,} masked weights are not zero, "
-            f"in {len(wrong)} tensors such as {_escape(wrong[0])}"
+            f"[bold red]Masks broken:[/bold red] {inspection.resurrected:,} of {masked:,} masked weights are not "
+            f"zero, in {len(wrong)} tensors such as {_escape(wrong[0])}"
         )
     missing = (inspection.masks or 0) - len(compared)
     note = f"; {missing} masks belong to no tensor here" if missing else ""
-    return f"[green]Masks kept:[/green] all {masked:,} weights masked by {len(compared)} stored masks are zero{note}"
+    kept = f"all {masked:,} weights masked by {len(compared)} stored masks are zero"
+    return f"[green]Masks kept:[/green] {kept}{note}"
 
 
 def _block_table(inspection: Inspection) -> Table:
-    """Blocks by kinds of layer, where they have the same kinds; otherwise sums by block."""
+    """Blocks by kinds of layer, where there are not too many kinds; otherwise sums by block."""
     chosen = inspection.selected()
-    kinds = list(dict.fromkeys(t.kind for t in chosen if t.block))
-    table = Table(title="Sparsity by block", title_justify="left")
-    table.add_column("block", no_wrap=True)
+    kinds = order_kinds(t.kind for t in chosen if t.block)
+    # One stack of blocks is named in the title, and its rows by number, which leaves room for the columns.
+    stacks = {t.block.rpartition(".")[0] for t in chosen if t.block}
+    stack = f"{stacks.pop()}." if len(stacks) == 1 and stacks != {""} else ""
+    title = f"Sparsity by block of {stack[:-1]}" if stack else "Sparsity by block"
+    table = Table(title=_escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("block", no_wrap=True, justify="right" if stack else "left")
     wide = 1 < len(kinds) <= 8
     if wide:
         for kind in kinds:
@@ -790,12 +854,12 @@ def _block_table(inspection: Inspection) -> Table:
         if wide:
             here = {k: _totals([t for t in chosen if t.block == block and t.kind == k]) for k in kinds}
             cells = [f"{h.sparsity:.1%}" if h.tensors else "" for h in here.values()]
-        table.add_row(_escape(block) or "(outside of blocks)", *cells, f"{totals.sparsity:.2%}")
+        table.add_row(_escape(block.removeprefix(stack)) or "other", *cells, f"{totals.sparsity:.2%}")
     return table
 
 
 def _tensor_table(inspection: Inspection) -> Table:
-    table = Table(title="Tensors", title_justify="left")
+    table = Table(title="Tensors", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("name", overflow="fold")
     for column in ("shape", "dtype", "zeros", "sparsity", "N:M", "prunable"):
         table.add_column(column, justify="right", no_wrap=column != "dtype")

@@ -6,14 +6,12 @@ Letters: B samples, T tokens, V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 
 
-def causal_lm_losses(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX
-) -> torch.Tensor:
+def causal_lm_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
     """Mean next-token cross-entropy of each sample.
 
     The shift is done here: the logits at position t are compared with the label at position t + 1; `labels`
@@ -47,9 +45,7 @@ def causal_lm_losses(
     return losses.sum(dim=1) / counts
 
 
-def next_token_losses(
-    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX
-) -> torch.Tensor:
+def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
     """Cross-entropy of every next token.
 
     Args:
@@ -72,7 +68,5 @@ def next_token_losses(
     scores = logits[:, :-1]
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()  # the sum over V loses too much in half precision
-    losses = F.cross_entropy(
-        scores.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none"
-    )
+    losses = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
     return losses.view(targets.shape)

@@ -108,8 +108,8 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return flat[: size.numel()].view(size)
 
 
-def _check_sum(bits: Tensor) -> int:
-    return zlib.crc32(bits.contiguous().cpu().numpy().tobytes())
+def _check_sum(bits: Tensor, shape: Sequence[int]) -> int:
+    return zlib.crc32(bits.contiguous().cpu().numpy().tobytes(), zlib.crc32(repr(tuple(shape)).encode()))
 
 
 def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
@@ -117,7 +117,7 @@ def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     state: dict[str, dict[str, Any]] = {}
     for name, mask in masks.items():
         bits = pack_mask(mask)
-        state[name] = {"bits": bits, "shape": list(mask.shape), "crc32": _check_sum(bits)}
+        state[name] = {"bits": bits, "shape": list(mask.shape), "crc32": _check_sum(bits, mask.shape)}
     return state
 
 
@@ -135,9 +135,10 @@ def unpack_masks(state: Mapping[str, Any]) -> Masks:
                 isinstance(bits, Tensor)
                 and bits.dtype == torch.uint8
                 and bits.shape == ((shape.numel() + 7) // 8,)
-                and _check_sum(bits) == crc32
+                and all(size >= 0 for size in shape)
+                and _check_sum(bits, shape) == crc32
             )
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"the saved mask of {name!r} is damaged: {error!r}") from error
         if not sound:
             raise ValueError(

@@ -101,7 +101,7 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class CubicSchedule(LinearSchedule):
-    """Sparsity grows fast at first, then ever slower: ``s * (1 - (1 - t)^3)`` (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1).
+    """Sparsity grows fast, then ever slower: ``s * (1 - (1 - t)^3)`` (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1).
 
     >>> CubicSchedule(start=0, end=100, every=10).fraction(50)
     0.875

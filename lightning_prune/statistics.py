@@ -6,6 +6,7 @@ delta the gradient of a sample's loss with respect to the output, ``[B, T, O]``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -89,23 +90,29 @@ class Accumulator:
     samples: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add_input(self, x: Tensor, keep: Tensor | None) -> None:
-        """Take in the inputs ``[B, T, I]`` of B samples; `keep` ``[B, T]`` marks real tokens."""
+    def input_increments(self, x: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
+        """What inputs ``[B, T, I]`` of B samples add to the sums; `keep` ``[B, T]`` marks real tokens."""
+        increments: dict[str, Tensor] = {}
         if INPUT_NORM in self.statistics:
-            self._add(INPUT_NORM, _squares(x, keep))
+            increments[INPUT_NORM] = _squares(x, keep)
         if HESSIAN in self.statistics:
             flat = x.reshape(-1, x.shape[-1])
-            flat = flat if keep is None else flat[keep.reshape(-1)]
-            flat = flat.float()  # [B*T, I]
-            if HESSIAN in self.sums:
-                self.sums[HESSIAN].addmm_(flat.t(), flat)
+            flat = (flat if keep is None else flat[keep.reshape(-1)]).float()  # [B*T, I]
+            increments[HESSIAN] = flat.t() @ flat
+        return increments
+
+    def add(self, increments: Mapping[str, Tensor]) -> None:
+        """Add to the sums; the increments stay the caller's."""
+        for name, value in increments.items():
+            if name in self.sums:
+                self.sums[name] += value
             else:
-                self.sums[HESSIAN] = flat.t() @ flat
+                self.sums[name] = value.clone()
 
     def add_output_gradient(self, delta: Tensor, scale: float) -> None:
         """Take in `scale` times the output gradients, ``[B, T, O]``."""
         if OUTPUT_GRAD_NORM in self.statistics:
-            self._add(OUTPUT_GRAD_NORM, _squares(delta, None).div_(scale * scale))
+            self.add({OUTPUT_GRAD_NORM: _squares(delta, None).div_(scale * scale)})
 
     def add_gradient(self, gradient: Tensor, scale: float) -> None:
         """Take in `scale` times the weight gradient of one sample, ``[O, I]``; it may be overwritten."""
@@ -123,14 +130,9 @@ class Accumulator:
             else:
                 aggregate.add_(term.abs())
 
-    def share_input(self, other: Accumulator) -> None:
-        """Use the input sums of a layer that has the same inputs."""
-        for name in self.statistics & FORWARD_STATISTICS:
-            self.sums[name] = other.sums[name]
-
-    def all_reduce(self, shared: frozenset[str] = frozenset()) -> None:
-        """Sum over all ranks; `shared` names sums that another layer owns and has reduced."""
-        for name in sorted(self.statistics - shared):
+    def all_reduce(self) -> None:
+        """Sum over all ranks."""
+        for name in sorted(self.statistics):
             dist.all_reduce(self.sums[name])
 
     def result(self, samples: int) -> LayerStatistics:
@@ -147,12 +149,6 @@ class Accumulator:
             else:
                 values[name] = total
         return LayerStatistics(samples=samples, **values)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        if name in self.sums:
-            self.sums[name] += value
-        else:
-            self.sums[name] = value
 
 
 def check_finite(name: str, statistics: LayerStatistics) -> None:

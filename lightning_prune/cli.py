@@ -1,0 +1,234 @@
+"""The command ``lightning-prune``: Lightning's fit, validate, test and predict, `inspect` and `quickstart`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+TRAINER_COMMANDS = {
+    "fit": "Train a model, with callbacks such as WeightPruning; takes --config FILE.yaml.",
+    "validate": "Run one evaluation over the validation set.",
+    "test": "Run one evaluation over the test set.",
+    "predict": "Run inference on the data.",
+}
+"""Commands that Lightning's own command line answers."""
+
+TRACEBACK_VARIABLE = "LIGHTNING_PRUNE_TRACEBACK"
+"""Environment variable: 1 shows where an error came from, in place of the one line."""
+
+_USER_ERROR = 2
+_INTERRUPTED = 130
+
+
+class _UserError(Exception):
+    """The command line is wrong; the message says how."""
+
+
+_KNOWN = (_UserError, ArgumentError)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        args: Arguments without the program's name; default those of the process.
+
+    Returns:
+        Exit status: 0, 2 after an error of the user (one line on stderr), 130 after Ctrl-C. Errors that are
+        nobody's input keep their traceback.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        if _is_for_trainer(arguments):
+            return _run_trainer(None if args is None else arguments)
+        return _run_own(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has gone (`... | head`). Python would complain once more on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as leaving:
+        # Lightning answers Ctrl-C by tearing down and leaving with 1.
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            return _INTERRUPTED
+        if leaving.code is None or isinstance(leaving.code, int):
+            return leaving.code or 0
+        print(leaving.code, file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not _is_of_the_user(error) or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            raise
+        own = isinstance(error, _KNOWN) or type(error).__module__.startswith("lightning_prune.")
+        hint = "" if own else f" ({TRACEBACK_VARIABLE}=1 shows where)"
+        print(f"lightning-prune: error: {_one_line(error)}{hint}", file=sys.stderr)
+        return _USER_ERROR
+
+
+def _is_for_trainer(arguments: Sequence[str]) -> bool:
+    """Whether to hand over to Lightning: its commands may follow options (``--config a.yaml fit``)."""
+    if not arguments or arguments[0] in ("inspect", "quickstart"):
+        return False
+    return arguments[0] in TRAINER_COMMANDS or (
+        arguments[0].startswith("-") and any(argument in TRAINER_COMMANDS for argument in arguments)
+    )
+
+
+def _is_of_the_user(error: Exception) -> bool:
+    # ValueError and TypeError are what every check of an argument raises, here and in Lightning.
+    if isinstance(error, (*_KNOWN, ValueError, TypeError, OSError)):
+        return True
+    return any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
+
+
+def _one_line(error: Exception) -> str:
+    """The message without what jsonargparse adds: types that were tried in vain, and the whole configuration."""
+    lines = []
+    for line in str(error).splitlines():
+        if line.strip().startswith(("Given value type:", "Given value:")):
+            continue
+        if "<class 'NoneType'>" in line or line.strip() == "Errors:":
+            continue
+        line = line.replace("Does not validate against any of the Union subtypes", "")
+        lines.append(line.strip().removeprefix("- "))
+    return " ".join(" ".join(lines).split()) or type(error).__name__
+
+
+# -- own commands ----------------------------------------------------------------------------------------------------
+
+
+def _run_own(arguments: list[str]) -> int:
+    parser = _own_parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return _USER_ERROR
+    config = parser.parse_args(arguments)
+    if config.subcommand == "inspect":
+        return _inspect(config.inspect)
+    if config.subcommand == "quickstart":
+        return _quickstart(config.quickstart)
+    raise _UserError(f"nothing to do for {config.subcommand!r}; see lightning-prune --help")
+
+
+def _own_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="lightning-prune",
+        description="Prune language models, and any PyTorch Lightning module, and keep them sparse.",
+        version=_version(),
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(required=False)
+
+    inspect = ArgumentParser(
+        description="Count the zeros of a checkpoint: sparsity, N:M structure, agreement with masks."
+    )
+    inspect.add_argument(
+        "path",
+        type=str,
+        help="transformers folder, .safetensors, Lightning .ckpt, state dict, or folder of a distributed checkpoint",
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    inspect.add_argument("--all", action="store_true", help="list every tensor, also those that are never pruned")
+    commands.add_subcommand("inspect", inspect, help="Count the zeros of a checkpoint.")
+
+    quickstart = ArgumentParser(
+        description="Train a small language model, prune it in several ways, retrain it; no downloads."
+    )
+    quickstart.add_argument("--output", type=str, default="quickstart", help="folder for models, results, picture")
+    quickstart.add_argument("--seed", type=int, default=0, help="of weights, data order and everything else")
+    quickstart.add_argument("--steps", type=int, default=300, help="training steps of the dense model")
+    quickstart.add_argument("--retrain_steps", type=int, default=75, help="training steps after pruning")
+    commands.add_subcommand("quickstart", quickstart, help="Train, prune and retrain a small model; no downloads.")
+
+    # Here for the list in --help alone: Lightning's parsers take seconds to build.
+    for name, line in TRAINER_COMMANDS.items():
+        commands.add_subcommand(name, ArgumentParser(description=line), help=line)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("lightning-prune")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def _inspect(config: Namespace) -> int:
+    import json
+
+    from lightning_prune.inspection import inspect, render
+
+    inspection = inspect(config.path)
+    if config.json:
+        print(json.dumps(inspection.to_dict(config.all), indent=2))
+    else:
+        render(inspection, all_tensors=config.all)
+    # For scripts: a checkpoint whose masked weights came back is not sound.
+    return 1 if inspection.resurrected else 0
+
+
+def _quickstart(config: Namespace) -> int:
+    from lightning_prune.quickstart import quickstart
+
+    quickstart(**config.as_dict())
+    return 0
+
+
+# -- Lightning's commands --------------------------------------------------------------------------------------------
+
+
+def _run_trainer(arguments: list[str] | None) -> int:
+    from pathlib import Path
+
+    import torch
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    # Named here, so that YAML files may write `class_path: WeightPruning`.
+    from lightning_prune import CausalLM, TextDataModule, WeightPruning
+    from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
+
+    known = (CausalLM, TextDataModule, WeightPruning, CubicSchedule, LinearSchedule, OneShot)
+    short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in known}
+
+    class PruneCLI(LightningCLI):
+        """Lightning's command line with a language model and text as what is trained unless something else is."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.set_defaults(
+                {
+                    "model": {"class_path": short_names["CausalLM"]},
+                    "data": {"class_path": short_names["TextDataModule"]},
+                }
+            )
+
+        def _parse_ckpt_path(self) -> None:
+            """Take the architecture from a checkpoint, also from one that no command line wrote."""
+            command = self.config[self.config["subcommand"]]
+            path = command.get("ckpt_path")
+            if not path or not Path(path).is_file():
+                return
+            try:
+                checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            except Exception as error:
+                raise _UserError(f"ckpt_path={path!r} cannot be loaded safely: {str(error).splitlines()[0]}") from error
+            hyper_parameters = dict(checkpoint.get("hyper_parameters") or {})
+            hyper_parameters.pop("_instantiator", None)
+            class_path = hyper_parameters.pop("_class_path", command.model.class_path)
+            if hyper_parameters:
+                model = {"class_path": class_path, "dict_kwargs": hyper_parameters}
+                self.config = self.parser.parse_object({self.config["subcommand"]: {"model": model}}, self.config)
+
+    PruneCLI(
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        # A second run into the same folder is what people do; the configuration is that of the last.
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "lightning-prune", "version": _version(), "exit_on_error": False},
+        args=arguments,
+    )
+    return 0

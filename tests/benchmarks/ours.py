@@ -1,0 +1,94 @@
+"""lightning_prune's side of every benchmark: the one place to adapt when its functions change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import common
+import torch
+from torch import Tensor, nn
+
+from lightning_prune import prune
+from lightning_prune.allocation import KFACAllocation, exact_counts, kfac_sparsities
+from lightning_prune.calibration import collect
+from lightning_prune.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
+from lightning_prune.scores import kfac_score
+from lightning_prune.targets import find_targets
+
+# What a sweep collects for each score.
+STATISTICS = {
+    "wanda": ("input_norm",),
+    "gblm": ("input_norm", "gradient_l2"),
+    "kfac": ("input_norm", "output_grad_norm"),
+}
+
+
+def ours_prune(
+    model: nn.Module,
+    sequences: Tensor,
+    score: str,
+    sparsity: float,
+    pattern: str,
+    batch_size: int = 4,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """`lightning_prune.prune` end to end: masks by parameter name, weights masked in place."""
+    return prune(
+        model,
+        common.batched(sequences, batch_size),
+        score=score,
+        sparsity=sparsity if pattern == "unstructured" else None,
+        pattern=pattern,
+        num_samples=len(sequences),
+        progress=False,
+        **options,
+    )
+
+
+def ours_sweep(model: nn.Module, sequences: Tensor, score: str, batch_size: int) -> dict[str, Any]:
+    """The calibration sweep of a score alone: statistics by parameter name."""
+    return collect(
+        model,
+        common.batched(sequences, batch_size),
+        find_targets(model, ignore=("lm_head",)),
+        STATISTICS[score],
+        num_samples=len(sequences),
+        progress=False,
+    )
+
+
+def ours_select(scores: Iterable[Tensor], sparsity: float, group: str) -> list[Tensor]:
+    """Selection alone; `group` is "row", "layer" or an N:M pattern."""
+    if group == "row":
+        return [lowest_in_rows(s, s.shape[0] * int(sparsity * s.shape[1])) for s in scores]
+    if group == "layer":
+        return [lowest_in_layer(s, int(sparsity * s.numel())) for s in scores]
+    pattern = parse_pattern(group)
+    return [nm_mask(s, pattern) for s in scores]
+
+
+class OursKfac:
+    """kfac masks of many settings from the statistics of one sweep over the dense model."""
+
+    def __init__(self, model: nn.Module, sequences: Tensor, batch_size: int) -> None:
+        self.targets = find_targets(model, ignore=("lm_head",))
+        self.statistics = ours_sweep(model, sequences, "kfac", batch_size)
+        self.shares: dict[float, dict[str, float]] = {}
+
+    @torch.no_grad()
+    def masks(self, sparsity: float, gamma: float, mix: float, low: float, high: float) -> dict[str, Tensor]:
+        """Masks by parameter name; the weights must be the dense ones."""
+        if sparsity not in self.shares:  # shares don't depend on the settings: mix=1 without clamp shows them
+            raw = KFACAllocation(mix=1.0, low=0.0, high=1.0)
+            self.shares[sparsity] = kfac_sparsities(self.targets, self.statistics, sparsity, raw)
+        wanted = {
+            name: mix * min(max(share, low), high) + (1 - mix) * sparsity
+            for name, share in self.shares[sparsity].items()
+        }
+        counts = exact_counts(self.targets, wanted, int(sparsity * sum(t.numel for t in self.targets)), {})
+        masks = {}
+        for target in self.targets:
+            score = kfac_score(target.matrix().float(), self.statistics[target.name], gamma)
+            masks[target.name] = target.to_parameter(lowest_in_layer(score, counts[target.name]))
+        return masks

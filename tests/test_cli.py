@@ -1,0 +1,285 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from lightning_prune import CausalLM
+from lightning_prune.cli import main
+from lightning_prune.inspection import inspect
+from lightning_prune.masks import pack_masks
+from lightning_prune.text_data import EMBEDDED
+
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A training of two steps; model and data class are the defaults."""
+    text = tmp_path / "text.txt"
+    text.write_text(EMBEDDED["austen"].read_text(encoding="utf-8")[20_000:40_000], encoding="utf-8")
+    data = {"source": str(text), "vocab_size": 320, "block_size": 32, "batch_size": 2}
+    pruning = {"class_path": "WeightPruning", "init_args": {"score": "magnitude", "sparsity": 0.5}}
+    content = {
+        "seed_everything": 1,
+        "model": {"init_args": {"config": TINY}},
+        "data": {"init_args": data | {"cache_dir": str(tmp_path / "cache")}},
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 2,
+            "limit_val_batches": 1,
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": str(tmp_path / "run"),
+            "callbacks": [pruning],
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def run(*args):
+    command = [sys.executable, "-c", "import sys; from lightning_prune.cli import main; sys.exit(main())", *args]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def write_model(folder):
+    weight = torch.ones(8, 8)
+    weight[:, ::2] = 0
+    save_file({"layers.0.fc.weight": weight, "embed.weight": torch.ones(4, 8)}, folder / "model.safetensors")
+    return folder
+
+
+# -- inspect
+
+
+def test_inspect_prints_tables_and_json(tmp_path, capsys):
+    write_model(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "50.00% of 64 prunable weights" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    out = capsys.readouterr()
+    plain = json.loads(out.out)
+    assert plain == inspect(tmp_path).to_dict()
+    assert out.err == ""
+    assert main(["inspect", str(tmp_path), "--json", "--all"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tensors"]) == 2
+
+
+def test_inspect_fails_where_masks_are_broken(tmp_path, capsys):
+    masks = pack_masks({"fc.weight": torch.zeros(4, 4, dtype=torch.bool)})
+    checkpoint = {
+        "pytorch-lightning_version": "2.6.0",
+        "state_dict": {"fc.weight": torch.eye(4)},
+        "callbacks": {"WeightPruning": {"masks": masks}},
+    }
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    assert main(["inspect", str(tmp_path / "a.ckpt")]) == 1
+    assert "4 of 16 masked weights are not zero" in " ".join(capsys.readouterr().out.split())
+
+
+def test_inspect_starts_without_lightning_and_transformers(tmp_path):
+    write_model(tmp_path)
+    code = (
+        "import sys\nfrom lightning_prune.cli import main\n"
+        f"assert main(['inspect', {str(tmp_path)!r}, '--json']) == 0\n"
+        "heavy = {'lightning', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+# -- errors, version, help
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect"], "inspect.path"),
+        (["inspect", "/no/such/path"], "does not exist"),
+        (["inspect", "x", "--nonsense"], "nonsense"),
+        (["prune"], "invalid choice"),
+        (["quickstart", "--seed", "x"], "seed"),
+        (["quickstart", "--steps", "0"], "steps=0 must be at least 1"),
+        (["fit", "--config", "/no/such.yaml"], "File does not exist"),
+        (["fit"], "Exactly one of model and config"),
+        (["fit", "--model.learning_rat", "1"], "learning_rat"),
+        (["fit", "--model.learning_rate", "fast"], "learning_rate"),
+        (["fit", "--model.learning_rate", "-1", "--model.model", "gpt2"], "must be above 0"),
+        (["fit", "--trainer.callbacks+=WeightPruning", "--trainer.callbacks.score=best"], "best"),
+        (["fit", "--trainer.callbacks+=WeightPruning", "--trainer.callbacks.sparcity=0.5"], "sparcity"),
+        (["validate", "--ckpt_path", "/no/such.ckpt", "--model.config", json.dumps(TINY)], "no/such.ckpt"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_2(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if args[0] == "validate":
+        args = [*args, "--data.vocab_size=320", "--data.block_size=32", f"--data.cache_dir={tmp_path}"]
+    assert main(args) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("lightning-prune: error: ")
+    assert message in lines[0]
+    assert "NoneType" not in lines[0]
+
+
+def test_the_process_prints_no_traceback():
+    done = run("inspect", "/no/such/path")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("LIGHTNING_PRUNE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="does not exist"):
+        main(["inspect", "/no/such/path"])
+
+
+def test_errors_that_are_nobodys_input_are_not_hidden(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("lightning_prune.inspection.inspect", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["inspect", "x"])
+
+
+def test_version_and_help(capsys):
+    assert main(["--version"]) == 0
+    assert version("lightning-prune") in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "inspect", "quickstart"):
+        assert command in text
+    assert main([]) == 2
+    assert "inspect" in capsys.readouterr().err
+    assert main(["fit", "--help"]) == 0
+    assert "--trainer.max_steps" in capsys.readouterr().out
+
+
+# -- Lightning's commands
+
+
+def test_fit_validate_resume_and_export(config, tmp_path, capsys):
+    assert main(["fit", "--config", str(config)]) == 0
+    (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
+    inspection = inspect(checkpoint)
+    assert (inspection.sparsity, inspection.masks, inspection.resurrected) == (0.5, 14, 0)
+
+    # The options may come before the command, as Lightning allows; the second run writes where the first did.
+    assert main(["--config", str(config), "fit", "--ckpt_path", str(checkpoint), "--trainer.max_steps=4"]) != 1
+    capsys.readouterr()
+    # The architecture comes from the checkpoint.
+    data = yaml.safe_load(config.read_text())["data"]["init_args"]
+    options = [f"--data.{name}={value}" for name, value in data.items()]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.limit_val_batches=2", "--trainer.logger=false"]
+    trainer.append(f"--trainer.default_root_dir={tmp_path / 'other'}")
+    assert main(["validate", "--ckpt_path", str(checkpoint), *options, *trainer]) == 0
+    assert "val_perplexity" in capsys.readouterr().out
+
+    module = CausalLM.load_from_checkpoint(checkpoint, weights_only=True)
+    module.save_pretrained(tmp_path / "exported")
+    assert inspect(tmp_path / "exported").sparsity == 0.5
+
+
+def test_resume_from_the_command_line(config, tmp_path):
+    assert main(["fit", "--config", str(config)]) == 0
+    (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
+    command = ["fit", "--config", str(config), "--ckpt_path", str(checkpoint), "--trainer.max_steps=4"]
+    assert main(command) == 0
+    resumed = next(path for path in (tmp_path / "run").rglob("*.ckpt") if "step=4" in path.name)
+    inspection = inspect(resumed)
+    assert (inspection.sparsity, inspection.resurrected) == (0.5, 0)
+
+
+def test_a_checkpoint_that_no_command_line_wrote(config, tmp_path, capsys):
+    """Its hyper-parameters name no class; the model's class is the configured one."""
+    import lightning as L
+
+    module = CausalLM(config=TINY)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert main(["validate", "--config", str(config), "--ckpt_path", str(tmp_path / "a.ckpt")]) == 0
+
+
+MODULE = """
+import lightning as L, torch
+
+class Toy(L.LightningModule):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.fc = torch.nn.Linear(width, width)
+    def training_step(self, batch, batch_idx):
+        return self.fc(batch).square().mean()
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(8, 8), batch_size=2)
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+"""
+
+
+def test_any_module_and_no_data_module(tmp_path, monkeypatch):
+    (tmp_path / "toy_module_of_the_test.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--model=toy_module_of_the_test.Toy",
+        "--data=null",
+        "--trainer.accelerator=cpu",
+        "--trainer.max_steps=2",
+        "--trainer.callbacks+=WeightPruning",
+        "--trainer.callbacks.score=wanda",
+        "--trainer.callbacks.num_samples=4",
+        "--trainer.logger=false",
+    ]
+    assert main(["fit", *options]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert inspect(checkpoint).resurrected == 0
+    assert inspect(checkpoint).sparsity == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_ctrl_c_exits_130(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    content["trainer"] |= {"max_steps": 1_000_000, "limit_val_batches": 0}
+    content["model"]["init_args"]["lr_schedule"] = "constant"
+    config.write_text(yaml.safe_dump(content))
+    command = [sys.executable, "-c", "import sys; from lightning_prune.cli import main; sys.exit(main())"]
+    process = subprocess.Popen(
+        [*command, "fit", "--config", str(config)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    saved = Path(tmp_path / "run" / "config.yaml")
+    deadline = time.monotonic() + 240
+    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, error
+    assert "Traceback" not in error

@@ -1,0 +1,350 @@
+"""CausalLM: loading, optimization, checkpoints, saving."""
+
+import math
+import os
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lightning_prune.evaluation import perplexity
+from lightning_prune.language_model import CausalLM, decay_groups, learning_rate_factor
+from lightning_prune.text_data import TextDataModule
+
+GGUF = os.environ.get("LIGHTNING_PRUNE_SMOLLM2")
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    module = TextDataModule(
+        "austen",
+        sample_by="paragraph",
+        vocab_size=400,
+        block_size=32,
+        batch_size=2,
+        cache_dir=str(tmp_path_factory.mktemp("cache")),
+    )
+    module.setup("fit")
+    return module
+
+
+@pytest.fixture
+def batch(data):
+    return next(iter(data.val_dataloader()))
+
+
+def trainer(tmp_path, **kwargs):
+    options = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": tmp_path,
+        "max_steps": 2,
+        "limit_val_batches": 3,
+    }
+    return L.Trainer(**{**options, **kwargs})
+
+
+def random_model(**kwargs):
+    torch.manual_seed(0)
+    return CausalLM(config=LLAMA, **kwargs)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A pretrained model without a tokenizer."""
+    torch.manual_seed(1)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+def assert_same_weights(a, b):
+    for (name, p), (other, q) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(p, q), name
+
+
+# ---- construction
+
+
+def test_from_folder_and_from_config(folder, tmp_path):
+    pretrained = CausalLM(str(folder))
+    assert_same_weights(pretrained.model, AutoModelForCausalLM.from_pretrained(folder))
+    assert all(module.training for module in pretrained.modules())
+    assert pretrained.tokenizer is None
+    shapes = {name: p.shape for name, p in pretrained.named_parameters()}
+    for config in (LLAMA, LlamaConfig(**LLAMA).to_dict(), str(folder), str(folder / "config.json")):
+        random = CausalLM(config=config)
+        assert {name: p.shape for name, p in random.named_parameters()} == shapes
+        assert not torch.equal(random.model.lm_head.weight, pretrained.model.lm_head.weight)
+
+
+def test_dtype_and_attention(folder):
+    for kwargs in ({"model": str(folder)}, {"config": LLAMA}):
+        model = CausalLM(**kwargs, dtype="bfloat16", attn_implementation="eager")
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert model.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "Exactly one of model and config"),
+        ({"model": "a", "config": LLAMA}, "Exactly one of model and config"),
+        ({"config": LLAMA, "gguf_file": "a.gguf"}, "gguf_file='a.gguf' needs model"),
+        ({"config": {"hidden_size": 64}}, "lacks the field 'model_type'"),
+        ({"config": {"model_type": "lama"}}, "not a configuration of transformers"),
+        ({"config": {"model_type": "vit"}}, "model_type='vit', which is no causal language model"),
+        ({"config": {**LLAMA, "dtype": torch.float32}}, "config must hold plain values only"),
+        ({"config": LlamaConfig(**LLAMA)}, r"received LlamaConfig. Pass config.to_dict\(\)"),
+        ({"config": LLAMA, "dtype": "float8"}, "dtype='float8' is not known. Use one of 'float32'"),
+        ({"config": LLAMA, "lr_schedule": "step"}, "lr_schedule='step' is not known"),
+        ({"config": LLAMA, "learning_rate": 0.0}, "learning_rate=0.0 is out of range"),
+        ({"config": LLAMA, "weight_decay": -1.0}, "weight_decay=-1.0 is out of range"),
+        ({"config": LLAMA, "betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) is out of range"),
+        ({"config": LLAMA, "warmup_steps": -1}, "warmup_steps=-1 is out of range"),
+        ({"config": LLAMA, "warmup_ratio": 1.0}, "warmup_ratio=1.0 is out of range"),
+        ({"config": LLAMA, "warmup_ratio": 0.1, "warmup_steps": 1}, "exclude each other"),
+        ({"config": LLAMA, "min_lr_ratio": 2.0}, "min_lr_ratio=2.0 is out of range"),
+    ],
+)
+def test_argument_errors(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        CausalLM(**kwargs)
+
+
+def test_path_errors(folder):
+    with pytest.raises(FileNotFoundError, match=r"model='./missing' is not an existing"):
+        CausalLM("./missing")
+    with pytest.raises(FileNotFoundError, match=r"model='missing.gguf' is not an existing"):
+        CausalLM("missing.gguf")
+    with pytest.raises(FileNotFoundError, match=r"gguf_file='.*a.gguf' is not an existing"):
+        CausalLM(str(folder), gguf_file="a.gguf")
+    with pytest.raises(FileNotFoundError, match=r"config='./missing.json'"):
+        CausalLM(config="./missing.json")
+    with pytest.raises(ValueError, match=r"only \.gguf files are loaded directly"):
+        CausalLM(str(folder / "config.json"))
+    (folder / "a.gguf").touch()
+    with pytest.raises(ValueError, match="already names a GGUF file"):
+        CausalLM(str(folder / "a.gguf"), gguf_file="b.gguf")
+
+
+# ---- losses
+
+
+def test_losses_ignore_padding(batch):
+    model = random_model().eval()
+    padded = {
+        "input_ids": torch.cat([batch["input_ids"], torch.zeros(2, 3, dtype=torch.long)], 1),
+        "attention_mask": torch.tensor([[1] * 32 + [0] * 3] * 2),
+    }
+    expected = model.calibration_loss(batch)
+    assert expected.shape == (2,)
+    assert expected.requires_grad
+    torch.testing.assert_close(model.calibration_loss(padded), expected)
+    padded["labels"] = padded["input_ids"]
+    torch.testing.assert_close(model.calibration_loss(padded), expected)
+    reference = model.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    torch.testing.assert_close(expected.mean(), reference)
+
+
+def test_logged_values_are_means_over_tokens(tmp_path, data):
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(400, (n,), generator=generator) for n in (5, 32, 11)]
+    loader = DataLoader([{"input_ids": row, "labels": row} for row in rows], batch_size=1)
+    model = random_model()
+    run = trainer(tmp_path)
+    run.validate(model, loader, verbose=False)
+    reference = perplexity(model, rows)
+    assert run.callback_metrics["val_loss"].item() == pytest.approx(reference.nll, rel=1e-6)
+    assert run.callback_metrics["val_perplexity"].item() == pytest.approx(reference.perplexity, rel=1e-5)
+    run.test(model, loader, verbose=False)
+    assert run.callback_metrics["test_loss"].item() == pytest.approx(reference.nll, rel=1e-6)
+
+
+# ---- optimization
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_factor(schedule):
+    for step in range(25):
+        p = min(1.0, (step - 5) / 15)
+        shape = {"constant": 1.0, "linear": 1 - p, "cosine": 0.5 * (1 + math.cos(math.pi * p))}[schedule]
+        floor = 1.0 if schedule == "constant" else 0.1 + 0.9 * shape
+        expected = (step + 1) / 5 if step < 5 else floor
+        assert learning_rate_factor(step, 20, 5, schedule, 0.1) == pytest.approx(expected)
+
+
+def test_decay_groups():
+    model = random_model().model
+    for tied in (False, True):
+        if tied:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        model.model.layers[0].mlp.up_proj.weight.requires_grad = False
+        decayed, kept = decay_groups(model, 0.1)
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+        kept_names = {names[id(p)] for p in kept["params"]}
+        assert kept_names == {n for n in names.values() if "norm" in n or "embed" in n}
+        rest = {n for n in names.values() if n.endswith("_proj.weight")} | {"lm_head.weight"}
+        rest -= {"model.layers.0.mlp.up_proj.weight"} | ({"lm_head.weight"} if tied else set())
+        assert {names[id(p)] for p in decayed["params"]} == rest
+
+
+class Rates(Callback):
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("kwargs", [{"warmup_steps": 2}, {"warmup_ratio": 0.4}])
+def test_schedule_follows_optimizer_steps(tmp_path, data, kwargs):
+    rates = Rates()
+    run = trainer(tmp_path, max_steps=5, accumulate_grad_batches=2, callbacks=[rates], limit_val_batches=0)
+    run.fit(random_model(learning_rate=0.01, **kwargs), datamodule=data)
+    assert rates.rates == pytest.approx([0.01 * learning_rate_factor(i, 5, 2) for i in range(5)])
+
+
+def test_unlimited_training_needs_a_constant_schedule(tmp_path, data):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = True
+
+    unlimited = {"max_steps": -1, "max_epochs": -1, "callbacks": [Stop()], "limit_val_batches": 0}
+    with pytest.raises(ValueError, match=r"lr_schedule='cosine' .* unlimited here. Set max_steps"):
+        trainer(tmp_path, **unlimited).fit(random_model(), datamodule=data)
+    trainer(tmp_path, **unlimited).fit(random_model(lr_schedule="constant", warmup_steps=3), datamodule=data)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing": True}, {"fused": True, "weight_decay": 0.1}])
+def test_fit(tmp_path, data, kwargs):
+    model = random_model(learning_rate=3e-3, lr_schedule="constant", **kwargs)
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert checkpointing == kwargs.get("gradient_checkpointing", False)
+    run = trainer(tmp_path, max_steps=30, val_check_interval=30)
+    run.validate(model, datamodule=data, verbose=False)
+    before = run.callback_metrics["val_loss"]
+    run.fit(model, datamodule=data)
+    metrics = run.callback_metrics
+    assert metrics["val_loss"] < before - 0.3
+    assert metrics["val_perplexity"].item() == pytest.approx(math.exp(metrics["val_loss"]), rel=1e-5)
+    assert {"train_loss", "val_loss", "val_perplexity"} <= set(metrics)
+    assert model.tokenizer is data.tokenizer
+
+
+def test_gradient_checkpointing_changes_nothing(batch):
+    gradients = []
+    for checkpointing in (False, True):
+        model = random_model(gradient_checkpointing=checkpointing)
+        model.calibration_loss(batch).mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- data module and tokenizer
+
+
+def test_tokenizer_and_blocks_must_fit(tmp_path, data):
+    with pytest.raises(ValueError, match="400 tokens, more than the model's 399 embeddings"):
+        trainer(tmp_path).fit(CausalLM(config={**LLAMA, "vocab_size": 399}), datamodule=data)
+    with pytest.raises(ValueError, match=r"block_size=32 .* exceeds the model's 16 positions"):
+        trainer(tmp_path).fit(CausalLM(config={**LLAMA, "max_position_embeddings": 16}), datamodule=data)
+
+
+def test_own_tokenizer_is_kept(tmp_path, data):
+    data.tokenizer.save_pretrained(tmp_path / "own")
+    model = random_model(tokenizer=str(tmp_path / "own"))
+    trainer(tmp_path).fit(model, datamodule=data)
+    assert model.tokenizer is not data.tokenizer
+    assert model.tokenizer.name_or_path == str(tmp_path / "own")
+
+
+# ---- checkpoints and saving
+
+
+@pytest.mark.parametrize("origin", ["config", "folder"])
+def test_checkpoint_round_trip(tmp_path, data, batch, folder, origin):
+    model = random_model(learning_rate=0.01) if origin == "config" else CausalLM(str(folder))
+    run = trainer(tmp_path)
+    run.fit(model, datamodule=data)
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    for file in folder.iterdir():  # a checkpoint must not need the folder it started from
+        file.unlink()
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "model.ckpt", weights_only=True)
+    assert_same_weights(loaded, model)
+    assert loaded.hparams["learning_rate"] == model.hparams["learning_rate"]
+    assert loaded.hparams["model"] is None
+    assert loaded.tokenizer.get_vocab() == data.tokenizer.get_vocab()
+    torch.testing.assert_close(loaded(batch["input_ids"]), model(batch["input_ids"]), rtol=0, atol=0)
+    # saved once more, and resumed
+    again = trainer(tmp_path, max_steps=3)
+    again.fit(loaded, datamodule=data, ckpt_path=tmp_path / "model.ckpt", weights_only=True)
+    assert again.global_step == 3
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    assert_same_weights(CausalLM.load_from_checkpoint(tmp_path / "again.ckpt", weights_only=True), loaded)
+
+
+def test_checkpoint_follows_a_changed_architecture(tmp_path, data):
+    model = random_model()
+    run = trainer(tmp_path)
+    run.fit(model, datamodule=data)
+    model.model.model.layers = model.model.model.layers[:1]
+    model.model.config.num_hidden_layers = 1
+    model.model.config.layer_types = None
+    run.save_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "small.ckpt", weights_only=True)
+    assert_same_weights(loaded, model)
+
+
+def test_save_pretrained(tmp_path, data, batch):
+    model = random_model()
+    model.save_pretrained(tmp_path / "without")
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+    model.tokenizer = data.tokenizer
+    model.model.model.layers[0].mlp.up_proj.weight.data[::2] = 0
+    model.save_pretrained(tmp_path / "with")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    assert_same_weights(loaded, model.model)
+    torch.testing.assert_close(loaded(batch["input_ids"]).logits, model.eval()(batch["input_ids"]))
+    assert AutoTokenizer.from_pretrained(tmp_path / "with").get_vocab() == data.tokenizer.get_vocab()
+    assert CausalLM(str(tmp_path / "with")).tokenizer.get_vocab() == data.tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(GGUF is None, reason="LIGHTNING_PRUNE_SMOLLM2 does not name the GGUF file of SmolLM2-135M")
+def test_gguf(tmp_path):
+    model = CausalLM(GGUF)
+    same = CausalLM(os.path.dirname(GGUF), gguf_file=os.path.basename(GGUF), dtype="bfloat16")
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    text = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    assert same.tokenizer(text)["input_ids"] == ids[0].tolist()
+    assert perplexity(model, ids, seq_len=ids.shape[1]).perplexity < 40  # 26.2; a wrong layout gives thousands
+    model.save_pretrained(tmp_path / "plain")
+    loaded = CausalLM(str(tmp_path / "plain"))
+    assert_same_weights(loaded.model, model.model)
+    assert loaded.tokenizer(text)["input_ids"] == ids[0].tolist()
+    checkpoint = {"hyper_parameters": dict(model.hparams)}
+    model.on_save_checkpoint(checkpoint)
+    rebuilt = CausalLM(**checkpoint["hyper_parameters"])
+    rebuilt.load_state_dict(model.state_dict())
+    assert_same_weights(rebuilt.model, model.model)
+    assert rebuilt.tokenizer(text)["input_ids"] == ids[0].tolist()

@@ -1,0 +1,236 @@
+"""Masks on weights and in files: exact round trips, and damage that is found and named."""
+
+import copy
+import io
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_prune.masks import (
+    apply_masks,
+    mask_sparsity,
+    masks_from_zeros,
+    pack_mask,
+    pack_masks,
+    uninterrupted,
+    unpack_mask,
+    unpack_masks,
+)
+from lightning_prune.targets import find_targets
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 10**6), st.booleans())
+def test_packing_round_trip(shape, density, seed, transposed):
+    mask = torch.from_numpy(np.random.default_rng(seed).random(shape) < density)
+    if transposed:
+        mask = mask.transpose(0, -1)
+    packed = pack_mask(mask)
+    assert packed.dtype == torch.uint8
+    np.testing.assert_array_equal(packed.numpy(), np.packbits(mask.numpy().reshape(-1)))
+    assert torch.equal(unpack_mask(packed, mask.shape), mask)
+
+
+def some_masks():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a.weight": torch.rand(7, 9, generator=generator) < 0.5,
+        "b.weight": torch.rand(3, 2, 3, 3, generator=generator) < 0.3,
+    }
+
+
+def test_state_survives_a_checkpoint_file_loaded_with_weights_only():
+    masks = some_masks()
+    file = io.BytesIO()
+    torch.save({"state": pack_masks(masks)}, file)
+    file.seek(0)
+    loaded = unpack_masks(torch.load(file, weights_only=True)["state"])
+    assert list(loaded) == list(masks)
+    assert all(torch.equal(loaded[name], masks[name]) for name in masks)
+    assert all(mask.dtype == torch.bool for mask in loaded.values())
+
+
+def flip_bit(entry):
+    entry["bits"][2] ^= 16
+
+
+def truncate(entry):
+    entry["bits"] = entry["bits"][:-1]
+
+
+def lengthen(entry):
+    entry["bits"] = torch.cat([entry["bits"], torch.zeros(1, dtype=torch.uint8)])
+
+
+def wrong_dtype(entry):
+    entry["bits"] = entry["bits"].to(torch.int8)
+
+
+def not_a_tensor(entry):
+    entry["bits"] = entry["bits"].tolist()
+
+
+def wrong_crc(entry):
+    entry["crc32"] += 1
+
+
+def larger_shape(entry):
+    entry["shape"] = [7, 99]
+
+
+def negative_shape(entry):
+    entry["shape"] = [-7, -9]
+
+
+def text_shape(entry):
+    entry["shape"] = ["7", "9"]
+
+
+def scalar_shape(entry):
+    entry["shape"] = 63
+
+
+def no_crc(entry):
+    del entry["crc32"]
+
+
+def no_bits(entry):
+    del entry["bits"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_bit,
+        truncate,
+        lengthen,
+        wrong_dtype,
+        not_a_tensor,
+        wrong_crc,
+        larger_shape,
+        negative_shape,
+        text_shape,
+        scalar_shape,
+        no_crc,
+        no_bits,
+    ],
+)
+def test_damage_is_refused_naming_the_parameter(damage):
+    state = pack_masks(some_masks())
+    damage(state["a.weight"])
+    with pytest.raises(ValueError, match=r"the saved mask of 'a\.weight' is damaged"):
+        unpack_masks(state)
+
+
+@pytest.mark.parametrize("entry", [None, 3, "mask", [1, 2], torch.ones(8, dtype=torch.uint8)])
+def test_an_entry_of_another_kind_is_refused_naming_the_parameter(entry):
+    with pytest.raises(ValueError, match=r"the saved mask of 'a\.weight' is damaged"):
+        unpack_masks({"a.weight": entry})
+
+
+def two_layers(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 4)).to(dtype)
+
+
+def random_masks(model):
+    return {f"{i}.weight": torch.rand(model[i].weight.shape) < 0.5 for i in (0, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_apply_masks_writes_positive_zeros_and_nothing_else(dtype):
+    model = two_layers(dtype)
+    masks = random_masks(model)
+    with torch.no_grad():
+        for value in (math.inf, -math.inf, math.nan, -1.0, -0.0):
+            model[0].weight[~masks["0.weight"]] = torch.tensor(value, dtype=dtype)
+            before = copy.deepcopy(model)
+            apply_masks(model, masks)
+            for i in (0, 2):
+                weight, mask = model[i].weight, masks[f"{i}.weight"]
+                assert (weight.view(torch.uint8).view(*weight.shape, -1)[~mask] == 0).all()
+                assert torch.equal(weight[mask], before[i].weight[mask])
+                assert torch.equal(model[i].bias, before[i].bias)
+
+
+def test_apply_masks_to_a_compiled_model():
+    model = two_layers()
+    masks = random_masks(model)
+    apply_masks(torch.compile(model, backend="eager"), masks)
+    assert torch.equal(model[0].weight != 0, masks["0.weight"])
+
+
+def test_masks_of_another_model_change_nothing():
+    model = two_layers()
+    before = copy.deepcopy(model.state_dict())
+    good = random_masks(model)
+    for bad, message in [
+        ({**good, "5.weight": good["0.weight"]}, r"mask for '5\.weight', but Sequential has no such parameter"),
+        ({**good, "2.weight": good["0.weight"]}, r"mask of '2\.weight' has shape \(7, 9\), the parameter \(4, 7\)"),
+        ({**good, "2.weight": good["2.weight"].float()}, r"mask of '2\.weight' has dtype torch\.float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            apply_masks(model, bad)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_mask_sparsity_counts_over_all_masks():
+    masks = {"a": torch.tensor([True, False, False, False]), "b": torch.ones(12, dtype=torch.bool)}
+    assert mask_sparsity(masks) == pytest.approx(3 / 16)
+    assert mask_sparsity({}) == 0.0
+
+
+def test_masks_from_zeros():
+    model = two_layers()
+    targets = find_targets(model)
+    with pytest.raises(ValueError, match="none of the 2 layers has one"):
+        masks_from_zeros(targets)
+    with torch.no_grad():
+        model[0].weight[0, :3] = 0.0
+        model[0].weight[0, 4] = -0.0
+    masks = masks_from_zeros(targets)
+    assert (~masks["0.weight"]).nonzero().tolist() == [[0, 0], [0, 1], [0, 2], [0, 4]]
+    assert masks["2.weight"].all()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_until_the_block_is_done(number):
+    steps, received = [], []
+    previous = signal.signal(number, lambda n, frame: received.append((n, len(steps))))
+    try:
+        with uninterrupted():
+            steps.append("before")
+            os.kill(os.getpid(), number)
+            steps.append("after")
+        assert received == [(number, 2)]
+        os.kill(os.getpid(), number)  # the old handler is back
+        assert len(received) == 2
+    finally:
+        signal.signal(number, previous)
+
+
+def test_an_interrupt_during_apply_masks_leaves_no_half_pruned_model(monkeypatch):
+    model = two_layers()
+    masks = random_masks(model)
+    original = torch.Tensor.masked_fill_
+    calls = []
+
+    def interrupting(self, *args):
+        calls.append(1)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "masked_fill_", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        apply_masks(model, masks)
+    assert len(calls) == 2
+    for i in (0, 2):
+        assert torch.equal(model[i].weight != 0, masks[f"{i}.weight"])

@@ -1,0 +1,124 @@
+"""Every recipe is parsed and run through the command line, shortened, on a tiny model and text."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_prune import CausalLM
+from lightning_prune.cli import main
+from lightning_prune.inspection import inspect
+from lightning_prune.text_data import EMBEDDED
+from lightning_prune.tokenization import trained_tokenizer
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+# What the checkpoint of each recipe must hold: sparsity of the prunable weights, pattern.
+EXPECTED = {
+    "gblm_smollm2": (0.5, None),
+    "gradual_magnitude": (0.8, None),
+    "kfac_ddp": (0.5, None),
+    "kfac_smollm2": (0.5, None),
+    "quickstart": (0.5, None),
+    "sparse_finetune": (0.5, "2:4"),
+    "wanda_2to4_smollm2": (0.5, "2:4"),
+}
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A text, and two model folders with a tokenizer: dense, and 2:4."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = EMBEDDED["austen"].read_text(encoding="utf-8")[20_000:60_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer = trained_tokenizer([text], 320, folder / "tokenizers")
+    torch.manual_seed(0)
+    module = CausalLM(config=TINY)
+    module.tokenizer = tokenizer
+    module.save_pretrained(folder / "dense")
+    for layer in module.model.modules():
+        if isinstance(layer, torch.nn.Linear) and layer is not module.model.lm_head:
+            layer.weight.data[:, 0::2] = 0
+    module.save_pretrained(folder / "2to4")
+    return folder
+
+
+def shortened(recipe, tiny, folder):
+    """The recipe with what needs a hub, a GPU or time replaced; everything else as it is."""
+    config = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    if "config" in model:
+        model["config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    else:
+        sparse = config["trainer"]["callbacks"][0]["init_args"]["score"] == "keep"
+        model["model"] = data["tokenizer"] = str(tiny / ("2to4" if sparse else "dense"))
+    data |= {
+        "source": str(tiny / "text.txt"),
+        "name": None,
+        "split": "train",
+        "validation": None,
+        "block_size": 32,
+        "batch_size": 2,
+        "cache_dir": str(tiny / "cache"),
+    }
+    trainer = config["trainer"]
+    trainer["default_root_dir"] = str(folder)
+    for callback in trainer["callbacks"]:
+        settings = callback["init_args"]
+        if "num_samples" in settings:
+            settings["num_samples"] = 4
+        if "schedule" in settings:
+            settings["schedule"]["init_args"] |= {"start": 0, "end": 2, "every": 1}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
+def test_every_recipe_is_covered():
+    assert {path.stem for path in RECIPES.glob("*.y*ml")} == set(EXPECTED)
+    readme = (RECIPES / "README.md").read_text(encoding="utf-8")
+    for name in EXPECTED:
+        assert f"`{name}.yaml`" in readme
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_recipe_as_written_is_accepted(name, capsys):
+    """Every argument exists and has the right type, of the Trainer, the model, the data and the callbacks."""
+    with pytest.raises(SystemExit) as leaving:
+        raise SystemExit(main(["fit", "--config", str(RECIPES / f"{name}.yaml"), "--print_config"]))
+    assert leaving.value.code == 0
+    assert "WeightPruning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_recipe_runs(name, tiny, tmp_path):
+    recipe = shortened(RECIPES / f"{name}.yaml", tiny, tmp_path)
+    overrides = {
+        "max_steps": "2",
+        "accelerator": "cpu",
+        "devices": "1",
+        "strategy": "auto",
+        "precision": "32-true",
+        "limit_val_batches": "1",
+        "enable_progress_bar": "false",
+    }
+    options = [f"--trainer.{option}={value}" for option, value in overrides.items()]
+    assert main(["fit", "--config", str(recipe), *options]) == 0
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    inspection = inspect(checkpoint, progress=False)
+    sparsity, pattern = EXPECTED[name]
+    assert inspection.masks == 14
+    assert inspection.resurrected == 0
+    assert inspection.pattern == pattern
+    # exact counts round down within a row or a layer
+    assert inspection.sparsity == pytest.approx(sparsity, abs=0.025)
