@@ -36,7 +36,7 @@ from lightning_prune.statistics import (
     LayerStatistics,
     check_finite,
 )
-from lightning_prune.targets import LayerKind, Target
+from lightning_prune.targets import LayerKind, Target, block_classes
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -527,8 +527,9 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     stance = torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng(devices=devices), stance:
         try:
+            checkpointed = _checkpointed_layers(model) if freeze else set()
             for module, _ in modes:
-                module.training = False
+                module.training = module in checkpointed
             for config in caches:
                 config.use_cache = False
             for parameter in trainable:
@@ -541,6 +542,25 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
                 config.use_cache = True
             for module, mode in modes:
                 module.training = mode
+
+
+def _checkpointed_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers that must stay in training mode, alone, so that transformers goes on checkpointing them.
+
+    It checkpoints only layers in training mode, and a batch that fits in training may not fit without. Their parts
+    are in evaluation mode all the same; a layer that applies dropout by itself is left out.
+    """
+    classes, layers = block_classes(model), set()
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if not (module.training and getattr(module, "gradient_checkpointing", False) and function is not None):
+            continue
+        # Re-entrant checkpoints give no gradient unless an input requires one, and here all parameters are frozen.
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
+        drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
+        if not reentrant and not drops and type(module).__name__ in classes:
+            layers.add(module)
+    return layers
 
 
 @contextmanager

@@ -190,9 +190,7 @@ def _windows(data: Tensor | Sequence[Any], seq_len: int, stride: int | None) -> 
         return _Windows(data, range(len(data)), None)
     step = seq_len if stride is None else stride
     if seq_len < 2:
-        raise ValueError(
-            f"seq_len={seq_len} must be at least 2: the first token of a window is not predicted."
-        )
+        raise ValueError(f"seq_len={seq_len} must be at least 2: the first token of a window is not predicted.")
     if not 1 <= step <= seq_len:
         raise ValueError(f"stride={stride} must lie between 1 and seq_len={seq_len}.")
     if len(stream) < seq_len:

@@ -287,6 +287,11 @@ def _checked_weight(name: str, module: nn.Module) -> nn.Parameter:
     return weight
 
 
+def block_classes(model: nn.Module) -> set[str]:
+    """Names of the decoder block classes of the transformers models inside `model` (``_no_split_modules``)."""
+    return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+
+
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The decoder blocks, in order, found by ``_no_split_modules`` of a transformers model inside `model`.
 
@@ -294,7 +299,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         Clean name and module of each block; empty if there are none. Of several stacks the longest is taken.
     """
     stacks: list[list[tuple[str, nn.Module]]] = [[]]
-    classes = {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+    classes = block_classes(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             blocks = [

@@ -71,7 +71,7 @@ LAYERS = {f"{name}.weight": name for block in BLOCKS for name in block}
 
 @dataclass(frozen=True)
 class Reference:
-    """A Llama in float64 (statistics are then limited by the package, not by the model), its data, and naive results."""
+    """A Llama in float64 (so that only the package's own rounding is left), its data, and naive results."""
 
     model: nn.Module
     ids: Tensor

@@ -139,7 +139,7 @@ def test_labels_choose_the_tokens_that_are_predicted(llama):
     check(gather(llama, [{"input_ids": ids, "labels": labels}]), naive.statistics(llama, rows, LAYERS))
 
 
-# -- losses ----------------------------------------------------------------------------------------------------------
+# -- losses --------------------
 
 
 @pytest.mark.parametrize("shape", ["scalar", "one", "per sample"])
@@ -188,7 +188,7 @@ def test_a_missing_loss_is_explained():
         gather(model, [torch.randn(2, 4)])
 
 
-# -- layers used more than once, and in unusual ways ------------------------------------------------------------------
+# -- layers used more than once, and in unusual ways --------------------
 
 
 class Reused(nn.Module):
@@ -415,7 +415,7 @@ def test_transformers_gradient_checkpointing(shared, reentrant, grads):
     assert model.training
 
 
-# -- other layers ----------------------------------------------------------------------------------------------------
+# -- other layers --------------------
 
 
 def test_conv1d_of_gpt2():
@@ -502,7 +502,7 @@ def test_in_place_activations_after_a_layer_do_not_change_its_gradient():
     check(gather(model, [data], loss_fn=squares), expected)
 
 
-# -- precision and compilation ----------------------------------------------------------------------------------------
+# -- precision and compilation --------------------
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 0.15), (torch.float16, 0.03), (torch.float64, 2e-4)])
@@ -561,7 +561,7 @@ def test_an_outer_no_grad_does_not_matter(shared):
         assert not torch.is_grad_enabled()
 
 
-# -- the model afterwards ----------------------------------------------------------------------------------------------
+# -- the model afterwards --------------------
 
 
 def fingerprint(model):
@@ -651,7 +651,7 @@ def test_training_goes_on_as_if_nothing_had_happened():
     assert train(prepared_model(), True) == train(prepared_model(), False)
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- what is refused --------------------
 
 
 @pytest.mark.parametrize("batches", [[], iter(()), [torch.zeros(0, 8, dtype=torch.long)]])

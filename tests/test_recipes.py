@@ -12,6 +12,8 @@ from lightning_prune.inspection import inspect
 from lightning_prune.text_data import EMBEDDED
 from lightning_prune.tokenization import trained_tokenizer
 
+# LightningCLI notices that these tests pass arguments while pytest has some of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 RECIPES = Path(__file__).parent.parent / "recipes"
 # What the checkpoint of each recipe must hold: sparsity of the prunable weights, pattern.
 EXPECTED = {
@@ -78,7 +80,8 @@ def shortened(recipe, tiny, folder):
         if "num_samples" in settings:
             settings["num_samples"] = 4
         if "schedule" in settings:
-            settings["schedule"]["init_args"] |= {"start": 0, "end": 2, "every": 1}
+            gradual = settings["schedule"]["class_path"] == "lightning_prune.CubicSchedule"
+            settings["schedule"]["init_args"] = {"start": 0, "end": 2, "every": 1} if gradual else {"step": 1}
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
@@ -94,9 +97,7 @@ def test_every_recipe_is_covered():
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_recipe_as_written_is_accepted(name, capsys):
     """Every argument exists and has the right type, of the Trainer, the model, the data and the callbacks."""
-    with pytest.raises(SystemExit) as leaving:
-        raise SystemExit(main(["fit", "--config", str(RECIPES / f"{name}.yaml"), "--print_config"]))
-    assert leaving.value.code == 0
+    assert main(["fit", "--config", str(RECIPES / f"{name}.yaml"), "--print_config"]) == 0
     assert "WeightPruning" in capsys.readouterr().out
 
 

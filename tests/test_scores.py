@@ -135,7 +135,19 @@ def test_objects_that_are_no_score(bad):
         make_score(bad)
 
 
-# -- masks of a whole model --------------------------------------------------------------------------------------------
+# -- masks of a whole model --------------------
+
+
+CACHE = {}
+
+
+def naive_scores(reference, case):
+    if case not in CACHE:
+        CACHE[case] = {
+            n: naive.score(case.split()[0], reference.weights[n], reference.statistics[n], **CASES[case][1])
+            for n in LAYERS
+        }
+    return CACHE[case]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,7 +162,7 @@ def test_masks_are_those_of_the_naive_scores(reference, case, where):
     if "pattern" not in how:
         how["sparsity"] = 0.6
     found = prune(model, [{"input_ids": reference.ids}], name, num_samples=5, **arguments, **how)
-    scores = {n: naive.score(name, reference.weights[n], reference.statistics[n], **settings) for n in LAYERS}
+    scores = naive_scores(reference, case)
     group = score.group if where == "own" else where
     if ":" in where:
         expected = naive.masks(scores, 0.5, "row", (2, 4))
