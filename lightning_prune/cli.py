@@ -141,8 +141,8 @@ def _own_parser() -> ArgumentParser:
     )
     quickstart.add_argument("--output", type=str, default="quickstart", help="folder for models, results, picture")
     quickstart.add_argument("--seed", type=int, default=0, help="of weights, data order and everything else")
-    quickstart.add_argument("--steps", type=int, default=300, help="training steps of the dense model")
-    quickstart.add_argument("--retrain_steps", type=int, default=75, help="training steps after pruning")
+    quickstart.add_argument("--steps", type=int, default=600, help="training steps of the dense model")
+    quickstart.add_argument("--retrain_steps", type=int, default=120, help="training steps after pruning")
     commands.add_subcommand("quickstart", quickstart, help="Train, prune and retrain a small model; no downloads.")
 
     # Here for the list in --help alone: Lightning's parsers take seconds to build.

@@ -483,11 +483,13 @@ class _Run:
 
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores ``[O, I]``; weights that are pruned already come first."""
-        weight = target.matrix().float()
+        # A copy: a user's score may work in place.
+        weight = target.matrix().to(torch.float32, copy=True)
         scores = self.plan.score(weight, statistics or LayerStatistics(samples=0), target.name)
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"score {self.plan.score.name!r} returned {got} for {target.name!r}, not {target.shape}")
+        scores = scores if scores.is_floating_point() else scores.float()
         check_scores(scores, target.name)
         previous = self.previous.get(target.name)
         if previous is not None:

@@ -39,6 +39,7 @@ from lightning_prune.text_data import TextDataModule
 
 VOCABULARY = 2048
 BLOCK = 128
+BATCH = 8
 MODEL = {
     "model_type": "llama",
     "vocab_size": VOCABULARY,
@@ -51,8 +52,8 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 SCORES = ("magnitude", "wanda", "gblm", "kfac")
-PATTERNS = ("unstructured", "2:4")
-LEARNING_RATE = 3e-3
+SETTINGS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "70 %": {"sparsity": 0.7}, "2:4": {"pattern": "2:4"}}
+LEARNING_RATE = 4e-3
 RETRAINING_RATE = 1e-3
 
 
@@ -62,7 +63,7 @@ class Row:
 
     Attributes:
         model: What it is.
-        pattern: ``"unstructured"``, ``"2:4"``, or ``""`` for dense models.
+        zeros: What was asked for: ``"50 %"``, ``"70 %"``, ``"2:4"``, or ``""`` for dense models.
         perplexity: On held-out text.
         sparsity: Share of zeros among the weights of the linear layers, counted in the saved file.
         seconds: Time to make it from the model before it.
@@ -70,7 +71,7 @@ class Row:
     """
 
     model: str
-    pattern: str
+    zeros: str
     perplexity: float
     sparsity: float
     seconds: float
@@ -80,8 +81,8 @@ class Row:
 def quickstart(
     output: str | Path = "quickstart",
     seed: int = 0,
-    steps: int = 300,
-    retrain_steps: int = 75,
+    steps: int = 600,
+    retrain_steps: int = 120,
     num_samples: int = 128,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def quickstart(
     Args:
         output: Folder; made if it does not exist, and files of an earlier run are replaced.
         seed: Of weights and the order of the data. The same seed, versions and number of threads give the same result.
-        steps: Training steps of the dense model, 16 blocks of 128 tokens each.
+        steps: Training steps of the dense model, 8 blocks of 128 tokens each.
         retrain_steps: Further training steps of the pruned models, and of the dense model they are compared with.
         num_samples: Calibration sequences of 128 tokens.
         console: Where to report; default standard output.
@@ -127,7 +128,7 @@ class _Quickstart:
             "austen",
             vocab_size=VOCABULARY,
             block_size=BLOCK,
-            batch_size=16,
+            batch_size=BATCH,
             validation_share=0.1,
             seed=seed,
             cache_dir=str(folder / "cache"),
@@ -151,29 +152,30 @@ class _Quickstart:
 
         calibration = self.calibration()
         samples = sum(len(batch["input_ids"]) for batch in calibration)
-        self.say(f"[bold]3. Pruning[/bold] half of the weights, calibrated on {samples} training blocks")
-        for pattern in PATTERNS:
+        self.say(
+            f"[bold]3. Pruning[/bold] {len(SETTINGS) * len(SCORES)} copies of it, calibrated on {samples} training blocks"
+        )
+        for zeros, setting in SETTINGS.items():
             for score in SCORES:
                 module = copy.deepcopy(dense)
                 begin = time.monotonic()
-                masks = prune(module.model, calibration, score=score, pattern=pattern, num_samples=self.num_samples)
-                self.save(score, pattern, module, f"{score}-{_slug(pattern)}", time.monotonic() - begin, masks)
+                masks = prune(module.model, calibration, score=score, num_samples=self.num_samples, **setting)
+                self.save(score, zeros, module, f"{score}-{_slug(zeros)}", time.monotonic() - begin, masks)
 
         self.say(f"[bold]4. Retraining[/bold] for {self.retrain_steps} steps with masks enforced by WeightPruning")
         longer = self.copy_of(dense)
         self.save("dense, trained on", "", longer, "dense-longer", self.fit(longer, self.retrain_steps), None)
-        for pattern in PATTERNS:
+        for zeros, setting in SETTINGS.items():
             module = self.copy_of(dense)
             callback = WeightPruning(
-                score="gblm", pattern=pattern, num_samples=self.num_samples, calibration=calibration, progress=False
+                score="gblm", num_samples=self.num_samples, calibration=calibration, progress=False, **setting
             )
             seconds = self.fit(module, self.retrain_steps, callback)
             masks = {name.removeprefix("model."): mask for name, mask in callback.masks.items()}
-            name = f"gblm-{_slug(pattern)}-retrained"
-            self.save("gblm, retrained", pattern, module, name, seconds, masks)
+            self.save("gblm, retrained", zeros, module, f"gblm-{_slug(zeros)}-retrained", seconds, masks)
 
         picture = sparsity_per_layer(
-            inspect(self.folder / "kfac-unstructured", progress=False), self.folder / "sparsity.png", "kfac"
+            inspect(self.folder / "kfac-50", progress=False), self.folder / "sparsity.png", "kfac"
         )
         results = self.results(unigram, time.monotonic() - started)
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -227,15 +229,15 @@ class _Quickstart:
                 break
         return batches
 
-    def save(self, model: str, pattern: str, module: CausalLM, name: str, seconds: float, masks: Masks | None) -> None:
+    def save(self, model: str, zeros: str, module: CausalLM, name: str, seconds: float, masks: Masks | None) -> None:
         """Save, load again, check the zeros, measure: what the table says is true of the files."""
         module.save_pretrained(self.folder / name)
         loaded = AutoModelForCausalLM.from_pretrained(self.folder / name)
         check_zeros(dict(loaded.named_parameters()), masks or {}, name)
         measured = perplexity(loaded, self.data.val_dataset, batch_size=16).perplexity
         sparsity = inspect(self.folder / name, progress=False).sparsity
-        self.rows.append(Row(model, pattern, measured, sparsity, seconds, name))
-        self.say(f"   {model} {pattern}: held-out perplexity {measured:.2f}, {sparsity:.2%} zeros, {seconds:.1f} s")
+        self.rows.append(Row(model, zeros, measured, sparsity, seconds, name))
+        self.say(f"   {name}: held-out perplexity {measured:.2f}, {sparsity:.2%} zeros, {seconds:.1f} s")
 
     def results(self, unigram: float, seconds: float) -> dict[str, Any]:
         return {
@@ -247,7 +249,7 @@ class _Quickstart:
                 "steps": self.steps,
                 "retrain_steps": self.retrain_steps,
                 "num_samples": self.num_samples,
-                "batch_size": 16,
+                "batch_size": BATCH,
                 "block_size": BLOCK,
                 "learning_rate": LEARNING_RATE,
                 "retraining_rate": RETRAINING_RATE,
@@ -265,23 +267,16 @@ class _Quickstart:
 
     def table(self, unigram: float) -> Table:
         table = Table(title="Perplexity on held-out text (lower is better)")
+        table.add_column("zeros asked for")
         table.add_column("model")
-        table.add_column("pattern")
-        for column in ("perplexity", "zeros", "seconds"):
+        for column in ("perplexity", "zeros counted", "seconds"):
             table.add_column(column, justify="right")
-        table.add_row("word frequencies alone", "", f"{unigram:.1f}", "", "", style="dim", end_section=True)
-        section = self.rows[0].pattern
-        order = sorted(self.rows, key=lambda row: ("", *PATTERNS).index(row.pattern))
-        for row, following in zip(order, [*order[1:], None], strict=True):
-            section = "" if following is None else following.pattern
-            table.add_row(
-                row.model,
-                row.pattern,
-                f"{row.perplexity:.2f}",
-                f"{row.sparsity:.2%}",
-                f"{row.seconds:.1f}",
-                end_section=section != row.pattern,
-            )
+        table.add_row("", "word frequencies alone", f"{unigram:.1f}", "", "")
+        for zeros in ("", *SETTINGS):
+            table.add_section()
+            for row in (row for row in self.rows if row.zeros == zeros):
+                measured = f"{row.perplexity:.2f}", f"{row.sparsity:.2%}", f"{row.seconds:.1f}"
+                table.add_row(row.zeros, row.model, *measured)
         return table
 
 
@@ -325,8 +320,8 @@ def check_zeros(weights: dict[str, Tensor], masks: Masks, name: str) -> None:
             raise ValueError(f"{name}: {wrong} masked weights of {parameter!r} are not zero after saving and loading")
 
 
-def _slug(pattern: str) -> str:
-    return pattern.replace(":", "-")
+def _slug(zeros: str) -> str:
+    return zeros.removesuffix(" %").replace(":", "-")
 
 
 @contextmanager

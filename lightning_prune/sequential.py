@@ -123,14 +123,19 @@ class BlockWalk:
             return record
 
         first_forward = self.blocks[0].forward
+        # A forward may have been set on the block itself (device maps of accelerate, torch.compile).
+        own = [block.__dict__.get("forward") for block in self.blocks]
         try:
             for index, block in enumerate(self.blocks):
-                block.forward = recorder(index)
+                block.__dict__["forward"] = recorder(index)
             with self.forward_context(), contextlib.suppress(_AllRecordedError):
                 run(model, batch)
         finally:
-            for block in self.blocks:
-                del block.forward  # back to the class's method
+            for block, forward in zip(self.blocks, own, strict=True):
+                if forward is None:
+                    block.__dict__.pop("forward", None)  # back to the class's method
+                else:
+                    block.__dict__["forward"] = forward
         if len(calls) != len(self.blocks):
             raise CalibrationError(f"only {len(calls)} of {len(self.blocks)} decoder blocks ran; use sequential=False")
         if batch_size(batch) is None:

@@ -113,7 +113,7 @@ class TextDataModule(L.LightningDataModule):
             raise ValueError(f"sample_by={sample_by!r} is not known. Use 'document', 'paragraph' or 'line'.")
         if not source:
             raise ValueError("source is empty. Pass 'austen', a file, a folder or the name of a hub dataset.")
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # the module's own of the same names are logged
         self.block_size = block_size
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: datasets.Dataset | None = None

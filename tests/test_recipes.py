@@ -75,6 +75,9 @@ def shortened(recipe, tiny, folder):
     }
     trainer = config["trainer"]
     trainer["default_root_dir"] = str(folder)
+    if "val_check_interval" in trainer:  # a checkpoint is written after a validation: at the last batch here as there
+        assert trainer["val_check_interval"] * 5 == trainer["max_steps"] * trainer["accumulate_grad_batches"]
+        trainer["val_check_interval"] = 2 * trainer["accumulate_grad_batches"]
     for callback in trainer["callbacks"]:
         settings = callback["init_args"]
         if "num_samples" in settings:

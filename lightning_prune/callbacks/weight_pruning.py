@@ -28,7 +28,7 @@ from lightning_prune.masks import (
     unpack_masks,
 )
 from lightning_prune.pruning import PruningPlan, check_settings, make_plan, run_plan
-from lightning_prune.schedules import OneShot, Schedule, check_schedule
+from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule
 from lightning_prune.scores import Keep, Score, make_score
 from lightning_prune.targets import DEFAULT_IGNORE
 
@@ -99,7 +99,7 @@ class WeightPruning(L.Callback):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         targets: list[str | type[nn.Module]] | None = None,
         ignore: Iterable[str | type[nn.Module]] = DEFAULT_IGNORE,
-        schedule: Schedule | None = None,
+        schedule: OneShot | LinearSchedule | Schedule | None = None,
         calibration: Iterable[Any] | None = None,
         seed: int = 0,
         gradient_dtype: str = "float32",
