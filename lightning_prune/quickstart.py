@@ -152,9 +152,8 @@ class _Quickstart:
 
         calibration = self.calibration()
         samples = sum(len(batch["input_ids"]) for batch in calibration)
-        self.say(
-            f"[bold]3. Pruning[/bold] {len(SETTINGS) * len(SCORES)} copies of it, calibrated on {samples} training blocks"
-        )
+        copies = len(SETTINGS) * len(SCORES)
+        self.say(f"[bold]3. Pruning[/bold] {copies} copies of it, calibrated on {samples} training blocks")
         for zeros, setting in SETTINGS.items():
             for score in SCORES:
                 module = copy.deepcopy(dense)

@@ -93,6 +93,7 @@ def test_retraining_keeps_the_zeros_of_pruning(finished):
                 assert not torch.equal(before[name], after[name])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
     _, first, _ = finished
     second, _ = run(tmp_path)

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -143,6 +146,11 @@ class SkippedStep(L.pytorch.plugins.precision.Precision):
         return super().optimizer_step(optimizer, model, closure, **kwargs)
 
 
+def scaler() -> MixedPrecision:
+    """A real gradient scaler whose scale is too large at first: more than half of the steps are skipped."""
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=3))
+
+
 class Watch(L.Callback):
     """Look at every moment that counts: weights around each batch and validation, gradients as a step begins."""
 
@@ -215,6 +223,7 @@ SETTINGS = [
     Setting("sgd", lambda: Classifier("sgd")),
     Setting("rmsprop", lambda: Classifier("rmsprop")),
     Setting("skipped step", trainer={"plugins": SkippedStep}),
+    Setting("fp16 scaler", trainer={"plugins": scaler}),
     Setting("manual, two optimizers", Manual, pruning={"score": "gblm", "loss_fn": squared_error}),
     Setting("manual, plain backward", ManualPlain, pruning={"score": "kfac", "loss_fn": squared_error}),
     Setting("convolutions", ConvNet),
@@ -225,13 +234,15 @@ SETTINGS = [
     Setting("cubic", pruning={"score": "gblm", "schedule": CubicSchedule(2, 14, 4)}),
     Setting("cubic kfac", pruning={"score": "kfac", "schedule": CubicSchedule(2, 14, 4)}),
     Setting(
-        "cubic, manual", Manual, pruning={"score": "wanda", "loss_fn": squared_error, "schedule": CubicSchedule(1, 20, 3)}
+        "cubic, manual",
+        Manual,
+        pruning={"score": "wanda", "loss_fn": squared_error, "schedule": CubicSchedule(1, 20, 3)},
     ),
 ]
 
 
 def make_trainer(path: Any, *callbacks: L.Callback, **kwargs: Any) -> L.Trainer:
-    kwargs = {k: v() if isinstance(v, type) else v for k, v in kwargs.items()}
+    kwargs = {k: v() if callable(v) else v for k, v in kwargs.items()}
     return L.Trainer(
         **{
             "default_root_dir": path,
@@ -312,7 +323,9 @@ def test_fit_is_that_of_a_model_pruned_by_hand(tmp_path: Any) -> None:
     make_trainer(tmp_path, pruning, gradient_clip_val=0.5).fit(module)
 
     prune(twin, [dataset()[:24]], score="gblm", num_samples=24, loss_fn=squared_error)
-    masks = {n: p.detach() != 0 if n.endswith("weight") else torch.ones_like(p).bool() for n, p in twin.named_parameters()}
+    masks = {
+        n: p.detach() != 0 if n.endswith("weight") else torch.ones_like(p).bool() for n, p in twin.named_parameters()
+    }
     optimizer = twin.configure_optimizers()
     for _ in range(2):
         for x, y in DataLoader(dataset(), batch_size=8):
@@ -455,7 +468,9 @@ def test_sparsity_follows_the_schedule_and_only_grows(tmp_path: Any) -> None:
                         for key in ("exp_avg", "exp_avg_sq"):
                             assert bool((optimizer.state[parameter][key][~self.last[name]] == 0).all())
 
-    pruning = WeightPruning(score="kfac", sparsity=0.8, num_samples=32, schedule=CubicSchedule(4, 16, 4), progress=False)
+    pruning = WeightPruning(
+        score="kfac", sparsity=0.8, num_samples=32, schedule=CubicSchedule(4, 16, 4), progress=False
+    )
     module, trace = Classifier(), Trace()
     make_trainer(tmp_path, pruning, trace).fit(module)
     for step, sparsity in trace.points.items():
@@ -533,3 +548,10 @@ def test_what_does_not_fit_the_module_is_refused_before_training(
         make_trainer(tmp_path, WeightPruning(**arguments, progress=False)).fit(made)
     assert all(torch.equal(v, before[n]) for n, v in made.state_dict().items() if not n.startswith("seen"))
     assert made.calls == 0
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
+def test_sharding_strategies_are_refused_by_name(strategy: type) -> None:
+    trainer = SimpleNamespace(strategy=strategy())
+    with pytest.raises(ValueError, match=rf"does not support {strategy.__name__} yet.*strategy='ddp'"):
+        WeightPruning().setup(trainer, Classifier(), "fit")

@@ -89,8 +89,7 @@ def calibration_of(args: argparse.Namespace, tokenizer: Any) -> Tensor:
 def evaluations_of(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
     """Evaluation windows by the stem of their file."""
     return {
-        Path(path).stem: blocks(tokenize(path, tokenizer), args.windows, args.window_length)
-        for path in args.evaluation
+        Path(path).stem: blocks(tokenize(path, tokenizer), args.windows, args.window_length) for path in args.evaluation
     }
 
 

@@ -329,8 +329,7 @@ def kfac_statistics(model: nn.Module, sequences: Tensor) -> dict[str, tuple[Tens
     """Norms of inputs (in,) and output gradients (out,), root mean square over samples; one dense sweep."""
     layers = all_linears(model)
     squares = {
-        name: (torch.zeros(layer.in_features), torch.zeros(layer.out_features))
-        for name, layer in layers.items()
+        name: (torch.zeros(layer.in_features), torch.zeros(layer.out_features)) for name, layer in layers.items()
     }
 
     def hook(name: str) -> Callable[..., None]:

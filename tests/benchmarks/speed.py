@@ -29,9 +29,7 @@ from torch import Tensor, nn
 class Bench:
     """The model, its sequences and the settings that every benchmark below shares."""
 
-    def __init__(
-        self, model: nn.Module, sequences: Tensor, batch_size: int, repetitions: int, warmup: int
-    ) -> None:
+    def __init__(self, model: nn.Module, sequences: Tensor, batch_size: int, repetitions: int, warmup: int) -> None:
         self.model, self.sequences, self.batch_size = model, sequences, batch_size
         self.repetitions, self.warmup = repetitions, warmup
         self.snapshot = common.Snapshot(model)

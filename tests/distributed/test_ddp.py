@@ -18,7 +18,9 @@ WORKER = Path(__file__).with_name("worker.py")
 pytestmark = pytest.mark.distributed
 
 
-def launch(out: Path, devices: int, strategy: str, timeout: float = 120, **settings: Any) -> subprocess.CompletedProcess:
+def launch(
+    out: Path, devices: int, strategy: str, timeout: float = 120, **settings: Any
+) -> subprocess.CompletedProcess:
     out.mkdir(parents=True, exist_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
     command = [sys.executable, str(WORKER), str(out), str(devices), strategy, json.dumps(settings)]
@@ -74,9 +76,7 @@ def test_ranks_agree_with_each_other_and_with_one_process(
 
 def test_resume_keeps_masks_at_another_world_size(tmp_path: Path) -> None:
     before = fit(tmp_path / "two", 2, "ddp", score="gblm", max_steps=2)[0]
-    (after,) = fit(
-        tmp_path / "one", 1, "single", score="gblm", max_steps=6, resume=str(tmp_path / "two" / "end.ckpt")
-    )
+    (after,) = fit(tmp_path / "one", 1, "single", score="gblm", max_steps=6, resume=str(tmp_path / "two" / "end.ckpt"))
     for name, mask in masks(before).items():
         assert torch.equal(mask, masks(after)[name])
     assert_enforced(after)
