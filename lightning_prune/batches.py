@@ -66,10 +66,11 @@ def padding_mask(batch: Any) -> Tensor | None:
     return mask.bool()
 
 
-def token_batch(batch: Any) -> bool:
-    """Whether the batch is token ids ``[B, T]`` with T > 1, as a language model takes them."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    return isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] > 1 and not ids.is_floating_point()
+def is_sequences(batch: Any) -> bool:
+    """Whether samples are sequences: token ids ``[B, T]`` or features ``[B, T, C]``, with T > 1."""
+    x = batch.get("input_ids", batch.get("inputs_embeds")) if isinstance(batch, Mapping) else batch
+    x = x[0] if isinstance(x, (list, tuple)) and x else x
+    return isinstance(x, Tensor) and x.dim() == (3 if x.is_floating_point() else 2) and x.shape[1] > 1
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.batches import batch_size, padding_mask, samples, take, to_device, token_batch
+from lightning_prune.batches import batch_size, is_sequences, padding_mask, samples, take, to_device
 from lightning_prune.losses import causal_lm_losses
 from lightning_prune.progress import progress_bar
 from lightning_prune.statistics import (
@@ -206,7 +206,7 @@ class _Sweep:
         self.keep: Tensor | None = None
         self.in_backward = False
         self.one_by_one = False
-        self.of_tokens = False
+        self.of_sequences = False
         self.last_input: _Increments | None = None
         self.scale = _HALF_SCALE if self.backward and self._runs_in_half() else 1.0
         # Makes the graph start at the first target although every parameter is frozen.
@@ -288,7 +288,7 @@ class _Sweep:
                 self._run_batch(take(batch, i, i + 1), 1)
             return
         self.begin(size, padding_mask(batch))
-        self.of_tokens = token_batch(batch)
+        self.of_sequences = is_sequences(batch)
         if not self.backward:
             with self.forward_context():
                 self._forward(batch)
@@ -386,8 +386,8 @@ class _Sweep:
 
     def _check_per_sample(self, tap: _Tap, layer: nn.Module, x: Tensor) -> None:
         if self.size is not None and self.size > 1 and self.statistics & GRADIENTS:
-            # Of a batch of token ids, two dimensions are tokens put together (experts), whatever their number.
-            least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_tokens else 2
+            # Two dimensions then are tokens of all samples put together (experts), whatever their number.
+            least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_sequences else 2
             if x.dim() < least or x.shape[0] != self.size:
                 raise _NotPerSampleError(tap.name)
 

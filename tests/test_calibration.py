@@ -244,7 +244,6 @@ class SharedInput(nn.Module):
         return getattr(self, self.again)(y) if self.again in ("a", "b") else y
 
 
-# BUG (reported): layers that once shared an input keep sharing their sums.
 @pytest.mark.parametrize("again", ["a", "b"])
 @pytest.mark.parametrize("statistics", [FORWARD_STATISTICS, {"input_norm", "gradient_l2"}])
 def test_layers_that_share_an_input_once_do_not_share_what_follows(again, statistics):
@@ -779,3 +778,15 @@ def test_losses_of_the_default_loss_are_those_of_the_loop(shared):
     expected = [naive.next_token_loss(model, {"input_ids": row[None]}) for row in ids]
     torch.testing.assert_close(found.double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
     assert torch.equal(F.relu(found), found)
+
+
+def test_layers_go_on_being_checkpointed_in_calibration():
+    """A batch that fits in training only because blocks are recomputed must fit here too."""
+    model, ids = make_llama().train(), make_tokens(2, 8)
+    model.gradient_checkpointing_enable()
+    forwards = []
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda *_: forwards.append(mlp.training))
+    gather(model, [{"input_ids": ids}])
+    assert forwards == [False, False]  # once forward, once recomputed in backward, always in evaluation mode
+    assert all(m.training for m in model.modules())
