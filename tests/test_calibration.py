@@ -786,7 +786,7 @@ def test_layers_go_on_being_checkpointed_in_calibration():
     model.gradient_checkpointing_enable()
     forwards = []
     mlp = model.model.layers[0].mlp
-    mlp.register_forward_hook(lambda *_: forwards.append(mlp.training))
+    mlp.register_forward_pre_hook(lambda *_: forwards.append(mlp.training))
     gather(model, [{"input_ids": ids}])
     assert forwards == [False, False]  # once forward, once recomputed in backward, always in evaluation mode
     assert all(m.training for m in model.modules())
