@@ -52,7 +52,7 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 SCORES = ("magnitude", "wanda", "gblm", "kfac")
-SETTINGS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "70 %": {"sparsity": 0.7}, "2:4": {"pattern": "2:4"}}
+SETTINGS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "75 %": {"sparsity": 0.75}, "2:4": {"pattern": "2:4"}}
 LEARNING_RATE = 4e-3
 RETRAINING_RATE = 1e-3
 
@@ -63,7 +63,7 @@ class Row:
 
     Attributes:
         model: What it is.
-        zeros: What was asked for: ``"50 %"``, ``"70 %"``, ``"2:4"``, or ``""`` for dense models.
+        zeros: What was asked for: ``"50 %"``, ``"75 %"``, ``"2:4"``, or ``""`` for dense models.
         perplexity: On held-out text.
         sparsity: Share of zeros among the weights of the linear layers, counted in the saved file.
         seconds: Time to make it from the model before it.

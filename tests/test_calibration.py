@@ -13,7 +13,8 @@ from conftest import make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.calibration import causal_lm_loss, collect, collect_forward
+from lightning_prune.calibration import collect, collect_forward
+from lightning_prune.running import causal_lm_loss
 from lightning_prune.statistics import (
     ALL_STATISTICS,
     FORWARD_STATISTICS,

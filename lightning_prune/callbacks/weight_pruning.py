@@ -27,7 +27,8 @@ from lightning_prune.masks import (
     pack_masks,
     unpack_masks,
 )
-from lightning_prune.pruning import PruningPlan, check_settings, make_plan, run_plan
+from lightning_prune.plan import PruningPlan, check_settings, make_plan
+from lightning_prune.pruning import run_plan
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule
 from lightning_prune.scores import Keep, Score, make_score
 from lightning_prune.targets import DEFAULT_IGNORE
