@@ -75,10 +75,11 @@ class Model(L.LightningModule):
         return DataLoader(Tokens(), batch_size=4)
 
 
-def main() -> None:
-    out, devices, strategy, settings = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> None:
+    """Fit, and write masks and weights of this rank to ``out/rankN.safetensors``."""
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
+    settings = dict(settings)
     module = Model(settings.pop("fail_on_rank", None))
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
