@@ -64,9 +64,10 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
             f"logits must have shape (B, T, V) and labels (B, T); received {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}. Pass the labels unshifted, one for each position of the input."
         )
-    targets = labels[:, 1:]
-    scores = logits[:, :-1]
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()  # the sum over V loses too much in half precision
-    losses = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
-    return losses.view(targets.shape)
+    # The labels are shifted, not the logits: a slice of them would be copied, forward and backward.
+    targets = torch.full_like(labels, ignore_index)
+    targets[:, :-1] = labels[:, 1:]
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # the sum over V loses too much in half precision
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
+    return losses.view(targets.shape)[:, :-1]
