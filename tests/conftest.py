@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,10 @@ import naive
 import pytest
 import torch
 from torch import Tensor, nn
+
+# The tests run in as many processes as there are cores; processes started by tests inherit the variable.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 def make_llama(seed: int = 0, **changes: Any) -> nn.Module:
