@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 # The tests run in as many processes as there are cores; processes started by tests inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Started in the background (nohup, some CI systems), a process inherits that Ctrl-C is ignored; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_llama(seed: int = 0, **changes: Any) -> nn.Module:
