@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_prune.language_model import CausalLM
     from lightning_prune.masks import apply_masks
     from lightning_prune.pruning import prune
+    from lightning_prune.ranks import Ranks
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
     from lightning_prune.statistics import CalibrationError
     from lightning_prune.text_data import TextDataModule
@@ -27,6 +28,7 @@ _HOMES = {
     "OWLAllocation": "allocation",
     "OneShot": "schedules",
     "TextDataModule": "text_data",
+    "Ranks": "ranks",
     "WeightPruning": "callbacks",
     "apply_masks": "masks",
     "prune": "pruning",
@@ -40,6 +42,7 @@ __all__ = [
     "LinearSchedule",
     "OWLAllocation",
     "OneShot",
+    "Ranks",
     "TextDataModule",
     "WeightPruning",
     "apply_masks",

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_prune.patterns import kth_smallest
+from lightning_prune.ranks import Ranks
 from lightning_prune.scores import kfac_score
 from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.targets import Target, name_matches
@@ -141,36 +143,61 @@ def mapping_counts(
 
 
 def kfac_sparsities(
-    targets: Sequence[Target], statistics: Statistics, sparsity: float, allocation: KFACAllocation
+    targets: Sequence[Target],
+    statistics: Statistics,
+    sparsity: float,
+    allocation: KFACAllocation,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """Layer sparsities of `KFACAllocation`, before the shift to the exact total."""
-    shares = global_shares(targets, lambda t: kfac_score(t.matrix().float(), statistics[t.name], 1.0), sparsity)
+    """Layer sparsities of `KFACAllocation`, before the shift to the exact total.
+
+    Args:
+        targets: The layers.
+        statistics: Of each, cut to what `Target.matrix` covers.
+        sparsity: Of the whole.
+        allocation: Its settings.
+        ranks: Whose parts make up the whole; None if every matrix is whole here.
+    """
+    shares = global_shares(targets, lambda t: kfac_score(t.matrix().float(), statistics[t.name], 1.0), sparsity, ranks)
     return {
         name: allocation.mix * min(max(share, allocation.low), allocation.high) + (1 - allocation.mix) * sparsity
         for name, share in shares.items()
     }
 
 
-def global_shares(targets: Sequence[Target], score: Callable[[Target], Tensor], sparsity: float) -> dict[str, float]:
+def global_shares(
+    targets: Sequence[Target], score: Callable[[Target], Tensor], sparsity: float, ranks: Ranks | None = None
+) -> dict[str, float]:
     """Share of each layer's weights at or below one threshold that prunes `sparsity` of them all."""
-    counts = global_counts(targets, score, math.floor(sparsity * sum(t.numel for t in targets)))
+    counts = global_counts(targets, score, math.floor(sparsity * sum(t.numel for t in targets)), ranks)
     return {t.name: counts[t.name] / t.numel for t in targets}
 
 
-def global_counts(targets: Sequence[Target], score: Callable[[Target], Tensor], count: int) -> dict[str, int]:
+def global_counts(
+    targets: Sequence[Target], score: Callable[[Target], Tensor], count: int, ranks: Ranks | None = None
+) -> dict[str, int]:
     """How many of the `count` lowest scores of all layers lie in each; equal scores go from the first layers first.
 
-    Scores are computed again in each of three passes, so that only one layer's are ever held.
+    Scores are computed again in each of three passes, so that only one layer's are ever held. With `ranks`, each
+    gives the scores of its part of a matrix.
     """
     if count == 0:
         return {t.name: 0 for t in targets}
-    threshold = kth_smallest(lambda: (score(t) for t in targets), count)
-    below: dict[str, int] = {}
-    equal: dict[str, int] = {}
-    for target in targets:
+
+    def counted(target: Target) -> Tensor:
         scores = score(target)
-        below[target.name] = int((scores < threshold).sum())
-        equal[target.name] = int((scores == threshold).sum())
+        return scores if ranks is None or _speaks_for(target) else scores[:0]
+
+    threshold = kth_smallest(lambda: (counted(t) for t in targets), count, None if ranks is None else ranks.sum_parts)
+    pairs = []
+    for target in targets:
+        scores = counted(target)
+        pairs.append(torch.stack([(scores < threshold).sum(), (scores == threshold).sum()]))
+    totals = torch.stack(pairs)  # [layers, 2]
+    if ranks is not None:
+        ranks.sum_parts(totals)
+    below = {t.name: int(n) for t, n in zip(targets, totals[:, 0].tolist(), strict=True)}
+    equal = {t.name: int(n) for t, n in zip(targets, totals[:, 1].tolist(), strict=True)}
     ties = count - sum(below.values())
     for name in below:
         taken = min(ties, equal[name])
@@ -179,24 +206,38 @@ def global_counts(targets: Sequence[Target], score: Callable[[Target], Tensor], 
     return below
 
 
+def _speaks_for(target: Target) -> bool:
+    """Whether this rank speaks for the part of a matrix it holds; of copies, one rank does."""
+    layout = target.layout
+    return dist.get_rank() == 0 if layout is None else layout.counted
+
+
 def owl_sparsities(
     targets: Sequence[Target],
     statistics: Statistics,
     sparsity: float,
     allocation: OWLAllocation,
     blocks: Mapping[str, str],
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
     """Layer sparsities of `OWLAllocation`; `blocks` gives each target's decoder block (its own name if none)."""
+
+    def over_ranks(value: Callable[[Target], Tensor]) -> list[float]:
+        own = [value(t) if ranks is None or _speaks_for(t) else value(t) * 0 for t in targets]
+        whole = torch.stack(own).double()
+        return (whole if ranks is None else ranks.sum_parts(whole)).tolist()
+
+    sums = over_ranks(lambda t: _wanda(t, statistics).sum(dtype=torch.float64))
     totals: dict[str, list[float]] = {}  # of a block: sum of scores, number of scores
-    for target in targets:
+    for target, total in zip(targets, sums, strict=True):
         entry = totals.setdefault(blocks[target.name], [0.0, 0.0])
-        entry[0] += float(_wanda(target, statistics).sum(dtype=torch.float64))
+        entry[0] += total
         entry[1] += target.numel
-    outliers = dict.fromkeys(totals, 0)
-    for target in targets:
-        block = blocks[target.name]
-        mean = totals[block][0] / totals[block][1]
-        outliers[block] += int((_wanda(target, statistics) > allocation.multiple * mean).sum())
+    limits = {block: allocation.multiple * total / number for block, (total, number) in totals.items()}
+    above = over_ranks(lambda t: (_wanda(t, statistics) > limits[blocks[t.name]]).sum())
+    outliers = dict.fromkeys(totals, 0.0)
+    for target, count in zip(targets, above, strict=True):
+        outliers[blocks[target.name]] += count
     ratios = {block: outliers[block] / totals[block][1] for block in totals}
     low, high = min(ratios.values()), max(ratios.values())
     width = (high - low) or 1.0

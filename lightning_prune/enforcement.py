@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.sharding import as_shard_of, local
+
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 # Elements widened at a time: the buffer stays in the processor's cache; on a GPU kernel launches count instead.
 _CPU_PIECE = 1 << 18
@@ -34,12 +36,12 @@ class Enforcer:
 
     def __init__(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self._weights = dict(weights)
-        self._bytes = {id(p): to_bytes(masks[name], p.device) for name, p in weights.items()}
+        self._bytes = {id(p): to_bytes(local(masks[name]), local(p).device) for name, p in weights.items()}
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def masks(self) -> dict[str, Tensor]:
-        """The bool masks by name."""
-        return {name: self._bytes[id(p)].bool() for name, p in self._weights.items()}
+        """The bool masks by name, laid out over ranks as the parameters are."""
+        return {name: as_shard_of(p, self._bytes[id(p)].bool()) for name, p in self._weights.items()}
 
     def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """The masked parameters that an optimizer steps."""
@@ -49,14 +51,14 @@ class Enforcer:
     def mask_weights(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Zero the pruned weights (of all parameters by default)."""
         for parameter in self._weights.values() if parameters is None else parameters:
-            self._mask(parameter.detach(), self._bytes[id(parameter)])
+            self._mask(local(parameter.detach()), self._bytes[id(parameter)])
 
     @torch.no_grad()
     def mask_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Zero the gradients of pruned weights, where there are any."""
         for parameter in self._weights.values() if parameters is None else parameters:
             if parameter.grad is not None:
-                self._mask(parameter.grad, self._bytes[id(parameter)])
+                self._mask(local(parameter.grad), self._bytes[id(parameter)])
 
     @torch.no_grad()
     def mask_states(self, optimizer: Optimizer) -> None:
@@ -64,15 +66,15 @@ class Enforcer:
         for parameter in self.parameters_of(optimizer):
             for state in optimizer.state.get(parameter, {}).values():
                 if isinstance(state, Tensor) and state.shape == parameter.shape and state.is_floating_point():
-                    self._mask(state, self._bytes[id(parameter)])
+                    self._mask(local(state), self._bytes[id(parameter)])
 
     @torch.no_grad()
     def resurrected(self) -> dict[str, int]:
-        """How many pruned weights of each parameter are not zero now; empty if masks hold."""
+        """How many pruned weights of each parameter (its part here) are not zero now; empty if masks hold."""
         counts = {}
         for name, parameter in self._weights.items():
             # The mask's bytes are 0 where pruned, so this reads both once and makes one bool temporary.
-            alive = int(((parameter != 0) & (self._bytes[id(parameter)] == 0)).sum())
+            alive = int(((local(parameter.detach()) != 0) & (self._bytes[id(parameter)] == 0)).sum())
             if alive:
                 counts[name] = alive
         return counts

@@ -11,8 +11,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_prune.sharding import as_shard_of, count_over_ranks, gather_whole, is_sharded, local, take_shard
 from lightning_prune.targets import Target, clean_name
 
 Masks = dict[str, Tensor]
@@ -57,9 +59,26 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         ValueError: see `check_masks`; nothing is changed then.
     """
     weights = check_masks(model, masks)
+    parts = {name: _part_of(weight, masks[name]) for name, weight in weights.items()}
     with uninterrupted():
         for name, weight in weights.items():
-            weight.masked_fill_(~masks[name].to(weight.device), 0.0)
+            own = local(weight)
+            own.masked_fill_(~parts[name].to(own.device), 0.0)
+
+
+def _part_of(weight: Tensor, mask: Tensor) -> Tensor:
+    """This rank's part of a mask, which may be whole where the weight is sharded."""
+    return local(mask) if is_sharded(mask) else take_shard(weight, mask)
+
+
+def shard_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
+    """Masks laid out over ranks as their parameters are; whole masks are cut, where the parameters are sharded.
+
+    Raises:
+        ValueError: see `check_masks`.
+    """
+    weights = check_masks(model, masks)
+    return {n: as_shard_of(weight, _part_of(weight, masks[n]).contiguous()) for n, weight in weights.items()}
 
 
 def masks_from_zeros(targets: Sequence[Target]) -> Masks:
@@ -68,8 +87,8 @@ def masks_from_zeros(targets: Sequence[Target]) -> Masks:
     Raises:
         ValueError: no weight is zero.
     """
-    masks = {t.name: t.weight.detach() != 0 for t in targets}
-    if all(bool(mask.all()) for mask in masks.values()):
+    masks = {t.name: as_shard_of(t.weight, local(t.weight.detach()) != 0) for t in targets}
+    if not pruned_count(masks):
         raise ValueError(
             f"score='keep' takes the masks from the zeros of the loaded weights, but none of the {len(masks)} "
             "layers has one; load the pruned model, or choose another score"
@@ -78,9 +97,14 @@ def masks_from_zeros(targets: Sequence[Target]) -> Masks:
 
 
 def mask_sparsity(masks: Mapping[str, Tensor]) -> float:
-    """Share of pruned weights over all masks."""
+    """Share of pruned weights over all masks; see `pruned_count`."""
     total = sum(mask.numel() for mask in masks.values())
-    return 1.0 - sum(int(mask.sum()) for mask in masks.values()) / total if total else 0.0
+    return pruned_count(masks) / total if total else 0.0
+
+
+def pruned_count(masks: Mapping[str, Tensor]) -> int:
+    """Number of pruned weights over all masks; where they are sharded, over all ranks, which must all call."""
+    return count_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
 
 
 # -- storage ---------------------------------------------------------------------------------------------------------
@@ -113,9 +137,16 @@ def _check_sum(bits: Tensor, shape: Sequence[int]) -> int:
 
 
 def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """A state of tensors, lists and numbers only, loadable with ``torch.load(weights_only=True)``."""
+    """A state of tensors, lists and numbers only, loadable with ``torch.load(weights_only=True)``.
+
+    Sharded masks are gathered one after the other; every rank must call, and rank 0 alone gets them.
+    """
     state: dict[str, dict[str, Any]] = {}
     for name, mask in masks.items():
+        if is_sharded(mask):  # gathered one by one, and kept by the rank that writes checkpoints
+            mask = gather_whole(mask.to(torch.uint8))
+            if dist.get_rank():
+                continue
         bits = pack_mask(mask)
         state[name] = {"bits": bits, "shape": list(mask.shape), "crc32": _check_sum(bits, mask.shape)}
     return state

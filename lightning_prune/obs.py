@@ -10,6 +10,8 @@ column of W is contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,7 @@ def prune_with_hessian(
     count: int = 0,
     pattern: NM | None = None,
     damping: float = DAMPING,
+    select: Callable[[Tensor, int], Tensor] = lowest_in_layer,
 ) -> tuple[Tensor, Tensor]:
     """Prune a matrix and update what remains.
 
@@ -72,6 +75,8 @@ def prune_with_hessian(
         count: Weights to prune when selecting; spread evenly over blocks of 128 columns.
         pattern: Select N of every M inputs instead.
         damping: See `inverse_factor`.
+        select: Scores ``[O, C]`` of a block and a count to its mask. Rows are independent but for this choice, so
+            `weight` may be some rows of a matrix if `select` compares with the others.
 
     Returns:
         The new weight (exact zeros where pruned) and its mask, ``[O, I]`` each, weight in the Hessian's dtype.
@@ -94,7 +99,7 @@ def prune_with_hessian(
             scores[dead[start:stop]] = 0.0
             # Whole blocks add up to `count` exactly, whatever its remainder.
             share = count * stop // inputs - count * start // inputs
-            kept[start:stop] = lowest_in_layer(scores.t(), share).t()
+            kept[start:stop] = select(scores.t(), share).t()
         errors = torch.empty_like(block)
         for i in range(stop - start):
             if mask is None and pattern is not None and i % pattern.m == 0:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.ranks import Ranks
+
 # Up to this group size, counting for each element how many of its group are smaller beats sorting.
 _PAIRWISE_GROUP = 16
 
@@ -70,14 +72,47 @@ def lowest_in_layer(scores: Tensor, count: int) -> Tensor:
     return _lowest(scores.reshape(1, -1), count).view(scores.shape)
 
 
-def lowest_in_rows(scores: Tensor, count: int) -> Tensor:
+def lowest_over_ranks(scores: Tensor, count: int, ranks: Ranks, first_row: int, counted: bool) -> Tensor:
+    """Mask of this rank's rows of a matrix, of which the `count` lowest scores over all ranks are pruned.
+
+    Args:
+        scores: ``[r, I]``, whole rows.
+        count: Weights to prune in the whole matrix.
+        ranks: Every rank must call.
+        first_row: Where this rank's rows begin, which decides between equal scores.
+        counted: False on ranks that hold copies of another's rows.
+    """
+    mine = [scores] if counted else [scores[:0]]
+    total = int(ranks.sum_parts(torch.tensor(sum(s.numel() for s in mine), device=scores.device)))
+    _check_count(count, total)
+    if count == 0 or count == total:
+        return torch.full_like(scores, count == 0, dtype=torch.bool)
+    threshold = kth_smallest(lambda: mine, count, ranks.sum_parts)
+    below, equal = scores < threshold, scores == threshold
+    here = [first_row, int(counted), int(below.sum()), int(equal.sum())]
+    parts = [part for part in ranks.gather(here, scores.device) if part[1]]
+    ties = count - sum(part[2] for part in parts)  # equal scores to prune, the first in the matrix first
+    before = sum(part[3] for part in parts if part[0] < first_row)
+    order = equal.flatten().cumsum(0, dtype=torch.int64).view(scores.shape)
+    return ~(below | (equal & (order <= ties - before)))
+
+
+def lowest_in_rows(scores: Tensor, count: int, first_row: int = 0, all_rows: int | None = None) -> Tensor:
     """Mask that prunes `count` weights in equal numbers from every row.
 
     What does not divide by the number of rows goes one more to each of the first rows.
+
+    Args:
+        scores: ``[R, I]``.
+        count: Weights to prune in the whole matrix.
+        first_row: Index of the first row of `scores` in the whole matrix, of which they may be a part.
+        all_rows: Number of rows of the whole matrix; default R.
     """
     rows, columns = scores.shape
-    _check_count(count, rows * columns)
-    each, extra = divmod(count, rows)
+    all_rows = rows if all_rows is None else all_rows
+    _check_count(count, all_rows * columns)
+    each, extra = divmod(count, all_rows)
+    extra = min(max(extra - first_row, 0), rows)  # of these rows
     if not extra:
         return _lowest(scores, each)
     return torch.cat([_lowest(scores[:extra], each + 1), _lowest(scores[extra:], each)])
@@ -92,7 +127,7 @@ def nm_mask(scores: Tensor, pattern: NM) -> Tensor:
     rows, columns = scores.shape
     if columns % pattern.m:
         raise ValueError(f"{columns} inputs do not divide by M={pattern.m}")
-    groups = scores.view(rows, -1, pattern.m)  # [O, I/M, M]
+    groups = scores.view(rows, columns // pattern.m, pattern.m)  # [O, I/M, M]
     pruned = pattern.m - pattern.n
     if pattern.m > _PAIRWISE_GROUP:
         order = groups.argsort(dim=-1, stable=True)
@@ -118,7 +153,7 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     """Mask that prunes the `count` lowest scores of each row of ``[R, C]``."""
     rows, columns = scores.shape
     _check_count(count, columns)
-    if count == 0 or count == columns:
+    if count == 0 or count == columns or not rows:
         return torch.full_like(scores, count == 0, dtype=torch.bool)
     if rows == 1 and columns > 4096:
         threshold = kth_smallest(lambda: [scores], count).view(1, 1)

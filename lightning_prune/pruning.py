@@ -24,14 +24,16 @@ from lightning_prune.allocation import (
     uniform_counts,
 )
 from lightning_prune.calibration import LossFn, collect, collect_forward
-from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, uninterrupted
+from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count, uninterrupted
 from lightning_prune.obs import prune_with_hessian
-from lightning_prune.patterns import check_scores, lowest_in_layer, lowest_in_rows, nm_mask
+from lightning_prune.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
 from lightning_prune.plan import PruningPlan, make_plan
 from lightning_prune.progress import progress_bar
-from lightning_prune.running import forward, on_device, quiet_model, synchronized_errors
+from lightning_prune.ranks import Ranks, synchronized_errors
+from lightning_prune.running import forward, on_device, quiet_model
 from lightning_prune.scores import Keep, Score, SparseGPT, make_score
 from lightning_prune.sequential import BlockWalk
+from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
 from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN, CalibrationError, LayerStatistics
 from lightning_prune.targets import DEFAULT_IGNORE, Target
 
@@ -57,6 +59,7 @@ def prune(
     gradient_dtype: str | torch.dtype = "float32",
     gradient_device: torch.device | str | None = None,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Masks:
     """Prune a model in place and return its masks.
 
@@ -95,9 +98,12 @@ def prune(
             in bfloat16 stop growing after some 256 samples of equal size.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
         progress: Show progress bars in a terminal.
+        ranks: The processes that prune together, each with batches and `num_samples` of its own (see
+            `lightning_prune.Ranks`); every one must call. Where parameters are sharded over one mesh dimension it is
+            found from the model.
 
     Returns:
-        Bool masks of the parameters' shapes by parameter name, True = kept.
+        Bool masks of the parameters' shapes by parameter name, True = kept; laid out over ranks as the parameters are.
 
     Raises:
         ValueError: an argument or a combination that is not supported; the message names value and choices.
@@ -122,7 +128,21 @@ def prune(
     )
     if plan.needs_data and batches is None:
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
-    return run_plan(plan, model, batches if batches is None else _Moved(model, batches), loss_fn)
+    moved = None if batches is None else _Moved(model, batches)
+    return run_plan(plan, model, moved, loss_fn, ranks=ranks or _ranks_of(model, plan.targets))
+
+
+def _ranks_of(model: nn.Module, targets: Sequence[Target]) -> Ranks | None:
+    """The ranks that a sharded model is spread over; None where no parameter is sharded."""
+    if not has_sharded_parameters(model):
+        return None
+    meshes = {layout.parameter.device_mesh for t in targets if (layout := t.layout) is not None}
+    if any(mesh.ndim > 1 for mesh in meshes):
+        raise ValueError(
+            "the model is sharded over a device mesh of several dimensions: say over which of them samples differ, "
+            "with ranks=Ranks(data_group=mesh['data_parallel'].get_group(), lockstep=True)"
+        )
+    return Ranks(lockstep=True)
 
 
 class _Moved:
@@ -147,7 +167,7 @@ def run_plan(
     fraction: float = 1.0,
     previous: Mapping[str, Tensor] | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-    distributed: bool = False,
+    ranks: Ranks | None = None,
 ) -> Masks:
     """Carry out a plan. `prune` and the callbacks both end here.
 
@@ -159,7 +179,7 @@ def run_plan(
         fraction: Share of the plan's sparsity to reach, for a step of a schedule.
         previous: Masks whose pruned weights stay pruned.
         forward_context: Makes the context that forward passes run in.
-        distributed: Sum statistics over the ranks of the default process group; every rank must call.
+        ranks: The processes that prune together; every one must call. Needed where parameters are sharded.
 
     Returns:
         Masks by parameter name.
@@ -168,7 +188,7 @@ def run_plan(
         masks = masks_from_zeros(plan.targets)
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
-    run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, distributed)
+    run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, ranks)
     return run.masks()
 
 
@@ -184,7 +204,7 @@ class _Run:
         fraction: float,
         previous: Mapping[str, Tensor],
         forward_context: Callable[[], AbstractContextManager[Any]],
-        distributed: bool,
+        ranks: Ranks | None,
     ) -> None:
         self.plan = plan
         self.model = model
@@ -193,7 +213,9 @@ class _Run:
         self.fraction = fraction
         self.previous = previous
         self.forward_context = forward_context
-        self.distributed = distributed
+        self.ranks = ranks
+        # Whose parts make up the whole, where weights are sharded.
+        self.parts = ranks if ranks is not None and ranks.lockstep else None
         self.statistics: dict[str, LayerStatistics] = {}
         self.counts: dict[str, int] = {}
 
@@ -212,7 +234,7 @@ class _Run:
                 gradient_dtype=plan.gradient_dtype,
                 gradient_device=plan.gradient_device,
                 forward_context=self.forward_context,
-                distributed=self.distributed,
+                ranks=self.ranks,
                 progress=plan.progress,
             )
         with torch.no_grad():
@@ -238,7 +260,7 @@ class _Run:
         plan, targets = self.plan, self.plan.targets
         if plan.pattern is not None:
             return {}
-        lower = {name: mask.numel() - int(mask.sum()) for name, mask in self.previous.items()}
+        lower = {name: pruned_count({name: mask}) for name, mask in self.previous.items()}
         if isinstance(plan.allocation, Mapping):
             mapping = {name: value * self.fraction for name, value in plan.allocation.items()}
             wished = None if plan.sparsity is None else plan.sparsity * self.fraction
@@ -246,65 +268,104 @@ class _Run:
         sparsity = (0.5 if plan.sparsity is None else plan.sparsity) * self.fraction
         total = math.floor(sparsity * sum(t.numel for t in targets))
         if plan.group == "global":
-            return global_counts(targets, lambda t: self._scores(t, self.statistics.get(t.name)), total)
+            return global_counts(targets, lambda t: self._scores(t, self.statistics.get(t.name)), total, self.parts)
         if isinstance(plan.allocation, KFACAllocation):
-            wanted = kfac_sparsities(targets, self.statistics, sparsity, plan.allocation)
+            wanted = kfac_sparsities(targets, self._here(), sparsity, plan.allocation, self.parts)
             return exact_counts(targets, wanted, total, lower)
         if isinstance(plan.allocation, OWLAllocation):
-            wanted = owl_sparsities(targets, self.statistics, sparsity, plan.allocation, self._blocks_of_targets())
+            blocks = self._blocks_of_targets()
+            wanted = owl_sparsities(targets, self._here(), sparsity, plan.allocation, blocks, self.parts)
             return exact_counts(targets, wanted, total, lower)
         return uniform_counts(targets, sparsity, plan.group)
+
+    def _here(self) -> dict[str, LayerStatistics]:
+        """Statistics cut to the part of each matrix that is here."""
+        return {
+            t.name: self.statistics[t.name] if t.layout is None else self.statistics[t.name].part(t.layout.bounds)
+            for t in self.plan.targets
+        }
 
     def _blocks_of_targets(self) -> dict[str, str]:
         blocks = {id(m): name for name, block in self.plan.blocks for m in block.modules()}
         return {t.name: blocks.get(id(t.module), t.name) for t in self.plan.targets}
 
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
-        """Scores ``[O, I]``; weights that are pruned already come first."""
-        # A copy: a user's score may work in place.
-        weight = target.matrix().to(torch.float32, copy=True)
-        scores = self.plan.score(weight, statistics or LayerStatistics(samples=0), target.name)
-        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"score {self.plan.score.name!r} returned {got} for {target.name!r}, not {target.shape}")
-        scores = scores if scores.is_floating_point() else scores.float()
-        check_scores(scores, target.name)
+        """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
+        statistics, layout = statistics or LayerStatistics(samples=0), target.layout
+        weight = target.matrix()
+        whole = layout is not None and not getattr(self.plan.score, "elementwise", False)
+        if whole:
+            weight, statistics = _whole(target, weight), _whole_gradients(target, statistics)
+        elif layout is not None:
+            statistics = statistics.part(layout.bounds)
+        with synchronized_errors(self.parts):
+            # A copy: a user's score may work in place.
+            scores = self.plan.score(weight.to(torch.float32, copy=True), statistics, target.name)
+            if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise ValueError(
+                    f"score {self.plan.score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}"
+                )
+            scores = scores if scores.is_floating_point() else scores.float()
+            check_scores(scores, target.name)
+        if whole and layout is not None:
+            (row, row_end), (column, column_end) = layout.bounds
+            scores = scores[row:row_end, column:column_end]
         previous = self.previous.get(target.name)
         if previous is not None:
-            scores = scores.masked_fill(~target.kind.to_matrix(previous.to(scores.device)), -math.inf)
+            scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
 
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of one layer, in the parameter's shape."""
-        scores = self._scores(target, statistics).contiguous()
+        scores, layout = self._scores(target, statistics).contiguous(), target.layout
+        scores = scores if layout is None else layout.to_rows(scores)  # whole rows
+        first_row, all_rows = (0, None) if layout is None else (layout.row_bounds[0], layout.shape[0])
         if self.plan.pattern is not None:
             mask = nm_mask(scores, self.plan.pattern)
         elif self.plan.group == "row":
-            mask = lowest_in_rows(scores, self.counts[target.name])
+            mask = lowest_in_rows(scores, self.counts[target.name], first_row, all_rows)
         else:
-            mask = lowest_in_layer(scores, self.counts[target.name])
-        return target.to_parameter(mask).contiguous()
+            mask = self._lowest_in_layer(layout)(scores, self.counts[target.name])
+        mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
+        return target.to_parameter(mask)
+
+    def _lowest_in_layer(self, layout: Layout | None) -> Callable[[Tensor, int], Tensor]:
+        """Selection within a whole matrix from the rows of it that are here."""
+        if layout is None:
+            return lowest_in_layer
+        assert self.parts is not None
+        first_row, ranks = layout.row_bounds[0], self.parts
+        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, layout.counted)
 
     # -- weight updates ------------------------------------------------------------------------------------------
 
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
         """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
         mask = None if isinstance(self.plan.score, SparseGPT) else self._select(target, statistics)
+        own, layout = local(target.weight), target.layout
         if not self.plan.updates_weights:
             assert mask is not None
-            target.weight.masked_fill_(~mask, 0.0)
+            own.masked_fill_(~local(mask), 0.0)
             return mask
+        kept_here = None if mask is None else target.part(mask)
+        if layout is not None and kept_here is not None:
+            kept_here = layout.to_rows(kept_here.to(torch.uint8)).bool()
         weight, kept = prune_with_hessian(
-            target.matrix(),
+            target.matrix() if layout is None else layout.to_rows(target.matrix()),
             statistics.get(HESSIAN),
-            mask=None if mask is None else target.kind.to_matrix(mask),
+            mask=kept_here,
             count=self.counts.get(target.name, 0),
             pattern=self.plan.pattern,
+            select=self._lowest_in_layer(layout),
         )
-        if not bool(torch.isfinite(weight).all()):
-            raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
-        target.weight.copy_(target.to_parameter(weight))
-        return target.to_parameter(kept).contiguous()
+        with synchronized_errors(self.parts):
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
+        if layout is not None:
+            weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
+        own.copy_(target.kind.from_matrix(weight, own.shape))
+        return target.to_parameter(kept)
 
     def _update_all(self, keep: Callable[[Target], None]) -> Masks:
         """Every layer with the Hessian of its dense inputs."""
@@ -328,24 +389,48 @@ class _Run:
                 forward(model, batch, plan.targets)
 
         with quiet_model(self.model, freeze=False):
-            with synchronized_errors(self.distributed):
+            with synchronized_errors(None if self.parts else self.ranks):
                 modules = [block for _, block in plan.blocks]
-                walk = BlockWalk(self.model, modules, self.batches, plan.num_samples, run, self.forward_context)
+                walk = BlockWalk(
+                    self.model, modules, self.batches, plan.num_samples, run, self.forward_context, self.parts
+                )
             with progress_bar("Pruning blocks", len(modules), plan.progress) as advance:
                 for index, block in enumerate(modules):
                     layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
-                    steps = ((batch.keep, batch.samples) for batch in walk.run(index)) if layers else ()
-                    statistics = collect_forward(layers, plan.block_statistics, steps, self.distributed)
+                    with gathered_around(self.model, block):
+                        statistics = collect_forward(
+                            layers,
+                            plan.block_statistics,
+                            ((b.keep, b.samples, b.counting) for b in walk.run(index)) if layers else (),
+                            self.ranks,
+                        )
                     for target in layers:
                         keep(target)
                         masks[target.name] = self._prune_layer(
                             target, _merge(statistics[target.name], self.statistics.get(target.name))
                         )
                     if index + 1 < len(modules):
-                        for _ in walk.run(index, keep_output=True):
-                            pass
+                        with gathered_around(self.model, block):
+                            for _ in walk.run(index, keep_output=True):
+                                pass
                     advance()
         return {t.name: masks[t.name] for t in plan.targets}
+
+
+def _whole(target: Target, part: Tensor) -> Tensor:
+    """The whole matrix of one layer, from this rank's part of it."""
+    whole: Tensor = gather_whole(target.to_parameter(part))
+    return target.kind.to_matrix(whole)
+
+
+def _whole_gradients(target: Target, statistics: LayerStatistics) -> LayerStatistics:
+    """Statistics with the gradient aggregates of the whole matrix."""
+    l1, l2 = statistics.gradient_l1, statistics.gradient_l2
+    return replace(
+        statistics,
+        gradient_l1=None if l1 is None else _whole(target, l1),
+        gradient_l2=None if l2 is None else _whole(target, l2),
+    )
 
 
 def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:
@@ -365,12 +450,12 @@ def _restored_on_failure() -> Iterator[Callable[[Target], None]]:
     copies: dict[str, tuple[Target, Tensor]] = {}
 
     def keep(target: Target) -> None:
-        copies.setdefault(target.name, (target, target.weight.detach().to("cpu", copy=True)))
+        copies.setdefault(target.name, (target, local(target.weight.detach()).to("cpu", copy=True)))
 
     try:
         yield keep
     except BaseException:
         with uninterrupted(), torch.no_grad():
             for target, copy in copies.values():
-                target.weight.copy_(copy)
+                local(target.weight).copy_(copy)
         raise

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_prune.batches import padding_mask, to_device
 from lightning_prune.losses import causal_lm_losses
-from lightning_prune.statistics import CalibrationError
-from lightning_prune.targets import Target, block_classes
+from lightning_prune.targets import Target, block_classes, type_name
 
 
 def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -128,26 +126,6 @@ def _checkpointed_layers(model: nn.Module) -> set[nn.Module]:
         # Re-entrant checkpoints give no gradient unless an input requires one, and here all parameters are frozen.
         reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
         drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
-        if not reentrant and not drops and type(module).__name__ in classes:
+        if not reentrant and not drops and type_name(module) in classes:
             layers.add(module)
     return layers
-
-
-@contextmanager
-def synchronized_errors(distributed: bool) -> Iterator[None]:
-    """If the block fails on one rank, it fails on every rank with that rank's message, instead of hanging there."""
-    if not distributed:
-        yield
-        return
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise CalibrationError(f"rank {rank} failed: {message}")

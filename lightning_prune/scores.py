@@ -35,6 +35,10 @@ class Score(Protocol):
         statistics: Names out of `lightning_prune.statistics.ALL_STATISTICS` that the score reads.
         group: Weights are compared within ``"row"``, ``"layer"`` or ``"global"``, unless the user says otherwise.
         allocation: Layer sparsities: ``"uniform"``, ``"owl"`` or ``"kfac"``, unless the user says otherwise.
+
+    A score may also have ``elementwise = True``: each number depends only on its own weight, row and column, so that a
+    rank can score its part of a sharded weight alone. Without it, a sharded weight and its statistics are gathered,
+    one layer at a time.
     """
 
     @property
@@ -61,6 +65,7 @@ class _BuiltIn:
     statistics: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str] = "row"
     allocation: ClassVar[str] = "uniform"
+    elementwise: ClassVar[bool] = True
 
 
 class Magnitude(_BuiltIn):
@@ -84,6 +89,7 @@ class Random(_BuiltIn):
 
     name = "random"
     group = "layer"
+    elementwise = False
     seed: int = 0
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:

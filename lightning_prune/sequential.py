@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.batches import batch_size, padding_mask, samples
+from lightning_prune.ranks import Ranks, in_step, no_sample
+from lightning_prune.sharding import reshard
 from lightning_prune.statistics import CalibrationError
 
 
@@ -41,12 +43,14 @@ class BlockBatch:
         hidden: Input of the next block, ``[B, T, D]``.
         keep: ``[B, T]`` bool, True where a token is real, or None.
         samples: B.
+        counting: False for a batch that only keeps other ranks company.
     """
 
     hidden: Tensor
     keep: Tensor | None
     samples: int
     calls: list[_Call]
+    counting: bool = True
 
 
 class BlockWalk:
@@ -59,6 +63,7 @@ class BlockWalk:
         num_samples: Samples to use.
         run: ``run(model, batch)`` starts a forward pass.
         forward_context: Makes the context that forward passes run in (autocast).
+        ranks: Whose parameters are sharded, so that they run in lock step; or None.
 
     Raises:
         CalibrationError: no sample, or the model does not pass its blocks one tensor of hidden states.
@@ -72,13 +77,20 @@ class BlockWalk:
         num_samples: int,
         run: Callable[[nn.Module, Any], Any],
         forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        ranks: Ranks | None = None,
     ) -> None:
         self.blocks = list(blocks)
         self.forward_context = forward_context
         self.tuples: bool | None = None
-        self.batches = [self._record(model, batch, size, run) for batch, size in samples(batches, num_samples)]
+        self.to_the_end = ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
+        device = next(model.parameters()).device
+        self.batches = []
+        for (batch, size), counting in in_step(samples(batches, num_samples), ranks, device):
+            self.batches.append(self._record(model, batch, size, run))
+            self.batches[-1].counting = counting
+        reshard(model)
         if not self.batches:
-            raise CalibrationError("calibration saw no sample: `batches` is empty; the weights are unchanged")
+            raise no_sample()
 
     @torch.no_grad()
     def run(self, index: int, keep_output: bool = False) -> Iterator[BlockBatch]:
@@ -113,7 +125,7 @@ class BlockWalk:
                 if index == 0:
                     first.append(hidden)
                 calls.append(_Call(args[1:], kwargs, by_keyword))
-                if len(calls) == len(self.blocks):
+                if len(calls) == len(self.blocks) and not self.to_the_end:
                     raise _AllRecordedError
                 if self.tuples is None:  # once: does this architecture's block return a tensor or a tuple?
                     given = {**kwargs, "hidden_states": hidden} if by_keyword else kwargs

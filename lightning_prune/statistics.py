@@ -7,10 +7,9 @@ delta the gradient of a sample's loss with respect to the output, ``[B, T, O]``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 INPUT_NORM = "input_norm"
@@ -37,9 +36,11 @@ class LayerStatistics:
         samples: Number of samples n.
         input_norm: ``[I]``, ``sqrt(1/n * sum over samples and tokens of x^2)`` (Wanda, arXiv 2306.11695, sec. 3).
         output_grad_norm: ``[O]``, the same of delta.
-        gradient_l1: ``[O, I]``, ``sum over samples of abs(G)`` (GBLM, arXiv 2311.04902, sec. 3).
-        gradient_l2: ``[O, I]``, ``sqrt(sum over samples of G^2)``.
-        hessian: ``[I, I]``, ``X^T X`` over all tokens, divided by n.
+        gradient_l1: ``[O, I]``, ``sum over samples of abs(G)`` (GBLM, arXiv 2311.04902, sec. 3). Of a sharded
+            weight, this rank's part of the matrix.
+        gradient_l2: ``[O, I]``, ``sqrt(sum over samples of G^2)``; the same.
+        hessian: ``[I, I]``, ``X^T X`` over all tokens, divided by n; of a sharded weight, this rank's share of its
+            rows (see `lightning_prune.sharding.all_gather`).
     """
 
     samples: int
@@ -48,6 +49,15 @@ class LayerStatistics:
     gradient_l1: Tensor | None = None
     gradient_l2: Tensor | None = None
     hessian: Tensor | None = None
+
+    def part(self, bounds: tuple[tuple[int, int], tuple[int, int]]) -> LayerStatistics:
+        """Those of some rows and columns: vectors are cut; gradients are taken to be of that part already."""
+        (row, row_end), (column, column_end) = bounds
+        return replace(
+            self,
+            input_norm=None if self.input_norm is None else self.input_norm[column:column_end],
+            output_grad_norm=None if self.output_grad_norm is None else self.output_grad_norm[row:row_end],
+        )
 
     def get(self, name: str) -> Tensor:
         """A statistic that was collected; KeyError with its name if it was not."""
@@ -130,10 +140,22 @@ class Accumulator:
             else:
                 aggregate.add_(term.abs())
 
-    def all_reduce(self) -> None:
-        """Sum over all ranks."""
-        for name in sorted(self.statistics):
-            dist.all_reduce(self.sums[name])
+    def add_aggregate(self, name: str, part: Tensor) -> None:
+        """Add to a gradient aggregate what several samples sum up to already."""
+        aggregate = self.sums.get(name)
+        if aggregate is None:
+            device = self.gradient_device or part.device
+            aggregate = self.sums[name] = torch.zeros(self.shape, dtype=self.gradient_dtype, device=device)
+        aggregate.add_(part.to(aggregate.device, aggregate.dtype))
+
+    def fill(self, name: str, shape: tuple[int, int], device: torch.device) -> None:
+        """A sum to which this rank's samples had nothing to add; `shape` ``(O, I)`` is that of its other sums."""
+        sizes = {INPUT_NORM: shape[1:], OUTPUT_GRAD_NORM: shape[:1], HESSIAN: (shape[1], shape[1])}
+        if name in GRADIENTS:
+            device, dtype = self.gradient_device or device, self.gradient_dtype
+        else:
+            dtype = torch.float32 if name == HESSIAN else _vector_dtype(device)
+        self.sums[name] = torch.zeros(sizes.get(name, self.shape), dtype=dtype, device=device)
 
     def result(self, samples: int) -> LayerStatistics:
         """The statistics over `samples` samples. Consumes the aggregates."""

@@ -13,6 +13,10 @@ from fnmatch import fnmatchcase
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lightning_prune.sharding import Layout, as_shard_of, local
 
 DEFAULT_IGNORE = ("lm_head",)
 
@@ -80,7 +84,7 @@ CONV1D = LayerKind(
 # Channels last, so that N:M groups run along the input channels, as sparse convolution kernels want them.
 CONV2D = LayerKind(
     "Conv2d",
-    to_matrix=lambda w: w.permute(0, 2, 3, 1).reshape(w.shape[0], -1),
+    to_matrix=lambda w: w.permute(0, 2, 3, 1).reshape(w.shape[0], w.shape[1:].numel()),
     from_matrix=lambda m, s: m.view(s[0], s[2], s[3], s[1]).permute(0, 3, 1, 2),
     input_rows=_conv2d_patches,
     output_rows=_conv2d_outputs,
@@ -94,9 +98,15 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     if isinstance(module, nn.Conv2d):
         return CONV2D
     # By name, so that the functional core needs no import of transformers.
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+    if type_name(module) == "Conv1D" and hasattr(module, "nf"):
         return CONV1D
     return None
+
+
+def type_name(module: nn.Module) -> str:
+    """Name of a module's class; of one that FSDP2 shards, by making a subclass of it, that of the original class."""
+    cls = type(module)
+    return (cls.__bases__[-1] if issubclass(cls, FSDPModule) and len(cls.__bases__) > 1 else cls).__name__
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,8 @@ class Target:
         module: The layer. The weight is read from it each time: a parameter may be replaced (sharding).
         kind: How the layer stores its weight.
         modules: All layers that use this one parameter (more than one where layers are tied).
+
+    Of a sharded parameter (DTensor), `matrix` is this rank's part; `shape` and `numel` are of the whole.
     """
 
     name: str
@@ -135,13 +147,24 @@ class Target:
         """Number of weights."""
         return self.weight.numel()
 
+    @property
+    def layout(self) -> Layout | None:
+        """How the parameter is sharded, or None."""
+        weight = self.weight
+        return Layout(weight, transposed=self.kind is CONV1D) if isinstance(weight, DTensor) else None
+
     def matrix(self) -> Tensor:
         """The weight as ``(O, I)``, detached, in its own dtype."""
-        return self.kind.to_matrix(self.weight.detach())
+        return self.kind.to_matrix(local(self.weight.detach()))
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
-        """``(O, I)`` back to the parameter's shape."""
-        return self.kind.from_matrix(matrix, self.weight.shape)
+        """A matrix, shaped as `matrix` gives it, back to the parameter's shape and layout."""
+        weight = self.weight
+        return as_shard_of(weight, self.kind.from_matrix(matrix, local(weight).shape).contiguous())
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
+        return self.kind.to_matrix(local(tensor))
 
 
 def clean_name(name: str) -> str:
@@ -227,7 +250,7 @@ def _reject_bare_string(argument: str, value: object) -> None:
 
 def _selected(name: str, module: nn.Module, selectors: Sequence[str | type[nn.Module]]) -> bool:
     return any(
-        (name_matches(name, s) or type(module).__name__ == s) if isinstance(s, str) else isinstance(module, s)
+        (name_matches(name, s) or type_name(module) == s) if isinstance(s, str) else isinstance(module, s)
         for s in selectors
     )
 
@@ -305,7 +328,7 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             blocks = [
                 (clean_name(f"{name}.{i}"), child)
                 for i, child in enumerate(module)
-                if type(getattr(child, "_orig_mod", child)).__name__ in classes
+                if type_name(getattr(child, "_orig_mod", child)) in classes
             ]
             if blocks and len(blocks) == len(module):
                 stacks.append(blocks)

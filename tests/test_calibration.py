@@ -763,7 +763,7 @@ def test_collect_forward_while_somebody_else_runs_the_layers():
 
     def steps():
         for part, mask in zip(data.split(2), keep.split(2), strict=True):
-            yield mask, 2
+            yield mask, 2, True
             with torch.no_grad():
                 model(part)
 

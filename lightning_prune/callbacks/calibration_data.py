@@ -27,7 +27,9 @@ class CalibrationData:
 
     def __init__(self, trainer: L.Trainer, source: Iterable[Any] | None, num_samples: int, seed: int) -> None:
         self.trainer = trainer
-        self.rank, self.world = trainer.global_rank, trainer.world_size
+        # Ranks of one tensor-parallel group see the same samples.
+        split = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {"num_replicas": 1, "rank": 0}
+        self.rank, self.world = split["rank"], split["num_replicas"]
         if num_samples < self.world:
             raise ValueError(f"num_samples={num_samples} must be at least one for each of the {self.world} ranks")
         self.local_samples = len(range(self.rank, num_samples, self.world))

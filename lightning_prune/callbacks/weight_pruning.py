@@ -21,16 +21,18 @@ from lightning_prune.enforcement import Enforcer
 from lightning_prune.masks import (
     Masks,
     apply_masks,
-    check_masks,
     mask_sparsity,
     named_weights,
     pack_masks,
+    shard_masks,
     unpack_masks,
 )
 from lightning_prune.plan import PruningPlan, check_settings, make_plan
 from lightning_prune.pruning import run_plan
+from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule
 from lightning_prune.scores import Keep, Score, make_score
+from lightning_prune.sharding import has_sharded_parameters, reshard
 from lightning_prune.targets import DEFAULT_IGNORE
 
 _STATE_VERSION = 1
@@ -45,7 +47,8 @@ class WeightPruning(L.Callback):
     masks are saved in the callback's state of a checkpoint, packed to bits; the checkpoint's ``state_dict`` stays
     that of the plain module.
 
-    Works with automatic and manual optimization on one device and under DDP.
+    Works with automatic and manual optimization on one device, under DDP, and under ``ModelParallelStrategy`` (FSDP2,
+    tensor parallelism), where scores, aggregates and masks are shards as the parameters are, and `masks` are DTensors.
 
     Args:
         score: See `lightning_prune.prune`, which also documents the other arguments up to `ignore`. ``"keep"`` trains
@@ -55,7 +58,7 @@ class WeightPruning(L.Callback):
         group: ``"row"``, ``"layer"``, ``"global"``, or None for the score's own.
         allocation: Layer sparsities.
         update: None or ``"obs"``.
-        num_samples: Calibration samples over all ranks.
+        num_samples: Calibration samples over all ranks, at least one for each data-parallel rank.
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
         grad_norm: ``"l1"`` or ``"l2"``.
@@ -154,49 +157,59 @@ class WeightPruning(L.Callback):
 
     @property
     def masks(self) -> Masks:
-        """Bool masks by parameter name, True = kept; empty before pruning."""
+        """Bool masks by parameter name, True = kept, sharded as the parameters are; empty before pruning."""
         return self._masks if self._enforcer is None else self._enforcer.masks()
 
     @property
     def sparsity(self) -> float:
-        """Share of pruned weights over all targets; 0.0 before pruning."""
+        """Share of pruned weights over all targets; 0.0 before pruning. Where they are sharded, every rank must ask."""
         return mask_sparsity(self.masks)
 
     # -- life of a fit -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies whose shards the masks could not follow."""
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise ValueError(
-                f"WeightPruning does not support {type(trainer.strategy).__name__} yet: its parameters are sharded; "
-                "use strategy='ddp' or a single device"
+                f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
+                "weights; use strategy=ModelParallelStrategy(), which shards with FSDP2 (fully_shard in "
+                "configure_model), or 'ddp'"
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
         plan = make_plan(pl_module, **self.settings, targets=self.targets, ignore=self.ignore)
-        if any(isinstance(t.weight, DTensor) for t in plan.targets):
-            raise ValueError("WeightPruning does not support sharded parameters (DTensor) yet; use strategy='ddp'")
+        sharded = has_sharded_parameters(pl_module)
+        if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
+                "ranks see the same samples; use strategy=ModelParallelStrategy()"
+            )
         self._plan = plan
         if self._owner is not None and self._owner() is not pl_module:
             self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
-        if self._masks:
-            self._bind(trainer, pl_module, self._masks)
-        elif self.schedule.fraction(trainer.global_step) > 0:
-            self._prune(trainer, pl_module)
-        self._owner = weakref.ref(pl_module)
+        # Sharded weights, and the masks with them, are restored only after this hook.
+        if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
+            self._begin(trainer, pl_module)
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Catch up with a checkpoint that had no masks: steps and optimizer states are restored only now."""
+        """Catch up with a checkpoint: steps and optimizer states are restored only now."""
         self._seen_step = trainer.global_step
-        if not self.masks and self.schedule.fraction(trainer.global_step) > 0:
-            self._prune(trainer, pl_module)
-        elif self._enforcer is not None:
+        if self._enforcer is None:
+            self._begin(trainer, pl_module)
+        else:
             for optimizer in trainer.optimizers:
                 self._enforcer.mask_states(optimizer)
+
+    def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._masks:
+            self._bind(trainer, module, self._masks)
+        elif self.schedule.fraction(trainer.global_step) > 0:
+            self._prune(trainer, module)
+        self._owner = weakref.ref(module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -226,7 +239,8 @@ class WeightPruning(L.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._masks = {name: mask.cpu() for name, mask in self.masks.items()}
+        # Shards stay on the devices of their mesh.
+        self._masks = {n: mask if isinstance(mask, DTensor) else mask.cpu() for n, mask in self.masks.items()}
         self._enforcer = self._plan = None
 
     # -- pruning -------------------------------------------------------------------------------------------------
@@ -234,8 +248,8 @@ class WeightPruning(L.Callback):
     def _prune(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert self._plan is not None
         started = time.monotonic()
-        plan, distributed = self._plan, trainer.world_size > 1
-        loss_fn, data = None, None
+        plan, loss_fn, data = self._plan, None, None
+        reshard(module)
         with no_trace(trainer, module):
             if plan.needs_data:
                 loss_fn = self.loss_fn or calibration_loss(module)
@@ -249,18 +263,18 @@ class WeightPruning(L.Callback):
                 fraction=self.schedule.fraction(trainer.global_step),
                 previous=self.masks,
                 forward_context=trainer.precision_plugin.train_step_context,
-                distributed=distributed,
+                ranks=_ranks(trainer),
             )
         self._bind(trainer, module, masks)
-        total = sum(mask.numel() for mask in masks.values())
+        total, sparsity = sum(mask.numel() for mask in masks.values()), mask_sparsity(masks)
         rank_zero_info(
-            f"WeightPruning: {mask_sparsity(masks):.2%} of {total:,} weights in {len(masks)} layers are pruned "
+            f"WeightPruning: {sparsity:.2%} of {total:,} weights in {len(masks)} layers are pruned "
             f"({plan.score.name}, {plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
-        check_masks(module, masks)
+        masks = shard_masks(module, masks)
         apply_masks(module, masks)
         weights = named_weights(module)
         self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
@@ -306,7 +320,10 @@ class WeightPruning(L.Callback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``."""
+        """Masks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``.
+
+        Where weights are sharded every rank must call, and rank 0, which writes the checkpoint, alone gets the bits.
+        """
         return {
             "version": _STATE_VERSION,
             "score": self.settings["score"].name,
@@ -332,3 +349,10 @@ class WeightPruning(L.Callback):
         self._masks = unpack_masks(state_dict["masks"])
         self._owner = None
         self._enforcer = None
+
+
+def _ranks(trainer: L.Trainer) -> Ranks | None:
+    """The ranks that prune together under a strategy."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return Ranks(trainer.strategy.device_mesh["data_parallel"].get_group(), lockstep=True)
+    return Ranks() if trainer.world_size > 1 else None

@@ -12,6 +12,9 @@ in, then the measured steps (start of a batch to start of the next, so that ever
 are interleaved; medians over all steps of a variant are shown, and the median over rounds of its ratio to
 dense.
 
+`--paired` measures ours alone, with less noise: one fit in which enforcement is switched off at every other step, and
+the two kinds of steps are compared.
+
 `--memory` measures instead the peak resident memory of the second epoch, each variant in a fresh process.
 
     python tests/benchmarks/enforcement.py --model FOLDER --calibration TEXT --rounds 3 --steps 4
@@ -54,6 +57,22 @@ class FineTuning(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+
+class EveryOtherStep(Callback):
+    """Switches enforcement off at odd steps."""
+
+    def __init__(self, pruning: Any) -> None:
+        self.pruning, self.enforcer = pruning, None
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, index: int
+    ) -> None:
+        self.enforcer = self.enforcer or self.pruning._enforcer
+        self.pruning._enforcer = None if index % 2 else self.enforcer
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.pruning._enforcer = self.enforcer
 
 
 class StepTimer(Callback):
@@ -130,6 +149,8 @@ def fit(variant: str, model: nn.Module, batches: Tensor, args: argparse.Namespac
     """One fit; the timer, and the share of zeros at its end."""
     module, timer = FineTuning(model.train()), StepTimer(args.steps, args.memory)
     callbacks = prepare(variant, module)
+    if args.paired:
+        callbacks.append(EveryOtherStep(callbacks[0]))
     trainer = lightning.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -163,6 +184,18 @@ def measure_time(args: argparse.Namespace, model: nn.Module, batches: Tensor) ->
     return rows
 
 
+def measure_pairs(args: argparse.Namespace, model: nn.Module, batches: Tensor) -> list[dict[str, Any]]:
+    timer, zeros = fit("ours", model, batches, args)
+    seconds = timer.seconds[: len(timer.seconds) // 2 * 2]
+    with_masks, without = seconds[::2], seconds[1::2]
+    extra = [a - b for a, b in zip(with_masks, without, strict=True)]
+    print(" ".join(f"{s:.3f}" for s in seconds), file=sys.stderr)
+    row = {"variant": "ours, every other step", "step_s": statistics.median(with_masks)}
+    row["without_s"] = statistics.median(without)
+    row["overhead_percent"] = 100 * statistics.median(extra) / row["without_s"]
+    return [row | {"zeros": zeros, "pairs": len(extra)}]
+
+
 def measure_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One process for each variant: memory that an earlier one freed must not hide in the next one's."""
     rows: list[dict[str, Any]] = []
@@ -183,6 +216,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--rounds", type=int, default=3, help="fits of each variant (default 3)")
     p.add_argument("--steps", type=int, default=4, help="measured steps of a fit (default 4)")
+    p.add_argument("--paired", action="store_true", help="ours alone, switched off at every other of the steps")
     p.add_argument("--memory", action="store_true", help="peak memory instead of time")
     p.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -199,7 +233,7 @@ def main() -> None:
         if args.memory_of:
             print(json.dumps(fit(args.memory_of, model, batches, args)[0].peak))
             return
-        table = measure_time(args, model, batches)
+        table = (measure_pairs if args.paired else measure_time)(args, model, batches)
 
     settings = {"measure": "memory" if args.memory else "time", "batch": f"{args.batch_size}x{args.length}"}
     settings["model"] = args.gguf_file or Path(args.model).name

@@ -1,26 +1,30 @@
-"""Run by the tests in processes of their own: fit a small language model, write what each rank ended with.
+"""Run by the tests in processes of their own: fit small language models, write what each rank ended with.
 
-Usage: worker.py OUT DEVICES STRATEGY SETTINGS_JSON
+Usage: worker.py DEVICES CASES_JSON, where a case is [folder, strategy, settings]; they run one after the other.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_prune import CubicSchedule, WeightPruning
 from lightning_prune.losses import causal_lm_losses
+from lightning_prune.sharding import gather_whole, local
 
 STRATEGIES = {
     "single": lambda: "auto",
@@ -28,7 +32,26 @@ STRATEGIES = {
     "ddp_static_graph": lambda: DDPStrategy(process_group_backend="gloo", static_graph=True),
     "ddp_bucket_view": lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True),
     "ddp_find_unused": lambda: DDPStrategy(process_group_backend="gloo", find_unused_parameters=True),
+    "fsdp2": lambda: sharded("auto", 1),
+    "fsdp2_full_checkpoint": lambda: sharded("auto", 1, save_distributed_checkpoint=False),
+    "tp": lambda: sharded(1, "auto"),
+    "2d": lambda: sharded(2, 2),
 }
+COLWISE, ROWWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+
+
+def sharded(data: int | str, tensor: int | str, **settings: Any) -> ModelParallelStrategy:
+    class Strategy(ModelParallelStrategy):
+        def setup_environment(self) -> None:
+            # "auto" means nodes and devices of a node; here the sizes follow from the number of processes.
+            if data == "auto":
+                self._data_parallel_size = self.num_processes
+            super().setup_environment()
+
+    return Strategy(
+        data_parallel_size=data, tensor_parallel_size=tensor, process_group_backend="gloo",
+        timeout=timedelta(seconds=50), **settings,
+    )  # fmt: skip
 
 
 class Tokens(Dataset):
@@ -48,14 +71,44 @@ class Tokens(Dataset):
 
 
 class Model(L.LightningModule):
-    def __init__(self, fail_on_rank: int | None = None) -> None:
+    def __init__(
+        self,
+        fail_on_rank: int | None = None,
+        parallel: dict[str, Any] | None = None,
+        family: str = "llama",
+        intermediate_size: int = 64,
+    ) -> None:
         super().__init__()
+        self.fail_on_rank, self.parallel, self.placed = fail_on_rank, parallel, False
+        if family == "gpt2":
+            gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+            self.model = GPT2LMHeadModel(gpt2)
+            return
         config = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True,
+            vocab_size=64, hidden_size=32, intermediate_size=intermediate_size, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
         )  # fmt: skip
-        self.fail_on_rank = fail_on_rank
         self.model = LlamaForCausalLM(config)
+
+    def configure_model(self) -> None:
+        if self.parallel is None or self.placed:
+            return
+        options, self.placed = dict(self.parallel), True
+        root_only = options.pop("root_only", False)
+        if options.pop("bf16", False):
+            options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if options.pop("offload", False):
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+        mesh = self.device_mesh
+        blocks = self.model.transformer.h if hasattr(self.model, "transformer") else self.model.model.layers
+        for block in blocks:
+            if mesh["tensor_parallel"].size() > 1:
+                plan = {n: ColwiseParallel() for n, _ in block.named_modules() if n.endswith(COLWISE)}
+                plan |= {n: RowwiseParallel() for n, _ in block.named_modules() if n.endswith(ROWWISE)}
+                parallelize_module(block, mesh["tensor_parallel"], plan)
+            if not root_only:
+                fully_shard(block, mesh=mesh["data_parallel"], **options)
+        fully_shard(self.model, mesh=mesh["data_parallel"], **options)
 
     def calibration_loss(self, batch: Any) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -76,11 +129,14 @@ class Model(L.LightningModule):
 
 
 def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> None:
-    """Fit, and write masks and weights of this rank to ``out/rankN.safetensors``."""
+    """Fit, and write masks and weights (whole) and the size of each mask's part here to ``out/rankN.safetensors``."""
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     settings = dict(settings)
-    module = Model(settings.pop("fail_on_rank", None))
+    model_settings = {k: settings.pop(k) for k in ("fail_on_rank", "family", "intermediate_size") if k in settings}
+    parallel = settings.pop("parallel", {}) if strategy in ("fsdp2", "fsdp2_full_checkpoint", "tp", "2d") else None
+    settings.pop("parallel", None)
+    module = Model(parallel=parallel, **model_settings)
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
     schedule = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
@@ -93,10 +149,12 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         callbacks=[pruning, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
     )  # fmt: skip
     trainer.fit(module, ckpt_path=resume)
-    state = {f"mask.{n}": m.to(torch.uint8) for n, m in pruning.masks.items()}
-    state |= {f"weight.{n}": p.detach().clone().contiguous() for n, p in module.named_parameters()}
+    state = {f"mask.{n}": gather_whole(m.to(torch.uint8)) for n, m in pruning.masks.items()}
+    state |= {f"weight.{n}": gather_whole(p.detach()).clone().contiguous() for n, p in module.named_parameters()}
+    state |= {f"held.{n}": torch.tensor(local(m).numel()) for n, m in pruning.masks.items()}
     save_file(state, out / f"rank{trainer.global_rank}.safetensors")
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
+    for folder, strategy_name, case in json.loads(sys.argv[2]):
+        run(Path(folder), int(sys.argv[1]), strategy_name, case)

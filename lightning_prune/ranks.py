@@ -1,0 +1,133 @@
+"""The processes that prune together: who shares the samples, who holds which part, and how they fail together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_prune.statistics import CalibrationError
+
+_Unit = TypeVar("_Unit")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of one distributed pruning. Every rank of the default group must make the same calls.
+
+    Attributes:
+        data_group: Ranks that calibrate on different samples, over which statistics are summed. None: the default
+            group. Ranks outside it (tensor parallelism) see the same samples.
+        lockstep: Forward passes hold collectives (parameters are sharded), so every rank runs as many of them.
+    """
+
+    data_group: dist.ProcessGroup | None = None
+    lockstep: bool = False
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes in all."""
+        return dist.get_world_size()
+
+    def data_ranks(self) -> frozenset[int]:
+        """Global ranks of the data group."""
+        return frozenset(dist.get_process_group_ranks(self.data_group or dist.group.WORLD))
+
+    def sum_samples(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that saw different samples, in place."""
+        dist.all_reduce(tensor, group=self.data_group)
+        return tensor
+
+    def sum_parts(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, values: list[int], device: torch.device) -> list[list[int]]:
+        """The integers of every process, in the order of ranks."""
+        mine = torch.tensor(values, dtype=torch.int64, device=device)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine)
+        return [part.tolist() for part in parts]
+
+    def agree(self, error: BaseException | None) -> None:
+        """Meet; if any rank has an error, every rank raises: its own, or that of the first rank that failed.
+
+        Raises:
+            CalibrationError: another rank failed.
+            BaseException: `error`, if there is one.
+        """
+        messages: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise CalibrationError(f"rank {rank} failed: {message}")
+
+
+def meet(ranks: Ranks | None, error: Exception | None, values: list[int], device: torch.device) -> list[list[int]]:
+    """In lock step: the values of every rank, or the error of any of them. Without `ranks`: these, or this error.
+
+    Raises:
+        Exception: `error`; CalibrationError where it is another rank's.
+    """
+    if ranks is None:
+        if error is not None:
+            raise error
+        return [values]
+    every = ranks.gather([int(error is not None), *values], device)
+    if any(failed for failed, *_ in every):
+        ranks.agree(error)
+    return [rest for _, *rest in every]
+
+
+def in_step(units: Iterable[_Unit], ranks: Ranks | None, device: torch.device) -> Iterator[tuple[_Unit, bool]]:
+    """This rank's units of work, each with True; in lock step, the last again with False until every rank's have ended.
+
+    Raises:
+        CalibrationError: a rank has no unit at all; on every rank.
+    """
+    iterator = iter(units)
+    last: tuple[_Unit] | None = None
+    while True:
+        unit: tuple[_Unit] | None = None
+        error: Exception | None = None
+        try:
+            unit = next(((item,) for item in iterator), None)
+            if unit is None and last is None and ranks is not None:
+                raise no_sample(" on this rank")
+        except Exception as caught:
+            error = caught
+        if not any(busy for (busy,) in meet(ranks, error, [int(unit is not None)], device)):
+            return
+        last = unit or last
+        assert last is not None
+        yield last[0], unit is not None
+
+
+def no_sample(where: str = "") -> CalibrationError:
+    """The error of calibration data that is empty."""
+    return CalibrationError(f"calibration saw no sample{where}: `batches` is empty; the weights are unchanged")
+
+
+@contextmanager
+def synchronized_errors(ranks: Ranks | None) -> Iterator[None]:
+    """If the block fails on one rank, it fails on every rank with that rank's message, instead of hanging there.
+
+    The block must hold no collective.
+    """
+    if ranks is None:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    ranks.agree(error)

@@ -1,0 +1,309 @@
+"""Parameters that live as shards (DTensors of FSDP2 and tensor parallelism): who holds which part of a matrix.
+
+A weight's matrix is ``(O, I)``. FSDP2 cuts a parameter along its first dimension, tensor parallelism cuts outputs
+(colwise) or inputs (rowwise), and the two may meet in one parameter. Nothing here gathers more than one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part = tensor.to_local()
+    # An asynchronous collective may stand behind it.
+    return cast(Tensor, part.wait()) if hasattr(part, "wait") else part
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is distributed over ranks."""
+    return isinstance(tensor, DTensor)
+
+
+def has_sharded_parameters(model: nn.Module) -> bool:
+    """Whether any parameter is a DTensor now, or a module of FSDP2 will make it one."""
+    return any(isinstance(p, DTensor) for p in model.parameters()) or any(
+        isinstance(module, FSDPModule) for module in model.modules()
+    )
+
+
+def reshard(model: nn.Module) -> None:
+    """Put parameters that FSDP2 left gathered after a forward pass back into shards, so that they can be written."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered_around(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """While the block runs, `module` can be called by itself; afterwards its parameters are shards and can be written.
+
+    A module that FSDP2 shards gathers its own parameters; one that is sharded as a part of another does not, so
+    that other is gathered for it.
+    """
+    around: list[FSDPModule] = []
+    if not isinstance(module, FSDPModule):
+        around = [m for m in model.modules() if isinstance(m, FSDPModule) and any(c is module for c in m.modules())]
+    for outer in around:
+        outer.unshard()
+    try:
+        yield
+    finally:
+        for outer in around:
+            outer.reshard()
+        reshard(module)
+
+
+def as_shard_of(parameter: Tensor, part: Tensor) -> Tensor:
+    """A DTensor laid out as `parameter` is, from this rank's part of it; a plain `parameter` leaves the part plain."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def take_shard(parameter: Tensor, whole: Tensor) -> Tensor:
+    """The part of `whole`, of the parameter's full shape, that this rank's shard of the parameter covers."""
+    if isinstance(parameter, DTensor):
+        for dim, (start, stop) in enumerate(shard_bounds(parameter)):
+            whole = whole.narrow(dim, start, stop - start)
+    return whole
+
+
+def shard_dim(placement: Placement) -> int | None:
+    """The tensor dimension that a placement cuts, or None if it copies.
+
+    Raises:
+        ValueError: a placement that holds sums to be reduced.
+    """
+    if isinstance(placement, Replicate):
+        return None
+    dim = getattr(placement, "dim", None)  # Shard, and the strided one of FSDP2 over tensor parallelism
+    if dim is None:
+        raise ValueError(f"a parameter with placement {placement!r} cannot be pruned; use Shard or Replicate")
+    return int(dim)
+
+
+def _is_strided(placement: Placement) -> bool:
+    # Private in torch, and a subclass of Shard in some of its versions.
+    return type(placement).__name__ == "_StridedShard"
+
+
+def _chunk(start: int, stop: int, parts: int, index: int) -> tuple[int, int]:
+    """The index-th of `parts` pieces of a range, cut as ``torch.chunk`` does: the last ones may be short or empty."""
+    each = -(-(stop - start) // parts)
+    return min(start + index * each, stop), min(start + (index + 1) * each, stop)
+
+
+def _bounds(shape: Sequence[int], mesh: DeviceMesh, cuts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Start and stop in each dimension after cutting, in order, by pairs of mesh and tensor dimension."""
+    bounds = [(0, size) for size in shape]
+    for mesh_dim, dim in cuts:
+        bounds[dim] = _chunk(*bounds[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+    return bounds
+
+
+def _cuts(parameter: DTensor) -> list[tuple[int, int]]:
+    """Pairs of mesh and tensor dimension, in the order in which the parameter was cut."""
+    found = [
+        (mesh_dim, dim, _is_strided(placement))
+        for mesh_dim, placement in enumerate(parameter.placements)
+        if (dim := shard_dim(placement)) is not None and parameter.device_mesh.size(mesh_dim) > 1
+    ]
+    # FSDP2 cuts what tensor parallelism left, though its mesh dimension comes first.
+    return [(m, dim) for m, dim, _ in sorted(found, key=lambda cut: cut[2])]
+
+
+def shard_bounds(parameter: DTensor) -> list[tuple[int, int]]:
+    """Start and stop of this rank's part in each dimension of the parameter."""
+    return _bounds(parameter.shape, parameter.device_mesh, _cuts(parameter))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the matrix ``(O, I)`` of a sharded parameter lives.
+
+    Attributes:
+        parameter: The DTensor.
+        transposed: The parameter stores ``(I, O)`` (transformers' Conv1D).
+    """
+
+    parameter: DTensor
+    transposed: bool
+
+    @cached_property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)`` of the whole matrix."""
+        size = self.parameter.shape
+        return (size[1], size[0]) if self.transposed else (size[0], size[1:].numel())
+
+    @cached_property
+    def _matrix_cuts(self) -> list[tuple[int, int]]:
+        """Pairs of mesh and matrix dimension."""
+        cuts = _cuts(self.parameter)
+        if self.parameter.dim() > 2 and any(dim for _, dim in cuts):
+            raise ValueError("a convolution cut along anything but its output channels cannot be pruned")
+        return [(mesh_dim, 1 - dim if self.transposed else dim) for mesh_dim, dim in cuts]
+
+    @cached_property
+    def bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Start and stop of this rank's rows and columns."""
+        rows, columns = _bounds(self.shape, self.parameter.device_mesh, self._matrix_cuts)
+        return rows, columns
+
+    @cached_property
+    def counted(self) -> bool:
+        """Whether this rank speaks for its part: true on one of the ranks that hold copies of it."""
+        mesh = self.parameter.device_mesh
+        copies = [m for m, p in enumerate(self.parameter.placements) if shard_dim(p) is None]
+        return all(mesh.get_local_rank(m) == 0 for m in copies)
+
+    # -- what tensor parallelism leaves to the layer's forward, before FSDP2 cuts it -------------------------------
+
+    def forward_bounds(self, data_ranks: frozenset[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of the part that this rank's forward pass multiplies with."""
+        rows, columns = _bounds(self.shape, self.parameter.device_mesh, self._tensor_cuts(data_ranks))
+        return rows, columns
+
+    def _tensor_cuts(self, data_ranks: frozenset[int]) -> list[tuple[int, int]]:
+        return [cut for cut in self._matrix_cuts if not self._over_data(cut[0], data_ranks)]
+
+    def _over_data(self, mesh_dim: int, data_ranks: frozenset[int]) -> bool:
+        ranks = dist.get_process_group_ranks(self.parameter.device_mesh.get_group(mesh_dim))
+        return data_ranks.issuperset(ranks)
+
+    def sum_to_shard(self, part: Tensor, group: dist.ProcessGroup | None, data_ranks: frozenset[int]) -> Tensor:
+        """Sum the forward's part of a matrix over the data-parallel ranks, and return this rank's own part of it.
+
+        Args:
+            part: ``[o, i]``, rows and columns of `forward_bounds`, this rank's samples.
+            group: The data-parallel group.
+            data_ranks: Its global ranks.
+        """
+        mesh = self.parameter.device_mesh
+        (row, row_end), (column, column_end) = self.bounds
+        (row_0, _), (column_0, _) = self.forward_bounds(data_ranks)
+        cuts = [cut for cut in self._matrix_cuts if self._over_data(cut[0], data_ranks)]
+        if len(cuts) == 1 and mesh.size(cuts[0][0]) == len(data_ranks):
+            moved = part.movedim(cuts[0][1], 0)
+            own = reduce_scatter(moved, mesh.get_group(cuts[0][0])).movedim(0, cuts[0][1])
+            return own
+        dist.all_reduce(part, group=group)
+        return part[row - row_0 : row_end - row_0, column - column_0 : column_end - column_0].clone()
+
+    def whole_vector(self, part: Tensor, dim: int, data_ranks: frozenset[int]) -> Tensor:
+        """A vector over all rows (dim 0) or columns (1) from the forward's part of it."""
+        cuts = [cut for cut in self._tensor_cuts(data_ranks) if cut[1] == dim]
+        if not cuts or part.numel() == self.shape[dim]:
+            return part
+        if len(cuts) > 1:
+            raise ValueError("a weight cut twice along one dimension by tensor parallelism cannot be pruned")
+        mesh, size = self.parameter.device_mesh, self.shape[dim]
+        return all_gather(part, size, mesh.get_group(cuts[0][0]))
+
+    # -- whole rows ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _column_cut(self) -> int | None:
+        """The mesh dimension that cuts rows into pieces."""
+        cuts = [mesh_dim for mesh_dim, dim in self._matrix_cuts if dim == 1]
+        if len(cuts) > 1:
+            raise ValueError("a weight whose inputs are cut by two mesh dimensions cannot be pruned")
+        return cuts[0] if cuts else None
+
+    @cached_property
+    def row_bounds(self) -> tuple[int, int]:
+        """Start and stop of the rows that this rank has after `to_rows`."""
+        rows = self.bounds[0]
+        if self._column_cut is None:
+            return rows
+        mesh = self.parameter.device_mesh
+        return _chunk(*rows, mesh.size(self._column_cut), mesh.get_local_rank(self._column_cut))
+
+    def to_rows(self, part: Tensor) -> Tensor:
+        """This rank's part ``[o, i]`` of a matrix to whole rows of it, ``[r, I]``: pieces change ranks if need be."""
+        if self._column_cut is None:
+            return part
+        return self._exchanged(part, Shard(1), Shard(0))
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `to_rows`."""
+        if self._column_cut is None:
+            return rows
+        return self._exchanged(rows, Shard(0), Shard(1))
+
+    def _exchanged(self, part: Tensor, source: Shard, target: Shard) -> Tensor:
+        assert self._column_cut is not None
+        mesh = self.parameter.device_mesh
+        names = mesh.mesh_dim_names
+        line = mesh if mesh.ndim == 1 else mesh[names[self._column_cut]] if names else None
+        if line is None:
+            raise ValueError("a device mesh of several dimensions needs names for them (mesh_dim_names)")
+        (row, row_end), _ = self.bounds
+        shape = torch.Size((row_end - row, self.shape[1]))
+        spread = DTensor.from_local(
+            part.contiguous(), line, [source], run_check=False, shape=shape, stride=(shape[1], 1)
+        )
+        return local(spread.redistribute(placements=[target])).contiguous()
+
+
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum over a group, cut along the first dimension as ``torch.chunk`` does; each rank gets its piece."""
+    parts, size = dist.get_world_size(group), tensor.shape[0]
+    each = -(-size // parts)
+    if each * parts != size:
+        padding = tensor.new_zeros(each * parts - size, *tensor.shape[1:])
+        tensor = torch.cat([tensor, padding])
+    own = tensor.new_empty(each, *tensor.shape[1:])
+    dist.reduce_scatter_tensor(own, tensor.contiguous(), group=group)
+    start, stop = _chunk(0, size, parts, dist.get_rank(group))
+    return own[: stop - start]
+
+
+def all_gather(part: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+    """The whole of a tensor cut along its first dimension, of length `size`, as `reduce_scatter` cuts it."""
+    parts = dist.get_world_size(group)
+    each = -(-size // parts)
+    padded = part.new_zeros(each, *part.shape[1:])
+    padded[: part.shape[0]] = part
+    whole = part.new_empty(each * parts, *part.shape[1:])
+    dist.all_gather_into_tensor(whole, padded, group=group)
+    return whole[:size]
+
+
+def count_over_ranks(masks: Mapping[str, Tensor], count: Callable[[Tensor], int]) -> int:
+    """Sum of `count` over all masks; of those that are shards, over all ranks, every part once."""
+    plain = sum(count(mask) for mask in masks.values() if not isinstance(mask, DTensor))
+    shards = [mask for mask in masks.values() if isinstance(mask, DTensor)]
+    if not shards:
+        return plain
+    total = sum(count(local(mask)) for mask in shards if Layout(mask, False).counted)
+    tensor = torch.tensor(total, dtype=torch.int64, device=local(shards[0]).device)
+    dist.all_reduce(tensor)
+    return plain + int(tensor)
+
+
+def gather_whole(tensor: Any) -> Any:
+    """The whole of a DTensor on every rank; anything else as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

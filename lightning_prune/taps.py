@@ -1,0 +1,315 @@
+"""Hooks on layers that see what passes through them: each layer's input X, its output gradient delta, their product.
+
+Autograd makes no weight gradient meanwhile; a layer's own per-sample gradient ``G_b = delta_b^T X_b`` is formed in
+the backward of its input and added to the aggregate at once. Of sharded weights the hooks see the local samples'
+inputs and output gradients, before any reduction; a layer's contribution is summed over ranks and cut to this rank's
+part of the aggregate before the next layer's is formed.
+
+Dimensions: B samples, T rows of a sample (tokens), I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.ranks import Ranks
+from lightning_prune.sharding import Layout, gather_whole, local
+from lightning_prune.statistics import (
+    BACKWARD_STATISTICS,
+    FORWARD_STATISTICS,
+    GRADIENTS,
+    HESSIAN,
+    Accumulator,
+    CalibrationError,
+)
+from lightning_prune.targets import LayerKind, Target
+
+
+@dataclass
+class Tap:
+    """One target's accumulator, and what passes through its layers during one forward pass."""
+
+    target: Target
+    accumulator: Accumulator
+    layout: Layout | None
+    forward_shape: tuple[int, int]  # of the matrix that this rank's forward pass multiplies with
+    uses: int = 0
+    at_once: bool = True  # used once by every rank: its gradient is complete when the backward of its input runs
+    pending: list[Tensor] = field(default_factory=list)  # [B, O, I], the sum over uses, until the backward is done
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return self.target.name
+
+
+@dataclass
+class _Increments:
+    """What the last input seen adds to forward statistics; valid while the tensor is unchanged."""
+
+    x: Tensor
+    version: int
+    kind: LayerKind
+    values: dict[str, Tensor]
+
+
+class _Record:
+    """One use of a layer: its output gradient, from the output's hook until the input's backward."""
+
+    __slots__ = ("delta", "tap")
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+        self.delta: Tensor | None = None
+
+
+class _SaveInput(torch.autograd.Function):
+    """Identity on a layer's input that sees, in backward, that input beside the layer's output gradient.
+
+    The input is saved through autograd, so checkpointed blocks recompute it instead of holding it, and each use of
+    a layer is counted exactly once however often its forward is repeated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, record: _Record, taps: Taps) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.record, ctx.taps = record, taps
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.taps.take_gradient(ctx.record, x)
+        return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class Taps:
+    """Hooks on every target, and the sums they feed.
+
+    Args:
+        targets: The layers.
+        statistics: What to collect of each.
+        gradient_dtype: dtype of gradient aggregates.
+        gradient_device: Their device; default the weight's.
+        ranks: Who calibrates together, or None.
+
+    Attributes:
+        failure: What went wrong inside a forward pass. Raised by the caller after it: where parameters are sharded,
+            a rank that left a forward pass alone would leave the others waiting.
+        not_per_sample: The inputs of some layer did not come sample by sample.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        statistics: frozenset[str],
+        gradient_dtype: torch.dtype = torch.float32,
+        gradient_device: torch.device | str | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.statistics = statistics
+        self.backward = bool(statistics & BACKWARD_STATISTICS)
+        self.group = None if ranks is None else ranks.data_group
+        self.data_ranks = frozenset[int]() if ranks is None else ranks.data_ranks()
+        device = None if gradient_device is None else torch.device(gradient_device)
+        self.all = [self._tap(target, gradient_dtype, device) for target in targets]
+        self.scale = 1.0
+        self.device = torch.device("cpu")  # where the pass computes
+        self.size: int | None = None
+        self.keep: Tensor | None = None
+        self.counting = True
+        self.of_sequences = False
+        self.in_backward = False
+        self.failure: CalibrationError | None = None
+        self.not_per_sample = False
+        self.last_input: _Increments | None = None
+        # Makes the graph start at the first target although every parameter is frozen.
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
+        layout = target.layout
+        shape = target.shape
+        if layout is not None:
+            (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
+            shape = row_end - row, column_end - column
+        own = target.matrix().shape
+        accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device)
+        return Tap(target, accumulator, layout, shape)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks on every target, while the block runs."""
+        handles: list[RemovableHandle] = []
+        try:
+            for tap in self.all:
+                for module in tap.target.modules:
+                    handles.extend(self._hook(tap, module))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.last_input = None
+
+    def begin(self, size: int | None, keep: Tensor | None, of_sequences: bool = False, counting: bool = True) -> None:
+        """A forward pass over `size` samples is about to run; unless `counting`, it must leave no trace in the sums."""
+        self.size, self.keep, self.of_sequences, self.counting = size, keep, of_sequences, counting
+        self.last_input, self.failure, self.not_per_sample = None, None, False
+        for tap in self.all:
+            tap.uses, tap.pending, tap.at_once = 0, [], True
+
+    def run_backward(self, loss: Tensor, everywhere: Sequence[Sequence[int]]) -> None:
+        """Backward of a loss, and the sums it feeds.
+
+        Args:
+            loss: Already multiplied by `scale`.
+            everywhere: Of each rank, how often its forward pass used each target.
+        """
+        for tap, uses in zip(self.all, zip(*everywhere, strict=True), strict=True):
+            tap.at_once = all(n == 1 for n in uses)
+        self.device, self.in_backward = loss.device, True
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.in_backward = False
+        for tap, uses in zip(self.all, zip(*everywhere, strict=True), strict=True):
+            if not tap.at_once and any(uses) and self.statistics & GRADIENTS:
+                self._add_gradients(tap, tap.pending[0] if tap.pending else ())
+            tap.pending = []
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _hook(self, tap: Tap, module: nn.Module) -> Iterator[RemovableHandle]:
+        stack: list[_Record] = []
+
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            x = args[0] if args else kwargs["input"]
+            if not self.backward:
+                self._take_input(tap, layer, x)
+                return None
+            if not self.in_backward:
+                tap.uses += 1
+                self._check_per_sample(tap, layer, x)
+            if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
+                return None
+            record = _Record(tap)
+            stack.append(record)
+            saved = _SaveInput.apply(x, self.anchor.to(x.device), record, self)  # type: ignore[no-untyped-call]
+            return ((saved, *args[1:]), kwargs) if args else (args, {**kwargs, "input": saved})
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            if self.backward and torch.is_grad_enabled():
+                record = stack.pop()
+                _on_gradient(output, lambda delta: setattr(record, "delta", delta))
+
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after)
+
+    def _take_input(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:
+        """Forward statistics; layers called one after the other on the same tensor (q, k, v) compute them once."""
+        if self.failure is not None or not (self.counting or HESSIAN in self.statistics):
+            return
+        known = self.last_input
+        if known is None or known.x is not x or known.version != x._version or known.kind is not tap.target.kind:
+            rows = self._input_rows(tap, layer, x.detach())
+            keep, sound = self._keep_for(tap, rows)
+            if not sound:
+                return
+            increments = tap.accumulator.input_increments(rows, keep)
+            # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
+            known = _Increments(x, x._version, tap.target.kind, increments)
+            self.last_input = None if isinstance(layer, nn.Conv2d) else known
+        if self.counting:
+            tap.accumulator.add(known.values)
+
+    def _input_rows(self, tap: Tap, layer: nn.Module, x: Tensor) -> Tensor:
+        """``[B, T, I]``; with tensor parallelism the inputs of the forward's part, unless products of all are asked."""
+        return tap.target.kind.input_rows(layer, gather_whole(x) if HESSIAN in self.statistics else local(x))
+
+    def _check_per_sample(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:
+        if self.size is not None and self.size > 1 and self.statistics & GRADIENTS:
+            # Two dimensions then are tokens of all samples put together (experts), whatever their number.
+            least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_sequences else 2
+            if x.dim() < least or x.shape[0] != self.size:
+                self.not_per_sample = True
+
+    def _keep_for(self, tap: Tap, rows: Tensor) -> tuple[Tensor | None, bool]:
+        """The padding mask in the layout of a layer's rows ``[B, T, I]``; and whether it could be found."""
+        if self.keep is None:
+            return None, True
+        if rows.shape[:2].numel() != self.keep.numel():
+            self.failure = CalibrationError(
+                f"the padding of the batch {tuple(self.keep.shape)} cannot be found in the inputs of {tap.name!r} "
+                f"({tuple(rows.shape[:2])} rows): calibrate on samples without padding"
+            )
+            return None, False
+        return self.keep.to(rows.device), True
+
+    def take_gradient(self, record: _Record, x: Tensor) -> None:
+        """Backward of a layer's input: add the layer's statistics for one use."""
+        tap, delta, record.delta = record.tap, record.delta, None
+        if delta is None:
+            return
+        with torch.no_grad():
+            kind, accumulator = tap.target.kind, tap.accumulator
+            rows = kind.input_rows(tap.target.module, local(x))  # [B, T, I]
+            deltas = kind.output_rows(local(delta))  # [B, T, O]
+            self._check_layout(tap, rows, deltas)
+            if self.statistics & FORWARD_STATISTICS:
+                seen = self._input_rows(tap, tap.target.module, x) if HESSIAN in self.statistics else rows
+                keep, sound = self._keep_for(tap, seen)
+                if self.counting and sound:
+                    accumulator.add(accumulator.input_increments(seen, keep))
+            if self.counting:
+                accumulator.add_output_gradient(deltas, self.scale)
+            if not self.statistics & GRADIENTS:
+                return
+            rows = rows.to(deltas.dtype)  # what autocast did in the forward pass
+            if self.size == 1:  # all rows belong to the one sample, in whatever layout
+                rows, deltas = rows.reshape(1, -1, rows.shape[-1]), deltas.reshape(1, -1, deltas.shape[-1])
+            if not tap.at_once:  # abs and squares are of the sum over uses
+                gradients = torch.bmm(deltas.transpose(1, 2), rows)  # [B, O, I]
+                tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
+                return
+            self._add_gradients(tap, (delta_b.t() @ x_b for x_b, delta_b in zip(rows, deltas, strict=True)))
+
+    def _check_layout(self, tap: Tap, rows: Tensor, deltas: Tensor) -> None:
+        outputs, inputs = tap.forward_shape
+        alike = rows.shape[:2].numel() == deltas.shape[:2].numel()
+        if alike and (deltas.shape[-1], rows.shape[-1]) == (outputs, inputs):
+            return
+        raise CalibrationError(
+            f"{tap.name!r} met inputs {tuple(rows.shape)} and output gradients {tuple(deltas.shape)} on this rank, "
+            f"which do not belong to its part ({outputs}, {inputs}) of the weight: sequence parallelism is not "
+            "supported in calibration; use ColwiseParallel and RowwiseParallel with their default layouts"
+        )
+
+    def _add_gradients(self, tap: Tap, gradients: Iterable[Tensor]) -> None:
+        """Add per-sample gradients ``[o, i]`` of the forward's part to the aggregate."""
+        if tap.layout is None:
+            for gradient in gradients if self.counting else ():
+                tap.accumulator.add_gradient(gradient, self.scale)
+            return
+        step = Accumulator(self.statistics & GRADIENTS, tap.forward_shape, torch.float32)
+        for gradient in gradients if self.counting else ():
+            step.add_gradient(gradient, self.scale)
+        for name in sorted(step.statistics):
+            part = step.sums.pop(name, None)
+            part = torch.zeros(tap.forward_shape, device=self.device) if part is None else part
+            tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
+
+
+def _on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
+    """Call `take` with the gradient of a layer's output as it is now, before anyone changes it in place."""
+    base = output._base
+    if base is not None and base.numel() == output.numel() and base.requires_grad:
+        # A linear layer returns a view; an in-place change of a view replaces its history, not that of its base.
+        base.register_hook(lambda delta: take(delta.reshape(output.shape)))  # type: ignore[no-untyped-call]
+    else:
+        output.register_hook(take)  # type: ignore[no-untyped-call]
