@@ -161,7 +161,8 @@ def _version() -> str:
 def _inspect(config: Namespace) -> int:
     import json
 
-    from lightning_prune.inspection import inspect, render
+    from lightning_prune.inspection import inspect
+    from lightning_prune.inspection_view import render
 
     inspection = inspect(config.path)
     if config.json:

@@ -1,33 +1,20 @@
 """What is in a checkpoint: zeros, sparsity and N:M structure of every tensor, read one tensor at a time.
 
-Nothing is unpickled freely and no model is built: safetensors files, ``torch.load(weights_only=True)``, and
-an allow-list of types for the index of a distributed checkpoint. Memory stays that of the largest tensor.
-
 Dimensions: O outputs, I inputs of a layer, M the size of a group of an N:M pattern.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import pickle
 import re
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, BinaryIO, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_prune.checkpoints import Checkpoint, CheckpointError, fail, open_checkpoint
 from lightning_prune.masks import unpack_masks
 from lightning_prune.progress import progress_bar
 from lightning_prune.targets import clean_name
@@ -46,10 +33,6 @@ _NOT_PRUNABLE = re.compile(
 # Families whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_NAME = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-
-
-class InspectionError(ValueError):
-    """A checkpoint cannot be read: missing, damaged, of an unknown format, or not safe to open."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +180,7 @@ class Inspection:
 
     def totals(self, all_tensors: bool = False) -> Totals:
         """Sums over the prunable tensors, or over all."""
-        return _totals(self.selected(all_tensors))
+        return totals_of(self.selected(all_tensors))
 
     @property
     def sparsity(self) -> float:
@@ -216,7 +199,7 @@ class Inspection:
         grouped: dict[str, list[TensorReport]] = {}
         for tensor in self.selected(all_tensors):
             grouped.setdefault(tensor.block, []).append(tensor)
-        return {block: _totals(grouped[block]) for block in sorted(grouped, key=block_order)}
+        return {block: totals_of(grouped[block]) for block in sorted(grouped, key=block_order)}
 
     @property
     def resurrected(self) -> int:
@@ -252,9 +235,8 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     """Count the zeros of every tensor of a checkpoint.
 
     Args:
-        path: A transformers folder (safetensors or ``pytorch_model.bin``, sharded or not), a ``.safetensors``
-            file, a Lightning ``.ckpt``, a state dict saved by ``torch.save``, or the folder of a distributed
-            checkpoint (``torch.distributed.checkpoint``, Lightning's FSDP and ModelParallel strategies).
+        path: A transformers folder, ``.safetensors`` file, Lightning ``.ckpt``, state dict, or the folder of a
+            distributed checkpoint; see `open_checkpoint`.
         progress: Show a bar where stderr is a terminal.
 
     Returns:
@@ -262,36 +244,31 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
         is also compared with its mask.
 
     Raises:
-        InspectionError: the path does not exist, is damaged, or is of none of these formats.
+        CheckpointError: the path does not exist, is damaged, or is of none of these formats.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InspectionError(
-            f"path={str(path)!r} does not exist; give a checkpoint file or folder on this machine "
-            "(models of the Hugging Face hub must be downloaded first)"
-        )
-    source = _open(path)
-    masks = _Masks.of(source)
+    checkpoint = open_checkpoint(path)
+    masks = StoredMasks.of(checkpoint)
     reports: list[TensorReport] = []
-    with progress_bar("Counting zeros", source.count, enabled=progress) as advance:
-        for name, load in source.tensors():
-            with _readable(source.path, name):
-                tensor = load()
-            reports.append(_report(name, tensor, source, masks))
-            del tensor
+    with progress_bar("Counting zeros", checkpoint.count, enabled=progress) as advance:
+        for name, tensor in checkpoint.tensors():
+            mask = None if masks is None else masks.take(name, tuple(tensor.shape))
+            reports.append(
+                report_tensor(name, tensor, mask, model_type=checkpoint.model_type, tied_to=checkpoint.ties.get(name))
+            )
+            del tensor, mask
             advance()
     if not reports:
-        raise InspectionError(f"{path} holds no tensors")
+        raise CheckpointError(f"{path} holds no tensors")
     return Inspection(
-        path=str(path),
-        format=source.format,
-        bytes_on_disk=sum(file.stat().st_size for file in source.files),
+        path=str(Path(path)),
+        format=checkpoint.format,
+        bytes_on_disk=sum(file.stat().st_size for file in checkpoint.files),
         tensors=reports,
         masks=None if masks is None else masks.count,
     )
 
 
-# ---------------------------------------------------------------------------------------------- counting
+# -- counting ---------------------------------------------------------------------------------------------------------
 
 
 def is_prunable(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -335,10 +312,20 @@ def order_kinds(kinds: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(kinds), key=lambda k: _KINDS.index(k) if k in _KINDS else len(_KINDS))
 
 
-def _report(name: str, tensor: Tensor, source: _Source, masks: _Masks | None) -> TensorReport:
+def report_tensor(
+    name: str, tensor: Tensor, mask: Tensor | None = None, model_type: str | None = None, tied_to: str | None = None
+) -> TensorReport:
+    """Count what is in one tensor.
+
+    Args:
+        name: Its name, which says what it is.
+        tensor: Of any shape, dtype and layout.
+        mask: Bool mask of the same shape, True = kept.
+        model_type: Family of the transformers model: some store layers as ``(I, O)``.
+        tied_to: See `TensorReport`.
+    """
     shape = tuple(tensor.shape)
-    input_first = source.model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None
-    mask = None if masks is None else masks.take(name, shape)
+    input_first = model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None
     zeros, patterns, found = _count(_matrix(tensor, input_first), None if mask is None else _matrix(mask, input_first))
     block, kind = place(name)
     return TensorReport(
@@ -351,7 +338,7 @@ def _report(name: str, tensor: Tensor, source: _Source, masks: _Masks | None) ->
         block=block,
         kind=kind,
         patterns=patterns if len(shape) > 1 else {},
-        tied_to=source.ties.get(name),
+        tied_to=tied_to,
         mask=found,
     )
 
@@ -396,7 +383,8 @@ def _count(matrix: Tensor, mask: Tensor | None) -> tuple[int, dict[str, float], 
     return matrix.numel() - nonzero, shares, report
 
 
-def _totals(tensors: list[TensorReport]) -> Totals:
+def totals_of(tensors: list[TensorReport]) -> Totals:
+    """Sums over some tensors."""
     return Totals(len(tensors), sum(t.numel for t in tensors), sum(t.zeros for t in tensors))
 
 
@@ -406,342 +394,10 @@ def block_order(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
     return name == "", parts
 
 
-# --------------------------------------------------------------------------------------------- the formats
+# -- masks ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Source:
-    """An opened checkpoint: how many tensors it has, and how to load each of them."""
-
-    path: Path
-    format: str
-    files: list[Path]
-    count: int
-    tensors: Callable[[], Iterator[tuple[str, Callable[[], Tensor]]]]
-    callbacks: Mapping[str, Any] = field(default_factory=dict)
-    model_type: str | None = None
-    ties: dict[str, str] = field(default_factory=dict)
-
-
-def _open(path: Path) -> _Source:
-    if path.is_dir():
-        return _open_folder(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path, [path])
-    if path.suffix == ".gguf":
-        _fail(
-            path,
-            "GGUF files are not read; load it with transformers and save_pretrained() it to a folder first",
-        )
-    if path.name.endswith(".index.json"):
-        return _open_index(path)
-    with path.open("rb") as file:
-        head = file.read(9)
-    # A safetensors file under another name: 8 bytes of header length, then a JSON object.
-    if len(head) == 9 and head[8:] == b"{" and not zipfile.is_zipfile(path):
-        return _open_safetensors(path, [path])
-    return _open_torch(path)
-
-
-def _open_folder(folder: Path) -> _Source:
-    if (folder / ".metadata").is_file():
-        return _open_distributed(folder)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            return _open_index(folder / index)
-    whole = sorted(folder.glob("*.safetensors"))
-    # Some folders hold the same weights twice, under the name transformers reads and under another.
-    whole = [f for f in whole if f.name == "model.safetensors"] or whole
-    if whole:
-        return _open_safetensors(folder, whole)
-    if (folder / "pytorch_model.bin").is_file():
-        source = _open_torch(folder / "pytorch_model.bin")
-        source.model_type = _model_type(folder)
-        return source
-    checkpoints = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("*.bin"))
-    hint = f"; did you mean {str(checkpoints[0])!r}?" if checkpoints else ""
-    _fail(
-        folder,
-        "is a folder without model.safetensors, pytorch_model.bin, an index of shards, or the .metadata of a "
-        f"distributed checkpoint{hint}",
-    )
-
-
-def _model_type(folder: Path) -> str | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config.get("model_type") if isinstance(config, dict) else None
-
-
-def _open_index(index: Path) -> _Source:
-    with _readable(index):
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        owners = Counter({str(shard): 0 for shard in weight_map.values()})
-        owners.update(weight_map.values())
-    files = [index.parent / shard for shard in owners]
-    for file in files:
-        if file.parent != index.parent:
-            _fail(index, f"names a shard outside of its folder: {file}")
-        if not file.is_file():
-            _fail(index, f"names the shard {file.name}, which is missing; download or copy it again")
-    if files and files[0].suffix != ".safetensors":
-        return _open_bin_shards(index, files)
-    source = _open_safetensors(index.parent, files)
-    _same_names(index, set(weight_map), {name for name, _ in source.tensors()})
-    return source
-
-
-def _same_names(index: Path, expected: set[str], found: set[str]) -> None:
-    missing = sorted(expected - found)
-    if missing:
-        _fail(index, f"lists {len(missing)} tensors that the shards do not hold, such as {missing[0]!r}")
-
-
-def _open_safetensors(path: Path, files: list[Path]) -> _Source:
-    count = 0
-    for file in files:
-        with _readable(file), safe_open(file, framework="pt") as handle:
-            count += len(handle.keys())
-
-    def tensors() -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        for file in files:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 -- not a dict
-                    yield name, partial(handle.get_tensor, name)
-
-    model_type = _model_type(files[0].parent) if files else None
-    return _Source(path, "safetensors", files, count, tensors, model_type=model_type)
-
-
-def _torch_load(path: Path) -> Any:
-    """Load without running code from the file; mapped into memory: a tensor is read when looked at."""
-    with _readable(path):
-        # Only the zip format can be mapped; files written before torch 1.6 are read whole.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-
-
-def _open_torch(path: Path) -> _Source:
-    loaded = _torch_load(path)
-    if not isinstance(loaded, Mapping):
-        _fail(path, f"holds a {type(loaded).__name__}, not a state dict or a Lightning checkpoint")
-    is_lightning = "pytorch-lightning_version" in loaded
-    state = loaded
-    for key in ("state_dict", "model", "module"):
-        if isinstance(loaded.get(key), Mapping):
-            state = loaded[key]
-            break
-    callbacks = loaded.get("callbacks") if is_lightning else None
-    source = _from_state_dicts(path, [path], [state])
-    source.format = "Lightning checkpoint" if is_lightning else "state dict"
-    source.callbacks = callbacks if isinstance(callbacks, Mapping) else {}
-    return source
-
-
-def _open_bin_shards(index: Path, files: list[Path]) -> _Source:
-    source = _from_state_dicts(index.parent, files, [_torch_load(file) for file in files])
-    source.model_type = _model_type(index.parent)
-    return source
-
-
-def _from_state_dicts(path: Path, files: list[Path], states: list[Mapping[str, Any]]) -> _Source:
-    found = {n: t for state in states for n, t in state.items() if isinstance(t, Tensor)}
-    if not found:
-        _fail(path, "holds no tensors at its top level, nor under 'state_dict', 'model' or 'module'")
-    # Two names of one memory are one parameter (tied embeddings). Empty tensors have no memory to share.
-    first: dict[tuple[Any, ...], str] = {}
-    ties = {}
-    for name, tensor in found.items():
-        if tensor.layout == torch.strided and tensor.numel():
-            memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            original = first.setdefault(memory, name)
-            if original != name:
-                ties[name] = original
-
-    def tensors() -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        for name, tensor in found.items():
-            yield name, tensor.detach
-
-    return _Source(path, "state dict", files, len(found), tensors, ties=ties)
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads the index of a distributed checkpoint, a pickle by definition of the format, and no other types.
-
-    `FileSystemReader.read_metadata` would unpickle it without limits, and so run whatever a stranger put in.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        from torch.distributed.checkpoint import filesystem, metadata
-
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        allowed: dict[tuple[str, str], Any] = {
-            ("torch", "Size"): torch.Size,
-            ("torch.serialization", "_get_layout"): _layout,
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-            ("collections", "OrderedDict"): dict,
-        }
-        for kind in (
-            metadata.Metadata,
-            metadata.TensorStorageMetadata,
-            metadata.BytesStorageMetadata,
-            metadata.ChunkStorageMetadata,
-            metadata.TensorProperties,
-            metadata.MetadataIndex,
-            metadata.StorageMeta,
-            metadata._MEM_FORMAT_ENCODING,
-        ):
-            allowed[metadata.__name__, kind.__name__] = kind
-        for path_module in ("pathlib", "pathlib._local"):  # Python 3.13 moved the classes
-            allowed[path_module, "PosixPath"] = allowed[path_module, "PurePosixPath"] = PurePosixPath
-            allowed[path_module, "WindowsPath"] = allowed[path_module, "PureWindowsPath"] = PureWindowsPath
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"refused type {module}.{name}")
-        return allowed[module, name]
-
-
-def _layout(name: str) -> torch.layout:
-    layout = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(layout, torch.layout):
-        raise pickle.UnpicklingError(f"refused layout {name!r}")
-    return layout
-
-
-def _open_distributed(folder: Path) -> _Source:
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-
-    with _readable(folder / ".metadata"), (folder / ".metadata").open("rb") as stream:
-        metadata = _MetadataUnpickler(stream).load()
-        if not isinstance(metadata, Metadata) or not metadata.storage_data:
-            raise pickle.UnpicklingError("no index of tensors")
-        entries = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
-        wanted = _model_entries(entries, metadata.planner_data or {})
-    # meta.pt is Lightning's: epoch, callbacks and all that is not sharded.
-    meta = folder / "meta.pt"
-    extra = _torch_load(meta) if meta.is_file() else {}
-    callbacks = extra.get("callbacks") if isinstance(extra, Mapping) else None
-    sizes: dict[str, int] = {}
-    for info in stored.values():  # also those of optimizers: a shorter file is a damaged checkpoint
-        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
-    files = [_inside(folder, name) for name in sorted(sizes)]
-    for file in files:
-        if file.stat().st_size < sizes[file.relative_to(folder).as_posix()]:
-            _fail(file, "is cut off; copy it again")
-
-    def tensors() -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        for short, name in wanted.items():
-            yield short, partial(_distributed_tensor, folder, name, entries[name], stored)
-
-    return _Source(
-        folder,
-        "distributed checkpoint",
-        files,
-        len(wanted),
-        tensors,
-        callbacks=callbacks if isinstance(callbacks, Mapping) else {},
-    )
-
-
-def _model_entries(entries: Mapping[str, Any], planner_data: Mapping[str, Any]) -> dict[str, str]:
-    """Name in the model to name in the checkpoint, without the states of optimizers."""
-    paths = {name: tuple(planner_data.get(name, (name,))) for name in entries}
-    for root in ("state_dict", "model", "module"):
-        inside = {".".join(map(str, p[1:])): n for n, p in paths.items() if len(p) > 1 and p[0] == root}
-        if inside:
-            return inside
-    return {n: n for n, p in paths.items() if not re.match(r"optim", str(p[0]))}
-
-
-def _inside(folder: Path, name: str) -> Path:
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        _fail(folder, f"its .metadata names a file outside of the folder: {name!r}")
-    if not file.is_file():
-        _fail(folder, f"its .metadata names {name!r}, which is missing; copy the whole folder")
-    return file
-
-
-def _distributed_tensor(
-    folder: Path, name: str, entry: Any, stored: Mapping[tuple[str, tuple[int, ...]], Any]
-) -> Tensor:
-    """One tensor put together from the chunks that the ranks wrote."""
-    infos = {tuple(chunk.offsets): stored[name, tuple(chunk.offsets)] for chunk in entry.chunks}
-    # Before memory is taken for what a damaged index claims.
-    claimed = entry.size.numel() * entry.properties.dtype.itemsize
-    if claimed > sum(info.length for info in infos.values()):
-        raise EOFError(f"{claimed} bytes are more than its chunks hold")
-    whole = torch.empty(entry.size, dtype=entry.properties.dtype)
-    filled = 0
-    for chunk in entry.chunks:
-        info = infos[tuple(chunk.offsets)]
-        if info.transform_descriptors:
-            _fail(folder, f"{name!r} is compressed ({', '.join(info.transform_descriptors)}), which is not read")
-        with _inside(folder, info.relative_path).open("rb") as file:
-            data = _slice(file, info.offset, info.length)
-        part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
-        whole[region].copy_(part)
-        filled += part.numel()
-    if filled != whole.numel():
-        _fail(folder, f"{name!r} is stored with {filled} of its {whole.numel()} elements")
-    return whole
-
-
-def _slice(file: BinaryIO, offset: int, length: int) -> bytes:
-    missing = offset + length - file.seek(0, io.SEEK_END)
-    if missing > 0 or min(offset, length) < 0:
-        raise EOFError(f"{Path(file.name).name} ends {missing} bytes early")
-    file.seek(offset)
-    return file.read(length)
-
-
-# -------------------------------------------------------------------------------------- errors and masks
-
-
-def _fail(path: Path, problem: str) -> NoReturn:
-    raise InspectionError(f"{path}: {problem}")
-
-
-@contextlib.contextmanager
-def _readable(path: Path, name: str | None = None) -> Iterator[None]:
-    """Turn whatever a damaged or hostile file provokes into one sentence that says which file it is."""
-    try:
-        yield
-    except InspectionError:
-        raise
-    except pickle.UnpicklingError as error:
-        reason = str(error).split(". ")[0].splitlines()[0]
-        raise InspectionError(
-            f"{path} holds more than tensors and plain values, or is damaged, and is not opened, because "
-            f"loading it could run code ({reason}); save a state dict or safetensors from where you trust it"
-        ) from error
-    except (
-        SafetensorError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        zipfile.BadZipFile,
-    ) as error:
-        what = f" (tensor {name!r})" if name else ""
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InspectionError(
-            f"{path}{what} is damaged, cut off, or of another format: {reason}; copy or download it again"
-        ) from error
-
-
-class _Masks:
+class StoredMasks:
     """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time."""
 
     def __init__(self, path: Path, packed: dict[str, Any]) -> None:
@@ -750,18 +406,20 @@ class _Masks:
         self.count = len(packed)
 
     @classmethod
-    def of(cls, source: _Source) -> _Masks | None:
+    def of(cls, checkpoint: Checkpoint) -> StoredMasks | None:
         """The masks of all `WeightPruning` callbacks, or None without such a callback."""
-        states = [state for key, state in source.callbacks.items() if str(key).startswith("WeightPruning") and state]
+        states = [
+            state for key, state in checkpoint.callbacks.items() if str(key).startswith("WeightPruning") and state
+        ]
         if not states:
             return None
         packed: dict[str, Any] = {}
         for state in states:
             masks = state.get("masks") if isinstance(state, Mapping) else None
             if not isinstance(masks, Mapping):
-                _fail(source.path, "the state of its WeightPruning callback holds no masks; it is damaged")
+                fail(checkpoint.path, "the state of its WeightPruning callback holds no masks; it is damaged")
             packed.update(masks)
-        return cls(source.path, packed)
+        return cls(checkpoint.path, packed)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The mask of a tensor, or None. Masks may be named from further inside the model than the tensor."""
@@ -773,117 +431,7 @@ class _Masks:
         try:
             mask = unpack_masks({found: self._packed[found]})[found]
         except ValueError as error:
-            raise InspectionError(f"{self._path}: {error}") from error
+            raise CheckpointError(f"{self._path}: {error}") from error
         if tuple(mask.shape) != shape:
-            _fail(self._path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
+            fail(self._path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
         return mask
-
-
-# ------------------------------------------------------------------------------------------------- output
-
-
-def render(inspection: Inspection, console: Console | None = None, all_tensors: bool = False) -> None:
-    """Print an inspection as tables.
-
-    Args:
-        inspection: What `inspect` returned.
-        console: Where to print; default standard output.
-        all_tensors: One row a tensor, also those that are not pruned, instead of one row a block.
-    """
-    console = console or Console()
-    everything, prunable = inspection.totals(True), inspection.totals()
-    console.print(f"[bold]{_escape(inspection.path)}[/bold]", highlight=False, soft_wrap=True)
-    console.print(
-        f"{inspection.format}, {_bytes(inspection.bytes_on_disk)} on disk, {everything.tensors} tensors, "
-        f"{everything.numel:,} parameters",
-        highlight=False,
-    )
-    console.print(_tensor_table(inspection) if all_tensors else _block_table(inspection))
-    console.print(
-        f"[bold]{prunable.sparsity:.2%}[/bold] of {prunable.numel:,} prunable weights in {prunable.tensors} "
-        f"tensors are zero ({everything.sparsity:.2%} of all parameters); {_pattern_line(inspection)}",
-        highlight=False,
-    )
-    if inspection.masks is not None:
-        console.print(_mask_line(inspection), highlight=False)
-
-
-def _pattern_line(inspection: Inspection) -> str:
-    if inspection.pattern:
-        return f"every one of them is {inspection.pattern}"
-    found = Counter(t.pattern for t in inspection.selected() if t.pattern)
-    if not found:
-        return "no N:M pattern"
-    return ", ".join(f"{count} of {len(inspection.selected())} are {pattern}" for pattern, count in found.items())
-
-
-def _mask_line(inspection: Inspection) -> str:
-    compared = [t.mask for t in inspection.tensors if t.mask]
-    masked = sum(m.masked for m in compared)
-    if inspection.resurrected:
-        wrong = [t.name for t in inspection.tensors if t.mask and t.mask.resurrected]
-        return (
-            f"[bold red]Masks broken:[/bold red] {inspection.resurrected:,} of {masked:,} masked weights are not "
-            f"zero, in {len(wrong)} tensors such as {_escape(wrong[0])}"
-        )
-    missing = (inspection.masks or 0) - len(compared)
-    note = f"; {missing} masks belong to no tensor here" if missing else ""
-    kept = f"all {masked:,} weights masked by {len(compared)} stored masks are zero"
-    return f"[green]Masks kept:[/green] {kept}{note}"
-
-
-def _block_table(inspection: Inspection) -> Table:
-    """Blocks by kinds of layer, where there are not too many kinds; otherwise sums by block."""
-    chosen = inspection.selected()
-    kinds = order_kinds(t.kind for t in chosen if t.block)
-    # One stack of blocks is named in the title, and its rows by number, which leaves room for the columns.
-    stacks = {t.block.rpartition(".")[0] for t in chosen if t.block}
-    stack = f"{stacks.pop()}." if len(stacks) == 1 and stacks != {""} else ""
-    title = f"Sparsity by block of {stack[:-1]}" if stack else "Sparsity by block"
-    table = Table(title=_escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("block", no_wrap=True, justify="right" if stack else "left")
-    wide = 1 < len(kinds) <= 8
-    if wide:
-        for kind in kinds:
-            table.add_column(kind.removesuffix("_proj"), justify="right")
-    else:
-        table.add_column("weights", justify="right")
-    table.add_column("total", justify="right", style="bold")
-    for block, totals in inspection.blocks().items():
-        cells = [f"{totals.numel:,}"]
-        if wide:
-            here = {k: _totals([t for t in chosen if t.block == block and t.kind == k]) for k in kinds}
-            cells = [f"{h.sparsity:.1%}" if h.tensors else "" for h in here.values()]
-        table.add_row(_escape(block.removeprefix(stack)) or "other", *cells, f"{totals.sparsity:.2%}")
-    return table
-
-
-def _tensor_table(inspection: Inspection) -> Table:
-    table = Table(title="Tensors", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("name", overflow="fold")
-    for column in ("shape", "dtype", "zeros", "sparsity", "N:M", "prunable"):
-        table.add_column(column, justify="right", no_wrap=column != "dtype")
-    for t in inspection.tensors:
-        name = f"{t.name} (= {t.tied_to})" if t.tied_to else t.name
-        table.add_row(
-            _escape(name),
-            "x".join(map(str, t.shape)) or "scalar",
-            t.dtype,
-            f"{t.zeros:,}",
-            f"{t.sparsity:.2%}",
-            t.pattern or "",
-            "yes" if t.prunable else "",
-        )
-    return table
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

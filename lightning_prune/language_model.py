@@ -16,11 +16,14 @@ import transformers
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_prune.evaluation import NextTokenLoss
 from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_losses
+from lightning_prune.parallel import parallelize
+from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path, pretrained_arguments
 from lightning_prune.tokenization import load_tokenizer
 
@@ -62,6 +65,8 @@ class CausalLM(L.LightningModule):
         min_lr_ratio: Final learning rate as a share of `learning_rate`, in [0, 1].
         fused: Use the fused AdamW kernel.
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        reshard_after_forward: With `ModelParallelStrategy` (FSDP2): gather a block's weights again for its backward.
+        cpu_offload: With `ModelParallelStrategy`: keep shards of weights and optimizer states in main memory.
 
     Raises:
         ValueError: If an argument is out of range, or not exactly one of `model` and `config` is given.
@@ -86,6 +91,8 @@ class CausalLM(L.LightningModule):
         min_lr_ratio: float = 0.0,
         fused: bool = False,
         gradient_checkpointing: bool = False,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
     ) -> None:
         super().__init__()
         _check_source(model, config)
@@ -126,6 +133,17 @@ class CausalLM(L.LightningModule):
         self._test_loss, self._test_perplexity = NextTokenLoss(), NextTokenLoss(perplexity=True)
 
     # ---- forward and losses
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy is `ModelParallelStrategy`; do nothing under any other."""
+        if self.device_mesh is not None:
+            hp = self.hparams
+            parallelize(
+                self.model,
+                self.device_mesh,
+                reshard_after_forward=hp["reshard_after_forward"],
+                cpu_offload=hp["cpu_offload"],
+            )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of shape (B, T, V) for token ids of shape (B, T)."""
@@ -262,17 +280,24 @@ class CausalLM(L.LightningModule):
             gguf_file=self._tokenizer_gguf,
         )
 
-    @rank_zero_only
     def save_pretrained(self, folder: str | Path) -> None:
         """Save model and tokenizer as a plain transformers folder with safetensors.
 
-        Runs on the first process only, whose parameters must be whole (not sharded). A model without a
-        tokenizer is saved without one.
+        The first process writes. Where parameters are sharded every process must call, and the whole weights are
+        gathered in the main memory of the first. A model without a tokenizer is saved without one.
 
         Args:
             folder: Created if it does not exist.
         """
-        self.model.save_pretrained(str(folder))
+        if not has_sharded_parameters(self.model):
+            self._save_pretrained(folder, None)
+            return
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        self._save_pretrained(folder, get_model_state_dict(self.model, options=options))
+
+    @rank_zero_only
+    def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
+        self.model.save_pretrained(str(folder), state_dict=state)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 

@@ -22,6 +22,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# A Llama for CausalLM(config=...), of which a training step takes no time.
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
 def make_llama(seed: int = 0, **changes: Any) -> nn.Module:
     """A Llama of two blocks with grouped-query attention, weights large enough that nothing is nearly linear."""
     from transformers import LlamaConfig, LlamaForCausalLM

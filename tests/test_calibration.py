@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_llama, make_tokens, snapshot
+from conftest import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,17 +24,6 @@ from lightning_prune.statistics import (
     check_finite,
 )
 from lightning_prune.targets import find_targets
-
-PROJECTIONS = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-]
-LAYERS = {f"model.layers.{i}.{p}.weight": f"model.layers.{i}.{p}" for i in range(2) for p in PROJECTIONS}
 
 
 def gather(model, batches, statistics=ALL_STATISTICS, num_samples=None, **arguments):

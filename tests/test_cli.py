@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import TINY
 from safetensors.torch import save_file
 
 from lightning_prune import CausalLM
@@ -18,16 +19,6 @@ from lightning_prune.inspection import inspect
 from lightning_prune.masks import pack_masks
 from lightning_prune.text_data import EMBEDDED
 
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 # LightningCLI notices that these tests pass arguments while pytest has some of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

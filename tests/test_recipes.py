@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import TINY
 
 from lightning_prune import CausalLM
 from lightning_prune.cli import main
@@ -24,16 +25,6 @@ EXPECTED = {
     "quickstart": (0.5, None),
     "sparse_finetune": (0.5, "2:4"),
     "wanda_2to4_smollm2": (0.5, "2:4"),
-}
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
 }
 
 

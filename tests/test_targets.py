@@ -4,6 +4,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from conftest import LAYERS
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,16 +19,7 @@ from lightning_prune.targets import (
     name_matches,
 )
 
-PROJECTIONS = [
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-]
-LLAMA_NAMES = [f"model.layers.{i}.{p}.weight" for i in range(2) for p in PROJECTIONS]
+LLAMA_NAMES = list(LAYERS)
 
 
 def tiny_gpt2():

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import torch
 from launching import assert_enforced, assert_same_on_all_ranks, fit, launch, masks, share_of_other_masks
+from safetensors.torch import load_file
+
+from lightning_prune.masks import unpack_masks
 
 pytestmark = pytest.mark.distributed
 
@@ -60,3 +63,15 @@ def test_too_few_samples_for_the_ranks_is_refused(tmp_path: Path) -> None:
     done = launch(2, (tmp_path, "ddp", {"score": "wanda", "num_samples": 1}))
     assert done.returncode != 0
     assert "num_samples=1 must be at least one for each of the 2 ranks" in done.stderr
+
+
+def test_spawned_processes_return_sparse_weights_and_a_checkpoint_with_masks(tmp_path: Path) -> None:
+    out = tmp_path / "spawn"
+    done = launch(2, (out, "ddp_spawn", {"score": "gblm", "max_steps": 2}))
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = load_file(out / "rank0.safetensors")
+    saved = torch.load(out / "end.ckpt", weights_only=True)
+    state = next(value for key, value in saved["callbacks"].items() if key.startswith("WeightPruning"))
+    for name, mask in unpack_masks(state["masks"]).items():
+        assert int((~mask).sum()) == mask.numel() // 2
+        assert bool((weights["weight." + name][~mask] == 0).all()), name

@@ -18,8 +18,10 @@ from launching import (
     results,
     share_of_other_masks,
 )
+from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.distributed
+# One worker of pytest-xdist runs them all, so that launches are shared.
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("sharded")]
 
 # Name: number of processes, strategy, settings. One fit of 2 steps each; the masks are compared with one process.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -39,6 +41,9 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     ),
     "gpt2": (2, "fsdp2", {"score": "gblm", "family": "gpt2"}),
     "gpt2 obs": (2, "fsdp2", {"score": "kfac", "family": "gpt2", "update": "obs", "sequential": True}),
+    "functional": (2, "fsdp2", {"score": "gblm", "functional": True}),
+    "causal lm": (2, "fsdp2", {"score": "gblm", "causal_lm": True}),
+    "tensor causal lm": (2, "tp", {"score": "kfac", "causal_lm": True}),
     "tensor gblm": (2, "tp", {"score": "gblm"}),
     "tensor kfac": (2, "tp", {"score": "kfac"}),
     "tensor sparsegpt": (2, "tp", {"score": "sparsegpt", "sequential": True}),
@@ -77,7 +82,7 @@ def outcome(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path) -> None:
-    _, strategy, settings = CASES[name]
+    settings = CASES[name][2]
     ranks = outcome(folder, name)
     assert_same_on_all_ranks(ranks)
     assert_enforced(ranks[0])
@@ -107,35 +112,54 @@ def test_training_is_that_of_ddp(tmp_path: Path) -> None:
         assert float((~close).float().mean()) < 1e-3, name
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp2_full_checkpoint"])
-def test_resume_at_other_world_sizes(strategy: str, tmp_path: Path) -> None:
-    start = fit(tmp_path / "two", 2, strategy, score="gblm", max_steps=2)[0]
-    resume = {"score": "gblm", "max_steps": 4, "resume": str(tmp_path / "two" / "end.ckpt")}
-    for devices in (1, 4) if strategy == "fsdp2" else (2, 4):
-        after = fit(tmp_path / str(devices), devices, strategy, **resume)[0]
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of two fits of 2 steps on 2 ranks: one ends in a sharded checkpoint, one in a full one."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    folders = {"fsdp2": folder / "sharded", "fsdp2_full_checkpoint": folder / "full"}
+    done = launch(2, *((path, name, {"score": "gblm", "max_steps": 2}) for name, path in folders.items()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_resume_at_other_world_sizes(devices: int, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    resumed = {
+        name: {"score": "gblm", "max_steps": 4, "resume": str(path / "end.ckpt")} for name, path in checkpoints.items()
+    }
+    done = launch(devices, *((tmp_path / name, name, settings) for name, settings in resumed.items()))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, path in checkpoints.items():
+        before, after = results(path, 2)[0], results(tmp_path / name, devices)[0]
         assert_enforced(after)
-        for name, mask in masks(start).items():
-            assert torch.equal(mask, masks(after)[name]), (devices, name)
-    if strategy == "fsdp2_full_checkpoint":  # one file, so that any strategy reads it
-        after = fit(tmp_path / "single", 1, "single", **resume)[0]
-        assert_enforced(after)
-        assert share_of_other_masks(start, after) == 0
+        for weight, mask in masks(before).items():
+            assert torch.equal(mask, masks(after)[weight]), weight
+        embeddings = "weight.model.model.embed_tokens.weight"
+        assert not torch.equal(before[embeddings], after[embeddings])  # it did train on
+
+
+def test_a_full_checkpoint_resumes_without_sharding(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = checkpoints["fsdp2_full_checkpoint"]
+    settings = {"score": "gblm", "max_steps": 4, "resume": str(path / "end.ckpt")}
+    (after,) = fit(tmp_path / "single", 1, "single", **settings)
+    assert_enforced(after)
+    assert share_of_other_masks(results(path, 2)[0], after) == 0
 
 
 def test_resume_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    settings = {"score": "kfac", "gradual": True, "trainer": {"max_epochs": 3}}
+    settings = {"score": "kfac", "gradual": True}  # an epoch is 6 steps
     whole, half, rest = tmp_path / "whole", tmp_path / "half", tmp_path / "rest"
-    resumed = {**settings, "max_steps": 6, "resume": str(half / "end.ckpt")}
-    cases: list[Case] = [
-        (whole, "fsdp2", {**settings, "max_steps": 6}),
-        (half, "fsdp2", {**settings, "max_steps": 3}),
-        (rest, "fsdp2", resumed),
-    ]
-    done = launch(2, *cases)
+    done = launch(
+        2,
+        (whole, "fsdp2", {**settings, "max_steps": 12}),
+        (half, "fsdp2", {**settings, "max_steps": 6}),
+        (rest, "fsdp2", {**settings, "max_steps": 12, "resume": str(half / "end.ckpt")}),
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    for one, other in zip(results(whole, 2), results(rest, 2), strict=True):
+    for one, other, begun in zip(results(whole, 2), results(rest, 2), results(half, 2), strict=True):
         for name, value in one.items():
             assert torch.equal(value, other[name]), name
+        assert any(not torch.equal(value, begun[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "tp"])
@@ -146,3 +170,18 @@ def test_a_rank_that_fails_stops_all_with_its_error(strategy: str, tmp_path: Pat
     assert time.monotonic() - started < 50
     assert "the loss of a calibration sample is not finite" in done.stderr
     assert "rank 1 failed" in done.stderr
+
+
+def test_a_rank_without_samples_stops_all_with_its_error(tmp_path: Path) -> None:
+    done = launch(2, (tmp_path, "fsdp2", {"score": "gblm", "calibration_batches": 1}))
+    assert done.returncode != 0
+    assert "calibration saw no sample on this rank" in done.stderr
+    assert "rank 1 failed" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["causal lm", "tensor causal lm"])
+def test_a_sharded_model_is_saved_whole(name: str, folder: Path) -> None:
+    state = outcome(folder, name)[0]
+    model = AutoModelForCausalLM.from_pretrained(folder / name / "model")
+    for weight, value in model.named_parameters():
+        assert torch.equal(value, state[f"weight.model.{weight}"]), weight

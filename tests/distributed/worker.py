@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_prune import CubicSchedule, WeightPruning
+from lightning_prune import CausalLM, CubicSchedule, WeightPruning, apply_masks, prune
 from lightning_prune.losses import causal_lm_losses
 from lightning_prune.sharding import gather_whole, local
 
@@ -32,11 +32,17 @@ STRATEGIES = {
     "ddp_static_graph": lambda: DDPStrategy(process_group_backend="gloo", static_graph=True),
     "ddp_bucket_view": lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True),
     "ddp_find_unused": lambda: DDPStrategy(process_group_backend="gloo", find_unused_parameters=True),
+    "ddp_spawn": lambda: DDPStrategy(process_group_backend="gloo", start_method="spawn"),
     "fsdp2": lambda: sharded("auto", 1),
     "fsdp2_full_checkpoint": lambda: sharded("auto", 1, save_distributed_checkpoint=False),
     "tp": lambda: sharded(1, "auto"),
     "2d": lambda: sharded(2, 2),
 }
+SHARDED = ("fsdp2", "fsdp2_full_checkpoint", "tp", "2d")
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
 COLWISE, ROWWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
@@ -70,6 +76,22 @@ class Tokens(Dataset):
         return {"input_ids": self.ids[index], "attention_mask": self.mask[index]}
 
 
+class Functional(L.Callback):
+    """`prune` without the callback: on the sharded model, with this rank's share of the samples."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings, self.masks = settings, {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        ranks, tokens = trainer.world_size, Tokens()
+        batches = [{k: v[None] for k, v in tokens[i].items()} for i in range(trainer.global_rank, 16, ranks)]
+        found = prune(pl_module.model, batches, num_samples=len(batches), progress=False, **self.settings)
+        self.masks = {f"model.{name}": mask for name, mask in found.items()}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        apply_masks(pl_module, self.masks)
+
+
 class Model(L.LightningModule):
     def __init__(
         self,
@@ -84,11 +106,9 @@ class Model(L.LightningModule):
             gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
             self.model = GPT2LMHeadModel(gpt2)
             return
-        config = LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=intermediate_size, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
-        )  # fmt: skip
-        self.model = LlamaForCausalLM(config)
+        fields = {**LLAMA, "intermediate_size": intermediate_size}
+        fields.pop("model_type")
+        self.model = LlamaForCausalLM(LlamaConfig(**fields))
 
     def configure_model(self) -> None:
         if self.parallel is None or self.placed:
@@ -124,9 +144,6 @@ class Model(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(Tokens(), batch_size=4)
-
 
 def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> None:
     """Fit, and write masks and weights (whole) and the size of each mask's part here to ``out/rankN.safetensors``."""
@@ -134,21 +151,35 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     L.seed_everything(0, verbose=False)
     settings = dict(settings)
     model_settings = {k: settings.pop(k) for k in ("fail_on_rank", "family", "intermediate_size") if k in settings}
-    parallel = settings.pop("parallel", {}) if strategy in ("fsdp2", "fsdp2_full_checkpoint", "tp", "2d") else None
-    settings.pop("parallel", None)
-    module = Model(parallel=parallel, **model_settings)
+    parallel = settings.pop("parallel", {})
+    if settings.pop("causal_lm", False):
+        module: Any = CausalLM(config=LLAMA, learning_rate=1e-3, weight_decay=0.1, lr_schedule="constant")
+    else:
+        module = Model(parallel=parallel if strategy in SHARDED else None, **model_settings)
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
     schedule = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
     resume, max_steps = settings.pop("resume", None), settings.pop("max_steps", 4)
     trainer_settings = settings.pop("trainer", {})
-    pruning = WeightPruning(**{"num_samples": 16, "progress": False, "schedule": schedule, **settings})
+    share = settings.pop("calibration_batches", None)  # fewer batches than ranks leave one without any
+    calibration = None if share is None else list(DataLoader(Tokens(), batch_size=4))[:share]
+    if settings.pop("functional", False):
+        pruning: Any = Functional(settings)
+    else:
+        common = {"num_samples": 16, "progress": False, "schedule": schedule, "calibration": calibration}
+        pruning = WeightPruning(**{**common, **settings})
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=STRATEGIES[strategy](), max_steps=max_steps, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
         callbacks=[pruning, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
     )  # fmt: skip
-    trainer.fit(module, ckpt_path=resume)
+    trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
+    if strategy == "ddp_spawn":  # only the weights come back from the processes
+        state = {f"weight.{n}": p.detach().clone() for n, p in module.named_parameters()}
+        save_file(state, out / "rank0.safetensors")
+        return
+    if isinstance(module, CausalLM):
+        module.save_pretrained(out / "model")
     state = {f"mask.{n}": gather_whole(m.to(torch.uint8)) for n, m in pruning.masks.items()}
     state |= {f"weight.{n}": gather_whole(p.detach()).clone().contiguous() for n, p in module.named_parameters()}
     state |= {f"held.{n}": torch.tensor(local(m).numel()) for n, m in pruning.masks.items()}

@@ -1,0 +1,124 @@
+"""What is opened, and above all what is not: damaged files, and files that would run code."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from example_checkpoints import (
+    WRITERS,
+    example_state,
+    write_bin,
+    write_ckpt,
+    write_distributed,
+    write_folder,
+    write_shards,
+)
+
+from lightning_prune.checkpoints import CheckpointError, open_checkpoint
+from lightning_prune.inspection import inspect
+
+
+def test_format_names(tmp_path):
+    state = example_state()
+    for write, name in [
+        (write_folder, "safetensors"),
+        (write_bin, "state dict"),
+        (write_ckpt, "Lightning checkpoint"),
+        (write_distributed, "distributed checkpoint"),
+    ]:
+        (tmp_path / write.__name__).mkdir()
+        assert open_checkpoint(write(tmp_path / write.__name__, state)).format == name
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("touch exploded",)
+
+
+@pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "folder/.metadata"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_are_never_run(name, zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    if name.endswith(".metadata"):
+        Path(name).write_bytes(pickle.dumps(Bomb()))
+    else:
+        torch.save({"state_dict": Bomb()}, name, _use_new_zipfile_serialization=zipped)
+    path = Path(name).parent if name.endswith(".metadata") else Path(name)
+    with pytest.raises(CheckpointError, match="is not opened"):
+        inspect(path)
+    assert not Path("exploded").exists()
+
+
+def test_a_hostile_type_inside_distributed_metadata(tmp_path):
+    path = write_distributed(tmp_path, example_state())
+    index = pickle.loads((path / ".metadata").read_bytes())
+    index.planner_data = {"x": Bomb()}
+    (path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match=r"refused type (posix|nt)\.system"):
+        inspect(path)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.98])
+def test_cut_off_files_give_one_clear_error(write, keep, tmp_path):
+    path = write(tmp_path, example_state())
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.name != "config.json"]
+    victim = max(files, key=lambda f: f.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[: int(victim.stat().st_size * keep)])
+    with pytest.raises(CheckpointError) as error:
+        inspect(path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_cut_off_distributed_index(tmp_path):
+    path = write_distributed(tmp_path, example_state())
+    data = (path / ".metadata").read_bytes()
+    for length in (0, 1, 50, len(data) // 2, len(data) - 1):
+        (path / ".metadata").write_bytes(data[:length])
+        with pytest.raises(CheckpointError):
+            inspect(path)
+
+
+def test_random_bytes(tmp_path):
+    for suffix in (".safetensors", ".ckpt", ".bin", ""):
+        file = tmp_path / f"noise{suffix}"
+        file.write_bytes(np.random.default_rng(0).bytes(5000))
+        with pytest.raises(CheckpointError):
+            inspect(file)
+
+
+def test_missing_pieces(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        inspect(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="is a folder without"):
+        inspect(tmp_path)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="GGUF"):
+        inspect(tmp_path / "a.gguf")
+    torch.save([1, 2], tmp_path / "list.bin")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        inspect(tmp_path / "list.bin")
+    torch.save({"lr": 1.0}, tmp_path / "numbers.bin")
+    with pytest.raises(CheckpointError, match="no tensors"):
+        inspect(tmp_path / "numbers.bin")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_shards(shards, example_state())
+    index = json.loads((shards / "model.safetensors.index.json").read_text())
+    index["weight_map"]["ghost.weight"] = "model-00001-of-00003.safetensors"
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="ghost"):
+        inspect(shards)
+    index["weight_map"]["ghost.weight"] = "../a.safetensors"
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="outside"):
+        inspect(shards)
+    (shards / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors, which is missing"):
+        inspect(shards)
