@@ -26,7 +26,7 @@ from lightning_prune.batches import batch_size, is_sequences, padding_mask, samp
 from lightning_prune.progress import progress_bar
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.running import causal_lm_loss, forward, quiet_model
-from lightning_prune.sharding import reshard
+from lightning_prune.sharding import reshard, settle
 from lightning_prune.statistics import (
     ALL_STATISTICS,
     GRADIENTS,
@@ -96,6 +96,7 @@ def collect(
     sweep = _Sweep(model, taps, loss_fn, forward_context, ranks)
     # In lock step errors meet inside; an error elsewhere must not start a collective that no other rank is in.
     outside = None if sweep.lockstep is not None else ranks
+    settle(model)
     with synchronized_errors(outside), quiet_model(model, freeze=taps.backward):
         try:
             sweep.run(batches, num_samples, progress)

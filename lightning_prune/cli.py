@@ -1,4 +1,4 @@
-"""The command ``lightning-prune``: Lightning's fit, validate, test and predict, `inspect` and `quickstart`."""
+"""The command ``lightning-prune``: Lightning's fit, validate, test and predict; `inspect`, `export`, `quickstart`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ TRAINER_COMMANDS = {
     "predict": "Run inference on the data.",
 }
 """Commands that Lightning's own command line answers."""
+
+OWN_COMMANDS = ("inspect", "export", "quickstart")
+"""Commands of this package."""
 
 TRACEBACK_VARIABLE = "LIGHTNING_PRUNE_TRACEBACK"
 """Environment variable: 1 shows where an error came from, in place of the one line."""
@@ -72,7 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _is_for_trainer(arguments: Sequence[str]) -> bool:
     """Whether to hand over to Lightning: its commands may follow options (``--config a.yaml fit``)."""
-    if not arguments or arguments[0] in ("inspect", "quickstart"):
+    if not arguments or arguments[0] in OWN_COMMANDS:
         return False
     return arguments[0] in TRAINER_COMMANDS or (
         arguments[0].startswith("-") and any(argument in TRAINER_COMMANDS for argument in arguments)
@@ -110,6 +113,8 @@ def _run_own(arguments: list[str]) -> int:
     config = parser.parse_args(arguments)
     if config.subcommand == "inspect":
         return _inspect(config.inspect)
+    if config.subcommand == "export":
+        return _export(config.export)
     if config.subcommand == "quickstart":
         return _quickstart(config.quickstart)
     raise _UserError(f"nothing to do for {config.subcommand!r}; see lightning-prune --help")
@@ -135,6 +140,20 @@ def _own_parser() -> ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
     inspect.add_argument("--all", action="store_true", help="list every tensor, also those that are never pruned")
     commands.add_subcommand("inspect", inspect, help="Count the zeros of a checkpoint.")
+
+    export = ArgumentParser(description="Turn a checkpoint into one ordinary transformers folder.")
+    export.add_argument(
+        "checkpoint", type=str, help="Lightning .ckpt, folder of a distributed checkpoint, or transformers folder"
+    )
+    export.add_argument("output", type=str, help="folder to write")
+    export.add_argument(
+        "--tokenizer",
+        type=str,
+        help="hub id, folder, .gguf, tokenizer.json, or none; default the one the checkpoint names",
+    )
+    export.add_argument("--dtype", type=str, help="float32, bfloat16 or float16; default as stored")
+    export.add_argument("--overwrite", action="store_true", help="replace the model that is in the folder")
+    commands.add_subcommand("export", export, help="Turn a checkpoint into one ordinary transformers folder.")
 
     quickstart = ArgumentParser(
         description="Train a small language model, prune it in several ways, retrain it; no downloads."
@@ -171,6 +190,14 @@ def _inspect(config: Namespace) -> int:
         render(inspection, all_tensors=config.all)
     # For scripts: a checkpoint whose masked weights came back is not sound.
     return 1 if inspection.resurrected else 0
+
+
+def _export(config: Namespace) -> int:
+    from lightning_prune.export import export
+    from lightning_prune.inspection_view import render
+
+    render(export(**config.as_dict()))
+    return 0
 
 
 def _quickstart(config: Namespace) -> int:

@@ -398,12 +398,26 @@ def block_order(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
 
 
 class StoredMasks:
-    """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time."""
+    """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time.
 
-    def __init__(self, path: Path, packed: dict[str, Any]) -> None:
+    Attributes:
+        score: Name of the score that made them; of several callbacks, all names.
+    """
+
+    def __init__(self, path: Path, packed: dict[str, Any], score: str | None) -> None:
         self._path = path
         self._packed = packed
-        self.count = len(packed)
+        self.score = score
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the masks."""
+        return set(self._packed)
+
+    @property
+    def count(self) -> int:
+        """Number of masks."""
+        return len(self._packed)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StoredMasks | None:
@@ -419,13 +433,22 @@ class StoredMasks:
             if not isinstance(masks, Mapping):
                 fail(checkpoint.path, "the state of its WeightPruning callback holds no masks; it is damaged")
             packed.update(masks)
-        return cls(checkpoint.path, packed)
+        scores = dict.fromkeys(str(state["score"]) for state in states if state.get("score"))
+        return cls(checkpoint.path, packed, ", ".join(scores) or None)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The mask of a tensor, or None. Masks may be named from further inside the model than the tensor."""
+    def find(self, name: str) -> str | None:
+        """Name of a tensor's mask, or None. Masks may be named from further inside the model than the tensor."""
         parts = clean_name(name).split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
-        found = next((tail for tail in tails if tail in self._packed), None)
+        return next((tail for tail in tails if tail in self._packed), None)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask of a tensor, or None.
+
+        Raises:
+            CheckpointError: the mask is damaged, or not of this shape.
+        """
+        found = self.find(name)
         if found is None:
             return None
         try:

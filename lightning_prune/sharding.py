@@ -42,6 +42,17 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     )
 
 
+def settle(model: nn.Module) -> None:
+    """Let FSDP2 take note of parameters as they will be trained, before anyone freezes them for a while.
+
+    It does so once, in the first forward pass; a group that is frozen then would reduce its gradients in the wrong
+    dtype ever after.
+    """
+    for module in model.modules():  # outer modules first; what they cover is done with them
+        if isinstance(module, FSDPModule):
+            module._get_fsdp_state()._lazy_init()
+
+
 def reshard(model: nn.Module) -> None:
     """Put parameters that FSDP2 left gathered after a forward pass back into shards, so that they can be written."""
     for module in model.modules():
@@ -276,7 +287,7 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         padding = tensor.new_zeros(each * parts - size, *tensor.shape[1:])
         tensor = torch.cat([tensor, padding])
     own = tensor.new_empty(each, *tensor.shape[1:])
-    dist.reduce_scatter_tensor(own, tensor.contiguous(), group=group)
+    dist.reduce_scatter_single(own, tensor.contiguous(), group=group)
     start, stop = _chunk(0, size, parts, dist.get_rank(group))
     return own[: stop - start]
 
@@ -288,7 +299,7 @@ def all_gather(part: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
     padded = part.new_zeros(each, *part.shape[1:])
     padded[: part.shape[0]] = part
     whole = part.new_empty(each * parts, *part.shape[1:])
-    dist.all_gather_into_tensor(whole, padded, group=group)
+    dist.all_gather_single(whole, padded, group=group)
     return whole[:size]
 
 

@@ -17,6 +17,12 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 # A bare tokenizer.json does not say which token ends a document; these are the names in common use.
 _KNOWN_END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer, and not only a model."""
+    return any((folder / name).exists() for name in _FILES)
 
 
 def load_tokenizer(

@@ -166,7 +166,7 @@ def test_version_and_help(capsys):
     assert version("lightning-prune") in capsys.readouterr().out
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "inspect", "quickstart"):
+    for command in ("fit", "validate", "test", "predict", "inspect", "export", "quickstart"):
         assert command in text
     assert main([]) == 2
     assert "inspect" in capsys.readouterr().err
@@ -193,8 +193,11 @@ def test_fit_validate_and_export(config, tmp_path, capsys):
     assert "val_perplexity" in capsys.readouterr().out
 
     module = CausalLM.load_from_checkpoint(checkpoint, weights_only=True)
-    module.save_pretrained(tmp_path / "exported")
+    module.save_pretrained(tmp_path / "saved")
+    assert main(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
     assert inspect(tmp_path / "exported").sparsity == 0.5
+    for file in (tmp_path / "saved").iterdir():
+        assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_resume_from_the_command_line(config, tmp_path):

@@ -21,6 +21,7 @@ EXPECTED = {
     "gblm_smollm2": (0.5, None),
     "gradual_magnitude": (0.8, None),
     "kfac_ddp": (0.5, None),
+    "kfac_fsdp2": (0.5, None),
     "kfac_smollm2": (0.5, None),
     "quickstart": (0.5, None),
     "sparse_finetune": (0.5, "2:4"),

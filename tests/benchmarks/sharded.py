@@ -5,7 +5,9 @@ processors. Measured on each rank, in MiB:
 
 - weights, aggregates, masks: what the rank holds of each (bytes of its tensors);
 - pruning: highest resident memory while pruning, above what was resident before it (activations, the gathered
-  weights of one block, one layer's gradient, the aggregates).
+  weights of one block and of the embeddings, one layer's gradient, the aggregates);
+- step: highest resident memory of the first training step, above the same (activations, the same gathered weights,
+  gradients, optimizer states).
 
 With `--steps`, enforcement is switched off at every other training step and the two kinds of steps are compared:
 tokens per second with and without the callback.
@@ -60,6 +62,7 @@ class Measured(WeightPruning):
                 super()._prune(trainer, module)
         finally:
             calibration._finish = finish
+        self.start = watch.start
         weights = [local(p.detach()) for p in module.model.parameters()]
         self.figures = {
             "weights_MiB": sum(w.numel() * w.element_size() for w in weights) / MIB,
@@ -71,11 +74,22 @@ class Measured(WeightPruning):
 
 
 class Stamps(Callback):
+    """When each step starts, and the peak memory of the first."""
+
     def __init__(self) -> None:
         self.stamps: list[float] = []
+        self.watch: common.PeakMemory | None = None
+        self.peak = 0
 
     def on_train_batch_start(self, *_: Any) -> None:
+        if not self.stamps:
+            self.watch = common.PeakMemory().__enter__()
         self.stamps.append(time.perf_counter())
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.watch is not None:
+            self.watch.__exit__()
+            self.peak, self.watch = self.watch.peak, None
 
 
 def strategy_of(name: str, devices: int) -> Strategy:
@@ -106,7 +120,8 @@ def rank_main(args: argparse.Namespace, name: str, devices: int, out: Path) -> N
     batches = [{"input_ids": row} for row in sequences]
     trainer.fit(module, DataLoader(batches, batch_size=args.batch_size))  # type: ignore[arg-type]
     seconds = [b - a for a, b in zip(stamps.stamps, stamps.stamps[1:], strict=False)][2:]
-    figures = pruning.figures | {"with": seconds[::2], "without": seconds[1::2]}
+    figures = pruning.figures | {"step_MiB": (stamps.peak - pruning.start) / MIB}
+    figures |= {"with": seconds[::2], "without": seconds[1::2]}
     (out / f"{trainer.global_rank}.json").write_text(json.dumps(figures))
 
 
@@ -116,7 +131,7 @@ def measure(args: argparse.Namespace, name: str, devices: int) -> dict[str, Any]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(args.threads or 1)})
         ranks = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
     row: dict[str, Any] = {"strategy": name, "ranks": devices}
-    for figure in ("weights_MiB", "aggregates_MiB", "masks_MiB", "pruning_MiB", "pruning_s"):
+    for figure in ("weights_MiB", "aggregates_MiB", "masks_MiB", "pruning_MiB", "step_MiB", "pruning_s"):
         row[figure] = max(rank[figure] for rank in ranks)  # the rank that needs most
     if args.steps:
         pairs = list(zip(ranks[0]["with"], ranks[0]["without"], strict=False))

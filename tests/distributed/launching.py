@@ -17,7 +17,7 @@ WORKER = Path(__file__).with_name("worker.py")
 Case = tuple[Path, str, dict[str, Any]]  # folder, strategy, settings
 
 
-def launch(devices: int, *cases: Case, timeout: float = 120) -> subprocess.CompletedProcess:
+def launch(devices: int, *cases: Case, timeout: float = 300) -> subprocess.CompletedProcess:
     """Run cases one after the other in the same processes."""
     for folder, _, _ in cases:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,91 @@
+"""Several nodes: two torchrun agents of one process each, on this machine, from the command line to a plain folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from transformers import AutoModelForCausalLM
+
+from lightning_prune.cli import main
+from lightning_prune.inspection import inspect
+from lightning_prune.text_data import EMBEDDED
+
+pytestmark = pytest.mark.distributed
+
+TEXT = EMBEDDED["austen"].read_text(encoding="utf-8")[20_000:60_000]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_two_nodes_train_sharded_and_export_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    config = {
+        "seed_everything": 0,
+        "model": {"class_path": "CausalLM", "init_args": {"config": TINY}},
+        "data": {
+            "class_path": "TextDataModule",
+            "init_args": {"source": str(tmp_path / "text.txt"), "block_size": 32, "batch_size": 2},
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "num_nodes": 2,
+            "strategy": {
+                "class_path": "ModelParallelStrategy",
+                "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+            },
+            "max_steps": 2,
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+            "default_root_dir": str(tmp_path / "run"),
+            "callbacks": [{"class_path": "WeightPruning", "init_args": {"score": "gblm", "num_samples": 8}}],
+        },
+    }
+    config["data"]["init_args"] |= {"vocab_size": TINY["vocab_size"], "cache_dir": str(tmp_path / "cache")}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    torchrun, program = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "lightning-prune"))
+    assert shutil.which(torchrun)
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    agents = [
+        subprocess.Popen(
+            [
+                torchrun, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node),
+                "--master-addr", "127.0.0.1", "--master-port", port, "--no-python",
+                program, "fit", "--config", str(recipe),
+            ],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+
+    (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
+    assert checkpoint.is_dir()
+    assert main(["export", str(checkpoint), str(tmp_path / "model")]) == 0
+    inspection = inspect(tmp_path / "model", progress=False)
+    assert inspection.sparsity == pytest.approx(0.5, abs=0.02)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(torch.arange(8)[None]).logits).all())
