@@ -31,6 +31,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "magnitude": (2, "fsdp2", {"score": "magnitude", "parallel": {"bf16": True}}),
     "bf16": (2, "fsdp2", {"score": "gblm", "parallel": {"bf16": True}}),
     "offload": (2, "fsdp2", {"score": "gblm", "parallel": {"offload": True}}),
+    "fit twice": (2, "fsdp2", {"score": "gblm", "twice": True}),
     "gradient": (2, "fsdp2", {"score": "gradient"}),
     "owl": (2, "fsdp2", {"score": "wanda", "allocation": "owl"}),
     "global": (2, "fsdp2", {"score": "gblm", "group": "global", "parallel": {"root_only": True}}),
@@ -126,7 +127,8 @@ def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path)
 
 
 def test_training_is_that_of_ddp(tmp_path: Path) -> None:
-    settings = {"score": "gblm", "gradual": True, "max_steps": 6, "trainer": {"gradient_clip_val": 0.1}}
+    trainer = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+    settings = {"score": "gblm", "gradual": True, "max_steps": 6, "trainer": trainer}
     done = launch(2, (tmp_path / "ddp", "ddp", settings), (tmp_path / "fsdp2", "fsdp2", settings))
     assert done.returncode == 0, done.stderr[-3000:]
     ddp, fsdp2 = results(tmp_path / "ddp", 2)[0], results(tmp_path / "fsdp2", 2)[0]

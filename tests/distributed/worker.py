@@ -159,6 +159,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
     schedule = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
+    twice = settings.pop("twice", False)
     resume, max_steps = settings.pop("resume", None), settings.pop("max_steps", 4)
     trainer_settings = settings.pop("trainer", {})
     share = settings.pop("calibration_batches", None)  # fewer batches than ranks leave one without any
@@ -178,6 +179,12 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         state = {f"weight.{n}": p.detach().clone() for n, p in module.named_parameters()}
         save_file(state, out / "rank0.safetensors")
         return
+    if twice:
+        trainer = L.Trainer(
+            accelerator="cpu", devices=devices, strategy=STRATEGIES[strategy](), max_steps=max_steps, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[pruning],
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(Tokens(), batch_size=4))
     if isinstance(module, CausalLM):
         module.save_pretrained(out / "model")
     state = {f"mask.{n}": gather_whole(m.to(torch.uint8)) for n, m in pruning.masks.items()}
