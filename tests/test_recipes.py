@@ -1,13 +1,16 @@
 """Every recipe is parsed and run through the command line, shortened, on a tiny model and text."""
 
+from dataclasses import asdict
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
 from conftest import TINY
+from jsonargparse import ArgumentParser
 
-from lightning_prune import CausalLM
+from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot
 from lightning_prune.cli import main
 from lightning_prune.inspection import inspect
 from lightning_prune.text_data import EMBEDDED
@@ -118,3 +121,24 @@ def test_recipe_runs(name, tiny, tmp_path):
     assert inspection.pattern == pattern
     # exact counts round down within a row or a layer
     assert inspection.sparsity == pytest.approx(sparsity, abs=0.025)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("lightning_prune.CubicSchedule", CubicSchedule(0, 4, 2)),
+        ("lightning_prune.LinearSchedule", LinearSchedule(0, 4, 2)),
+        ("LinearSchedule", LinearSchedule(0, 4, 2)),
+        ("lightning_prune.OneShot", OneShot(3)),
+        ("OneShot", OneShot(3)),
+    ],
+)
+def test_a_schedule_in_yaml_becomes_itself(name, schedule):
+    """A subclass must not be taken for the class whose arguments it shares."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[L.Callback])
+    callback = {"class_path": "lightning_prune.WeightPruning"}
+    callback["init_args"] = {"schedule": {"class_path": name, "init_args": asdict(schedule)}}
+    (made,) = parser.instantiate(parser.parse_object({"callbacks": [callback]})).callbacks
+    assert type(made.schedule) is type(schedule)
+    assert made.schedule == schedule

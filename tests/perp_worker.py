@@ -1,0 +1,41 @@
+"""Run by test_perp_ddp in processes of its own: prune and retrain under DDP, write what each rank ended with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+
+from lightning_prune import CausalLM, WeightPruning
+from lightning_prune.perp.callback import PERPRetraining
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def run(out: Path, devices: int) -> None:
+    L.seed_everything(0, verbose=False)
+    module = CausalLM(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
+    pruner = WeightPruning(score="gblm", sparsity=0.5, num_samples=8, progress=False)
+    ids = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(1))
+    trainer = L.Trainer(
+        default_root_dir=out, accelerator="cpu", devices=devices, max_steps=6, logger=False,
+        strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto", enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[PERPRetraining(), pruner],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([{"input_ids": row} for row in ids], batch_size=4 // devices))
+    assert type(module.model).__name__ == "LlamaForCausalLM"
+    state = {f"weight.{n}": p.detach().clone() for n, p in module.named_parameters()}
+    state |= {f"mask.{n}": mask for n, mask in pruner.masks.items()}
+    save_file(state, out / f"{devices}-{trainer.global_rank}.safetensors")
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]))
