@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks import WeightPruning
     from lightning_prune.language_model import CausalLM
     from lightning_prune.masks import apply_masks
+    from lightning_prune.perp.callback import PERPRetraining
     from lightning_prune.pruning import prune
     from lightning_prune.ranks import Ranks
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
@@ -28,6 +29,7 @@ _HOMES = {
     "OWLAllocation": "allocation",
     "OneShot": "schedules",
     "TextDataModule": "text_data",
+    "PERPRetraining": "perp.callback",
     "Ranks": "ranks",
     "WeightPruning": "callbacks",
     "apply_masks": "masks",
@@ -42,6 +44,7 @@ __all__ = [
     "LinearSchedule",
     "OWLAllocation",
     "OneShot",
+    "PERPRetraining",
     "Ranks",
     "TextDataModule",
     "WeightPruning",

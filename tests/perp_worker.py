@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -23,14 +24,19 @@ LLAMA = {
 def run(out: Path, devices: int) -> None:
     L.seed_everything(0, verbose=False)
     module = CausalLM(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
-    pruner = WeightPruning(score="gblm", sparsity=0.5, num_samples=8, progress=False)
     ids = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(1))
+    samples = [{"input_ids": row} for row in ids]
+    # Each rank's own samples, so that together they see in a step what one process would.
+    mine = DataLoader(samples[int(os.environ.get("LOCAL_RANK", "0")) :: devices], batch_size=4 // devices)
+    calibration = DataLoader(samples, batch_size=1)
+    pruner = WeightPruning(score="gblm", sparsity=0.5, num_samples=8, progress=False, calibration=calibration)
     trainer = L.Trainer(
         default_root_dir=out, accelerator="cpu", devices=devices, max_steps=6, logger=False,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto", enable_checkpointing=False,
+        use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[PERPRetraining(), pruner],
     )  # fmt: skip
-    trainer.fit(module, DataLoader([{"input_ids": row} for row in ids], batch_size=4 // devices))
+    trainer.fit(module, mine)
     assert type(module.model).__name__ == "LlamaForCausalLM"
     state = {f"weight.{n}": p.detach().clone() for n, p in module.named_parameters()}
     state |= {f"mask.{n}": mask for n, mask in pruner.masks.items()}

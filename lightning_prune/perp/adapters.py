@@ -1,0 +1,331 @@
+"""Retrain a sliver of a pruned model: put adapters on, train with any loop, merge; every zero survives.
+
+PERP: Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs", arXiv 2312.15230.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lightning_prune.masks import Masks, check_masks, uninterrupted
+from lightning_prune.perp.layers import SparseLinear, check_base_layer, plain_name, set_masks, sparse_layers
+from lightning_prune.perp.model import (
+    Retraining,
+    SparsePeftModel,
+    find_retraining,
+    plain_model,
+    remember,
+    retraining_of,
+)
+from lightning_prune.perp.options import check_adapter, check_options, make_config, match_modules
+from lightning_prune.perp.selection import check_parts, select_parameters
+from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.targets import Target, find_targets
+
+
+def add_adapters(
+    model: nn.Module,
+    adapter: str | None = "mask_lora",
+    masks: Mapping[str, Tensor] | None = None,
+    train: Iterable[str] = ("bias", "norm"),
+    **lora_options: Any,
+) -> nn.Module:
+    """Freeze a pruned model, and put adapters on its pruned layers.
+
+    Only the adapters and the parts in `train` require gradients afterwards. Give those to an optimizer (the paper:
+    AdamW without weight decay, a linear schedule with 10 % warm-up), train, and `merge`.
+
+    Args:
+        model: A transformers model with pruned weights. It is changed in place; use what is returned.
+        adapter: ``"mask_lora"``: W + M * (s B A). ``"scale_lora"``: W * (B A). ``"lora_prune"``: W + s B A, masked at
+            the merge. ``"lora"``: W + s B A, never merged. None: no adapters, only `train`.
+        masks: Bool masks by parameter name, True = kept, as `prune` returns them; a weight without one takes its
+            exact zeros, and so do all by default.
+        train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
+        **lora_options: ``r`` (16), ``lora_alpha`` (2 r; s = lora_alpha / r), ``use_rslora``, ``init_lora_weights``,
+            ``target_modules`` (default: every Linear and Conv1D with a pruned weight, without the head),
+            ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, and
+            ``lora_dropout`` for the variants that add the adapter's output to the layer's.
+
+    Returns:
+        A `SparsePeftModel` around the same model; with ``adapter=None`` the model itself.
+
+    Raises:
+        TypeError, ValueError: an option that is unknown or does not go with the variant; no weight is pruned; masks
+            of another model; quantised, sharded or missing weights; nothing to train. The model is as it was then.
+
+    Example::
+
+        prune(model, batches, score="wanda", sparsity=0.5)
+        model = add_adapters(model)
+        ...  # train the parameters that require gradients
+        model = merge(model)
+    """
+    return attach(model, adapter, masks, train, lora_options)
+
+
+def attach(
+    model: nn.Module,
+    adapter: str | None,
+    masks: Mapping[str, Tensor] | None,
+    train: Iterable[str],
+    options: Mapping[str, Any],
+    pruned_later: bool = False,
+) -> nn.Module:
+    """`add_adapters`; with `pruned_later` no weight needs to be zero yet, and every target gets an adapter."""
+    check_adapter(adapter)
+    check_options(adapter, options)
+    parts = check_parts(train)
+    _check_model(model)
+    masks = dict(masks or {})
+    check_masks(model, masks)
+    trained = select_parameters(model, parts)
+    names = [] if adapter is None else _adapted_modules(model, adapter, options, masks, pruned_later)
+    if not names and not trained:
+        raise ValueError(f"adapter={adapter!r} with train={parts} leaves nothing to train in {type(model).__name__}")
+    _check_not_revived(model, trained, masks)
+
+    record = Retraining(
+        adapter=adapter,
+        train=parts,
+        options={**options, "target_modules": names} if names else {},
+        trained=tuple(trained),
+        required_grad=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
+        input_hooks=frozenset(_input_hooks(model)),
+    )
+    modules = {name: model.get_submodule(name) for name in names}
+    with uninterrupted():
+        try:
+            built = model if adapter is None else _build(model, adapter, record)
+            for parameter in plain_model(built).parameters():
+                parameter.requires_grad_(False)
+            for _, layer in sparse_layers(built):
+                layer.set_adapter(layer.active_adapters)
+            for parameter in trained.values():
+                parameter.requires_grad_(True)
+            if names and not pruned_later:
+                set_masks(built, masks)
+        except BaseException:
+            _put_back(model, modules, record)
+            raise
+        remember(model, record)
+    return built
+
+
+def _check_model(model: nn.Module) -> None:
+    if hasattr(model, "training_step"):  # by its method, so that the functional core does not import lightning
+        raise ValueError(
+            f"{type(model).__name__} is a LightningModule: pass the transformers model in it (module.model), or use "
+            "the PERPRetraining callback"
+        )
+    if (
+        isinstance(model, PeftModel)
+        or find_retraining(model)
+        or any(isinstance(m, SparseLinear) for m in model.modules())
+    ):
+        raise ValueError(f"{type(model).__name__} has adapters already; merge or remove them first")
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"{type(model).__name__} has adapters of PEFT already; merge or unload them first")
+    if has_sharded_parameters(model):
+        raise ValueError(
+            "the parameters are sharded (DTensor), which adapters do not support yet; use one device or DDP"
+        )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"{type(model).__name__} is quantised: an adapter cannot be merged into it with its zeros kept. Load the "
+            "model unquantised, retrain, merge, and quantise last"
+        )
+
+
+def _adapted_modules(
+    model: nn.Module, adapter: str, options: Mapping[str, Any], masks: Mapping[str, Tensor], pruned_later: bool
+) -> list[str]:
+    """Names of the modules that get an adapter, all of them checked."""
+    if options.get("target_modules") in (None, "all-linear"):
+        unnamed = {**options, "target_modules": [t.name.removesuffix(".weight") for t in _linear_targets(model)]}
+        names = match_modules(model, adapter, unnamed)
+        if options.get("target_modules") is None and not pruned_later:
+            names = [name for name in names if _is_pruned(model, name, masks)]
+    else:
+        names = match_modules(model, adapter, options)
+    for name in names:
+        check_base_layer(name, model.get_submodule(name))
+    users: dict[int, list[str]] = {}
+    for name in names:
+        users.setdefault(id(model.get_submodule(name).weight), []).append(name)
+    shared = [layers for layers in users.values() if len(layers) > 1]
+    if shared:
+        raise ValueError(f"{shared[0]} share one weight, so two adapters would be merged into it; exclude all but one")
+    if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
+        raise ValueError(
+            f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
+            "sparsity to keep: prune the model first, or use plain PEFT"
+        )
+    return names
+
+
+def _linear_targets(model: nn.Module) -> list[Target]:
+    return [t for t in find_targets(model) if t.kind.name != "Conv2d"]
+
+
+def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool:
+    mask = masks.get(f"{name}.weight")
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return not bool((weight.detach() if mask is None else mask).all())
+
+
+def _check_not_revived(model: nn.Module, trained: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+    for name in trained:
+        mask = masks.get(name)
+        if mask is not None and not bool(mask.all()):
+            raise ValueError(
+                f"{name!r} is pruned by its mask, and training it whole would fill its zeros; leave its part out of "
+                "train, or its mask out of masks"
+            )
+
+
+def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftModel:
+    config = make_config(adapter, record.options)
+    # The names are decided; what selected them must not act again on PEFT's side.
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    built = SparsePeftModel(model, config)
+    # PEFT makes the embeddings' outputs require gradients for any checkpointing; only the re-entrant kind needs it,
+    # and it costs the gradients of the first layers' inputs.
+    if not _reentrant(model):
+        _unhook_inputs(model, record.input_hooks)
+    return built
+
+
+def _reentrant(model: nn.Module) -> bool:
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    return any(f is not None and getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions)
+
+
+def _input_hooks(model: nn.Module) -> dict[int, Any]:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    return embeddings._forward_hooks if isinstance(embeddings, nn.Module) else {}
+
+
+def _unhook_inputs(model: nn.Module, before: frozenset[int]) -> None:
+    """Remove the hooks with which PEFT makes the embeddings' outputs require gradients."""
+    hooks = _input_hooks(model)
+    for key, hook in list(hooks.items()):
+        if key not in before and getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+            del hooks[key]
+
+
+def _put_back(model: nn.Module, modules: Mapping[str, nn.Module], record: Retraining) -> None:
+    """Undo `attach`: the layers, flags and hooks as they were."""
+    for name, module in modules.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.required_grad)
+    _unhook_inputs(model, record.input_hooks)
+    model.__dict__.pop("peft_config", None)
+    remember(model, None)
+
+
+# -- taking them off again -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Merge the adapters into the weights, and give back the plain transformers model.
+
+    Pruned weights are +0.0 to the bit, which is checked, in any dtype. For mask_lora and scale_lora the logits are
+    those of the model before the merge; lora_prune loses here what the mask cuts off. Parameters require gradients
+    again as they did before `add_adapters`.
+
+    Args:
+        model: A model of `add_adapters`, changed in place.
+
+    Returns:
+        The model that was given to `add_adapters`, the same object.
+
+    Raises:
+        ValueError: ``adapter="lora"``; a merged weight would not be finite; no model of `add_adapters`. Nothing is
+            changed then.
+    """
+    record = retraining_of(model)
+    layers = dict(sparse_layers(model))
+    for name, layer in layers.items():  # all before any is written
+        if not bool(torch.isfinite(layer.merged_weight()).all()):
+            raise ValueError(
+                f"the merged weight of {name!r} has values that are not finite: training diverged; use a lower "
+                "learning rate. Nothing was merged"
+            )
+    plain = plain_model(model)
+    with uninterrupted():
+        for layer in layers.values():
+            if not layer.merged:
+                layer.merge(adapter_names=list(layer.lora_A))
+                layer._unmerged = None  # the adapter goes, so nothing will be unmerged
+        _put_back(plain, {name: layer.get_base_layer() for name, layer in layers.items()}, record)
+    for name, layer in layers.items():
+        _check_zeros(name, layer)
+    return plain
+
+
+def _check_zeros(name: str, layer: SparseLinear) -> None:
+    filled = int(((layer.base_weight != 0) & (layer.kept == 0)).sum())
+    if filled:
+        raise RuntimeError(f"{filled} pruned weights of {name!r} are not zero after the merge; this is a bug")
+
+
+def remove_adapters(model: nn.Module) -> nn.Module:
+    """Take the adapters off without merging; parts of `train` keep what they learned.
+
+    Args:
+        model: A model of `add_adapters`, changed in place.
+
+    Returns:
+        The plain transformers model, the same object that was given to `add_adapters`.
+    """
+    record = retraining_of(model)
+    plain, layers = plain_model(model), dict(sparse_layers(model))
+    with uninterrupted():
+        for layer in layers.values():
+            layer.unmerge()
+        _put_back(plain, {name: layer.get_base_layer() for name, layer in layers.items()}, record)
+    return plain
+
+
+def adapter_masks(model: nn.Module) -> Masks:
+    """The masks of the adapted weights, bool, by the plain model's parameter names."""
+    return {f"{name}.weight": layer.kept != 0 for name, layer in sparse_layers(model)}
+
+
+def trainable_share(model: nn.Module) -> float:
+    """Parameters that are trained, as a share of the model's own parameters (the paper's percentage / 100).
+
+    Adapters count as trained, but not as the model's own.
+    """
+    parameters = list(model.named_parameters())
+    own = sum(p.numel() for name, p in parameters if not is_adapter_parameter(name))
+    return sum(p.numel() for _, p in parameters if p.requires_grad) / own if own else 0.0
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's matrix."""
+    return any(part in ("lora_A", "lora_B") for part in name.split("."))
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that is trained, by plain names: ``"<module>.lora_A"``, ``"<module>.lora_B"``, and own parameters.
+
+    The tensors share memory with the model.
+    """
+    record = retraining_of(model)
+    own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
+    state = {name: own[name].detach() for name in record.trained}
+    for name, layer in sparse_layers(model):
+        a, b = layer.matrices()
+        state[f"{name}.lora_A"], state[f"{name}.lora_B"] = a.detach(), b.detach()
+    return state

@@ -1,0 +1,211 @@
+"""The weight that a linear layer with a sparse adapter multiplies with, as one matrix.
+
+PERP (Zimmer et al. 2023, arXiv 2312.15230, section 3.2) trains, beside a frozen pruned weight W with mask M, a
+product of two thin matrices:
+
+- MaskLoRA ``W + M * (L R)``, and at its merge LoRA-Prune too: `masked_sum`;
+- ScaleLoRA ``W * (L R)``: `masked_product`.
+
+Both are zero where M is, at every step, so what was trained is what is merged. The layer multiplies its inputs with
+that one matrix: passing them through W and through the masked product one after the other would cost a second dense
+product forward and two backward.
+
+Letters: T rows (tokens), I inputs, O outputs, r rank. A parameter is stored ``[O, I]`` (nn.Linear) with
+``L = s B [O, r]`` and ``R = A [r, I]``, or transposed (transformers' Conv1D, ``[I, O]``) with ``L = s A^T [I, r]`` and
+``R = B^T [r, O]``. Everything but the final product is the same for both, so it is written once, for ``[P, Q]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_prune.perp.scratch import scratch
+
+# (weight [P, Q], mask [P, Q] int8, left [P, r], right [r, Q], memory to work in) -> [P, Q] in the weight's dtype
+Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+# Elements of a mask widened at a time on a CPU, so that they stay in its cache.
+_PIECE = 1 << 17
+
+
+def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Set the pruned entries of a contiguous floating-point tensor to +0.0, in place.
+
+    The bits are and-ed: faster than a product with a bool mask, and infinities and negative numbers end as +0.0 too.
+
+    Args:
+        tensor: Any shape.
+        mask: int8 of the same shape, -1 (all bits) where kept and 0 where pruned.
+    """
+    bits = _BITS[tensor.element_size()]
+    if tensor.device.type != "cpu" or tensor.numel() <= _PIECE or torch.compiler.is_compiling():
+        tensor.view(bits).bitwise_and_(mask.to(bits))
+        return tensor
+    flat, flat_mask = tensor.view(bits).view(-1), mask.view(-1)
+    wide = torch.empty(_PIECE, dtype=bits)
+    for start in range(0, flat.numel(), _PIECE):
+        part = flat[start : start + _PIECE]
+        part.bitwise_and_(wide[: part.numel()].copy_(flat_mask[start : start + _PIECE]))
+    return tensor
+
+
+def combined_dtype(weight: Tensor, left: Tensor) -> torch.dtype:
+    """What weight and adapter are combined in: float32 at least.
+
+    In bfloat16 the low bits of W + L R would be those of the rounded product.
+    """
+    return torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
+
+
+def thin_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``L R [P, Q]`` in `combined_dtype`."""
+    dtype = combined_dtype(weight, left)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+
+
+def masked_sum(weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``W + M * (L R)``: MaskLoRA, and LoRA-Prune once merged.
+
+    Args:
+        weight: ``[P, Q]``, zero where pruned.
+        mask: ``[P, Q]`` int8, see `zero_pruned_`.
+        left: ``[P, r]``.
+        right: ``[r, Q]``.
+        out: ``[P, Q]`` of `combined_dtype` to work in; what is returned may be this.
+
+    Returns:
+        ``[P, Q]`` in the weight's dtype, summed in `combined_dtype`; +0.0 where pruned.
+    """
+    return zero_pruned_(thin_product(weight, left, right, out), mask).add_(weight).to(weight.dtype)
+
+
+def masked_product(weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``W * (L R)``: ScaleLoRA. Arguments and result as `masked_sum`."""
+    # 0 * -1 is -0.0, so zeros are not left to the product alone.
+    return zero_pruned_(thin_product(weight, left, right, out).mul_(weight), mask).to(weight.dtype)
+
+
+def effective_linear(
+    x: Tensor,
+    weight: Tensor,
+    mask: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    combine: Combine,
+    transposed: bool = False,
+) -> Tensor:
+    """A linear layer on the combined weight, with gradients of all tensors but the mask.
+
+    Nothing of the weight's size is kept for the backward pass: it is combined again there, at about r / T of the
+    layer's cost. What remains above plain LoRA is one dense product, the gradient of the combined weight
+    ``dY^T X [O, I]``, which the mask has to meet before it shrinks to r: masked entries cannot be left out of it
+    without a sampled product, which at these sparsities is slower than the dense one.
+
+    Under autocast the weight is combined in its own precision and rounded once, as a merged weight would be.
+
+    Args:
+        x: ``[..., I]``.
+        weight: ``[O, I]``, or ``[I, O]`` if `transposed`.
+        mask: Of the weight's shape, int8; see `zero_pruned_`.
+        left: ``[P, r]``, scaling included.
+        right: ``[r, Q]``.
+        bias: ``[O]`` or None.
+        combine: `masked_sum` or `masked_product`.
+        transposed: The weight is that of a Conv1D.
+
+    Returns:
+        ``[..., O]``, bit-identical to the layer with the combined weight in the place of its own.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+        bias = None if bias is None else bias.to(x.dtype)
+        with torch.autocast(device, enabled=False):
+            return _apply(x, weight, mask, left, right, bias, combine, transposed, x.dtype)
+    return _apply(x, weight, mask, left, right, bias, combine, transposed, weight.dtype)
+
+
+def _apply(*arguments: Any) -> Tensor:
+    y: Tensor = _EffectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    """See `effective_linear`; `dtype` is what the combined weight is rounded to for the product with the inputs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        left: Tensor,
+        right: Tensor,
+        bias: Tensor | None,
+        combine: Combine,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mask, left, right)
+        ctx.combine, ctx.transposed, ctx.dtype = combine, transposed, dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        effective = _combined(combine, weight, mask, left, right).to(dtype)
+        if not transposed:
+            return F.linear(x, effective, bias)
+        flat = x.reshape(-1, x.shape[-1])
+        y = flat @ effective if bias is None else torch.addmm(bias, flat, effective)
+        return y.view(*x.shape[:-1], effective.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask, left, right = ctx.saved_tensors
+        needs_x, needs_weight, _, needs_left, needs_right, needs_bias, *_ = ctx.needs_input_grad
+        d_x = d_weight = d_left = d_right = d_bias = None
+        # The caller may run the backward under autocast; the dtypes here are decided already.
+        with torch.autocast(x.device.type, enabled=False):
+            (d_y,) = gradients
+            flat_x, flat_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])  # [T, I], [T, O]
+            if needs_x:
+                effective = _combined(ctx.combine, weight, mask, left, right).to(ctx.dtype)
+                d_x = (flat_y @ (effective.t() if ctx.transposed else effective)).view(x.shape)
+                del effective  # as large as the gradient that comes next, and in the same memory
+            if needs_left or needs_right or needs_weight:
+                rows, columns = (flat_x, flat_y) if ctx.transposed else (flat_y, flat_x)
+                out = scratch(weight.shape, rows.dtype, rows.device)
+                gradient = torch.mm(rows.t(), columns, out=out)  # [P, Q]
+                d_weight, d_left, d_right = _thin_gradients(
+                    ctx.combine, gradient, weight, mask, left, right, needs_weight
+                )
+            if needs_bias:
+                d_bias = flat_y.sum(0, dtype=torch.promote_types(flat_y.dtype, torch.float32)).to(ctx.bias_dtype)
+        return d_x, d_weight, None, d_left, d_right, d_bias, None, None, None
+
+
+def _combined(combine: Combine, weight: Tensor, mask: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The combined weight for use at once: its memory is used again."""
+    return combine(weight, mask, left, right, scratch(weight.shape, combined_dtype(weight, left), weight.device))
+
+
+def _thin_gradients(
+    combine: Combine, gradient: Tensor, weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, needs_weight: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of W, L and R from that of the combined weight, ``[P, Q]``, which is overwritten."""
+    d_weight = None
+    if needs_weight:
+        d_weight = gradient.to(weight.dtype, copy=True)
+        if combine is masked_product:
+            d_weight = zero_pruned_(d_weight.mul_(thin_product(weight, left, right)), mask)
+    if combine is masked_product:
+        gradient = gradient.mul_(weight.to(gradient.dtype))
+    gradient = zero_pruned_(gradient, mask)
+    # Thin products with the large matrix in its own dtype: widening it would cost more than they do.
+    d_left = gradient @ right.t().to(gradient.dtype)
+    d_right = left.t().to(gradient.dtype) @ gradient
+    return d_weight, d_left.to(left.dtype), d_right.to(right.dtype)

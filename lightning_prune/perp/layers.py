@@ -1,0 +1,361 @@
+"""PEFT's LoRA layer for a pruned weight: the four ways of PERP to adapt one and to merge the adapter into it.
+
+The classes subclass `peft.tuners.lora.Linear`, so parameter names, adapter switching and checkpoints are PEFT's. They
+are given to PEFT by ``LoraConfig._register_custom_module``, which it documents as experimental.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_prune.enforcement import to_bytes
+from lightning_prune.perp.effective import Combine, effective_linear, masked_product, masked_sum
+from lightning_prune.sharding import is_sharded
+from lightning_prune.targets import clean_name, layer_kind
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class SparseLinear(lora.Linear):
+    """A frozen pruned linear layer and one adapter; the base of the four variants.
+
+    The mask lies beside the layer as a buffer of one byte a weight, which is not saved: it is the base weight's exact
+    zeros until `set_masks` says otherwise.
+
+    Attributes:
+        adapter: The variant's name.
+        kept: The mask, int8 of the weight's shape: -1 (all bits) where kept, 0 where pruned.
+    """
+
+    adapter: ClassVar[str]
+    kept: Tensor
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        check_base_layer(str(kwargs.get("target_name", "")), base_layer)
+        transposed = isinstance(base_layer, Conv1D)
+        kwargs["is_target_conv_1d_layer"] = transposed
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        # One configuration serves a model that has both kinds of layer.
+        self.fan_in_fan_out = transposed
+        weight = self.base_weight
+        self.register_buffer("kept", to_bytes(weight.detach() != 0, weight.device), persistent=False)
+        self._unmerged: Tensor | None = None
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D."""
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    # -- what PEFT asks for while it builds the adapter --------------------------------------------------------------
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
+        """Refuse DoRA and PEFT's other variants, which combine the weights in ways of their own."""
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.metadata.get("is_lora_variant") and value:
+                raise ValueError(
+                    f"{field.name}={value!r} is a LoRA variant of PEFT that does not go with adapter={self.adapter!r}; "
+                    "leave it out"
+                )
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Build the adapter's two matrices.
+
+        Raises:
+            ValueError: the layer has an adapter already, or `config` asks for what the variant cannot do.
+        """
+        if len(self.lora_A):
+            raise ValueError(
+                f"the layer has the adapter {next(iter(self.lora_A))!r}, so {adapter_name!r} cannot be added: only one "
+                "adapter can be combined with a pruned weight; merge the first, or delete it"
+            )
+        if config.lora_bias:
+            raise ValueError("lora_bias=True is not supported; train the layers' own biases with train=('bias',)")
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: another LoRA would not be masked."""
+        return False
+
+    # -- the two matrices --------------------------------------------------------------------------------------------
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The adapter's parameters, A ``[r, I]`` and B ``[O, r]``."""
+        (name,) = self.lora_A
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        return a, b
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``L [P, r]`` and ``R [r, Q]`` of `effective`, the scaling in L."""
+        (name,) = self.lora_A
+        a, b = self.matrices()
+        left, right = (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
+        return self._scaled(left, self.scaling[name]), right
+
+    def _scaled(self, left: Tensor, scaling: float) -> Tensor:
+        return left * scaling
+
+    def combination(self) -> Combine:
+        """How weight and adapter become one matrix."""
+        return masked_sum
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """What the base weight becomes when the adapter is merged; +0.0 where pruned.
+
+        Raises:
+            ValueError: the variant cannot be merged.
+        """
+        weight = self.base_weight if self._unmerged is None else self._unmerged.to(self.base_weight.device)
+        with torch.autocast(weight.device.type, enabled=False):  # a merge in a training hook may run under it
+            return self.combination()(weight.detach(), self.kept, *self.factors(), None)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to the base weight."""
+        weight = self.base_weight.detach() if self._unmerged is None else self._unmerged
+        return self.merged_weight() - weight.to(self.base_weight.device)
+
+    # -- merging -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the merged weight into the base layer, and keep the old one for `unmerge`.
+
+        Args:
+            safe_merge: No difference: the result is always checked before it is written.
+            adapter_names: As in PEFT.
+
+        Raises:
+            ValueError: the merged weight is not finite, or the variant cannot be merged; nothing is written.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
+        if not names:
+            return
+        merged = self.merged_weight()
+        if not bool(torch.isfinite(merged).all()):
+            raise ValueError(f"the merged weight has values that are not finite; the adapter {names[0]!r} is broken")
+        # Subtracting what was added would not give the old weight back: the sum was rounded.
+        self._unmerged = self.base_weight.detach().clone()
+        self.base_weight.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was, to the bit."""
+        if self._unmerged is None:
+            return
+        self.base_weight.copy_(self._unmerged)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+
+class _CombinedLinear(SparseLinear):
+    """A variant whose forward pass multiplies with the combined weight, so that training sees the merged model."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """See `SparseLinear.update_layer`; dropout is refused too."""
+        if config.lora_dropout:
+            raise ValueError(
+                f"lora_dropout={config.lora_dropout!r} must be 0 for adapter={self.adapter!r}: it would drop inputs of "
+                "the adapter alone, but adapter and weight are one matrix here; use weight decay, or "
+                "adapter='lora_prune'"
+            )
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., I]`` to ``[..., O]``."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
+        kwargs.pop("alora_offsets", None)
+        base = self.base_layer
+        if self.disable_adapters or self.merged or not any(n in self.lora_A for n in self.active_adapters):
+            if self.disable_adapters and self.merged:
+                self.unmerge()
+            y: Tensor = base(x, *args, **kwargs)
+            return y
+        if not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks):
+            return self._effective(x)
+        # Someone watches the layer (calibration does): let it be called, but multiply with the combined weight.
+        base.forward = self._effective
+        try:
+            y = base(x, *args, **kwargs)
+        finally:
+            del base.forward
+        return y
+
+    def _effective(self, x: Tensor) -> Tensor:
+        left, right = self.factors()
+        weight, bias = self.base_weight, self.get_base_layer()._parameters["bias"]
+        return effective_linear(x, weight, self.kept, left, right, bias, self.combination(), self.fan_in_fan_out)
+
+
+class MaskLoRALinear(_CombinedLinear):
+    """``W + M * (s B A)``, while training and merged alike (MaskLoRA)."""
+
+    adapter = "mask_lora"
+
+
+class ScaleLoRALinear(_CombinedLinear):
+    """``W * (B A)``, which is W at the start (ScaleLoRA).
+
+    With every entry of A and B at ``1 / sqrt(r)``, as the paper has it, all r components of the product get the same
+    gradient and stay equal: the rank never grows over 1. ``init_lora_weights="gaussian"`` starts from the same weight
+    without that: one component of ones, and r - 1 as LoRA's, random in A and zero in B.
+    """
+
+    adapter = "scale_lora"
+
+    def combination(self) -> Combine:
+        """See `SparseLinear.combination`."""
+        return masked_product
+
+    def _scaled(self, left: Tensor, scaling: float) -> Tensor:
+        return left  # the paper's form has no scaling
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Initialise so that ``B A`` is 1 everywhere."""
+        (a, b), r = self.matrices(), self.r[adapter_name]
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / r)
+            nn.init.zeros_(b)
+            a[0], b[:, 0] = 1.0, 1.0
+        else:
+            nn.init.constant_(a, 1 / math.sqrt(r))
+            nn.init.constant_(b, 1 / math.sqrt(r))
+
+
+class LoRAPruneLinear(SparseLinear):
+    """``W + s B A`` while training; the mask meets the product only at the merge (LoRA-Prune).
+
+    As cheap as plain LoRA, but the model that was trained is dense: merging changes what it computes.
+    """
+
+    adapter = "lora_prune"
+
+
+class KeptLoRALinear(SparseLinear):
+    """``W + s B A``, plain LoRA beside the pruned weight, never to be merged."""
+
+    adapter = "lora"
+
+    def merged_weight(self) -> Tensor:
+        """Refused."""
+        raise ValueError(
+            "adapter='lora' cannot be merged: B A is dense and would fill the zeros of the pruned weights. Keep the "
+            "adapter apart (save_adapter), or train with adapter='mask_lora'"
+        )
+
+
+VARIANTS: dict[str, type[SparseLinear]] = {
+    cls.adapter: cls for cls in (MaskLoRALinear, ScaleLoRALinear, LoRAPruneLinear, KeptLoRALinear)
+}
+
+
+def check_base_layer(name: str, layer: nn.Module) -> None:
+    """Refuse what cannot be adapted.
+
+    Raises:
+        ValueError: the layer is no Linear or Conv1D, or its weight is quantised, sharded, offloaded, parametrised or
+            without data.
+    """
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        kind = layer_kind(layer)
+        what = kind.name if kind is not None else type(layer).__name__
+        raise ValueError(
+            f"{name!r} is a {what}; adapters go with nn.Linear and Conv1D, unquantised: leave it out of target_modules"
+        )
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); make it "
+            "permanent first (prune.remove, remove_parametrizations)"
+        )
+    if is_sharded(weight):
+        raise ValueError(
+            f"the weight of {name!r} is sharded (DTensor), which adapters do not support yet; use a single device or "
+            "DDP"
+        )
+    # bitsandbytes and torchao put tensor subclasses in the place of the weight, which may claim to be floating point.
+    if not weight.is_floating_point() or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        raise ValueError(
+            f"the weight of {name!r} is quantised ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
+            "merged into it with its zeros kept. Load the model unquantised, retrain, merge, and quantise last"
+        )
+    if weight.is_meta or hasattr(layer, "_hf_hook"):
+        raise ValueError(f"the weight of {name!r} has no data here (meta device or offloaded); load the model whole")
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """The layers with a sparse adapter, by the name they had before (``model.layers.0.mlp.up_proj``)."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            yield plain_name(name), module
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without what PEFT and ``torch.compile`` put into it.
+
+    >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return clean_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
+
+
+@torch.no_grad()
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+    """Give the adapters of a model their masks.
+
+    Args:
+        model: A model of `add_adapters`.
+        masks: Bool, True = kept, of the weights' shapes, by parameter name, with or without the names that PEFT puts
+            in between. A layer without a mask here takes its weight's exact zeros, and so do all with None. Masks of
+            weights without an adapter are passed over.
+
+    Raises:
+        ValueError: a mask of another shape or dtype, or one that does not hold: a pruned weight is not zero. Nothing
+            is changed then.
+    """
+    given = {plain_name(name): mask for name, mask in (masks or {}).items()}
+    layers = dict(sparse_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no sparse adapters to give masks to; call add_adapters first")
+    new = {}
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"the adapter of {name!r} is merged, and its mask cannot change; unmerge it first")
+        weight = layer.base_weight.detach()
+        mask = given.get(f"{name}.weight")
+        new[name] = (weight != 0) if mask is None else _checked_mask(f"{name}.weight", mask, weight)
+    for name, layer in layers.items():
+        layer.kept.copy_(to_bytes(new[name], layer.kept.device))
+
+
+def _checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool of the weight's shape "
+            f"{tuple(weight.shape)}, True = kept"
+        )
+    mask = mask.to(weight.device)
+    filled = int(((weight != 0) & ~mask).sum())
+    if filled:
+        raise ValueError(
+            f"{filled} weights of {name!r} are pruned by the mask but are not zero: the masks belong to another model, "
+            "or were not applied; call apply_masks(model, masks) first"
+        )
+    return mask

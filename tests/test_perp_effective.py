@@ -1,0 +1,131 @@
+"""The combined weight and its gradients, against float64 sums written without it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_prune.enforcement import to_bytes
+from lightning_prune.perp.effective import Combine, effective_linear, masked_product, masked_sum, zero_pruned_
+
+COMBINATIONS = [masked_sum, masked_product]
+
+
+def reference(combine: Combine, weight: Tensor, mask: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    return weight + mask * (left @ right) if combine is masked_sum else weight * (left @ right)
+
+
+def make(shape: tuple[int, int], transposed: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    inputs, outputs = shape if transposed else shape[::-1]
+    mask = torch.rand(shape) > 0.5
+    return {
+        "x": torch.randn(3, 5, inputs).to(dtype),
+        "weight": (torch.randn(shape) * mask).to(dtype),
+        "mask": mask,
+        "left": torch.randn(shape[0], 4),
+        "right": torch.randn(4, shape[1]),
+        "bias": torch.randn(outputs).to(dtype),
+    }
+
+
+# The last is larger than the piece in which masks are widened.
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (300, 701)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_outputs_and_gradients_are_those_of_float64(combine: Combine, transposed: bool, shape: tuple[int, int]) -> None:
+    made = make(shape, transposed)
+    names = ("x", "weight", "left", "right", "bias")
+    ours = {n: made[n].clone().requires_grad_() for n in names}
+    exact = {n: made[n].double().requires_grad_() for n in names}
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    y = effective_linear(
+        ours["x"], ours["weight"], kept, ours["left"], ours["right"], ours["bias"], combine, transposed
+    )
+    w = reference(combine, exact["weight"], made["mask"], exact["left"], exact["right"])
+    z = F.linear(exact["x"], w.t() if transposed else w, exact["bias"])
+    torch.testing.assert_close(y.double(), z, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn(y.shape, dtype=torch.float64)
+    y.backward(upstream.float())
+    z.backward(upstream)
+    # W * (L R) with W = 0 still has a gradient for W; the mask keeps pruned weights from it.
+    expected = {n: exact[n].grad for n in names}
+    if combine is masked_product:
+        expected["weight"] = expected["weight"] * made["mask"]
+    for name in names:
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(ours[name].grad.double(), expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_gradients_are_the_numeric_ones(combine: Combine, transposed: bool) -> None:
+    made = make((4, 6), transposed, torch.float64)
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    inputs = [made[n].double().requires_grad_() for n in ("x", "left", "right", "bias")]
+
+    def function(x: Tensor, left: Tensor, right: Tensor, bias: Tensor) -> Tensor:
+        return effective_linear(x, made["weight"], kept, left, right, bias, combine, transposed)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_layer_is_the_merged_one_to_the_bit(combine: Combine, dtype: torch.dtype) -> None:
+    made = make((300, 701), False, dtype)
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    merged = combine(made["weight"], kept, made["left"], made["right"], None)
+    assert merged.dtype == dtype
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    assert not merged.view(bits)[~made["mask"]].any()
+    y = effective_linear(made["x"], made["weight"], kept, made["left"], made["right"], made["bias"], combine)
+    assert torch.equal(y, F.linear(made["x"], merged, made["bias"]))
+    exact = reference(combine, *(made[n].double() for n in ("weight", "mask", "left", "right")))
+    torch.testing.assert_close(merged.double(), exact.to(dtype).double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_autocast_is_that_of_the_merged_layer(combine: Combine) -> None:
+    made = make((48, 32), False)
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    left, right = made["left"].requires_grad_(), made["right"].requires_grad_()
+    x = made["x"].requires_grad_()
+    merged = combine(made["weight"], kept, left.detach(), right.detach(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = effective_linear(x, made["weight"], kept, left, right, made["bias"], combine)
+        expected = F.linear(x, merged, made["bias"])
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected)
+        y.sum().backward()  # under autocast too: nothing may be cast twice
+    w = reference(combine, made["weight"].double(), made["mask"], left.double(), right.double())
+    da, db = torch.autograd.grad(F.linear(x.double(), w, None).sum(), (left, right))
+    for got, exact in ((left.grad, da), (right.grad, db)):
+        assert got is not None
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, exact.float(), rtol=0.05, atol=0.05 * float(exact.abs().max()))
+
+
+def test_nothing_of_the_weights_size_is_made_to_be_kept() -> None:
+    made = make((40, 30), False)
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    saved: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        effective_linear(
+            made["x"], made["weight"], kept, made["left"].requires_grad_(), made["right"], None, masked_sum
+        )
+    own = {t.data_ptr() for t in (*made.values(), kept)}
+    assert saved
+    assert all(t.data_ptr() in own for t in saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_zeroing_gives_positive_zero_whatever_was_there(dtype: torch.dtype) -> None:
+    tensor = torch.tensor([-1.0, float("inf"), float("nan"), -0.0, 2.0], dtype=dtype)
+    mask = torch.tensor([0, 0, 0, 0, -1], dtype=torch.int8)
+    assert zero_pruned_(tensor, mask).tolist() == [0, 0, 0, 0, 2]
+    assert not torch.signbit(tensor).any()
