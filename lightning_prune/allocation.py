@@ -195,7 +195,7 @@ def global_counts(
         pairs.append(torch.stack([(scores < threshold).sum(), (scores == threshold).sum()]))
     totals = torch.stack(pairs)  # [layers, 2]
     if ranks is not None:
-        ranks.sum_parts(totals)
+        totals = ranks.sum_parts(totals)
     below = {t.name: int(n) for t, n in zip(targets, totals[:, 0].tolist(), strict=True)}
     equal = {t.name: int(n) for t, n in zip(targets, totals[:, 1].tolist(), strict=True)}
     ties = count - sum(below.values())

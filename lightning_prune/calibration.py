@@ -174,7 +174,7 @@ class _Sweep:
             progress_bar(f"Calibrating ({kind})", num_samples, progress) as advance,
             torch.set_grad_enabled(self.taps.backward),
         ):
-            for (batch, count), counting in in_step(self._units(batches, num_samples), self.lockstep, self.device):
+            for (batch, count), counting in in_step(self._units(batches, num_samples), self.lockstep):
                 advance(self._run_batch(batch, count, counting))
         if 0 < self.samples < num_samples:
             warnings.warn(f"calibration data ended after {self.samples} of num_samples={num_samples}", stacklevel=3)
@@ -202,7 +202,7 @@ class _Sweep:
         else:
             losses, problem = self._losses(batch, size, counting)
             split = problem is None and losses is None
-            every = meet(self.lockstep, problem, [int(split), *(tap.uses for tap in taps.all)], self.device)
+            every = meet(self.lockstep, problem, [int(split), *(tap.uses for tap in taps.all)])
             if any(flag for flag, *_ in every):
                 # Nothing has been added yet: sums grow only in backward.
                 self.one_by_one = True
@@ -211,7 +211,7 @@ class _Sweep:
                 return 0
             assert losses is not None
             taps.run_backward(losses.sum() * taps.scale, [uses for _, *uses in every])
-        meet(self.lockstep, taps.failure, [], self.device)
+        meet(self.lockstep, taps.failure, [])
         if not counting:
             return 0
         self.samples += count
@@ -264,8 +264,7 @@ def _finish(taps: Taps, total: int, ranks: Ranks | None) -> dict[str, LayerStati
             raise no_sample()
     _check_reached(taps, ranks)
     if ranks is not None:
-        device = taps.all[0].target.weight.device
-        total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64, device=device)))
+        total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64)))
         _sum_over_ranks(taps, ranks)
     results: dict[str, LayerStatistics] = {}
     with synchronized_errors(ranks):
@@ -279,7 +278,7 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> None:
     """Refuse targets that no sample of any rank reached; where another rank's did, the sums here are zero."""
     device = taps.all[0].target.weight.device
     missing = [len(taps.statistics - set(tap.accumulator.sums)) for tap in taps.all]
-    every = [missing] if ranks is None else ranks.gather(missing, device)
+    every = [missing] if ranks is None else ranks.gather(missing)
     for tap, counts in zip(taps.all, zip(*every, strict=True), strict=True):
         absent = sorted(taps.statistics - set(tap.accumulator.sums))
         if all(counts):
@@ -298,8 +297,7 @@ def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:
         for name in sorted(taps.statistics):
             if name in GRADIENTS and tap.layout is not None:
                 continue  # summed with every backward
-            here = sums[name].to(tap.target.weight.device)  # an aggregate may be held elsewhere
-            sums[name] = ranks.sum_samples(here).to(sums[name].device)
+            sums[name] = ranks.sum_samples(sums[name])
             if tap.layout is not None and name in (INPUT_NORM, OUTPUT_GRAD_NORM):
                 dim = 1 if name == INPUT_NORM else 0
                 sums[name] = tap.layout.whole_vector(sums[name], dim, ranks.data_ranks())

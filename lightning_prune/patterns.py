@@ -83,14 +83,14 @@ def lowest_over_ranks(scores: Tensor, count: int, ranks: Ranks, first_row: int, 
         counted: False on ranks that hold copies of another's rows.
     """
     mine = [scores] if counted else [scores[:0]]
-    total = int(ranks.sum_parts(torch.tensor(sum(s.numel() for s in mine), device=scores.device)))
+    total = int(ranks.sum_parts(torch.tensor(sum(s.numel() for s in mine))))
     _check_count(count, total)
     if count == 0 or count == total:
         return torch.full_like(scores, count == 0, dtype=torch.bool)
     threshold = kth_smallest(lambda: mine, count, ranks.sum_parts)
     below, equal = scores < threshold, scores == threshold
     here = [first_row, int(counted), int(below.sum()), int(equal.sum())]
-    parts = [part for part in ranks.gather(here, scores.device) if part[1]]
+    parts = [part for part in ranks.gather(here) if part[1]]
     ties = count - sum(part[2] for part in parts)  # equal scores to prune, the first in the matrix first
     before = sum(part[3] for part in parts if part[0] < first_row)
     order = equal.flatten().cumsum(0, dtype=torch.int64).view(scores.shape)

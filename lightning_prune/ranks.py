@@ -38,19 +38,30 @@ class Ranks:
         """Global ranks of the data group."""
         return frozenset(dist.get_process_group_ranks(self.data_group or dist.group.WORLD))
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors must be to be sent: NCCL sends none from main memory."""
+        return (
+            torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+        )
+
     def sum_samples(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks that saw different samples, in place."""
-        dist.all_reduce(tensor, group=self.data_group)
-        return tensor
+        """Sum over the ranks that saw different samples, on the tensor's device; the tensor may be overwritten."""
+        return self._sum(tensor, self.data_group)
 
     def sum_parts(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes, in place."""
-        dist.all_reduce(tensor)
-        return tensor
+        """Sum over all processes, on the tensor's device; the tensor may be overwritten."""
+        return self._sum(tensor, None)
 
-    def gather(self, values: list[int], device: torch.device) -> list[list[int]]:
+    def _sum(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        # Aggregates may be held in main memory, and so may offloaded shards.
+        sent = tensor.to(self.device) if tensor.device.type == "cpu" else tensor
+        dist.all_reduce(sent, group=group)
+        return sent.to(tensor.device)
+
+    def gather(self, values: list[int]) -> list[list[int]]:
         """The integers of every process, in the order of ranks."""
-        mine = torch.tensor(values, dtype=torch.int64, device=device)
+        mine = torch.tensor(values, dtype=torch.int64, device=self.device)
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine)
         return [part.tolist() for part in parts]
@@ -71,7 +82,7 @@ class Ranks:
                 raise CalibrationError(f"rank {rank} failed: {message}")
 
 
-def meet(ranks: Ranks | None, error: Exception | None, values: list[int], device: torch.device) -> list[list[int]]:
+def meet(ranks: Ranks | None, error: Exception | None, values: list[int]) -> list[list[int]]:
     """In lock step: the values of every rank, or the error of any of them. Without `ranks`: these, or this error.
 
     Raises:
@@ -81,13 +92,13 @@ def meet(ranks: Ranks | None, error: Exception | None, values: list[int], device
         if error is not None:
             raise error
         return [values]
-    every = ranks.gather([int(error is not None), *values], device)
+    every = ranks.gather([int(error is not None), *values])
     if any(failed for failed, *_ in every):
         ranks.agree(error)
     return [rest for _, *rest in every]
 
 
-def in_step(units: Iterable[_Unit], ranks: Ranks | None, device: torch.device) -> Iterator[tuple[_Unit, bool]]:
+def in_step(units: Iterable[_Unit], ranks: Ranks | None) -> Iterator[tuple[_Unit, bool]]:
     """This rank's units of work, each with True; in lock step, the last again with False until every rank's have ended.
 
     Raises:
@@ -104,7 +115,7 @@ def in_step(units: Iterable[_Unit], ranks: Ranks | None, device: torch.device) -
                 raise no_sample(" on this rank")
         except Exception as caught:
             error = caught
-        if not any(busy for (busy,) in meet(ranks, error, [int(unit is not None)], device)):
+        if not any(busy for (busy,) in meet(ranks, error, [int(unit is not None)])):
             return
         last = unit or last
         assert last is not None

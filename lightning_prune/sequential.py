@@ -83,9 +83,8 @@ class BlockWalk:
         self.forward_context = forward_context
         self.tuples: bool | None = None
         self.to_the_end = ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
-        device = next(model.parameters()).device
         self.batches = []
-        for (batch, size), counting in in_step(samples(batches, num_samples), ranks, device):
+        for (batch, size), counting in in_step(samples(batches, num_samples), ranks):
             self.batches.append(self._record(model, batch, size, run))
             self.batches[-1].counting = counting
         reshard(model)

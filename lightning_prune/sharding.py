@@ -310,7 +310,7 @@ def count_over_ranks(masks: Mapping[str, Tensor], count: Callable[[Tensor], int]
     if not shards:
         return plain
     total = sum(count(local(mask)) for mask in shards if Layout(mask, False).counted)
-    tensor = torch.tensor(total, dtype=torch.int64, device=local(shards[0]).device)
+    tensor = torch.tensor(total, dtype=torch.int64, device=shards[0].device_mesh.device_type)
     dist.all_reduce(tensor)
     return plain + int(tensor)
 
