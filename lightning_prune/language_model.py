@@ -25,11 +25,10 @@ from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_lo
 from lightning_prune.parallel import parallelize
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path, pretrained_arguments
-from lightning_prune.tokenization import load_tokenizer
+from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
 Schedule = Literal["constant", "linear", "cosine"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class CausalLM(L.LightningModule):
@@ -413,7 +412,7 @@ def _tokenizer_origin(model: str | None, gguf_file: str | None, tokenizer: str |
     if model is None or gguf_file is not None or model.endswith(".gguf") or not looks_like_path(model):
         return model, gguf_file
     folder = existing_path(model, "model")
-    return (model if any((folder / name).exists() for name in _TOKENIZER_FILES) else None), None
+    return (model if has_tokenizer(folder) else None), None
 
 
 def _check_source(model: str | None, config: dict[str, Any] | str | None) -> None:
