@@ -393,3 +393,13 @@ def test_tied_layers_and_second_adapters_are_refused() -> None:
 def test_merging_needs_adapters() -> None:
     with pytest.raises(ValueError, match="call model = add_adapters"):
         merge(pruned())
+
+
+def test_a_model_dequantised_from_gguf_is_taken() -> None:
+    """transformers goes on calling it quantised."""
+    model = pruned()
+    model.is_quantized = True
+    model.config.quantization_config = {"quant_method": "gguf"}
+    before = zeros(model)
+    merged = merge(add_adapters(model))
+    assert all(torch.equal(before[name], now) for name, now in zeros(merged).items())

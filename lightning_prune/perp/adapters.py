@@ -135,11 +135,18 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "the parameters are sharded (DTensor), which adapters do not support yet; use one device or DDP"
         )
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) and _quantisation(model) != "gguf":  # GGUF is dequantised on loading
         raise ValueError(
             f"{type(model).__name__} is quantised: an adapter cannot be merged into it with its zeros kept. Load the "
             "model unquantised, retrain, merge, and quantise last"
         )
+
+
+def _quantisation(model: nn.Module) -> str | None:
+    """The method's name in the model's configuration."""
+    settings = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method)).lower()
 
 
 def _adapted_modules(
