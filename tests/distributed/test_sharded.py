@@ -45,6 +45,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     ),
     "gpt2": (2, "fsdp2", {"score": "gblm", "family": "gpt2"}),
     "gpt2 obs": (2, "fsdp2", {"score": "kfac", "family": "gpt2", "update": "obs", "sequential": True}),
+    "compiled": (2, "fsdp2", {"score": "gblm", "parallel": {"compiled": True}}),
+    "two optimizers": (2, "fsdp2", {"score": "gblm", "two_optimizers": True}),
     "functional": (2, "fsdp2", {"score": "gblm", "functional": True}),
     "causal lm": (2, "fsdp2", {"score": "gblm", "causal_lm": True}),
     "tensor causal lm": (2, "tp", {"score": "kfac", "causal_lm": True}),
@@ -59,6 +61,10 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "uneven": (4, "fsdp2", {"score": "gblm", "intermediate_size": 5, "num_samples": 10}),
     "uneven kfac": (4, "fsdp2", {"score": "kfac", "intermediate_size": 5, "num_samples": 10}),
     "2:4 l1": (4, "fsdp2", {"score": "gblm", "grad_norm": "l1", "pattern": "2:4", "intermediate_size": 20}),
+    "tensor two optimizers": (2, "tp", {"score": "gblm", "two_optimizers": True}),
+    "hsdp gblm": (4, "hsdp", {"score": "gblm", "parallel": {"replicas": 2}}),
+    "hsdp kfac obs": (4, "hsdp", {"score": "kfac", "update": "obs", "parallel": {"replicas": 2}}),
+    "hsdp global": (4, "hsdp", {"score": "gblm", "group": "global", "parallel": {"replicas": 2}}),
     "2d gblm": (4, "2d", {"score": "gblm"}),
     "2d kfac obs": (4, "2d", {"score": "kfac", "update": "obs"}),
     "2d 2:4": (4, "2d", {"score": "wanda", "pattern": "2:4"}),
@@ -111,9 +117,10 @@ def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path)
     ranks = outcome(folder, name)
     assert_same_on_all_ranks(ranks)
     assert_enforced(ranks[0])
-    for weight in masks(ranks[0]) if CASES[name][1] != "ddp" else ():  # every part is held once: no rank holds a whole
+    replicas = settings.get("parallel", {}).get("replicas", 1)
+    for weight in masks(ranks[0]) if CASES[name][1] != "ddp" else ():  # each replica holds every part once
         held = [int(rank["held." + weight.removeprefix("mask.")]) for rank in ranks]
-        assert sum(held) == ranks[0][weight].numel(), weight
+        assert sum(held) == ranks[0][weight].numel() * replicas, weight
         assert max(held) < ranks[0][weight].numel(), weight
     (one,) = fit(tmp_path / "one", 1, "single", **{"max_steps": 2, **settings})
     pruned = {n: int((~m).sum()) for n, m in masks(ranks[0]).items()}
@@ -126,16 +133,20 @@ def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path)
     assert share_of_other_masks(ranks[0], one) <= (2e-2 if name == "bf16" else 2e-4)
 
 
-def test_training_is_that_of_ddp(tmp_path: Path) -> None:
-    trainer = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+# Tensor parallelism over 2 ranks trains on the batches of one process.
+@pytest.mark.parametrize(("strategy", "processes", "clipping"), [("fsdp2", 2, 0.1), ("tp", 1, 0.1), ("hsdp", 2, 0.1)])
+def test_training_is_that_of_ddp(strategy: str, processes: int, clipping: float, tmp_path: Path) -> None:
+    trainer = {"gradient_clip_val": clipping, "accumulate_grad_batches": 2}
     settings = {"score": "gblm", "gradual": True, "max_steps": 6, "trainer": trainer}
-    done = launch(2, (tmp_path / "ddp", "ddp", settings), (tmp_path / "fsdp2", "fsdp2", settings))
-    assert done.returncode == 0, done.stderr[-3000:]
-    ddp, fsdp2 = results(tmp_path / "ddp", 2)[0], results(tmp_path / "fsdp2", 2)[0]
-    assert_enforced(fsdp2)
-    assert share_of_other_masks(ddp, fsdp2) <= 2e-4
+    parallel = {"parallel": {"replicas": 2}} if strategy == "hsdp" else {}
+    for folder, devices, case in (("ddp", processes, "ddp"), (strategy, 2, strategy)):
+        done = launch(devices, (tmp_path / folder, case, {**settings, **(parallel if case == "hsdp" else {})}))
+        assert done.returncode == 0, done.stderr[-3000:]
+    ddp, sharded = results(tmp_path / "ddp", processes)[0], results(tmp_path / strategy, 2)[0]
+    assert_enforced(sharded)
+    assert share_of_other_masks(ddp, sharded) <= 2e-4
     for name in (n for n in ddp if n.startswith("weight.")):
-        close = torch.isclose(ddp[name], fsdp2[name], rtol=1e-3, atol=1e-4)
+        close = torch.isclose(ddp[name], sharded[name], rtol=1e-3, atol=1e-4)
         assert float((~close).float().mean()) < 1e-3, name
 
 
@@ -173,15 +184,16 @@ def test_a_full_checkpoint_resumes_without_sharding(checkpoints: dict[str, Path]
     assert share_of_other_masks(results(path, 2)[0], after) == 0
 
 
-def test_resume_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "tp"])
+def test_resume_is_that_of_an_uninterrupted_run(strategy: str, tmp_path: Path) -> None:
     settings = {"score": "kfac", "gradual": True, "max_steps": -1}
     whole, half, rest = tmp_path / "whole", tmp_path / "half", tmp_path / "rest"
     one, two = {"max_epochs": 1}, {"max_epochs": 2}
     done = launch(
         2,
-        (whole, "fsdp2", {**settings, "trainer": two}),
-        (half, "fsdp2", {**settings, "trainer": one}),
-        (rest, "fsdp2", {**settings, "trainer": two, "resume": str(half / "end.ckpt")}),
+        (whole, strategy, {**settings, "trainer": two}),
+        (half, strategy, {**settings, "trainer": one}),
+        (rest, strategy, {**settings, "trainer": two, "resume": str(half / "end.ckpt")}),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     for one, other, begun in zip(results(whole, 2), results(rest, 2), results(half, 2), strict=True):

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, Dataset
@@ -37,12 +38,14 @@ STRATEGIES = {
     "fsdp2_full_checkpoint": lambda: sharded("auto", 1, save_distributed_checkpoint=False),
     "tp": lambda: sharded(1, "auto"),
     "2d": lambda: sharded(2, 2),
+    "hsdp": lambda: sharded("auto", 1),
 }
-SHARDED = ("fsdp2", "fsdp2_full_checkpoint", "tp", "2d")
+SHARDED = ("fsdp2", "fsdp2_full_checkpoint", "tp", "2d", "hsdp")
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
+_MODEL_SETTINGS = ("fail_on_rank", "family", "intermediate_size", "two_optimizers")
 COLWISE, ROWWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
@@ -56,7 +59,7 @@ def sharded(data: int | str, tensor: int | str, **settings: Any) -> ModelParalle
 
     return Strategy(
         data_parallel_size=data, tensor_parallel_size=tensor, process_group_backend="gloo",
-        timeout=timedelta(seconds=50), **settings,
+        timeout=timedelta(seconds=100), **settings,
     )  # fmt: skip
 
 
@@ -99,8 +102,10 @@ class Model(L.LightningModule):
         parallel: dict[str, Any] | None = None,
         family: str = "llama",
         intermediate_size: int = 64,
+        two_optimizers: bool = False,
     ) -> None:
         super().__init__()
+        self.automatic_optimization = not two_optimizers
         self.fail_on_rank, self.parallel, self.placed = fail_on_rank, parallel, False
         if family == "gpt2":
             gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
@@ -114,21 +119,26 @@ class Model(L.LightningModule):
         if self.parallel is None or self.placed:
             return
         options, self.placed = dict(self.parallel), True
-        root_only = options.pop("root_only", False)
+        root_only, compiled = options.pop("root_only", False), options.pop("compiled", False)
+        replicas = options.pop("replicas", 1)
         if options.pop("bf16", False):
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if options.pop("offload", False):
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-        mesh = self.device_mesh
+        mesh, data = self.device_mesh, self.device_mesh["data_parallel"]
+        if replicas > 1:  # hybrid: shards within a group of ranks, copies between groups
+            data = init_device_mesh("cpu", (replicas, data.size() // replicas), mesh_dim_names=("replicate", "shard"))
         blocks = self.model.transformer.h if hasattr(self.model, "transformer") else self.model.model.layers
         for block in blocks:
             if mesh["tensor_parallel"].size() > 1:
                 plan = {n: ColwiseParallel() for n, _ in block.named_modules() if n.endswith(COLWISE)}
                 plan |= {n: RowwiseParallel() for n, _ in block.named_modules() if n.endswith(ROWWISE)}
                 parallelize_module(block, mesh["tensor_parallel"], plan)
+            if compiled:
+                block.compile(backend="aot_eager")
             if not root_only:
-                fully_shard(block, mesh=mesh["data_parallel"], **options)
-        fully_shard(self.model, mesh=mesh["data_parallel"], **options)
+                fully_shard(block, mesh=data, **options)
+        fully_shard(self.model, mesh=data, **options)
 
     def calibration_loss(self, batch: Any) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -139,10 +149,19 @@ class Model(L.LightningModule):
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = self.model(**batch, labels=labels).loss
         self.log("loss", loss)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
         return loss
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
+    def configure_optimizers(self) -> Any:
+        if self.automatic_optimization:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, weight_decay=0.1)
+        first = list(self.model.model.layers[0].parameters())
+        rest = [p for p in self.parameters() if all(p is not q for q in first)]
+        return [torch.optim.AdamW(first, lr=1e-3, weight_decay=0.1), torch.optim.SGD(rest, lr=1e-3, momentum=0.9)]
 
 
 def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> None:
@@ -150,7 +169,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     settings = dict(settings)
-    model_settings = {k: settings.pop(k) for k in ("fail_on_rank", "family", "intermediate_size") if k in settings}
+    model_settings = {k: settings.pop(k) for k in _MODEL_SETTINGS if k in settings}
     parallel = settings.pop("parallel", {})
     if settings.pop("causal_lm", False):
         module: Any = CausalLM(config=LLAMA, learning_rate=1e-3, weight_decay=0.1, lr_schedule="constant")
