@@ -37,6 +37,15 @@ _TYPES: dict[str, dict[str, Any]] = {
 FAMILIES = tuple(_TYPES)
 RMS_FAMILIES = tuple(name for name in FAMILIES if name not in ("gpt2", "opt"))
 
+# The layers of a Llama's block that read hidden channels.
+LLAMA_READERS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+)
+
 
 def make(name: str, seed: int = 0, **changes: Any) -> Any:
     """A model in evaluation mode, float32; norms, biases and all else drawn at random."""
