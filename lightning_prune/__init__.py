@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_prune.ranks import Ranks
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
     from lightning_prune.statistics import CalibrationError
+    from lightning_prune.structure.oneshot import prune_structured
     from lightning_prune.text_data import TextDataModule
 
 _HOMES = {
@@ -34,6 +35,7 @@ _HOMES = {
     "WeightPruning": "callbacks",
     "apply_masks": "masks",
     "prune": "pruning",
+    "prune_structured": "structure.oneshot",
 }
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "WeightPruning",
     "apply_masks",
     "prune",
+    "prune_structured",
 ]
 
 

@@ -1,0 +1,270 @@
+"""Which units go: pure functions of saliencies and sizes, the same on every rank.
+
+Dimensions: P places (layers, or 1), U units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_prune.structure.sizes import (
+    SIZE_NAMES,
+    AttentionUnit,
+    Sizes,
+    Target,
+    UnitType,
+    check_types,
+    target_count,
+    target_sizes,
+    unit_of_heads,
+    units_to_remove,
+)
+from lightning_prune.structure.units import Removal, Structure, check_removal, check_sizes, sizes_after
+
+RoundTo = int | Mapping[str, int]
+_SIZE_OF = {
+    "attention": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "stem": "hidden_size",
+    "layer": "num_hidden_layers",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The units of one pruning step.
+
+    Attributes:
+        unit_type: Their type.
+        units: Indices of the units to remove, ascending, one tensor a place.
+        saliency: Mean saliency of those of each type that were compared, also of the types not chosen.
+    """
+
+    unit_type: UnitType
+    units: list[Tensor]
+    saliency: dict[str, float]
+
+    def removal(self) -> Removal:
+        """As `remove_units` takes it."""
+        return {self.unit_type: self.units}
+
+
+def check_round_to(round_to: RoundTo) -> dict[str, int]:
+    """Multiples by size; an int is for hidden_size and intermediate_size.
+
+    Raises:
+        ValueError: a size that is not known, or a multiple below 1.
+    """
+    if isinstance(round_to, int) and not isinstance(round_to, bool):
+        given = {"hidden_size": round_to, "intermediate_size": round_to}
+    elif isinstance(round_to, Mapping):
+        given = dict(round_to)
+    else:
+        raise ValueError(f"round_to={round_to!r} must be an int, or a mapping from sizes to ints")
+    for name, value in given.items():
+        if name not in SIZE_NAMES or isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"round_to={round_to!r} must be an int of 1 or more, or such ints by size ({', '.join(SIZE_NAMES)})"
+            )
+    return given
+
+
+def choose(
+    saliencies: Mapping[str, Tensor],
+    structure: Structure,
+    removed: Removal | None = None,
+    count: int = 1,
+    limit: int | None = None,
+    round_to: RoundTo = 1,
+) -> Choice | None:
+    """The type whose cheapest unit has the smallest saliency, and its cheapest units: one of every place.
+
+    Attention and FFN units compare by the mean over layers of each layer's own cheapest. Ties go to the lower index,
+    and of types to the first of attention, ffn, stem, layer.
+
+    Args:
+        saliencies: ``[P, U]`` by unit type, from `SaliencyAccumulator.means` or `kfac_saliency`.
+        structure: Of the model.
+        removed: Units that are masked already.
+        count: Units to remove at once, of every place.
+        limit: Number of parameters not to go below while any type can be shrunk without; a type whose next units are
+            too many is then passed over. When no type is left that fits, the one that ends nearest below is taken.
+        round_to: Sizes shrink from one multiple to the next; an int is for hidden_size and intermediate_size.
+
+    Returns:
+        None if the limit is reached, or nothing can go any more.
+
+    Raises:
+        ValueError: saliencies of another shape, NaN among them, or bad arguments.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count={count!r} must be an int of 1 or more")
+    multiples = check_round_to(round_to)
+    removal = check_removal(structure, removed or {})
+    ranked = {t: _rank(saliencies[t], t, structure, removal) for t in check_types(list(saliencies))}
+    curves = {t: values.mean(0) for t, (values, _) in ranked.items()}
+    picked = _pick(
+        curves, dict.fromkeys(ranked, 0), sizes_after(structure, removal), structure, count, limit, multiples
+    )
+    if picked is None:
+        return None
+    unit_type, n, means = picked
+    return Choice(unit_type, [order[:n].sort().values for order in ranked[unit_type][1]], means)
+
+
+def _rank(saliency: Tensor, unit_type: str, structure: Structure, removed: Removal) -> tuple[Tensor, Tensor]:
+    """Saliencies in ascending order, ``[P, U]``, and the units they belong to; removed ones last, infinite."""
+    wanted = (structure.places(unit_type), structure.units(unit_type))
+    if tuple(saliency.shape) != wanted:
+        raise ValueError(f"saliencies[{unit_type!r}] have shape {tuple(saliency.shape)}, the model's units {wanted}")
+    values = saliency.detach().cpu().double().clone()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(f"saliencies[{unit_type!r}] hold NaN or infinity; check the data and the precision")
+    for place, units in enumerate(removed.get(unit_type, ())):
+        values[place, units] = torch.inf
+    ordered = values.sort(dim=1, stable=True)
+    return ordered.values, ordered.indices
+
+
+def _pick(
+    curves: Mapping[UnitType, Tensor],
+    taken: Mapping[UnitType, int],
+    sizes: Sizes,
+    structure: Structure,
+    count: int,
+    limit: int | None,
+    multiples: Mapping[str, int],
+) -> tuple[UnitType, int, dict[str, float]] | None:
+    """Type, number of units, and mean saliencies compared; `taken` units of each curve ``[U]`` are gone already."""
+    shapes, unit = structure.shapes(), structure.attention_unit
+    if limit is not None and shapes.count(sizes) <= limit:
+        return None
+    means: dict[str, float] = {}
+    fitting: list[tuple[float, UnitType, int]] = []
+    overshooting: list[tuple[int, float, UnitType, int]] = []
+    for unit_type, curve in curves.items():
+        steps = _steps(unit_type, sizes, structure, count, multiples)
+        if not steps:
+            continue
+        means[unit_type] = mean = float(curve[taken[unit_type] :][: steps[0]].mean())
+        fits = [n for n in steps if limit is None or shapes.count(sizes.without(unit_type, n, unit)) >= limit]
+        if fits:
+            fitting.append((mean, unit_type, fits[-1]))
+        else:
+            overshooting.append((-shapes.count(sizes.without(unit_type, steps[0], unit)), mean, unit_type, steps[0]))
+    if fitting:
+        _, unit_type, n = min(fitting, key=lambda entry: entry[0])
+        return unit_type, n, means
+    if overshooting:
+        _, _, unit_type, n = min(overshooting, key=lambda entry: entry[:2])
+        return unit_type, n, means
+    return None
+
+
+def _steps(
+    unit_type: UnitType, sizes: Sizes, structure: Structure, count: int, multiples: Mapping[str, int]
+) -> list[int]:
+    """How many units may go at once, ascending: to the next multiple, and on by multiples while up to `count`."""
+    unit = structure.attention_unit
+    steps: list[int] = []
+    for n in range(1, sizes.units(unit_type, unit)):
+        after = sizes.without(unit_type, n, unit)
+        names = ("num_attention_heads", "num_key_value_heads") if unit_type == "attention" else (_SIZE_OF[unit_type],)
+        if all(getattr(after, name) % multiples.get(name, 1) == 0 for name in names):
+            steps.append(n)
+        if n >= count and steps:
+            break
+    return [n for n in steps if n <= count] or steps[:1]
+
+
+def plan_removal(
+    saliencies: Mapping[str, Tensor], structure: Structure, target: Target, round_to: RoundTo = 1
+) -> Removal:
+    """All units to remove at once to reach a target, from saliencies that do not change on the way.
+
+    A number of parameters is reached by removing the type with the cheapest next unit, as `choose` does step by step,
+    and ends at the target or the nearest below it that the types allow. A mapping of sizes is reached exactly.
+
+    Raises:
+        ValueError: a target that removing units of these types cannot reach.
+    """
+    ranked = {t: _rank(saliencies[t], t, structure, {}) for t in check_types(list(saliencies))}
+    if isinstance(target, Mapping):
+        counts = counts_of(target, structure, tuple(ranked))
+    else:
+        counts = _greedy({t: values.mean(0) for t, (values, _) in ranked.items()}, structure, target, round_to)
+    removal: Removal = {t: [order[:n].sort().values for order in ranked[t][1]] for t, n in counts.items() if n}
+    checked = check_removal(structure, removal)
+    check_sizes(structure, sizes_after(structure, checked))
+    return checked
+
+
+def counts_of(target: Mapping[str, int], structure: Structure, types: Sequence[str]) -> dict[UnitType, int]:
+    """How many units of each type a mapping of final sizes takes.
+
+    Raises:
+        ValueError: it needs a type that is not among `types`, or other attention units.
+    """
+    wanted = target_sizes(target, structure.sizes, structure.attention_unit)
+    check_sizes(structure, wanted)
+    counts = units_to_remove(structure.sizes, wanted, structure.attention_unit)
+    if missing := [t for t in counts if t not in types]:
+        raise ValueError(f"target={dict(target)!r} needs units of type {missing[0]!r}, but types={tuple(types)!r}")
+    return counts
+
+
+def attention_unit_of(target: Target, sizes: Sizes, default: AttentionUnit) -> AttentionUnit:
+    """The attention unit that a mapping of sizes needs; the default where any will do."""
+    if not isinstance(target, Mapping) or not {"num_attention_heads", "num_key_value_heads"} & set(target):
+        return default
+    wanted = target_sizes(target, sizes)
+    changed = wanted.num_attention_heads != sizes.num_attention_heads
+    return (unit_of_heads(sizes, wanted) or default) if changed else default
+
+
+def check_reachable(structure: Structure, target: Target, types: Sequence[UnitType], round_to: RoundTo = 1) -> None:
+    """Refuse a target before any work is done for it.
+
+    Raises:
+        ValueError: as `plan_removal` does, whatever the saliencies.
+    """
+    multiples = check_round_to(round_to)
+    if isinstance(target, Mapping):
+        counts_of(target, structure, types)
+        return
+    limit = target_count(target, structure.sizes, structure.shapes())
+    if structure.family.heads_span_hidden and {"attention", "stem"} & set(types):
+        raise ValueError(
+            f"{structure.family.model_type!r} ties its heads to its hidden size, so attention and stem cannot shrink "
+            "one by one to a number of parameters: use types=('ffn',) or ('ffn', 'layer'), or give the final sizes as "
+            "target, with num_attention_heads * head_dim = hidden_size"
+        )
+    smallest = structure.sizes
+    for t in types:
+        steps = _steps(t, smallest, structure, smallest.units(t, structure.attention_unit), multiples)
+        smallest = smallest.without(t, max(steps, default=0), structure.attention_unit)
+    least = structure.shapes().count(smallest)
+    if least > limit:
+        raise ValueError(
+            f"target={target!r} means {limit} parameters, but types={tuple(types)!r} leave at least {least}: add unit "
+            "types, or choose a larger target"
+        )
+
+
+def _greedy(
+    curves: Mapping[UnitType, Tensor], structure: Structure, target: Target, round_to: RoundTo
+) -> dict[UnitType, int]:
+    check_reachable(structure, target, tuple(curves), round_to)
+    assert not isinstance(target, Mapping)
+    limit = target_count(target, structure.sizes, structure.shapes())
+    multiples, sizes = check_round_to(round_to), structure.sizes
+    counts: dict[UnitType, int] = dict.fromkeys(curves, 0)
+    while (picked := _pick(curves, counts, sizes, structure, 1, limit, multiples)) is not None:
+        unit_type, n, _ = picked
+        counts[unit_type] += n
+        sizes = sizes.without(unit_type, n, structure.attention_unit)
+    return counts

@@ -1,0 +1,278 @@
+"""`prune_structured`: shrink a trained model at once, without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.batches import samples
+from lightning_prune.calibration import LossFn, collect
+from lightning_prune.masks import uninterrupted
+from lightning_prune.progress import progress_bar
+from lightning_prune.running import causal_lm_loss, on_device, quiet_model
+from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, CalibrationError, LayerStatistics
+from lightning_prune.structure.choice import (
+    RoundTo,
+    attention_unit_of,
+    check_reachable,
+    check_round_to,
+    plan_removal,
+)
+from lightning_prune.structure.compensation import compensation, observed_layers
+from lightning_prune.structure.removal import remove_units
+from lightning_prune.structure.saliency import (
+    SALIENCIES,
+    SaliencyAccumulator,
+    check_saliency,
+    kfac_saliency,
+    reader_targets,
+)
+from lightning_prune.structure.sizes import AttentionUnit, Sizes, Target, UnitType, check_types
+from lightning_prune.structure.units import Removal, Structure, read_structure
+
+
+@dataclass(frozen=True)
+class StructuredReport:
+    """What `prune_structured` did.
+
+    Attributes:
+        sizes_before: Sizes of the model that was given.
+        sizes: Its sizes now.
+        parameters_before: Number of parameters then, tied ones once.
+        parameters: Number now.
+        removal: Indices of the removed units, in the numbering before.
+    """
+
+    sizes_before: Sizes
+    sizes: Sizes
+    parameters_before: int
+    parameters: int
+    removal: Removal
+
+    @property
+    def share(self) -> float:
+        """Share of the parameters that was kept."""
+        return self.parameters / self.parameters_before
+
+    def __str__(self) -> str:
+        changes = [
+            f"{name} {before} -> {after}"
+            for (name, before), after in zip(
+                self.sizes_before.as_dict().items(), self.sizes.as_dict().values(), strict=True
+            )
+            if before != after
+        ]
+        return (
+            f"{self.parameters_before:,} -> {self.parameters:,} parameters ({self.share:.1%})"
+            f"{'; ' if changes else ''}{', '.join(changes)}"
+        )
+
+
+def prune_structured(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    target: Target = 0.75,
+    types: Sequence[str] = ("ffn",),
+    saliency: str = "kfac",
+    compensate: bool = True,
+    round_to: RoundTo = 1,
+    num_samples: int = 128,
+    loss_fn: LossFn | None = None,
+    attention_unit: AttentionUnit = "group",
+    progress: bool = True,
+) -> StructuredReport:
+    """Remove heads, FFN channels, hidden channels or layers of a trained model, in place, in one shot.
+
+    Everything is validated first; if calibration fails or is interrupted, the model is bit-identical to before. The
+    result has an ordinary configuration; save it with `lightning_prune.structure.save_plain`.
+
+    Args:
+        model: A causal language model of transformers of a known family, or a module that holds one.
+        batches: Calibration data, see `lightning_prune.prune`. Not needed for ``saliency="magnitude"`` without
+            `compensate`. At most `num_samples` samples are kept in memory.
+        target: What to end with: a float, the share of all parameters (embeddings included, tied ones once); an int,
+            their number; or a mapping of final sizes (``hidden_size``, ``intermediate_size``,
+            ``num_attention_heads``, ``num_key_value_heads``, ``num_hidden_layers``), which is reached exactly. A
+            number of parameters is met exactly, or from the nearest below that the last unit allows.
+        types: Units that may go: ``"attention"``, ``"ffn"``, ``"stem"`` (hidden channels), ``"layer"``. FFN alone is
+            the default, since without training it costs least (SmolLM2-135M to 110 M parameters by first-order
+            Taylor: perplexity 64 by FFN channels, 1141 by hidden channels). Of several, the type with the cheapest
+            next unit by mean saliency a weight is taken each time.
+        saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"taylor1"``,
+            ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
+            gradient is that of its mean loss, so Taylor depends on how samples are batched.
+        compensate: Re-fit the layers that lose inputs by their Hessian (variant B of EfficientLLM, arXiv 2502.06663),
+            all at once on statistics of the dense model.
+        round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink, or multiples by size.
+            Not used with a mapping as target.
+        num_samples: Calibration samples (sequences).
+        loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``.
+        attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of every
+            group. A mapping as target that says how many heads decides it.
+        progress: Show progress bars in a terminal.
+
+    Returns:
+        Sizes and removed units; ``print`` it.
+
+    Raises:
+        ValueError: an argument that is not supported, an unknown architecture, or a target that cannot be reached.
+        CalibrationError: calibration could not give finite statistics of every layer.
+
+    Example::
+
+        report = prune_structured(model, batches, target=0.8)
+        save_plain(model, "smaller", tokenizer)
+    """
+    checked = check_types(types)
+    check_saliency(saliency, SALIENCIES)
+    check_round_to(round_to)
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples={num_samples!r} must be an int of 1 or more")
+    if has_sharded_parameters(model):
+        raise ValueError("prune_structured needs whole parameters, these are sharded over processes: gather the model")
+    structure = read_structure(model)
+    unit = attention_unit_of(target, structure.sizes, attention_unit)
+    structure = read_structure(model, unit)
+    check_reachable(structure, target, checked, round_to)
+    if batches is None and (compensate or saliency != "magnitude"):
+        raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
+    run = _OneShot(structure, checked, saliency, compensate, num_samples, loss_fn, progress)
+    return run.run([] if batches is None else batches, target, round_to)
+
+
+class _OneShot:
+    """One structural pruning in progress; the model changes in the last step alone."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        types: tuple[UnitType, ...],
+        saliency: str,
+        compensate: bool,
+        num_samples: int,
+        loss_fn: LossFn | None,
+        progress: bool,
+    ) -> None:
+        self.structure, self.types, self.saliency, self.compensate = structure, types, saliency, compensate
+        self.num_samples, self.loss_fn, self.progress = num_samples, loss_fn, progress
+        self.statistics: dict[str, LayerStatistics] = {}
+
+    def run(self, batches: Iterable[Any], target: Target, round_to: RoundTo) -> StructuredReport:
+        structure = self.structure
+        data = [batch for batch, _ in samples(batches, self.num_samples)]
+        removal = plan_removal(self._saliencies(data), structure, target, round_to)
+        weights = self._compensated(data, removal) if self.compensate else {}
+        before = structure.shapes().count(structure.sizes)
+        with _replaced(structure, weights):
+            sizes = remove_units(structure.model, removal, attention_unit=structure.attention_unit)
+        return StructuredReport(structure.sizes, sizes, before, structure.shapes().count(sizes), removal)
+
+    def _collect(self, data: list[Any], targets: list[Any], statistics: set[str]) -> dict[str, LayerStatistics]:
+        model = self.structure.model
+        return collect(
+            model,
+            on_device(model, data),
+            targets,
+            statistics,
+            num_samples=self.num_samples,
+            loss_fn=self.loss_fn,
+            progress=self.progress,
+        )
+
+    def _saliencies(self, data: list[Any]) -> dict[str, Tensor]:
+        structure = self.structure
+        if self.saliency == "kfac":
+            wanted = {INPUT_NORM, OUTPUT_GRAD_NORM}
+            # Of the hidden channels there are too many readers to hold a Hessian each: those come in a second sweep.
+            if self.compensate and "stem" not in self.types:
+                wanted.add(HESSIAN)
+            self.statistics = self._collect(data, reader_targets(structure, self.types), wanted)
+            return dict(kfac_saliency(structure, self.statistics, self.types))
+        scores = SaliencyAccumulator(structure, self.types, self.saliency)
+        if self.saliency == "magnitude":
+            scores.add()
+        else:
+            self._accumulate(scores, data)
+        return scores.means()
+
+    def _accumulate(self, scores: SaliencyAccumulator, data: list[Any]) -> None:
+        """Forward and backward of every batch; gradients and flags of the model are afterwards what they were."""
+        model = self.structure.model
+        loss_fn, steps = self.loss_fn or causal_lm_loss, 0
+        with (
+            _own_gradients(list(model.parameters())) as clear,
+            quiet_model(model, freeze=False),
+            progress_bar("Calibrating (forward + backward)", len(data), self.progress) as advance,
+        ):
+            for batch in on_device(model, data):
+                loss = loss_fn(model, batch).mean()
+                if not bool(torch.isfinite(loss)):
+                    raise CalibrationError(
+                        f"the loss of a calibration batch is not finite ({loss.item()}); the weights are unchanged"
+                    )
+                loss.backward()  # type: ignore[no-untyped-call]
+                scores.add()
+                if scores.steps == steps:
+                    raise CalibrationError(
+                        "the gradients of a calibration batch are not finite; the weights are unchanged"
+                    )
+                steps = scores.steps
+                clear()
+                advance()
+        if not scores.steps:
+            raise CalibrationError("there is no calibration sample; the weights are unchanged")
+
+    def _compensated(self, data: list[Any], removal: Removal) -> dict[str, Tensor]:
+        """New weights of the layers that lose inputs."""
+        observed = observed_layers(self.structure, list(removal))
+        names = {f"{name}.weight" for name in observed.values()}
+        targets = [t for t in reader_targets(self.structure, list(removal)) if t.name in names]
+        if not targets:
+            return {}
+        statistics = self.statistics
+        if any(t.name not in statistics or statistics[t.name].hessian is None for t in targets):
+            statistics = self._collect(data, targets, {HESSIAN})
+        moments = {name: statistics[f"{seen}.weight"].get(HESSIAN) for name, seen in observed.items()}
+        return compensation(self.structure, removal, moments, progress=self.progress)
+
+
+@contextmanager
+def _own_gradients(parameters: list[nn.Parameter]) -> Iterator[Any]:
+    """All parameters require a gradient and have none; yields a function that clears what comes. Undone at the end."""
+    before = [(p, p.requires_grad, p.grad) for p in parameters]
+
+    def clear() -> None:
+        for p in parameters:
+            p.grad = None
+
+    try:
+        clear()
+        for p in parameters:
+            p.requires_grad_(True)
+        yield clear
+    finally:
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+
+
+@contextmanager
+def _replaced(structure: Structure, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Give parameters new values; if the block fails they get the old ones back."""
+    parameters = structure.parameters()
+    before = {name: parameters[name].data for name in weights}
+    with uninterrupted():
+        try:
+            for name, value in weights.items():
+                parameters[name].data = value
+            yield
+        except BaseException:
+            for name, value in before.items():
+                parameters[name].data = value
+            raise

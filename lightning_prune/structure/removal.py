@@ -1,0 +1,349 @@
+"""Remove units for good: slice parameters, optimizer states and copies, and write the new sizes everywhere.
+
+All new tensors are made before the first old one goes, so a failure leaves the model as it was. Parameters keep their
+identity, so optimizers and ties go on working.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune.masks import uninterrupted
+from lightning_prune.sharding import is_sharded
+from lightning_prune.structure.sizes import AttentionUnit, Sizes
+from lightning_prune.structure.unit_masks import Extra, copy_places, masked_channels, unmask_norms
+from lightning_prune.structure.units import (
+    KeptIndices,
+    Removal,
+    Structure,
+    check_removal,
+    check_sizes,
+    kept_indices,
+    read_structure,
+    sizes_after,
+)
+from lightning_prune.targets import type_name
+
+# How a state scales when its weight does: a gradient goes with 1 / factor. States by the names torch.optim gives them.
+_GRADIENT_POWER = {
+    "exp_avg": 1,
+    "exp_avg_sq": 2,
+    "max_exp_avg_sq": 2,
+    "exp_inf": 1,
+    "momentum_buffer": 1,
+    "square_avg": 2,
+    "grad_avg": 1,
+    "sum": 2,
+    "prev": 1,
+    "acc_delta": -2,
+    "step_size": -1,
+}
+_SIZE_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """``weight * factor``, or of a norm that multiplies with 1 + weight, ``(1 + weight) * factor - 1``."""
+
+    factor: float
+    plus_one: bool = False
+
+    def weight(self, tensor: Tensor) -> Tensor:
+        wide = tensor.double()
+        return (((1 + wide) * self.factor - 1) if self.plus_one else wide * self.factor).to(tensor.dtype)
+
+    def state(self, tensor: Tensor, name: str) -> Tensor:
+        return (tensor.double() / self.factor ** _GRADIENT_POWER[name]).to(tensor.dtype)
+
+
+@torch.no_grad()
+def remove_units(
+    model: nn.Module,
+    removal: Mapping[str, Any],
+    optimizers: Sequence[Optimizer] = (),
+    extra: Sequence[Extra] = (),
+    attention_unit: AttentionUnit = "group",
+) -> Sizes:
+    """Slice units out of a model, in place; it computes what it did with these units masked (see `mask_units`).
+
+    Where hidden channels go, from d to d': RMS norms get ``epsilon * d / d'`` and ``weight * sqrt(d / d')``, since they
+    divide by the number of channels; norms of single heads that share epsilon have their projection multiplied with
+    ``sqrt(d / d')``; an embedding that is multiplied with ``sqrt(d)`` makes up for it. Optimizer states of weights that
+    are so rescaled follow their gradients. The function is the same then. Training on from it differs from training
+    with masks in one thing: Adam still changes a rescaled weight by the learning rate, now ``sqrt(d' / d)`` as much of
+    its size.
+
+    Args:
+        model: A causal language model of a known family, or a module that holds one.
+        removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
+        optimizers: Whose states are sliced alongside. Removed layers leave their parameter groups.
+        extra: Copies of parameters by name, which get the sliced copies. (An averaged *model* is shrunk by a call of
+            its own.)
+        attention_unit: See `read_structure`.
+
+    Returns:
+        The new sizes.
+
+    Raises:
+        ValueError: a removal that does not fit the model or leaves no ordinary configuration; sharded parameters; an
+            optimizer state that cannot be sliced; masked hidden channels that are to stay. Nothing is changed then.
+    """
+    structure = read_structure(model, attention_unit)
+    checked = check_removal(structure, removal)
+    sizes = sizes_after(structure, checked)
+    check_sizes(structure, sizes)
+    _check_removable(structure, checked)
+    kept = kept_indices(structure, checked)
+    scales = _scales(structure, sizes)
+    parameters = structure.parameters()
+    leaving = [parameters[n] for i in _layers(checked) for n in structure.in_layer(i)]
+    gone = {id(p) for p in leaving}
+    changed = {n: p for n, p in parameters.items() if (n in kept or n in scales) and id(p) not in gone}
+    raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+    places = copy_places(structure, extra)
+
+    weights = {n: _sliced(p.data, kept.get(n, ()), scales.get(n)) for n, p in changed.items()}
+    states = [_sliced_states(o, n, p, kept.get(n, ()), scales.get(n)) for o in raw for n, p in changed.items()]
+    copies = [
+        (mapping, key, _sliced(mapping[key], kept.get(n, ()), scales.get(n)))
+        for n in changed
+        for mapping, key in places.get(n, ())
+    ]
+    with uninterrupted():
+        for name, p in changed.items():
+            p.data, p.grad = weights[name], None
+        for state, new in states:
+            state.update(new)
+        for mapping, key, value in copies:
+            mapping[key] = value
+        _renumber(structure, _layers(checked), places)
+        _forget(raw, gone)
+        _rewrite(structure, checked, sizes)
+    return sizes
+
+
+def _layers(removal: Removal) -> list[int]:
+    return removal["layer"][0].tolist() if "layer" in removal else []
+
+
+def _check_removable(structure: Structure, removal: Removal) -> None:
+    for name, p in structure.parameters().items():
+        if is_sharded(p):
+            raise ValueError(
+                f"{name!r} is sharded over processes and cannot be sliced: mask the units (mask_units), gather the "
+                "model, and remove them then"
+            )
+        if p.is_meta:
+            raise ValueError(f"{name!r} has no data (meta device); load or initialise the model first")
+    matters = structure.family.layer_index_matters
+    if "layer" in removal and matters and getattr(structure.config, matters, False):
+        raise ValueError(
+            f"layers cannot be removed with {matters}=True: a layer computes something else under another number"
+        )
+    masked = masked_channels(structure)
+    if "stem" in removal and len(missing := masked[~torch.isin(masked, removal["stem"][0])]):
+        raise ValueError(
+            f"the hidden channels {missing.tolist()} are masked but not removed; remove all masked channels together"
+        )
+
+
+# -- new tensors -----------------------------------------------------------------------------------------------------
+
+
+def _sliced(tensor: Tensor, kept: Sequence[KeptIndices], scale: _Scale | None) -> Tensor:
+    for entry in kept:
+        tensor = tensor.index_select(entry.dim, entry.kept.to(tensor.device))
+    return tensor if scale is None else scale.weight(tensor)
+
+
+def _sliced_states(
+    optimizer: Optimizer, name: str, p: nn.Parameter, kept: Sequence[KeptIndices], scale: _Scale | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The optimizer's states of a parameter, and what is new of them."""
+    state, new = optimizer.state.get(p, {}), {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            if isinstance(value, (dict, list, tuple)) and len(value):
+                raise ValueError(_unknown_state(optimizer, key, name, type(value).__name__))
+            continue
+        if value.numel() <= 1 and p.numel() > 1:  # a step count
+            continue
+        if value.shape != p.shape or (scale is not None and key not in _GRADIENT_POWER):
+            raise ValueError(_unknown_state(optimizer, key, name, f"a tensor {tuple(value.shape)}"))
+        sliced = _sliced(value, kept, None)
+        new[key] = sliced if scale is None else scale.state(sliced, key)
+    return state, new
+
+
+def _unknown_state(optimizer: Optimizer, key: str, name: str, found: str) -> str:
+    return (
+        f"{type(optimizer).__name__} keeps the state {key!r} of {name!r} as {found}, which cannot be sliced; use an "
+        "optimizer whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad), or clear optimizer.state"
+    )
+
+
+def _scales(structure: Structure, sizes: Sizes) -> dict[str, _Scale]:
+    """Weights that are rescaled because hidden channels go, by name."""
+    family, before, after = structure.family, structure.sizes.hidden_size, sizes.hidden_size
+    if before == after:
+        return {}
+    scales: dict[str, _Scale] = {}
+    factor = math.sqrt(before / after)
+    if family.norm != "layernorm":
+        for norm in structure.norm_names():
+            scales[f"{norm}.weight"] = _Scale(factor, plus_one=family.norm == "rmsnorm_plus_one")
+        for layer in structure.layer_names():
+            for projection in family.head_norms.values():
+                for part in ("weight", "bias"):
+                    if (name := f"{layer}.{projection}.{part}") in structure.axes:
+                        scales[name] = _Scale(factor)
+    if family.scaled_embedding is not None:
+        embedding = f"{family.scaled_embedding}.weight"
+        scale = _embedding_scale(structure, after)
+        scales[embedding] = _Scale(scale)
+        head: Any = structure.model.get_output_embeddings()  # type: ignore[operator]
+        if head is not None and head.weight is structure.parameters()[embedding]:  # logits must not grow with it
+            final = f"{family.final_norm}.weight"
+            scales[final] = _Scale(scales[final].factor / scale, scales[final].plus_one)
+    return scales
+
+
+def _embedding_scale(structure: Structure, hidden: int) -> float:
+    """What a scaled embedding has to be multiplied with, both factors rounded as its forward pass rounds them."""
+    assert structure.family.scaled_embedding is not None
+    module: Any = structure.module(structure.family.scaled_embedding)
+    new = torch.tensor(hidden**0.5, dtype=module.embed_scale.dtype)
+    dtype = module.weight.dtype
+    return float(module.embed_scale.cpu().to(dtype).double() / new.to(dtype).double())
+
+
+# -- everything else that knows a size -------------------------------------------------------------------------------
+
+
+def _forget(optimizers: Sequence[Optimizer], gone: set[int]) -> None:
+    """Take removed parameters out of optimizers."""
+    for optimizer in optimizers if gone else ():
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) in gone:
+                    optimizer.state.pop(p, None)
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+
+
+def _renumber(structure: Structure, removed: Sequence[int], places: Mapping[str, Sequence[tuple[Extra, str]]]) -> None:
+    """Drop the copies of removed layers; those of later layers get their new names, in the old order."""
+    if not removed:
+        return
+    stays = [i for i in range(structure.sizes.num_hidden_layers) if i not in set(removed)]
+    numbers = {old: new for new, old in enumerate(stays)}
+    prefix = f"{structure.family.layers}."
+    names = {(id(mapping), key): name for name, found in places.items() for mapping, key in found}
+    for mapping in {id(m): m for found in places.values() for m, _ in found}.values():
+        entries = list(mapping.items())
+        mapping.clear()
+        for key, value in entries:
+            name = names.get((id(mapping), key), "")
+            if name.startswith(prefix):
+                number, _, tail = name[len(prefix) :].partition(".")
+                if int(number) not in numbers:
+                    continue
+                key = f"{key[: len(key) - len(name)]}{prefix}{numbers[int(number)]}.{tail}"
+            mapping[key] = value
+
+
+def _rewrite(structure: Structure, removal: Removal, sizes: Sizes) -> None:
+    """New sizes in the configuration and in the attributes of modules."""
+    if "stem" in removal:
+        unmask_norms(structure.model)
+        _rescale_epsilon(structure, structure.sizes.hidden_size / sizes.hidden_size)
+    _remove_layers(structure, _layers(removal))
+    for config in _configs(structure):
+        write_sizes(config, structure, sizes, _layers(removal))
+    attributes = {
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": sizes.intermediate_size,
+        "embed_dim": sizes.hidden_size,
+        "split_size": sizes.num_attention_heads * sizes.head_dim,
+        "num_heads": sizes.num_attention_heads,
+        "num_attention_heads": sizes.num_attention_heads,
+        "num_key_value_heads": sizes.num_key_value_heads,
+        "num_key_value_groups": sizes.queries_per_group,
+    }
+    for module in structure.model.modules():
+        for name, value in attributes.items():
+            if isinstance(vars(module).get(name), int):
+                setattr(module, name, value)
+        _refresh(module)
+    if structure.family.scaled_embedding is not None and "stem" in removal:
+        embedding: Any = structure.module(structure.family.scaled_embedding)
+        embedding.scalar_embed_scale = sizes.hidden_size**0.5
+        embedding.embed_scale.fill_(sizes.hidden_size**0.5)
+
+
+def _configs(structure: Structure) -> list[Any]:
+    """The model's configuration, and copies of it that its parts hold."""
+    found = {id(structure.config): structure.config}
+    for module in structure.model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "model_type", None) == structure.family.model_type:
+            found[id(config)] = config
+    return list(found.values())
+
+
+def write_sizes(config: Any, structure: Structure, sizes: Sizes, removed_layers: Sequence[int] = ()) -> None:
+    """Write sizes into a configuration; lists with one entry a layer lose those of removed layers."""
+    family = structure.family
+    for size in _SIZE_FIELDS:
+        for name in family.fields_of(size):
+            if hasattr(config, name):
+                setattr(config, name, getattr(sizes, size))
+    if not family.heads_span_hidden:
+        config.head_dim = sizes.head_dim
+    for name in family.per_layer_fields:
+        values = getattr(config, name, None)
+        if isinstance(values, list):
+            setattr(config, name, [v for i, v in enumerate(values) if i not in set(removed_layers)])
+
+
+def _rescale_epsilon(structure: Structure, factor: float) -> None:
+    family = structure.family
+    if family.norm == "layernorm" or family.eps_field is None:
+        return
+    modules = structure.modules()
+    epsilon = getattr(structure.config, family.eps_field) * factor
+    for config in _configs(structure):
+        setattr(config, family.eps_field, epsilon)
+    heads = [f"{layer}.{norm}" for layer in structure.layer_names() for norm in family.head_norms]
+    for name in [*structure.norm_names(), *heads]:
+        norm = modules[name]
+        setattr(norm, "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps", epsilon)
+
+
+def _remove_layers(structure: Structure, removed: Sequence[int]) -> None:
+    layers = structure.module(structure.family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for i in sorted(removed, reverse=True):
+        del layers[i]
+    for i, layer in enumerate(layers if removed else ()):
+        for module in layer.modules():
+            if isinstance(vars(module).get("layer_idx"), int):
+                module.layer_idx = i  # type: ignore[assignment]
+
+
+def _refresh(module: nn.Module) -> None:
+    """Sizes that a layer remembers, from its weight."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm) and module.weight is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+    elif type_name(module) == "Conv1D":
+        module.nx, module.nf = module.weight.shape  # type: ignore[misc, assignment]

@@ -1,0 +1,276 @@
+"""What a unit is worth: the mean over its weights of what each is worth. Larger = keep.
+
+Of training gradients g, accumulated over steps, one number a weight is formed and summed over rows and columns at
+once, so nothing of the weights' size is held. The sums read every weight and gradient once, in pieces that stay in
+the processor's cache; that reading is what they cost.
+
+Dimensions: P places (layers, or 1), U units, O outputs, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from lightning_prune.sharding import local, shard_bounds
+from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
+from lightning_prune.structure.sizes import UnitType, check_types
+from lightning_prune.structure.units import Structure, unit_indices
+from lightning_prune.targets import Target, layer_kind
+
+Saliency = Literal["taylor2", "taylor1", "magnitude", "kfac"]
+GRADIENT_SALIENCIES = ("taylor2", "taylor1", "magnitude")
+SALIENCIES = (*GRADIENT_SALIENCIES, "kfac")
+
+INPUT_AXIS: dict[str, str] = {"attention": "q", "ffn": "f", "stem": "d"}
+"""Axis that the layers reading a type's units have as inputs."""
+
+# Weights worked on at a time: half a mebibyte of float32 stays in a core's cache; on a GPU kernel launches count.
+_CPU_PIECE = 1 << 17
+_GPU_PIECE = 1 << 24
+
+
+def check_saliency(saliency: str, known: Sequence[str] = SALIENCIES) -> None:
+    """Raise ValueError for an unknown saliency."""
+    if saliency not in known:
+        raise ValueError(f"saliency={saliency!r} must be one of {', '.join(map(repr, known))}")
+
+
+class SaliencyAccumulator:
+    """Sums of weight saliencies by unit, over training steps.
+
+    Args:
+        structure: Of the model.
+        types: Unit types to score.
+        kind: Of a weight w with gradient g: ``"taylor2"``, ``abs(g w - 1/2 g^2 w^2)`` (LLM-Pruner, Ma et al. 2023,
+            arXiv 2305.11627, which EfficientLLM, arXiv 2502.06663, takes over), ``"taylor1"``, ``abs(g w)``, or
+            ``"magnitude"``, ``abs(w)``.
+
+    Attributes:
+        steps: Steps that count.
+    """
+
+    def __init__(self, structure: Structure, types: Sequence[str], kind: str = "taylor2") -> None:
+        check_saliency(kind, GRADIENT_SALIENCIES)
+        self.types = check_types(types)
+        self.kind = kind
+        self._buffers: dict[torch.device, Tensor] = {}
+        self.follow(structure)
+
+    def follow(self, structure: Structure) -> None:
+        """Score a model whose sizes have changed, from zero.
+
+        Raises:
+            ValueError: parameters that are cut otherwise than along one dimension of processes.
+        """
+        parameters = structure.parameters()
+        self._mesh = _mesh_of(parameters)
+        self.structure = structure
+        device = next(iter(parameters.values())).device
+        # Sums over millions of weights, in float64 where the device has it.
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = {
+            t: torch.zeros(structure.places(t), structure.units(t), dtype=self._dtype, device=device)
+            for t in self.types
+        }
+        self._uses = self._find_uses(device)
+        layers = range(structure.sizes.num_hidden_layers) if "layer" in self.types else ()
+        self._layers = {name: i for i in layers for name in structure.in_layer(i)}
+        self.steps = 0
+
+    def _find_uses(self, device: torch.device) -> dict[str, list[tuple[int, int, UnitType, Tensor]]]:
+        """Of each parameter: dimension, place, unit type, and indices ``[U, M]``, which layers share."""
+        structure, uses = self.structure, dict[str, list[tuple[int, int, UnitType, Tensor]]]()
+        for unit_type in (t for t in self.types if t != "layer"):
+            by_axis = unit_indices(structure.sizes, unit_type, structure.attention_unit)
+            on_device = {axis: indices.to(device) for axis, indices in by_axis.items()}
+            for place, slices in enumerate(structure.slices(unit_type)):
+                for s in slices:
+                    axis = structure.axes[s.name][s.dim]
+                    uses.setdefault(s.name, []).append((s.dim, place, unit_type, on_device[axis]))
+        return uses
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take in the weights and the gradients that they hold now: just before an optimizer step.
+
+        Weights without a gradient count as zero. A step with NaN or infinity does not count (an optimizer under a
+        gradient scaler skips it too). Of sharded parameters each rank takes its part; every rank must call.
+        """
+        step = {t: torch.zeros_like(s) for t, s in self._sums.items()}
+        for name, p in self.structure.parameters().items():
+            uses, layer = self._uses.get(name, ()), self._layers.get(name)
+            if (not uses and layer is None) or (p.grad is None and self.kind != "magnitude"):
+                continue
+            dims = sorted({dim for dim, *_ in uses}) or [0]
+            by_dim = self._sum_over_others(p, dims)
+            for dim, place, unit_type, indices in uses:
+                step[unit_type][place] += by_dim[dim][indices].sum(1)
+            if layer is not None:
+                step["layer"][0, layer] += by_dim[dims[0]].sum()
+        finite = torch.stack([torch.isfinite(s).all() for s in step.values()]).all().to(torch.int32)
+        if self._mesh is not None:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self._mesh.get_group())
+        if int(finite):
+            for unit_type, sums in step.items():
+                self._sums[unit_type] += sums
+            self.steps += 1
+
+    def _sum_over_others(self, p: nn.Parameter, dims: Sequence[int]) -> dict[int, Tensor]:
+        """Saliencies of a parameter's weights, summed over all dimensions but one, for each of `dims`."""
+        weight, grad = local(p.detach()), None if p.grad is None else local(p.grad)
+        bounds = shard_bounds(p) if isinstance(p, DTensor) else [(0, n) for n in p.shape]
+        sums = {dim: torch.zeros(p.shape[dim], dtype=self._dtype, device=weight.device) for dim in dims}
+        if not weight.numel():
+            return sums
+        piece = _CPU_PIECE if weight.device.type == "cpu" else _GPU_PIECE
+        rows = max(1, piece // weight[0].numel())
+        for start in range(0, len(weight), rows):
+            part = slice(start, start + rows)
+            values = self._values(weight[part], None if grad is None else grad[part])
+            for dim in dims:
+                first = bounds[dim][0] + (start if dim == 0 else 0)
+                others = [d for d in range(values.dim()) if d != dim]
+                sums[dim][first : first + values.shape[dim]] += values.sum(others) if others else values
+        return sums
+
+    def _values(self, w: Tensor, g: Tensor | None) -> Tensor:
+        """Saliency of every weight of a piece, in float32 or wider; valid until the next call."""
+        dtype = torch.promote_types(w.dtype, torch.float32)
+        buffer = self._buffers.get(w.device)
+        if buffer is None or buffer.numel() < w.numel() or buffer.dtype != dtype:
+            buffer = self._buffers[w.device] = torch.empty(w.numel(), dtype=dtype, device=w.device)
+        out = buffer[: w.numel()].view(w.shape)
+        if self.kind == "magnitude":
+            return torch.abs(w.to(dtype), out=out)
+        assert g is not None
+        torch.mul(w.to(dtype), g.to(dtype), out=out)
+        if self.kind == "taylor2":
+            out.addcmul_(out, out, value=-0.5)
+        return out.abs_()
+
+    def sums(self, unit_type: str) -> Tensor:
+        """Saliency of every unit of a type, summed over its weights and the steps, ``[P, U]`` in float64.
+
+        Where parameters are sharded every rank must call, and all get the same.
+        """
+        sums = self._sums[unit_type].clone()  # type: ignore[index]
+        if self._mesh is not None:
+            dist.all_reduce(sums, group=self._mesh.get_group())
+        return sums
+
+    def means(self) -> dict[str, Tensor]:
+        """Saliency of every unit of each type: the mean over its weights and the steps, ``[P, U]`` on the CPU."""
+        steps = max(self.steps, 1)
+        return {t: (self.sums(t) / (self.structure.unit_weights(t) * steps)).cpu() for t in self.types}
+
+    def reset(self) -> None:
+        """Forget all steps."""
+        self.steps = 0
+        for sums in self._sums.values():
+            sums.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums of all ranks, and the steps; tensors and numbers only."""
+        return {"steps": self.steps, "sums": {str(t): self.sums(t).cpu() for t in self.types}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`, at any number of processes.
+
+        Raises:
+            ValueError: saved of a model of other sizes, or of other types.
+        """
+        saved = {t: tuple(s.shape) for t, s in state["sums"].items()}
+        own = {str(t): tuple(s.shape) for t, s in self._sums.items()}
+        if saved != own:
+            raise ValueError(f"the saved saliencies have the shapes {saved}, those of this model and types are {own}")
+        self.steps = int(state["steps"])
+        first = self._mesh is None or self._mesh.get_local_rank() == 0
+        for t, sums in self._sums.items():  # they are summed over ranks when read
+            sums.copy_(state["sums"][t]) if first else sums.zero_()
+
+
+def _mesh_of(parameters: Mapping[str, nn.Parameter]) -> DeviceMesh | None:
+    """The processes that parameters are sharded over; None if they are whole."""
+    mesh = None
+    for name, p in parameters.items():
+        if isinstance(p, DTensor):
+            if p.device_mesh.ndim != 1 or not p.placements[0].is_shard():
+                raise ValueError(
+                    f"{name!r} is laid out as {p.placements} over {p.device_mesh.ndim} mesh dimensions; unit saliency "
+                    "takes parameters that one dimension cuts (FSDP2 without tensor parallelism)"
+                )
+            mesh = p.device_mesh
+    return mesh
+
+
+# -- from calibration statistics -------------------------------------------------------------------------------------
+
+
+def reader_targets(structure: Structure, types: Sequence[str]) -> list[Target]:
+    """The layers that read units of these types, as targets of `lightning_prune.calibration.collect`.
+
+    A layer type is judged by what its attention and FFN write, so by their readers.
+    """
+    modules, found = structure.modules(), {}
+    for unit_type in _read_types(types):
+        for names in structure.readers(unit_type):
+            for name in names:
+                kind = layer_kind(modules[name])
+                assert kind is not None
+                found[name] = Target(f"{name}.weight", modules[name], kind, (modules[name],))
+    return list(found.values())
+
+
+def _read_types(types: Sequence[str]) -> tuple[str, ...]:
+    wanted = {*types, *(("attention", "ffn") if "layer" in types else ())} - {"layer"}
+    return tuple(t for t in ("attention", "ffn", "stem") if t in wanted)
+
+
+@torch.no_grad()
+def kfac_saliency(
+    structure: Structure, statistics: Mapping[str, LayerStatistics], types: Sequence[str]
+) -> dict[str, Tensor]:
+    """Unit saliencies from the diagonal of the Kronecker-factored Fisher, ``[P, U]`` by type.
+
+    Of one input j of a layer, ``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]``: twice the expected loss increase of
+    removing it. A unit's are summed over its inputs and all layers that read them (down projection, output projection,
+    or all that read the hidden channels), and divided by the number of its weights.
+
+    Args:
+        structure: Of the model.
+        statistics: Input and output-gradient norms by parameter name, of `reader_targets`.
+        types: Unit types.
+    """
+    targets = {t.name: t for t in reader_targets(structure, types)}
+    result: dict[str, Tensor] = {}
+    for unit_type in _read_types(types):
+        by_axis = unit_indices(structure.sizes, unit_type, structure.attention_unit)
+        places = []
+        for names in structure.readers(unit_type):
+            total = torch.zeros(structure.units(unit_type), dtype=torch.float64)
+            for name in names:
+                target = targets[f"{name}.weight"]
+                inputs = input_saliency(target.matrix(), statistics[target.name])
+                total += inputs.cpu().double()[by_axis[INPUT_AXIS[unit_type]]].sum(1)
+            places.append(total / structure.unit_weights(unit_type))
+        result[unit_type] = torch.stack(places)
+    if "layer" in types:
+        per_layer = [
+            result[t].sum(1) * structure.unit_weights(t) / structure.unit_weights("layer") for t in ("attention", "ffn")
+        ]
+        result["layer"] = (per_layer[0] + per_layer[1])[None]
+    return {str(t): result[t] for t in check_types(types)}
+
+
+def input_saliency(weight: Tensor, statistics: LayerStatistics) -> Tensor:
+    """``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` of every input, ``[I]``; `weight` is ``[O, I]``."""
+    rows = statistics.get(OUTPUT_GRAD_NORM).square()  # [O]
+    columns = statistics.get(INPUT_NORM).square()  # [I]
+    return (rows.to(weight.device) @ weight.float().square()) * columns.to(weight.device)

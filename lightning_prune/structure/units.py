@@ -1,0 +1,407 @@
+"""The units of a model: which rows and columns of which parameters go together. All else derives from this table.
+
+Dimensions: U units of one kind in one place, M indices of a unit along one dimension of one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.structure.families import Family, find_family
+from lightning_prune.structure.sizes import (
+    ATTENTION_UNITS,
+    UNIT_TYPES,
+    AttentionUnit,
+    Shapes,
+    Sizes,
+)
+from lightning_prune.targets import CONV1D, LINEAR, clean_name, layer_kind
+
+Removal = dict[str, list[Tensor]]
+"""Units to remove by type: sorted indices, int64, one tensor a layer for attention and ffn, one tensor for stem and
+layer."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What units of one type occupy in one parameter.
+
+    Attributes:
+        name: The parameter's name in the transformers model.
+        dim: Dimension of the parameter that the units lie along.
+        indices: ``[U, M]``, int64: the M rows (or columns) of each unit. Units are disjoint and fill the dimension,
+            except where queries, keys and values share one.
+    """
+
+    name: str
+    dim: int
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's family, sizes and units.
+
+    Attributes:
+        model: The transformers model.
+        family: Its table.
+        sizes: Its sizes.
+        attention_unit: ``"group"`` or ``"head"``, see `read_structure`.
+        axes: Axis of every dimension, by parameter name; a tied parameter once. Names are those of the transformers
+            model, without what ``torch.compile`` adds.
+        lengths: Shape by parameter name.
+        prefix: What the transformers model is called in the module that was given; empty, or ends with a dot.
+    """
+
+    model: nn.Module
+    family: Family
+    sizes: Sizes
+    attention_unit: AttentionUnit
+    axes: Mapping[str, tuple[str, ...]]
+    lengths: Mapping[str, torch.Size]
+    prefix: str
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name, as they are now."""
+        return {clean_name(name): p for name, p in self.model.named_parameters()}
+
+    def module(self, name: str) -> nn.Module:
+        """A module by its clean name."""
+        return self.modules()[name]
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules by clean name; of wrappers and what they wrap, what is wrapped."""
+        return {clean_name(name): module for name, module in self.model.named_modules()}
+
+    def layer_names(self) -> list[str]:
+        """Names of the decoder layers."""
+        return [f"{self.family.layers}.{i}" for i in range(self.sizes.num_hidden_layers)]
+
+    def in_layer(self, index: int) -> list[str]:
+        """Names of the parameters of a layer."""
+        prefix = f"{self.family.layers}.{index}."
+        return [name for name in self.axes if name.startswith(prefix)]
+
+    def norm_names(self) -> list[str]:
+        """Names of the normalisations over the hidden channels, the final one last."""
+        return [f"{layer}.{norm}" for layer in self.layer_names() for norm in self.family.norms] + [
+            self.family.final_norm
+        ]
+
+    def units(self, unit_type: str) -> int:
+        """Number of units of a type: in every layer for attention and ffn, in the model for stem and layer."""
+        return self.sizes.units(unit_type, self.attention_unit)
+
+    def places(self, unit_type: str) -> int:
+        """Number of places that each have their own units of a type: layers for attention and ffn, else 1."""
+        return self.sizes.num_hidden_layers if unit_type in ("attention", "ffn") else 1
+
+    def slices(self, unit_type: str) -> list[list[Slice]]:
+        """Slices of the units of a type, one list a place (see `places`).
+
+        For ``"layer"`` there are none: a unit is all that `in_layer` names.
+        """
+        if unit_type == "layer":
+            return [[]]
+        if unit_type == "stem":
+            return [self._slices(list(self.axes), unit_type)]
+        return [self._slices(self.in_layer(i), unit_type) for i in range(self.sizes.num_hidden_layers)]
+
+    def _slices(self, names: Sequence[str], unit_type: str) -> list[Slice]:
+        by_axis = unit_indices(self.sizes, unit_type, self.attention_unit)
+        return [
+            Slice(name, dim, by_axis[axis])
+            for name in names
+            for dim, axis in enumerate(self.axes[name])
+            if axis in by_axis
+        ]
+
+    def unit_weights(self, unit_type: str) -> int:
+        """Number of weights of one unit in one place: what its saliency is the mean over."""
+        if unit_type == "layer":
+            return sum(self.lengths[name].numel() for name in self.in_layer(0))
+        return sum(
+            self.lengths[s.name].numel() // self.lengths[s.name][s.dim] * s.indices.shape[1]
+            for s in self.slices(unit_type)[0]
+        )
+
+    def shapes(self) -> Shapes:
+        """For parameter counts of other sizes of this model."""
+
+        def of(names: Sequence[str]) -> tuple[tuple[str | int, ...], ...]:
+            return tuple(
+                tuple(n if axis == "-" else axis for axis, n in zip(self.axes[name], self.lengths[name], strict=True))
+                for name in names
+            )
+
+        inside = self.in_layer(0)
+        prefix = f"{self.family.layers}."
+        return Shapes(of(inside), of([name for name in self.axes if not name.startswith(prefix)]))
+
+    def readers(self, unit_type: str) -> list[list[str]]:
+        """Names of the linear layers that take units of a type as inputs, one list a place.
+
+        For attention the output projection, for ffn the down projection, for stem all that read the hidden channels.
+        """
+        modules = self.modules()
+        found = []
+        for slices in self.slices(unit_type):
+            names = []
+            for s in slices:
+                name, _, tail = s.name.rpartition(".")
+                kind = layer_kind(modules[name]) if tail == "weight" else None
+                if (kind is LINEAR and s.dim == 1) or (kind is CONV1D and s.dim == 0):
+                    names.append(name)
+            found.append(names)
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if unit_type == "stem" and head is not None and f"{self._name_of(head)}.weight" not in self.axes:
+            found[0].append(self._name_of(head))  # tied: listed once, as the embedding
+        return found
+
+    def _name_of(self, module: nn.Module) -> str:
+        return next(name for name, m in self.modules().items() if m is module)
+
+
+def unit_indices(sizes: Sizes, unit_type: str, attention_unit: AttentionUnit = "group") -> dict[str, Tensor]:
+    """Indices ``[U, M]`` of every unit along each axis that holds units of a type."""
+    if unit_type in ("ffn", "stem"):
+        axis = "f" if unit_type == "ffn" else "d"
+        return {axis: torch.arange(sizes.axis(axis))[:, None]}
+    k, g, e = sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim
+    rows = torch.arange(k * g * e)
+    if attention_unit == "head":
+        q = rows.view(k, g, e).transpose(0, 1).reshape(g, k * e)
+        return {"q": q, "qkv": q}
+    q, kv = rows.view(k, g * e), torch.arange(k * e).view(k, e)
+    fused = torch.cat([q, k * g * e + kv, (k * g + k) * e + kv], dim=1)
+    return {"q": q, "kv": kv, "qkv": fused}
+
+
+def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
+    """The transformers model in a module, and its name there (empty if it is the module itself).
+
+    Raises:
+        ValueError: there is none, or more than one side by side.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in module.named_modules():
+        if hasattr(getattr(child, "config", None), "model_type") and hasattr(child, "get_output_embeddings"):
+            inner = getattr(child, "_orig_mod", child)
+            if not any(inner in set(outer.modules()) for _, outer in found):
+                found.append((clean_name(f"{name}.").rstrip("."), inner))
+    if len(found) != 1:
+        names = [name or type(m).__name__ for name, m in found]
+        raise ValueError(
+            f"{type(module).__name__} holds {len(found)} transformers models {names or ''}, one is needed: pass the "
+            "causal language model itself"
+        )
+    return found[0]
+
+
+def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -> Structure:
+    """The units of a transformers causal language model.
+
+    Args:
+        module: The model, or a module that holds it (a LightningModule).
+        attention_unit: ``"group"``, the default: one key/value head with the query heads it serves; where there are
+            as many key/value heads as query heads, that is one head. It shrinks keys and values too, and can go on
+            until one group is left. ``"head"``: the same one query head of every group (h / k units a layer).
+
+    Raises:
+        ValueError: an architecture that is not known, or a parameter that its table does not describe (adapters,
+            another head, quantised or packed weights).
+    """
+    if attention_unit not in ATTENTION_UNITS:
+        raise ValueError(f"attention_unit={attention_unit!r} must be one of {ATTENTION_UNITS}")
+    prefix, model = find_language_model(module)
+    family = find_family(model)
+    axes = _axes(model, family)
+    lengths = {clean_name(name): p.shape for name, p in model.named_parameters()}
+    sizes = _sizes(model, axes, lengths)
+    structure = Structure(model, family, sizes, attention_unit, axes, lengths, f"{prefix}." if prefix else "")
+    for name, shape in lengths.items():
+        wanted = tuple(n if a == "-" else sizes.axis(a) for a, n in zip(axes[name], shape, strict=True))
+        if tuple(shape) != wanted:
+            raise ValueError(
+                f"{name!r} has shape {tuple(shape)}, but the sizes of the model's configuration say {wanted}"
+            )
+    if attention_unit == "head" and sizes.queries_per_group == 1:
+        raise ValueError(
+            f"attention_unit='head' needs several query heads a key/value head, here are {sizes.num_attention_heads} "
+            "of both; use 'group', which is one head then"
+        )
+    return structure
+
+
+def _axes(model: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
+    prefix = f"{family.layers}."
+    axes = {}
+    for raw, p in model.named_parameters():
+        name = clean_name(raw)
+        entry = family.outside.get(name)
+        if name.startswith(prefix):
+            entry = family.inside.get(name[len(prefix) :].partition(".")[2])
+        if entry is None or len(entry.split()) != p.dim() or not p.is_floating_point():
+            raise ValueError(
+                f"{name!r} ({p.dim()} dimensions, {p.dtype}) is not in the description of the family "
+                f"{family.model_type!r}: only a plain causal language model of it can be shrunk. Merge or remove "
+                "adapters and dequantise; for another architecture see CONTRIBUTING.md, 'A family of your own'"
+            )
+        axes[name] = tuple(entry.split())
+    return axes
+
+
+def _sizes(model: nn.Module, axes: Mapping[str, tuple[str, ...]], lengths: Mapping[str, torch.Size]) -> Sizes:
+    def length(axis: str) -> int:
+        return next(lengths[name][a.index(axis)] for name, a in axes.items() if axis in a)
+
+    config: Any = model.config
+    heads = int(config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    hidden = length("d")
+    return Sizes(
+        hidden_size=hidden,
+        intermediate_size=length("f"),
+        num_attention_heads=heads,
+        num_key_value_heads=int(kv_heads),
+        num_hidden_layers=int(config.num_hidden_layers),
+        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+    )
+
+
+# -- removals --------------------------------------------------------------------------------------------------------
+
+
+def check_removal(structure: Structure, removal: Mapping[str, Any]) -> Removal:
+    """A removal in its normal form: sorted int64 indices on the CPU, empty types left out.
+
+    Args:
+        structure: Of the model.
+        removal: Unit indices by type: for attention and ffn one sequence or tensor a layer, of the same length in all;
+            for stem and layer one (a list with one tensor is taken too).
+
+    Raises:
+        ValueError: an unknown type, a wrong number of layers, unequal counts, an index that does not exist or comes
+            twice, or nothing left of a type.
+    """
+    if unknown := set(removal) - set(UNIT_TYPES):
+        raise ValueError(f"removal has the unit types {sorted(unknown)}; known are {UNIT_TYPES}")
+    checked: Removal = {}
+    for unit_type in UNIT_TYPES:
+        if unit_type in removal:
+            places = _checked_places(structure, unit_type, removal[unit_type])
+            if places[0].numel():
+                checked[unit_type] = places
+    return checked
+
+
+def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Tensor]:
+    if structure.places(unit_type) == 1 and unit_type in ("stem", "layer"):
+        single = isinstance(given, (list, tuple)) and len(given) == 1 and isinstance(given[0], Tensor)
+        given = [given[0] if single else given]
+    places = [torch.as_tensor(indices, dtype=torch.int64).cpu().reshape(-1).sort().values for indices in given]
+    units = structure.units(unit_type)
+    if len(places) != structure.places(unit_type):
+        raise ValueError(
+            f"removal[{unit_type!r}] has {len(places)} entries; give one for each of the "
+            f"{structure.places(unit_type)} layers"
+        )
+    if len({len(p) for p in places}) != 1:
+        raise ValueError(
+            f"removal[{unit_type!r}] removes {sorted({len(p) for p in places})} units from different layers: every "
+            "layer must lose as many, or the model is no ordinary configuration"
+        )
+    for p in places:
+        if p.numel() and (int(p[0]) < 0 or int(p[-1]) >= units or bool((p[1:] == p[:-1]).any())):
+            raise ValueError(f"removal[{unit_type!r}] has {p.tolist()}: units are 0 to {units - 1}, each at most once")
+    if len(places[0]) >= units:
+        raise ValueError(f"removal[{unit_type!r}] removes all {units} units; at least one must stay")
+    return places
+
+
+def merge_removals(structure: Structure, *removals: Mapping[str, Any]) -> Removal:
+    """The union of removals that number the units of the same model; units named twice count once."""
+    merged: dict[str, list[Tensor]] = {}
+    for removal in removals:
+        for unit_type, places in check_removal(structure, removal).items():
+            before = merged.get(unit_type, [torch.empty(0, dtype=torch.int64)] * len(places))
+            merged[unit_type] = [torch.unique(torch.cat([a, b])) for a, b in zip(before, places, strict=True)]
+    return check_removal(structure, merged)
+
+
+def sizes_after(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> Sizes:
+    """Sizes of the model after a (checked) removal."""
+    sizes = structure.sizes
+    for unit_type, places in removal.items():
+        # Groups keep their ratio, so the order of removals does not matter.
+        sizes = sizes.without(unit_type, len(places[0]), structure.attention_unit)
+    return sizes
+
+
+def check_sizes(structure: Structure, sizes: Sizes) -> None:
+    """Refuse sizes that no ordinary configuration of the family, or of the one it is saved as, can have.
+
+    Raises:
+        ValueError: naming the rule and what to remove instead.
+    """
+    family, heads, hidden = structure.family, sizes.num_attention_heads, sizes.hidden_size
+    if family.heads_span_hidden and heads * sizes.head_dim != hidden:
+        raise ValueError(
+            f"{family.model_type!r} takes head_dim for hidden_size / num_attention_heads, so {heads} heads of "
+            f"{sizes.head_dim} and a hidden size of {hidden} are no configuration of it: remove {sizes.head_dim} "
+            "hidden channels (stem) with every head (attention), or ffn channels and layers alone"
+        )
+    if family.heads_divide_hidden and hidden % heads and needs_other_class(structure) is not None:
+        raise ValueError(
+            f"{family.model_type!r} refuses a hidden size ({hidden}) that its {heads} heads do not divide, and "
+            f"{needs_other_class(structure)}, so the model cannot be saved as {family.saved_as!r} either: choose sizes "
+            "that divide (round_to)"
+        )
+
+
+def needs_other_class(structure: Structure) -> str | None:
+    """Why the model cannot be saved as the family its own stands in for; None if it can."""
+    target = structure.family.saved_as
+    if target is None:
+        return "no other family has the same parameters"
+    biases = [name for name in structure.axes if name.endswith(".bias")]
+    return f"it has biases ({biases[0]})" if biases else None
+
+
+@dataclass(frozen=True)
+class KeptIndices:
+    """What stays of a parameter: the dimension, and the indices along it, int64."""
+
+    dim: int
+    kept: Tensor
+    gone: Tensor
+
+
+def kept_indices(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> dict[str, list[KeptIndices]]:
+    """For every parameter that loses rows or columns, what stays along each dimension that shrinks."""
+    found: dict[str, list[KeptIndices]] = {}
+    for unit_type, places in removal.items():
+        if unit_type == "layer":
+            continue
+        for slices, units in zip(structure.slices(unit_type), places, strict=True):
+            for s in slices:
+                gone = s.indices[units].reshape(-1).sort().values
+                stays = torch.ones(structure.lengths[s.name][s.dim], dtype=torch.bool)
+                stays[gone] = False
+                found.setdefault(s.name, []).append(KeptIndices(s.dim, stays.nonzero().flatten(), gone))
+    return found
+
+
+def with_attention_unit(structure: Structure, attention_unit: AttentionUnit) -> Structure:
+    """The same structure with other attention units."""
+    return replace(structure, attention_unit=attention_unit)
