@@ -217,11 +217,12 @@ def _run_trainer(arguments: list[str] | None) -> int:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     # Named here, so that YAML files may write `class_path: WeightPruning`.
-    from lightning_prune import CausalLM, PERPRetraining, TextDataModule, WeightPruning
+    from lightning_prune import CausalLM, PERPRetraining, SparsityMonitor, TextDataModule, WeightPruning
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
-    known = (CausalLM, TextDataModule, WeightPruning, PERPRetraining, CubicSchedule, LinearSchedule, OneShot)
-    short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in known}
+    known = (CausalLM, TextDataModule, WeightPruning, PERPRetraining, SparsityMonitor)
+    schedules = (CubicSchedule, LinearSchedule, OneShot)
+    short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in (*known, *schedules)}
 
     class PruneCLI(LightningCLI):
         """Lightning's command line with a language model and text as what is trained unless something else is."""
