@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_prune.allocation import KFACAllocation, OWLAllocation
-    from lightning_prune.callbacks import WeightPruning
+    from lightning_prune.callbacks import SparsityMonitor, WeightPruning
     from lightning_prune.language_model import CausalLM
     from lightning_prune.masks import apply_masks
     from lightning_prune.perp.callback import PERPRetraining
@@ -32,6 +32,7 @@ _HOMES = {
     "TextDataModule": "text_data",
     "PERPRetraining": "perp.callback",
     "Ranks": "ranks",
+    "SparsityMonitor": "callbacks",
     "WeightPruning": "callbacks",
     "apply_masks": "masks",
     "prune": "pruning",
@@ -48,6 +49,7 @@ __all__ = [
     "OneShot",
     "PERPRetraining",
     "Ranks",
+    "SparsityMonitor",
     "TextDataModule",
     "WeightPruning",
     "apply_masks",

@@ -40,6 +40,8 @@ class Checkpoint:
         entries: Call it for names and functions that load the tensor; `tensors` turns their errors into sentences.
         callbacks: States of Lightning callbacks.
         hyper_parameters: Those of the LightningModule.
+        data_hyper_parameters: Those of the LightningDataModule.
+        progress: Of a Lightning checkpoint ``epoch``, ``global_step`` and the version ``lightning``.
         config: Configuration of the transformers model, from ``config.json`` or the hyper-parameters.
         ties: Name to the name of an earlier tensor that is the same memory.
     """
@@ -51,6 +53,8 @@ class Checkpoint:
     entries: Callable[[], Iterator[tuple[str, Callable[[], Tensor]]]]
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    data_hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    progress: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
 
@@ -81,7 +85,10 @@ class Checkpoint:
         """Take from what Lightning stores beside the tensors what says more about them."""
         self.callbacks = _mapping(stored.get("callbacks"))
         self.hyper_parameters = _mapping(stored.get("hyper_parameters"))
+        self.data_hyper_parameters = _mapping(stored.get("datamodule_hyper_parameters"))
         self.config = _mapping(self.hyper_parameters.get("config"))
+        keys = {"epoch": "epoch", "global_step": "global_step", "lightning": "pytorch-lightning_version"}
+        self.progress = {name: stored[key] for name, key in keys.items() if isinstance(stored.get(key), (int, str))}
 
 
 def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:

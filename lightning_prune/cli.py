@@ -1,4 +1,4 @@
-"""The command ``lightning-prune``: Lightning's fit, validate, test and predict; `inspect`, `export`, `quickstart`."""
+"""The command ``lightning-prune``: Lightning's fit, validate, test and predict; `inspect`, `report`, and more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAINER_COMMANDS = {
 }
 """Commands that Lightning's own command line answers."""
 
-OWN_COMMANDS = ("inspect", "export", "quickstart")
+OWN_COMMANDS = ("inspect", "report", "export", "quickstart")
 """Commands of this package."""
 
 TRACEBACK_VARIABLE = "LIGHTNING_PRUNE_TRACEBACK"
@@ -113,6 +113,8 @@ def _run_own(arguments: list[str]) -> int:
     config = parser.parse_args(arguments)
     if config.subcommand == "inspect":
         return _inspect(config.inspect)
+    if config.subcommand == "report":
+        return _report(config.report)
     if config.subcommand == "export":
         return _export(config.export)
     if config.subcommand == "quickstart":
@@ -140,6 +142,18 @@ def _own_parser() -> ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
     inspect.add_argument("--all", action="store_true", help="list every tensor, also those that are never pruned")
     commands.add_subcommand("inspect", inspect, help="Count the zeros of a checkpoint.")
+
+    report = ArgumentParser(description="Write one HTML file about a pruned model or a run.")
+    report.add_argument("path", type=str, help="folder of a Lightning run, or a model: whatever inspect reads")
+    report.add_argument("-o", "--output", type=str, default="report.html", help="file to write")
+    report.add_argument("--dense", type=str, help="the model before it was pruned: shows what was pruned")
+    report.add_argument(
+        "--results", type=str, nargs="+", default=[], help="JSON files of quickstart, evaluate or tests/benchmarks"
+    )
+    report.add_argument(
+        "--layers", type=str, nargs="+", default=[], help="name patterns of the matrices to draw, such as layers.0"
+    )
+    commands.add_subcommand("report", report, help="Write one HTML file about a pruned model or a run.")
 
     export = ArgumentParser(description="Turn a checkpoint into one ordinary transformers folder.")
     export.add_argument(
@@ -192,6 +206,13 @@ def _inspect(config: Namespace) -> int:
     return 1 if inspection.resurrected else 0
 
 
+def _report(config: Namespace) -> int:
+    from lightning_prune.report import report
+
+    print(report(**config.as_dict()))
+    return 0
+
+
 def _export(config: Namespace) -> int:
     from lightning_prune.export import export
     from lightning_prune.inspection_view import render
@@ -217,11 +238,12 @@ def _run_trainer(arguments: list[str] | None) -> int:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     # Named here, so that YAML files may write `class_path: WeightPruning`.
-    from lightning_prune import CausalLM, PERPRetraining, TextDataModule, WeightPruning
+    from lightning_prune import CausalLM, PERPRetraining, SparsityMonitor, TextDataModule, WeightPruning
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
-    known = (CausalLM, TextDataModule, WeightPruning, PERPRetraining, CubicSchedule, LinearSchedule, OneShot)
-    short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in known}
+    known = (CausalLM, TextDataModule, WeightPruning, PERPRetraining, SparsityMonitor)
+    schedules = (CubicSchedule, LinearSchedule, OneShot)
+    short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in (*known, *schedules)}
 
     class PruneCLI(LightningCLI):
         """Lightning's command line with a language model and text as what is trained unless something else is."""

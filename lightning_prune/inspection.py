@@ -325,8 +325,8 @@ def report_tensor(
         tied_to: See `TensorReport`.
     """
     shape = tuple(tensor.shape)
-    input_first = model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None
-    zeros, patterns, found = _count(_matrix(tensor, input_first), None if mask is None else _matrix(mask, input_first))
+    matrix = as_matrix(name, tensor, model_type)
+    zeros, patterns, found = _count(matrix, None if mask is None else as_matrix(name, mask, model_type))
     block, kind = place(name)
     return TensorReport(
         name=name,
@@ -343,11 +343,17 @@ def report_tensor(
     )
 
 
-def _matrix(tensor: Tensor, input_first: bool) -> Tensor:
-    """A tensor of any shape to ``(O, I)``, with the inputs that form N:M groups next to each other."""
+def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tensor:
+    """A tensor of any shape to ``(O, I)``, with the inputs that form N:M groups next to each other.
+
+    Args:
+        name: Its name.
+        tensor: A weight, or its mask.
+        model_type: Family of the transformers model: some store layers as ``(I, O)``.
+    """
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    if input_first:
+    if model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None:
         return tensor.t()
     if tensor.dim() == 4:  # a Conv2d: groups run along the input channels
         tensor = tensor.movedim(1, -1)

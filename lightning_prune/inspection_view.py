@@ -23,21 +23,22 @@ def render(inspection: Inspection, console: Console | None = None, all_tensors: 
     everything, prunable = inspection.totals(True), inspection.totals()
     console.print(f"[bold]{_escape(inspection.path)}[/bold]", highlight=False, soft_wrap=True)
     console.print(
-        f"{inspection.format}, {_bytes(inspection.bytes_on_disk)} on disk, {everything.tensors} tensors, "
+        f"{inspection.format}, {format_bytes(inspection.bytes_on_disk)} on disk, {everything.tensors} tensors, "
         f"{everything.numel:,} parameters",
         highlight=False,
     )
     console.print(_tensor_table(inspection) if all_tensors else _block_table(inspection))
     console.print(
         f"[bold]{prunable.sparsity:.2%}[/bold] of {prunable.numel:,} prunable weights in {prunable.tensors} "
-        f"tensors are zero ({everything.sparsity:.2%} of all parameters); {_pattern_line(inspection)}",
+        f"tensors are zero ({everything.sparsity:.2%} of all parameters); {pattern_line(inspection)}",
         highlight=False,
     )
     if inspection.masks is not None:
         console.print(_mask_line(inspection), highlight=False)
 
 
-def _pattern_line(inspection: Inspection) -> str:
+def pattern_line(inspection: Inspection) -> str:
+    """Which N:M patterns the prunable tensors follow, in words."""
     if inspection.pattern:
         return f"every one of them is {inspection.pattern}"
     found = Counter(t.pattern for t in inspection.selected() if t.pattern)
@@ -110,7 +111,8 @@ def _escape(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-def _bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
+    """A size with its unit."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"

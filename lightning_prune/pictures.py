@@ -32,7 +32,7 @@ def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Pa
     from matplotlib.figure import Figure  # not pyplot: no window, no global state
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    cells = _cells(source)
+    cells = cells_of(source)
     if not cells:
         raise ValueError(f"source={type(source).__name__} holds no prunable weights to draw")
     blocks = list(dict.fromkeys(block for block, _ in cells))
@@ -77,7 +77,7 @@ def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Pa
     return path
 
 
-def _cells(source: Inspection | Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
+def cells_of(source: Inspection | Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
     """Zeros and number of weights by block and kind of layer, in the order of the model."""
     cells: dict[tuple[str, str], tuple[int, int]] = {}
     if isinstance(source, Inspection):

@@ -31,6 +31,7 @@ from lightning_prune.plan import PruningPlan, make_plan
 from lightning_prune.progress import progress_bar
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.running import forward, on_device, quiet_model
+from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, SparseGPT, make_score
 from lightning_prune.sequential import BlockWalk
 from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
@@ -168,6 +169,7 @@ def run_plan(
     previous: Mapping[str, Tensor] | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ranks: Ranks | None = None,
+    summary: ScoreSummary | None = None,
 ) -> Masks:
     """Carry out a plan. `prune` and the callbacks both end here.
 
@@ -180,6 +182,7 @@ def run_plan(
         previous: Masks whose pruned weights stay pruned.
         forward_context: Makes the context that forward passes run in.
         ranks: The processes that prune together; every one must call. Needed where parameters are sharded.
+        summary: Filled with what the scores looked like; stays empty where there are none (keep, sparsegpt).
 
     Returns:
         Masks by parameter name.
@@ -188,8 +191,11 @@ def run_plan(
         masks = masks_from_zeros(plan.targets)
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
-    run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, ranks)
-    return run.masks()
+    run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, ranks, summary)
+    masks = run.masks()
+    if summary is not None and run.parts is not None:
+        summary.sum_over(run.parts)
+    return masks
 
 
 class _Run:
@@ -205,8 +211,10 @@ class _Run:
         previous: Mapping[str, Tensor],
         forward_context: Callable[[], AbstractContextManager[Any]],
         ranks: Ranks | None,
+        summary: ScoreSummary | None,
     ) -> None:
         self.plan = plan
+        self.summary = summary
         self.model = model
         self.batches = batches
         self.loss_fn = loss_fn
@@ -318,8 +326,8 @@ class _Run:
 
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of one layer, in the parameter's shape."""
-        scores, layout = self._scores(target, statistics).contiguous(), target.layout
-        scores = scores if layout is None else layout.to_rows(scores)  # whole rows
+        own, layout = self._scores(target, statistics).contiguous(), target.layout
+        scores = own if layout is None else layout.to_rows(own)  # whole rows
         first_row, all_rows = (0, None) if layout is None else (layout.row_bounds[0], layout.shape[0])
         if self.plan.pattern is not None:
             mask = nm_mask(scores, self.plan.pattern)
@@ -328,6 +336,11 @@ class _Run:
         else:
             mask = self._lowest_in_layer(layout)(scores, self.counts[target.name])
         mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
+        if self.summary is not None:
+            if layout is None or layout.counted:
+                self.summary.add(target.name, own, mask, target.numel)
+            else:
+                self.summary.leave_out(target.name)
         return target.to_parameter(mask)
 
     def _lowest_in_layer(self, layout: Layout | None) -> Callable[[Tensor, int], Tensor]:

@@ -303,16 +303,24 @@ def all_gather(part: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
     return whole[:size]
 
 
+def counts_over_ranks(tensors: Mapping[str, Tensor], count: Callable[[Tensor], int]) -> dict[str, int]:
+    """`count` of each tensor; of those that are shards, summed over all ranks, every part once, in one collective."""
+    counts = {
+        name: count(local(tensor)) if not isinstance(tensor, DTensor) or Layout(tensor, False).counted else 0
+        for name, tensor in tensors.items()
+    }
+    shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    if shards:
+        device = next(iter(shards.values())).device_mesh.device_type
+        totals = torch.tensor([counts[name] for name in shards], dtype=torch.int64, device=device)
+        dist.all_reduce(totals)
+        counts |= dict(zip(shards, totals.tolist(), strict=True))
+    return counts
+
+
 def count_over_ranks(masks: Mapping[str, Tensor], count: Callable[[Tensor], int]) -> int:
     """Sum of `count` over all masks; of those that are shards, over all ranks, every part once."""
-    plain = sum(count(mask) for mask in masks.values() if not isinstance(mask, DTensor))
-    shards = [mask for mask in masks.values() if isinstance(mask, DTensor)]
-    if not shards:
-        return plain
-    total = sum(count(local(mask)) for mask in shards if Layout(mask, False).counted)
-    tensor = torch.tensor(total, dtype=torch.int64, device=shards[0].device_mesh.device_type)
-    dist.all_reduce(tensor)
-    return plain + int(tensor)
+    return sum(counts_over_ranks(masks, count).values())
 
 
 def gather_whole(tensor: Any) -> Any:

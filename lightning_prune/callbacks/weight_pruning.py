@@ -31,6 +31,7 @@ from lightning_prune.plan import PruningPlan, check_settings, make_plan
 from lightning_prune.pruning import run_plan
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule
+from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, make_score
 from lightning_prune.sharding import has_sharded_parameters, reshard
 from lightning_prune.targets import DEFAULT_IGNORE
@@ -139,6 +140,7 @@ class WeightPruning(L.Callback):
         self._handles: list[Any] = []
         self._gradients_masked = False
         self._seen_step = 0
+        self._scores = ScoreSummary()
 
     def _check_schedule_fits(self) -> None:
         gradual = not isinstance(self.schedule, OneShot)
@@ -164,6 +166,16 @@ class WeightPruning(L.Callback):
     def sparsity(self) -> float:
         """Share of pruned weights over all targets; 0.0 before pruning. Where they are sharded, every rank must ask."""
         return mask_sparsity(self.masks)
+
+    @property
+    def scores(self) -> ScoreSummary:
+        """Histograms of the scores of the last pruning, by parameter; empty before it, and for keep and sparsegpt."""
+        return self._scores
+
+    @property
+    def saliency(self) -> dict[str, float]:
+        """Mean score of each layer in the last pruning, by parameter name; what `SparsityMonitor` logs."""
+        return {name: layer.mean for name, layer in self._scores.layers.items()}
 
     # -- life of a fit -------------------------------------------------------------------------------------------
 
@@ -248,7 +260,7 @@ class WeightPruning(L.Callback):
     def _prune(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert self._plan is not None
         started = time.monotonic()
-        plan, loss_fn, data = self._plan, None, None
+        plan, loss_fn, data, summary = self._plan, None, None, ScoreSummary()
         reshard(module)
         with no_trace(trainer, module):
             if plan.needs_data:
@@ -264,7 +276,9 @@ class WeightPruning(L.Callback):
                 previous=self.masks,
                 forward_context=trainer.precision_plugin.train_step_context,
                 ranks=_ranks(trainer),
+                summary=summary,
             )
+        self._scores = summary
         self._bind(trainer, module, masks)
         total, sparsity = sum(mask.numel() for mask in masks.values()), mask_sparsity(masks)
         rank_zero_info(
@@ -329,6 +343,7 @@ class WeightPruning(L.Callback):
             "score": self.settings["score"].name,
             "pattern": self.settings["pattern"],
             "masks": pack_masks(self.masks),
+            "scores": self._scores.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -347,6 +362,7 @@ class WeightPruning(L.Callback):
                     f"callback has {mine!r}; the checkpoint's masks are kept"
                 )
         self._masks = unpack_masks(state_dict["masks"])
+        self._scores = ScoreSummary.from_state(state_dict.get("scores"))
         self._owner = None
         self._enforcer = None
 

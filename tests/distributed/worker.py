@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_prune import CausalLM, CubicSchedule, WeightPruning, apply_masks, prune
+from lightning_prune import CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
 from lightning_prune.losses import causal_lm_losses
 from lightning_prune.sharding import gather_whole, local
 
@@ -178,7 +178,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
     schedule = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
-    twice = settings.pop("twice", False)
+    twice, with_monitor = settings.pop("twice", False), settings.pop("monitor", False)
     resume, max_steps = settings.pop("resume", None), settings.pop("max_steps", 4)
     trainer_settings = settings.pop("trainer", {})
     share = settings.pop("calibration_batches", None)  # fewer batches than ranks leave one without any
@@ -188,10 +188,11 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     else:
         common = {"num_samples": 16, "progress": False, "schedule": schedule, "calibration": calibration}
         pruning = WeightPruning(**{**common, **settings})
+    monitor = [SparsityMonitor(every_n_steps=2)] if with_monitor else []
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=STRATEGIES[strategy](), max_steps=max_steps, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        callbacks=[pruning, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
+        callbacks=[*monitor, pruning, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
     )  # fmt: skip
     trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
     if strategy == "ddp_spawn":  # only the weights come back from the processes

@@ -1,0 +1,186 @@
+"""`SparsityMonitor`: log how sparse a model is while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor, nn
+
+from lightning_prune.callbacks.weight_pruning import WeightPruning
+from lightning_prune.inspection import place
+from lightning_prune.run_facts import run_facts
+from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters
+from lightning_prune.sparsity_history import HISTORY_FILE, append_step, begin_history
+from lightning_prune.targets import DEFAULT_IGNORE, find_targets
+
+
+class SparsityMonitor(L.Callback):
+    """Log sparsity, density by layer and layer type, and saliency to every logger of the Trainer.
+
+    Exact zeros of the weights are counted, not masks: what is logged is what a checkpoint would hold. The names, the
+    same for every logger:
+
+    - ``sparsity/total``: share of zeros over all layers;
+    - ``density/type/TYPE``: share of weights that are not zero over all layers of a type, such as ``q_proj``;
+    - ``density/layer/LAYER``: the same of one layer, by the name of its module;
+    - ``saliency/NAME``: of every callback with an attribute ``saliency``, a mapping from names to numbers
+      (`WeightPruning`: the mean score of each layer when it was last pruned). Reading it must not need other ranks.
+
+    Values belong to the step they are logged at: the state after that many optimizer steps, 0 before the first. They
+    are read before the next batch, so the order of callbacks does not matter, and once more at the end of training.
+    Names of layers inside PEFT's are those they have without it.
+
+    Beside the logs (``trainer.log_dir``) rank 0 writes the same numbers and what is known of the run (versions, seed,
+    settings) to ``sparsity_history.jsonl``, for ``lightning-prune report``. Without a logger it goes to
+    ``default_root_dir``.
+
+    Counting reads every pruned weight once. Where weights are sharded (FSDP2, tensor parallelism) each rank counts its
+    part, and one small all-reduce adds them up; otherwise rank 0 alone counts. Only rank 0 logs and writes.
+
+    Args:
+        every_n_steps: Optimizer steps between two entries.
+        per_layer: Log ``density/layer/...`` too; without it the history still has every layer.
+        targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else every
+            Linear, Conv1D and Conv2d.
+        ignore: Layers to leave, likewise; default ``lm_head``.
+        history: Write the history file.
+
+    Raises:
+        ValueError: `every_n_steps` is below 1, or the strategy flattens weights (FSDP1, DeepSpeed).
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[WeightPruning(sparsity=0.5), SparsityMonitor(every_n_steps=50)])
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        per_layer: bool = True,
+        targets: list[str | type[nn.Module]] | None = None,
+        ignore: Iterable[str | type[nn.Module]] | None = None,
+        history: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps!r} must be a whole number of at least 1, such as 100")
+        self.every_n_steps = every_n_steps
+        self.per_layer = per_layer
+        self.targets = targets
+        self.ignore = ignore if ignore is None or isinstance(ignore, str) else tuple(ignore)
+        self.history = history
+        self._folder: Path | None = None
+        self._file: Path | None = None
+        self._last: int | None = None
+
+    # -- life of a fit -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse strategies that hide the weights, and agree on the folder."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"SparsityMonitor does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
+                "weights; use strategy=ModelParallelStrategy(), or 'ddp'"
+            )
+        folder = trainer.log_dir  # asks rank 0: every rank must be here
+        self._folder, self._file, self._last = Path(folder or trainer.default_root_dir), None, None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fail on targets that match nothing before training starts."""
+        self._targets_of(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what the steps so far have left."""
+        step = _logged_step(trainer)
+        if step % self.every_n_steps == 0:
+            self._log(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log what training has ended with."""
+        self._log(trainer, pl_module, _logged_step(trainer))
+
+    # -- counting ----------------------------------------------------------------------------------------------------
+
+    def _targets_of(self, trainer: L.Trainer, module: L.LightningModule) -> list[tuple[str, Tensor]]:
+        """Names of layers, and their weights as they are now."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        pruner = next((c for c in callbacks if isinstance(c, WeightPruning)), None)
+        targets, ignore = self.targets, self.ignore
+        if pruner is not None and targets is None:
+            targets = pruner.targets
+        if ignore is None:
+            ignore = DEFAULT_IGNORE if pruner is None else pruner.ignore
+        return [(layer_name(t.name), t.weight.detach()) for t in find_targets(module, targets, ignore)]
+
+    def _log(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        if step == self._last:  # several batches make one step under accumulation
+            return
+        self._last = step
+        if not trainer.is_global_zero and not has_sharded_parameters(module):
+            return
+        weights = dict(self._targets_of(trainer, module))
+        nonzeros = counts_over_ranks(weights, lambda weight: int(weight.count_nonzero()))
+        if not trainer.is_global_zero:
+            return
+        layers = {n: (w.numel() - nonzeros[n], w.numel(), place(n)[1]) for n, w in weights.items()}
+        saliency = _saliency_of(trainer)
+        values = metrics(layers, saliency, self.per_layer)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        if self.history and self._folder is not None:
+            if self._file is None:
+                self._file = self._folder / HISTORY_FILE
+                begin_history(self._file, run_facts(trainer, module), step)
+            append_step(self._file, step, layers, saliency)
+
+
+def metrics(
+    layers: Mapping[str, tuple[int, int, str]], saliency: Mapping[str, float], per_layer: bool
+) -> dict[str, float]:
+    """What is logged of counted layers (zeros, number of weights, type), by its stable name.
+
+    >>> metrics({"layers.0.q_proj": (3, 4, "q_proj"), "layers.1.q_proj": (1, 4, "q_proj")}, {}, per_layer=False)
+    {'sparsity/total': 0.5, 'density/type/q_proj': 0.5}
+    """
+    types: dict[str, tuple[int, int]] = {}
+    for zeros, numel, kind in layers.values():
+        before = types.get(kind, (0, 0))
+        types[kind] = (before[0] + zeros, before[1] + numel)
+    zeros, total = (sum(counts[i] for counts in types.values()) for i in range(2))
+    values = {"sparsity/total": zeros / total if total else 0.0}
+    values |= {f"density/type/{kind}": 1.0 - z / n for kind, (z, n) in types.items() if n}
+    if per_layer:
+        values |= {f"density/layer/{name}": 1.0 - z / n for name, (z, n, _) in layers.items() if n}
+    return values | {f"saliency/{name}": value for name, value in saliency.items()}
+
+
+def layer_name(parameter: str) -> str:
+    """The name of a weight's module, without what PEFT puts in between.
+
+    >>> layer_name("model.base_model.model.model.layers.0.q_proj.base_layer.weight")
+    'model.model.layers.0.q_proj'
+    """
+    return parameter.replace("base_model.model.", "").replace(".base_layer", "").removesuffix(".weight")
+
+
+def _saliency_of(trainer: L.Trainer) -> dict[str, float]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found: dict[str, float] = {}
+    for callback in callbacks:
+        values = getattr(callback, "saliency", None)
+        if isinstance(values, Mapping):
+            found |= {layer_name(str(name)): float(value) for name, value in values.items() if value is not None}
+    return found
+
+
+def _logged_step(trainer: L.Trainer) -> int:
+    """The step as Lightning hands it to loggers: not `global_step`, which counts each of several optimizers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

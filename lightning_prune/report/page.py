@@ -1,0 +1,135 @@
+"""Put a report together: read, measure, fill the template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lightning_prune.inspection import order_kinds, place
+from lightning_prune.inspection_view import pattern_line
+from lightning_prune.report import sections
+from lightning_prune.report.charts import histograms
+from lightning_prune.report.matrices import Measured, measure
+from lightning_prune.report.results import Results, read_results
+from lightning_prune.report.sources import Source, open_source
+from lightning_prune.report.summary import summarize
+from lightning_prune.run_facts import versions
+from lightning_prune.score_summary import ScoreSummary
+
+TEMPLATES = Path(__file__).with_name("templates")
+"""Where the page's template and style are."""
+
+
+def report(
+    path: str | Path,
+    output: str | Path = "report.html",
+    dense: str | Path | None = None,
+    results: Sequence[str | Path] = (),
+    layers: Sequence[str] = (),
+    progress: bool = True,
+) -> Path:
+    """Write a report about a pruned model: one HTML file that loads nothing and runs no script.
+
+    It shows how the model was made, as far as its files say; the sparsity of each layer; how zeros lie in rows and
+    columns; histograms of scores and weights, kept and pruned; curves of the training; measurements; size.
+
+    Args:
+        path: Folder of a Lightning run, or a model: whatever `inspect` reads.
+        output: File to write; an old one is replaced when the new one is whole.
+        dense: The model before it was pruned, for histograms of what was pruned, and for sizes.
+        results: JSON files of ``lightning-prune quickstart`` or ``evaluate``, or of ``tests/benchmarks``.
+        layers: Name patterns of the matrices to draw, at most 12; default the one of each type whose rows and columns
+            differ most.
+        progress: Show a bar where stderr is a terminal.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        CheckpointError: `path` or `dense` cannot be read, or `dense` is another model.
+        ResultsError: a file of `results` holds no measurements.
+        ValueError: a pattern in `layers` matches no pruned matrix, or `output` is a folder.
+    """
+    output = Path(output)
+    if output.is_dir():
+        raise ValueError(
+            f"output={str(output)!r} is a folder; name a file in it, such as {str(output / 'report.html')!r}"
+        )
+    read = [read_results(file) for file in results]
+    source = open_source(path)
+    page = render(source, measure(source.checkpoint, dense, progress), read, layers)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".part")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return output
+
+
+def render(source: Source, measured: Measured, results: Sequence[Results] = (), layers: Sequence[str] = ()) -> str:
+    """The page as text; see `report`."""
+    inspection = measured.inspection
+    in_order = order_kinds(t.kind for t in inspection.selected())
+    kinds = {t.name: t.kind for t in sorted(inspection.selected(), key=lambda t: in_order.index(t.kind))}
+    score_name, scores = _scores(source)
+    score_kinds = {name: place(name)[1] for name in scores.layers}
+    masks, scale = sections.mask_pictures(measured, layers)
+    totals = inspection.totals(True)
+    values: dict[str, Any] = {
+        "title": sections.title(source.path),
+        "subtitle": f"{inspection.format}, {totals.numel:,} parameters in {totals.tensors} tensors",
+        "tiles": sections.tiles(source, measured, results),
+        "warning": sections.warning(inspection),
+        "facts": summarize(source),
+        "heat": sections.sparsity_heat(inspection),
+        "patterns": pattern_line(inspection) if inspection.selected() else "",
+        "curves": sections.curves(source),
+        "masks": masks,
+        "scale": scale,
+        "score_name": score_name,
+        "scores": histograms(scores, {n: score_kinds[n] for n in sorted(score_kinds, key=_order(score_kinds))}),
+        "magnitudes": histograms(measured.magnitudes, kinds),
+        "dense": measured.dense,
+        "saliency": sections.score_heat(source, scores),
+        "results": [sections.results_table(file, source.path) for file in results],
+        "sizes": sections.sizes(measured),
+        "speed": sections.speed(inspection),
+        "tensors": inspection.tensors,
+        "notes": source.notes,
+        "version": versions().get("lightning-prune", "(not installed)"),
+    }
+    names = {
+        "summary": ("How it was made", True),
+        "sparsity": ("Sparsity", True),
+        "training": ("Training", values["curves"]),
+        "masks": ("Masks", masks),
+        "histograms": ("Histograms", values["scores"] or values["magnitudes"]),
+        "saliency": ("Scores", values["saliency"]),
+        "quality": ("Quality", results),
+        "size": ("Size", True),
+        "tensors": ("Tensors", True),
+    }
+    values["sections"] = [(key, name) for key, (name, there) in names.items() if there]
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.filters["share"] = sections.share
+    return environment.get_template("report.html.jinja").render(values)
+
+
+def _order(kinds: dict[str, str]) -> Any:
+    in_order = order_kinds(kinds.values())
+    return lambda name: in_order.index(kinds[name])
+
+
+def _scores(source: Source) -> tuple[str, ScoreSummary]:
+    """Name and histograms of the scores that `WeightPruning` left in the checkpoint."""
+    for key, state in source.checkpoint.callbacks.items():
+        if str(key).startswith("WeightPruning") and isinstance(state, dict):
+            summary = ScoreSummary.from_state(state.get("scores"))
+            if summary.layers:
+                return str(state.get("score")), summary
+    return "", ScoreSummary()
