@@ -106,8 +106,8 @@ class Benchmark:
         s = self.settings
         note = (
             f"{self.device}, {s['threads']} threads; {s['dtype']}; batch {s['batch_size']} x {s['prompt_tokens']} "
-            f"tokens, {s['new_tokens']} new tokens; medians of {s['repeats']} rounds that measure the models in turns, with "
-            "quartiles in brackets."
+            f"tokens, {s['new_tokens']} new tokens; medians of {s['repeats']} rounds that measure the models in turns, "
+            "with quartiles in brackets."
         )
         return [Table("Speed", ("", *names), rows, [note, *self.remarks])]
 

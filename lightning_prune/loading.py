@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on the CPU, in evaluation mode unless it was given as an object.
+    """A model, on the CPU and in evaluation mode unless it was given as an object.
 
     Attributes:
         source: What the user called it; the name of the class for an object.
@@ -80,9 +80,20 @@ def load_model(
         with quiet_transformers():
             model = load_pretrained(name, options={"dtype": wanted or (torch.float32 if path else "auto")})
         return LoadedModel(name, model.eval(), _tokenizer(tokenizer, name))
-    own = tokenizer if isinstance(tokenizer, str) else NO_TOKENIZER if tokenizer is not None else None
-    read = read_model(open_checkpoint(path, argument), own, wanted, progress)
-    return LoadedModel(name, read.model.eval(), _tokenizer(tokenizer, None) if own == NO_TOKENIZER else read.tokenizer)
+    given = tokenizer is not None and not isinstance(tokenizer, str)
+    read = read_model(open_checkpoint(path, argument), NO_TOKENIZER if given else tokenizer, wanted, progress)
+    return LoadedModel(name, _runnable(read.model).eval(), tokenizer if given else read.tokenizer)
+
+
+def _runnable(model: Any) -> Any:
+    """The model with the buffers that no file holds, such as rotary frequencies, which transformers computes."""
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        return model
+    dtype = torch.bool
+    for parameter in model.parameters():
+        dtype = torch.promote_types(dtype, parameter.dtype)  # one dtype, the one that loses nothing
+    with quiet_transformers():
+        return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
 
 
 def _tokenizer(tokenizer: str | PreTrainedTokenizerBase | None, default: str | None) -> PreTrainedTokenizerBase | None:

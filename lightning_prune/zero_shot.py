@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import importlib.util
 import io
 import logging
@@ -113,9 +114,7 @@ def _check_lengths(lm: Any, local: Iterable[LocalTask]) -> None:
 
 def _load(local: Sequence[LocalTask], names: Sequence[str]) -> Any:
     """lm-eval's tasks, with those of files among them."""
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_defaults=bool(names))  # the index of all its tasks takes seconds
+    manager = _task_manager(bool(names))
     for name in names:
         if name not in manager.all_tasks:
             close = difflib.get_close_matches(name, manager.all_tasks, 3)
@@ -134,6 +133,14 @@ def _load(local: Sequence[LocalTask], names: Sequence[str]) -> Any:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=1234)  # lm-eval's own default
     return loaded
+
+
+@functools.cache
+def _task_manager(with_own_tasks: bool) -> Any:
+    """lm-eval's index of tasks; of the thousands of its own it takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=with_own_tasks)
 
 
 def _definition(task: LocalTask) -> dict[str, Any]:
