@@ -1,4 +1,4 @@
-"""The command ``lightning-prune``: Lightning's fit, validate, test and predict; `inspect`, `report`, and more."""
+"""The command ``lightning-prune``: Lightning's fit, validate, test and predict, and commands of its own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from lightning_prune.measuring_commands import benchmark_parser, evaluate_parser, run_benchmark, run_evaluate
 
 TRAINER_COMMANDS = {
     "fit": "Train a model, with callbacks such as WeightPruning; takes --config FILE.yaml.",
@@ -17,7 +20,7 @@ TRAINER_COMMANDS = {
 }
 """Commands that Lightning's own command line answers."""
 
-OWN_COMMANDS = ("inspect", "report", "export", "quickstart")
+OWN_COMMANDS = ("inspect", "report", "export", "evaluate", "benchmark", "quickstart")
 """Commands of this package."""
 
 TRACEBACK_VARIABLE = "LIGHTNING_PRUNE_TRACEBACK"
@@ -117,6 +120,10 @@ def _run_own(arguments: list[str]) -> int:
         return _report(config.report)
     if config.subcommand == "export":
         return _export(config.export)
+    if config.subcommand == "evaluate":
+        return run_evaluate(config.evaluate)
+    if config.subcommand == "benchmark":
+        return run_benchmark(config.benchmark)
     if config.subcommand == "quickstart":
         return _quickstart(config.quickstart)
     raise _UserError(f"nothing to do for {config.subcommand!r}; see lightning-prune --help")
@@ -159,7 +166,7 @@ def _own_parser() -> ArgumentParser:
     export.add_argument(
         "checkpoint", type=str, help="Lightning .ckpt, folder of a distributed checkpoint, or transformers folder"
     )
-    export.add_argument("output", type=str, help="folder to write")
+    export.add_argument("output", type=str, help="folder to write; a .safetensors file with --masks_only")
     export.add_argument(
         "--tokenizer",
         type=str,
@@ -167,7 +174,12 @@ def _own_parser() -> ArgumentParser:
     )
     export.add_argument("--dtype", type=str, help="float32, bfloat16 or float16; default as stored")
     export.add_argument("--overwrite", action="store_true", help="replace the model that is in the folder")
+    export.add_argument("--results", type=str, help="results.json of lightning-prune evaluate, for the model card")
+    export.add_argument("--masks_only", action="store_true", help="write the masks alone, one bit a weight")
     commands.add_subcommand("export", export, help="Turn a checkpoint into one ordinary transformers folder.")
+
+    commands.add_subcommand("evaluate", evaluate_parser(), help="Measure perplexity and zero-shot tasks.")
+    commands.add_subcommand("benchmark", benchmark_parser(), help="Measure latency, memory and size, dense and pruned.")
 
     quickstart = ArgumentParser(
         description="Train a small language model, prune it in several ways, retrain it; no downloads."
@@ -214,10 +226,23 @@ def _report(config: Namespace) -> int:
 
 
 def _export(config: Namespace) -> int:
+    options = config.as_dict()
+    if options.pop("masks_only"):
+        return _export_masks(options)
     from lightning_prune.export import export
     from lightning_prune.inspection_view import render
 
-    render(export(**config.as_dict()))
+    render(export(**options))
+    return 0
+
+
+def _export_masks(options: dict[str, Any]) -> int:
+    from lightning_prune.mask_files import export_masks
+
+    unused = [name for name in ("tokenizer", "dtype", "results") if options.pop(name) is not None]
+    if unused:
+        raise _UserError(f"--{unused[0]} says how to write a model; leave it out with --masks_only")
+    print(f"{export_masks(**options)} masks written to {options['output']}")
     return 0
 
 

@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_prune.losses import IGNORE_INDEX, next_token_losses
+from lightning_prune.progress import progress_bar
 
 
 class NextTokenLoss(Metric):
@@ -115,7 +115,7 @@ def perplexity(
         max_windows: Use at most this many windows. Default all.
         spread: Choose the `max_windows` windows evenly over the text, not from its beginning.
         batch_size: Windows in one forward pass.
-        progress: Show a progress bar.
+        progress: Show a bar where stderr is a terminal.
 
     Returns:
         The perplexity with the counts it rests on.
@@ -133,15 +133,15 @@ def perplexity(
     device = next(model.parameters()).device
     longest = 0
     batches = math.ceil(len(windows) / batch_size)
-    with _evaluating(model), torch.no_grad():
-        for input_ids, labels in track(
-            _batches(windows, batch_size), "perplexity", total=batches, disable=not progress
-        ):
+    bar = progress_bar("Perplexity", batches, enabled=progress)
+    with evaluating(model), torch.no_grad(), bar as advance:
+        for input_ids, labels in _batches(windows, batch_size):
             labels = labels.to(device)
             losses = next_token_losses(_logits(model, input_ids.to(device)), labels)
             # float64 does not exist on every accelerator: add up on the CPU
             metric.update(losses.cpu(), int((labels[:, 1:] != IGNORE_INDEX).sum()))
             longest = max(longest, labels.shape[1])
+            advance()
     nll, tokens = float(metric.compute()), int(metric.tokens.item())
     return PerplexityResult(
         perplexity=math.exp(nll) if nll < 700 else nll * math.inf,  # math.exp raises where torch says inf
@@ -262,7 +262,7 @@ def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode; afterwards give every module its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

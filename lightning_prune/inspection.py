@@ -408,12 +408,16 @@ class StoredMasks:
 
     Attributes:
         score: Name of the score that made them; of several callbacks, all names.
+        settings: What else each callback says of how it pruned, in plain values.
     """
 
-    def __init__(self, path: Path, packed: dict[str, Any], score: str | None) -> None:
+    def __init__(
+        self, path: Path, packed: dict[str, Any], score: str | None, settings: list[dict[str, Any]] | None = None
+    ) -> None:
         self._path = path
         self._packed = packed
         self.score = score
+        self.settings = settings or []
 
     @property
     def names(self) -> set[str]:
@@ -440,7 +444,19 @@ class StoredMasks:
                 fail(checkpoint.path, "the state of its WeightPruning callback holds no masks; it is damaged")
             packed.update(masks)
         scores = dict.fromkeys(str(state["score"]) for state in states if state.get("score"))
-        return cls(checkpoint.path, packed, ", ".join(scores) or None)
+        settings = [dict(s) for state in states if isinstance(s := state.get("settings"), Mapping)]
+        return cls(checkpoint.path, packed, ", ".join(scores) or None, settings)
+
+    def masks(self) -> dict[str, Tensor]:
+        """All masks, unpacked, by the names they are stored under.
+
+        Raises:
+            CheckpointError: a mask is damaged.
+        """
+        try:
+            return unpack_masks(self._packed)
+        except ValueError as error:
+            raise CheckpointError(f"{self._path}: {error}") from error
 
     def find(self, name: str) -> str | None:
         """Name of a tensor's mask, or None. Masks may be named from further inside the model than the tensor."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-import transformers
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -23,8 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lightning_prune.evaluation import NextTokenLoss
 from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_losses
 from lightning_prune.parallel import parallelize
+from lightning_prune.pretrained import load_pretrained
 from lightning_prune.sharding import has_sharded_parameters
-from lightning_prune.sources import existing_path, looks_like_path, pretrained_arguments
+from lightning_prune.sources import existing_path, looks_like_path
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -116,7 +116,7 @@ class CausalLM(L.LightningModule):
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         self.model: Any = (
-            _pretrained(model, gguf_file, revision, options)
+            load_pretrained(model, gguf_file, revision, options)
             if model is not None
             else _from_config(config, revision, options)
         )
@@ -355,27 +355,6 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch["labels"] if "labels" in batch else batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)
-
-
-def _pretrained(model: str, gguf_file: str | None, revision: str | None, options: dict[str, Any]) -> Any:
-    name, kwargs = pretrained_arguments(model, gguf_file, "model")
-    if revision is not None:
-        kwargs["revision"] = revision
-    if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
-        # newer versions keep the weights of some architectures packed, out of reach of pruning and training
-        kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs, **options)
-    if "gguf_file" in kwargs:
-        _forget_quantization(loaded)
-    return loaded
-
-
-def _forget_quantization(model: Any) -> None:
-    """Remove what transformers remembers of a GGUF file: the weights are plain now, yet it refuses to save them."""
-    model.hf_quantizer = None
-    model.is_quantized = False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
 
 
 def _from_config(config: dict[str, Any] | str | None, revision: str | None, options: dict[str, Any]) -> Any:

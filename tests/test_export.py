@@ -117,9 +117,10 @@ def test_transformers_loads_what_was_trained(family, format, trained, tmp_path):
     assert not any(info.values())
     assert torch.equal(logits(model.eval()), logits(module.model))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == (family != "llama")
-    # Byte for byte what the module itself writes, and the report beside it.
+    # Byte for byte what the module itself writes, and the report and the card beside it.
     found, expected = files_of(tmp_path / "out"), files_of(tmp_path / "expected")
     sparsity = json.loads(found.pop("sparsity.json"))
+    assert b"50.00%" in found.pop("README.md")
     assert found == expected
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == module.tokenizer.get_vocab()
 
@@ -434,7 +435,7 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
             seen.append(1)
             raise error
 
-        monkeypatch.setattr("lightning_prune.export._same_bits", fail)
+        monkeypatch.setattr("lightning_prune.export_folder.same_bits", fail)
     else:
         replace = os.replace
 
@@ -446,7 +447,7 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
                 signal.raise_signal(signal.SIGINT)
             replace(old, new)
 
-        monkeypatch.setattr("lightning_prune.export.os.replace", fail)
+        monkeypatch.setattr("lightning_prune.export_folder.os.replace", fail)
     with pytest.raises((ExportError, OSError) if isinstance(error, OSError) else KeyboardInterrupt):
         export(source, tmp_path / "out", overwrite=True)
     assert seen

@@ -37,6 +37,7 @@ from lightning_prune.sharding import has_sharded_parameters, reshard
 from lightning_prune.targets import DEFAULT_IGNORE
 
 _STATE_VERSION = 1
+_DESCRIBED = ("sparsity", "pattern", "group", "allocation", "update", "num_samples", "sequential")
 
 
 class WeightPruning(L.Callback):
@@ -344,7 +345,14 @@ class WeightPruning(L.Callback):
             "pattern": self.settings["pattern"],
             "masks": pack_masks(self.masks),
             "scores": self._scores.state_dict(),
+            "settings": {**self._described(), "seed": self.seed, "schedule": repr(self.schedule)},
         }
+
+    def _described(self) -> dict[str, Any]:
+        """The settings that say how the masks came about, for model cards; nothing reads them when resuming."""
+        values = {name: self.settings[name] for name in _DESCRIBED}
+        plain = (str, int, float, bool, type(None))
+        return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take masks from a checkpoint; they are bound to the parameters at fit start.

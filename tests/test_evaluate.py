@@ -1,0 +1,177 @@
+import hashlib
+import json
+import math
+import sys
+
+import pytest
+import torch
+from measured_models import make_models
+from transformers import AutoModelForCausalLM
+
+from lightning_prune import CausalLM
+from lightning_prune.cli import main
+from lightning_prune.evaluate import evaluate
+from lightning_prune.evaluation_results import EvaluationResults, ModelResult, TextResult, evaluation_tables
+from lightning_prune.tables import check_outputs, replace_text
+from lightning_prune.tokenization import trained_tokenizer
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def naive_perplexity(folder, tokenizer, text, seq_len, stride):
+    """Each window from its start, in float64; tokens that a window before it has predicted count once."""
+    model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    total, tokens, predicted_to = 0.0, 0, 0
+    for start in range(0, len(ids) - seq_len + 1, stride):
+        window = torch.tensor([ids[start : start + seq_len]])
+        with torch.no_grad():
+            logits = model(input_ids=window, use_cache=False).logits[0].log_softmax(-1)
+        for position in range(1, seq_len):
+            if start + position >= predicted_to and not (start and position < seq_len - stride):
+                total -= float(logits[position - 1, window[0, position]])
+                tokens += 1
+        predicted_to = start + seq_len
+    return math.exp(total / tokens), tokens
+
+
+@pytest.mark.parametrize("stride", [None, 10])
+def test_perplexity_of_both_models_is_the_naive_one(stride, files):
+    results = evaluate(
+        files.pruned, [files.text], baseline=files.dense, seq_len=32, stride=stride, batch_size=3, progress=False
+    )
+    dense, pruned = results.models
+    assert (dense.role, pruned.role) == ("baseline", "model")
+    assert (dense.zeros, pruned.zeros * 2, pruned.pattern) == (0, pruned.prunable, "2:4")
+    for found, folder in ((dense, files.dense), (pruned, files.pruned)):
+        (text,) = found.texts
+        expected, tokens = naive_perplexity(folder, files.tokenizer, files.text, 32, stride or 32)
+        assert text.perplexity == pytest.approx(expected, rel=1e-5)
+        assert (text.tokens, text.seq_len, text.stride) == (tokens, 32, stride or 32)
+        assert text.sha256 == hashlib.sha256(files.text.read_bytes()).hexdigest()
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert dense.texts[0].perplexity != pruned.texts[0].perplexity
+
+
+def test_a_checkpoint_is_the_model_in_it(files, tmp_path):
+    import lightning as L
+
+    module = CausalLM(str(files.pruned))
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    of_object = evaluate(files.model, [files.text], tokenizer=files.tokenizer, seq_len=32, progress=False).models[0]
+    of_checkpoint = evaluate(tmp_path / "a.ckpt", [files.text], seq_len=32, progress=False).models[0]
+    assert of_checkpoint.texts == of_object.texts
+    assert (of_checkpoint.zeros, of_checkpoint.parameters) == (of_object.zeros, of_object.parameters)
+
+
+def test_command(files, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
+    outputs = [str(tmp_path / "results.json"), str(tmp_path / "results.md")]
+    options = ["--text", str(files.text), "--tasks", f"blimp:{files.pairs}", "--baseline", str(files.dense)]
+    code = main(["evaluate", str(files.pruned), *options, "--seq_len", "32", "--output", *outputs])
+    out = capsys.readouterr()
+    assert (code, out.err) == (0, "")
+    results = json.loads((tmp_path / "results.json").read_text())
+    document = (tmp_path / "results.md").read_text()
+    assert document == f"# Evaluation of {files.pruned}\n\n" + (
+        "\n\n".join(table.markdown() for table in evaluation_tables(results)) + "\n"
+    )
+    dense, pruned = results["models"]
+    assert [task["task"] for task in pruned["tasks"]] == ["agreement", "other", "pairs"]
+    for text in (f"{dense['texts'][0]['perplexity']:,.2f}", f"{pruned['tasks'][2]['value']:.4f} ±", "50.0% zeros"):
+        assert text in document
+        assert text in out.out
+    assert "in windows of 32 tokens without overlap" in document
+    assert results["versions"]["torch"] == torch.__version__
+    assert (tmp_path / "results.json").stat().st_mode & 0o444 == 0o444  # not the private mode of temporary files
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "there is nothing to measure"),
+        (["--text", "/no/such.txt"], "text='/no/such.txt' is not an existing file"),
+        (["--text", "EMPTY"], "is empty"),
+        (["--text", "BINARY"], "is not UTF-8"),
+        (["--text", "TEXT", "--seq_len", "1"], "seq_len=1 must be at least 2"),
+        (["--text", "TEXT", "--seq_len", "65"], "seq_len=65 is longer than the 64 tokens"),
+        (["--text", "TEXT", "--stride", "0"], "stride=0 must be at least 1"),
+        (["--text", "TEXT", "--seq_len", "32", "--stride", "33"], "stride=33 must not be above"),
+        (["--text", "SHORT", "--seq_len", "32"], "fewer than one window of seq_len=32"),
+        (["--text", "TEXT", "--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--text", "TEXT", "--device", "gpu"], "device='gpu' is not there"),
+        (["--text", "TEXT", "--dtype", "int8"], "dtype='int8' is not known"),
+        (["--text", "TEXT", "--baseline", "/no/such"], "baseline='/no/such' is not an existing"),
+        (["--text", "TEXT", "--output", "results.csv"], "must end in .json or .md"),
+        (["--text", "TEXT", "--output", "/no/such/results.md"], "in a folder that does not exist"),
+        (["--text", "TEXT", "--seq_len", "32", "--baseline", "OTHER"], "has other tokens"),
+        (["--text", "TEXT", "--seq_len", "32", "--tokenizer", "none"], "has no tokenizer; give one"),
+    ],
+)
+def test_user_errors_are_one_line(options, message, files, tmp_path, capsys):
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "short").write_text("Two words.")
+    if "OTHER" in options:
+        files.model.save_pretrained(tmp_path / "other")
+        trained_tokenizer(["aaaa bbbb " * 99], 300, tmp_path / "cache").save_pretrained(tmp_path / "other")
+    paths = {name.upper(): str(tmp_path / name) for name in ("empty", "binary", "short", "other")}
+    paths["TEXT"] = str(files.text)
+    capsys.readouterr()
+    assert main(["evaluate", str(files.pruned), *(paths.get(option, option) for option in options)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_missing_weights_are_refused(files, tmp_path):
+    """transformers would go on with random ones."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    files.model.save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    del state[lost]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=lost):
+        evaluate(folder, [files.text], tokenizer=files.tokenizer, seq_len=32, progress=False)
+    with pytest.raises(ValueError, match=f"lacks 1 of the weights .*{lost}"):
+        CausalLM(str(folder))
+
+
+def test_infinite_perplexity_is_valid_json_and_a_cell():
+    text = TextResult("t", "", math.inf, math.inf, 5, 4, 4, 1)
+    model = ModelResult("m", "model", 10, 8, 2, None, "float32", [text])
+    results = EvaluationResults([model], {}, {}, "cpu", 1.0).to_dict()
+    json.loads(json.dumps(results), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "| t | 5 | inf |" in evaluation_tables(results)[0].markdown()
+    with pytest.raises(ValueError, match="kind='x'"):
+        evaluation_tables({"kind": "x"})
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "a.md"
+    file.write_text("old")
+    monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+    (tmp_path / "b.json").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        check_outputs([str(tmp_path / "b.json")])
+
+
+def test_perplexity_alone_needs_no_lm_eval(files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert (
+        evaluate(files.pruned, [files.text], seq_len=32, max_windows=2, progress=False).models[0].texts[0].windows == 2
+    )
