@@ -13,7 +13,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -76,6 +76,14 @@ class Checkpoint:
         """
         for name, load in self.entries():
             yield name, self._load(name, load)  # no name of its own here, which would keep the tensor alive
+
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some of the tensors, by name; names that the checkpoint does not have are left out.
+
+        Raises:
+            CheckpointError: naming a tensor that cannot be read.
+        """
+        return {name: self._load(name, load) for name, load in self.entries() if name in names}
 
     def _load(self, name: str, load: Callable[[], Tensor]) -> Tensor:
         with readable(self.path, name):

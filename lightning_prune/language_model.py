@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_prune.evaluation import NextTokenLoss
+from lightning_prune.learning_rates import Schedule, learning_rate_factor
 from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_losses
 from lightning_prune.parallel import parallelize
 from lightning_prune.pretrained import load_pretrained
@@ -27,7 +28,6 @@ from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
-Schedule = Literal["constant", "linear", "cosine"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -299,37 +299,6 @@ class CausalLM(L.LightningModule):
         self.model.save_pretrained(str(folder), state_dict=state)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
-
-
-def learning_rate_factor(
-    step: int, steps: int, warmup_steps: int = 0, schedule: Schedule = "cosine", min_ratio: float = 0.0
-) -> float:
-    """Share of the peak learning rate at an optimizer step.
-
-    The warm-up is (step + 1) / warmup_steps, so that the first step is not wasted on a rate of zero. After it, with
-    p the progress from 0 to 1: linear 1 - p, cosine (1 + cos(pi p)) / 2, both scaled to end at `min_ratio`.
-
-    Args:
-        step: Optimizer steps done so far.
-        steps: All optimizer steps of the training.
-        warmup_steps: Steps of warm-up among them.
-        schedule: "constant", "linear" or "cosine".
-        min_ratio: Value at the end.
-
-    Returns:
-        The factor, in [0, 1].
-
-    Example:
-        >>> [learning_rate_factor(step, 6, 2, "linear") for step in range(7)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    falling = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return min_ratio + (1 - min_ratio) * falling
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +24,13 @@ from lightning_prune.allocation import (
     uniform_counts,
 )
 from lightning_prune.calibration import LossFn, collect, collect_forward
-from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count, uninterrupted
+from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count
 from lightning_prune.obs import prune_with_hessian
 from lightning_prune.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
 from lightning_prune.plan import PruningPlan, make_plan
 from lightning_prune.progress import progress_bar
 from lightning_prune.ranks import Ranks, synchronized_errors
+from lightning_prune.restoring import Keeper, restored_on_failure
 from lightning_prune.running import forward, on_device, quiet_model
 from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, SparseGPT, make_score
@@ -251,8 +252,8 @@ class _Run:
                 masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
                 apply_masks(self.model, masks)
                 return masks
-            with _restored_on_failure() as keep:
-                masks = self._walk(keep) if plan.sequential else self._update_all(keep)
+            with restored_on_failure() as originals:
+                masks = self._walk(originals.keep) if plan.sequential else self._update_all(originals.keep)
                 return masks
 
     def _tracked(self, description: str) -> Iterator[Target]:
@@ -380,15 +381,15 @@ class _Run:
         own.copy_(target.kind.from_matrix(weight, own.shape))
         return target.to_parameter(kept)
 
-    def _update_all(self, keep: Callable[[Target], None]) -> Masks:
+    def _update_all(self, keep: Keeper) -> Masks:
         """Every layer with the Hessian of its dense inputs."""
         masks: Masks = {}
         for target in self._tracked("Updating weights"):
-            keep(target)
+            keep(target.weight)
             masks[target.name] = self._prune_layer(target, self.statistics[target.name])
         return masks
 
-    def _walk(self, keep: Callable[[Target], None]) -> Masks:
+    def _walk(self, keep: Keeper) -> Masks:
         """Block by block, each on the outputs of the pruned blocks before it."""
         plan = self.plan
         masks: Masks = {}
@@ -418,7 +419,7 @@ class _Run:
                             self.ranks,
                         )
                     for target in layers:
-                        keep(target)
+                        keep(target.weight)
                         masks[target.name] = self._prune_layer(
                             target, _merge(statistics[target.name], self.statistics.get(target.name))
                         )
@@ -452,23 +453,3 @@ def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatis
         return block
     seen = {name: getattr(block, name) for name in FORWARD_STATISTICS}
     return replace(dense, **{name: value for name, value in seen.items() if value is not None})
-
-
-@contextmanager
-def _restored_on_failure() -> Iterator[Callable[[Target], None]]:
-    """Give a function that remembers a weight before it changes; put all back if the block fails.
-
-    Copies are held in main memory, one of every pruned weight at most.
-    """
-    copies: dict[str, tuple[Target, Tensor]] = {}
-
-    def keep(target: Target) -> None:
-        copies.setdefault(target.name, (target, local(target.weight.detach()).to("cpu", copy=True)))
-
-    try:
-        yield keep
-    except BaseException:
-        with uninterrupted(), torch.no_grad():
-            for target, copy in copies.values():
-                local(target.weight).copy_(copy)
-        raise

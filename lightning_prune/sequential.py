@@ -8,7 +8,7 @@ a pass-through, so nothing here depends on a family.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,8 @@ class BlockBatch:
         hidden: Input of the next block, ``[B, T, D]``.
         keep: ``[B, T]`` bool, True where a token is real, or None.
         samples: B.
+        calls: What each block receives beside the hidden states.
+        device: Where the blocks run.
         counting: False for a batch that only keeps other ranks company.
     """
 
@@ -50,6 +52,7 @@ class BlockBatch:
     keep: Tensor | None
     samples: int
     calls: list[_Call]
+    device: torch.device
     counting: bool = True
 
 
@@ -64,6 +67,7 @@ class BlockWalk:
         run: ``run(model, batch)`` starts a forward pass.
         forward_context: Makes the context that forward passes run in (autocast).
         ranks: Whose parameters are sharded, so that they run in lock step; or None.
+        offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
 
     Raises:
         CalibrationError: no sample, or the model does not pass its blocks one tensor of hidden states.
@@ -78,8 +82,10 @@ class BlockWalk:
         run: Callable[[nn.Module, Any], Any],
         forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         ranks: Ranks | None = None,
+        offload: torch.device | None = None,
     ) -> None:
         self.blocks = list(blocks)
+        self.offload = offload
         self.forward_context = forward_context
         self.tuples: bool | None = None
         self.to_the_end = ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
@@ -99,11 +105,37 @@ class BlockWalk:
         """
         for batch in self.batches:
             yield batch
-            call = batch.calls[index]
-            with self.forward_context():
-                output = _invoke(self.blocks[index], call, batch.hidden)
+            output = self.forward(index, batch, batch.hidden)
             if keep_output:
-                batch.hidden = output[0] if isinstance(output, tuple) else output
+                batch.hidden = self.put_by(output)
+
+    def forward(
+        self, index: int, batch: BlockBatch, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What block `index` makes of hidden states ``[B, T, D]``, with what else it receives for this batch.
+
+        Args:
+            index: The block.
+            batch: Whose masks and positions it receives.
+            hidden: Its input, wherever it is.
+            weights: Parameters to run the block with in place of its own, by their names in the block.
+        """
+        call = batch.calls[index]
+        hidden = hidden.to(batch.device)
+        args, kwargs = (hidden, *call.args), call.kwargs
+        if call.by_keyword:
+            args, kwargs = (), {**call.kwargs, "hidden_states": hidden}
+        with self.forward_context():
+            if weights is None:
+                output = self.blocks[index](*args, **kwargs)
+            else:
+                output = torch.func.functional_call(self.blocks[index], dict(weights), args, kwargs)
+        whole: Tensor = output[0] if isinstance(output, tuple) else output
+        return whole
+
+    def put_by(self, hidden: Tensor) -> Tensor:
+        """Hidden states where they wait until they are needed."""
+        return hidden if self.offload is None else hidden.to(self.offload)
 
     @torch.no_grad()
     def _record(self, model: nn.Module, batch: Any, size: int, run: Callable[[nn.Module, Any], Any]) -> BlockBatch:
@@ -151,10 +183,5 @@ class BlockWalk:
             raise CalibrationError(f"only {len(calls)} of {len(self.blocks)} decoder blocks ran; use sequential=False")
         if batch_size(batch) is None:
             size = first[0].shape[0]
-        return BlockBatch(first[0].detach(), padding_mask(batch), size, calls)
-
-
-def _invoke(block: nn.Module, call: _Call, hidden: Tensor) -> Any:
-    if call.by_keyword:
-        return block(hidden_states=hidden, **call.kwargs)
-    return block(hidden, *call.args, **call.kwargs)
+        hidden = first[0].detach()
+        return BlockBatch(self.put_by(hidden), padding_mask(batch), size, calls, hidden.device)

@@ -81,11 +81,11 @@ def attach(
     check_adapter(adapter)
     check_options(adapter, options)
     parts = check_parts(train)
-    _check_model(model)
+    check_plain_model(model)
     masks = dict(masks or {})
     check_masks(model, masks)
     trained = select_parameters(model, parts)
-    names = [] if adapter is None else _adapted_modules(model, adapter, options, masks, pruned_later)
+    names = [] if adapter is None else adapted_modules(model, adapter, options, masks, pruned_later)
     if not names and not trained:
         raise ValueError(f"adapter={adapter!r} with train={parts} leaves nothing to train in {type(model).__name__}")
     _check_not_revived(model, trained, masks)
@@ -117,7 +117,8 @@ def attach(
     return built
 
 
-def _check_model(model: nn.Module) -> None:
+def check_plain_model(model: nn.Module) -> None:
+    """Refuse a model that cannot take adapters: it has some, is sharded or quantised, or is a LightningModule."""
     if hasattr(model, "training_step"):  # by its method, so that the functional core does not import lightning
         raise ValueError(
             f"{type(model).__name__} is a LightningModule: pass the transformers model in it (module.model), or use "
@@ -149,8 +150,12 @@ def _quantisation(model: nn.Module) -> str | None:
     return None if method is None else str(getattr(method, "value", method)).lower()
 
 
-def _adapted_modules(
-    model: nn.Module, adapter: str, options: Mapping[str, Any], masks: Mapping[str, Tensor], pruned_later: bool
+def adapted_modules(
+    model: nn.Module,
+    adapter: str,
+    options: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    pruned_later: bool = False,
 ) -> list[str]:
     """Names of the modules that get an adapter, all of them checked."""
     if options.get("target_modules") in (None, "all-linear"):

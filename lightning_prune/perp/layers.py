@@ -340,12 +340,13 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
             raise ValueError(f"the adapter of {name!r} is merged, and its mask cannot change; unmerge it first")
         weight = layer.base_weight.detach()
         mask = given.get(f"{name}.weight")
-        new[name] = (weight != 0) if mask is None else _checked_mask(f"{name}.weight", mask, weight)
+        new[name] = (weight != 0) if mask is None else checked_mask(f"{name}.weight", mask, weight)
     for name, layer in layers.items():
         layer.kept.copy_(to_bytes(new[name], layer.kept.device))
 
 
-def _checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
+def checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
+    """A mask on the device of its weight; refused if it is of another shape or dtype, or does not hold."""
     if mask.shape != weight.shape or mask.dtype != torch.bool:
         raise ValueError(
             f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool of the weight's shape "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import common
@@ -13,6 +14,7 @@ from lightning_prune import prune
 from lightning_prune.allocation import KFACAllocation, exact_counts, kfac_sparsities
 from lightning_prune.calibration import collect
 from lightning_prune.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
+from lightning_prune.perp import reconstruct
 from lightning_prune.scores import kfac_score
 from lightning_prune.targets import find_targets
 
@@ -44,6 +46,15 @@ def ours_prune(
         progress=False,
         **options,
     )
+
+
+def ours_reconstruct(
+    model: nn.Module, sequences: Tensor, dense: Path, masks: dict[str, Tensor], batch_size: int, **options: Any
+) -> dict[str, tuple[float, float]]:
+    """`lightning_prune.perp.reconstruct` end to end: the error of each block before and after."""
+    batches = common.batched(sequences, batch_size)
+    done = reconstruct(model, batches, dense, masks, num_samples=len(sequences), progress=False, **options)
+    return {block.name: (block.before, block.after) for block in done.blocks}
 
 
 def ours_sweep(model: nn.Module, sequences: Tensor, score: str, batch_size: int) -> dict[str, Any]:

@@ -1,0 +1,332 @@
+"""`reconstruct`: fit every decoder block of a pruned model to what the dense block computes, block after block.
+
+PERP, layer-wise reconstruction: Zimmer et al. 2023, arXiv 2312.15230. No loss and no backward pass through the whole
+model: one block, its two versions and its activations are all that is worked on at a time.
+
+Letters: B samples, T tokens, D hidden channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.masks import check_masks, named_weights, uninterrupted
+from lightning_prune.perp.adapters import adapted_modules, attach, check_plain_model, merge, remove_adapters
+from lightning_prune.perp.dense import DenseBlocks, DenseSource, check_is_dense
+from lightning_prune.perp.fitting import BlockFitter
+from lightning_prune.perp.layers import checked_mask, sparse_layers
+from lightning_prune.perp.model import find_retraining
+from lightning_prune.perp.options import check_adapter, check_options
+from lightning_prune.perp.selection import check_parts, select_parameters
+from lightning_prune.progress import Advance, progress_bar
+from lightning_prune.ranks import Ranks, synchronized_errors
+from lightning_prune.restoring import Originals, restored_on_failure
+from lightning_prune.running import forward, on_device, quiet_model
+from lightning_prune.sequential import BlockWalk
+from lightning_prune.statistics import CalibrationError
+from lightning_prune.targets import find_blocks
+
+TARGETS = ("dense", "pruned")
+# Of adapters in single blocks: names of whole models do not match there, and dropout is off.
+_REFUSED = ("rank_pattern", "alpha_pattern", "lora_dropout")
+# Options that have chosen the modules when the blocks are reached.
+_SELECTING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far a block's outputs are from the dense ones: squared differences over squared dense outputs.
+
+    Attributes:
+        name: Of the block, such as ``model.layers.0``.
+        before: Before it was fitted, on the outputs of the blocks before it, which are fitted already.
+        after: After it was fitted and merged.
+        changed: False where the block has nothing pruned, or where fitting did not lower its error: then its weights
+            are as they were.
+    """
+
+    name: str
+    before: float
+    after: float
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` did.
+
+    Attributes:
+        blocks: One entry a decoder block, in order.
+    """
+
+    blocks: tuple[BlockError, ...]
+
+    @property
+    def before(self) -> float:
+        """Mean error of the blocks before each was fitted."""
+        return sum(block.before for block in self.blocks) / len(self.blocks)
+
+    @property
+    def after(self) -> float:
+        """Mean error of the blocks after each was fitted."""
+        return sum(block.after for block in self.blocks) / len(self.blocks)
+
+
+def reconstruct(
+    model: nn.Module,
+    batches: Iterable[Any],
+    dense: DenseSource,
+    masks: Mapping[str, Tensor] | None = None,
+    adapter: str | None = "mask_lora",
+    train: Iterable[str] = ("bias", "norm"),
+    steps: int = 100,
+    learning_rate: float = 1e-3,
+    num_samples: int = 128,
+    targets: str = "dense",
+    offload: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ranks: Ranks | None = None,
+    **lora_options: Any,
+) -> Reconstruction:
+    """Fit each decoder block of a pruned model to the dense block's outputs, and merge; every zero stays.
+
+    A block gets the adapters of `add_adapters`, is trained by AdamW (no weight decay; linear schedule, 10 % warm-up)
+    on the mean squared error of its outputs over real tokens, and is merged before the next one begins. Its inputs
+    are the outputs of the fitted blocks before it, so it also makes up for what they could not. Works on masks of any
+    score. If anything fails or is interrupted, every weight is bit-identical to before.
+
+    On the model's device are at a time: one block with adapters, its dense weights, and one batch's activations
+    besides the hidden states of all samples, twice (inputs and targets, ``[B, T, D]`` each), which `offload` moves to
+    main memory. Main memory also keeps a copy of every weight that changes until all are done.
+
+    Args:
+        model: A transformers model with pruned weights, changed in place.
+        batches: Calibration data as in `lightning_prune.prune`. One batch is one step, so their size matters.
+        dense: What the model was before it was pruned: a second model, its weights by parameter name (those that are
+            not pruned may be missing), or the path of a transformers folder, safetensors file or checkpoint, read
+            block by block.
+        masks: Bool masks by parameter name, True = kept; a weight without one takes its exact zeros.
+        adapter: ``"mask_lora"``, ``"scale_lora"``, ``"lora_prune"``, or None to train `train` alone.
+        train: Any of ``"bias"`` and ``"norm"``, of the blocks.
+        steps: Optimizer steps for each block, passing over the batches in a new order each time.
+        learning_rate: Peak learning rate.
+        num_samples: Calibration samples.
+        targets: What the dense block is given to compute the targets from. ``"dense"``: what it is given in the dense
+            model, so that a block also undoes errors of those before it. ``"pruned"``: what the pruned block is given,
+            so that each block stands for itself.
+        offload: Device where hidden states wait, such as ``"cpu"``; default the model's.
+        seed: Of the adapters' initial values and the order of batches; the global random state is left alone.
+        progress: Show a progress bar in a terminal.
+        forward_context: Makes the context that forward passes run in (autocast).
+        ranks: The processes that work together, each with batches and `num_samples` of its own and all with the same
+            weights: gradients are averaged over them, and all end with the same weights. Every one must call.
+        **lora_options: As of `add_adapters`, without ``rank_pattern``, ``alpha_pattern`` and ``lora_dropout``.
+
+    Returns:
+        The error of each block before and after.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; see `add_adapters`. `dense` is pruned itself or of another
+            model.
+        CalibrationError: no sample; NaN or infinity; the model does not run its blocks one after the other.
+
+    Example::
+
+        dense = AutoModelForCausalLM.from_pretrained("model")
+        prune(model, batches, score="wanda", pattern="2:4")
+        reconstruct(model, batches, dense)
+    """
+    check_adapter(adapter)
+    check_options(adapter, lora_options)
+    parts = check_parts(train)
+    _check_settings(adapter, parts, steps, learning_rate, targets, lora_options)
+    check_plain_model(model)
+    masks = dict(masks or {})
+    check_masks(model, masks)
+    blocks = find_blocks(model)
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} names no decoder blocks (_no_split_modules), so there is nothing to go through "
+            "block by block; train the whole model with add_adapters"
+        )
+    names = adapted_modules(model, adapter or "mask_lora", lora_options, masks)
+    adapters = _Adapters(adapter, parts, lora_options, masks, _by_block(names, blocks))
+    if not any(adapters.fits(name, block) for name, block in blocks):
+        raise ValueError(
+            f"adapter={adapter!r} with train={parts} leaves nothing to fit in the decoder blocks of "
+            f"{type(model).__name__}: no block has both pruned weights and something to train"
+        )
+    source = DenseBlocks(dense, model, blocks, [f"{name}.weight" for name in names])
+    _check_weights(model, source, adapters)
+
+    with quiet_model(model, freeze=False), restored_on_failure() as originals:
+        torch.manual_seed(seed)
+        device = None if offload is None else torch.device(offload)
+        modules = [block for _, block in blocks]
+        with synchronized_errors(ranks):
+            moved = on_device(model, batches)
+            walk = BlockWalk(model, modules, moved, num_samples, _run_body, forward_context, offload=device)
+        fitter = BlockFitter(walk, steps, learning_rate, seed, ranks)
+        given = [batch.hidden for batch in walk.batches]  # to the dense blocks
+        errors = []
+        with progress_bar("Reconstructing blocks", len(blocks) * steps, progress) as advance:
+            for index, (name, block) in enumerate(blocks):
+                wanted = _dense_outputs(walk, index, source.weights(index), given)
+                if adapters.fits(name, block):
+                    errors.append(_fitted(fitter, index, name, wanted, adapters, originals, advance))
+                else:
+                    energy = fitter.energy(wanted)
+                    error = _share(fitter.error(index, wanted), energy)
+                    errors.append(BlockError(name, error, error, False))
+                    advance(steps)
+                for _ in walk.run(index, keep_output=True):
+                    pass
+                given = wanted if targets == "dense" else [batch.hidden for batch in walk.batches]
+    return Reconstruction(tuple(errors))
+
+
+def _run_body(model: nn.Module, batch: Any) -> None:
+    forward(model, batch, ())
+
+
+@torch.no_grad()
+def _dense_outputs(walk: BlockWalk, index: int, weights: Mapping[str, Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """What the dense block makes of its inputs, ``[B, T, D]`` for each batch."""
+    pairs = zip(walk.batches, given, strict=True)
+    return [walk.put_by(walk.forward(index, batch, hidden, weights)) for batch, hidden in pairs]
+
+
+def _fitted(
+    fitter: BlockFitter,
+    index: int,
+    name: str,
+    wanted: Sequence[Tensor],
+    adapters: _Adapters,
+    originals: Originals,
+    advance: Advance,
+) -> BlockError:
+    """Fit one block and merge, or leave it as it was where that did not lower its error."""
+    block, energy = fitter.walk.blocks[index], fitter.energy(wanted)
+    before = _share(fitter.error(index, wanted), energy)
+    _check_finite(name, before, "before it was fitted: the model or the calibration data is broken")
+    try:
+        changing = adapters.put_on(name, block)
+        for parameter in changing:
+            originals.keep(parameter)
+        fitter.train(index, wanted, energy, advance)
+        merge(block)
+    except BaseException:
+        with uninterrupted():
+            if find_retraining(block) is not None:
+                remove_adapters(block)
+        raise
+    after = _share(fitter.error(index, wanted), energy)
+    _check_finite(name, after, f"after it was fitted: use a learning_rate below {fitter.learning_rate}")
+    if after < before:
+        return BlockError(name, before, after, True)
+    originals.restore(changing)
+    return BlockError(name, before, before, False)
+
+
+def _share(error: float, energy: float) -> float:
+    return error / energy if energy else error
+
+
+def _check_finite(name: str, error: float, when: str) -> None:
+    if not math.isfinite(error):
+        raise CalibrationError(f"the error of {name!r} is not finite {when}. The weights are unchanged")
+
+
+# -- the adapters of single blocks -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Adapters:
+    """What a block is fitted with.
+
+    Attributes:
+        adapter: The variant, or None.
+        parts: Own parameters that are trained.
+        options: LoRA options as given for the whole model.
+        masks: By parameter name.
+        modules: Names of the pruned modules to adapt, in their block, by the block's name.
+    """
+
+    adapter: str | None
+    parts: tuple[str, ...]
+    options: Mapping[str, Any]
+    masks: Mapping[str, Tensor]
+    modules: Mapping[str, list[str]]
+
+    def fits(self, name: str, block: nn.Module) -> bool:
+        """Whether a block has pruned weights, and something to train beside them."""
+        return bool(self.modules[name]) and (self.adapter is not None or bool(select_parameters(block, self.parts)))
+
+    def put_on(self, name: str, block: nn.Module) -> list[nn.Parameter]:
+        """Put adapters on a block; returns the parameters that training and merging will change."""
+        chosen = {"target_modules": self.modules[name]} if self.adapter is not None else {}
+        options = {k: v for k, v in self.options.items() if k not in _SELECTING} | chosen
+        attach(block, self.adapter, self.masks_of(name), self.parts, options)
+        trained = list(select_parameters(block, self.parts).values())
+        return [*trained, *(layer.base_weight for _, layer in sparse_layers(block))]
+
+    def masks_of(self, name: str) -> dict[str, Tensor]:
+        """The masks of one block, by names in it."""
+        return {n.removeprefix(f"{name}."): m for n, m in self.masks.items() if n.startswith(f"{name}.")}
+
+
+def _by_block(names: Sequence[str], blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, list[str]]:
+    return {block: [n.removeprefix(f"{block}.") for n in names if n.startswith(f"{block}.")] for block, _ in blocks}
+
+
+def _check_weights(model: nn.Module, source: DenseBlocks, adapters: _Adapters) -> None:
+    """Masks must hold, and the first pruned weight must have been there before."""
+    weights = named_weights(model)
+    for name in (f"{block}.{module}.weight" for block, modules in adapters.modules.items() for module in modules):
+        if name in adapters.masks:
+            checked_mask(name, adapters.masks[name], weights[name].detach())
+    for index, (block, modules) in enumerate(adapters.modules.items()):
+        for module in modules:
+            name = f"{block}.{module}.weight"
+            mask = adapters.masks.get(name)
+            pruned = weights[name].detach() == 0 if mask is None else ~mask.to(weights[name].device)
+            if bool(pruned.any()):
+                check_is_dense(name, source.weights(index)[f"{module}.weight"], pruned)
+                return
+
+
+def _check_settings(
+    adapter: str | None,
+    parts: Sequence[str],
+    steps: int,
+    learning_rate: float,
+    targets: str,
+    options: Mapping[str, Any],
+) -> None:
+    if adapter == "lora":
+        raise ValueError(
+            "adapter='lora' cannot be merged, since its product is dense, and each block is merged before the next "
+            "begins; use adapter='mask_lora'"
+        )
+    outside = [part for part in parts if part not in ("bias", "norm")]
+    if outside:
+        raise ValueError(f"train={tuple(parts)!r}: {outside[0]!r} is in no decoder block; use 'bias' and 'norm'")
+    for name in _REFUSED:
+        if options.get(name):
+            raise ValueError(f"{name}={options[name]!r} is not supported block by block; leave it out")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps={steps!r} must be an integer >= 1, such as 100")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate={learning_rate!r} must be above 0, such as 1e-3")
+    if targets not in TARGETS:
+        raise ValueError(f"targets={targets!r} must be one of {TARGETS}")
