@@ -75,6 +75,10 @@ def tokens(seed: int = 3) -> Tensor:
     return torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(seed))
 
 
+def layers_of(model: Any) -> nn.ModuleList:
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=tokens()).logits

@@ -1,0 +1,61 @@
+"""One of several processes that shard a model with FSDP2: saliencies, masks, and what is refused."""
+
+import os
+import sys
+from pathlib import Path
+
+import structure_models as zoo
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from lightning_prune.sharding import gather_whole
+from lightning_prune.structure import mask_units, read_structure, remove_units
+from lightning_prune.structure.saliency import SaliencyAccumulator
+
+TYPES = ("attention", "ffn", "stem", "layer")
+REMOVAL = {"attention": [[1], [0], [2]], "ffn": [[3, 20], [0, 27], [5, 6]], "stem": [0, 17, 47]}
+
+
+def run(name: str, sharded: bool) -> dict[str, torch.Tensor]:
+    """Saliencies of one backward over two samples, then logits and weights with masked units."""
+    model = zoo.make(name)
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in zoo.layers_of(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    ids = zoo.tokens()
+    own = ids[dist.get_rank()][None] if sharded else ids
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scores = SaliencyAccumulator(read_structure(model), TYPES)
+    for _ in range(2):
+        model(input_ids=own, labels=own).loss.backward()
+        scores.add()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {f"saliency.{t}": means for t, means in scores.means().items()}
+    twin = SaliencyAccumulator(read_structure(model), TYPES)
+    twin.load_state_dict(scores.state_dict())
+    state |= {f"restored.{t}": means for t, means in twin.means().items()}
+    mask_units(model, REMOVAL, [optimizer])
+    model(input_ids=own, labels=own).loss.backward()
+    optimizer.step()
+    state["logits"] = zoo.logits(model)
+    state |= {f"weight.{n}": gather_whole(p.detach()) for n, p in model.named_parameters()}
+    if sharded:
+        try:
+            remove_units(model, {"ffn": REMOVAL["ffn"]})
+        except ValueError as error:
+            state["refused"] = torch.tensor("is sharded over processes" in str(error))
+    return {n: t.contiguous() for n, t in state.items()}
+
+
+if __name__ == "__main__":
+    name, rank, world, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    save_file(run(name, sharded=True), folder / f"rank{rank}.safetensors")
+    dist.destroy_process_group()
