@@ -7,7 +7,7 @@ pieces to the parameter's integer type and and-ed with its bits, which gives +0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class Enforcer:
     def masks(self) -> dict[str, Tensor]:
         """The bool masks by name, laid out over ranks as the parameters are."""
         return {name: as_shard_of(p, self._bytes[id(p)].bool()) for name, p in self._weights.items()}
+
+    def rename(self, rename: Callable[[str], str]) -> None:
+        """Call the parameters by other names."""
+        self._weights = {rename(name): weight for name, weight in self._weights.items()}
 
     def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """The masked parameters that an optimizer steps."""

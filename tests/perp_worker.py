@@ -1,4 +1,4 @@
-"""Run by test_perp_ddp in processes of its own: prune and retrain under DDP, write what each rank ended with."""
+"""Run by test_perp_ddp in processes of its own: prune, retrain and merge under DDP, write what each rank ended with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from lightning_prune import CausalLM, WeightPruning
+from lightning_prune import CausalLM, LinearSchedule, WeightPruning
 from lightning_prune.perp.callback import PERPRetraining
 
 LLAMA = {
@@ -21,7 +21,7 @@ LLAMA = {
 }  # fmt: skip
 
 
-def run(out: Path, devices: int) -> None:
+def run(out: Path, devices: int, case: str = "one shot") -> None:
     L.seed_everything(0, verbose=False)
     module = CausalLM(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
     ids = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(1))
@@ -30,18 +30,27 @@ def run(out: Path, devices: int) -> None:
     mine = DataLoader(samples[int(os.environ.get("LOCAL_RANK", "0")) :: devices], batch_size=4 // devices)
     calibration = DataLoader(samples, batch_size=1)
     pruner = WeightPruning(score="gblm", sparsity=0.5, num_samples=8, progress=False, calibration=calibration)
+    if case == "schedule":
+        pruner = WeightPruning(
+            score="magnitude", sparsity=0.5, schedule=LinearSchedule(0, 4, 2), progress=False
+        )  # fmt: skip
+    fitting = {"steps": 6, "learning_rate": 1e-2, "num_samples": 16, "calibration": DataLoader(samples, batch_size=4)}
+    perp = PERPRetraining(reconstruct=fitting if case == "reconstruct" else False)
     trainer = L.Trainer(
         default_root_dir=out, accelerator="cpu", devices=devices, max_steps=6, logger=False,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto", enable_checkpointing=False,
         use_distributed_sampler=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[PERPRetraining(), pruner],
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[perp, pruner],
     )  # fmt: skip
     trainer.fit(module, mine)
     assert type(module.model).__name__ == "LlamaForCausalLM"
     state = {f"weight.{n}": p.detach().clone() for n, p in module.named_parameters()}
+    if perp.reconstruction is not None:
+        state["errors"] = torch.tensor([[b.before, b.after] for b in perp.reconstruction.blocks])
     state |= {f"mask.{n}": mask for n, mask in pruner.masks.items()}
-    save_file(state, out / f"{devices}-{trainer.global_rank}.safetensors")
+    save_file(state, out / f"{case}-{devices}-{trainer.global_rank}.safetensors")
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+    for name in sys.argv[3:]:
+        run(Path(sys.argv[1]), int(sys.argv[2]), name)

@@ -253,6 +253,11 @@ def test_adapters_leave_the_random_state_alone(tmp_path: Path) -> None:
         ({"adapter": None, "train": ()}, "leaves nothing to train"),
         ({"lora_options": {"use_dora": True}}, "use_dora=True is not supported"),
         ({"adapter": "scale_lora", "lora_alpha": 8}, "has no effect"),
+        ({"reconstruct": {"step": 3}}, "unknown option 'step'"),
+        ({"reconstruct": {"steps": 0}}, "steps=0"),
+        ({"reconstruct": {"num_samples": 0}}, "num_samples=0"),
+        ({"reconstruct": 3}, "must be True, False, or a mapping"),
+        ({"adapter": "lora", "merge": False, "reconstruct": True}, "cannot be merged"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
@@ -281,7 +286,9 @@ def test_a_configuration_file_can_say_it() -> None:
     [
         ({}, None, "load a pruned model"),
         ({"attribute": "network"}, pruning(), "name the attribute"),
-        ({}, pruning(schedule=CubicSchedule(start=0, end=4, every=1)), "fit once for each sparsity"),
+        ({"reconstruct": True}, pruning(schedule=CubicSchedule(start=0, end=4, every=1)), "comes before training"),
+        ({"reconstruct": True}, None, "needs the weights from before pruning"),
+        ({"reconstruct": True}, pruning(score="keep", sparsity=None), "never has the dense weights"),
         ({"masks": {}}, pruning(), "leave masks out"),
         ({"target_modules": ["qq_proj"]}, pruning(), "did you mean 'q_proj'"),
     ],

@@ -15,19 +15,36 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.distributed
 
 
-def test_ranks_merge_the_same_model_as_one_process(tmp_path: Path) -> None:
+CASES = ("one shot", "reconstruct", "schedule")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks ended with, all cases in one launch."""
+    out = tmp_path_factory.mktemp("ddp")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
-    command = [sys.executable, str(Path(perp_worker.__file__)), str(tmp_path), "2"]
+    command = [sys.executable, str(Path(perp_worker.__file__)), str(out), "2", *CASES]
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [load_file(tmp_path / f"2-{rank}.safetensors") for rank in range(2)]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_merge_the_same_model_as_one_process(case: str, folder: Path, tmp_path: Path) -> None:
+    ranks = [load_file(folder / f"{case}-2-{rank}.safetensors") for rank in range(2)]
     for name, value in ranks[0].items():
         assert torch.equal(value, ranks[1][name]), name
         if name.startswith("mask."):
             assert not ranks[0][name.replace("mask.", "weight.")].view(torch.int32)[~value].any()
-    perp_worker.run(tmp_path, 1)
-    one = load_file(tmp_path / "1-0.safetensors")
+    perp_worker.run(tmp_path, 1, case)
+    one = load_file(tmp_path / f"{case}-1-0.safetensors")
+    assert one.keys() == ranks[0].keys()
+    if case == "reconstruct":
+        # Two ranks step on two batches at once, so they fit differently from one process, but start from the same.
+        assert torch.allclose(ranks[0]["errors"][0, 0], one["errors"][0, 0], rtol=1e-4)
+        assert bool((ranks[0]["errors"][:, 1] < 0.9 * ranks[0]["errors"][:, 0]).all())
+        return
     changed = 0
     for name, value in one.items():
         if value.is_floating_point():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -33,7 +34,7 @@ from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule
 from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, make_score
-from lightning_prune.sharding import has_sharded_parameters, reshard
+from lightning_prune.sharding import has_sharded_parameters, local, reshard
 from lightning_prune.targets import DEFAULT_IGNORE
 
 _STATE_VERSION = 1
@@ -142,6 +143,8 @@ class WeightPruning(L.Callback):
         self._gradients_masked = False
         self._seen_step = 0
         self._scores = ScoreSummary()
+        self._around_update: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._dense: dict[str, Tensor] | None = None  # not None: weights are to be copied before they are pruned
 
     def _check_schedule_fits(self) -> None:
         gradual = not isinstance(self.schedule, OneShot)
@@ -177,6 +180,38 @@ class WeightPruning(L.Callback):
     def saliency(self) -> dict[str, float]:
         """Mean score of each layer in the last pruning, by parameter name; what `SparsityMonitor` logs."""
         return {name: layer.mean for name, layer in self._scores.layers.items()}
+
+    # -- for callbacks beside this one ---------------------------------------------------------------------------
+
+    def rename_masks(self, rename: Callable[[str], str]) -> None:
+        """Follow parameters that have got other names, such as those of layers that adapters were put around.
+
+        Args:
+            rename: From a parameter's name as masks have it to its name now.
+        """
+        self._masks = {rename(name): mask for name, mask in self._masks.items()}
+        if self._enforcer is not None:
+            self._enforcer.rename(rename)
+
+    def wrap_updates(self, around: Callable[[], AbstractContextManager[Any]] | None) -> None:
+        """Have every computation of new masks happen within a context.
+
+        What trains the weights by proxy can so settle up with them before they are scored, and take up the new
+        masks after.
+
+        Args:
+            around: Makes the context; None for none again.
+        """
+        self._around_update = around or nullcontext
+
+    def keep_dense_weights(self) -> None:
+        """Ask for a copy of the weights, in main memory, as they are right before they are pruned the next time."""
+        self._dense = {}
+
+    def take_dense_weights(self) -> dict[str, Tensor]:
+        """The copy that was asked for, by parameter name, which is let go of; empty if nothing was pruned since."""
+        dense, self._dense = self._dense or {}, None
+        return dense
 
     # -- life of a fit -------------------------------------------------------------------------------------------
 
@@ -220,7 +255,7 @@ class WeightPruning(L.Callback):
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._masks:
             self._bind(trainer, module, self._masks)
-        elif self.schedule.fraction(trainer.global_step) > 0:
+        elif any(self._due(step) for step in range(trainer.global_step + 1)):
             self._prune(trainer, module)
         self._owner = weakref.ref(module)
 
@@ -231,9 +266,12 @@ class WeightPruning(L.Callback):
         step, seen = trainer.global_step, self._seen_step
         self._seen_step = step
         # With several optimizers a batch makes several steps.
-        due = any(self.schedule.updates_at(s) for s in range(seen + 1, step + 1))
-        if due and self.schedule.fraction(step) > 0:
+        if any(self._due(s) for s in range(seen + 1, step + 1)):
             self._prune(trainer, pl_module)
+
+    def _due(self, step: int) -> bool:
+        """Whether the schedule prunes something at a step."""
+        return self.schedule.updates_at(step) and self.schedule.fraction(step) > 0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never save a pruned weight that something else has revived."""
@@ -261,8 +299,20 @@ class WeightPruning(L.Callback):
     def _prune(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert self._plan is not None
         started = time.monotonic()
-        plan, loss_fn, data, summary = self._plan, None, None, ScoreSummary()
+        with self._around_update():
+            masks = self._new_masks(trainer, module, self._plan)
+            self._bind(trainer, module, masks)
+        total, sparsity = sum(mask.numel() for mask in masks.values()), mask_sparsity(masks)
+        rank_zero_info(
+            f"WeightPruning: {sparsity:.2%} of {total:,} weights in {len(masks)} layers are pruned "
+            f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
+        )
+
+    def _new_masks(self, trainer: L.Trainer, module: L.LightningModule, plan: PruningPlan) -> Masks:
+        loss_fn, data, summary = None, None, ScoreSummary()
         reshard(module)
+        if self._dense is not None:
+            self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
         with no_trace(trainer, module):
             if plan.needs_data:
                 loss_fn = self.loss_fn or calibration_loss(module)
@@ -276,16 +326,11 @@ class WeightPruning(L.Callback):
                 fraction=self.schedule.fraction(trainer.global_step),
                 previous=self.masks,
                 forward_context=trainer.precision_plugin.train_step_context,
-                ranks=_ranks(trainer),
+                ranks=ranks_of(trainer),
                 summary=summary,
             )
         self._scores = summary
-        self._bind(trainer, module, masks)
-        total, sparsity = sum(mask.numel() for mask in masks.values()), mask_sparsity(masks)
-        rank_zero_info(
-            f"WeightPruning: {sparsity:.2%} of {total:,} weights in {len(masks)} layers are pruned "
-            f"({plan.score.name}, {plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
-        )
+        return masks
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
@@ -375,7 +420,7 @@ class WeightPruning(L.Callback):
         self._enforcer = None
 
 
-def _ranks(trainer: L.Trainer) -> Ranks | None:
+def ranks_of(trainer: L.Trainer) -> Ranks | None:
     """The ranks that prune together under a strategy."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         return Ranks(trainer.strategy.device_mesh["data_parallel"].get_group(), lockstep=True)

@@ -5,7 +5,8 @@ PERP: Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Er
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -235,8 +236,7 @@ def _unhook_inputs(model: nn.Module, before: frozenset[int]) -> None:
 def _put_back(model: nn.Module, modules: Mapping[str, nn.Module], record: Retraining) -> None:
     """Undo `attach`: the layers, flags and hooks as they were."""
     for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+        _replace(model, name, module)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in record.required_grad)
     _unhook_inputs(model, record.input_hooks)
@@ -267,12 +267,7 @@ def merge(model: nn.Module) -> nn.Module:
     """
     record = retraining_of(model)
     layers = dict(sparse_layers(model))
-    for name, layer in layers.items():  # all before any is written
-        if not bool(torch.isfinite(layer.merged_weight()).all()):
-            raise ValueError(
-                f"the merged weight of {name!r} has values that are not finite: training diverged; use a lower "
-                "learning rate. Nothing was merged"
-            )
+    _check_mergeable(layers)
     plain = plain_model(model)
     with uninterrupted():
         for layer in layers.values():
@@ -283,6 +278,63 @@ def merge(model: nn.Module) -> nn.Module:
     for name, layer in layers.items():
         _check_zeros(name, layer)
     return plain
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> None:
+    """Merge the adapters into the weights and begin them anew, so that training can go on from the merged weights.
+
+    The model computes the same as before (with lora_prune, as after a merge). Initial values are drawn from the global
+    random state.
+
+    Args:
+        model: A model of `add_adapters`, changed in place.
+
+    Raises:
+        ValueError: as `merge`. Nothing is changed then.
+    """
+    record, layers = retraining_of(model), dict(sparse_layers(model))
+    _check_mergeable(layers)
+    with uninterrupted():
+        for layer in layers.values():
+            layer.fold(record.options.get("init_lora_weights", True))
+
+
+def _check_mergeable(layers: Mapping[str, SparseLinear]) -> None:
+    """All layers before any is written."""
+    for name, layer in layers.items():
+        if not bool(torch.isfinite(layer.merged_weight()).all()):
+            raise ValueError(
+                f"the merged weight of {name!r} has values that are not finite: training diverged; use a lower "
+                "learning rate. Nothing was merged"
+            )
+
+
+@contextmanager
+def adapters_aside(model: nn.Module) -> Iterator[nn.Module]:
+    """Take the adapters off for a while, and give the plain transformers model.
+
+    Afterwards the same adapters are on again, with the parameters that an optimizer may hold.
+    """
+    plain, record, layers = plain_model(model), retraining_of(model), dict(sparse_layers(model))
+    configuration = plain.__dict__.pop("peft_config", None)
+    try:
+        remember(plain, None)
+        for name, layer in layers.items():
+            _replace(plain, name, layer.get_base_layer())
+        yield plain
+    finally:
+        with uninterrupted():
+            for name, layer in layers.items():
+                _replace(plain, name, layer)
+            if configuration is not None:
+                plain.peft_config = configuration
+            remember(plain, record)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _check_zeros(name: str, layer: SparseLinear) -> None:

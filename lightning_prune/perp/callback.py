@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -14,10 +16,24 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
-from lightning_prune.perp.adapters import adapter_masks, attach, merge, remove_adapters, trainable_share
-from lightning_prune.perp.layers import plain_name, set_masks
+from lightning_prune.perp.adapters import (
+    adapter_masks,
+    adapters_aside,
+    attach,
+    fold,
+    merge,
+    remove_adapters,
+    trainable_share,
+)
+from lightning_prune.perp.before_training import (
+    check_dense_is_known,
+    reconstruct_before_training,
+    reconstruct_options,
+)
+from lightning_prune.perp.layers import plain_name, set_masks, sparse_layers
 from lightning_prune.perp.model import Retraining, find_retraining
 from lightning_prune.perp.options import check_adapter, check_options
+from lightning_prune.perp.reconstruction import Reconstruction
 from lightning_prune.perp.selection import check_parts
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
@@ -45,6 +61,9 @@ class PERPRetraining(L.Callback):
     Under DDP every rank builds the same adapters from `seed`, gradients of what is trained alone are averaged, and
     every rank merges the same numbers. Strategies that shard parameters (FSDP, FSDP2, DeepSpeed) are refused.
 
+    With a schedule of `WeightPruning` (IMP with PERP) every update of the masks first merges the adapters into the
+    weights, scores the merged weights, and begins the adapters anew on the new masks, without optimizer states.
+
     Args:
         adapter: ``"mask_lora"``, ``"scale_lora"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``), or None; see
             `lightning_prune.perp.add_adapters`.
@@ -56,8 +75,16 @@ class PERPRetraining(L.Callback):
         target_modules: Layers with an adapter, as in PEFT; default every pruned one, or the targets of
             `WeightPruning`.
         lora_options: Further options of `add_adapters`, such as ``{"use_rslora": True}``.
+        reconstruct: Fit the pruned model block by block to the dense one before training: True, or a mapping with any
+            of ``dense`` (default: the weights as `WeightPruning` finds them in this fit), ``adapter`` (default: this
+            one's), ``steps`` (100, for each block), ``learning_rate`` (1e-3), ``num_samples`` (128, over all ranks),
+            ``targets``, ``offload`` (see `lightning_prune.perp.reconstruct`) and ``calibration`` (default: samples
+            drawn from the training data, whose order is untouched). Not done again when a checkpoint is resumed.
         seed: Of the adapters' initial values; the Trainer's random states are left alone.
         attribute: Name of the module's attribute that holds the transformers model.
+
+    Attributes:
+        reconstruction: The errors of the blocks before and after `reconstruct`; None without it.
 
     Raises:
         TypeError, ValueError: from the constructor for values that no model could take; at setup, before anything
@@ -80,6 +107,7 @@ class PERPRetraining(L.Callback):
         lora_alpha: float | None = None,
         target_modules: list[str] | str | None = None,
         lora_options: dict[str, Any] | None = None,
+        reconstruct: bool | dict[str, Any] = False,
         seed: int = 0,
         attribute: str = "model",
     ) -> None:
@@ -101,12 +129,16 @@ class PERPRetraining(L.Callback):
             )
         self.adapter = adapter
         self.merge = merge
+        self.reconstruct = reconstruct_options(reconstruct, adapter, self.train, self.options)
+        self.reconstruction: Reconstruction | None = None
         self.masks = masks
         self.seed = seed
         self.attribute = attribute
         self._loaded_masks: Masks = {}
         self._module: weakref.ref[L.LightningModule] | None = None
         self._beside_pruner = False
+        self._resumed = self._started = False
+        self._left_on = False  # adapters that were trained before this fit
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 
@@ -133,8 +165,13 @@ class PERPRetraining(L.Callback):
             _check_same(_settings(found), _settings_of(self), "the module's adapters were")
         if pruner is not None:
             actual = {self._plain(name): name for name in named_weights(pl_module)}
-            _rename_masks(pruner, lambda name: actual.get(self._plain(name), name))
+            pruner.rename_masks(lambda name: actual.get(self._plain(name), name))
+            pruner.wrap_updates(partial(self._settled, trainer, pl_module))
+            if self.reconstruct is not None and self.reconstruct.get("dense") is None:
+                pruner.keep_dense_weights()
         self._module, self._beside_pruner = weakref.ref(pl_module), pruner is not None
+        self._resumed = self._started = False
+        self._left_on = found is not None
 
     def _check(self, trainer: L.Trainer, module: L.LightningModule, pruner: WeightPruning | None) -> None:
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)) or (
@@ -144,24 +181,52 @@ class PERPRetraining(L.Callback):
                 f"PERPRetraining does not support {type(trainer.strategy).__name__}: adapters of sharded weights "
                 "(DTensor) are not there yet; use one device or strategy='ddp'"
             )
+        if self.reconstruct is not None:
+            check_dense_is_known(self.reconstruct, pruner)
         if pruner is None:
             return
         if self.masks is not None:
             raise ValueError("masks are those of the WeightPruning callback in the same Trainer; leave masks out")
-        if not isinstance(pruner.schedule, OneShot) or pruner.schedule.start:
+        if isinstance(pruner.schedule, OneShot) and not pruner.schedule.start:
+            return
+        if self.reconstruct is not None:
             raise ValueError(
-                f"WeightPruning(schedule={pruner.schedule!r}) prunes while the adapters train, which would leave them "
-                "trained for weights that are gone; use schedule=None, and fit once for each sparsity"
+                f"reconstruct comes before training, but WeightPruning(schedule={pruner.schedule!r}) prunes during it; "
+                "use schedule=None, or reconstruct=False"
             )
+        if self.adapter == "lora" or self.options.get("init_lora_weights") is False:
+            raise ValueError(
+                f"WeightPruning(schedule={pruner.schedule!r}) prunes while the adapters train, and merges them first, "
+                f"which adapter={self.adapter!r} with init_lora_weights={self.options.get('init_lora_weights', True)} "
+                "cannot: use adapter='mask_lora', or schedule=None"
+            )
+
+    @contextmanager
+    def _settled(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+        """Around new masks: what adapters have learned goes into the weights first, and they begin anew after."""
+        model = self._model(module)
+        if self.adapter is None:
+            yield
+            return
+        if trainer.global_step or self._left_on:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed + trainer.global_step)
+                fold(model)
+            _forget(trainer, (p for _, layer in sparse_layers(model) for p in layer.matrices()))
+        yield
+        set_masks(model, self._masks_for(trainer))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks: every callback has pruned by now, and a checkpoint is restored."""
-        model = self._model(pl_module)
+        model, pruner = self._model(pl_module), _pruner_of(trainer)
+        self._started = True
+        if self.reconstruct is not None and not self._resumed:
+            self._reconstruct(trainer, model)
         pruned = ""
         if self.adapter is not None:
             set_masks(model, self._masks_for(trainer))
             sparsity = mask_sparsity(adapter_masks(model))
-            if not sparsity:
+            if not sparsity and (pruner is None or trainer.global_step >= pruner.schedule.end):
                 setattr(pl_module, self.attribute, remove_adapters(model))
                 raise ValueError(
                     "no weight with an adapter is pruned, so there is no sparsity to keep: load a pruned model, put "
@@ -174,15 +239,48 @@ class PERPRetraining(L.Callback):
             f"({', '.join([self.adapter or 'no adapter', *self.train])}{pruned})"
         )
 
+    def _reconstruct(self, trainer: L.Trainer, model: nn.Module) -> None:
+        assert self.reconstruct is not None
+        masks, prefix = self._masks_for(trainer), f"{self.attribute}."
+        masks = None if masks is None else {plain_name(name): mask for name, mask in masks.items()}
+        with adapters_aside(model) as plain:
+            self.reconstruction = done = reconstruct_before_training(
+                trainer,
+                plain,
+                self.reconstruct,
+                masks,
+                _pruner_of(trainer),
+                lambda name: self._plain(name).removeprefix(prefix),
+                self.seed,
+            )
+        changed = sum(block.changed for block in done.blocks)
+        rank_zero_info(
+            f"PERPRetraining: reconstructed {changed} of {len(done.blocks)} blocks; their mean error fell from "
+            f"{done.before:.4g} to {done.after:.4g}"
+        )
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters, and give the module its transformers model back."""
+        self._let_go(trainer)
+        if not self._started and self.adapter is not None:  # a fit that had nothing left to train
+            set_masks(self._model(pl_module), self._masks_for(trainer))
         if not self.merge:
             return
         setattr(pl_module, self.attribute, merge(self._model(pl_module)))
         pruner = _pruner_of(trainer)
         if pruner is not None:
-            _rename_masks(pruner, self._plain)
+            pruner.rename_masks(self._plain)
         self._module, self._loaded_masks = None, {}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the pruner; the adapters stay on."""
+        self._let_go(trainer)
+
+    def _let_go(self, trainer: L.Trainer) -> None:
+        pruner = _pruner_of(trainer)
+        if pruner is not None:
+            pruner.wrap_updates(None)
+            pruner.take_dense_weights()
 
     # -- the model in the module -------------------------------------------------------------------------------------
 
@@ -235,6 +333,7 @@ class PERPRetraining(L.Callback):
             raise ValueError(f"the checkpoint's PERPRetraining state has version {version!r}, not {_STATE_VERSION}")
         _check_same(state_dict["settings"], _settings_of(self), "the checkpoint's adapters were")
         self._loaded_masks = unpack_masks(state_dict["masks"])
+        self._resumed = True
 
 
 def _settings_of(callback: PERPRetraining) -> dict[str, Any]:
@@ -268,8 +367,9 @@ def _pruner_of(trainer: L.Trainer) -> WeightPruning | None:
     return next((callback for callback in callbacks if isinstance(callback, WeightPruning)), None)
 
 
-def _rename_masks(pruner: WeightPruning, rename: Callable[[str], str]) -> None:
-    """Call the pruner's masks as the parameters are called now: PEFT puts names in between, and takes them away."""
-    pruner._masks = {rename(name): mask for name, mask in pruner._masks.items()}
-    if pruner._enforcer is not None:
-        pruner._enforcer._weights = {rename(name): weight for name, weight in pruner._enforcer._weights.items()}
+def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:
+    """Clear gradients and optimizer states, which are those of values that are gone."""
+    for parameter in parameters:
+        parameter.grad = None
+        for optimizer in trainer.optimizers:
+            optimizer.state.pop(parameter, None)

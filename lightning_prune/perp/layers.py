@@ -154,6 +154,16 @@ class SparseLinear(lora.Linear):
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
+    def fold(self, init_lora_weights: bool | str) -> None:
+        """Write the merged weight into the base layer for good, and give the adapter initial values again."""
+        if not self.merged:
+            self.base_weight.copy_(self.merged_weight())
+        self._unmerged = None
+        self.merged_adapters.clear()
+        (name,) = self.lora_A
+        self.reset_lora_parameters(name, init_lora_weights)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back as it was, to the bit."""
         if self._unmerged is None:

@@ -149,7 +149,7 @@ def reconstruct(
     check_adapter(adapter)
     check_options(adapter, lora_options)
     parts = check_parts(train)
-    _check_settings(adapter, parts, steps, learning_rate, targets, lora_options)
+    check_settings(adapter, parts, steps, learning_rate, targets, lora_options)
     check_plain_model(model)
     masks = dict(masks or {})
     check_masks(model, masks)
@@ -305,7 +305,7 @@ def _check_weights(model: nn.Module, source: DenseBlocks, adapters: _Adapters) -
                 return
 
 
-def _check_settings(
+def check_settings(
     adapter: str | None,
     parts: Sequence[str],
     steps: int,
@@ -313,6 +313,11 @@ def _check_settings(
     targets: str,
     options: Mapping[str, Any],
 ) -> None:
+    """Refuse what no model could take.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     if adapter == "lora":
         raise ValueError(
             "adapter='lora' cannot be merged, since its product is dense, and each block is merged before the next "
