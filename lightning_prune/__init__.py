@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.allocation import KFACAllocation, OWLAllocation
     from lightning_prune.callbacks import SparsityMonitor, WeightPruning
+    from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
     from lightning_prune.language_model import CausalLM
     from lightning_prune.masks import apply_masks
     from lightning_prune.perp.callback import PERPRetraining
@@ -31,6 +32,7 @@ _HOMES = {
     "OneShot": "schedules",
     "TextDataModule": "text_data",
     "PERPRetraining": "perp.callback",
+    "PruningAwarePretraining": "callbacks.pruning_aware_pretraining",
     "Ranks": "ranks",
     "SparsityMonitor": "callbacks",
     "WeightPruning": "callbacks",
@@ -48,6 +50,7 @@ __all__ = [
     "OWLAllocation",
     "OneShot",
     "PERPRetraining",
+    "PruningAwarePretraining",
     "Ranks",
     "SparsityMonitor",
     "TextDataModule",

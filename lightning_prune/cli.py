@@ -263,12 +263,19 @@ def _run_trainer(arguments: list[str] | None) -> int:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     # Named here, so that YAML files may write `class_path: WeightPruning`.
-    from lightning_prune import CausalLM, PERPRetraining, SparsityMonitor, TextDataModule, WeightPruning
+    from lightning_prune import (
+        CausalLM,
+        PERPRetraining,
+        PruningAwarePretraining,
+        SparsityMonitor,
+        TextDataModule,
+        WeightPruning,
+    )
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
-    known = (CausalLM, TextDataModule, WeightPruning, PERPRetraining, SparsityMonitor)
-    schedules = (CubicSchedule, LinearSchedule, OneShot)
-    short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in (*known, *schedules)}
+    callbacks = (WeightPruning, PERPRetraining, PruningAwarePretraining, SparsityMonitor)
+    known = (CausalLM, TextDataModule, *callbacks, CubicSchedule, LinearSchedule, OneShot)
+    short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in known}
 
     class PruneCLI(LightningCLI):
         """Lightning's command line with a language model and text as what is trained unless something else is."""

@@ -26,6 +26,7 @@ from lightning_prune.parallel import parallelize
 from lightning_prune.pretrained import load_pretrained
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path
+from lightning_prune.structure import known_families, plain_model
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -274,7 +275,7 @@ class CausalLM(L.LightningModule):
         """Write the architecture as it is now into the hyper-parameters, in place of where it came from."""
         checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(
             model=None,
-            config=json.loads(self.model.config.to_json_string(use_diff=False)),
+            config=json.loads(_ordinary(self.model).config.to_json_string(use_diff=False)),
             tokenizer=self._tokenizer_source,
             gguf_file=self._tokenizer_gguf,
         )
@@ -296,7 +297,7 @@ class CausalLM(L.LightningModule):
 
     @rank_zero_only
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
-        self.model.save_pretrained(str(folder), state_dict=state)
+        _ordinary(self.model).save_pretrained(str(folder), state_dict=state)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 
@@ -324,6 +325,14 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     labels = batch["labels"] if "labels" in batch else batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)
+
+
+def _ordinary(model: Any) -> Any:
+    """The model in a class whose configuration takes its sizes: Llama's refuses some that shrinking leads to."""
+    hidden, heads = (getattr(model.config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if model.config.model_type in known_families() and hidden and heads and hidden % heads:
+        return plain_model(model)
+    return model
 
 
 def _from_config(config: dict[str, Any] | str | None, revision: str | None, options: dict[str, Any]) -> Any:

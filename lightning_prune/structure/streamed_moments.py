@@ -1,0 +1,164 @@
+"""Second moments of layer inputs, ``X^T X``, streamed from training batches: what variant B updates weights with.
+
+Dimensions: N tokens, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.structure.compensation import lost_inputs, observed_layers
+from lightning_prune.structure.units import Removal, Structure
+
+
+class StreamedMoments:
+    """A decayed mean of ``X^T X`` for every layer that reads units, from the training's own forward passes.
+
+    Layers that take the same tensor (queries, keys and values; gate and up) share one matrix, under the name of the
+    first. An observed step adds all its tokens: ``H <- decay * H + (1 - decay) * X^T X / N``; a matrix that has
+    seen nothing yet takes the first as it is.
+
+    Args:
+        structure: Of the model.
+        types: Unit types whose readers are watched.
+        decay: Weight of what was known before, at each observed step.
+
+    Attributes:
+        listening: Whether forward passes are observed now.
+        keep: Bool, one for each token of the batch, False where it is padding; None where nothing is.
+        hessians: ``[I, I]`` float32, by the name of the layer that was observed.
+    """
+
+    def __init__(self, structure: Structure, types: Sequence[str], decay: float) -> None:
+        self.types = types
+        self.decay = decay
+        self.listening = False
+        self.keep: Tensor | None = None
+        self.hessians: dict[str, Tensor] = {}
+        self._observed = observed_layers(structure, types)
+        self._handles: list[Any] = []
+        self._sums: dict[str, Tensor] = {}  # of the step that is running
+        self._tokens: dict[str, int] = {}
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def watch(self, structure: Structure) -> None:
+        """Put hooks on the layers; they do nothing unless `listening`."""
+        self.release()
+        modules = structure.modules()
+        for name in dict.fromkeys(self._observed.values()):
+            self._handles.append(modules[name].register_forward_pre_hook(self._hook(name)))
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.listening:
+                self.add(name, args[0].detach())
+
+        return take
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Take in the inputs ``[..., I]`` of a layer."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.keep is not None and self.keep.numel() == rows.shape[0]:
+            rows = rows[self.keep.reshape(-1)]
+        with torch.autocast(x.device.type, enabled=False):
+            product = rows.t().float() @ rows.float()
+        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
+        if name in self._sums:
+            self._sums[name] += product
+        else:
+            self._sums[name] = product
+
+    def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """The optimizer step is complete: fold what was observed of it into the moments.
+
+        Args:
+            reduce: Sums a tensor over processes, which must have observed the same step.
+        """
+        for name in sorted(self._sums):
+            total, tokens = self._sums[name], torch.tensor(float(self._tokens[name]), device=self._sums[name].device)
+            if reduce is not None:
+                total, tokens = reduce(total), reduce(tokens)
+            mean = total / tokens
+            if not bool(torch.isfinite(mean.sum())):  # an overflowing step, which a gradient scaler skips too
+                continue
+            before = self.hessians.get(name)
+            self.hessians[name] = mean if before is None else before.lerp_(mean, 1 - self.decay)
+        self._sums, self._tokens = {}, {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every layer has been seen."""
+        return set(self._observed.values()) <= self.hessians.keys()
+
+    def by_layer(self) -> dict[str, Tensor]:
+        """The moments of every layer's inputs, as `lightning_prune.structure.compensation.compensate` takes them."""
+        return {name: self.hessians[observed] for name, observed in self._observed.items()}
+
+    # -- following the model -----------------------------------------------------------------------------------------
+
+    def mask(self, structure: Structure, removal: Removal) -> None:
+        """Forget the inputs that are masked, which are zero from now on."""
+        for name, lost in lost_inputs(structure, removal).items():
+            if name in self.hessians:
+                hessian = self.hessians[name]
+                lost = lost.to(hessian.device)
+                hessian[lost] = 0.0
+                hessian[:, lost] = 0.0
+
+    def compact(
+        self, lost_by_layer: Mapping[str, Tensor], gone: Sequence[int], before: Structure, after: Structure
+    ) -> None:
+        """Drop the inputs, and the layers, that are removed.
+
+        Args:
+            lost_by_layer: Inputs by layer, from `lost_inputs` while the model still had them.
+            gone: Numbers of removed layers.
+            before: Structure of the model before the removal.
+            after: Structure of the model after it.
+        """
+        for name, lost in lost_by_layer.items():
+            if name in self.hessians:
+                hessian = self.hessians[name]
+                stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
+                stays[lost.to(hessian.device)] = False
+                self.hessians[name] = hessian[stays][:, stays]
+        if gone:
+            self.hessians = _renumbered(self.hessians, before.layer_names(), gone)
+            self._observed = observed_layers(after, self.types)
+            if self._handles:  # they know the layers by their old numbers
+                self.watch(after)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moments; nothing of a step that is running."""
+        return dict(self.hessians)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take up the moments of `state_dict`."""
+        self.hessians = {name: hessian.to(device) for name, hessian in state.items()}
+
+
+def _renumbered(values: Mapping[str, Tensor], names: Sequence[str], gone: Sequence[int]) -> dict[str, Tensor]:
+    """Without the removed layers, the others by their new numbers; `names` are those of all layers before."""
+    left = [name for i, name in enumerate(names) if i not in gone]
+    renamed = {f"{old}.": f"{names[i]}." for i, old in enumerate(left)}
+    dropped = tuple(f"{names[i]}." for i in gone)
+    found = {}
+    for name, value in values.items():
+        if name.startswith(dropped):
+            continue
+        prefix = next((old for old in renamed if name.startswith(old)), None)
+        found[name if prefix is None else renamed[prefix] + name[len(prefix) :]] = value
+    return found
