@@ -6,7 +6,7 @@ before anything is measured. Reported for each:
 
 - perplexity on the evaluation text, and the share of the model's parameters that is trained;
 - bytes of gradients and optimizer states, and their ratio to full fine-tuning's;
-- seconds of a step (median), and the highest resident memory of training above that of the pruned model.
+- seconds of a step (median).
 
 The learning rate is chosen from a grid for each variant on the first start, by the perplexity on blocks of the
 retraining text that no variant trains on; the other starts take that rate.
@@ -14,15 +14,18 @@ retraining text that no variant trains on; the other starts take that rate.
     python tests/benchmarks/perp.py --model FOLDER --calibration TEXT --retraining TEXT2 --evaluation TEXT3 \\
         --starts kfac-50 wanda-50 magnitude-50 gblm-2:4 --json FILE
 
-`--timing ROUNDS` times steps instead: plain PEFT LoRA on the same layers, each variant and full fine-tuning, in turns.
+`--timing ROUNDS` measures steps instead, in turns: plain PEFT LoRA on the same layers and norms, each variant and full
+fine-tuning; seconds, and the highest resident memory above that of the pruned model.
 Rows are merged into the JSON file and not trained again, so the table can be made in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -189,26 +192,23 @@ def scores(model: nn.Module, evaluations: dict[str, Tensor], held_out: Tensor) -
 def train(
     model: nn.Module, masks: dict[str, Tensor], variant: Variant, rate: float, batches: list[Tensor]
 ) -> dict[str, Any]:
-    gc.collect()
-    with common.PeakMemory() as memory:
-        retraining = Retraining(model, masks, variant, rate, len(batches))
-        seconds, losses = [], []
-        for batch in batches:
-            started = time.perf_counter()
-            losses.append(retraining.step(batch))
-            seconds.append(time.perf_counter() - started)
+    retraining = Retraining(model, masks, variant, rate, len(batches))
+    seconds, losses = [], []
+    for batch in batches:
+        started = time.perf_counter()
+        losses.append(retraining.step(batch))
+        seconds.append(time.perf_counter() - started)
     retraining.finish()
     return {
         "trained_percent": 100 * retraining.share,
         "state_MiB": retraining.held / 2**20,
         "step_s": statistics.median(seconds),
-        "peak_MiB": (memory.peak - memory.start) / 2**20,
         "last_losses": statistics.mean(losses[-5:]),
     }
 
 
 def flat(row: dict[str, Any]) -> dict[str, Any]:
-    keys = ("start", "variant", "rate", "trained_percent", "state_MiB", "step_s", "peak_MiB", "held_out")
+    keys = ("start", "variant", "rate", "trained_percent", "state_MiB", "step_s", "held_out")
     return {key: row.get(key) for key in keys} | row["perplexity"]
 
 
@@ -220,6 +220,8 @@ def timing(
     masks = ours_prune(model, sequences, batch_size=4, **STARTS[start])
     modules = [name.removesuffix(".weight") for name in masks]
     seconds: dict[str, list[float]] = {"lora": [], **{name: [] for name in args.variants}}
+    peaks: dict[str, int] = {}
+    resident = settled()
     for round_index in range(args.timing):
         names = list(seconds) if round_index % 2 == 0 else list(reversed(seconds))
         for name in names:
@@ -231,14 +233,16 @@ def timing(
                 retraining = Plain(wrapped)
             else:
                 retraining = Retraining(model, masks, VARIANTS[name], 1e-5, 100)
-            retraining.step(batches[0])  # the first makes the optimizer's states
-            for batch in batches[1:4]:
-                started = time.perf_counter()
-                retraining.step(batch)
-                seconds[name].append(time.perf_counter() - started)
+            with common.PeakMemory() as memory:
+                retraining.step(batches[0])  # the first makes the optimizer's states
+                for batch in batches[1:4]:
+                    started = time.perf_counter()
+                    retraining.step(batch)
+                    seconds[name].append(time.perf_counter() - started)
+            peaks[name] = max(peaks.get(name, 0), memory.peak - resident)
             retraining.finish()
             del retraining
-            gc.collect()
+            resident = settled()
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
     for name, values in seconds.items():
@@ -253,7 +257,16 @@ def timing(
             "to plain LoRA": statistics.median(ratios),
             "lowest": min(ratios),
             "highest": max(ratios),
+            "peak_MiB": peaks[name] / 2**20,
         }
+
+
+def settled() -> int:
+    """Resident memory once what is free has gone back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return common.rss()
 
 
 class Plain(Retraining):
