@@ -155,6 +155,7 @@ def test_sizes_are_reached_exactly_by_the_cheapest_units():
         ("llama", {"num_attention_heads": 3, "num_key_value_heads": 3}, ("attention",), "attention_unit"),
         ("gpt2", 0.9, ("attention", "ffn"), "ties its heads to its hidden size"),
         ("gpt2", {"hidden_size": 40}, ("stem",), "remove 8 hidden channels"),
+        ("llama-biases", 0.9, ("stem",), "heads divide, and it has biases"),
         ("llama-biases", {"hidden_size": 47}, ("stem",), "do not divide"),
     ],
 )

@@ -23,7 +23,15 @@ from lightning_prune.structure.sizes import (
     unit_of_heads,
     units_to_remove,
 )
-from lightning_prune.structure.units import Removal, Structure, check_removal, check_sizes, sizes_after
+from lightning_prune.structure.units import (
+    Removal,
+    Structure,
+    check_layers_removable,
+    check_removal,
+    check_sizes,
+    needs_other_class,
+    sizes_after,
+)
 
 RoundTo = int | Mapping[str, int]
 _SIZE_OF = {
@@ -233,6 +241,8 @@ def check_reachable(structure: Structure, target: Target, types: Sequence[UnitTy
         ValueError: as `plan_removal` does, whatever the saliencies.
     """
     multiples = check_round_to(round_to)
+    if "layer" in types:
+        check_layers_removable(structure)
     if isinstance(target, Mapping):
         counts_of(target, structure, types)
         return
@@ -242,6 +252,13 @@ def check_reachable(structure: Structure, target: Target, types: Sequence[UnitTy
             f"{structure.family.model_type!r} ties its heads to its hidden size, so attention and stem cannot shrink "
             "one by one to a number of parameters: use types=('ffn',) or ('ffn', 'layer'), or give the final sizes as "
             "target, with num_attention_heads * head_dim = hidden_size"
+        )
+    reason = needs_other_class(structure)
+    if structure.family.heads_divide_hidden and reason and {"attention", "stem"} & set(types):
+        raise ValueError(
+            f"{structure.family.model_type!r} wants a hidden size that its heads divide, and {reason}, so it cannot be "
+            f"saved as {structure.family.saved_as!r}: use types=('ffn',) or ('ffn', 'layer'), or give as target final "
+            "sizes that divide"
         )
     smallest = structure.sizes
     for t in types:

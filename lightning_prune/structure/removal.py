@@ -23,6 +23,7 @@ from lightning_prune.structure.units import (
     KeptIndices,
     Removal,
     Structure,
+    check_layers_removable,
     check_removal,
     check_sizes,
     kept_indices,
@@ -142,11 +143,8 @@ def _check_removable(structure: Structure, removal: Removal) -> None:
             )
         if p.is_meta:
             raise ValueError(f"{name!r} has no data (meta device); load or initialise the model first")
-    matters = structure.family.layer_index_matters
-    if "layer" in removal and matters and getattr(structure.config, matters, False):
-        raise ValueError(
-            f"layers cannot be removed with {matters}=True: a layer computes something else under another number"
-        )
+    if "layer" in removal:
+        check_layers_removable(structure)
     masked = masked_channels(structure)
     if "stem" in removal and len(missing := masked[~torch.isin(masked, removal["stem"][0])]):
         raise ValueError(

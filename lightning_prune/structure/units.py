@@ -369,6 +369,19 @@ def check_sizes(structure: Structure, sizes: Sizes) -> None:
         )
 
 
+def check_layers_removable(structure: Structure) -> None:
+    """Refuse the removal of layers where one computes something else under another number.
+
+    Raises:
+        ValueError: naming the field of the configuration.
+    """
+    matters = structure.family.layer_index_matters
+    if matters and getattr(structure.config, matters, False):
+        raise ValueError(
+            f"layers cannot be removed with {matters}=True: a layer computes something else under another number"
+        )
+
+
 def needs_other_class(structure: Structure) -> str | None:
     """Why the model cannot be saved as the family its own stands in for; None if it can."""
     target = structure.family.saved_as
