@@ -63,7 +63,8 @@ def export(
 
     Args:
         checkpoint: A Lightning ``.ckpt`` of `CausalLM`, the folder of a distributed checkpoint of one
-            (``ModelParallelStrategy``), or a transformers folder.
+            (``ModelParallelStrategy``), or a transformers folder. Adapters that `PERPRetraining` was training are
+            merged.
         output: Folder to write: ``config.json``, ``model.safetensors`` (in shards where it is large), the tokenizer,
             ``generation_config.json`` and ``sparsity.json``.
         tokenizer: Hub id, folder, ``.gguf`` file or ``tokenizer.json``; ``"none"`` for no tokenizer. Default: the one
@@ -88,7 +89,7 @@ def export(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} is not known; use one of {', '.join(map(repr, DTYPES))}")
-    source = open_checkpoint(checkpoint, argument="checkpoint")
+    source = _merged(open_checkpoint(checkpoint, argument="checkpoint"))
     if not source.count:
         raise ExportError(f"checkpoint={str(checkpoint)!r} holds no tensors")
     target = Path(output).expanduser().resolve()
@@ -108,6 +109,15 @@ def export(
             _check_written(folder, model, progress)
             size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return Inspection(str(output), "safetensors", size, read.reports, None if read.masks is None else read.masks.count)
+
+
+def _merged(source: Checkpoint) -> Checkpoint:
+    """With adapters merged that `PERPRetraining` was training when the checkpoint was written."""
+    if not any(".lora_A." in name for name in source.names()):
+        return source
+    from lightning_prune.perp.checkpoints import merged_checkpoint  # takes peft with it, which few need here
+
+    return merged_checkpoint(source)
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------
