@@ -58,7 +58,7 @@ def read_model(
     shards of a distributed checkpoint are put together in main memory, which must hold the model once.
 
     Args:
-        source: The opened checkpoint.
+        source: The opened checkpoint. Adapters that `PERPRetraining` was training are merged.
         tokenizer: Hub id, folder, ``.gguf`` file or ``tokenizer.json``; ``"none"`` for no tokenizer. Default: the one
             the checkpoint names, if it names one.
         dtype: Of floating point weights; default as stored.
@@ -71,6 +71,7 @@ def read_model(
     """
     if not source.count:
         raise ExportError(f"checkpoint={str(source.path)!r} holds no tensors")
+    source = _merged(source)
     with quiet_transformers():
         config = _config_of(source)
         found_tokenizer = _tokenizer_of(source, tokenizer)
@@ -79,6 +80,15 @@ def read_model(
         _check_vocabulary(found_tokenizer, model)
         read = _read(source, model, dtype, progress)
         return ReadModel(_fill(source, model, read.state), found_tokenizer, read.reports, read.masks)
+
+
+def _merged(source: Checkpoint) -> Checkpoint:
+    """With adapters merged that `PERPRetraining` was training when the checkpoint was written."""
+    if not any(".lora_A." in name for name in source.names()):
+        return source
+    from lightning_prune.perp.checkpoints import merged_checkpoint  # takes peft with it, which few need here
+
+    return merged_checkpoint(source)
 
 
 # -- what is there ----------------------------------------------------------------------------------------------------

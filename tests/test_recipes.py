@@ -28,6 +28,8 @@ EXPECTED = {
     "kfac_ddp": (0.5, None),
     "kfac_fsdp2": (0.5, None),
     "kfac_smollm2": (0.5, None),
+    "perp_reconstruct": (0.5, "2:4"),
+    "perp_smollm2": (0.5, None),
     "quickstart": (0.5, None),
     "sparse_finetune": (0.5, "2:4"),
     "wanda_2to4_smollm2": (0.5, "2:4"),
@@ -79,6 +81,8 @@ def shortened(recipe, tiny, folder):
         settings = callback["init_args"]
         if "num_samples" in settings:
             settings["num_samples"] = 4
+        if "reconstruct" in settings:
+            settings["reconstruct"] |= {"steps": 2, "num_samples": 4}
         if "schedule" in settings:
             gradual = settings["schedule"]["class_path"] == "lightning_prune.CubicSchedule"
             settings["schedule"]["init_args"] = {"start": 0, "end": 2, "every": 1} if gradual else {"step": 1}

@@ -315,11 +315,14 @@ class PERPRetraining(L.Callback):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings, and the masks packed to bits where no `WeightPruning` saves them."""
+        """The settings, how each layer is merged, and the masks packed to bits where no `WeightPruning` saves them."""
         module = None if self._module is None else self._module()
-        state: dict[str, Any] = {"version": _STATE_VERSION, "settings": _settings_of(self), "masks": {}}
-        if module is not None and self.adapter is not None and not self._beside_pruner:
-            state["masks"] = pack_masks(adapter_masks(self._model(module)))
+        state: dict[str, Any] = {"version": _STATE_VERSION, "settings": _settings_of(self), "masks": {}, "layers": {}}
+        if module is not None and self.adapter is not None:
+            model = self._model(module)
+            state["layers"] = {name: layer.combining() for name, layer in sparse_layers(model)}
+            if not self._beside_pruner:
+                state["masks"] = pack_masks(adapter_masks(model))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -113,6 +113,11 @@ class SparseLinear(lora.Linear):
         """How weight and adapter become one matrix."""
         return masked_sum
 
+    def combining(self) -> dict[str, Any]:
+        """What has to be known of the layer to combine stored tensors, in plain values."""
+        (name,) = self.lora_A
+        return {"scaling": float(self.scaling[name]), "transposed": bool(self.fan_in_fan_out)}
+
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """What the base weight becomes when the adapter is merged; +0.0 where pruned.
