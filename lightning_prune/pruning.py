@@ -25,6 +25,7 @@ from lightning_prune.allocation import (
 )
 from lightning_prune.calibration import LossFn, collect, collect_forward
 from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count, uninterrupted
+from lightning_prune.memory import memory_advice
 from lightning_prune.obs import prune_with_hessian
 from lightning_prune.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
 from lightning_prune.plan import PruningPlan, make_plan
@@ -189,7 +190,8 @@ def run_plan(
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
     run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, ranks)
-    return run.masks()
+    with memory_advice(plan):
+        return run.masks()
 
 
 class _Run:

@@ -23,7 +23,9 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     L.seed_everything(0, verbose=False)
     module = CausalLM(config=TINY)
-    pruning = WeightPruning(score="wanda", sparsity=0.25, num_samples=3, calibration=[{"input_ids": make_tokens(4, 8)}], seed=5)
+    pruning = WeightPruning(
+        score="wanda", sparsity=0.25, num_samples=3, calibration=[{"input_ids": make_tokens(4, 8)}], seed=5
+    )
     rows = [{"input_ids": row} for row in make_tokens(4, 8)]
     trainer = L.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
