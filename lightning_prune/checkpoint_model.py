@@ -19,6 +19,9 @@ from lightning_prune.progress import progress_bar
 from lightning_prune.targets import clean_name
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes weights can be converted to, by name."""
+
 NO_TOKENIZER = "none"
 """In place of a tokenizer's source: go without one."""
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -28,6 +32,11 @@ TRACEBACK_VARIABLE = "LIGHTNING_PRUNE_TRACEBACK"
 
 _USER_ERROR = 2
 _INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class _Terminated(SystemExit):
+    """SIGTERM has come."""
 
 
 class _UserError(Exception):
@@ -44,14 +53,15 @@ def main(args: Sequence[str] | None = None) -> int:
         args: Arguments without the program's name; default those of the process.
 
     Returns:
-        Exit status: 0, 2 after an error of the user (one line on stderr), 130 after Ctrl-C. Errors that are
-        nobody's input keep their traceback.
+        Exit status: 0, 2 after an error of the user or where memory or disk end (one line on stderr), 130 after
+        Ctrl-C, 143 after SIGTERM. Errors that are nobody's input keep their traceback.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     try:
-        if _is_for_trainer(arguments):
-            return _run_trainer(None if args is None else arguments)
-        return _run_own(arguments)
+        with _terminable():
+            if _is_for_trainer(arguments):
+                return _run_trainer(None if args is None else arguments)
+            return _run_own(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
@@ -63,6 +73,10 @@ def main(args: Sequence[str] | None = None) -> int:
         # Lightning answers Ctrl-C by tearing down and leaving with 1.
         if isinstance(leaving.__context__, KeyboardInterrupt):
             return _INTERRUPTED
+        # Lightning's own ends a fit at the next batch, and names no status.
+        if isinstance(leaving, _Terminated) or type(leaving).__name__ == "SIGTERMException":
+            print("terminated", file=sys.stderr)
+            return _TERMINATED
         if leaving.code is None or isinstance(leaving.code, int):
             return leaving.code or 0
         print(leaving.code, file=sys.stderr)
@@ -85,9 +99,31 @@ def _is_for_trainer(arguments: Sequence[str]) -> bool:
     )
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that half-written files go away."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        # While it trains, Lightning has a handler of its own that calls this one too. It ends the fit at the next
+        # batch, and under SLURM not at all.
+        if signal.getsignal(signal.SIGTERM) is terminate:
+            raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _is_of_the_user(error: Exception) -> bool:
     # ValueError and TypeError are what every check of an argument raises, here and in Lightning.
-    if isinstance(error, (*_KNOWN, ValueError, TypeError, OSError)):
+    if isinstance(error, (*_KNOWN, ValueError, TypeError, OSError, MemoryError)):
+        return True
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
         return True
     return any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
 

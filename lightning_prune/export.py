@@ -9,18 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lightning_prune.checkpoint_model import NO_TOKENIZER, ExportError, ReadModel, quiet_transformers, read_model
+from lightning_prune.checkpoint_model import (
+    DTYPES,
+    NO_TOKENIZER,
+    ExportError,
+    ReadModel,
+    quiet_transformers,
+    read_model,
+)
 from lightning_prune.checkpoints import open_checkpoint
 from lightning_prune.export_folder import check_apart, check_replaceable, check_written, replacing, write_model
 from lightning_prune.inspection import Inspection
 from lightning_prune.model_card import CARD_FILE, model_card, read_results
 
 __all__ = ["DTYPES", "NO_TOKENIZER", "SPARSITY_FILE", "ExportError", "export"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The dtypes weights can be converted to, by name."""
 
 SPARSITY_FILE = "sparsity.json"
 """Written beside the weights: which layers are how sparse, and which score chose the zeros."""

@@ -177,9 +177,10 @@ class CausalLM(L.LightningModule):
             Losses in nats per predicted token.
 
         Raises:
-            ValueError: If a sample has no token to predict.
+            ValueError: If a sample has no token to predict, or the batch is of another kind.
         """
-        return causal_lm_losses(self(batch["input_ids"], batch.get("attention_mask")), _labels(batch))
+        labels = _labels(batch)
+        return causal_lm_losses(self(batch["input_ids"], batch.get("attention_mask")), labels)
 
     def _token_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Losses (B, T - 1) of the batch's tokens, and how many of them count."""
@@ -341,6 +342,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     """Labels (B, T) of a batch: given or the inputs, with padding never predicted."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError(f"batch is a {type(batch).__name__}; CausalLM takes dicts with 'input_ids' of shape (B, T)")
     labels = batch["labels"] if "labels" in batch else batch["input_ids"]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)

@@ -12,15 +12,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_prune.checkpoint_model import NO_TOKENIZER, quiet_transformers, read_model
+from lightning_prune.checkpoint_model import DTYPES, NO_TOKENIZER, quiet_transformers, read_model
 from lightning_prune.checkpoints import open_checkpoint
 from lightning_prune.inspection import Inspection, report_tensor
 from lightning_prune.pretrained import load_pretrained
 from lightning_prune.sources import existing_path, looks_like_path
 from lightning_prune.tokenization import load_tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The dtypes weights can be converted to, by name."""
 
 
 @dataclass(frozen=True)

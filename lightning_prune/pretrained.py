@@ -1,8 +1,12 @@
 """Pretrained language models by hub id, folder or GGUF file; weights that are missing are refused."""
 
+import pickle
+import zipfile
 from typing import Any
 
+import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from lightning_prune.sources import pretrained_arguments
@@ -21,7 +25,7 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: If a local path does not exist.
-        ValueError: If weights are missing in the files.
+        ValueError: If the files are damaged, or weights are missing in them.
     """
     name, kwargs = pretrained_arguments(model, gguf_file, "model")
     if revision is not None:
@@ -30,7 +34,13 @@ def load_pretrained(
         # newer versions keep the weights of some architectures packed, out of reach of pruning and training
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loaded: Any
-    loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **(options or {}))
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **(options or {}))
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model={model!r} cannot be loaded, it may be damaged or cut off: {reason}") from error
     if info["missing_keys"]:  # transformers warns, and goes on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise ValueError(

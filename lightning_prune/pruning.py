@@ -24,7 +24,8 @@ from lightning_prune.allocation import (
     uniform_counts,
 )
 from lightning_prune.calibration import LossFn, collect, collect_forward
-from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count
+from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count, uninterrupted
+from lightning_prune.memory import memory_advice
 from lightning_prune.obs import prune_with_hessian
 from lightning_prune.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
 from lightning_prune.plan import PruningPlan, make_plan
@@ -193,7 +194,8 @@ def run_plan(
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
     run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, ranks, summary)
-    masks = run.masks()
+    with memory_advice(plan):
+        masks = run.masks()
     if summary is not None and run.parts is not None:
         summary.sum_over(run.parts)
     return masks

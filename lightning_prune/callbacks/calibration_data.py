@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 
@@ -42,6 +43,10 @@ class CalibrationData:
 
     def __iter__(self) -> Iterator[Any]:
         for index, batch in enumerate(self.source):
+            # Lightning looks for SIGTERM between training batches only, and calibration may take long. Several
+            # processes get it at different samples, and would wait for each other: there it waits for the first batch.
+            if self.trainer.received_sigterm and self.trainer.world_size == 1:
+                raise SIGTERMException
             if self.presplit or index % self.world == self.rank:
                 batch = self.trainer.strategy.batch_to_device(batch)
                 yield self.trainer.precision_plugin.convert_input(batch)
