@@ -110,7 +110,7 @@ def _read(source: Source, file: Path, load: Any) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-class _PlainLoader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
     """Lightning writes tags of Python types (tuples, classes): their plain content is read, and nothing is built."""
 
     def plain(self, suffix: str, node: Any) -> Any:
