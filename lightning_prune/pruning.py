@@ -24,7 +24,7 @@ from lightning_prune.allocation import (
     uniform_counts,
 )
 from lightning_prune.calibration import LossFn, collect, collect_forward
-from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count, uninterrupted
+from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count
 from lightning_prune.memory import memory_advice
 from lightning_prune.obs import prune_with_hessian
 from lightning_prune.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
