@@ -137,11 +137,17 @@ def check_plain_model(model: nn.Module) -> None:
         raise ValueError(
             "the parameters are sharded (DTensor), which adapters do not support yet; use one device or DDP"
         )
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) and not _is_dequantized(model):
         raise ValueError(
             f"{type(model).__name__} is quantised: an adapter cannot be merged into it with its zeros kept. Load the "
             "model unquantised, retrain, merge, and quantise last"
         )
+
+
+def _is_dequantized(model: nn.Module) -> bool:
+    """Whether a model only remembers that it was read from a GGUF file: its weights, checked later, are plain."""
+    method = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "quant_method", None)
+    return str(getattr(method, "value", method)) == "gguf"
 
 
 def adapted_modules(
