@@ -14,6 +14,7 @@ from conftest import make_llama, make_tokens, snapshot
 from perp_models import halve, make_gpt2, zeros
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import GgufConfig
 
 from lightning_prune import CalibrationError, prune
 from lightning_prune.perp import add_adapters, reconstruct
@@ -346,3 +347,12 @@ def test_bad_arguments_change_nothing(arguments: dict[str, Any], error: type[Exc
     with pytest.raises(error, match=message):
         reconstruct(model, batches(), **arguments)
     assert snapshot(model) == before
+
+
+def test_a_model_read_from_gguf_only_remembers_that_it_was_quantised() -> None:
+    dense, model, masks = pair()
+    model.is_quantized = True
+    with pytest.raises(ValueError, match="is quantised"):
+        reconstruct(model, batches(), dense, masks, steps=1)
+    model.config.quantization_config = GgufConfig(dequantize=True)
+    assert reconstruct(model, batches(), dense, masks, steps=1).blocks
