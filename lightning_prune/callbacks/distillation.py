@@ -1,0 +1,128 @@
+"""Distillation: what a training step adds to its loss to stay close to the logits of a dense source model.
+
+Letters: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+
+def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, keep: Tensor | None = None) -> Tensor:
+    """Mean over tokens of ``temperature^2 * KL(teacher || student)`` (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    Both distributions are softened by the temperature; its square keeps the gradient's size. Computed in float32, or
+    wider where the logits are.
+
+    Args:
+        student: Logits ``[B, T, V]``; the gradient goes here.
+        teacher: Logits ``[B, T, V]``.
+        temperature: Above 0.
+        keep: Bool ``[B, T]``, True where a token counts; default all.
+
+    Returns:
+        A scalar, in nats.
+
+    Raises:
+        ValueError: the shapes do not agree.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"the student's logits {tuple(student.shape)} and the source's {tuple(teacher.shape)} differ; distill from "
+            "a model with the same vocabulary"
+        )
+    wide = torch.promote_types(student.dtype, torch.float32)
+    log_q = torch.log_softmax(student.to(wide) / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher.to(wide) / temperature, dim=-1)
+    divergences = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(dim=-1)  # [B, T]
+    if keep is None:
+        return divergences.mean() * temperature**2
+    kept = keep.to(divergences.dtype)
+    return (divergences * kept).sum() / kept.sum().clamp(min=1) * temperature**2
+
+
+class Distillation:
+    """Adds the divergence from a source model to a module's training loss: ``(1 - weight) * loss + weight * KL``.
+
+    While it is on, the module's ``training_step`` is wrapped: the inputs and logits of the student's forward passes
+    inside it are noted, and the source runs on the same inputs, without gradients, in evaluation mode. The source is
+    no part of the module, so neither checkpoints nor optimizers see it. What the module itself logs stays its own loss.
+
+    Args:
+        source: A causal language model of transformers.
+        weight: Share of the divergence in the loss, above 0 and at most 1.
+        temperature: See `logits_divergence`.
+    """
+
+    def __init__(self, source: nn.Module, weight: float, temperature: float) -> None:
+        self.source = source.requires_grad_(False).eval()
+        self.weight = weight
+        self.temperature = temperature
+        self.last: Tensor | None = None  # divergence of the latest training step
+        self._passes: list[tuple[Mapping[str, Any], Tensor]] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def begin(self, module: L.LightningModule, student: nn.Module) -> None:
+        """Wrap the module's training step until `end`."""
+        self.source.to(module.device)
+        original = module.training_step
+        listening = False
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if listening:
+                self._passes.append((_inputs(args, kwargs), output.logits))
+
+        @functools.wraps(original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            nonlocal listening
+            self._passes, listening = [], True
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                listening = False
+            return self._with_divergence(output)
+
+        handle = student.register_forward_hook(note, with_kwargs=True)
+        module.__dict__["training_step"] = training_step
+        self._undo = [handle.remove, lambda: module.__dict__.pop("training_step", None)]
+
+    def end(self) -> None:
+        """Give the module its training step back."""
+        for undo in self._undo:
+            undo()
+        self._undo, self._passes = [], []
+
+    def _with_divergence(self, output: Any) -> Any:
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        passes, self._passes = self._passes, []
+        if loss is None:
+            return None
+        if not passes:
+            raise ValueError(
+                "distill_from: training_step did not call the language model, so there are no logits to compare; name "
+                "the attribute that it calls (attribute=...)"
+            )
+        total = torch.zeros((), device=loss.device)
+        for inputs, logits in passes:
+            with torch.no_grad():
+                theirs = self.source(**inputs).logits
+            mask = inputs.get("attention_mask")
+            keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            total = total + logits_divergence(logits, theirs, self.temperature, keep) / len(passes)
+        self.last = total.detach()
+        mixed = (1 - self.weight) * loss + self.weight * total
+        return {**output, "loss": mixed} if isinstance(output, Mapping) else mixed
+
+
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the source needs of the student's arguments: labels would make it compute a loss."""
+    inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
+    if args:
+        inputs["input_ids"] = args[0]
+    return {**inputs, "use_cache": False}
