@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_prune.allocation import KFACAllocation, OWLAllocation
     from lightning_prune.callbacks import WeightPruning
+    from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
     from lightning_prune.language_model import CausalLM
     from lightning_prune.masks import apply_masks
     from lightning_prune.perp.callback import PERPRetraining
@@ -31,6 +32,7 @@ _HOMES = {
     "OneShot": "schedules",
     "TextDataModule": "text_data",
     "PERPRetraining": "perp.callback",
+    "PruningAwarePretraining": "callbacks.pruning_aware_pretraining",
     "Ranks": "ranks",
     "WeightPruning": "callbacks",
     "apply_masks": "masks",
@@ -47,6 +49,7 @@ __all__ = [
     "OWLAllocation",
     "OneShot",
     "PERPRetraining",
+    "PruningAwarePretraining",
     "Ranks",
     "TextDataModule",
     "WeightPruning",

@@ -217,10 +217,11 @@ def _run_trainer(arguments: list[str] | None) -> int:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     # Named here, so that YAML files may write `class_path: WeightPruning`.
-    from lightning_prune import CausalLM, PERPRetraining, TextDataModule, WeightPruning
+    from lightning_prune import CausalLM, PERPRetraining, PruningAwarePretraining, TextDataModule, WeightPruning
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
-    known = (CausalLM, TextDataModule, WeightPruning, PERPRetraining, CubicSchedule, LinearSchedule, OneShot)
+    callbacks = (WeightPruning, PERPRetraining, PruningAwarePretraining)
+    known = (CausalLM, TextDataModule, *callbacks, CubicSchedule, LinearSchedule, OneShot)
     short_names = {kind.__name__: f"lightning_prune.{kind.__name__}" for kind in known}
 
     class PruneCLI(LightningCLI):

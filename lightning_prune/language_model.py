@@ -25,6 +25,7 @@ from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_lo
 from lightning_prune.parallel import parallelize
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path, pretrained_arguments
+from lightning_prune.structure import known_families, plain_model
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -116,7 +117,7 @@ class CausalLM(L.LightningModule):
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         self.model: Any = (
-            _pretrained(model, gguf_file, revision, options)
+            load_pretrained(model, gguf_file, revision, options)
             if model is not None
             else _from_config(config, revision, options)
         )
@@ -274,7 +275,7 @@ class CausalLM(L.LightningModule):
         """Write the architecture as it is now into the hyper-parameters, in place of where it came from."""
         checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(
             model=None,
-            config=json.loads(self.model.config.to_json_string(use_diff=False)),
+            config=json.loads(_ordinary(self.model).config.to_json_string(use_diff=False)),
             tokenizer=self._tokenizer_source,
             gguf_file=self._tokenizer_gguf,
         )
@@ -296,7 +297,7 @@ class CausalLM(L.LightningModule):
 
     @rank_zero_only
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
-        self.model.save_pretrained(str(folder), state_dict=state)
+        _ordinary(self.model).save_pretrained(str(folder), state_dict=state)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 
@@ -357,17 +358,35 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)
 
 
-def _pretrained(model: str, gguf_file: str | None, revision: str | None, options: dict[str, Any]) -> Any:
+def load_pretrained(
+    model: str, gguf_file: str | None = None, revision: str | None = None, options: Mapping[str, Any] | None = None
+) -> Any:
+    """A pretrained causal language model of transformers; no code of the files is run.
+
+    Args:
+        model: A hub id, a local folder, or a ``.gguf`` file.
+        gguf_file: Name of a GGUF file inside the folder or hub repository `model`.
+        revision: Branch, tag or commit of a hub repository.
+        options: Further arguments of ``from_pretrained``.
+    """
     name, kwargs = pretrained_arguments(model, gguf_file, "model")
     if revision is not None:
         kwargs["revision"] = revision
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         # newer versions keep the weights of some architectures packed, out of reach of pruning and training
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **kwargs, **(options or {}))
     if "gguf_file" in kwargs:
         _forget_quantization(loaded)
     return loaded
+
+
+def _ordinary(model: Any) -> Any:
+    """The model in a class whose configuration takes its sizes: Llama's refuses some that shrinking leads to."""
+    hidden, heads = (getattr(model.config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if model.config.model_type in known_families() and hidden and heads and hidden % heads:
+        return plain_model(model)
+    return model
 
 
 def _forget_quantization(model: Any) -> None:

@@ -1,0 +1,441 @@
+"""`PruningAwarePretraining`: a language model shrinks while it pretrains (EfficientLLM, arXiv 2502.06663)."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_prune.batches import padding_mask
+from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.shrinking_checks import (
+    check_module,
+    check_optimizers,
+    check_settings,
+    check_states,
+    check_trainer,
+)
+from lightning_prune.callbacks.shrunk_checkpoints import (
+    before_loading,
+    epsilon_of,
+    take_shapes,
+    write_hyper_parameters,
+)
+from lightning_prune.progress import is_main_process
+from lightning_prune.structure.history import ShrinkRecord, pruned_ratios
+from lightning_prune.structure.pictures import shrinking_picture
+from lightning_prune.structure.saliency import SaliencyAccumulator
+from lightning_prune.structure.shrink_goal import make_goal
+from lightning_prune.structure.shrink_schedule import ShrinkSchedule
+from lightning_prune.structure.shrinking import Shrinking
+from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
+from lightning_prune.structure.streamed_moments import StreamedMoments
+from lightning_prune.structure.units import find_language_model, read_structure
+
+_STATE_VERSION = 1
+# What the accumulated statistics of a checkpoint were made with.
+_SAME = ("types", "saliency", "second_order", "attention_unit", "round_to")
+
+
+class PruningAwarePretraining(L.Callback):
+    """Shrink a language model while it trains, until it has the target size; then it trains on.
+
+    At every pruning the type of unit whose cheapest unit has the lowest mean saliency loses it: a head or key/value
+    group of every layer (``"attention"``), an intermediate channel of every layer (``"ffn"``), a hidden channel of the
+    whole model (``"stem"``), or a whole layer (``"layer"``, not in the paper). Saliency comes from the training's own
+    gradients, right before each optimizer step (averaged over processes, summed over accumulated batches, not yet
+    clipped). A pruned unit is zero at first; every `compact_every` prunings, and when the target is reached, zeros are
+    sliced off: parameters, optimizer states, averaged weights (``WeightAveraging``), the configuration. The loss does
+    not change by that. What is left is an ordinary model of its family.
+
+    Works with automatic optimization of one optimizer (Adam, AdamW, SGD, ... : states of the weights' shapes) on one
+    device or under DDP, with accumulation, clipping, mixed precision, gradient checkpointing and tied embeddings. DDP
+    is wrapped anew at each compaction. Refused: FSDP, FSDP2, tensor parallelism, DeepSpeed (slices of shards are not
+    there yet), compiled modules, manual optimization, and `WeightPruning` and `PERPRetraining` in the same Trainer.
+
+    Checkpoints can be taken, and training resumed, at any step. ``load_from_checkpoint`` of `CausalLM` builds the small
+    model; in a module of yours, hyper-parameters that hold the configuration (a mapping with ``model_type``), or single
+    fields of it under their own names, are kept up to date.
+
+    Args:
+        target: A share of the model's parameters (float), their number (int), or final sizes by name
+            (``hidden_size``, ``intermediate_size``, ``num_attention_heads``, ``num_key_value_heads``,
+            ``num_hidden_layers``). Shares and numbers count all parameters, tied ones once, and are reached from above:
+            the first size that is not larger.
+        types: Any of ``"attention"``, ``"ffn"``, ``"stem"`` and ``"layer"``.
+        every_n_steps: Optimizer steps between prunings (N in the paper, section 4: 1 or 2).
+        start: Optimizer steps before saliency is accumulated.
+        end: Step at which the target is reached, along a straight line of parameters: each pruning takes as many units
+            as that needs. None: `units_per_pruning` at each, until the target is reached.
+        saliency: ``"taylor2"``, ``abs(g w - 1/2 g^2 w^2)`` (LLM-Pruner, arXiv 2305.11627, eq. 5, with the diagonal Fisher);
+            ``"taylor1"``, ``abs(g w)``; or ``"magnitude"``, ``abs(w)``.
+        second_order: Also update what remains, by each layer's second moments of its inputs (variant B).
+        second_order_every: Optimizer steps between those on which the moments are observed.
+        second_order_decay: Weight of earlier observations in the moments.
+        compact_every: Prunings between compactions.
+        round_to: Multiple that the FFN and hidden sizes are kept at.
+        units_per_pruning: Units at a pruning, where `end` is None. In a layer, for attention and ffn.
+        attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of every group.
+        distill_from: A source model whose logits to stay close to: a causal language model, or where to load one from
+            (folder, hub id, ``.gguf`` file). It takes part in training steps alone, and in no checkpoint.
+        distill_weight: Share of the divergence in the loss, above 0 and at most 1.
+        temperature: Of both distributions in the divergence.
+        picture: File to draw saliency, pruned ratios and size over tokens into, when training ends.
+
+    Raises:
+        TypeError, ValueError: from the constructor for values that no model could take; when a fit starts, before
+            anything changes, for those that do not fit the model or the Trainer.
+
+    Example::
+
+        trainer = L.Trainer(max_steps=2000, callbacks=[PruningAwarePretraining(target=0.5, end=1500)])
+        trainer.fit(module, datamodule)
+        module.save_pretrained("small")
+    """
+
+    def __init__(
+        self,
+        target: float | int | dict[str, int],
+        types: Sequence[str] = ("attention", "ffn", "stem"),
+        every_n_steps: int = 1,
+        start: int = 0,
+        end: int | None = None,
+        saliency: str = "taylor2",
+        second_order: bool = False,
+        second_order_every: int = 4,
+        second_order_decay: float = 0.9,
+        compact_every: int = 16,
+        round_to: int = 1,
+        units_per_pruning: int = 1,
+        attention_unit: AttentionUnit = "group",
+        distill_from: str | nn.Module | None = None,
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
+        picture: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.target = target
+        self.types = check_types(list(types) if not isinstance(types, str) else types)
+        self.schedule = ShrinkSchedule(start, end, every_n_steps, units_per_pruning)
+        self.saliency = saliency
+        self.second_order = second_order
+        self.second_order_every = second_order_every
+        self.second_order_decay = second_order_decay
+        self.compact_every = compact_every
+        self.round_to = round_to
+        self.attention_unit = attention_unit
+        self.distill_from = distill_from
+        self.distill_weight = distill_weight
+        self.temperature = temperature
+        self.picture = picture
+        check_settings(self)
+        self.tokens = 0
+        self._shrinking: Shrinking | None = None
+        self._owner: weakref.ref[L.LightningModule] | None = None
+        self._loaded: dict[str, Any] | None = None  # of a checkpoint, not yet bound to the module
+        self._distillation: Distillation | None = None
+        self._unwrap: Any = None
+        self._seen_step = 0
+
+    @property
+    def history(self) -> list[ShrinkRecord]:
+        """One record a pruning, after one of the model before the first."""
+        return [] if self._shrinking is None else self._shrinking.history
+
+    # -- life of a fit -------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what could not be shrunk, and be there when a checkpoint is loaded."""
+        find_language_model(pl_module)
+        if stage == "fit":
+            check_trainer(trainer, self)
+            check_module(pl_module)
+            if self.distill_from is not None and self._distillation is None:
+                source = _load_source(self.distill_from, pl_module)
+                self._distillation = Distillation(source, self.distill_weight, self.temperature)
+
+        def prepare(checkpoint: dict[str, Any]) -> None:
+            state = checkpoint.get("callbacks", {}).get(self.state_key)
+            if state is None:
+                return
+            saved, unit = state["shrinking"], self.attention_unit
+            for module in (pl_module, *_averages(trainer)):
+                take_shapes(module, Sizes(**saved["sizes"]), saved["layers_left"], state["epsilon"], unit)
+
+        self._let_go()
+        self._unwrap = before_loading(pl_module, prepare)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the units; take up a checkpoint, or an earlier fit of the same module."""
+        owner = None if self._owner is None else self._owner()
+        before = self._shrinking if owner is pl_module else None
+        state = self._loaded or (before.state_dict() if before is not None else None)
+        structure = read_structure(pl_module, self.attention_unit)
+        first = None if state is None else Sizes(**state["first"])
+        goal = make_goal(structure, self.target, self.types, self.round_to, first)
+        moments = None
+        if self.second_order:
+            moments = StreamedMoments(structure, self.types, self.second_order_decay)
+        saliency = SaliencyAccumulator(structure, self.types, self.saliency)
+        shrinking = Shrinking(structure, goal, saliency, moments, self.compact_every, _agree_of(trainer))
+        if state is not None:
+            shrinking.load_state_dict(state)
+        else:
+            self.tokens = 0
+        if not shrinking.reached:
+            check_optimizers(structure, trainer.optimizers, self.saliency)
+        self._shrinking, self._owner, self._loaded = shrinking, weakref.ref(pl_module), None
+        if moments is not None and not shrinking.reached:
+            moments.watch(structure)
+        if self._distillation is not None:
+            self._distillation.begin(pl_module, structure.model)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where it begins: a checkpoint's step is known only now."""
+        assert self._shrinking is not None
+        self._seen_step = trainer.global_step
+        self._shrinking.begin(trainer.global_step, self.tokens)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Observe layer inputs on the steps chosen for it."""
+        assert self._shrinking is not None
+        moments = self._shrinking.moments
+        if moments is not None:
+            waited = trainer.global_step - self.schedule.start
+            due = waited >= 0 and waited % self.second_order_every == 0
+            moments.listening = due and not self._shrinking.reached
+            moments.keep = padding_mask(batch)
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Gradient checkpointing runs the forward again: once is enough."""
+        if self._shrinking is not None and self._shrinking.moments is not None:
+            self._shrinking.moments.listening = False
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Accumulate saliency of the step's gradients."""
+        assert self._shrinking is not None
+        if trainer.global_step >= self.schedule.start and not self._shrinking.reached:
+            self._shrinking.saliency.add()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prune and compact when it is due."""
+        shrinking, step = self._shrinking, trainer.global_step
+        assert shrinking is not None
+        self.tokens += _count_tokens(batch) * trainer.world_size
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        if shrinking.moments is not None:
+            shrinking.moments.end_step(_sum_of(trainer))
+        if self.schedule.due(step) and not shrinking.reached:
+            self._prune(trainer, step)
+        if shrinking.compaction_due:
+            self._compact(trainer, pl_module)
+        metrics = {"parameters_M": shrinking.parameters / 1e6}
+        if self._distillation is not None and self._distillation.last is not None:
+            metrics["distillation"] = float(self._distillation.last)
+        pl_module.log_dict(metrics, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Slice off what is masked, so that the module ends as an ordinary small model; draw."""
+        shrinking = self._shrinking
+        assert shrinking is not None
+        self._compact(trainer, pl_module)
+        if not shrinking.reached:
+            rank_zero_warn(
+                f"PruningAwarePretraining: training ended at {shrinking.parameters:,} parameters, before the target "
+                f"({shrinking.goal.final:,}); train longer, set end, or raise units_per_pruning"
+            )
+        if self.picture is not None and len(self.history) > 1 and is_main_process():
+            shrinking_picture(self.history, self.picture)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take all hooks off."""
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Take all hooks off; masked units stay masked, and a next fit goes on from there."""
+        self._release()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the module its own hooks back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._shrinking is not None and self._shrinking.moments is not None:
+            self._shrinking.moments.release()
+        if self._distillation is not None:
+            self._distillation.end()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._unwrap is not None:
+            self._unwrap()
+        self._unwrap = None
+
+    # -- pruning -------------------------------------------------------------------------------------------------
+
+    def _prune(self, trainer: L.Trainer, step: int) -> None:
+        shrinking = self._shrinking
+        assert shrinking is not None
+        if not shrinking.pending and len(shrinking.history) == 1:
+            check_states(shrinking.structure, trainer.optimizers)  # which exist only after a step
+        goal, down_to = shrinking.goal, None
+        if self.schedule.end is not None:
+            down_to = self.schedule.goal(step, goal.parameters(goal.first), goal.final)
+            # Final sizes are reached one by one, not when their product is.
+            down_to = -1 if goal.final_sizes is not None and step >= self.schedule.end else down_to
+        record = shrinking.prune(
+            step, self.tokens, self.schedule.units, down_to, trainer.optimizers, _averages(trainer)
+        )
+        if record is None:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(_metrics(record, shrinking), step=step)
+        if shrinking.reached:
+            rank_zero_info(
+                f"PruningAwarePretraining: the target is reached at step {step}, {record.parameters:,} parameters, "
+                f"{shrinking.sizes.as_dict()}"
+            )
+            if shrinking.moments is not None:
+                shrinking.moments.release()
+
+    def _compact(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        shrinking, strategy = self._shrinking, trainer.strategy
+        assert shrinking is not None
+        if not shrinking.pending:
+            return
+        before = shrinking.structure.config.to_dict()
+        wrapped = isinstance(strategy.model, DistributedDataParallel)
+        if wrapped:
+            # The old wrapper's hooks on the parameters must be gone before shapes change.
+            strategy.model = module
+            gc.collect()
+        try:
+            shrinking.compact(trainer.optimizers, _averages(trainer))
+        finally:
+            if wrapped:
+                assert isinstance(strategy, DDPStrategy)
+                strategy.configure_ddp()
+        write_hyper_parameters(module, before, shrinking.structure.config.to_dict())
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sizes, masked units, accumulated saliency and moments, history: plain values and tensors."""
+        shrinking = self._shrinking
+        if shrinking is None:
+            return {}
+        return {
+            "version": _STATE_VERSION,
+            "settings": self._settings(),
+            "tokens": self.tokens,
+            "epsilon": epsilon_of(shrinking.structure),
+            "shrinking": shrinking.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a checkpoint; it is bound to the model when the fit starts.
+
+        Raises:
+            ValueError: an unknown version, or statistics made with other settings.
+        """
+        version = state_dict.get("version")
+        if version != _STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint's PruningAwarePretraining state has version {version!r}, not {_STATE_VERSION}"
+            )
+        saved, mine = state_dict["settings"], self._settings()
+        for name in _SAME:
+            if saved.get(name) != mine[name]:
+                raise ValueError(
+                    f"the checkpoint was made with {name}={saved.get(name)!r}, this PruningAwarePretraining has "
+                    f"{mine[name]!r}; resume with the same, or start a new training from load_from_checkpoint"
+                )
+        self.tokens = int(state_dict["tokens"])
+        self._loaded = state_dict["shrinking"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: list(self.types) if name == "types" else getattr(self, name) for name in _SAME}
+
+
+def _metrics(record: ShrinkRecord, shrinking: Shrinking) -> dict[str, float]:
+    sizes = {f"shrink/{name}": value for name, value in shrinking.sizes.as_dict().items() if name != "head_dim"}
+    saliency = {f"shrink/saliency_{t}": value for t, value in record.saliency.items()}
+    pruned = {f"shrink/pruned_{t}": value for t, value in pruned_ratios(record, shrinking.history[0]).items()}
+    return {"shrink/parameters": record.parameters, "shrink/tokens": record.tokens, **sizes, **saliency, **pruned}
+
+
+def _averages(trainer: L.Trainer) -> list[nn.Module]:
+    """The averaged copies of the module that Lightning's callbacks hold."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [c._average_model for c in callbacks if isinstance(c, WeightAveraging)]
+    return [average.module for average in found if average is not None]
+
+
+def _agree_of(trainer: L.Trainer) -> Any:
+    """Makes a CPU tensor that of rank 0, so that no rounding lets ranks choose differently."""
+    if trainer.world_size == 1:
+        return None
+    device = trainer.strategy.root_device
+
+    def agree(values: Tensor) -> None:
+        shared = values.to(device)
+        dist.broadcast(shared, 0)
+        values.copy_(shared)
+
+    return agree
+
+
+def _sum_of(trainer: L.Trainer) -> Any:
+    if trainer.world_size == 1:
+        return None
+
+    def total(values: Tensor) -> Tensor:
+        dist.all_reduce(values)
+        return values
+
+    return total
+
+
+def _count_tokens(batch: Any) -> int:
+    """Tokens of a batch: of ``input_ids``, or of the first tensor, without padding."""
+    if (mask := padding_mask(batch)) is not None:
+        return int(mask.sum())
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids", next((v for v in batch.values() if isinstance(v, Tensor)), None))
+    elif isinstance(batch, (list, tuple)):
+        batch = next((v for v in batch if isinstance(v, Tensor)), None)
+    return batch.numel() if isinstance(batch, Tensor) else 0
+
+
+def _load_source(source: str | nn.Module, module: L.LightningModule) -> nn.Module:
+    from lightning_prune.language_model import load_pretrained
+
+    model: Any = source if isinstance(source, nn.Module) else load_pretrained(source)
+    _, student = find_language_model(module)
+    mine, theirs = student.config.vocab_size, getattr(getattr(model, "config", None), "vocab_size", None)  # type: ignore[union-attr]
+    if mine != theirs:
+        raise ValueError(
+            f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it began from"
+        )
+    if model is student or any(p is q for p in model.parameters() for q in [next(student.parameters())]):
+        raise ValueError(
+            "distill_from is the model that shrinks: pass a copy of it (copy.deepcopy), or where to load it"
+        )
+    return model
