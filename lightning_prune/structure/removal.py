@@ -314,8 +314,13 @@ def _rescale_epsilon(structure: Structure, factor: float) -> None:
     family = structure.family
     if family.norm == "layernorm" or family.eps_field is None:
         return
-    modules = structure.modules()
-    epsilon = getattr(structure.config, family.eps_field) * factor
+    set_epsilon(structure, getattr(structure.config, family.eps_field) * factor)
+
+
+def set_epsilon(structure: Structure, epsilon: float) -> None:
+    """Set epsilon of all RMS norms, in the modules and in the configuration."""
+    family, modules = structure.family, structure.modules()
+    assert family.eps_field is not None
     for config in _configs(structure):
         setattr(config, family.eps_field, epsilon)
     heads = [f"{layer}.{norm}" for layer in structure.layer_names() for norm in family.head_norms]
