@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
-import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
@@ -78,15 +77,15 @@ class PruningAwarePretraining(L.Callback):
         start: Optimizer steps before saliency is accumulated.
         end: Step at which the target is reached, along a straight line of parameters: each pruning takes as many units
             as that needs. None: `units_per_pruning` at each, until the target is reached.
-        saliency: ``"taylor2"``, ``abs(g w - 1/2 g^2 w^2)`` (LLM-Pruner, arXiv 2305.11627, eq. 5, with the diagonal Fisher);
-            ``"taylor1"``, ``abs(g w)``; or ``"magnitude"``, ``abs(w)``.
+        saliency: ``"taylor2"``, ``abs(g w - 1/2 g^2 w^2)`` (LLM-Pruner, arXiv 2305.11627, with the diagonal
+            Fisher); ``"taylor1"``, ``abs(g w)``; or ``"magnitude"``, ``abs(w)``.
         second_order: Also update what remains, by each layer's second moments of its inputs (variant B).
         second_order_every: Optimizer steps between those on which the moments are observed.
         second_order_decay: Weight of earlier observations in the moments.
         compact_every: Prunings between compactions.
         round_to: Multiple that the FFN and hidden sizes are kept at.
         units_per_pruning: Units at a pruning, where `end` is None. In a layer, for attention and ffn.
-        attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of every group.
+        attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of each group.
         distill_from: A source model whose logits to stay close to: a causal language model, or where to load one from
             (folder, hub id, ``.gguf`` file). It takes part in training steps alone, and in no checkpoint.
         distill_weight: Share of the divergence in the loss, above 0 and at most 1.
@@ -427,14 +426,14 @@ def _count_tokens(batch: Any) -> int:
 def _load_source(source: str | nn.Module, module: L.LightningModule) -> nn.Module:
     from lightning_prune.language_model import load_pretrained
 
-    model: Any = source if isinstance(source, nn.Module) else load_pretrained(source)
+    model: nn.Module = source if isinstance(source, nn.Module) else load_pretrained(source)
     _, student = find_language_model(module)
     mine, theirs = student.config.vocab_size, getattr(getattr(model, "config", None), "vocab_size", None)  # type: ignore[union-attr]
     if mine != theirs:
         raise ValueError(
-            f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it began from"
+            f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it began as"
         )
-    if model is student or any(p is q for p in model.parameters() for q in [next(student.parameters())]):
+    if next(model.parameters()) is next(student.parameters()):
         raise ValueError(
             "distill_from is the model that shrinks: pass a copy of it (copy.deepcopy), or where to load it"
         )

@@ -14,10 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.structure.saliency import GRADIENT_SALIENCIES, check_saliency
 from lightning_prune.structure.sizes import ATTENTION_UNITS
 from lightning_prune.structure.units import Structure
-
-SALIENCIES = ("taylor2", "taylor1", "magnitude")
 
 
 def check_settings(callback: Any) -> None:
@@ -26,8 +25,7 @@ def check_settings(callback: Any) -> None:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    if callback.saliency not in SALIENCIES:
-        raise ValueError(f"saliency={callback.saliency!r} must be one of {', '.join(map(repr, SALIENCIES))}")
+    check_saliency(callback.saliency, GRADIENT_SALIENCIES)
     if callback.attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
     for name in ("second_order_every", "compact_every", "round_to"):
@@ -59,8 +57,8 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
     strategy: Any = trainer.strategy
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise ValueError(
-            f"PruningAwarePretraining does not support {type(strategy).__name__}: parameters in shards cannot be sliced "
-            "while they train; use one device or strategy='ddp', or shrink before with prune_structured"
+            f"PruningAwarePretraining does not support {type(strategy).__name__}: parameters in shards cannot be "
+            "sliced while they train; use one device or strategy='ddp', or shrink before with prune_structured"
         )
     if isinstance(strategy, DDPStrategy):
         if strategy._start_method != "popen":
@@ -82,8 +80,8 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
             type(other).__name__ == "PERPRetraining"
         ):
             raise ValueError(
-                f"{type(other).__name__} keeps tensors of the weights' shapes, which change here: run it in a fit of its "
-                "own, after the model has shrunk"
+                f"{type(other).__name__} keeps tensors of the weights' shapes, which change here: run it in a fit of "
+                "its own, after the model has shrunk"
             )
 
 
@@ -118,8 +116,8 @@ def check_optimizers(structure: Structure, optimizers: Sequence[Optimizer], sali
     """
     if len(optimizers) != 1:
         raise ValueError(
-            f"PruningAwarePretraining needs one optimizer, found {len(optimizers)}: with several, a step is no longer one "
-            "set of gradients"
+            f"PruningAwarePretraining needs one optimizer, found {len(optimizers)}: with several, a step is no longer "
+            "one set of gradients"
         )
     frozen = [name for name, p in structure.parameters().items() if not p.requires_grad]
     if frozen and saliency != "magnitude":
@@ -142,6 +140,6 @@ def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
                     raise ValueError(
                         f"{type(optimizer).__name__} keeps the state {key!r} of {name!r} with shape "
-                        f"{tuple(value.shape)}, which cannot be sliced with the weight's {tuple(p.shape)}; use one whose "
-                        "states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
+                        f"{tuple(value.shape)}, which cannot be sliced with the weight's {tuple(p.shape)}; use one "
+                        "whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
                     )

@@ -1,4 +1,4 @@
-"""Checkpoints of a model that has shrunk: give a module their shapes before its weights are loaded, and say the sizes."""
+"""Checkpoints of a model that has shrunk: give a module their shapes before weights are loaded, and say the sizes."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def take_shapes(
     counts = units_to_remove(structure.sizes, sizes, attention_unit)
     if structure.sizes.head_dim != sizes.head_dim or any(count < 0 for count in counts.values()):
         raise ValueError(
-            f"the checkpoint's model has {sizes.as_dict()}, which the module's {structure.sizes.as_dict()} cannot shrink "
-            "to: build the module with the configuration that the training began with, or load the checkpoint with "
-            "load_from_checkpoint"
+            f"the checkpoint's model has {sizes.as_dict()}, which the module's {structure.sizes.as_dict()} cannot "
+            "shrink to: build the module with the configuration that the training began with, or load the checkpoint "
+            "with load_from_checkpoint"
         )
     removal: dict[str, list[Tensor]] = {}
     for unit_type, count in counts.items():

@@ -110,8 +110,8 @@ def _check_family(structure: Structure, types: tuple[UnitType, ...]) -> None:
     if family.heads_span_hidden and both:
         raise ValueError(
             f"types={types}: {family.model_type!r} takes head_dim for hidden_size / num_attention_heads, so heads and "
-            "hidden channels cannot go one by one; use types=('ffn',), ('layer',) or both, or prune_structured with the "
-            "final sizes"
+            "hidden channels cannot go one by one; use types=('ffn',), ('layer',) or both, or prune_structured with "
+            "the final sizes"
         )
     if family.heads_divide_hidden and both and (reason := needs_other_class(structure)):
         raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.structure.compensation import compensate
+from lightning_prune.structure.compensation import compensate, lost_inputs
 from lightning_prune.structure.history import ShrinkRecord
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
@@ -117,12 +117,11 @@ class Shrinking:
         self.saliency.reset()
         if not removal:
             return None
+        merged = merge_removals(self.structure, self.pending, removal)
         if self.moments is not None:
-            for unit_type, places in removal.items():
-                if unit_type != "layer":
-                    compensate(self.structure, {unit_type: places}, self.moments.for_units(unit_type))
+            compensate(self.structure, removal, self.moments.by_layer())
             self.moments.mask(self.structure, removal)
-        self.pending = merge_removals(self.structure, self.pending, removal)
+        self.pending = merged
         mask_units(self.structure.model, self.pending, optimizers, attention_unit=self.structure.attention_unit)
         for average in averages:
             mask_units(average, self.pending, attention_unit=self.structure.attention_unit)
@@ -134,7 +133,7 @@ class Shrinking:
         """The units to go, and the saliency of each type's cheapest before the first went."""
         sums = self._sums()
         sizes, compared, taken = self.sizes, dict[str, float](), 0
-        chosen: dict[UnitType, list[list[Tensor]]] = {}
+        chosen: dict[str, list[list[Tensor]]] = {}
         while not self.goal.reached(sizes):
             if taken >= units if down_to is None else self.goal.parameters(sizes) <= down_to:
                 break
@@ -146,15 +145,17 @@ class Shrinking:
             chosen.setdefault(unit_type, []).append(list(indices))
             sizes = sizes.without(unit_type, indices.shape[1], self.goal.attention_unit)
             taken += 1
-        removal = {t: [torch.cat(parts) for parts in zip(*rounds, strict=True)] for t, rounds in chosen.items()}
+        removal: Removal = {
+            t: [torch.cat(parts) for parts in zip(*rounds, strict=True)] for t, rounds in chosen.items()
+        }
         return merge_removals(self.structure, removal), compared
 
     def _sums(self) -> dict[UnitType, Tensor]:
         """Saliency of every unit, summed over its weights, ``[P, U]`` in float64; infinite for masked ones."""
-        sums = {t: torch.stack([v.double().cpu() for v in self.saliency.sums(t)]) for t in self.goal.types}
-        for unit_type, places in self.pending.items():
-            if unit_type in sums:
-                for row, gone in zip(sums[unit_type], places, strict=True):
+        sums = {t: self.saliency.sums(t).double().cpu() for t in self.goal.types}
+        for unit_type, values in sums.items():
+            if unit_type in self.pending:
+                for row, gone in zip(values, self.pending[unit_type], strict=True):
                     row[gone] = torch.inf
         if self._agree is not None:
             for values in sums.values():
@@ -182,16 +183,16 @@ class Shrinking:
         if not self.pending:
             return
         before, unit = self.structure, self.structure.attention_unit
+        lost = {} if self.moments is None else lost_inputs(before, self.pending)
         remove_units(before.model, self.pending, optimizers, attention_unit=unit)
         for average in averages:
             remove_units(average, self.pending, attention_unit=unit)
         self.structure = read_structure(before.model, unit)
-        if "layer" in self.pending:
-            gone = set(self.pending["layer"][0].tolist())
-            self.layers_left = [layer for i, layer in enumerate(self.layers_left) if i not in gone]
+        gone = self.pending["layer"][0].tolist() if "layer" in self.pending else []
+        self.layers_left = [layer for i, layer in enumerate(self.layers_left) if i not in gone]
         self.saliency.follow(self.structure)
         if self.moments is not None:
-            self.moments.compact(before, self.pending, self.structure)
+            self.moments.compact(lost, gone, before, self.structure)
         self.pending, self._since = {}, 0
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

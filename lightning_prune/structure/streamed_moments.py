@@ -11,40 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.structure.units import Structure, kept_indices
+from lightning_prune.structure.compensation import lost_inputs, observed_layers
+from lightning_prune.structure.units import Removal, Structure
 
 
 class StreamedMoments:
-    """A decayed sum of ``X^T X`` for every layer that reads units, from the training's own forward passes.
+    """A decayed mean of ``X^T X`` for every layer that reads units, from the training's own forward passes.
 
-    Layers that take the same tensor (queries, keys and values; gate and up) share one matrix. An observed step adds
-    ``X^T X / N`` of all its tokens: ``H <- decay * H + (1 - decay) * X^T X / N``; a matrix that has seen nothing yet
-    takes the first as it is.
+    Layers that take the same tensor (queries, keys and values; gate and up) share one matrix, under the name of the
+    first. An observed step adds all its tokens: ``H <- decay * H + (1 - decay) * X^T X / N``; a matrix that has
+    seen nothing yet takes the first as it is.
 
     Args:
         structure: Of the model.
         types: Unit types whose readers are watched.
         decay: Weight of what was known before, at each observed step.
+
+    Attributes:
+        listening: Whether forward passes are observed now.
+        keep: Bool, one for each token of the batch, False where it is padding; None where nothing is.
+        hessians: ``[I, I]`` float32, by the name of the layer that was observed.
     """
 
     def __init__(self, structure: Structure, types: Sequence[str], decay: float) -> None:
+        self.types = types
         self.decay = decay
         self.listening = False
-        self.keep: Tensor | None = None  # bool, one for each token of the batch: False where it is padding
-        self.observations = 0
+        self.keep: Tensor | None = None
+        self.hessians: dict[str, Tensor] = {}
+        self._observed = observed_layers(structure, types)
         self._handles: list[Any] = []
         self._sums: dict[str, Tensor] = {}  # of the step that is running
         self._tokens: dict[str, int] = {}
-        self._moments: dict[str, Tensor] = {}  # [I, I] by the first layer of a group
-        self._group = _groups(structure, types)
-        self._columns = {t: [g for place in structure.readers(t) for g in place] for t in types if t != "layer"}
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def watch(self, structure: Structure) -> None:
         """Put hooks on the layers; they do nothing unless `listening`."""
+        self.release()
         modules = structure.modules()
-        for name in dict.fromkeys(self._group.values()):
+        for name in dict.fromkeys(self._observed.values()):
             self._handles.append(modules[name].register_forward_pre_hook(self._hook(name)))
 
     def release(self) -> None:
@@ -74,99 +80,85 @@ class StreamedMoments:
             self._sums[name] = product
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """The observed step is complete: fold its products into the moments.
+        """The optimizer step is complete: fold what was observed of it into the moments.
 
         Args:
             reduce: Sums a tensor over processes, which must have observed the same step.
         """
-        if not self._sums:
-            return
-        self.observations += 1
-        for name, total in self._sums.items():
-            tokens = torch.tensor(float(self._tokens[name]), device=total.device)
+        for name in sorted(self._sums):
+            total, tokens = self._sums[name], torch.tensor(float(self._tokens[name]), device=self._sums[name].device)
             if reduce is not None:
                 total, tokens = reduce(total), reduce(tokens)
             mean = total / tokens
-            if not bool(torch.isfinite(mean.sum())):  # an overflowing step, which the optimizer skips too
+            if not bool(torch.isfinite(mean.sum())):  # an overflowing step, which a gradient scaler skips too
                 continue
-            before = self._moments.get(name)
-            self._moments[name] = mean if before is None else before.lerp_(mean, 1 - self.decay)
+            before = self.hessians.get(name)
+            self.hessians[name] = mean if before is None else before.lerp_(mean, 1 - self.decay)
         self._sums, self._tokens = {}, {}
-
-    # -- reading -----------------------------------------------------------------------------------------------------
-
-    def of(self, layer: str) -> Tensor | None:
-        """``X^T X / N`` of a layer's inputs, ``[I, I]`` float32; None before the first observation."""
-        return self._moments.get(self._group[layer])
-
-    def for_units(self, unit_type: str) -> dict[str, Tensor]:
-        """Moments by layer of those that read units of a type."""
-        return {name: self._moments[self._group[name]] for name in self._columns[unit_type]}
 
     @property
     def ready(self) -> bool:
         """Whether every layer has been seen."""
-        return set(self._group.values()) <= self._moments.keys()
+        return set(self._observed.values()) <= self.hessians.keys()
+
+    def by_layer(self) -> dict[str, Tensor]:
+        """The moments of every layer's inputs, as `lightning_prune.structure.compensation.compensate` takes them."""
+        return {name: self.hessians[observed] for name, observed in self._observed.items()}
 
     # -- following the model -----------------------------------------------------------------------------------------
 
-    def mask(self, structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> None:
+    def mask(self, structure: Structure, removal: Removal) -> None:
         """Forget the inputs that are masked, which are zero from now on."""
-        for name, _, gone in self._touched(structure, removal):
-            moment = self._moments[name]
-            moment[gone] = 0.0
-            moment[:, gone] = 0.0
+        for name, lost in lost_inputs(structure, removal).items():
+            if name in self.hessians:
+                hessian = self.hessians[name]
+                lost = lost.to(hessian.device)
+                hessian[lost] = 0.0
+                hessian[:, lost] = 0.0
 
-    def compact(self, structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> None:
-        """Drop the inputs that are removed; `structure` is the one before the removal."""
-        for name, kept, _ in self._touched(structure, removal):
-            self._moments[name] = self._moments[name].index_select(0, kept).index_select(1, kept)
+    def compact(
+        self, lost_by_layer: Mapping[str, Tensor], gone: Sequence[int], before: Structure, after: Structure
+    ) -> None:
+        """Drop the inputs, and the layers, that are removed.
 
-    def _touched(
-        self, structure: Structure, removal: Mapping[str, Sequence[Tensor]]
-    ) -> list[tuple[str, Tensor, Tensor]]:
-        """Matrices whose inputs go: name, indices that stay, indices that go."""
-        found = []
-        for unit_type, places in removal.items():
-            if unit_type not in self._columns:
-                continue
-            tables = kept_indices(structure, {unit_type: places})
-            for name in dict.fromkeys(self._group[layer] for layer in self._columns[unit_type]):
-                if name not in self._moments:
-                    continue
-                device = self._moments[name].device
-                # A tied head is listed as the embedding, whose columns are the same.
-                entries = tables.get(f"{name}.weight") or tables[_embedding(structure)]
-                inputs = len(self._moments[name])
-                (entry,) = [e for e in entries if len(e.kept) + len(e.gone) == inputs][-1:]
-                found.append((name, entry.kept.to(device), entry.gone.to(device)))
-        return found
+        Args:
+            lost_by_layer: Inputs by layer, from `lost_inputs` while the model still had them.
+            gone: Numbers of removed layers.
+            before: Structure of the model before the removal.
+            after: Structure of the model after it.
+        """
+        for name, lost in lost_by_layer.items():
+            if name in self.hessians:
+                hessian = self.hessians[name]
+                stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
+                stays[lost.to(hessian.device)] = False
+                self.hessians[name] = hessian[stays][:, stays]
+        if gone:
+            self.hessians = _renumbered(self.hessians, before.layer_names(), gone)
+            self._observed = observed_layers(after, self.types)
+            if self._handles:  # they know the layers by their old numbers
+                self.watch(after)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and counters; nothing of a step that is running."""
-        return {"observations": self.observations, "moments": dict(self._moments)}
+    def state_dict(self) -> dict[str, Tensor]:
+        """The moments; nothing of a step that is running."""
+        return dict(self.hessians)
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """Take up the moments of `state_dict`."""
-        self.observations = int(state["observations"])
-        self._moments = {name: moment.to(device) for name, moment in state["moments"].items()}
+        self.hessians = {name: hessian.to(device) for name, hessian in state.items()}
 
 
-def _groups(structure: Structure, types: Sequence[str]) -> dict[str, str]:
-    """The layer that stands for each reader: the first with the same parent among those of one type."""
-    group: dict[str, str] = {}
-    for unit_type in types:
-        if unit_type == "layer":
+def _renumbered(values: Mapping[str, Tensor], names: Sequence[str], gone: Sequence[int]) -> dict[str, Tensor]:
+    """Without the removed layers, the others by their new numbers; `names` are those of all layers before."""
+    left = [name for i, name in enumerate(names) if i not in gone]
+    renamed = {f"{old}.": f"{names[i]}." for i, old in enumerate(left)}
+    dropped = tuple(f"{names[i]}." for i in gone)
+    found = {}
+    for name, value in values.items():
+        if name.startswith(dropped):
             continue
-        for place in structure.readers(unit_type):
-            first: dict[str, str] = {}
-            for name in place:
-                group[name] = first.setdefault(name.rpartition(".")[0], name)
-    return group
-
-
-def _embedding(structure: Structure) -> str:
-    embedding = structure.model.get_input_embeddings()  # type: ignore[operator]
-    return next(f"{name}.weight" for name, module in structure.modules().items() if module is embedding)
+        prefix = next((old for old in renamed if name.startswith(old)), None)
+        found[name if prefix is None else renamed[prefix] + name[len(prefix) :]] = value
+    return found
