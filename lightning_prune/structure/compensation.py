@@ -107,7 +107,7 @@ def compensation(
         CalibrationError: see `compensated`.
     """
     targets = {t.name: t for t in reader_targets(structure, [t for t in removal if t != "layer"])}
-    lost = _lost_inputs(structure, removal)
+    lost = lost_inputs(structure, removal)
     weights: dict[str, Tensor] = {}
     with progress_bar("Compensating", len(lost), progress) as advance:
         for name, indices in lost.items():
@@ -130,7 +130,7 @@ def compensate(structure: Structure, removal: Removal, moments: Mapping[str, Ten
             local(parameters[name].data).copy_(local(weight))
 
 
-def _lost_inputs(structure: Structure, removal: Removal) -> dict[str, Tensor]:
+def lost_inputs(structure: Structure, removal: Removal) -> dict[str, Tensor]:
     """Inputs that go, by name of the layer; of layers that stay."""
     gone = [f"{structure.family.layers}.{i}." for i in removal["layer"][0].tolist()] if "layer" in removal else []
     found: dict[str, Tensor] = {}
