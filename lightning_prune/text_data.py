@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.losses import IGNORE_INDEX
 from lightning_prune.sources import existing_path, looks_like_path
+from lightning_prune.text_stream import StreamedBlocks
 from lightning_prune.tokenization import load_tokenizer, trained_tokenizer
 
 EMBEDDED = {"austen": Path(__file__).parent / "data" / "austen.txt"}
@@ -67,6 +68,9 @@ class TextDataModule(L.LightningDataModule):
         num_workers: Processes that load batches.
         num_proc: Processes that tokenize. Default none besides this one.
         cache_dir: Where datasets and trained tokenizers are kept. Default the cache of the datasets library.
+        streaming: Read, tokenize and pack the training text while it is used, and prepare nothing: for text that is
+            larger than a disk. Shuffled within a buffer of documents. Nothing is held out then (name `validation`),
+            `max_steps` says when training ends, and a resumed training reads the stream from its beginning.
 
     Raises:
         ValueError: If an argument is out of range. On `setup`: if the text is empty or too short for the blocks
@@ -100,8 +104,14 @@ class TextDataModule(L.LightningDataModule):
         num_workers: int = 0,
         num_proc: int | None = None,
         cache_dir: str | None = None,
+        streaming: bool = False,
     ) -> None:
         super().__init__()
+        if streaming and (tokenizer == "train" or keep_last):
+            raise ValueError(
+                f"streaming=True with tokenizer={tokenizer!r} and keep_last={keep_last}: a stream is read once, so "
+                "name a tokenizer that exists, and leave keep_last out."
+            )
         _check_at_least("block_size", block_size, 2)
         _check_at_least("batch_size", batch_size, 1)
         _check_at_least("num_workers", num_workers, 0)
@@ -117,6 +127,7 @@ class TextDataModule(L.LightningDataModule):
         self.block_size = block_size
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train: datasets.Dataset | None = None
+        self._stream: datasets.IterableDataset | None = None
         self._validation: datasets.Dataset | None = None
         self._test: datasets.Dataset | None = None
 
@@ -159,7 +170,13 @@ class TextDataModule(L.LightningDataModule):
             stage: "fit", "validate", "test" or "predict" of the Trainer; only "test" needs the test text.
         """
         hp = self.hparams
-        if self._train is None:
+        if hp["streaming"] and self._stream is None:
+            self._stream = self._streamed_documents(hp["source"])
+            if hp["validation"] is not None:
+                self._validation = self._blocks(hp["validation"], "validation")
+            else:
+                self._validation = datasets.Dataset.from_dict({"input_ids": []})
+        elif self._train is None and not hp["streaming"]:
             blocks = self._blocks(hp["source"], "source")
             if hp["validation"] is not None:
                 self._train, self._validation = blocks, self._blocks(hp["validation"], "validation")
@@ -170,6 +187,8 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training blocks in an order given by `seed`."""
+        if self.hparams["streaming"]:
+            return self._streaming_loader()
         order = torch.Generator().manual_seed(self.hparams["seed"])
         return self._loader(self.train_dataset, shuffle=True, generator=order)
 
@@ -196,6 +215,48 @@ class TextDataModule(L.LightningDataModule):
             collate_fn=partial(collate, pad_id=pad_id),
             **kwargs,
         )
+
+    def _streaming_loader(self) -> DataLoader[Any]:
+        hp = self.hparams
+        split = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
+        blocks = StreamedBlocks(
+            _prepared(self._stream, "the stream"),
+            self.tokenizer,
+            hp["text_field"],
+            hp["block_size"],
+            seed=hp["seed"],
+            **split,
+        )
+        workers = hp["num_workers"]
+        return DataLoader(
+            blocks,
+            batch_size=hp["batch_size"],
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=collate,
+            drop_last=True,
+        )
+
+    def _streamed_documents(self, source: str | list[str]) -> datasets.IterableDataset:
+        hp = self.hparams
+        if isinstance(source, str) and not _is_local(source):
+            documents = datasets.load_dataset(
+                source,
+                hp["name"],
+                split=hp["split"],
+                revision=hp["revision"],
+                cache_dir=hp["cache_dir"],
+                streaming=True,
+            )
+        else:
+            documents = _local_documents(source, "source", hp["sample_by"], hp["cache_dir"], streaming=True)
+        columns = documents.column_names
+        if columns is not None and hp["text_field"] not in columns:
+            raise ValueError(
+                f"text_field={hp['text_field']!r} is not in source={source!r}, which has the fields {columns}. Pass "
+                "one of them as text_field."
+            )
+        return documents
 
     def _cache_dir(self) -> Path:
         return Path(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE).expanduser()
@@ -361,7 +422,9 @@ def _is_local(source: str | list[str]) -> bool:
     return isinstance(source, list) or source in EMBEDDED or looks_like_path(source)
 
 
-def _local_documents(source: str | list[str], argument: str, sample_by: str, cache_dir: str | None) -> datasets.Dataset:
+def _local_documents(
+    source: str | list[str], argument: str, sample_by: str, cache_dir: str | None, streaming: bool = False
+) -> Any:
     files = _local_files(source, argument)
     readers = {_READERS[file.suffix.lower()] for file in files}
     if len(readers) > 1:
@@ -371,10 +434,14 @@ def _local_documents(source: str | list[str], argument: str, sample_by: str, cac
         )
     reader = readers.pop()
     options = {"sample_by": sample_by} if reader == "text" else {}
-    documents: datasets.Dataset = datasets.load_dataset(
-        reader, data_files=[str(file) for file in files], split="train", cache_dir=cache_dir, **options
+    return datasets.load_dataset(
+        reader,
+        data_files=[str(file) for file in files],
+        split="train",
+        cache_dir=cache_dir,
+        streaming=streaming,
+        **options,
     )
-    return documents
 
 
 def _local_files(source: str | list[str], argument: str) -> list[Path]:
@@ -437,7 +504,7 @@ def _hold_out(blocks: datasets.Dataset, share: float) -> tuple[datasets.Dataset,
     return blocks.select(range(cut)), blocks.select(range(cut, len(blocks)))
 
 
-def _prepared(blocks: datasets.Dataset | None, name: str) -> datasets.Dataset:
+def _prepared(blocks: Any, name: str) -> Any:
     if blocks is None:
         raise RuntimeError(f"{name} does not exist yet. Call setup() of the data module first.")
     return blocks

