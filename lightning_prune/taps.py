@@ -206,7 +206,7 @@ class Taps:
         def after(_: nn.Module, __: Any, output: Any) -> None:
             if self.backward and torch.is_grad_enabled():
                 record = stack.pop()
-                _on_gradient(output, lambda delta: setattr(record, "delta", delta))
+                on_gradient(output, lambda delta: setattr(record, "delta", delta))
 
         yield module.register_forward_pre_hook(before, with_kwargs=True)
         yield module.register_forward_hook(after)
@@ -305,7 +305,7 @@ class Taps:
             tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
 
 
-def _on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
+def on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
     """Call `take` with the gradient of a layer's output as it is now, before anyone changes it in place."""
     base = output._base
     if base is not None and base.numel() == output.numel() and base.requires_grad:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -25,6 +23,14 @@ from lightning_prune.callbacks.shrinking_checks import (
     check_states,
     check_trainer,
 )
+from lightning_prune.callbacks.shrinking_parts import (
+    agree_of,
+    averages,
+    count_tokens,
+    load_source,
+    metrics,
+    sum_of,
+)
 from lightning_prune.callbacks.shrunk_checkpoints import (
     before_loading,
     epsilon_of,
@@ -32,7 +38,7 @@ from lightning_prune.callbacks.shrunk_checkpoints import (
     write_hyper_parameters,
 )
 from lightning_prune.progress import is_main_process
-from lightning_prune.structure.history import ShrinkRecord, pruned_ratios
+from lightning_prune.structure.history import ShrinkRecord
 from lightning_prune.structure.pictures import shrinking_picture
 from lightning_prune.structure.saliency import SaliencyAccumulator
 from lightning_prune.structure.shrink_goal import make_goal
@@ -40,6 +46,7 @@ from lightning_prune.structure.shrink_schedule import ShrinkSchedule
 from lightning_prune.structure.shrinking import Shrinking
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
 from lightning_prune.structure.streamed_moments import StreamedMoments
+from lightning_prune.structure.streamed_saliency import StreamedKFAC
 from lightning_prune.structure.units import find_language_model, read_structure
 
 _STATE_VERSION = 1
@@ -78,7 +85,9 @@ class PruningAwarePretraining(L.Callback):
         end: Step at which the target is reached, along a straight line of parameters: each pruning takes as many units
             as that needs. None: `units_per_pruning` at each, until the target is reached.
         saliency: ``"taylor2"``, ``abs(g w - 1/2 g^2 w^2)`` (LLM-Pruner, arXiv 2305.11627, with the diagonal
-            Fisher); ``"taylor1"``, ``abs(g w)``; or ``"magnitude"``, ``abs(w)``.
+            Fisher); ``"taylor1"``, ``abs(g w)``; ``"magnitude"``, ``abs(w)``; or ``"kfac"``,
+            ``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` of the layers that read a unit, from the training's
+            own passes.
         second_order: Also update what remains, by each layer's second moments of its inputs (variant B).
         second_order_every: Optimizer steps between those on which the moments are observed.
         second_order_decay: Weight of earlier observations in the moments.
@@ -161,7 +170,7 @@ class PruningAwarePretraining(L.Callback):
             check_trainer(trainer, self)
             check_module(pl_module)
             if self.distill_from is not None and self._distillation is None:
-                source = _load_source(self.distill_from, pl_module)
+                source = load_source(self.distill_from, pl_module)
                 self._distillation = Distillation(source, self.distill_weight, self.temperature)
 
         def prepare(checkpoint: dict[str, Any]) -> None:
@@ -169,7 +178,7 @@ class PruningAwarePretraining(L.Callback):
             if state is None:
                 return
             saved, unit = state["shrinking"], self.attention_unit
-            for module in (pl_module, *_averages(trainer)):
+            for module in (pl_module, *averages(trainer)):
                 take_shapes(module, Sizes(**saved["sizes"]), saved["layers_left"], state["epsilon"], unit)
 
         self._let_go()
@@ -186,8 +195,11 @@ class PruningAwarePretraining(L.Callback):
         moments = None
         if self.second_order:
             moments = StreamedMoments(structure, self.types, self.second_order_decay)
-        saliency = SaliencyAccumulator(structure, self.types, self.saliency)
-        shrinking = Shrinking(structure, goal, saliency, moments, self.compact_every, _agree_of(trainer))
+        if self.saliency == "kfac":
+            saliency: SaliencyAccumulator = StreamedKFAC(structure, self.types, sum_of(trainer))
+        else:
+            saliency = SaliencyAccumulator(structure, self.types, self.saliency)
+        shrinking = Shrinking(structure, goal, saliency, moments, self.compact_every, agree_of(trainer))
         if state is not None:
             shrinking.load_state_dict(state)
         else:
@@ -195,8 +207,8 @@ class PruningAwarePretraining(L.Callback):
         if not shrinking.reached:
             check_optimizers(structure, trainer.optimizers, self.saliency)
         self._shrinking, self._owner, self._loaded = shrinking, weakref.ref(pl_module), None
-        if moments is not None and not shrinking.reached:
-            moments.watch(structure)
+        if not shrinking.reached:
+            self._watch(shrinking)
         if self._distillation is not None:
             self._distillation.begin(pl_module, structure.model)
 
@@ -210,18 +222,18 @@ class PruningAwarePretraining(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Observe layer inputs on the steps chosen for it."""
-        assert self._shrinking is not None
-        moments = self._shrinking.moments
-        if moments is not None:
-            waited = trainer.global_step - self.schedule.start
-            due = waited >= 0 and waited % self.second_order_every == 0
-            moments.listening = due and not self._shrinking.reached
-            moments.keep = padding_mask(batch)
+        shrinking = self._shrinking
+        assert shrinking is not None
+        waited = trainer.global_step - self.schedule.start
+        for observer, every in ((shrinking.moments, self.second_order_every), (shrinking.saliency, 1)):
+            if isinstance(observer, (StreamedMoments, StreamedKFAC)):
+                observer.listening = waited >= 0 and waited % every == 0 and not shrinking.reached
+                observer.keep = padding_mask(batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Gradient checkpointing runs the forward again: once is enough."""
-        if self._shrinking is not None and self._shrinking.moments is not None:
-            self._shrinking.moments.listening = False
+        for observer in self._observers():
+            observer.listening = False
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Accumulate saliency of the step's gradients."""
@@ -235,20 +247,20 @@ class PruningAwarePretraining(L.Callback):
         """Prune and compact when it is due."""
         shrinking, step = self._shrinking, trainer.global_step
         assert shrinking is not None
-        self.tokens += _count_tokens(batch) * trainer.world_size
+        self.tokens += count_tokens(batch) * trainer.world_size
         if step == self._seen_step:
             return
         self._seen_step = step
         if shrinking.moments is not None:
-            shrinking.moments.end_step(_sum_of(trainer))
+            shrinking.moments.end_step(sum_of(trainer))
         if self.schedule.due(step) and not shrinking.reached:
             self._prune(trainer, step)
         if shrinking.compaction_due:
             self._compact(trainer, pl_module)
-        metrics = {"parameters_M": shrinking.parameters / 1e6}
+        shown = {"parameters_M": shrinking.parameters / 1e6}
         if self._distillation is not None and self._distillation.last is not None:
-            metrics["distillation"] = float(self._distillation.last)
-        pl_module.log_dict(metrics, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+            shown["distillation"] = float(self._distillation.last)
+        pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Slice off what is masked, so that the module ends as an ordinary small model; draw."""
@@ -275,9 +287,20 @@ class PruningAwarePretraining(L.Callback):
         """Give the module its own hooks back."""
         self._release()
 
+    def _observers(self) -> list[StreamedMoments | StreamedKFAC]:
+        """What has hooks on the model's layers."""
+        both = () if self._shrinking is None else (self._shrinking.moments, self._shrinking.saliency)
+        return [observer for observer in both if isinstance(observer, (StreamedMoments, StreamedKFAC))]
+
+    def _watch(self, shrinking: Shrinking) -> None:
+        if shrinking.moments is not None:
+            shrinking.moments.watch(shrinking.structure)
+        if isinstance(shrinking.saliency, StreamedKFAC):
+            shrinking.saliency.watch()
+
     def _release(self) -> None:
-        if self._shrinking is not None and self._shrinking.moments is not None:
-            self._shrinking.moments.release()
+        for observer in self._observers():
+            observer.release()
         if self._distillation is not None:
             self._distillation.end()
         self._let_go()
@@ -299,20 +322,18 @@ class PruningAwarePretraining(L.Callback):
             down_to = self.schedule.goal(step, goal.parameters(goal.first), goal.final)
             # Final sizes are reached one by one, not when their product is.
             down_to = -1 if goal.final_sizes is not None and step >= self.schedule.end else down_to
-        record = shrinking.prune(
-            step, self.tokens, self.schedule.units, down_to, trainer.optimizers, _averages(trainer)
-        )
+        record = shrinking.prune(step, self.tokens, self.schedule.units, down_to, trainer.optimizers, averages(trainer))
         if record is None:
             return
         for logger in trainer.loggers:
-            logger.log_metrics(_metrics(record, shrinking), step=step)
+            logger.log_metrics(metrics(record, shrinking), step=step)
         if shrinking.reached:
             rank_zero_info(
                 f"PruningAwarePretraining: the target is reached at step {step}, {record.parameters:,} parameters, "
                 f"{shrinking.sizes.as_dict()}"
             )
-            if shrinking.moments is not None:
-                shrinking.moments.release()
+            for observer in self._observers():
+                observer.release()
 
     def _compact(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shrinking, strategy = self._shrinking, trainer.strategy
@@ -326,7 +347,7 @@ class PruningAwarePretraining(L.Callback):
             strategy.model = module
             gc.collect()
         try:
-            shrinking.compact(trainer.optimizers, _averages(trainer))
+            shrinking.compact(trainer.optimizers, averages(trainer))
         finally:
             if wrapped:
                 assert isinstance(strategy, DDPStrategy)
@@ -371,70 +392,3 @@ class PruningAwarePretraining(L.Callback):
 
     def _settings(self) -> dict[str, Any]:
         return {name: list(self.types) if name == "types" else getattr(self, name) for name in _SAME}
-
-
-def _metrics(record: ShrinkRecord, shrinking: Shrinking) -> dict[str, float]:
-    sizes = {f"shrink/{name}": value for name, value in shrinking.sizes.as_dict().items() if name != "head_dim"}
-    saliency = {f"shrink/saliency_{t}": value for t, value in record.saliency.items()}
-    pruned = {f"shrink/pruned_{t}": value for t, value in pruned_ratios(record, shrinking.history[0]).items()}
-    return {"shrink/parameters": record.parameters, "shrink/tokens": record.tokens, **sizes, **saliency, **pruned}
-
-
-def _averages(trainer: L.Trainer) -> list[nn.Module]:
-    """The averaged copies of the module that Lightning's callbacks hold."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [c._average_model for c in callbacks if isinstance(c, WeightAveraging)]
-    return [average.module for average in found if average is not None]
-
-
-def _agree_of(trainer: L.Trainer) -> Any:
-    """Makes a CPU tensor that of rank 0, so that no rounding lets ranks choose differently."""
-    if trainer.world_size == 1:
-        return None
-    device = trainer.strategy.root_device
-
-    def agree(values: Tensor) -> None:
-        shared = values.to(device)
-        dist.broadcast(shared, 0)
-        values.copy_(shared)
-
-    return agree
-
-
-def _sum_of(trainer: L.Trainer) -> Any:
-    if trainer.world_size == 1:
-        return None
-
-    def total(values: Tensor) -> Tensor:
-        dist.all_reduce(values)
-        return values
-
-    return total
-
-
-def _count_tokens(batch: Any) -> int:
-    """Tokens of a batch: of ``input_ids``, or of the first tensor, without padding."""
-    if (mask := padding_mask(batch)) is not None:
-        return int(mask.sum())
-    if isinstance(batch, Mapping):
-        batch = batch.get("input_ids", next((v for v in batch.values() if isinstance(v, Tensor)), None))
-    elif isinstance(batch, (list, tuple)):
-        batch = next((v for v in batch if isinstance(v, Tensor)), None)
-    return batch.numel() if isinstance(batch, Tensor) else 0
-
-
-def _load_source(source: str | nn.Module, module: L.LightningModule) -> nn.Module:
-    from lightning_prune.language_model import load_pretrained
-
-    model: nn.Module = source if isinstance(source, nn.Module) else load_pretrained(source)
-    _, student = find_language_model(module)
-    mine, theirs = student.config.vocab_size, getattr(getattr(model, "config", None), "vocab_size", None)  # type: ignore[union-attr]
-    if mine != theirs:
-        raise ValueError(
-            f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it began as"
-        )
-    if next(model.parameters()) is next(student.parameters()):
-        raise ValueError(
-            "distill_from is the model that shrinks: pass a copy of it (copy.deepcopy), or where to load it"
-        )
-    return model

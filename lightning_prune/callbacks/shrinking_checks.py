@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.sharding import has_sharded_parameters
-from lightning_prune.structure.saliency import GRADIENT_SALIENCIES, check_saliency
+from lightning_prune.structure.saliency import check_saliency
 from lightning_prune.structure.sizes import ATTENTION_UNITS
 from lightning_prune.structure.units import Structure
 
@@ -25,7 +25,7 @@ def check_settings(callback: Any) -> None:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    check_saliency(callback.saliency, GRADIENT_SALIENCIES)
+    check_saliency(callback.saliency)
     if callback.attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
     for name in ("second_order_every", "compact_every", "round_to"):
@@ -48,8 +48,8 @@ def check_settings(callback: Any) -> None:
         raise TypeError(f"target={target!r} must be a float (share), an int (parameters) or a dict of final sizes")
 
 
-def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
-    """Strategies and callbacks that hold shapes of their own.
+def check_trainer(trainer: L.Trainer, callback: Any) -> None:
+    """Strategies and callbacks that hold shapes of their own, and a precision that scales gradients under kfac.
 
     Raises:
         ValueError: naming it, and what to use.
@@ -71,6 +71,11 @@ def check_trainer(trainer: L.Trainer, callback: L.Callback) -> None:
                 "PruningAwarePretraining does not support DDP with ddp_comm_state, whose buffers keep the old shapes; "
                 "leave it out"
             )
+    if callback.saliency == "kfac" and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"saliency='kfac' squares output gradients, which precision={trainer.precision!r} scales from step to step; use "
+            "precision='bf16-mixed', or another saliency"
+        )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks:
         if other is callback:
