@@ -73,8 +73,8 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
     if callback.saliency == "kfac" and getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise ValueError(
-            f"saliency='kfac' squares output gradients, which precision={trainer.precision!r} scales from step to step; use "
-            "precision='bf16-mixed', or another saliency"
+            f"saliency='kfac' squares output gradients, which precision={trainer.precision!r} scales from step to "
+            "step; use precision='bf16-mixed', or another saliency"
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
+from lightning_prune.statistics import LayerStatistics
 from lightning_prune.structure.saliency import SaliencyAccumulator, kfac_saliency, reader_targets
 from lightning_prune.structure.units import Structure
 from lightning_prune.taps import on_gradient
@@ -104,7 +104,7 @@ class StreamedKFAC(SaliencyAccumulator):
             return
         norms = iter(torch.split(flat.sqrt().float(), [len(vector) for vector in vectors]))
         statistics = {
-            name: LayerStatistics(1, **{INPUT_NORM: next(norms), OUTPUT_GRAD_NORM: next(norms)}) for name in squares
+            name: LayerStatistics(1, input_norm=next(norms), output_grad_norm=next(norms)) for name in squares
         }
         for unit_type, means in kfac_saliency(self.structure, statistics, self.types).items():
             sums = self._sums[unit_type]  # type: ignore[index]
