@@ -257,9 +257,9 @@ class PruningAwarePretraining(L.Callback):
             self._prune(trainer, step)
         if shrinking.compaction_due:
             self._compact(trainer, pl_module)
-        shown = {"parameters_M": shrinking.parameters / 1e6}
+        shown: dict[str, Any] = {"parameters_M": shrinking.parameters / 1e6}
         if self._distillation is not None and self._distillation.last is not None:
-            shown["distillation"] = float(self._distillation.last)
+            shown["distillation"] = self._distillation.last
         pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

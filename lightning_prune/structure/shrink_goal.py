@@ -16,7 +16,7 @@ from lightning_prune.structure.sizes import (
     target_sizes,
     units_to_remove,
 )
-from lightning_prune.structure.units import Structure, needs_other_class
+from lightning_prune.structure.units import Structure, check_layers_removable, needs_other_class
 
 # Types whose sizes are made multiples; heads and layers are few, and hardware does not ask it of them.
 _ROUNDED = ("ffn", "stem")
@@ -118,9 +118,8 @@ def _check_family(structure: Structure, types: tuple[UnitType, ...]) -> None:
             f"types={types}: {family.model_type!r} wants a hidden size that its heads divide, and {reason}, so that it "
             f"cannot be saved as {family.saved_as!r} in between; use types=('ffn',), ('layer',) or both"
         )
-    matters = family.layer_index_matters
-    if "layer" in types and matters and getattr(structure.config, matters, False):
-        raise ValueError(f"types={types}: with {matters}=True a layer computes something else under another number")
+    if "layer" in types:
+        check_layers_removable(structure)
 
 
 def _check_sizes(goal: ShrinkGoal, final: Sizes) -> None:
