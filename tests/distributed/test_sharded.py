@@ -20,8 +20,7 @@ from launching import (
 )
 from transformers import AutoModelForCausalLM
 
-# One worker of pytest-xdist runs them all, so that launches are shared.
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("sharded")]
+pytestmark = pytest.mark.distributed
 
 # Name: number of processes, strategy, settings. One fit of 2 steps each; the masks are compared with one process.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
