@@ -2,7 +2,7 @@
 
 The way of the data: documents -> tokens of each document -> one stream with an end-of-text token after every
 document -> blocks of equal length -> batches. Documents, tokens and blocks are cached on disk by the datasets
-library.
+library. Conversations are samples of their own (`lightning_prune.chat_data`).
 
 Letters: B samples, T tokens (block_size).
 """
@@ -18,11 +18,14 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lightning_prune.chat_data import bad_json_line, check_chat_tokenizer, tokenize_conversations
 from lightning_prune.losses import IGNORE_INDEX
 from lightning_prune.sources import existing_path, looks_like_path
 from lightning_prune.text_stream import StreamedBlocks
@@ -44,6 +47,11 @@ class TextDataModule(L.LightningDataModule):
     The validation blocks come from `validation`, or are the last `validation_share` of the blocks of `source`;
     they share no token with the training blocks.
 
+    With `messages_field` a sample is a conversation, rendered by the tokenizer's chat template and padded to the
+    longest of its batch ("attention_mask"). Labels are -100 outside what the assistant says, which includes its
+    end-of-turn token. What is longer than `block_size` is cut at its end; where no label is left, the conversation is
+    dropped. A warning counts both.
+
     Args:
         source: "austen" (*Pride and Prejudice*, embedded in the package), local .txt, .jsonl, .json or .parquet
             files or a folder of them, or the name of a dataset on the hub.
@@ -61,7 +69,7 @@ class TextDataModule(L.LightningDataModule):
         gguf_file: Name of a GGUF file inside the folder or hub repository `tokenizer`.
         eos_token: Token that ends a document; default the one the tokenizer declares.
         vocab_size: Of a trained tokenizer, at least 257.
-        block_size: Tokens in a block.
+        block_size: Tokens in a block; of a conversation, at most.
         keep_last: Keep the rest of the stream as a shorter, padded block instead of dropping it.
         batch_size: Blocks in a batch.
         seed: Of the order of the training blocks.
@@ -71,10 +79,14 @@ class TextDataModule(L.LightningDataModule):
         streaming: Read, tokenize and pack the training text while it is used, and prepare nothing: for text that is
             larger than a disk. Shuffled within a buffer of documents. Nothing is held out then (name `validation`),
             `max_steps` says when training ends, and a resumed training reads the stream from its beginning.
+        messages_field: Field or column that holds conversations, lists of {"role", "content"} (usually "messages"), in
+            place of text. The roles are "system", "user", "assistant" and "tool", as far as the template knows them.
+        train_on: Of conversations: labels on the "assistant"'s tokens, or on "all".
 
     Raises:
         ValueError: If an argument is out of range. On `setup`: if the text is empty or too short for the blocks
-            asked for, a file has an unknown extension, or the text field is missing.
+            asked for, a file has an unknown extension, or the text field is missing; if the tokenizer has no chat
+            template, a row is no conversation, or the template does not allow to tell the assistant's tokens.
         FileNotFoundError: If a local file does not exist.
 
     Example:
@@ -105,8 +117,18 @@ class TextDataModule(L.LightningDataModule):
         num_proc: int | None = None,
         cache_dir: str | None = None,
         streaming: bool = False,
+        messages_field: str | None = None,
+        train_on: Literal["assistant", "all"] = "assistant",
     ) -> None:
         super().__init__()
+        if messages_field is not None and (tokenizer == "train" or streaming or keep_last):
+            raise ValueError(
+                f"messages_field={messages_field!r} with tokenizer={tokenizer!r}, streaming={streaming} and "
+                f"keep_last={keep_last}: name a tokenizer with a chat template, and leave streaming and keep_last out; "
+                "each conversation is a sample of its own."
+            )
+        if train_on not in ("assistant", "all"):
+            raise ValueError(f"train_on={train_on!r} is not known. Use 'assistant' or 'all'.")
         if streaming and (tokenizer == "train" or keep_last):
             raise ValueError(
                 f"streaming=True with tokenizer={tokenizer!r} and keep_last={keep_last}: a stream is read once, so "
@@ -204,8 +226,9 @@ class TextDataModule(L.LightningDataModule):
 
     def _loader(self, blocks: datasets.Dataset, **kwargs: Any) -> DataLoader[Any]:
         hp = self.hparams
-        pad_id = self.tokenizer.pad_token_id if hp["keep_last"] else None
-        if hp["keep_last"] and pad_id is None:
+        padded = hp["keep_last"] or hp["messages_field"] is not None
+        pad_id = self.tokenizer.pad_token_id if padded else None
+        if padded and pad_id is None:
             pad_id = self.tokenizer.eos_token_id
         return DataLoader(
             blocks.with_format("numpy"),
@@ -263,24 +286,48 @@ class TextDataModule(L.LightningDataModule):
 
     def _blocks(self, source: str | list[str], argument: str) -> datasets.Dataset:
         hp = self.hparams
+        if hp["messages_field"] is not None:
+            return self._conversations(source, argument)
         tokens = tokenize(self._documents(source, argument), self.tokenizer, hp["text_field"], num_proc=hp["num_proc"])
         return pack(tokens, hp["block_size"], keep_last=hp["keep_last"])
 
+    def _conversations(self, source: str | list[str], argument: str) -> datasets.Dataset:
+        hp = self.hparams
+        check_chat_tokenizer(self.tokenizer)
+        dataset, truncated, dropped = tokenize_conversations(
+            self._rows(source, argument),
+            self.tokenizer,
+            hp["messages_field"],
+            hp["block_size"],
+            hp["train_on"],
+            num_proc=hp["num_proc"],
+            origin=f"{argument}={source!r}",
+        )
+        if truncated or dropped:
+            rank_zero_warn(
+                f"{argument}={source!r}: of {len(dataset) + dropped} conversations {truncated} are longer than "
+                f"block_size={hp['block_size']} tokens and were cut, and {dropped} without a token to predict were "
+                "dropped."
+            )
+        return dataset
+
     def _documents(self, source: str | list[str], argument: str) -> datasets.Dataset:
+        return _text_only(self._rows(source, argument), self.hparams["text_field"], source, argument)
+
+    def _rows(self, source: str | list[str], argument: str) -> datasets.Dataset:
+        """Local files, or a split of a hub dataset, with all their columns."""
         hp = self.hparams
         on_hub = argument == "source" and isinstance(source, str) and not _is_local(source)
         split_of_hub = argument != "source" and isinstance(source, str) and not _is_local(source)
         if on_hub or (split_of_hub and isinstance(hp["source"], str) and not _is_local(hp["source"])):
-            documents = datasets.load_dataset(
+            return datasets.load_dataset(
                 hp["source"],
                 hp["name"],
                 split=hp["split"] if on_hub else source,
                 revision=hp["revision"],
                 cache_dir=hp["cache_dir"],
             )
-        else:
-            documents = _local_documents(source, argument, hp["sample_by"], hp["cache_dir"])
-        return _text_only(documents, hp["text_field"], source, argument)
+        return _local_documents(source, argument, hp["sample_by"], hp["cache_dir"])
 
     def _training_text(self) -> "_TextPrefix":
         """The text of `source` without the characters of a held-out share at its end."""
@@ -375,7 +422,7 @@ def collate(blocks: Sequence[Mapping[str, Any]], pad_id: int | None = None) -> d
     """Stack blocks into a batch.
 
     Args:
-        blocks: Items with "input_ids", arrays of shape (T,).
+        blocks: Items with "input_ids", arrays of shape (T,), and "labels" likewise if they differ from these.
         pad_id: Pad shorter blocks on the right with this token, and add "attention_mask". Without it all blocks
             have the same length.
 
@@ -389,11 +436,11 @@ def collate(blocks: Sequence[Mapping[str, Any]], pad_id: int | None = None) -> d
     lengths = torch.tensor([len(row) for row in rows])
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
     mask = torch.arange(input_ids.shape[1]) < lengths[:, None]  # [B, T]
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask.long(),
-        "labels": input_ids.masked_fill(~mask, IGNORE_INDEX),
-    }
+    labels = input_ids.masked_fill(~mask, IGNORE_INDEX)
+    if "labels" in blocks[0]:
+        given = [torch.as_tensor(np.asarray(block["labels"], dtype=np.int64)) for block in blocks]
+        labels = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=IGNORE_INDEX)
+    return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
 
 
 class _TextPrefix:
@@ -434,14 +481,20 @@ def _local_documents(
         )
     reader = readers.pop()
     options = {"sample_by": sample_by} if reader == "text" else {}
-    return datasets.load_dataset(
-        reader,
-        data_files=[str(file) for file in files],
-        split="train",
-        cache_dir=cache_dir,
-        streaming=streaming,
-        **options,
-    )
+    try:
+        return datasets.load_dataset(
+            reader,
+            data_files=[str(file) for file in files],
+            split="train",
+            cache_dir=cache_dir,
+            streaming=streaming,
+            **options,
+        )
+    except DatasetGenerationError as error:
+        found = (bad_json_line(file) for file in files if file.suffix.lower() == ".jsonl")
+        if problem := next(filter(None, found), None):
+            raise ValueError(f"{argument}={source!r}: {problem}") from error
+        raise
 
 
 def _local_files(source: str | list[str], argument: str) -> list[Path]:
@@ -496,7 +549,7 @@ def _hold_out(blocks: datasets.Dataset, share: float) -> tuple[datasets.Dataset,
     held_out = max(1, round(share * len(blocks)))
     if held_out >= len(blocks):
         raise ValueError(
-            f"The text has {len(blocks)} block(s), too few to train on after holding out {held_out} "
+            f"The text has {len(blocks)} block(s) or conversation(s), too few to train on after holding out {held_out} "
             f"(validation_share={share}). Pass a smaller block_size, more text, validation files, or "
             "validation_share=0."
         )

@@ -1,5 +1,6 @@
 """Every recipe is parsed and run through the command line, shortened, on a tiny model and text."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +29,7 @@ EXPECTED = {
     "kfac_ddp": (0.5, None),
     "kfac_fsdp2": (0.5, None),
     "kfac_smollm2": (0.5, None),
+    "perp_instruct": (0.5, None),
     "perp_reconstruct": (0.5, "2:4"),
     "perp_smollm2": (0.5, None),
     "quickstart": (0.5, None),
@@ -38,11 +40,21 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A text, and two model folders with a tokenizer: dense, and 2:4."""
+    """A text, conversations, and two model folders with a tokenizer and its chat template: dense, and 2:4."""
     folder = tmp_path_factory.mktemp("tiny")
     text = EMBEDDED["austen"].read_text(encoding="utf-8")[20_000:60_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
+    roles = ("user", "assistant", "user", "assistant")
+    talks = [
+        zip(roles, words, strict=True) for words in (("Who?", "He.", "And?", "She."), ("Is it?", "No.", "So?", "A."))
+    ]
+    rows = [{"messages": [{"role": role, "content": word} for role, word in talk]} for talk in talks]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 8), encoding="utf-8")
     tokenizer = trained_tokenizer([text], 320, folder / "tokenizers")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+    )
     torch.manual_seed(0)
     module = CausalLM(config=TINY)
     module.tokenizer = tokenizer
@@ -64,7 +76,7 @@ def shortened(recipe, tiny, folder):
         sparse = config["trainer"]["callbacks"][0]["init_args"].get("score") == "keep"
         model["model"] = data["tokenizer"] = str(tiny / ("2to4" if sparse else "dense"))
     data |= {
-        "source": str(tiny / "text.txt"),
+        "source": str(tiny / ("chats.jsonl" if "messages_field" in data else "text.txt")),
         "name": None,
         "split": "train",
         "validation": None,

@@ -322,7 +322,7 @@ def test_source_errors(cache, tmp_path):
     with pytest.raises(ValueError, match=r"The text has \d+ tokens, fewer than one block of block_size=64"):
         setup(str(tmp_path / "short.txt"))
     (tmp_path / "one.txt").write_text(CHAPTERS[0][:400], encoding="utf-8")
-    with pytest.raises(ValueError, match=r"The text has 1 block\(s\), too few"):
+    with pytest.raises(ValueError, match=r"The text has 1 block\(s\) or conversation\(s\), too few"):
         setup(str(tmp_path / "one.txt"), block_size=100)
 
 
