@@ -109,3 +109,9 @@ def reference() -> Reference:
     statistics = naive.statistics(model, [{"input_ids": row[None]} for row in ids], LAYERS)
     weights = {name: model.get_parameter(name).detach().numpy().copy() for name in LAYERS}
     return Reference(model, ids, statistics, weights)
+
+
+def clean_environment() -> dict[str, str]:
+    """For processes that form a group of their own: nothing of an earlier group in this process, such as its port."""
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in group}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import perp_worker
 import pytest
 import torch
+from conftest import clean_environment
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
@@ -22,7 +22,7 @@ CASES = ("one shot", "reconstruct", "schedule")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks ended with, all cases in one launch."""
     out = tmp_path_factory.mktemp("ddp")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+    environment = clean_environment()
     command = [sys.executable, str(Path(perp_worker.__file__)), str(out), "2", *CASES]
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 import worker
+from conftest import clean_environment
 from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -21,7 +21,7 @@ def launch(devices: int, *cases: Case, timeout: float = 300) -> subprocess.Compl
     """Run cases one after the other in the same processes."""
     for folder, _, _ in cases:
         folder.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+    environment = clean_environment()
     arguments = json.dumps([[str(folder), strategy, settings] for folder, strategy, settings in cases])
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(WORKER), str(devices), arguments]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, clean_environment
 from transformers import AutoModelForCausalLM
 
 from lightning_prune.cli import main
@@ -60,7 +59,7 @@ def test_two_nodes_train_sharded_and_export_one_folder(tmp_path: Path) -> None:
 
     torchrun, program = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "lightning-prune"))
     assert shutil.which(torchrun)
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+    environment = clean_environment()
     environment |= {"OMP_NUM_THREADS": "1"}
     port = str(free_port())
     agents = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import shrinking_worker
 import torch
+from conftest import clean_environment
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
@@ -33,7 +33,7 @@ def launch(devices: int, *cases: tuple[Path, dict[str, Any]]) -> None:
     for folder, _ in cases:
         folder.mkdir(parents=True, exist_ok=True)
     arguments = json.dumps([[str(folder), settings] for folder, settings in cases])
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")}
+    environment = clean_environment()
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, shrinking_worker.__file__, str(devices), arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
