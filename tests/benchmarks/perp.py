@@ -70,8 +70,16 @@ VARIANTS = {
 class Retraining:
     """A pruned model on its way through one variant's training; `finish` gives the plain model back."""
 
-    def __init__(self, model: nn.Module, masks: dict[str, Tensor], variant: Variant, rate: float, steps: int) -> None:
-        self.masks, self.enforcer, self.wrapped = masks, None, model
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: dict[str, Tensor],
+        variant: Variant,
+        rate: float,
+        steps: int,
+        mixed: bool = False,
+    ) -> None:
+        self.masks, self.enforcer, self.wrapped, self.mixed = masks, None, model, mixed
         if variant.adapter == "full":
             named = named_weights(model)
             self.enforcer = Enforcer({name: named[name] for name in masks}, masks)
@@ -86,7 +94,8 @@ class Retraining:
 
     def step(self, batch: Tensor) -> float:
         """One optimizer step on blocks `[B, T]`; returns the loss."""
-        loss = self.wrapped(input_ids=batch, labels=batch, use_cache=False).loss
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.mixed):
+            loss = self.wrapped(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         if self.enforcer is not None:
             self.enforcer.mask_gradients()
@@ -137,6 +146,7 @@ def main() -> None:
     p.add_argument("--block-length", type=int, default=128)
     p.add_argument("--tuning-windows", type=int, default=8)
     p.add_argument("--rate", type=float, help="use this learning rate and no grid")
+    p.add_argument("--precision", default="32", choices=("32", "bf16-mixed"), help="of training, not of evaluation")
     p.add_argument("--timing", type=int, metavar="ROUNDS", help="time steps in turns instead of training")
     args = p.parse_args()
     model, tokenizer = common.load(args)
@@ -147,7 +157,7 @@ def main() -> None:
         return
     evaluations = common.evaluations_of(args, tokenizer)
     settings = common.settings_of(args) | {
-        "training": f"{args.steps} x {args.batch_size} x {args.block_length}",
+        "training": f"{args.steps} x {args.batch_size} x {args.block_length}, {args.precision}",
         "text": args.retraining.rsplit("/", 1)[-1].rsplit(".", 1)[0],
     }
     rows = common.Rows(args.json, ("start", "variant", "rate", *settings))
@@ -173,7 +183,7 @@ def main() -> None:
                 row = {"start": start, "variant": name, "rate": rate, **settings}
                 if (found := rows.find(**row)) is None:
                     pruned.restore()
-                    found = row | train(model, masks, VARIANTS[name], rate, batches)
+                    found = row | train(model, masks, VARIANTS[name], rate, batches, mixed=args.precision != "32")
                     found |= scores(model, evaluations, held_out)
                     if not common.same_zeros(model, masks):
                         raise RuntimeError(f"{start} {name}: a pruned weight is not zero after retraining")
@@ -190,9 +200,9 @@ def scores(model: nn.Module, evaluations: dict[str, Tensor], held_out: Tensor) -
 
 
 def train(
-    model: nn.Module, masks: dict[str, Tensor], variant: Variant, rate: float, batches: list[Tensor]
+    model: nn.Module, masks: dict[str, Tensor], variant: Variant, rate: float, batches: list[Tensor], mixed: bool
 ) -> dict[str, Any]:
-    retraining = Retraining(model, masks, variant, rate, len(batches))
+    retraining = Retraining(model, masks, variant, rate, len(batches), mixed)
     seconds, losses = [], []
     for batch in batches:
         started = time.perf_counter()
@@ -218,7 +228,7 @@ def timing(
     """Seconds of a step of plain LoRA, of every variant and of full fine-tuning: one wrapped model at a time."""
     start = args.starts[0]
     masks = ours_prune(model, sequences, batch_size=4, **STARTS[start])
-    modules = [name.removesuffix(".weight") for name in masks]
+    modules, mixed = [name.removesuffix(".weight") for name in masks], args.precision != "32"
     seconds: dict[str, list[float]] = {"lora": [], **{name: [] for name in args.variants}}
     peaks: dict[str, int] = {}
     resident = settled()
@@ -230,9 +240,9 @@ def timing(
                 for parameter_name, parameter in wrapped.named_parameters():
                     if "norm" in parameter_name:
                         parameter.requires_grad_(True)
-                retraining = Plain(wrapped)
+                retraining = Plain(wrapped, mixed)
             else:
-                retraining = Retraining(model, masks, VARIANTS[name], 1e-5, 100)
+                retraining = Retraining(model, masks, VARIANTS[name], 1e-5, 100, mixed)
             with common.PeakMemory() as memory:
                 retraining.step(batches[0])  # the first makes the optimizer's states
                 for batch in batches[1:4]:
@@ -272,8 +282,8 @@ def settled() -> int:
 class Plain(Retraining):
     """Plain PEFT LoRA, with the same optimizer."""
 
-    def __init__(self, wrapped: nn.Module) -> None:
-        self.wrapped, self.enforcer = wrapped, None
+    def __init__(self, wrapped: nn.Module, mixed: bool) -> None:
+        self.wrapped, self.enforcer, self.mixed = wrapped, None, mixed
         self.optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-5)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
         wrapped.train()
