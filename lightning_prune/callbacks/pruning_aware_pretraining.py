@@ -88,6 +88,9 @@ class PruningAwarePretraining(L.Callback):
             Fisher); ``"taylor1"``, ``abs(g w)``; ``"magnitude"``, ``abs(w)``; or ``"kfac"``,
             ``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` of the layers that read a unit, from the training's
             own passes.
+        saliency_decay: Share of the saliency so far that a pruning keeps for the next, from 0 (the paper: only
+            what came since the last pruning counts) to below 1. With small batches and few steps between prunings
+            a running mean chooses better units.
         second_order: Also update what remains, by each layer's second moments of its inputs (variant B).
         second_order_every: Optimizer steps between those on which the moments are observed.
         second_order_decay: Weight of earlier observations in the moments.
@@ -120,6 +123,7 @@ class PruningAwarePretraining(L.Callback):
         start: int = 0,
         end: int | None = None,
         saliency: str = "taylor2",
+        saliency_decay: float = 0.0,
         second_order: bool = False,
         second_order_every: int = 4,
         second_order_decay: float = 0.9,
@@ -137,6 +141,7 @@ class PruningAwarePretraining(L.Callback):
         self.types = check_types(list(types) if not isinstance(types, str) else types)
         self.schedule = ShrinkSchedule(start, end, every_n_steps, units_per_pruning)
         self.saliency = saliency
+        self.saliency_decay = saliency_decay
         self.second_order = second_order
         self.second_order_every = second_order_every
         self.second_order_decay = second_order_decay
@@ -196,9 +201,9 @@ class PruningAwarePretraining(L.Callback):
         if self.second_order:
             moments = StreamedMoments(structure, self.types, self.second_order_decay)
         if self.saliency == "kfac":
-            saliency: SaliencyAccumulator = StreamedKFAC(structure, self.types, sum_of(trainer))
+            saliency: SaliencyAccumulator = StreamedKFAC(structure, self.types, sum_of(trainer), self.saliency_decay)
         else:
-            saliency = SaliencyAccumulator(structure, self.types, self.saliency)
+            saliency = SaliencyAccumulator(structure, self.types, self.saliency, self.saliency_decay)
         shrinking = Shrinking(structure, goal, saliency, moments, self.compact_every, agree_of(trainer))
         if state is not None:
             shrinking.load_state_dict(state)

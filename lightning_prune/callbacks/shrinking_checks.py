@@ -32,8 +32,9 @@ def check_settings(callback: Any) -> None:
         value = getattr(callback, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-    if not 0 <= callback.second_order_decay < 1:
-        raise ValueError(f"second_order_decay={callback.second_order_decay!r} must be in [0, 1)")
+    for name in ("saliency_decay", "second_order_decay"):
+        if not 0 <= getattr(callback, name) < 1:
+            raise ValueError(f"{name}={getattr(callback, name)!r} must be in [0, 1)")
     if callback.schedule.end is not None and callback.schedule.units != 1:
         raise ValueError(
             f"units_per_pruning={callback.schedule.units} and end={callback.schedule.end} exclude each other: with end "

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from lightning_prune.sharding import local, shard_bounds
 from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.structure.sizes import UnitType, check_types
-from lightning_prune.structure.units import Structure, unit_indices
+from lightning_prune.structure.units import Removal, Structure, unit_indices
 from lightning_prune.targets import Target, layer_kind
 
 Saliency = Literal["taylor2", "taylor1", "magnitude", "kfac"]
@@ -51,24 +51,38 @@ class SaliencyAccumulator:
         kind: Of a weight w with gradient g: ``"taylor2"``, ``abs(g w - 1/2 g^2 w^2)`` (LLM-Pruner, Ma et al. 2023,
             arXiv 2305.11627, which EfficientLLM, arXiv 2502.06663, takes over), ``"taylor1"``, ``abs(g w)``, or
             ``"magnitude"``, ``abs(w)``.
+        decay: Share of all sums that a `reset` keeps, from 0 (it forgets) to below 1: a running mean over prunings,
+            less noisy than the few steps between two of them.
 
     Attributes:
-        steps: Steps that count.
+        steps: Steps that count, since the last `reset`.
     """
 
-    def __init__(self, structure: Structure, types: Sequence[str], kind: str = "taylor2") -> None:
+    def __init__(self, structure: Structure, types: Sequence[str], kind: str = "taylor2", decay: float = 0.0) -> None:
         check_saliency(kind, GRADIENT_SALIENCIES)
         self.types = check_types(types)
         self.kind = kind
+        self.decay = decay
+        self.steps = 0
+        self._weight = 0.0  # steps with those before the last reset, as far as they still count
+        self._sums: dict[UnitType, Tensor] = {}
         self._buffers: dict[torch.device, Tensor] = {}
         self.follow(structure)
 
-    def follow(self, structure: Structure) -> None:
-        """Score a model whose sizes have changed, from zero.
+    def follow(self, structure: Structure, removal: Removal | None = None) -> None:
+        """Score a model whose sizes have changed.
+
+        Args:
+            structure: Of the model as it is now.
+            removal: Units that it lost, as they were numbered before: the sums of those that stay are kept. None: from
+                zero.
 
         Raises:
             ValueError: parameters that are cut otherwise than along one dimension of processes.
         """
+        kept = None if removal is None else {t: _without(sums, t, removal) for t, sums in self._sums.items()}
+        if kept is None:
+            self.steps, self._weight = 0, 0.0
         parameters = structure.parameters()
         self._mesh = _mesh_of(parameters)
         self.structure = structure
@@ -82,7 +96,8 @@ class SaliencyAccumulator:
         self._uses = self._find_uses(device)
         layers = range(structure.sizes.num_hidden_layers) if "layer" in self.types else ()
         self._layers = {name: i for i in layers for name in structure.in_layer(i)}
-        self.steps = 0
+        for unit_type, sums in (kept or {}).items():
+            self._sums[unit_type].copy_(sums)
 
     def _find_uses(self, device: torch.device) -> dict[str, list[tuple[int, int, UnitType, Tensor]]]:
         """Of each parameter: dimension, place, unit type, and indices ``[U, M]``, which layers share."""
@@ -120,7 +135,11 @@ class SaliencyAccumulator:
         if int(finite):
             for unit_type, sums in step.items():
                 self._sums[unit_type] += sums
-            self.steps += 1
+            self._count_step()
+
+    def _count_step(self) -> None:
+        self.steps += 1
+        self._weight += 1.0
 
     def _sum_over_others(self, p: nn.Parameter, dims: Sequence[int]) -> dict[int, Tensor]:
         """Saliencies of a parameter's weights, summed over all dimensions but one, for each of `dims`."""
@@ -167,18 +186,19 @@ class SaliencyAccumulator:
 
     def means(self) -> dict[str, Tensor]:
         """Saliency of every unit of each type: the mean over its weights and the steps, ``[P, U]`` on the CPU."""
-        steps = max(self.steps, 1)
+        steps = self._weight or 1.0
         return {t: (self.sums(t) / (self.structure.unit_weights(t) * steps)).cpu() for t in self.types}
 
     def reset(self) -> None:
-        """Forget all steps."""
-        self.steps = 0
+        """Forget the steps so far, but for the share `decay`."""
+        self.steps, self._weight = 0, self._weight * self.decay
         for sums in self._sums.values():
-            sums.zero_()
+            sums.mul_(self.decay)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of all ranks, and the steps; tensors and numbers only."""
-        return {"steps": self.steps, "sums": {str(t): self.sums(t).cpu() for t in self.types}}
+        sums = {str(t): self.sums(t).cpu() for t in self.types}
+        return {"steps": self.steps, "weight": self._weight, "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of `state_dict`, at any number of processes.
@@ -191,9 +211,25 @@ class SaliencyAccumulator:
         if saved != own:
             raise ValueError(f"the saved saliencies have the shapes {saved}, those of this model and types are {own}")
         self.steps = int(state["steps"])
+        self._weight = float(state["weight"])
         first = self._mesh is None or self._mesh.get_local_rank() == 0
         for t, sums in self._sums.items():  # they are summed over ranks when read
             sums.copy_(state["sums"][t]) if first else sums.zero_()
+
+
+def _without(sums: Tensor, unit_type: UnitType, removal: Removal) -> Tensor:
+    """Sums ``[P, U]`` of the units that stay: removed units go, and so do the places in removed layers."""
+    gone = removal.get(unit_type)
+    if gone is not None:
+        stays = torch.ones_like(sums, dtype=torch.bool)
+        for row, units in zip(stays, gone, strict=True):
+            row[units.to(row.device)] = False
+        sums = sums[stays].view(len(sums), -1)  # every place loses as many
+    if "layer" in removal and unit_type in ("attention", "ffn"):
+        layers = torch.ones(len(sums), dtype=torch.bool, device=sums.device)
+        layers[removal["layer"][0].to(sums.device)] = False
+        sums = sums[layers]
+    return sums
 
 
 def _mesh_of(parameters: Mapping[str, nn.Parameter]) -> DeviceMesh | None:

@@ -190,7 +190,7 @@ class Shrinking:
         self.structure = read_structure(before.model, unit)
         gone = self.pending["layer"][0].tolist() if "layer" in self.pending else []
         self.layers_left = [layer for i, layer in enumerate(self.layers_left) if i not in gone]
-        self.saliency.follow(self.structure)
+        self.saliency.follow(self.structure, self.pending)
         if self.moments is not None:
             self.moments.compact(lost, gone, before, self.structure)
         self.pending, self._since = {}, 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune.statistics import LayerStatistics
 from lightning_prune.structure.saliency import SaliencyAccumulator, kfac_saliency, reader_targets
-from lightning_prune.structure.units import Structure
+from lightning_prune.structure.units import Removal, Structure
 from lightning_prune.taps import on_gradient
 
 
@@ -28,6 +28,7 @@ class StreamedKFAC(SaliencyAccumulator):
         structure: Of the model.
         types: Unit types to score.
         reduce: Sums a tensor over processes that see different samples.
+        decay: Share of all sums that a `reset` keeps.
 
     Attributes:
         listening: Whether forward passes are observed now.
@@ -35,18 +36,22 @@ class StreamedKFAC(SaliencyAccumulator):
     """
 
     def __init__(
-        self, structure: Structure, types: Sequence[str], reduce: Callable[[Tensor], Tensor] | None = None
+        self,
+        structure: Structure,
+        types: Sequence[str],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        decay: float = 0.0,
     ) -> None:
-        super().__init__(structure, types)
+        super().__init__(structure, types, decay=decay)
         self.kind = "kfac"
         self.listening = False
         self.keep: Tensor | None = None
         self._reduce = reduce
         self._handles: list[Any] = []
 
-    def follow(self, structure: Structure) -> None:
-        """Score a model whose sizes have changed, from zero."""
-        super().follow(structure)
+    def follow(self, structure: Structure, removal: Removal | None = None) -> None:
+        """See `SaliencyAccumulator.follow`; the hooks move with the layers."""
+        super().follow(structure, removal)
         self._targets = reader_targets(structure, self.types)
         self._squares = self._zeros()
         if getattr(self, "_handles", None):  # layers may have other numbers now
@@ -109,7 +114,7 @@ class StreamedKFAC(SaliencyAccumulator):
         for unit_type, means in kfac_saliency(self.structure, statistics, self.types).items():
             sums = self._sums[unit_type]  # type: ignore[index]
             sums += (means * self.structure.unit_weights(unit_type)).to(sums)
-        self.steps += 1
+        self._count_step()
 
 
 def _squares(rows: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -150,7 +150,8 @@ def callback_of(args: argparse.Namespace, target: int, **settings: Any) -> Any:
     from lightning_prune import PruningAwarePretraining
 
     defaults = {"types": args.types, "every_n_steps": args.every, "compact_every": args.compact_every}
-    defaults["saliency"] = args.saliency
+    defaults |= {"saliency": args.saliency, "saliency_decay": args.saliency_decay, "start": args.start}
+    defaults |= {"second_order_every": args.moments_every, "second_order_decay": args.moments_decay}
     return PruningAwarePretraining(target, **{**defaults, **settings})
 
 
@@ -200,18 +201,21 @@ def run(method: str, target: int, model: nn.Module, data: dict[str, Any], args: 
 
 
 def quality(args: argparse.Namespace, model: nn.Module, data: dict[str, Any], rows: common.Rows) -> None:
-    settings = common.settings_of(args) | {
-        "training": f"{args.steps}x{args.batch_size * args.accumulate}x{args.length}, lr {args.learning_rate}",
-        "types": ",".join(args.types),
-        "saliency": args.saliency,
-        "oneshot_types": ",".join(args.oneshot_types),
-        "shrinking": f"every {args.every}, until {args.shrink_share} of the steps",
+    training = f"{args.steps}x{args.batch_size * args.accumulate}x{args.length}, lr {args.learning_rate}"
+    settings = common.settings_of(args) | {"training": f"{training}, {args.precision}"}
+    settings_of = {  # what decides the rows of one method and not those of the others
+        "ours": f"{','.join(args.types)} by {args.saliency} (decay {args.saliency_decay}), from step {args.start} "
+        f"every {args.every} until {args.shrink_share} of the steps; moments every {args.moments_every}, decay "
+        f"{args.moments_decay}",
+        "oneshot": ",".join(args.oneshot_types),
+        "dense": "",
     }
     table: list[dict[str, Any]] = []
     for share in args.targets:
         target = target_parameters(model, share)
         for method in args.only:
             identity = {"method": method, "decoder_share": None if method == "dense" else share, **settings}
+            identity["pruning"] = settings_of[method.partition("-")[0]]
             row = None if args.rerun else rows.find(**identity)
             if row is None:
                 row = identity | {"target": target} | run(method, target, copy.deepcopy(model), data, args)
@@ -305,6 +309,10 @@ def main() -> None:
     p.add_argument("--types", nargs="+", default=["attention", "ffn", "stem"], help="units that ours may remove")
     p.add_argument("--oneshot-types", nargs="+", default=["ffn"], help="units that one-shot pruning may remove")
     p.add_argument("--saliency", default="taylor2", choices=("taylor2", "taylor1", "magnitude", "kfac"), help="of ours")
+    p.add_argument("--saliency-decay", type=float, default=0.9, help="of ours (default 0.9)")
+    p.add_argument("--moments-every", type=int, default=4, help="steps between observations for variant B (default 4)")
+    p.add_argument("--moments-decay", type=float, default=0.9, help="of variant B's moments (default 0.9)")
+    p.add_argument("--start", type=int, default=0, help="steps before ours begins to watch (default 0)")
     p.add_argument("--every", type=int, default=1, help="steps between prunings (default 1)")
     p.add_argument("--compact-every", type=int, default=16, help="prunings between compactions (default 16)")
     p.add_argument("--shrink-share", type=float, default=0.5, help="share of the steps in which ours shrinks")
@@ -332,9 +340,8 @@ def main() -> None:
         "training": training_blocks(args, tokenizer, args.steps),
     }
     print(f"{data['training'].numel():,} training tokens", file=sys.stderr)
-    quality(
-        args, model, data, common.Rows(args.json, ("method", "decoder_share", "training", "types", "saliency", "model"))
-    )
+    key = ("method", "decoder_share", "training", "pruning", "model")
+    quality(args, model, data, common.Rows(args.json, key))
 
 
 if __name__ == "__main__":
