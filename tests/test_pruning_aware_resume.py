@@ -38,8 +38,10 @@ def run(folder: Path, epochs: int, resume: Path | None = None, *others: L.Callba
         {"second_order": True, "second_order_every": 2},
         {"target": {"num_hidden_layers": 1, "intermediate_size": 40}, "types": ("ffn", "layer"), "second_order": True},
         {"target": 0.7, "types": ("attention", "ffn", "stem"), "end": 12, "units_per_pruning": 1},
+        {"saliency_decay": 0.8},
+        {"saliency_decay": 0.8, "saliency": "kfac", "second_order": True},
     ],
-    ids=["variant A", "variant B", "layers, variant B", "along a line"],
+    ids=["variant A", "variant B", "layers, variant B", "along a line", "running mean", "running kfac, variant B"],
 )
 def test_resume_is_bit_identical_before_between_and_after_compactions(settings: dict[str, Any], tmp_path: Path) -> None:
     whole, first = run(tmp_path, EPOCHS, **settings)

@@ -11,6 +11,7 @@ from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM
 from lightning_prune.structure import mask_units, read_structure, remove_units
 from lightning_prune.structure import saliency as module
 from lightning_prune.structure.saliency import SaliencyAccumulator, kfac_saliency, reader_targets
+from lightning_prune.structure.units import check_removal
 
 HEAD = 8  # dimensions of a head
 TYPES = ("attention", "ffn", "stem", "layer")
@@ -134,6 +135,43 @@ def test_state_travels_and_follows_the_model():
     for bad in ("kfac", "hessian"):
         with pytest.raises(ValueError, match="saliency="):
             SaliencyAccumulator(structure, ("ffn",), bad)
+
+
+def test_a_running_mean_decays_at_each_reset_and_outlives_a_compaction():
+    """By hand: sums s1 and s2 of two steps with a pruning between are kept as 0.75 s1 + s2, for the units that stay."""
+    model = with_gradients("llama")
+    types = ("attention", "ffn", "stem", "layer")
+    scores = SaliencyAccumulator(read_structure(model), types, decay=0.75)
+    scores.add()
+    first = {t: scores.sums(t) for t in types}
+    scores.reset()
+    assert scores.steps == 0  # nothing was seen since, so nothing may be pruned yet
+    for p in model.parameters():
+        p.grad.mul_(2)
+    scores.add()
+    alone = SaliencyAccumulator(read_structure(model), types)
+    alone.add()
+    expected = {t: 0.75 * first[t] + alone.sums(t) for t in types}
+    for t in types:
+        torch.testing.assert_close(scores.sums(t), expected[t])
+        means = expected[t] / (scores.structure.unit_weights(t) * 1.75)
+        torch.testing.assert_close(scores.means()[t], means)
+    twin = SaliencyAccumulator(read_structure(model), types, decay=0.75)
+    twin.load_state_dict(scores.state_dict())
+    for t in types:
+        torch.testing.assert_close(twin.means()[t], scores.means()[t])
+
+    removal = check_removal(read_structure(model), {"ffn": [[0, 5], [27, 3], [1, 2]], "stem": [[4]], "layer": [[1]]})
+    remove_units(model, removal)
+    scores.follow(read_structure(model), removal)
+    assert scores.steps == 1
+    ffn = torch.stack([expected["ffn"][0, [u for u in range(28) if u not in (0, 5)]],
+                       expected["ffn"][2, [u for u in range(28) if u not in (1, 2)]]])  # fmt: skip
+    torch.testing.assert_close(scores.sums("ffn"), ffn)
+    torch.testing.assert_close(scores.sums("attention"), expected["attention"][[0, 2]])
+    torch.testing.assert_close(scores.sums("layer"), expected["layer"][:, [0, 2]])
+    stem = expected["stem"]
+    torch.testing.assert_close(scores.sums("stem"), torch.cat([stem[:, :4], stem[:, 5:]], 1))
 
 
 def test_steps_that_are_not_finite_do_not_count():

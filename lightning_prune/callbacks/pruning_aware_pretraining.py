@@ -51,7 +51,7 @@ from lightning_prune.structure.units import find_language_model, read_structure
 
 _STATE_VERSION = 1
 # What the accumulated statistics of a checkpoint were made with.
-_SAME = ("types", "saliency", "second_order", "attention_unit", "round_to")
+_SAME = ("types", "saliency", "saliency_decay", "second_order", "attention_unit", "round_to")
 
 
 class PruningAwarePretraining(L.Callback):
