@@ -1,8 +1,8 @@
 """Hold pruned weights at zero through training: weights, gradients and optimizer states.
 
-A mask is kept as int8, all bits set where kept, beside its parameter: one byte a weight. It is widened in small
-pieces to the parameter's integer type and and-ed with its bits, which gives +0.0 whatever was there (a product with
-0 turns infinity into NaN and negatives into -0.0), at a few times the speed of a bool product.
+A mask is kept as int8, all bits set where kept, beside its parameter: one byte a weight. It is widened in
+pieces to the parameter's integer type and and-ed with its bits, which gives +0.0 whatever was there (a product with 0
+turns infinity into NaN and negatives into -0.0), at a few times the speed of a bool product.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from lightning_prune.sharding import as_shard_of, local
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-# Elements widened at a time: the buffer stays in the processor's cache; on a GPU kernel launches count instead.
-_CPU_PIECE = 1 << 18
+# Elements widened at a time. Smaller pieces cost calls (2^16: half as much again), larger ones leave the processor's
+# cache; on a GPU kernel launches count instead. `tests/benchmarks/enforcement.py --passes` measures it.
+_CPU_PIECE = 1 << 20
 _GPU_PIECE = 1 << 24
 
 

@@ -303,29 +303,29 @@ class _Run:
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
         statistics, layout = statistics or LayerStatistics(samples=0), target.layout
-        weight = target.matrix()
-        whole = layout is not None and not getattr(self.plan.score, "elementwise", False)
-        if whole:
-            weight, statistics = _whole(target, weight), _whole_gradients(target, statistics)
-        elif layout is not None:
-            statistics = statistics.part(layout.bounds)
-        with synchronized_errors(self.parts):
-            # A copy: a user's score may work in place.
-            scores = self.plan.score(weight.to(torch.float32, copy=True), statistics, target.name)
-            if not isinstance(scores, Tensor) or scores.shape != weight.shape:
-                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise ValueError(
-                    f"score {self.plan.score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}"
-                )
-            scores = scores if scores.is_floating_point() else scores.float()
-            check_scores(scores, target.name)
-        if whole and layout is not None:
+        if layout is None:
+            scores = self._scored(target, target.matrix(), statistics)
+        elif getattr(self.plan.score, "elementwise", False):
+            scores = self._scored(target, target.matrix(), statistics.part(layout.bounds))
+        else:
+            scores = self._scored(target, _whole(target, target.matrix()), _whole_gradients(target, statistics))
             (row, row_end), (column, column_end) = layout.bounds
             scores = scores[row:row_end, column:column_end]
         previous = self.previous.get(target.name)
         if previous is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
+
+    def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+        """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
+        score = self.plan.score
+        with synchronized_errors(self.parts):
+            # A copy: a user's score may work in place.
+            scores = score(weight.to(torch.float32, copy=True), statistics, target.name)
+            if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise ValueError(f"score {score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}")
+            return check_scores(scores if scores.is_floating_point() else scores.float(), target.name)
 
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of one layer, in the parameter's shape."""

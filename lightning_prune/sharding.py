@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -42,15 +42,24 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     )
 
 
+@torch.no_grad()
 def settle(model: nn.Module) -> None:
     """Let FSDP2 take note of parameters as they will be trained, before anyone freezes them for a while.
 
-    It does so once, in the first forward pass; a group that is frozen then would reduce its gradients in the wrong
-    dtype ever after.
+    It does so once, at the start of the first forward pass; a group that is frozen then would reduce its gradients in
+    the wrong dtype ever after. So every outermost sharded module passes through the start and the end of a forward
+    pass here, without computing anything: its own parameters are gathered and let go, and every rank must call.
     """
-    for module in model.modules():  # outer modules first; what they cover is done with them
-        if isinstance(module, FSDPModule):
-            module._get_fsdp_state()._lazy_init()
+    covered: set[nn.Module] = set()
+    for module in model.modules():  # outer modules first: they take note of those within
+        if isinstance(module, FSDPModule) and module not in covered:
+            covered.update(module.modules())
+            outermost: Any = module
+            outermost.pass_without_work = lambda: None
+            register_fsdp_forward_method(outermost, "pass_without_work")
+            outermost.pass_without_work()
+            del outermost.pass_without_work
+            outermost.reshard()  # it stays gathered after a forward pass
 
 
 def reshard(model: nn.Module) -> None:

@@ -17,6 +17,22 @@ the two kinds of steps are compared.
 
 `--memory` measures instead the peak resident memory of the second epoch, each variant in a fresh process.
 
+`--passes` measures the two passes of a step by themselves (gradients, then weights), in milliseconds of processor time
+on one thread, which other processes disturb little: as they are, at other sizes of the pieces in which masks are
+widened, with masks stored at the weights' own width (4 bytes a weight instead of 1), and their floor, reading and
+writing both tensors. What else was tried, for 106 M float32 weights, where the floor is 29 ms and the passes take 49
+(halved in bfloat16; layers of 4096 x 4096 the same):
+
+- pieces of 2^18: 57; of 2^16: 70 (calls).
+- masks at full width: 39 to 45, for four times their memory; float masks with `mul_`: 46, and not exact.
+- no buffer, `bitwise_and_` with the int8 mask: 48 to 72, since it widens the mask into a new tensor each time.
+- `torch.where` with a bool mask: 750. Bits instead of bytes, unpacked by shifts: 62 at best.
+- gradients masked right after a layer's backward, while they are in the cache: at most 8 less, for hooks on every
+  parameter that DDP, FSDP2 and accumulation would have to agree with.
+- no weight pass after an optimizer that leaves a zero with zero gradient and states alone: a clip coefficient of NaN,
+  learning rate times decay above 1, or a hook in between break that. To find those the mask must be read again: a
+  check made of torch's operations takes 280, where the pass takes 25.
+
     python tests/benchmarks/enforcement.py --model FOLDER --calibration TEXT --rounds 3 --steps 4
 """
 
@@ -196,6 +212,51 @@ def measure_pairs(args: argparse.Namespace, model: nn.Module, batches: Tensor) -
     return [row | {"zeros": zeros, "pairs": len(extra)}]
 
 
+def measure_passes(model: nn.Module, rounds: int) -> list[dict[str, Any]]:
+    """Medians of the two passes of a step, over all decoder linears, in turns."""
+    from lightning_prune import enforcement
+
+    torch.set_num_threads(1)
+    weights = {name: layer.weight for name, layer in reference.all_linears(model).items()}
+    masks = {name: torch.rand_like(weight) >= SPARSITY for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.grad = torch.randn_like(weight)
+    enforcer = enforcement.Enforcer(weights, masks)
+    tensors = [tensor.view(torch.int32) for w in weights.values() for tensor in (w.grad, w.detach())]
+
+    def ours(piece: int) -> None:
+        default, enforcement._CPU_PIECE = enforcement._CPU_PIECE, piece
+        enforcer.mask_gradients()
+        enforcer.mask_weights()
+        enforcement._CPU_PIECE = default
+
+    def floor() -> None:
+        for tensor in tensors:
+            tensor.bitwise_and_(-1)
+
+    def full_width() -> None:
+        for tensor, mask in zip(tensors, (m for m in wide for _ in range(2)), strict=True):
+            tensor.bitwise_and_(mask)
+
+    wide = [-mask.int() for mask in masks.values()]
+    functions = {"ours": lambda: ours(enforcement._CPU_PIECE)}
+    functions |= {f"pieces of 2^{power}": lambda power=power: ours(1 << power) for power in (16, 18, 19, 20, 22)}
+    functions |= {"masks at full width": full_width, "floor: read and write": floor}
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds):
+        for name in functions if turn % 2 == 0 else reversed(functions):
+            start = time.thread_time()
+            functions[name]()
+            seconds[name].append(time.thread_time() - start)
+    numel = sum(w.numel() for w in weights.values())
+    return [
+        {"variant": n, "ms": 1000 * statistics.median(s), "weights": numel, "rounds": rounds}
+        for n, s in seconds.items()
+    ]
+
+
 def measure_memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One process for each variant: memory that an earlier one freed must not hide in the next one's."""
     rows: list[dict[str, Any]] = []
@@ -217,6 +278,7 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=3, help="fits of each variant (default 3)")
     p.add_argument("--steps", type=int, default=4, help="measured steps of a fit (default 4)")
     p.add_argument("--paired", action="store_true", help="ours alone, switched off at every other of the steps")
+    p.add_argument("--passes", action="store_true", help="the two passes of a step alone, --rounds times")
     p.add_argument("--memory", action="store_true", help="peak memory instead of time")
     p.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -224,7 +286,9 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
 
-    if args.memory and not args.memory_of:
+    if args.passes:
+        table = measure_passes(common.load(args)[0], args.rounds)
+    elif args.memory and not args.memory_of:
         table = measure_memory(args)
     else:
         args.samples = args.batch_size * (args.steps + 1)  # one more batch, whose start ends the last step
@@ -235,9 +299,10 @@ def main() -> None:
             return
         table = (measure_pairs if args.paired else measure_time)(args, model, batches)
 
-    settings = {"measure": "memory" if args.memory else "time", "batch": f"{args.batch_size}x{args.length}"}
+    measure = "passes" if args.passes else "memory" if args.memory else "time"
+    settings = {"measure": measure} | ({} if args.passes else {"batch": f"{args.batch_size}x{args.length}"})
     settings["model"] = args.gguf_file or Path(args.model).name
-    rows = common.Rows(args.json, ("variant", *settings))
+    rows = common.Rows(args.json, ("variant", "measure", "batch", "model"))
     for row in table:
         rows.add(row | settings)
     print(common.markdown(table))

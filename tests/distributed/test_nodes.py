@@ -1,4 +1,4 @@
-"""Several nodes: two torchrun agents of one process each, on this machine, from the command line to a plain folder."""
+"""Several nodes: two torchrun agents on this machine, from the command line to a plain folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_two_nodes_train_sharded_and_export_one_folder(tmp_path: Path) -> None:
+def model_parallel(data: int, tensor: int) -> dict[str, Any]:
+    sizes = {"data_parallel_size": data, "tensor_parallel_size": tensor}
+    return {"class_path": "ModelParallelStrategy", "init_args": sizes}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "devices"),
+    [("ddp", 1), (model_parallel(2, 1), 1), (model_parallel(1, 2), 1), (model_parallel(2, 2), 2)],
+    ids=["ddp", "fsdp2", "tp", "2d"],
+)
+def test_two_nodes_train_and_export_one_folder(strategy: str | dict[str, Any], devices: int, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     config = {
         "seed_everything": 0,
@@ -40,12 +51,9 @@ def test_two_nodes_train_sharded_and_export_one_folder(tmp_path: Path) -> None:
         },
         "trainer": {
             "accelerator": "cpu",
-            "devices": 1,
+            "devices": devices,
             "num_nodes": 2,
-            "strategy": {
-                "class_path": "ModelParallelStrategy",
-                "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
-            },
+            "strategy": strategy,
             "max_steps": 2,
             "limit_val_batches": 0,
             "enable_progress_bar": False,
@@ -65,7 +73,7 @@ def test_two_nodes_train_sharded_and_export_one_folder(tmp_path: Path) -> None:
     agents = [
         subprocess.Popen(
             [
-                torchrun, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node),
+                torchrun, "--nnodes", "2", "--nproc-per-node", str(devices), "--node-rank", str(node),
                 "--master-addr", "127.0.0.1", "--master-port", port, "--no-python",
                 program, "fit", "--config", str(recipe),
             ],
@@ -81,7 +89,7 @@ def test_two_nodes_train_sharded_and_export_one_folder(tmp_path: Path) -> None:
     assert [agent.returncode for agent in agents] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
 
     (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
-    assert checkpoint.is_dir()
+    assert checkpoint.is_dir() == (strategy != "ddp")
     assert main(["export", str(checkpoint), str(tmp_path / "model")]) == 0
     inspection = inspect(tmp_path / "model", progress=False)
     assert inspection.sparsity == pytest.approx(0.5, abs=0.02)

@@ -37,15 +37,17 @@ STRATEGIES = {
     "fsdp2": lambda: sharded("auto", 1),
     "fsdp2_full_checkpoint": lambda: sharded("auto", 1, save_distributed_checkpoint=False),
     "tp": lambda: sharded(1, "auto"),
+    "tp_full_checkpoint": lambda: sharded(1, "auto", save_distributed_checkpoint=False),
     "2d": lambda: sharded(2, 2),
+    "2d_full_checkpoint": lambda: sharded(2, 2, save_distributed_checkpoint=False),
     "hsdp": lambda: sharded("auto", 1),
 }
-SHARDED = ("fsdp2", "fsdp2_full_checkpoint", "tp", "2d", "hsdp")
+SHARDED = [name for name in STRATEGIES if name != "single" and not name.startswith("ddp")]
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
 }  # fmt: skip
-_MODEL_SETTINGS = ("fail_on_rank", "family", "intermediate_size", "two_optimizers")
+_MODEL_SETTINGS = ("fail_on_rank", "family", "intermediate_size", "two_optimizers", "compiled")
 COLWISE, ROWWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
@@ -103,10 +105,11 @@ class Model(L.LightningModule):
         family: str = "llama",
         intermediate_size: int = 64,
         two_optimizers: bool = False,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = not two_optimizers
-        self.fail_on_rank, self.parallel, self.placed = fail_on_rank, parallel, False
+        self.fail_on_rank, self.parallel, self.compiled, self.placed = fail_on_rank, parallel, compiled, False
         if family == "gpt2":
             gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
             self.model = GPT2LMHeadModel(gpt2)
@@ -116,11 +119,18 @@ class Model(L.LightningModule):
         self.model = LlamaForCausalLM(LlamaConfig(**fields))
 
     def configure_model(self) -> None:
-        if self.parallel is None or self.placed:
+        if self.placed:
             return
-        options, self.placed = dict(self.parallel), True
-        root_only, compiled = options.pop("root_only", False), options.pop("compiled", False)
-        replicas = options.pop("replicas", 1)
+        self.placed = True
+        blocks = self.model.transformer.h if hasattr(self.model, "transformer") else self.model.model.layers
+        if self.parallel is not None:
+            self._shard(blocks, dict(self.parallel))
+        elif self.compiled:
+            for block in blocks:
+                block.compile(backend="aot_eager")
+
+    def _shard(self, blocks: Any, options: dict[str, Any]) -> None:
+        root_only, replicas = options.pop("root_only", False), options.pop("replicas", 1)
         if options.pop("bf16", False):
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if options.pop("offload", False):
@@ -128,13 +138,12 @@ class Model(L.LightningModule):
         mesh, data = self.device_mesh, self.device_mesh["data_parallel"]
         if replicas > 1:  # hybrid: shards within a group of ranks, copies between groups
             data = init_device_mesh("cpu", (replicas, data.size() // replicas), mesh_dim_names=("replicate", "shard"))
-        blocks = self.model.transformer.h if hasattr(self.model, "transformer") else self.model.model.layers
         for block in blocks:
             if mesh["tensor_parallel"].size() > 1:
                 plan = {n: ColwiseParallel() for n, _ in block.named_modules() if n.endswith(COLWISE)}
                 plan |= {n: RowwiseParallel() for n, _ in block.named_modules() if n.endswith(ROWWISE)}
                 parallelize_module(block, mesh["tensor_parallel"], plan)
-            if compiled:
+            if self.compiled:
                 block.compile(backend="aot_eager")
             if not root_only:
                 fully_shard(block, mesh=data, **options)
