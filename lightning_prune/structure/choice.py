@@ -11,6 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune.structure.removal_checks import (
+    check_layers_removable,
+    check_removal,
+    check_sizes,
+    needs_other_class,
+    sizes_after,
+)
 from lightning_prune.structure.sizes import (
     SIZE_NAMES,
     AttentionUnit,
@@ -23,15 +30,7 @@ from lightning_prune.structure.sizes import (
     unit_of_heads,
     units_to_remove,
 )
-from lightning_prune.structure.units import (
-    Removal,
-    Structure,
-    check_layers_removable,
-    check_removal,
-    check_sizes,
-    needs_other_class,
-    sizes_after,
-)
+from lightning_prune.structure.units import Removal, Structure
 
 RoundTo = int | Mapping[str, int]
 _SIZE_OF = {
