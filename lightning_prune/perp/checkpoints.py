@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_prune.checkpoints import Checkpoint, fail
 from lightning_prune.enforcement import to_bytes
-from lightning_prune.inspection import StoredMasks
 from lightning_prune.perp.variants import find_variant
+from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.targets import clean_name
 
 _CALLBACK = "PERPRetraining"
