@@ -14,8 +14,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.checkpoints import Checkpoint
-from lightning_prune.inspection import StoredMasks, TensorReport, report_tensor
+from lightning_prune.inspection import TensorReport, report_tensor
 from lightning_prune.progress import progress_bar
+from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.targets import clean_name
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 

@@ -5,8 +5,6 @@ Dimensions: O outputs, I inputs of a layer, M the size of a group of an N:M patt
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,25 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.checkpoints import Checkpoint, CheckpointError, fail, open_checkpoint
-from lightning_prune.masks import unpack_masks
+from lightning_prune.checkpoints import CheckpointError, open_checkpoint
 from lightning_prune.progress import progress_bar
-from lightning_prune.targets import clean_name
+from lightning_prune.stored_masks import StoredMasks
+from lightning_prune.tensor_names import as_matrix, block_order, is_prunable, place
 
 PATTERNS: tuple[tuple[int, int], ...] = ((1, 4), (2, 4), (4, 8))
 """The N:M patterns that are looked for: at most N of M consecutive inputs are not zero. M divides by 4."""
 
 # Elements looked at in one go; bounds the temporary memory beside the tensor itself.
 _CHUNK = 1 << 22
-
-# Whole name components (split at "." and "_") that mark embeddings, norms, heads and adapters.
-_NOT_PRUNABLE = re.compile(
-    r"(^|[._])(embed(ding)?s?|embd|emb|wte|wpe|shared|lm_head|embed_(in|out)|score|classifier|"
-    r"\w*norm\d*|ln(_\w+)?|lora_\w+|rotary\w*|position\w*)([._]|$)"
-)
-# Families whose linear layers are transformers' Conv1D, stored (in, out).
-_CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-_CONV1D_NAME = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -271,47 +260,6 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
 # -- counting ---------------------------------------------------------------------------------------------------------
 
 
-def is_prunable(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a tensor looks like the weight of a layer that is pruned by default.
-
-    >>> is_prunable("model.layers.0.self_attn.q_proj.weight", (64, 64), torch.float32)
-    True
-    >>> is_prunable("model.embed_tokens.weight", (1000, 64), torch.float32)
-    False
-    """
-    if len(shape) < 2 or min(shape) < 1 or not dtype.is_floating_point:
-        return False
-    return _NOT_PRUNABLE.search(name) is None and not name.endswith("bias")
-
-
-def place(name: str) -> tuple[str, str]:
-    """Block and kind of layer of a parameter; the block is empty outside of numbered ones.
-
-    >>> place("model.layers.3.self_attn.q_proj.weight")
-    ('model.layers.3', 'q_proj')
-    """
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    words = [part for part in parts if part != "weight" and not part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1]) if numbers else "", words[-1] if words else "weight"
-
-
-# Files list tensors by alphabet; tables and pictures list them in the order a token meets them.
-_KINDS = (
-    *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "o_proj", "out_proj", "dense"),
-    *("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "down_proj", "fc2", "dense_4h_to_h"),
-)
-
-
-def order_kinds(kinds: Iterable[str]) -> list[str]:
-    """Kinds of layers without duplicates, attention before MLP where the names are known, others behind.
-
-    >>> order_kinds(["down_proj", "q_proj", "router", "q_proj"])
-    ['q_proj', 'down_proj', 'router']
-    """
-    return sorted(dict.fromkeys(kinds), key=lambda k: _KINDS.index(k) if k in _KINDS else len(_KINDS))
-
-
 def report_tensor(
     name: str, tensor: Tensor, mask: Tensor | None = None, model_type: str | None = None, tied_to: str | None = None
 ) -> TensorReport:
@@ -341,23 +289,6 @@ def report_tensor(
         tied_to=tied_to,
         mask=found,
     )
-
-
-def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tensor:
-    """A tensor of any shape to ``(O, I)``, with the inputs that form N:M groups next to each other.
-
-    Args:
-        name: Its name.
-        tensor: A weight, or its mask.
-        model_type: Family of the transformers model: some store layers as ``(I, O)``.
-    """
-    if tensor.layout != torch.strided:
-        tensor = tensor.to_dense()
-    if model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None:
-        return tensor.t()
-    if tensor.dim() == 4:  # a Conv2d: groups run along the input channels
-        tensor = tensor.movedim(1, -1)
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
 def _count(matrix: Tensor, mask: Tensor | None) -> tuple[int, dict[str, float], MaskReport | None]:
@@ -392,91 +323,3 @@ def _count(matrix: Tensor, mask: Tensor | None) -> tuple[int, dict[str, float], 
 def totals_of(tensors: list[TensorReport]) -> Totals:
     """Sums over some tensors."""
     return Totals(len(tensors), sum(t.numel for t in tensors), sum(t.zeros for t in tensors))
-
-
-def block_order(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
-    """Sort key that puts ``layers.2`` before ``layers.10`` and what is in no block last."""
-    parts: list[tuple[bool, int | str]] = [(p.isdigit(), int(p) if p.isdigit() else p) for p in name.split(".")]
-    return name == "", parts
-
-
-# -- masks ------------------------------------------------------------------------------------------------------------
-
-
-class StoredMasks:
-    """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time.
-
-    Attributes:
-        score: Name of the score that made them; of several callbacks, all names.
-        settings: What else each callback says of how it pruned, in plain values.
-    """
-
-    def __init__(
-        self, path: Path, packed: dict[str, Any], score: str | None, settings: list[dict[str, Any]] | None = None
-    ) -> None:
-        self._path = path
-        self._packed = packed
-        self.score = score
-        self.settings = settings or []
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the masks."""
-        return set(self._packed)
-
-    @property
-    def count(self) -> int:
-        """Number of masks."""
-        return len(self._packed)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> StoredMasks | None:
-        """The masks of all `WeightPruning` callbacks, or None without such a callback."""
-        states = [
-            state for key, state in checkpoint.callbacks.items() if str(key).startswith("WeightPruning") and state
-        ]
-        if not states:
-            return None
-        packed: dict[str, Any] = {}
-        for state in states:
-            masks = state.get("masks") if isinstance(state, Mapping) else None
-            if not isinstance(masks, Mapping):
-                fail(checkpoint.path, "the state of its WeightPruning callback holds no masks; it is damaged")
-            packed.update(masks)
-        scores = dict.fromkeys(str(state["score"]) for state in states if state.get("score"))
-        settings = [dict(s) for state in states if isinstance(s := state.get("settings"), Mapping)]
-        return cls(checkpoint.path, packed, ", ".join(scores) or None, settings)
-
-    def masks(self) -> dict[str, Tensor]:
-        """All masks, unpacked, by the names they are stored under.
-
-        Raises:
-            CheckpointError: a mask is damaged.
-        """
-        try:
-            return unpack_masks(self._packed)
-        except ValueError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
-
-    def find(self, name: str) -> str | None:
-        """Name of a tensor's mask, or None. Masks may be named from further inside the model than the tensor."""
-        parts = clean_name(name).split(".")
-        tails = (".".join(parts[start:]) for start in range(len(parts)))
-        return next((tail for tail in tails if tail in self._packed), None)
-
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        """The mask of a tensor, or None.
-
-        Raises:
-            CheckpointError: the mask is damaged, or not of this shape.
-        """
-        found = self.find(name)
-        if found is None:
-            return None
-        try:
-            mask = unpack_masks({found: self._packed[found]})[found]
-        except ValueError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
-        if tuple(mask.shape) != shape:
-            fail(self._path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
-        return mask

@@ -8,7 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_prune.inspection import Inspection, order_kinds, totals_of
+from lightning_prune.inspection import Inspection, totals_of
+from lightning_prune.tensor_names import order_kinds
 
 
 def render(inspection: Inspection, console: Console | None = None, all_tensors: bool = False) -> None:

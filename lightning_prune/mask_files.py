@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_prune.checkpoints import Checkpoint, CheckpointError, open_checkpoint, readable
-from lightning_prune.inspection import StoredMasks
 from lightning_prune.masks import Masks, pack_masks, unpack_masks
+from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.targets import clean_name
 
 _FORMAT = "lightning-prune masks 1"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_prune.inspection import Inspection, block_order, order_kinds, place
+from lightning_prune.inspection import Inspection
+from lightning_prune.tensor_names import block_order, order_kinds, place
 
 # Okabe and Ito's colours, told apart by colour-blind readers, then shades for an eighth kind and more.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8FBC6B", "#E69F00", "#D55E00", "#CC79A7", "#7A6FAC", "#8C8C8C")

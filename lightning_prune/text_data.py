@@ -1,41 +1,29 @@
 """Text as blocks of tokens: a LightningDataModule on the datasets library.
 
-The way of the data: documents -> tokens of each document -> one stream with an end-of-text token after every
-document -> blocks of equal length -> batches. Documents, tokens and blocks are cached on disk by the datasets
-library. Conversations are samples of their own (`lightning_prune.chat_data`).
+The way of the data: files or the hub -> documents (`text_files`) -> tokens -> blocks -> batches (`text_blocks`), or
+without any preparation a stream of them (`text_stream`). Conversations are samples of their own (`chat_data`).
 
 Letters: B samples, T tokens (block_size).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import lightning as L
-import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
-from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lightning_prune.chat_data import bad_json_line, check_chat_tokenizer, tokenize_conversations
-from lightning_prune.losses import IGNORE_INDEX
-from lightning_prune.sources import existing_path, looks_like_path
+from lightning_prune.chat_data import check_chat_tokenizer, tokenize_conversations
+from lightning_prune.text_blocks import TextPrefix, collate, hold_out, pack, tokenize
+from lightning_prune.text_files import EMBEDDED, is_local, local_documents, text_only
 from lightning_prune.text_stream import StreamedBlocks
 from lightning_prune.tokenization import load_tokenizer, trained_tokenizer
 
-EMBEDDED = {"austen": Path(__file__).parent / "data" / "austen.txt"}
-# extension -> builder of the datasets library
-_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-# part of the cache key: raise it when tokenizing or packing changes
-_CACHE_VERSION = 1
+__all__ = ["EMBEDDED", "TextDataModule", "collate", "pack", "tokenize"]
 
 
 class TextDataModule(L.LightningDataModule):
@@ -203,7 +191,7 @@ class TextDataModule(L.LightningDataModule):
             if hp["validation"] is not None:
                 self._train, self._validation = blocks, self._blocks(hp["validation"], "validation")
             else:
-                self._train, self._validation = _hold_out(blocks, hp["validation_share"])
+                self._train, self._validation = hold_out(blocks, hp["validation_share"])
         if self._test is None and hp["test"] is not None and stage in ("test", "all"):
             self._test = self._blocks(hp["test"], "test")
 
@@ -262,7 +250,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _streamed_documents(self, source: str | list[str]) -> datasets.IterableDataset:
         hp = self.hparams
-        if isinstance(source, str) and not _is_local(source):
+        if isinstance(source, str) and not is_local(source):
             documents = datasets.load_dataset(
                 source,
                 hp["name"],
@@ -272,7 +260,7 @@ class TextDataModule(L.LightningDataModule):
                 streaming=True,
             )
         else:
-            documents = _local_documents(source, "source", hp["sample_by"], hp["cache_dir"], streaming=True)
+            documents = local_documents(source, "source", hp["sample_by"], hp["cache_dir"], streaming=True)
         columns = documents.column_names
         if columns is not None and hp["text_field"] not in columns:
             raise ValueError(
@@ -312,14 +300,14 @@ class TextDataModule(L.LightningDataModule):
         return dataset
 
     def _documents(self, source: str | list[str], argument: str) -> datasets.Dataset:
-        return _text_only(self._rows(source, argument), self.hparams["text_field"], source, argument)
+        return text_only(self._rows(source, argument), self.hparams["text_field"], source, argument)
 
     def _rows(self, source: str | list[str], argument: str) -> datasets.Dataset:
         """Local files, or a split of a hub dataset, with all their columns."""
         hp = self.hparams
-        on_hub = argument == "source" and isinstance(source, str) and not _is_local(source)
-        split_of_hub = argument != "source" and isinstance(source, str) and not _is_local(source)
-        if on_hub or (split_of_hub and isinstance(hp["source"], str) and not _is_local(hp["source"])):
+        on_hub = argument == "source" and isinstance(source, str) and not is_local(source)
+        split_of_hub = argument != "source" and isinstance(source, str) and not is_local(source)
+        if on_hub or (split_of_hub and isinstance(hp["source"], str) and not is_local(hp["source"])):
             return datasets.load_dataset(
                 hp["source"],
                 hp["name"],
@@ -327,234 +315,13 @@ class TextDataModule(L.LightningDataModule):
                 revision=hp["revision"],
                 cache_dir=hp["cache_dir"],
             )
-        return _local_documents(source, argument, hp["sample_by"], hp["cache_dir"])
+        return local_documents(source, argument, hp["sample_by"], hp["cache_dir"])
 
-    def _training_text(self) -> "_TextPrefix":
+    def _training_text(self) -> TextPrefix:
         """The text of `source` without the characters of a held-out share at its end."""
         hp = self.hparams
         held_out = hp["validation_share"] if hp["validation"] is None else 0.0
-        return _TextPrefix(self._documents(hp["source"], "source"), hp["text_field"], 1 - held_out)
-
-
-def tokenize(
-    documents: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    text_field: str = "text",
-    num_proc: int | None = None,
-) -> datasets.Dataset:
-    """Tokenize documents, an end-of-text token after each, without other special tokens.
-
-    Args:
-        documents: A dataset with the column `text_field`.
-        tokenizer: With an end-of-text token.
-        text_field: Name of the column.
-        num_proc: Processes to use.
-
-    Returns:
-        A dataset with the column "input_ids", one row a document, cached beside `documents`.
-    """
-    # a tokenizer hashes differently once it has been used; its written form does not
-    identity = tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id
-    encode = partial(_encode, tokenizer=tokenizer, text_field=text_field)
-    tokens: datasets.Dataset = documents.map(
-        encode,
-        batched=True,
-        batch_size=256,
-        num_proc=num_proc,
-        remove_columns=documents.column_names,
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-        new_fingerprint=Hasher.hash((_CACHE_VERSION, documents._fingerprint, identity, text_field)),
-        desc="Tokenizing",
-    )
-    return tokens
-
-
-def _encode(
-    rows: Mapping[str, list[str]], tokenizer: PreTrainedTokenizerBase, text_field: str
-) -> dict[str, list[list[int]]]:
-    # verbose=False: documents are cut into blocks later, so none is too long
-    encoded = tokenizer(rows[text_field], add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
-
-
-def pack(tokens: datasets.Dataset, block_size: int, keep_last: bool = False) -> datasets.Dataset:
-    """Cut the stream of all documents into blocks.
-
-    Args:
-        tokens: What `tokenize` returned. The stream is held in memory once, at four bytes a token.
-        block_size: Tokens in a block.
-        keep_last: Keep the rest as a shorter last block, if it has at least two tokens.
-
-    Returns:
-        A dataset with the column "input_ids": the concatenated blocks are the stream, less a dropped rest.
-
-    Raises:
-        ValueError: If not even one block results.
-    """
-    total = _count(tokens, "input_ids", pc.list_value_length)
-    shortest = 2 if keep_last else block_size
-    if total < shortest:
-        raise ValueError(
-            f"The text has {total} tokens, fewer than one block of block_size={block_size}. Pass a smaller "
-            "block_size, keep_last=True, or more text."
-        )
-    blocks: datasets.Dataset = tokens.with_format("arrow").map(
-        partial(_cut, block_size=block_size, keep_last=keep_last),
-        batched=True,
-        batch_size=-1,  # the whole stream: batches would each leave a rest
-        new_fingerprint=Hasher.hash((_CACHE_VERSION, tokens._fingerprint, block_size, keep_last)),
-        desc="Packing",
-    )
-    return blocks.with_format(None)
-
-
-def _cut(table: pa.Table, block_size: int, keep_last: bool) -> pa.Table:
-    stream = table.column("input_ids").combine_chunks().flatten()
-    rest = len(stream) % block_size
-    if rest and (not keep_last or rest < 2):
-        stream = stream.slice(0, len(stream) - rest)
-    starts = np.append(np.arange(0, len(stream), block_size), len(stream))
-    blocks = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), stream)
-    return pa.table({"input_ids": blocks})
-
-
-def collate(blocks: Sequence[Mapping[str, Any]], pad_id: int | None = None) -> dict[str, Tensor]:
-    """Stack blocks into a batch.
-
-    Args:
-        blocks: Items with "input_ids", arrays of shape (T,), and "labels" likewise if they differ from these.
-        pad_id: Pad shorter blocks on the right with this token, and add "attention_mask". Without it all blocks
-            have the same length.
-
-    Returns:
-        "input_ids" and "labels" of shape (B, T), int64; labels are -100 at padding.
-    """
-    rows = [torch.as_tensor(np.asarray(block["input_ids"], dtype=np.int64)) for block in blocks]
-    if pad_id is None:
-        input_ids = torch.stack(rows)
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
-    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]  # [B, T]
-    labels = input_ids.masked_fill(~mask, IGNORE_INDEX)
-    if "labels" in blocks[0]:
-        given = [torch.as_tensor(np.asarray(block["labels"], dtype=np.int64)) for block in blocks]
-        labels = torch.nn.utils.rnn.pad_sequence(given, batch_first=True, padding_value=IGNORE_INDEX)
-    return {"input_ids": input_ids, "attention_mask": mask.long(), "labels": labels}
-
-
-class _TextPrefix:
-    """The first `share` of the characters of a column, one document at a time; can be iterated repeatedly."""
-
-    def __init__(self, documents: datasets.Dataset, text_field: str, share: float) -> None:
-        self.documents, self.text_field = documents, text_field
-        self.characters = int(_count(documents, text_field, pc.utf8_length) * share)
-
-    def __iter__(self) -> Iterator[str]:
-        left = self.characters
-        for row in self.documents:
-            if left <= 0:
-                return
-            text: str = row[self.text_field][:left]
-            left -= len(text)
-            yield text
-
-
-def _count(dataset: datasets.Dataset, column: str, length: Any) -> int:
-    """Sum of the lengths of a column's values, without turning them into Python objects."""
-    return int(pc.sum(length(dataset.with_format("arrow")[:][column])).as_py() or 0)
-
-
-def _is_local(source: str | list[str]) -> bool:
-    return isinstance(source, list) or source in EMBEDDED or looks_like_path(source)
-
-
-def _local_documents(
-    source: str | list[str], argument: str, sample_by: str, cache_dir: str | None, streaming: bool = False
-) -> Any:
-    files = _local_files(source, argument)
-    readers = {_READERS[file.suffix.lower()] for file in files}
-    if len(readers) > 1:
-        kinds = sorted({file.suffix for file in files})
-        raise ValueError(
-            f"{argument}={source!r} mixes files of the kinds {kinds}. Pass files of one kind, e.g. as a list."
-        )
-    reader = readers.pop()
-    options = {"sample_by": sample_by} if reader == "text" else {}
-    try:
-        return datasets.load_dataset(
-            reader,
-            data_files=[str(file) for file in files],
-            split="train",
-            cache_dir=cache_dir,
-            streaming=streaming,
-            **options,
-        )
-    except DatasetGenerationError as error:
-        found = (bad_json_line(file) for file in files if file.suffix.lower() == ".jsonl")
-        if problem := next(filter(None, found), None):
-            raise ValueError(f"{argument}={source!r}: {problem}") from error
-        raise
-
-
-def _local_files(source: str | list[str], argument: str) -> list[Path]:
-    """The text files that `source` names, sorted within a folder."""
-    files: list[Path] = []
-    for entry in [source] if isinstance(source, str) else source:
-        path = EMBEDDED[entry] if entry in EMBEDDED else existing_path(entry, argument)
-        if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in _READERS)
-            if not found:
-                raise ValueError(f"{argument}={entry!r} is a folder without {', '.join(_READERS)} files.")
-            files += found
-        elif path.suffix.lower() in _READERS:
-            files.append(path)
-        else:
-            raise ValueError(
-                f"{argument}={entry!r} has the unknown extension {path.suffix!r}. Use one of "
-                f"{', '.join(_READERS)}; plain text belongs in a .txt file."
-            )
-    if all(file.stat().st_size == 0 for file in files):
-        raise ValueError(f"{argument}={source!r} is empty. Pass a file with text.")
-    return files
-
-
-def _text_only(
-    documents: datasets.Dataset, text_field: str, source: str | list[str], argument: str
-) -> datasets.Dataset:
-    """The text column alone, without documents that hold no text."""
-    if text_field not in documents.column_names:
-        raise ValueError(
-            f"text_field={text_field!r} is not in {argument}={source!r}, which has the fields "
-            f"{documents.column_names}. Pass one of them as text_field."
-        )
-    documents = documents.select_columns([text_field])
-    kind = documents.features[text_field]
-    if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"text_field={text_field!r} of {argument}={source!r} holds {kind}, not text.")
-    documents = documents.filter(_has_text, input_columns=[text_field], desc="Dropping empty documents")
-    if len(documents) == 0:
-        raise ValueError(f"{argument}={source!r} holds no text in the field {text_field!r}.")
-    return documents
-
-
-def _has_text(text: str | None) -> bool:
-    return bool(text and text.strip())
-
-
-def _hold_out(blocks: datasets.Dataset, share: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split off the last `share` of the blocks, at least one unless the share is zero."""
-    if not share:
-        return blocks, blocks.select([])
-    held_out = max(1, round(share * len(blocks)))
-    if held_out >= len(blocks):
-        raise ValueError(
-            f"The text has {len(blocks)} block(s) or conversation(s), too few to train on after holding out {held_out} "
-            f"(validation_share={share}). Pass a smaller block_size, more text, validation files, or "
-            "validation_share=0."
-        )
-    cut = len(blocks) - held_out
-    return blocks.select(range(cut)), blocks.select(range(cut, len(blocks)))
+        return TextPrefix(self._documents(hp["source"], "source"), hp["text_field"], 1 - held_out)
 
 
 def _prepared(blocks: Any, name: str) -> Any:

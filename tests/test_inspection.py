@@ -23,8 +23,9 @@ from example_checkpoints import (
 from safetensors.torch import save_file
 
 from lightning_prune.checkpoints import CheckpointError
-from lightning_prune.inspection import PATTERNS, inspect, is_prunable
+from lightning_prune.inspection import PATTERNS, inspect
 from lightning_prune.masks import pack_masks
+from lightning_prune.tensor_names import is_prunable
 
 
 def naive(tensor):

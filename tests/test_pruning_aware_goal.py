@@ -69,7 +69,7 @@ def test_a_mapping_stops_every_type_at_its_size() -> None:
 @pytest.mark.parametrize(
     ("target", "types", "round_to", "message"),
     [
-        (0.01, ("ffn",), 1, "leaves at least"),
+        (0.01, ("ffn",), 1, "leave at least"),
         ({"hidden_size": 32}, ("ffn",), 1, "not in types"),
         ({"hidden_size": 40}, ("stem",), 16, "no multiple of round_to=16"),
         (1.5, ("ffn",), 1, "share of all parameters"),

@@ -11,11 +11,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
-from lightning_prune.inspection import place
 from lightning_prune.run_facts import run_facts
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters
 from lightning_prune.sparsity_history import HISTORY_FILE, append_step, begin_history
 from lightning_prune.targets import DEFAULT_IGNORE, find_targets
+from lightning_prune.tensor_names import place
 
 
 class SparsityMonitor(L.Callback):

@@ -44,7 +44,8 @@ def add_adapters(
     Args:
         model: A transformers model with pruned weights. It is changed in place; use what is returned.
         adapter: ``"mask_lora"``: W + M * (s B A). ``"scale_lora"``: W * (B A). ``"lora_prune"``: W + s B A, masked at
-            the merge. ``"lora"``: W + s B A, never merged. None: no adapters, only `train`.
+            the merge. ``"lora"``: W + s B A, never merged. None: no adapters, only `train`. Or the name of a variant
+            of your own, see `register_adapter`.
         masks: Bool masks by parameter name, True = kept, as `prune` returns them; a weight without one takes its
             exact zeros, and so do all by default.
         train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.

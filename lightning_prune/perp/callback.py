@@ -35,6 +35,7 @@ from lightning_prune.perp.model import Retraining, find_retraining
 from lightning_prune.perp.options import check_adapter, check_options
 from lightning_prune.perp.reconstruction import Reconstruction
 from lightning_prune.perp.selection import check_parts
+from lightning_prune.perp.variants import find_variant
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.targets import find_targets
@@ -65,8 +66,8 @@ class PERPRetraining(L.Callback):
     weights, scores the merged weights, and begins the adapters anew on the new masks, without optimizer states.
 
     Args:
-        adapter: ``"mask_lora"``, ``"scale_lora"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``), or None; see
-            `lightning_prune.perp.add_adapters`.
+        adapter: ``"mask_lora"``, ``"scale_lora"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``), one of your
+            own, or None; see `lightning_prune.perp.add_adapters`.
         train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
         merge: Merge at fit end.
         masks: Bool masks by the transformers model's parameter names; default those of `WeightPruning`, else zeros.
@@ -347,7 +348,7 @@ def _settings(record: Retraining) -> dict[str, Any]:
     """What has to agree for adapters to be trained on, in plain values."""
     options = record.options
     rank = options.get("r") if record.adapter is not None else None
-    alpha = None if rank is None or record.adapter == "scale_lora" else options.get("lora_alpha", 2 * rank)
+    alpha = None if rank is None or not find_variant(record.adapter).scaled else options.get("lora_alpha", 2 * rank)
     values = (record.adapter, list(record.train), rank, alpha, bool(options.get("use_rslora", False)))
     return dict(zip(_SAME, values, strict=True))
 

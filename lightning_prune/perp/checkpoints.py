@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_prune.checkpoints import Checkpoint, fail
 from lightning_prune.enforcement import to_bytes
-from lightning_prune.inspection import StoredMasks
-from lightning_prune.perp.effective import masked_product, masked_sum
+from lightning_prune.perp.variants import find_variant
+from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.targets import clean_name
 
 _CALLBACK = "PERPRetraining"
@@ -106,11 +106,15 @@ class _Adapters:
         settings, layers = state.get("settings"), state.get("layers")
         if not isinstance(settings, Mapping) or not isinstance(layers, Mapping):
             fail(path, f"the state of its {_CALLBACK} callback is damaged, or of another version")
-        self._adapter, self._layers = settings.get("adapter"), layers
-        if self._adapter not in ("mask_lora", "scale_lora", "lora_prune"):
+        self._layers, adapter = layers, settings.get("adapter")
+        try:
+            self._variant = find_variant(adapter)
+        except ValueError as error:
+            fail(path, f"its adapters are of another program, or damaged: {error}")
+        if not self._variant.mergeable:
             fail(
                 path,
-                f"its adapters are adapter={self._adapter!r}, whose product is dense and cannot be merged into pruned "
+                f"its adapters are adapter={adapter!r}, whose product is dense and cannot be merged into pruned "
                 "weights: resume with PERPRetraining(merge=False), and keep them apart with "
                 "lightning_prune.perp.save_adapter",
             )
@@ -154,9 +158,7 @@ class _Adapters:
             weight, a, b = base(), first(), second()
             mask = self._masks.take(name, tuple(weight.shape))
             kept = to_bytes(weight != 0 if mask is None else mask, weight.device)
-            left, right = (a.t(), b.t()) if transposed else (b, a)
-            if self._adapter == "scale_lora":
-                return masked_product(weight, kept, left, right)
-            return masked_sum(weight, kept, left * scaling, right)
+            factors = self._variant.factors_of(a, b, scaling, transposed)
+            return self._variant.combination()(weight, kept, *factors, None)
 
         return load

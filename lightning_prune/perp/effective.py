@@ -4,9 +4,10 @@ PERP (Zimmer et al. 2023, arXiv 2312.15230, section 3.2) trains, beside a frozen
 product of two thin matrices:
 
 - MaskLoRA ``W + M * (L R)``, and at its merge LoRA-Prune too: `masked_sum`;
-- ScaleLoRA ``W * (L R)``: `masked_product`.
+- ScaleLoRA ``W * (L R)``: `masked_product`;
+- any other function of W and L R, element by element: `Elementwise`.
 
-Both are zero where M is, at every step, so what was trained is what is merged. The layer multiplies its inputs with
+All are zero where M is, at every step, so what was trained is what is merged. The layer multiplies its inputs with
 that one matrix: passing them through W and through the masked product one after the other would cost a second dense
 product forward and two backward.
 
@@ -18,6 +19,7 @@ Letters: T rows (tokens), I inputs, O outputs, r rank. A parameter is stored ``[
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -90,6 +92,37 @@ def masked_product(weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, ou
     return zero_pruned_(thin_product(weight, left, right, out).mul_(weight), mask).to(weight.dtype)
 
 
+@dataclass(frozen=True)
+class Elementwise:
+    """A combination given as a function of each weight and its number in the product alone; zero where pruned.
+
+    Slower than the two above, which work in place and have their gradients written out.
+
+    Attributes:
+        function: (W ``[P, Q]``, L R ``[P, Q]``) to ``[P, Q]``, of `combined_dtype` all three; differentiable by both.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+        """Arguments and result as `masked_sum`."""
+        product = thin_product(weight, left, right, out)
+        combined = self.function(weight.to(product.dtype), product)
+        # Whatever the function makes of a pruned weight, even NaN, goes.
+        return zero_pruned_(combined.contiguous(), mask).to(weight.dtype)
+
+    def gradients(self, gradient: Tensor, weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of L R and of W from that of the combined weight, all ``[P, Q]``, in `combined_dtype`."""
+        with torch.enable_grad():
+            product = thin_product(weight, left, right).detach().requires_grad_()
+            wide = weight.detach().to(product.dtype).requires_grad_()
+            combined = self.function(wide, product)
+        d_product, d_weight = torch.autograd.grad(
+            combined, (product, wide), gradient.to(combined.dtype), materialize_grads=True
+        )
+        return d_product, d_weight
+
+
 def effective_linear(
     x: Tensor,
     weight: Tensor,
@@ -116,7 +149,7 @@ def effective_linear(
         left: ``[P, r]``, scaling included.
         right: ``[r, Q]``.
         bias: ``[O]`` or None.
-        combine: `masked_sum` or `masked_product`.
+        combine: `masked_sum`, `masked_product` or an `Elementwise`.
         transposed: The weight is that of a Conv1D.
 
     Returns:
@@ -198,7 +231,11 @@ def _thin_gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of W, L and R from that of the combined weight, ``[P, Q]``, which is overwritten."""
     d_weight = None
-    if needs_weight:
+    if isinstance(combine, Elementwise):
+        gradient, wide = combine.gradients(zero_pruned_(gradient, mask), weight, left, right)
+        gradient = gradient.contiguous()
+        d_weight = zero_pruned_(wide.contiguous(), mask).to(weight.dtype) if needs_weight else None
+    elif needs_weight:
         d_weight = gradient.to(weight.dtype, copy=True)
         if combine is masked_product:
             d_weight = zero_pruned_(d_weight.mul_(thin_product(weight, left, right)), mask)

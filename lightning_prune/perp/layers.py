@@ -1,7 +1,8 @@
 """PEFT's LoRA layer for a pruned weight: the four ways of PERP to adapt one and to merge the adapter into it.
 
-The classes subclass `peft.tuners.lora.Linear`, so parameter names, adapter switching and checkpoints are PEFT's. They
-are given to PEFT by ``LoraConfig._register_custom_module``, which it documents as experimental.
+`CombinedLinear` is also the base of variants of your own, see `lightning_prune.perp.variants`. The classes subclass
+`peft.tuners.lora.Linear`, so parameter names, adapter switching and checkpoints are PEFT's. They are given to PEFT by
+``LoraConfig._register_custom_module``, which it documents as experimental.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.enforcement import to_bytes
-from lightning_prune.perp.effective import Combine, effective_linear, masked_product, masked_sum
+from lightning_prune.perp.effective import Combine, Elementwise, effective_linear, masked_product, masked_sum
 from lightning_prune.sharding import is_sharded
 from lightning_prune.targets import clean_name, layer_kind
 
@@ -27,17 +28,23 @@ _PEFT_PREFIX = "base_model.model."
 
 
 class SparseLinear(lora.Linear):
-    """A frozen pruned linear layer and one adapter; the base of the four variants.
+    """A frozen pruned linear layer and one adapter; the base of all variants.
 
     The mask lies beside the layer as a buffer of one byte a weight, which is not saved: it is the base weight's exact
     zeros until `set_masks` says otherwise.
 
     Attributes:
         adapter: The variant's name.
+        inits: Values of ``init_lora_weights`` that it takes.
+        scaled: Whether ``lora_alpha`` scales the product.
+        mergeable: Whether it can be merged.
         kept: The mask, int8 of the weight's shape: -1 (all bits) where kept, 0 where pruned.
     """
 
     adapter: ClassVar[str]
+    inits: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
+    scaled: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
     kept: Tensor
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
@@ -101,15 +108,16 @@ class SparseLinear(lora.Linear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """``L [P, r]`` and ``R [r, Q]`` of `effective`, the scaling in L."""
-        (name,) = self.lora_A
-        a, b = self.matrices()
-        left, right = (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
-        return self._scaled(left, self.scaling[name]), right
+        return self.factors_of(*self.matrices(), **self.combining())
 
-    def _scaled(self, left: Tensor, scaling: float) -> Tensor:
-        return left * scaling
+    @classmethod
+    def factors_of(cls, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:
+        """`factors` of matrices that are in no layer, such as those of a checkpoint; the rest is of `combining`."""
+        left, right = (a.t(), b.t()) if transposed else (b, a)
+        return left * scaling if cls.scaled else left, right
 
-    def combination(self) -> Combine:
+    @classmethod
+    def combination(cls) -> Combine:
         """How weight and adapter become one matrix."""
         return masked_sum
 
@@ -178,8 +186,29 @@ class SparseLinear(lora.Linear):
         self.merged_adapters.clear()
 
 
-class _CombinedLinear(SparseLinear):
-    """A variant whose forward pass multiplies with the combined weight, so that training sees the merged model."""
+class CombinedLinear(SparseLinear):
+    """A variant whose forward pass multiplies with the combined weight, so that training sees the merged model.
+
+    A variant of your own is a subclass that sets `adapter` and overrides `combine`.
+    """
+
+    @staticmethod
+    def combine(weight: Tensor, product: Tensor) -> Tensor:
+        """The combined weight, element by element; what it is where pruned does not matter.
+
+        Args:
+            weight: The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D; float32 at least. Not to be changed.
+            product: s B A, of the same shape and dtype. Zero at the start.
+
+        Returns:
+            Of the same shape and dtype, differentiable by `product`; `weight` where the product is zero.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def combination(cls) -> Combine:
+        """See `SparseLinear.combination`."""
+        return Elementwise(cls.combine)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """See `SparseLinear.update_layer`; dropout is refused too."""
@@ -218,13 +247,18 @@ class _CombinedLinear(SparseLinear):
         return effective_linear(x, weight, self.kept, left, right, bias, self.combination(), self.fan_in_fan_out)
 
 
-class MaskLoRALinear(_CombinedLinear):
+class MaskLoRALinear(CombinedLinear):
     """``W + M * (s B A)``, while training and merged alike (MaskLoRA)."""
 
     adapter = "mask_lora"
 
+    @classmethod
+    def combination(cls) -> Combine:
+        """See `SparseLinear.combination`."""
+        return masked_sum
 
-class ScaleLoRALinear(_CombinedLinear):
+
+class ScaleLoRALinear(CombinedLinear):
     """``W * (B A)``, which is W at the start (ScaleLoRA).
 
     With every entry of A and B at ``1 / sqrt(r)``, as the paper has it, all r components of the product get the same
@@ -233,13 +267,13 @@ class ScaleLoRALinear(_CombinedLinear):
     """
 
     adapter = "scale_lora"
+    inits = (True, "gaussian")
+    scaled = False  # the paper's form has no scaling
 
-    def combination(self) -> Combine:
+    @classmethod
+    def combination(cls) -> Combine:
         """See `SparseLinear.combination`."""
         return masked_product
-
-    def _scaled(self, left: Tensor, scaling: float) -> Tensor:
-        return left  # the paper's form has no scaling
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
@@ -267,6 +301,7 @@ class KeptLoRALinear(SparseLinear):
     """``W + s B A``, plain LoRA beside the pruned weight, never to be merged."""
 
     adapter = "lora"
+    mergeable = False
 
     def merged_weight(self) -> Tensor:
         """Refused."""
@@ -274,11 +309,6 @@ class KeptLoRALinear(SparseLinear):
             "adapter='lora' cannot be merged: B A is dense and would fill the zeros of the pruned weights. Keep the "
             "adapter apart (save_adapter), or train with adapter='mask_lora'"
         )
-
-
-VARIANTS: dict[str, type[SparseLinear]] = {
-    cls.adapter: cls for cls in (MaskLoRALinear, ScaleLoRALinear, LoRAPruneLinear, KeptLoRALinear)
-}
 
 
 def check_base_layer(name: str, layer: nn.Module) -> None:

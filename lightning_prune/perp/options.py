@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_prune.perp.layers import VARIANTS
+from lightning_prune.perp.layers import CombinedLinear
+from lightning_prune.perp.variants import find_variant
 
 # Section 4 and the published settings of arXiv 2312.15230: rank 16, alpha twice the rank.
 DEFAULT_RANK = 16
@@ -35,22 +36,16 @@ _INSTEAD = {
     "lora_bias": "train=('bias',)",
     "modules_to_save": "train, any of 'norm', 'head' and 'embedding'",
 }
-_INITS: dict[str, tuple[bool | str, ...]] = {
-    "mask_lora": (True, False, "gaussian"),
-    "scale_lora": (True, "gaussian"),
-    "lora_prune": (True, False, "gaussian"),
-    "lora": (True, False, "gaussian"),
-}
 
 
 def check_adapter(adapter: object) -> None:
     """Refuse an unknown variant.
 
     Raises:
-        ValueError: not one of the four, nor None.
+        ValueError: none that is known, nor None.
     """
-    if adapter is not None and adapter not in VARIANTS:
-        raise ValueError(f"adapter={adapter!r} must be one of {tuple(VARIANTS)}, or None for no adapters")
+    if adapter is not None:
+        find_variant(adapter)
 
 
 def make_config(adapter: str, options: Mapping[str, Any]) -> LoraConfig:
@@ -69,7 +64,7 @@ def make_config(adapter: str, options: Mapping[str, Any]) -> LoraConfig:
     rank = options.setdefault("r", DEFAULT_RANK)
     options.setdefault("lora_alpha", 2 * rank)
     config = LoraConfig(**options)
-    layer = VARIANTS[adapter]
+    layer = find_variant(adapter)
     config._register_custom_module({nn.Linear: layer, Conv1D: layer})
     return config
 
@@ -88,25 +83,29 @@ def check_options(adapter: str | None, options: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}={value!r} is not supported for adapters of a pruned model; {instead}")
     if adapter is None:
         return
+    layer = find_variant(adapter)
     rank, dropout = options.get("r", DEFAULT_RANK), options.get("lora_dropout", 0.0)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"r={rank!r} must be an integer >= 1, such as {DEFAULT_RANK}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout={dropout!r} must be a number in [0, 1)")
-    if dropout and adapter in ("mask_lora", "scale_lora"):
+    if dropout and issubclass(layer, CombinedLinear):
         raise ValueError(
             f"lora_dropout={dropout!r} must be 0 for adapter={adapter!r}: it would drop inputs of the adapter alone, "
             "but adapter and weight are one matrix here; use weight decay, or adapter='lora_prune'"
         )
     init = options.get("init_lora_weights", True)
-    if init not in _INITS[adapter]:
+    if init not in layer.inits:
         raise ValueError(
-            f"init_lora_weights={init!r} must be one of {_INITS[adapter]} for adapter={adapter!r}; PEFT's others "
+            f"init_lora_weights={init!r} must be one of {layer.inits} for adapter={adapter!r}; PEFT's others "
             "change the base weights, which would fill their zeros, or need data"
         )
     for name in _SCALINGS:
-        if adapter == "scale_lora" and options.get(name):
-            raise ValueError(f"{name}={options[name]!r} has no effect on adapter='scale_lora', W * (B A); leave it out")
+        if not layer.scaled and options.get(name):
+            raise ValueError(
+                f"{name}={options[name]!r} has no effect on adapter={adapter!r}, whose product is not scaled; leave it "
+                "out"
+            )
 
 
 def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) -> list[str]:

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.checkpoints import Checkpoint, CheckpointError, open_checkpoint, readable
-from lightning_prune.inspection import Inspection, StoredMasks, TensorReport, as_matrix, report_tensor
+from lightning_prune.inspection import Inspection, TensorReport, report_tensor
 from lightning_prune.progress import progress_bar
 from lightning_prune.score_summary import ScoreSummary
+from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.targets import clean_name
+from lightning_prune.tensor_names import as_matrix
 
 CELLS = 96
 """Most rows and columns of a picture; larger matrices are averaged."""

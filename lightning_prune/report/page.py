@@ -8,7 +8,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lightning_prune.inspection import order_kinds, place
 from lightning_prune.inspection_view import pattern_line
 from lightning_prune.report import sections
 from lightning_prune.report.charts import histograms
@@ -18,6 +17,7 @@ from lightning_prune.report.sources import Source, open_source
 from lightning_prune.report.summary import summarize
 from lightning_prune.run_facts import versions
 from lightning_prune.score_summary import ScoreSummary
+from lightning_prune.tensor_names import order_kinds, place
 
 TEMPLATES = Path(__file__).with_name("templates")
 """Where the page's template and style are."""

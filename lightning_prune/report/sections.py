@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_prune.inspection import Inspection, block_order, order_kinds, place
+from lightning_prune.inspection import Inspection
 from lightning_prune.inspection_view import format_bytes
 from lightning_prune.pictures import cells_of
 from lightning_prune.report.charts import Line, line, picture, strip
@@ -21,6 +21,7 @@ from lightning_prune.report.summary import text
 from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.sparsity_history import SparsityHistory
 from lightning_prune.targets import name_matches
+from lightning_prune.tensor_names import block_order, order_kinds, place
 
 _MOST_PICTURES = 12
 _MOST_CURVES = 12

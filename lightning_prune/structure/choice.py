@@ -11,6 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_prune.structure.removal_checks import (
+    check_layers_removable,
+    check_removal,
+    check_sizes,
+    needs_other_class,
+    sizes_after,
+)
 from lightning_prune.structure.sizes import (
     SIZE_NAMES,
     AttentionUnit,
@@ -23,15 +30,7 @@ from lightning_prune.structure.sizes import (
     unit_of_heads,
     units_to_remove,
 )
-from lightning_prune.structure.units import (
-    Removal,
-    Structure,
-    check_layers_removable,
-    check_removal,
-    check_sizes,
-    needs_other_class,
-    sizes_after,
-)
+from lightning_prune.structure.units import Removal, Structure
 
 RoundTo = int | Mapping[str, int]
 _SIZE_OF = {
@@ -155,7 +154,7 @@ def _pick(
     fitting: list[tuple[float, UnitType, int]] = []
     overshooting: list[tuple[int, float, UnitType, int]] = []
     for unit_type, curve in curves.items():
-        steps = _steps(unit_type, sizes, structure, count, multiples)
+        steps = steps_down(unit_type, sizes, unit, multiples, count)
         if not steps:
             continue
         means[unit_type] = mean = float(curve[taken[unit_type] :][: steps[0]].mean())
@@ -173,11 +172,21 @@ def _pick(
     return None
 
 
-def _steps(
-    unit_type: UnitType, sizes: Sizes, structure: Structure, count: int, multiples: Mapping[str, int]
+def steps_down(
+    unit_type: UnitType, sizes: Sizes, unit: AttentionUnit, multiples: Mapping[str, int], count: int = 1
 ) -> list[int]:
-    """How many units may go at once, ascending: to the next multiple, and on by multiples while up to `count`."""
-    unit = structure.attention_unit
+    """How many units may go at once, ascending: to the next multiple, and on by multiples while up to `count`.
+
+    Args:
+        unit_type: Their type.
+        sizes: Of the model.
+        unit: What an attention unit is.
+        multiples: From `check_round_to`.
+        count: How many are wanted at once; the first step may be more.
+
+    Returns:
+        Empty where none may go: one unit stays, or as many as the smallest multiple.
+    """
     steps: list[int] = []
     for n in range(1, sizes.units(unit_type, unit)):
         after = sizes.without(unit_type, n, unit)
@@ -241,34 +250,73 @@ def check_reachable(structure: Structure, target: Target, types: Sequence[UnitTy
         ValueError: as `plan_removal` does, whatever the saliencies.
     """
     multiples = check_round_to(round_to)
-    if "layer" in types:
-        check_layers_removable(structure)
+    check_removable(structure, types, one_by_one=not isinstance(target, Mapping))
     if isinstance(target, Mapping):
         counts_of(target, structure, types)
         return
-    limit = target_count(target, structure.sizes, structure.shapes())
-    if structure.family.heads_span_hidden and {"attention", "stem"} & set(types):
+    check_count(structure, target, types, multiples)
+
+
+def check_removable(structure: Structure, types: Sequence[UnitType], one_by_one: bool = True) -> None:
+    """Refuse unit types that the architecture cannot lose.
+
+    Args:
+        structure: Of the model.
+        types: Unit types.
+        one_by_one: The model must be an ordinary one after every unit, not at the end alone.
+
+    Raises:
+        ValueError: naming the rule and what to use instead.
+    """
+    if "layer" in types:
+        check_layers_removable(structure)
+    family = structure.family
+    if not one_by_one or not {"attention", "stem"} & set(types):
+        return
+    if family.heads_span_hidden:
         raise ValueError(
-            f"{structure.family.model_type!r} ties its heads to its hidden size, so attention and stem cannot shrink "
-            "one by one to a number of parameters: use types=('ffn',) or ('ffn', 'layer'), or give the final sizes as "
-            "target, with num_attention_heads * head_dim = hidden_size"
+            f"types={tuple(types)}: {family.model_type!r} takes head_dim for hidden_size / num_attention_heads, which "
+            "ties its heads to its hidden size, so that they cannot go one by one: use types=('ffn',), ('layer',) or "
+            "both, or prune_structured with final sizes as target, num_attention_heads * head_dim = hidden_size"
         )
-    reason = needs_other_class(structure)
-    if structure.family.heads_divide_hidden and reason and {"attention", "stem"} & set(types):
+    if family.heads_divide_hidden and (reason := needs_other_class(structure)):
         raise ValueError(
-            f"{structure.family.model_type!r} wants a hidden size that its heads divide, and {reason}, so it cannot be "
-            f"saved as {structure.family.saved_as!r}: use types=('ffn',) or ('ffn', 'layer'), or give as target final "
-            "sizes that divide"
+            f"types={tuple(types)}: {family.model_type!r} wants a hidden size that its heads divide, and {reason}, so "
+            f"that it cannot be saved as {family.saved_as!r} in between: use types=('ffn',), ('layer',) or both, or "
+            "prune_structured with final sizes as target that divide"
         )
-    smallest = structure.sizes
+
+
+def check_count(
+    structure: Structure,
+    target: float,
+    types: Sequence[UnitType],
+    multiples: Mapping[str, int],
+    first: Sizes | None = None,
+) -> None:
+    """Refuse a number of parameters that is below what removing units can reach.
+
+    Args:
+        structure: Of the model.
+        target: A share of the parameters, or their number.
+        types: Unit types that may go.
+        multiples: From `check_round_to`.
+        first: Sizes to begin with, which a share refers to; default the model's.
+
+    Raises:
+        ValueError: saying how many are left at least.
+    """
+    smallest = structure.sizes if first is None else first
+    limit = target_count(target, smallest, structure.shapes())
+    unit = structure.attention_unit
     for t in types:
-        steps = _steps(t, smallest, structure, smallest.units(t, structure.attention_unit), multiples)
-        smallest = smallest.without(t, max(steps, default=0), structure.attention_unit)
+        steps = steps_down(t, smallest, unit, multiples, smallest.units(t, unit))
+        smallest = smallest.without(t, max(steps, default=0), unit)
     least = structure.shapes().count(smallest)
     if least > limit:
         raise ValueError(
-            f"target={target!r} means {limit} parameters, but types={tuple(types)!r} leave at least {least}: add unit "
-            "types, or choose a larger target"
+            f"target={target!r} means {limit:,} parameters, but types={tuple(types)!r} leave at least {least:,}: add "
+            "unit types, or choose a larger target"
         )
 
 

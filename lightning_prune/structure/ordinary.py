@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_prune.structure.families import find_family
-from lightning_prune.structure.units import check_sizes, find_language_model, needs_other_class, read_structure
+from lightning_prune.structure.removal_checks import check_sizes, needs_other_class
+from lightning_prune.structure.units import find_language_model, read_structure
 from lightning_prune.targets import clean_name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_prune.structure.choice import check_count, check_removable, check_round_to, steps_down
 from lightning_prune.structure.sizes import (
     AttentionUnit,
     Shapes,
@@ -16,10 +17,7 @@ from lightning_prune.structure.sizes import (
     target_sizes,
     units_to_remove,
 )
-from lightning_prune.structure.units import Structure, check_layers_removable, needs_other_class
-
-# Types whose sizes are made multiples; heads and layers are few, and hardware does not ask it of them.
-_ROUNDED = ("ffn", "stem")
+from lightning_prune.structure.units import Structure
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,12 @@ class ShrinkGoal:
 
     def next_units(self, unit_type: UnitType, sizes: Sizes) -> int:
         """How many units of a type go together next (in every layer, for attention and ffn); 0 where none may."""
-        left = sizes.units(unit_type, self.attention_unit)
+        steps = steps_down(unit_type, sizes, self.attention_unit, check_round_to(self.round_to))
+        if not steps:
+            return 0
+        left = sizes.units(unit_type, self.attention_unit) - steps[0]
         floor = 1 if self.final_sizes is None else self.final_sizes.units(unit_type, self.attention_unit)
-        count = 1
-        if unit_type in _ROUNDED:
-            count = left % self.round_to or self.round_to
-        return count if left - count >= floor else 0
+        return steps[0] if left >= floor else 0
 
     def unit_weights(self, unit_type: UnitType, sizes: Sizes) -> int:
         """Weights of one unit in a model of these sizes: in one layer for attention and ffn, in the model for stem."""
@@ -89,7 +87,7 @@ def make_goal(
             by one.
     """
     checked = check_types(types)
-    _check_family(structure, checked)
+    check_removable(structure, checked)
     shapes, unit = structure.shapes(), structure.attention_unit
     first = structure.sizes if first is None else first
     sizes = target_sizes(target, first, unit) if isinstance(target, Mapping) else None
@@ -97,29 +95,9 @@ def make_goal(
     goal = ShrinkGoal(checked, shapes, unit, round_to, first, final, sizes)
     if sizes is not None:
         _check_sizes(goal, sizes)
-    elif shapes.count(smallest := _smallest(goal)) > final:
-        raise ValueError(
-            f"target={target!r} asks for {final:,} parameters, but removing types={checked} leaves at least "
-            f"{shapes.count(smallest):,}; name more types, or a larger target"
-        )
+    elif not isinstance(target, Mapping):
+        check_count(structure, target, checked, check_round_to(round_to), first)
     return goal
-
-
-def _check_family(structure: Structure, types: tuple[UnitType, ...]) -> None:
-    family, both = structure.family, {"attention", "stem"} & set(types)
-    if family.heads_span_hidden and both:
-        raise ValueError(
-            f"types={types}: {family.model_type!r} takes head_dim for hidden_size / num_attention_heads, so heads and "
-            "hidden channels cannot go one by one; use types=('ffn',), ('layer',) or both, or prune_structured with "
-            "the final sizes"
-        )
-    if family.heads_divide_hidden and both and (reason := needs_other_class(structure)):
-        raise ValueError(
-            f"types={types}: {family.model_type!r} wants a hidden size that its heads divide, and {reason}, so that it "
-            f"cannot be saved as {family.saved_as!r} in between; use types=('ffn',), ('layer',) or both"
-        )
-    if "layer" in types:
-        check_layers_removable(structure)
 
 
 def _check_sizes(goal: ShrinkGoal, final: Sizes) -> None:
@@ -129,16 +107,7 @@ def _check_sizes(goal: ShrinkGoal, final: Sizes) -> None:
                 f"the target's sizes take {count} units of {unit_type!r}, which is not in types={goal.types}; add it"
             )
         left = final.units(unit_type, goal.attention_unit)
-        if unit_type in _ROUNDED and left % goal.round_to:
+        if unit_type in ("ffn", "stem") and left % goal.round_to:
             raise ValueError(
                 f"the target leaves {left} units of {unit_type!r}, no multiple of round_to={goal.round_to}"
             )
-
-
-def _smallest(goal: ShrinkGoal) -> Sizes:
-    sizes = goal.first
-    for unit_type in goal.types:
-        left = sizes.units(unit_type, goal.attention_unit)
-        floor = min(goal.round_to, left) if unit_type in _ROUNDED else 1
-        sizes = sizes.without(unit_type, left - floor, goal.attention_unit)
-    return sizes

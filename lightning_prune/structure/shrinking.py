@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 from lightning_prune.structure.compensation import compensate, lost_inputs
 from lightning_prune.structure.history import ShrinkRecord
 from lightning_prune.structure.removal import remove_units
+from lightning_prune.structure.removal_checks import merge_removals, sizes_after
 from lightning_prune.structure.saliency import SaliencyAccumulator
 from lightning_prune.structure.shrink_goal import ShrinkGoal
 from lightning_prune.structure.sizes import Sizes, UnitType
 from lightning_prune.structure.streamed_moments import StreamedMoments
 from lightning_prune.structure.unit_masks import mask_units
-from lightning_prune.structure.units import Removal, Structure, merge_removals, read_structure, sizes_after
+from lightning_prune.structure.units import Removal, Structure, read_structure
 
 
 class Shrinking:

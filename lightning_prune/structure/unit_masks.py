@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from lightning_prune.masks import Masks, apply_masks, uninterrupted
 from lightning_prune.sharding import is_sharded
+from lightning_prune.structure.removal_checks import check_removal, kept_indices
 from lightning_prune.structure.sizes import AttentionUnit
-from lightning_prune.structure.units import Structure, check_removal, kept_indices, read_structure
+from lightning_prune.structure.units import Structure, read_structure
 
 Extra = MutableMapping[str, Tensor]
 """Copies of parameters by name, such as an average of the weights; names as in the module or the transformers model."""
@@ -50,7 +51,7 @@ def unit_masks(model: nn.Module, removal: Mapping[str, Any], attention_unit: Att
     Whole tensors, also of sharded parameters; `lightning_prune.masks.apply_masks` cuts them.
 
     Raises:
-        ValueError: see `lightning_prune.structure.units.check_removal`.
+        ValueError: see `lightning_prune.structure.removal_checks.check_removal`.
     """
     structure = read_structure(model, attention_unit)
     return dict(_masks(structure, check_removal(structure, removal)))
@@ -87,7 +88,7 @@ def mask_units(
 
     Args:
         model: A causal language model of a known family, or a module that holds one.
-        removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
+        removal: Unit indices by type, see `lightning_prune.structure.removal_checks.check_removal`.
         optimizers: Whose states of the parameters' shapes (momentum, variance) are to be cleared.
         extra: Copies of parameters by name.
         attention_unit: See `read_structure`.

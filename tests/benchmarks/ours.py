@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_prune import prune
 from lightning_prune.allocation import KFACAllocation, exact_counts, kfac_sparsities
 from lightning_prune.calibration import collect
+from lightning_prune.evaluate import evaluate
 from lightning_prune.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
 from lightning_prune.perp import reconstruct
 from lightning_prune.scores import kfac_score
@@ -55,6 +56,14 @@ def ours_reconstruct(
     batches = common.batched(sequences, batch_size)
     done = reconstruct(model, batches, dense, masks, num_samples=len(sequences), progress=False, **options)
     return {block.name: (block.before, block.after) for block in done.blocks}
+
+
+def ours_tasks(model: nn.Module, tokenizer: Any, folder: str, limit: int | None) -> dict[str, Any]:
+    """Accuracy on every file of minimal pairs in a folder, their mean and its standard error."""
+    found = evaluate(model, tasks=[f"blimp:{folder}"], tokenizer=tokenizer, limit=limit, batch_size=32, progress=False)
+    *tasks, mean = found.models[0].tasks
+    accuracy = {task.task: task.value for task in tasks}
+    return {"accuracy": accuracy, "mean": mean.value, "stderr": mean.stderr, "samples": mean.samples}
 
 
 def ours_sweep(model: nn.Module, sequences: Tensor, score: str, batch_size: int) -> dict[str, Any]:
