@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -139,19 +140,20 @@ def logits_of(model: nn.Module) -> Tensor:
 
 def functional(out: Path, module: Model) -> None:
     """Without a Trainer: adapters, shards, a loop, the merge. The ranks of an earlier case are still there."""
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mesh, ids = init_device_mesh("cpu", (ranks,)), Tokens().ids
-    masks = halve(module.model)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    masks, ids = halve(module.model), Tokens().ids
     model = add_adapters(module.model, masks=masks, r=4)
-    for block in plain_model(model).model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(plain_model(model), mesh=mesh)
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        for block in plain_model(model).model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(plain_model(model), mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(6):
         if step == 3:  # until then every rank holds whole masks
             set_masks(model, masks)
-        batch = ids[4 * (ranks * step + rank) :][:4]
+        batch = ids[8 * step :][:8].chunk(ranks)[rank]
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         optimizer.step()
