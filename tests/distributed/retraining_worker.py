@@ -81,8 +81,9 @@ def make_module(settings: dict[str, Any], strategy: str) -> Any:
 def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> None:
     """Fit, and write to ``out/rankN.safetensors`` weights, masks and logits, all whole, and what `Watch` saw."""
     torch.set_num_threads(1)
-    L.seed_everything(settings.pop("seed", 0), verbose=False)
     settings = dict(settings)
+    L.seed_everything(0, verbose=False)  # of the order of the samples too
+    torch.manual_seed(settings.pop("initial", 0))
     module = make_module(settings, strategy)
     if settings.pop("functional", False):
         functional(out, module)
@@ -103,7 +104,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
             score=settings.pop("score", "gblm"), sparsity=0.5, num_samples=16, progress=False, schedule=schedule
         )
     twice = settings.pop("twice", False)
-    perp = PERPRetraining(**{"masks": masks or None, "r": 4, "merge": not twice, **settings})
+    perp = PERPRetraining(**{"masks": masks or None, "r": 4, "merge": not twice, "seed": 0, **settings})
     watch, save = Watch(), ModelCheckpoint(dirpath=out, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
 
     def make_trainer(*callbacks: L.Callback) -> L.Trainer:

@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lightning_prune import CausalLM
+from lightning_prune.export import export
+
 pytestmark = pytest.mark.distributed
 
 # Name: settings. Each is one fit of 6 steps under FSDP2, and one under DDP on the same samples.
@@ -168,3 +171,76 @@ def test_adapters_are_saved_whole(folder: Path) -> None:
     state = results(folder / "functional", 2)[0]
     for name in (n for n in saved if n.endswith("norm.weight")):
         assert torch.equal(saved[name], state[f"weight.{name}"])
+
+
+STRATEGIES = ("fsdp2", "fsdp2_full_checkpoint")
+RUNS: dict[str, dict[str, Any]] = {
+    "beside": {"causal_lm": True},
+    "alone": {"pruned_before": True},
+    "schedule": {"score": "magnitude", "gradual": True, "causal_lm": True},
+}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fits of two epochs of 6 steps; the second epoch again, from the checkpoint of the first. At two ranks."""
+    folder, two = tmp_path_factory.mktemp("resumed"), {"trainer": {"max_epochs": 2}}
+    cases = []
+    for strategy in STRATEGIES:
+        for name, settings in RUNS.items():
+            whole, rest = folder / f"{name} {strategy}", folder / f"{name} {strategy} rest"
+            cases.append((whole, strategy, {**settings, **two}))
+            # The resumed module starts from other weights, and the adapters from another seed.
+            again = {"resume": str(whole / "epoch=0.ckpt"), "initial": 7}
+            cases.append((rest, strategy, {**settings, **two, **again}))
+    start(2, *cases)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_that_of_an_uninterrupted_run(name: str, strategy: str, resumed: Path) -> None:
+    whole, rest = results(resumed / f"{name} {strategy}", 2), results(resumed / f"{name} {strategy} rest", 2)
+    for one, other in zip(whole, rest, strict=True):
+        assert one.keys() == other.keys()
+        for tensor, value in one.items():
+            assert torch.equal(value[6:] if tensor == "losses" else value, other[tensor]), tensor
+    assert_zeros(rest[0])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", [name for name, settings in RUNS.items() if settings.get("causal_lm")])
+def test_a_checkpoint_before_the_merge_exports_the_merged_model(
+    name: str, strategy: str, resumed: Path, tmp_path: Path
+) -> None:
+    found = export(resumed / f"{name} {strategy}" / "epoch=1.ckpt", tmp_path / "exported", progress=False)
+    state = results(resumed / f"{name} {strategy}", 2)[0]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert found.masks == 14
+    assert found.resurrected == 0
+    for weight, value in model.named_parameters():
+        torch.testing.assert_close(value, state[f"weight.{weight}"], rtol=1e-5, atol=1e-7)
+    for weight, mask in masks(state).items():
+        pruned = model.get_parameter(weight.removeprefix("mask."))[~mask]
+        assert not pruned.detach().view(torch.int32).any()
+    module = CausalLM.load_from_checkpoint(resumed / f"{name} fsdp2_full_checkpoint" / "epoch=1.ckpt")
+    for weight, value in module.model.named_parameters():
+        torch.testing.assert_close(value.detach(), state[f"weight.{weight}"], rtol=1e-5, atol=1e-7)
+
+
+def test_resume_at_one_rank(resumed: Path, tmp_path: Path) -> None:
+    from_strategy = {**dict(zip(STRATEGIES, STRATEGIES, strict=True)), "ddp": "fsdp2_full_checkpoint"}
+    cases = []
+    for strategy, source in from_strategy.items():
+        again = {"resume": str(resumed / f"beside {source}" / "epoch=1.ckpt"), "initial": 7}
+        cases.append((tmp_path / strategy, strategy, {**RUNS["beside"], "trainer": {"max_epochs": 3}, **again}))
+    start(1, *cases)
+    states = [results(tmp_path / name, 1)[0] for name in from_strategy]
+    before = masks(results(resumed / "beside fsdp2", 2)[0])
+    for state in states:
+        assert_zeros(state)
+        assert masks(state).keys() == before.keys()
+        assert all(torch.equal(mask, masks(state)[name]) for name, mask in before.items())
+        assert len(state["losses"]) == 12
+        for tensor, value in state.items():
+            torch.testing.assert_close(value, states[0][tensor], rtol=1e-4, atol=1e-6)
