@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from worker import LLAMA, SHARDED, STRATEGIES, Model, Tokens
 
@@ -46,9 +47,14 @@ def halve(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Watch(L.Callback):
-    """Before the merge: base weights and factors, what a rank holds of them, and who has optimizer states."""
+    """Before the merge: base weights and factors, what a rank holds of them, and who has optimizer states.
 
-    def __init__(self) -> None:
+    With `leave_gathered`, checkpoints and the merge come after a forward pass that had no backward, from which FSDP2
+    leaves parameters gathered.
+    """
+
+    def __init__(self, leave_gathered: bool) -> None:
+        self.leave_gathered = leave_gathered
         self.state: dict[str, Tensor] = {}
         self.losses: list[Tensor] = []
 
@@ -58,6 +64,13 @@ class Watch(L.Callback):
             if not p.requires_grad:
                 assert p.grad is None
                 assert p not in trainer.optimizers[0].state
+        self.gather(pl_module)
+
+    def gather(self, pl_module: Any) -> None:
+        if self.leave_gathered:
+            logits_of(pl_module.model)
+            names = dict(pl_module.named_parameters())
+            assert not any(isinstance(p, DTensor) for name, p in names.items() if "q_proj.base_layer" in name)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         reshard(pl_module)
@@ -67,6 +80,7 @@ class Watch(L.Callback):
             self.state |= whole(iter({f"{name}.A": a, f"{name}.B": b}.items()), "factor")
             held = {"kept": layer.kept, "A": local(a), "B": local(b), "weight": layer.base_part}
             self.state |= {f"held.{name}.{what}": torch.tensor(t.numel()) for what, t in held.items()}
+        self.gather(pl_module)
 
 
 def make_module(settings: dict[str, Any], strategy: str) -> Any:
@@ -103,9 +117,12 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         pruner = WeightPruning(
             score=settings.pop("score", "gblm"), sparsity=0.5, num_samples=16, progress=False, schedule=schedule
         )
-    twice = settings.pop("twice", False)
+    twice, leave_gathered = settings.pop("twice", False), settings.pop("leave_gathered", False)
     perp = PERPRetraining(**{"masks": masks or None, "r": 4, "merge": not twice, "seed": 0, **settings})
-    watch, save = Watch(), ModelCheckpoint(dirpath=out, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+    watch, save = (
+        Watch(leave_gathered),
+        ModelCheckpoint(dirpath=out, filename="{epoch}", save_top_k=-1, enable_version_counter=False),
+    )
 
     def make_trainer(*callbacks: L.Callback) -> L.Trainer:
         return L.Trainer(
