@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
@@ -85,6 +86,33 @@ class SparseLinear(lora.Linear):
         part = self.base_part
         kept = self.kept if self.kept.shape == part.shape else take_shard(self.base_weight, self.kept).contiguous()
         return kept.to(part.device)
+
+    def check_sharded_with_adapter(self) -> None:
+        """Refuse a base layer that FSDP2 shards by itself.
+
+        Raises:
+            ValueError: its adapter would be left out, and every rank would train its own.
+        """
+        if isinstance(self.base_layer, FSDPModule):
+            raise ValueError(
+                "fully_shard was called on a linear layer without its adapter; call it on decoder blocks and on the "
+                "transformers model, so that both are sharded together"
+            )
+
+    def _check_gathered(self) -> None:
+        self.check_sharded_with_adapter()
+        if is_sharded(self.base_weight):
+            raise ValueError(
+                "the weight of a layer with an adapter is a shard (DTensor) in its own forward pass: use FSDP2 without "
+                "tensor parallelism, call fully_shard on decoder blocks and on the transformers model, and call the "
+                "model as a whole"
+            )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's: ``[..., I]`` to ``[..., O]``, the adapter's output added to the layer's."""
+        self._check_gathered()
+        y: Tensor = super().forward(x, *args, **kwargs)
+        return y
 
     # -- what PEFT asks for while it builds the adapter --------------------------------------------------------------
 
@@ -246,6 +274,7 @@ class _CombinedLinear(SparseLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., I]`` to ``[..., O]``."""
+        self._check_gathered()
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
         kwargs.pop("alora_offsets", None)
@@ -267,11 +296,6 @@ class _CombinedLinear(SparseLinear):
 
     def _effective(self, x: Tensor) -> Tensor:
         weight, bias = self.base_weight, self.get_base_layer()._parameters["bias"]
-        if is_sharded(weight):
-            raise ValueError(
-                "the weight of a layer with an adapter is a shard (DTensor) in its own forward pass: call fully_shard "
-                "on decoder blocks and on the transformers model, not on linear layers, without tensor parallelism"
-            )
         left, right = self.factors()
         mask = self.kept.to(weight.device) if self.kept.shape == weight.shape else None
         return effective_linear(x, weight, mask, left, right, bias, self.combination(), self.fan_in_fan_out)
@@ -415,6 +439,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"the adapter of {name!r} is merged, and its mask cannot change; unmerge it first")
+        layer.check_sharded_with_adapter()
         weight = layer.base_weight.detach()
         mask = given.get(f"{name}.weight")
         new[name] = (local(weight) != 0) if mask is None else checked_mask(f"{name}.weight", mask, weight)

@@ -9,13 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +30,7 @@ from torch.utils.data import DataLoader
 from worker import LLAMA, SHARDED, STRATEGIES, Model, Tokens
 
 from lightning_prune import CausalLM, LinearSchedule, PERPRetraining, WeightPruning
-from lightning_prune.perp import add_adapters, merge, save_adapter, set_masks
+from lightning_prune.perp import adapter_masks, add_adapters, merge, remove_adapters, save_adapter, set_masks
 from lightning_prune.perp.layers import sparse_layers
 from lightning_prune.perp.model import plain_model
 from lightning_prune.sharding import gather_whole, local, reshard
@@ -102,6 +107,9 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     if settings.pop("functional", False):
         functional(out, module)
         return
+    if settings.pop("refused", False):
+        refused(out, module)
+        return
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
     trainer_settings, resume = settings.pop("trainer", {}), settings.pop("resume", None)
@@ -117,6 +125,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         pruner = WeightPruning(
             score=settings.pop("score", "gblm"), sparsity=0.5, num_samples=16, progress=False, schedule=schedule
         )
+    pruner_first = settings.pop("pruner_first", False)
     twice, leave_gathered = settings.pop("twice", False), settings.pop("leave_gathered", False)
     perp = PERPRetraining(**{"masks": masks or None, "r": 4, "merge": not twice, "seed": 0, **settings})
     watch, save = (
@@ -132,6 +141,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         )  # fmt: skip
 
     callbacks: list[L.Callback] = [watch, perp, *([] if pruner is None else [pruner])]
+    callbacks = [watch, *callbacks[:0:-1]] if pruner_first else callbacks
     trainer = make_trainer(*callbacks, save)
     trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
     if twice:
@@ -177,12 +187,67 @@ def functional(out: Path, module: Model) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
+    logits_of(model)  # FSDP2 leaves parameters gathered
+    found = adapter_masks(model)
+    assert all(torch.equal(gather_whole(found[name]), mask) for name, mask in masks.items())
+    logits_of(model)
     save_adapter(model, out / "adapter")
     plain = merge(model)
     assert plain is module.model
     state = {**whole(plain.named_parameters(), "weight"), **{f"mask.{n}": m.to(torch.uint8) for n, m in masks.items()}}
     state |= {"losses": torch.stack(losses), "logits": logits_of(plain)}
     save_file(state, out / f"rank{rank}.safetensors")
+
+
+def refused(out: Path, module: Model) -> None:
+    """What every rank says to what cannot be right, or is not on one of them."""
+    rank, mesh = dist.get_rank(), init_device_mesh("cpu", (dist.get_world_size(),))
+    errors: dict[str, str] = {}
+
+    @contextmanager
+    def refuses(what: str) -> Iterator[None]:
+        with pytest.raises(ValueError, match=r".+") as error:
+            yield
+        errors[what] = str(error.value)
+
+    def sharded(*names: str) -> nn.Module:
+        """A new model with adapters; FSDP2 shards these of its modules."""
+        fresh = Model().model
+        model = add_adapters(fresh, masks=halve(fresh), r=4)
+        for name in names:
+            fully_shard(model.get_submodule(name), mesh=mesh)
+        return model
+
+    ids, first = Tokens().ids[:2], "model.layers.0.mlp.up_proj"
+    for what, name in (("PEFT model sharded", ""), ("layer sharded", f"base_model.model.{first}.base_layer")):
+        with refuses(what):
+            sharded(name)(input_ids=ids)
+    model = sharded("base_model.model")
+    masks = adapter_masks(model)
+    layer = dict(sparse_layers(model))[first]
+    wrong = local(masks[f"{first}.weight"])
+    if rank == 1:
+        wrong.view(-1)[local(layer.base_weight.detach()).view(-1).nonzero()[0]] = False
+    with refuses("mask of one rank"):
+        set_masks(model, masks)
+    if rank == 1:
+        local(layer.matrices()[1].detach())[0] = float("inf")
+    with refuses("infinite on one rank"):
+        merge(model)
+    assert isinstance(model, PeftModel)
+    module.model = remove_adapters(model)
+    with refuses("sharded before"):
+        add_adapters(module.model)
+    strategies = {"fit after the merge": ModelParallelStrategy(), "another strategy": SingleDeviceStrategy()}
+    strategies["fit after the merge"]._device_mesh = {"tensor_parallel": mesh_of_one()}
+    for what, strategy in strategies.items():
+        with refuses(what):
+            PERPRetraining().setup(SimpleNamespace(strategy=strategy, callbacks=[]), module, "fit")
+    (out / f"rank{rank}.json").write_text(json.dumps(errors))
+
+
+def mesh_of_one() -> Any:
+    return SimpleNamespace(size=lambda: 1)
 
 
 if __name__ == "__main__":
