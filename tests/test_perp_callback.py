@@ -295,6 +295,20 @@ def test_strategies_that_adapters_cannot_follow_are_refused(
     assert "configure_model" not in module.__dict__
 
 
+def test_a_model_made_in_configure_model_is_refused() -> None:
+    class Module(CausalLM):
+        def configure_model(self) -> None:
+            self.model = LlamaForCausalLM(self.model.config)
+
+    module, perp = Module(config=LLAMA), PERPRetraining()
+    halve(module.model)
+    perp.setup(SimpleNamespace(strategy=model_parallel(1), callbacks=[]), module, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"configure_model of Module puts another module.*make the model in __init__"):
+        module.configure_model()
+    assert isinstance(module.model, SparsePeftModel)
+    assert "configure_model" not in module.__dict__
+
+
 def test_a_configuration_file_can_say_it() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(PERPRetraining, "perp")

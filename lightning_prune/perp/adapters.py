@@ -291,7 +291,7 @@ def fold(model: nn.Module) -> None:
     """Merge the adapters into the weights and begin them anew, so that training can go on from the merged weights.
 
     The model computes the same as before (with lora_prune, as after a merge). Initial values are drawn from the global
-    random state.
+    random state. Where the model is sharded, `set_masks` has to follow.
 
     Args:
         model: A model of `add_adapters`, changed in place.

@@ -64,8 +64,8 @@ class PERPRetraining(L.Callback):
     Under ``ModelParallelStrategy`` with FSDP2 adapters are sharded with the weights: the module's ``configure_model``
     finds the transformers model with adapters in its layers, and calls ``fully_shard`` as it would without. Every rank
     holds its part of the masks and merges its part of the weights. Tensor parallelism, `reconstruct` under shards,
-    ``FSDPStrategy`` and DeepSpeed are refused; so is a module that an earlier fit has sharded and merged, since its
-    layers can get no new adapters.
+    ``FSDPStrategy`` and DeepSpeed are refused; so are a module that makes its model in ``configure_model``, and one
+    that an earlier fit has sharded and merged, since its layers can get no new adapters.
 
     With a schedule of `WeightPruning` (IMP with PERP) every update of the masks first merges the adapters into the
     weights, scores the merged weights, and begins the adapters anew on the new masks, without optimizer states.
@@ -243,9 +243,16 @@ class PERPRetraining(L.Callback):
         def configure_model() -> None:
             module.__dict__.pop("configure_model", None)
             model = self._model(module)
-            setattr(module, self.attribute, plain_model(model))
+            plain = plain_model(model)
+            setattr(module, self.attribute, plain)
             try:
                 original()
+                if getattr(module, self.attribute) is not plain:
+                    raise ValueError(
+                        f"configure_model of {type(module).__name__} puts another module into attribute="
+                        f"{self.attribute!r}, which has no adapters: make the model in __init__, and call fully_shard "
+                        "on it in configure_model"
+                    )
             finally:
                 setattr(module, self.attribute, model)
             if self.adapter is not None:

@@ -48,7 +48,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 # The same on four ranks, in groups of two that hold copies of each other's shards.
 HYBRID: dict[str, dict[str, Any]] = {
-    "hybrid": {"parallel": {"replicas": 2}},
     "hybrid schedule": {"score": "magnitude", "gradual": True, "parallel": {"replicas": 2}},
     "hybrid kept zeros": {"pruned_before": True, "parallel": {"replicas": 2}},
 }
