@@ -288,7 +288,7 @@ class CausalLM(L.LightningModule):
             ValueError: training is to be resumed from it, without that callback.
             CheckpointError: the adapters cannot be merged.
         """
-        state = checkpoint["state_dict"]
+        state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
         if not any(".lora_A." in name for name in state) or any(".lora_A." in n for n, _ in self.named_parameters()):
             return
         from lightning_prune.perp.checkpoints import merged_state  # takes peft with it, which few need here

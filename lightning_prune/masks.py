@@ -59,14 +59,14 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         ValueError: see `check_masks`; nothing is changed then.
     """
     weights = check_masks(model, masks)
-    parts = {name: _part_of(weight, masks[name]) for name, weight in weights.items()}
+    parts = {name: part_of(weight, masks[name]) for name, weight in weights.items()}
     with uninterrupted():
         for name, weight in weights.items():
             own = local(weight)
             own.masked_fill_(~parts[name].to(own.device), 0.0)
 
 
-def _part_of(weight: Tensor, mask: Tensor) -> Tensor:
+def part_of(weight: Tensor, mask: Tensor) -> Tensor:
     """This rank's part of a mask, which may be whole where the weight is sharded."""
     return local(mask) if is_sharded(mask) else take_shard(weight, mask)
 
@@ -78,7 +78,7 @@ def shard_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
         ValueError: see `check_masks`.
     """
     weights = check_masks(model, masks)
-    return {n: as_shard_of(weight, _part_of(weight, masks[n]).contiguous()) for n, weight in weights.items()}
+    return {n: as_shard_of(weight, part_of(weight, masks[n]).contiguous()) for n, weight in weights.items()}
 
 
 def masks_from_zeros(targets: Sequence[Target]) -> Masks:

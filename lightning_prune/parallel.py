@@ -22,8 +22,9 @@ def parallelize(
     """Shard a model in place, each decoder block by itself and the rest with the root; a sharded model stays as it is.
 
     Args:
-        model: A transformers model with decoder blocks (``_no_split_modules``). For tensor parallelism its
-            configuration must have a ``base_model_tp_plan``, as those of Llama, Mistral, Qwen and Gemma have.
+        model: A transformers model with decoder blocks (``_no_split_modules``), or a PEFT model around one. For tensor
+            parallelism its configuration must have a ``base_model_tp_plan``, as those of Llama, Mistral, Qwen and
+            Gemma have.
         mesh: Two dimensions named ``"data_parallel"`` and ``"tensor_parallel"``, as of ``ModelParallelStrategy``.
         reshard_after_forward: Let a block's gathered weights go after its forward and gather them again for its
             backward: less memory, more communication.
@@ -34,6 +35,8 @@ def parallelize(
     """
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return
+    if hasattr(model, "get_base_model"):  # of PEFT, which goes when adapters are merged
+        model = model.get_base_model()  # type: ignore[operator]
     blocks = find_blocks(model)
     if not blocks:
         raise ValueError(

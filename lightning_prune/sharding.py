@@ -69,6 +69,19 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def gathered_dtypes(model: nn.Module) -> dict[nn.Module, torch.dtype]:
+    """What FSDP2's mixed precision casts the gathered parameters of each module to; modules without it are left out."""
+    dtypes: dict[nn.Module, torch.dtype] = {}
+    for outer in model.modules():  # outer modules first, so that the innermost has the last word
+        if isinstance(outer, FSDPModule):
+            dtype = outer._get_fsdp_state()._mp_policy.param_dtype
+            for module in outer.modules():
+                dtypes.pop(module, None)
+                if dtype is not None:
+                    dtypes[module] = dtype
+    return dtypes
+
+
 @contextmanager
 def gathered_around(model: nn.Module, module: nn.Module) -> Iterator[None]:
     """While the block runs, `module` can be called by itself; afterwards its parameters are shards and can be written.

@@ -265,12 +265,48 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: s
         PERPRetraining(**arguments)
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_strategies_that_shard_are_refused(strategy: type[Strategy]) -> None:
+def model_parallel(tensor: int) -> ModelParallelStrategy:
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: tensor)}  # type: ignore[assignment]
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "message"),
+    [
+        (
+            FSDPStrategy(),
+            {},
+            r"does not support FSDPStrategy.*use strategy=ModelParallelStrategy\(tensor_parallel_size=1",
+        ),
+        (model_parallel(2), {}, r"ModelParallelStrategy\(tensor_parallel_size=2\).*use tensor_parallel_size=1"),
+        (model_parallel(1), {"reconstruct": True}, r"which ModelParallelStrategy shards: pass reconstruct=False"),
+    ],
+)
+def test_strategies_that_adapters_cannot_follow_are_refused(
+    strategy: Strategy, arguments: dict[str, Any], message: str
+) -> None:
     module = make_module()
-    with pytest.raises(ValueError, match=f"does not support {strategy.__name__}.*use one device"):
-        PERPRetraining().setup(SimpleNamespace(strategy=strategy(), callbacks=[]), module, "fit")  # type: ignore[arg-type]
+    before = snapshot(module)
+    with pytest.raises(ValueError, match=message):
+        PERPRetraining(**arguments).setup(SimpleNamespace(strategy=strategy, callbacks=[]), module, "fit")  # type: ignore[arg-type]
+    assert snapshot(module) == before
     assert isinstance(module.model, LlamaForCausalLM)
+    assert "configure_model" not in module.__dict__
+
+
+def test_a_model_made_in_configure_model_is_refused() -> None:
+    class Module(CausalLM):
+        def configure_model(self) -> None:
+            self.model = LlamaForCausalLM(self.model.config)
+
+    module, perp = Module(config=LLAMA), PERPRetraining()
+    halve(module.model)
+    perp.setup(SimpleNamespace(strategy=model_parallel(1), callbacks=[]), module, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"configure_model of Module puts another module.*make the model in __init__"):
+        module.configure_model()
+    assert isinstance(module.model, SparsePeftModel)
+    assert "configure_model" not in module.__dict__
 
 
 def test_a_configuration_file_can_say_it() -> None:

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_prune.enforcement import to_bytes
-from lightning_prune.perp.effective import Combine, effective_linear, masked_product, masked_sum, zero_pruned_
+from lightning_prune.perp.effective import (
+    Combine,
+    effective_linear,
+    kept_by_sign,
+    masked_product,
+    masked_sum,
+    zero_pruned_,
+)
 
 COMBINATIONS = [masked_sum, masked_product]
 
@@ -59,6 +66,26 @@ def test_outputs_and_gradients_are_those_of_float64(combine: Combine, transposed
     for name in names:
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(ours[name].grad.double(), expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_a_weight_may_carry_its_mask_in_its_zeros(combine: Combine, transposed: bool, dtype: torch.dtype) -> None:
+    made = make((30, 70), transposed, dtype)
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    weight = made["weight"].masked_fill(made["weight"] == 0, 0.0)  # a product with a mask leaves some as -0.0
+    weight[:, ::3] = 0.0  # kept ones among them
+    signed = torch.where(made["mask"] & (weight == 0), -0.0, weight)
+    assert torch.equal(kept_by_sign(signed), kept)
+    results = []
+    for w, mask in ((weight, kept), (signed, None)):
+        leaves = {n: made[n].clone().requires_grad_() for n in ("x", "left", "right")}
+        y = effective_linear(leaves["x"], w, mask, leaves["left"], leaves["right"], None, combine, transposed)
+        y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves.values())])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -25,7 +25,7 @@ from lightning_prune.perp.model import (
 )
 from lightning_prune.perp.options import check_adapter, check_options, make_config, match_modules
 from lightning_prune.perp.selection import check_parts, select_parameters
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import as_shard_of, count_over_ranks, has_sharded_parameters, is_sharded, reshard
 from lightning_prune.targets import Target, find_targets
 
 
@@ -136,7 +136,8 @@ def check_plain_model(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has adapters of PEFT already; merge or unload them first")
     if has_sharded_parameters(model):
         raise ValueError(
-            "the parameters are sharded (DTensor), which adapters do not support yet; use one device or DDP"
+            f"the parameters of {type(model).__name__} are sharded (DTensor) already; add adapters first, then call "
+            "fully_shard, so that they are sharded with the weights"
         )
     if getattr(model, "is_quantized", False) and _quantisation(model) != "gguf":  # GGUF is dequantised on loading
         raise ValueError(
@@ -256,6 +257,9 @@ def merge(model: nn.Module) -> nn.Module:
     those of the model before the merge; lora_prune loses here what the mask cuts off. Parameters require gradients
     again as they did before `add_adapters`.
 
+    Where FSDP2 shards the model every rank must call, and merges its parts: of each layer only the two thin matrices
+    are gathered. Weights stay shards.
+
     Args:
         model: A model of `add_adapters`, changed in place.
 
@@ -267,6 +271,7 @@ def merge(model: nn.Module) -> nn.Module:
             changed then.
     """
     record = retraining_of(model)
+    reshard(model)
     layers = dict(sparse_layers(model))
     _check_mergeable(layers)
     plain = plain_model(model)
@@ -275,6 +280,7 @@ def merge(model: nn.Module) -> nn.Module:
             if not layer.merged:
                 layer.merge(adapter_names=list(layer.lora_A))
                 layer._unmerged = None  # the adapter goes, so nothing will be unmerged
+        _drop_signs(layers)
         _put_back(plain, {name: layer.get_base_layer() for name, layer in layers.items()}, record)
     for name, layer in layers.items():
         _check_zeros(name, layer)
@@ -286,7 +292,7 @@ def fold(model: nn.Module) -> None:
     """Merge the adapters into the weights and begin them anew, so that training can go on from the merged weights.
 
     The model computes the same as before (with lora_prune, as after a merge). Initial values are drawn from the global
-    random state.
+    random state. Where the model is sharded, `set_masks` has to follow.
 
     Args:
         model: A model of `add_adapters`, changed in place.
@@ -295,6 +301,7 @@ def fold(model: nn.Module) -> None:
         ValueError: as `merge`. Nothing is changed then.
     """
     record, layers = retraining_of(model), dict(sparse_layers(model))
+    reshard(model)
     _check_mergeable(layers)
     with uninterrupted():
         for layer in layers.values():
@@ -304,7 +311,8 @@ def fold(model: nn.Module) -> None:
 def _check_mergeable(layers: Mapping[str, SparseLinear]) -> None:
     """All layers before any is written."""
     for name, layer in layers.items():
-        if not bool(torch.isfinite(layer.merged_weight()).all()):
+        broken = as_shard_of(layer.base_weight, ~layer.merged_weight().isfinite())
+        if count_over_ranks({name: broken}, lambda part: int(part.sum())):  # on one rank: all stop
             raise ValueError(
                 f"the merged weight of {name!r} has values that are not finite: training diverged; use a lower "
                 "learning rate. Nothing was merged"
@@ -339,9 +347,16 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _check_zeros(name: str, layer: SparseLinear) -> None:
-    filled = int(((layer.base_weight != 0) & (layer.kept == 0)).sum())
+    filled = int(((layer.base_part != 0) & (layer.kept_part == 0)).sum())
     if filled:
         raise RuntimeError(f"{filled} pruned weights of {name!r} are not zero after the merge; this is a bug")
+
+
+def _drop_signs(layers: Mapping[str, SparseLinear]) -> None:
+    """Let zeros of sharded weights be zeros again, and no longer say what is kept."""
+    for layer in layers.values():
+        if is_sharded(layer.base_weight):
+            layer.base_part.add_(0.0)  # -0.0 + 0.0 is +0.0
 
 
 def remove_adapters(model: nn.Module) -> nn.Module:
@@ -354,17 +369,20 @@ def remove_adapters(model: nn.Module) -> nn.Module:
         The plain transformers model, the same object that was given to `add_adapters`.
     """
     record = retraining_of(model)
+    reshard(model)
     plain, layers = plain_model(model), dict(sparse_layers(model))
     with uninterrupted():
         for layer in layers.values():
             layer.unmerge()
+        _drop_signs(layers)
         _put_back(plain, {name: layer.get_base_layer() for name, layer in layers.items()}, record)
     return plain
 
 
 def adapter_masks(model: nn.Module) -> Masks:
-    """The masks of the adapted weights, bool, by the plain model's parameter names."""
-    return {f"{name}.weight": layer.kept != 0 for name, layer in sparse_layers(model)}
+    """The masks of the adapted weights, bool, by the plain model's parameter names; sharded as the weights are."""
+    reshard(model)
+    return {f"{n}.weight": as_shard_of(layer.base_weight, layer.kept_part != 0) for n, layer in sparse_layers(model)}
 
 
 def trainable_share(model: nn.Module) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import lightning as L
@@ -31,13 +31,13 @@ from lightning_prune.perp.before_training import (
     reconstruct_options,
 )
 from lightning_prune.perp.layers import plain_name, set_masks, sparse_layers
-from lightning_prune.perp.model import Retraining, find_retraining
+from lightning_prune.perp.model import Retraining, find_retraining, plain_model
 from lightning_prune.perp.options import check_adapter, check_options
 from lightning_prune.perp.reconstruction import Reconstruction
 from lightning_prune.perp.selection import check_parts
 from lightning_prune.perp.variants import find_variant
 from lightning_prune.schedules import OneShot
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import has_sharded_parameters, reshard
 from lightning_prune.targets import find_targets
 
 _STATE_VERSION = 1
@@ -60,7 +60,13 @@ class PERPRetraining(L.Callback):
     an adapter). An interrupted fit leaves the adapters on: fit again, or call `merge`.
 
     Under DDP every rank builds the same adapters from `seed`, gradients of what is trained alone are averaged, and
-    every rank merges the same numbers. Strategies that shard parameters (FSDP, FSDP2, DeepSpeed) are refused.
+    every rank merges the same numbers.
+
+    Under ``ModelParallelStrategy`` with FSDP2 adapters are sharded with the weights: the module's ``configure_model``
+    finds the transformers model with adapters in its layers, and calls ``fully_shard`` as it would without. Every rank
+    holds its part of the masks and merges its part of the weights. Tensor parallelism, `reconstruct` under shards,
+    ``FSDPStrategy`` and DeepSpeed are refused; so are a module that makes its model in ``configure_model``, and one
+    that an earlier fit has sharded and merged, since its layers can get no new adapters.
 
     With a schedule of `WeightPruning` (IMP with PERP) every update of the masks first merges the adapters into the
     weights, scores the merged weights, and begins the adapters anew on the new masks, without optimizer states.
@@ -173,15 +179,11 @@ class PERPRetraining(L.Callback):
         self._module, self._beside_pruner = weakref.ref(pl_module), pruner is not None
         self._resumed = self._started = False
         self._left_on = found is not None
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._shard_plain_model(pl_module)
 
     def _check(self, trainer: L.Trainer, module: L.LightningModule, pruner: WeightPruning | None) -> None:
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)) or (
-            has_sharded_parameters(module)
-        ):
-            raise ValueError(
-                f"PERPRetraining does not support {type(trainer.strategy).__name__}: adapters of sharded weights "
-                "(DTensor) are not there yet; use one device or strategy='ddp'"
-            )
+        self._check_strategy(trainer, module)
         if self.reconstruct is not None:
             check_dense_is_known(self.reconstruct, pruner)
         if pruner is None:
@@ -202,6 +204,63 @@ class PERPRetraining(L.Callback):
                 "cannot: use adapter='mask_lora', or schedule=None"
             )
 
+    def _check_strategy(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        strategy = trainer.strategy
+        if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"PERPRetraining does not support {type(strategy).__name__}, whose flat shards hide the weights; use "
+                "strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with FSDP2 (fully_shard in "
+                "configure_model), or 'ddp'"
+            )
+        if isinstance(strategy, ModelParallelStrategy):
+            tensor = strategy.device_mesh["tensor_parallel"].size()
+            if tensor > 1:
+                raise ValueError(
+                    f"PERPRetraining does not support ModelParallelStrategy(tensor_parallel_size={tensor}): adapters "
+                    "are not split within layers; use tensor_parallel_size=1 and data_parallel_size for all processes"
+                )
+            if self.reconstruct is not None:
+                raise ValueError(
+                    "reconstruct fits blocks one by one on whole weights, which ModelParallelStrategy shards: pass "
+                    "reconstruct=False, or use strategy='ddp'"
+                )
+        elif has_sharded_parameters(module):
+            raise ValueError(
+                f"parameters are sharded (DTensor) under {type(strategy).__name__}; use the "
+                "ModelParallelStrategy(tensor_parallel_size=1) that sharded them"
+            )
+        if has_sharded_parameters(module) and find_retraining(self._model(module)) is None:
+            raise ValueError(
+                f"the parameters of {type(module).__name__} are sharded (DTensor) already, and adapters have to be "
+                "there before: build the module anew, from the saved weights, and call fully_shard in configure_model "
+                "alone"
+            )
+
+    def _shard_plain_model(self, module: L.LightningModule) -> None:
+        """Have ``configure_model`` find the transformers model: it stays after the merge, and names are as it knows."""
+        original = module.configure_model
+
+        @wraps(original)
+        def configure_model() -> None:
+            module.__dict__.pop("configure_model", None)
+            model = self._model(module)
+            plain = plain_model(model)
+            setattr(module, self.attribute, plain)
+            try:
+                original()
+                if getattr(module, self.attribute) is not plain:
+                    raise ValueError(
+                        f"configure_model of {type(module).__name__} puts another module into attribute="
+                        f"{self.attribute!r}, which has no adapters: make the model in __init__, and call fully_shard "
+                        "on it in configure_model"
+                    )
+            finally:
+                setattr(module, self.attribute, model)
+            if self.adapter is not None:
+                set_masks(model, adapter_masks(model))  # from here on no rank holds whole masks
+
+        module.__dict__["configure_model"] = configure_model
+
     @contextmanager
     def _settled(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
         """Around new masks: what adapters have learned goes into the weights first, and they begin anew after."""
@@ -219,6 +278,7 @@ class PERPRetraining(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks: every callback has pruned by now, and a checkpoint is restored."""
+        reshard(pl_module)
         model, pruner = self._model(pl_module), _pruner_of(trainer)
         self._started = True
         if self.reconstruct is not None and not self._resumed:
@@ -263,6 +323,8 @@ class PERPRetraining(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters, and give the module its transformers model back."""
         self._let_go(trainer)
+        pl_module.__dict__.pop("configure_model", None)
+        reshard(pl_module)
         if not self._started and self.adapter is not None:  # a fit that had nothing left to train
             set_masks(self._model(pl_module), self._masks_for(trainer))
         if not self.merge:
@@ -275,6 +337,7 @@ class PERPRetraining(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let go of the pruner; the adapters stay on."""
+        pl_module.__dict__.pop("configure_model", None)
         self._let_go(trainer)
 
     def _let_go(self, trainer: L.Trainer) -> None:

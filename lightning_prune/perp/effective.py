@@ -56,6 +56,20 @@ def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
     return tensor
 
 
+def kept_by_sign(weight: Tensor) -> Tensor:
+    """The mask that a weight carries in its zeros: -0.0 is kept, +0.0 is pruned.
+
+    A gathered weight brings its mask along so, where no rank holds the whole mask.
+
+    Args:
+        weight: Of any shape, floating point.
+
+    Returns:
+        int8 of the same shape, see `zero_pruned_`.
+    """
+    return (weight.view(_BITS[weight.element_size()]) != 0).to(torch.int8).neg_()
+
+
 def combined_dtype(weight: Tensor, left: Tensor) -> torch.dtype:
     """What weight and adapter are combined in: float32 at least.
 
@@ -126,7 +140,7 @@ class Elementwise:
 def effective_linear(
     x: Tensor,
     weight: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     left: Tensor,
     right: Tensor,
     bias: Tensor | None,
@@ -145,7 +159,8 @@ def effective_linear(
     Args:
         x: ``[..., I]``.
         weight: ``[O, I]``, or ``[I, O]`` if `transposed`.
-        mask: Of the weight's shape, int8; see `zero_pruned_`.
+        mask: Of the weight's shape, int8; see `zero_pruned_`. None: that of `kept_by_sign`, made anew whenever it is
+            needed, so that it is not held from the forward to the backward pass.
         left: ``[P, r]``, scaling included.
         right: ``[r, Q]``.
         bias: ``[O]`` or None.
@@ -178,7 +193,7 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         left: Tensor,
         right: Tensor,
         bias: Tensor | None,
@@ -189,6 +204,7 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mask, left, right)
         ctx.combine, ctx.transposed, ctx.dtype = combine, transposed, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        mask = kept_by_sign(weight) if mask is None else mask
         effective = _combined(combine, weight, mask, left, right).to(dtype)
         if not transposed:
             return F.linear(x, effective, bias)
@@ -201,6 +217,7 @@ class _EffectiveLinear(torch.autograd.Function):
         x, weight, mask, left, right = ctx.saved_tensors
         needs_x, needs_weight, _, needs_left, needs_right, needs_bias, *_ = ctx.needs_input_grad
         d_x = d_weight = d_left = d_right = d_bias = None
+        mask = kept_by_sign(weight) if mask is None else mask
         # The caller may run the backward under autocast; the dtypes here are decided already.
         with torch.autocast(x.device.type, enabled=False):
             (d_y,) = gradients

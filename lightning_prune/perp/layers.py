@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +18,31 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.enforcement import to_bytes
-from lightning_prune.perp.effective import Combine, Elementwise, effective_linear, masked_product, masked_sum
-from lightning_prune.sharding import is_sharded
+from lightning_prune.masks import part_of
+from lightning_prune.perp.effective import (
+    Combine,
+    Elementwise,
+    effective_linear,
+    kept_by_sign,
+    masked_product,
+    masked_sum,
+)
+from lightning_prune.sharding import (
+    as_shard_of,
+    count_over_ranks,
+    gather_whole,
+    gathered_dtypes,
+    is_sharded,
+    local,
+    reshard,
+    shard_bounds,
+    take_shard,
+)
 from lightning_prune.targets import clean_name, layer_kind
 
 _PEFT_PREFIX = "base_model.model."
@@ -31,14 +52,17 @@ class SparseLinear(lora.Linear):
     """A frozen pruned linear layer and one adapter; the base of all variants.
 
     The mask lies beside the layer as a buffer of one byte a weight, which is not saved: it is the base weight's exact
-    zeros until `set_masks` says otherwise.
+    zeros until `set_masks` says otherwise. Where FSDP2 shards the weight, `set_masks` leaves each rank its part of the
+    mask, and writes the mask into the weight's zeros (-0.0 where kept), from which a forward pass, which sees the whole
+    weight, reads it. Outside of forward passes weights, masks and merged weights are a rank's parts.
 
     Attributes:
         adapter: The variant's name.
         inits: Values of ``init_lora_weights`` that it takes.
         scaled: Whether ``lora_alpha`` scales the product.
         mergeable: Whether it can be merged.
-        kept: The mask, int8 of the weight's shape: -1 (all bits) where kept, 0 where pruned.
+        kept: The mask, int8 of the weight's shape or of this rank's part of it: -1 (all bits) where kept, 0 where
+            pruned.
     """
 
     adapter: ClassVar[str]
@@ -64,6 +88,45 @@ class SparseLinear(lora.Linear):
         weight = self.get_base_layer().weight
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    @property
+    def base_part(self) -> Tensor:
+        """This rank's part of the base weight, all of it where it is not sharded; shares its memory."""
+        return local(self.base_weight.detach())
+
+    @property
+    def kept_part(self) -> Tensor:
+        """The mask of `base_part`."""
+        part = self.base_part
+        kept = self.kept if self.kept.shape == part.shape else take_shard(self.base_weight, self.kept).contiguous()
+        return kept.to(part.device)
+
+    def check_sharded_with_adapter(self) -> None:
+        """Refuse a base layer that FSDP2 shards by itself.
+
+        Raises:
+            ValueError: its adapter would be left out, and every rank would train its own.
+        """
+        if isinstance(self.base_layer, FSDPModule):
+            raise ValueError(
+                "fully_shard was called on a linear layer without its adapter; call it on decoder blocks and on the "
+                "transformers model, so that both are sharded together"
+            )
+
+    def _check_gathered(self) -> None:
+        self.check_sharded_with_adapter()
+        if is_sharded(self.base_weight):
+            raise ValueError(
+                "the weight of a layer with an adapter is a shard (DTensor) in its own forward pass: use FSDP2 without "
+                "tensor parallelism, call fully_shard on decoder blocks and on the transformers model, and call the "
+                "model as a whole"
+            )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's: ``[..., I]`` to ``[..., O]``, the adapter's output added to the layer's."""
+        self._check_gathered()
+        y: Tensor = super().forward(x, *args, **kwargs)
+        return y
 
     # -- what PEFT asks for while it builds the adapter --------------------------------------------------------------
 
@@ -107,8 +170,9 @@ class SparseLinear(lora.Linear):
         return a, b
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """``L [P, r]`` and ``R [r, Q]`` of `effective`, the scaling in L."""
-        return self.factors_of(*self.matrices(), **self.combining())
+        """``L [P, r]`` and ``R [r, Q]`` of `effective`, whole, the scaling in L."""
+        a, b = (gather_whole(matrix) for matrix in self.matrices())
+        return self.factors_of(a, b, **self.combining())
 
     @classmethod
     def factors_of(cls, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -130,17 +194,26 @@ class SparseLinear(lora.Linear):
     def merged_weight(self) -> Tensor:
         """What the base weight becomes when the adapter is merged; +0.0 where pruned.
 
+        Of a sharded weight it is this rank's part; the thin factors are gathered for it, so every rank must call.
+
         Raises:
             ValueError: the variant cannot be merged.
         """
-        weight = self.base_weight if self._unmerged is None else self._unmerged.to(self.base_weight.device)
+        weight, whole = self._part_before_merge(), self.base_weight
+        left, right = self.factors()
+        if isinstance(whole, DTensor):
+            rows, columns = (slice(*bounds) for bounds in shard_bounds(whole))
+            left, right = left[rows], right[:, columns]
         with torch.autocast(weight.device.type, enabled=False):  # a merge in a training hook may run under it
-            return self.combination()(weight.detach(), self.kept, *self.factors(), None)
+            return self.combination()(weight, self.kept_part, left, right, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to the base weight."""
-        weight = self.base_weight.detach() if self._unmerged is None else self._unmerged
-        return self.merged_weight() - weight.to(self.base_weight.device)
+        """What merging adds to the base weight (to this rank's part of it)."""
+        return self.merged_weight() - self._part_before_merge()
+
+    def _part_before_merge(self) -> Tensor:
+        part = self.base_part
+        return part if self._unmerged is None else self._unmerged.to(part.device)
 
     # -- merging -----------------------------------------------------------------------------------------------------
 
@@ -162,26 +235,42 @@ class SparseLinear(lora.Linear):
         if not bool(torch.isfinite(merged).all()):
             raise ValueError(f"the merged weight has values that are not finite; the adapter {names[0]!r} is broken")
         # Subtracting what was added would not give the old weight back: the sum was rounded.
-        self._unmerged = self.base_weight.detach().clone()
-        self.base_weight.copy_(merged)
+        self._unmerged = self.base_part.clone()
+        self.base_part.copy_(merged)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def fold(self, init_lora_weights: bool | str) -> None:
         """Write the merged weight into the base layer for good, and give the adapter initial values again."""
         if not self.merged:
-            self.base_weight.copy_(self.merged_weight())
+            self.base_part.copy_(self.merged_weight())
         self._unmerged = None
         self.merged_adapters.clear()
         (name,) = self.lora_A
-        self.reset_lora_parameters(name, init_lora_weights)  # type: ignore[no-untyped-call]
+        with self._whole_matrices(name):
+            self.reset_lora_parameters(name, init_lora_weights)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _whole_matrices(self, name: str) -> Iterator[None]:
+        """Have whole matrices in the place of shards, so that initial values are those of one process."""
+        modules = (self.lora_A[name], self.lora_B[name])
+        shards = [(m, s, local(s.detach())) for m, s in zip(modules, self.matrices(), strict=True) if is_sharded(s)]
+        for module, shard, part in shards:
+            module.weight = nn.Parameter(torch.empty(shard.shape, dtype=part.dtype, device=part.device))
+        try:
+            yield
+        finally:
+            for (module, shard, part), whole in zip(shards, [m.weight for m, _, _ in shards], strict=True):
+                assert isinstance(whole, Tensor)
+                part.copy_(take_shard(shard, whole.detach()))
+                module.weight = shard
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the base weight back as it was, to the bit."""
         if self._unmerged is None:
             return
-        self.base_weight.copy_(self._unmerged)
+        self.base_part.copy_(self._unmerged)
         self._unmerged = None
         self.merged_adapters.clear()
 
@@ -222,6 +311,7 @@ class CombinedLinear(SparseLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., I]`` to ``[..., O]``."""
+        self._check_gathered()
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
         kwargs.pop("alora_offsets", None)
@@ -242,9 +332,10 @@ class CombinedLinear(SparseLinear):
         return y
 
     def _effective(self, x: Tensor) -> Tensor:
-        left, right = self.factors()
         weight, bias = self.base_weight, self.get_base_layer()._parameters["bias"]
-        return effective_linear(x, weight, self.kept, left, right, bias, self.combination(), self.fan_in_fan_out)
+        left, right = self.factors()
+        mask = self.kept.to(weight.device) if self.kept.shape == weight.shape else None
+        return effective_linear(x, weight, mask, left, right, bias, self.combination(), self.fan_in_fan_out)
 
 
 class MaskLoRALinear(CombinedLinear):
@@ -332,8 +423,8 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
         )
     if is_sharded(weight):
         raise ValueError(
-            f"the weight of {name!r} is sharded (DTensor), which adapters do not support yet; use a single device or "
-            "DDP"
+            f"the weight of {name!r} is sharded (DTensor) already; add adapters first, then call fully_shard, so that "
+            "they are sharded with the weights"
         )
     # bitsandbytes and torchao put tensor subclasses in the place of the weight, which may claim to be floating point.
     if not weight.is_floating_point() or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
@@ -365,11 +456,13 @@ def plain_name(name: str) -> str:
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
     """Give the adapters of a model their masks.
 
+    Where FSDP2 shards the model every rank must call; each holds its part of the masks from then on.
+
     Args:
         model: A model of `add_adapters`.
         masks: Bool, True = kept, of the weights' shapes, by parameter name, with or without the names that PEFT puts
-            in between. A layer without a mask here takes its weight's exact zeros, and so do all with None. Masks of
-            weights without an adapter are passed over.
+            in between; whole, or sharded as the weights are. A layer without a mask here takes its weight's exact
+            zeros, and so do all with None. Masks of weights without an adapter are passed over.
 
     Raises:
         ValueError: a mask of another shape or dtype, or one that does not hold: a pruned weight is not zero. Nothing
@@ -379,26 +472,55 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
     layers = dict(sparse_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no sparse adapters to give masks to; call add_adapters first")
+    reshard(model)
     new = {}
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"the adapter of {name!r} is merged, and its mask cannot change; unmerge it first")
+        layer.check_sharded_with_adapter()
         weight = layer.base_weight.detach()
         mask = given.get(f"{name}.weight")
-        new[name] = (weight != 0) if mask is None else checked_mask(f"{name}.weight", mask, weight)
+        new[name] = (local(weight) != 0) if mask is None else checked_mask(f"{name}.weight", mask, weight)
     for name, layer in layers.items():
-        layer.kept.copy_(to_bytes(new[name], layer.kept.device))
+        if not is_sharded(layer.base_weight):
+            layer.kept.copy_(to_bytes(new[name], layer.kept.device))
+    sharded = {name: layer for name, layer in layers.items() if is_sharded(layer.base_weight)}
+    if sharded:
+        _set_sharded_masks(model, sharded, new)
+
+
+def _set_sharded_masks(model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor]) -> None:
+    """Hold a rank's parts of masks, and write them into the zeros of the weights."""
+    dtypes = gathered_dtypes(model)
+    for name, layer in layers.items():
+        weight, part, kept = layer.base_weight, layer.base_part, masks[name]
+        zero = part == 0
+        part.masked_fill_(zero, 0.0).masked_fill_(zero & kept, -0.0)
+        layer.kept = to_bytes(kept, part.device)
+        dtype = dtypes.get(layer, part.dtype)
+        if dtype == part.dtype:
+            continue
+        # Weights too small for the dtype that FSDP2 gathers in would become +0.0, as if pruned. Such a layer holds its
+        # mask whole: float32 weights have none of them in bfloat16 (below 1e-40), but may in float16 (3e-8).
+        lost = as_shard_of(weight, kept & (kept_by_sign(part.to(dtype)) == 0))
+        if count_over_ranks({name: lost}, lambda part: int(part.sum())):
+            layer.kept = to_bytes(gather_whole(as_shard_of(weight, kept.to(torch.uint8))).bool(), part.device)
 
 
 def checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
-    """A mask on the device of its weight; refused if it is of another shape or dtype, or does not hold."""
+    """A mask on the device of its weight; refused if it is of another shape or dtype, or does not hold.
+
+    Of a sharded weight it is this rank's part of the mask, and every rank must call.
+    """
     if mask.shape != weight.shape or mask.dtype != torch.bool:
         raise ValueError(
             f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool of the weight's shape "
             f"{tuple(weight.shape)}, True = kept"
         )
-    mask = mask.to(weight.device)
-    filled = int(((weight != 0) & ~mask).sum())
+    own = local(weight)
+    mask = part_of(weight, mask).to(own.device)
+    alive = as_shard_of(weight, (own != 0) & ~mask)
+    filled = count_over_ranks({name: alive}, lambda part: int(part.sum()))
     if filled:
         raise ValueError(
             f"{filled} weights of {name!r} are pruned by the mask but are not zero: the masks belong to another model, "

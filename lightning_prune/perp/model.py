@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 _RECORD = "_lightning_prune_perp"
 
@@ -75,6 +76,19 @@ class SparsePeftModel(PeftModel):
     ``save_pretrained``, ``from_pretrained`` and ``merge_and_unload`` are `save_adapter`, `load_adapter` and `merge`;
     the rest is PEFT's.
     """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the transformers model.
+
+        Raises:
+            ValueError: ``fully_shard`` was given this wrapper, which the merge takes off, and its shards with it.
+        """
+        if isinstance(self, FSDPModule):
+            raise ValueError(
+                "fully_shard was called on the PEFT model, which does not outlive the merge; call it on the "
+                "transformers model in it: fully_shard(model.get_base_model())"
+            )
+        return super().forward(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """See `lightning_prune.perp.save_adapter`.

@@ -25,6 +25,7 @@ from lightning_prune.masks import Masks, pack_masks, unpack_masks
 from lightning_prune.perp.adapters import adapter_masks, add_adapters, remove_adapters, trained_state
 from lightning_prune.perp.model import plain_model, retraining_of
 from lightning_prune.progress import is_main_process
+from lightning_prune.sharding import gather_whole, reshard
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "perp_adapter.safetensors"
@@ -38,7 +39,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Save the adapters, their masks and the trained parts of a model, without the model.
 
     PEFT refuses to load the folder (``KeyError: 'LIGHTNING_PRUNE_PERP: ...'``); `load_adapter` does.
-    In a distributed run the first process writes.
+    In a distributed run the first process writes; where the model is sharded every process must call.
 
     Args:
         model: A model of `add_adapters`.
@@ -51,6 +52,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; give a folder")
+    reshard(model)
+    state = {name: gather_whole(tensor).contiguous().clone() for name, tensor in trained_state(model).items()}
+    packed = pack_masks(adapter_masks(model))
     if not is_main_process():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,8 +69,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         },
     }
     text = json.dumps(config, indent=2)  # before anything is written: an option may not be serialisable
-    state = {name: tensor.contiguous().clone() for name, tensor in trained_state(model).items()}
-    packed = pack_masks(adapter_masks(model))
     bits = {name: entry["bits"] for name, entry in packed.items()}
     shapes = {name: json.dumps([entry["shape"], entry["crc32"]]) for name, entry in packed.items()}
     # The configuration goes last: without it the folder is no adapter.

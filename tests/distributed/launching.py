@@ -17,14 +17,14 @@ WORKER = Path(__file__).with_name("worker.py")
 Case = tuple[Path, str, dict[str, Any]]  # folder, strategy, settings
 
 
-def launch(devices: int, *cases: Case, timeout: float = 300) -> subprocess.CompletedProcess:
+def launch(devices: int, *cases: Case, timeout: float = 300, script: Path = WORKER) -> subprocess.CompletedProcess:
     """Run cases one after the other in the same processes."""
     for folder, _, _ in cases:
         folder.mkdir(parents=True, exist_ok=True)
     environment = clean_environment()
     arguments = json.dumps([[str(folder), strategy, settings] for folder, strategy, settings in cases])
     environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(WORKER), str(devices), arguments]
+    command = [sys.executable, str(script), str(devices), arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
