@@ -119,7 +119,7 @@ class Model(L.LightningModule):
         self.model = LlamaForCausalLM(LlamaConfig(**fields))
 
     def configure_model(self) -> None:
-        if self.placed:
+        if self.placed or (self.parallel is None and not self.compiled):
             return
         self.placed = True
         blocks = self.model.transformer.h if hasattr(self.model, "transformer") else self.model.model.layers
