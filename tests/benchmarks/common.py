@@ -194,6 +194,22 @@ def compare(seconds: dict[str, list[float]], ours: str, other: str) -> dict[str,
     }
 
 
+def median_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
+    """95 % confidence interval of a median by the bootstrap; the same for the same values."""
+    data = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(data), (resamples, len(data)), generator=torch.Generator().manual_seed(0))
+    medians = data[drawn].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def paired_overhead(pairs: Sequence[tuple[float, float]], name: str = "overhead") -> dict[str, Any]:
+    """By how many percent the first of each pair exceeds the second: median over pairs, and its 95 % interval."""
+    percents = [100 * (a - b) / b for a, b in pairs]
+    low, high = median_interval(percents)
+    return {f"{name}_percent": statistics.median(percents), f"{name}_95%": f"{low:+.2f} to {high:+.2f}"}
+
+
 def rss() -> int:
     """Resident memory of this process now, in bytes."""
     try:

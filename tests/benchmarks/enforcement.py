@@ -12,8 +12,8 @@ in, then the measured steps (start of a batch to start of the next, so that ever
 are interleaved; medians over all steps of a variant are shown, and the median over rounds of its ratio to
 dense.
 
-`--paired` measures ours alone, with less noise: one fit in which enforcement is switched off at every other step, and
-the two kinds of steps are compared.
+`--paired` measures ours alone, with less noise: one fit in which enforcement is on, off, off, on and so forth (so that
+a machine that slows down steadily favours neither), and the steps of each pair are compared.
 
 `--memory` measures instead the peak resident memory of the second epoch, each variant in a fresh process.
 
@@ -47,6 +47,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,19 @@ class FineTuning(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
 
 
-class EveryOtherStep(Callback):
-    """Switches enforcement off at odd steps."""
+def masked_at(index: int) -> bool:
+    """Whether masks are held in a step, where they are on and off in turns: on, off, off, on, and again."""
+    return index % 4 in (0, 3)
+
+
+def pairs_of(values: Sequence[float]) -> list[tuple[float, float]]:
+    """Neighbouring steps with and without masks, from a figure of each step."""
+    pairs = zip(values[::2], values[1::2], strict=False)
+    return [(a, b) if masked_at(2 * index) else (b, a) for index, (a, b) in enumerate(pairs)]
+
+
+class InTurns(Callback):
+    """Switches enforcement off in the steps where `masked_at` says so."""
 
     def __init__(self, pruning: Any) -> None:
         self.pruning, self.enforcer = pruning, None
@@ -85,7 +97,7 @@ class EveryOtherStep(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, index: int
     ) -> None:
         self.enforcer = self.enforcer or self.pruning._enforcer
-        self.pruning._enforcer = None if index % 2 else self.enforcer
+        self.pruning._enforcer = self.enforcer if masked_at(index) else None
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.pruning._enforcer = self.enforcer
@@ -166,7 +178,7 @@ def fit(variant: str, model: nn.Module, batches: Tensor, args: argparse.Namespac
     module, timer = FineTuning(model.train()), StepTimer(args.steps, args.memory)
     callbacks = prepare(variant, module)
     if args.paired:
-        callbacks.append(EveryOtherStep(callbacks[0]))
+        callbacks.append(InTurns(callbacks[0]))
     trainer = lightning.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -202,14 +214,11 @@ def measure_time(args: argparse.Namespace, model: nn.Module, batches: Tensor) ->
 
 def measure_pairs(args: argparse.Namespace, model: nn.Module, batches: Tensor) -> list[dict[str, Any]]:
     timer, zeros = fit("ours", model, batches, args)
-    seconds = timer.seconds[: len(timer.seconds) // 2 * 2]
-    with_masks, without = seconds[::2], seconds[1::2]
-    extra = [a - b for a, b in zip(with_masks, without, strict=True)]
-    print(" ".join(f"{s:.3f}" for s in seconds), file=sys.stderr)
-    row = {"variant": "ours, every other step", "step_s": statistics.median(with_masks)}
-    row["without_s"] = statistics.median(without)
-    row["overhead_percent"] = 100 * statistics.median(extra) / row["without_s"]
-    return [row | {"zeros": zeros, "pairs": len(extra)}]
+    pairs = pairs_of(timer.seconds)
+    print(" ".join(f"{a:.3f}/{b:.3f}" for a, b in pairs), file=sys.stderr)
+    row: dict[str, Any] = {"variant": "ours, on and off in turns"}
+    row["step_s"], row["without_s"] = (statistics.median(side) for side in zip(*pairs, strict=True))
+    return [row | common.paired_overhead(pairs) | {"zeros": zeros, "pairs": len(pairs)}]
 
 
 def measure_passes(model: nn.Module, rounds: int) -> list[dict[str, Any]]:
@@ -277,7 +286,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--rounds", type=int, default=3, help="fits of each variant (default 3)")
     p.add_argument("--steps", type=int, default=4, help="measured steps of a fit (default 4)")
-    p.add_argument("--paired", action="store_true", help="ours alone, switched off at every other of the steps")
+    p.add_argument("--paired", action="store_true", help="ours alone, on and off in turns")
     p.add_argument("--passes", action="store_true", help="the two passes of a step alone, --rounds times")
     p.add_argument("--memory", action="store_true", help="peak memory instead of time")
     p.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)

@@ -9,17 +9,25 @@ processors. Measured on each rank, in MiB:
 - step: highest resident memory of the first training step, above the same (activations, the same gathered weights,
   gradients, optimizer states).
 
-With `--steps`, enforcement is switched off at every other training step and the two kinds of steps are compared:
-tokens per second with and without the callback. Whole steps scatter by more than the callback takes, so the seconds
-inside its hooks are measured too, as a share of the step.
+With `--pairs`, what the callback costs a training step: one fit in which masks are held in step 1, not in 2 and 3, held
+in 4, and so on, so that neighbours make pairs and a machine that slows down steadily favours neither side:
+
+- tokens_per_s, without: over all ranks, medians of the steps with and without masks held;
+- overhead: how much longer the masked step of a pair takes, median over pairs with its 95 % interval (bootstrap);
+- cpu: the same in processor time of the ranks, which other processes of the machine disturb less;
+- hooks: processor time inside the callback's hooks in a masked step, and as a share of the step's, on the rank where
+  it is most. This is the steadiest figure, but blind to what masks do to the rest of the step.
 
     python tests/benchmarks/sharded.py --model FOLDER --calibration TEXT --strategies fsdp2 ddp --devices 1 2 4
+    python tests/benchmarks/sharded.py --model FOLDER --calibration TEXT --devices 2 --batch-size 4 --length 256 \\
+        --pairs 40
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -33,7 +41,7 @@ from typing import Any
 import common
 import lightning
 import torch
-from enforcement import EveryOtherStep
+from enforcement import InTurns, pairs_of
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader
@@ -42,22 +50,23 @@ from lightning_prune import CausalLM, WeightPruning, calibration
 from lightning_prune.sharding import local
 
 MIB = 2**20
+WARM_UP = 4  # steps before the pairs: a whole turn of masks on and off
 
 
 class Measured(WeightPruning):
-    """The callback, with a watch on memory while it prunes, and on the time inside its hooks while it trains."""
+    """The callback, with a watch on memory while it prunes, and on processor time inside its hooks while it trains."""
 
     hooks_s = 0.0
 
     def on_before_optimizer_step(self, *arguments: Any) -> None:
-        started = time.perf_counter()
+        started = time.thread_time()
         super().on_before_optimizer_step(*arguments)
-        self.hooks_s += time.perf_counter() - started
+        self.hooks_s += time.thread_time() - started
 
     def _after_step(self, *arguments: Any) -> None:
-        started = time.perf_counter()
+        started = time.thread_time()
         super()._after_step(*arguments)
-        self.hooks_s += time.perf_counter() - started
+        self.hooks_s += time.thread_time() - started
 
     def _prune(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         finish, held = calibration._finish, {}
@@ -87,25 +96,28 @@ class Measured(WeightPruning):
 
 
 class Stamps(Callback):
-    """When each step starts, seconds inside the callback's hooks until then, and the peak memory of the first step."""
+    """Wall, processor and hooks' seconds at the start of each step, and the peak memory of the first step."""
 
     def __init__(self, pruning: Measured) -> None:
         self.pruning = pruning
-        self.stamps: list[float] = []
-        self.hooks: list[float] = []
+        self.stamps: list[tuple[float, float, float]] = []
         self.watch: common.PeakMemory | None = None
         self.peak = 0
 
     def on_train_batch_start(self, *_: Any) -> None:
         if not self.stamps:
             self.watch = common.PeakMemory().__enter__()
-        self.stamps.append(time.perf_counter())
-        self.hooks.append(self.pruning.hooks_s)
+        self.stamps.append((time.perf_counter(), time.process_time(), self.pruning.hooks_s))
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.watch is not None:
             self.watch.__exit__()
             self.peak, self.watch = self.watch.peak, None
+
+    def seconds(self) -> dict[str, list[float]]:
+        """Of each step after the warm-up, by clock."""
+        steps = [[b - a for a, b in zip(*ends, strict=True)] for ends in itertools.pairwise(self.stamps)][WARM_UP:]
+        return dict(zip(("wall", "cpu", "hooks"), map(list, zip(*steps, strict=True)), strict=False))
 
 
 def strategy_of(name: str, devices: int) -> Strategy:
@@ -118,27 +130,26 @@ def rank_main(args: argparse.Namespace, name: str, devices: int, out: Path) -> N
     """One rank: fit, and write its figures."""
     torch.set_num_threads(args.threads or 1)
     module = CausalLM(model=args.model, gguf_file=args.gguf_file, learning_rate=1e-5, lr_schedule="constant")
-    count = max(args.samples, (args.steps + 3) * args.batch_size * devices)
-    sequences = common.calibration_of(argparse.Namespace(**{**vars(args), "samples": count}), module.tokenizer)
+    sequences = common.calibration_of(args, module.tokenizer)
     pruning = Measured(score="gblm", num_samples=args.samples, progress=False)
     stamps = Stamps(pruning)
+    steps = WARM_UP + 2 * args.pairs + 1 if args.pairs else 1  # the start of one more ends the last
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy_of(name, devices),
-        max_steps=args.steps + 2 if args.steps else 1,
-        callbacks=[pruning, stamps, EveryOtherStep(pruning)],
+        precision=args.precision,
+        max_steps=steps,
+        callbacks=[pruning, stamps, InTurns(pruning)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = [{"input_ids": row} for row in sequences]
+    needed = steps * args.batch_size * devices  # of one epoch; what the sequences say does not matter
+    batches = [{"input_ids": row} for row in itertools.islice(itertools.cycle(sequences), max(needed, len(sequences)))]
     trainer.fit(module, DataLoader(batches, batch_size=args.batch_size))  # type: ignore[arg-type]
-    seconds = [b - a for a, b in zip(stamps.stamps, stamps.stamps[1:], strict=False)][2:]
-    figures = pruning.figures | {"step_MiB": (stamps.peak - pruning.start) / MIB}
-    hooks = [b - a for a, b in zip(stamps.hooks, stamps.hooks[1:], strict=False)][2:]
-    figures |= {"with": seconds[::2], "without": seconds[1::2], "hooks": hooks[::2]}
+    figures = pruning.figures | {"step_MiB": (stamps.peak - pruning.start) / MIB} | stamps.seconds()
     (out / f"{trainer.global_rank}.json").write_text(json.dumps(figures))
 
 
@@ -150,19 +161,30 @@ def measure(args: argparse.Namespace, name: str, devices: int) -> dict[str, Any]
     row: dict[str, Any] = {"strategy": name, "ranks": devices}
     for figure in ("weights_MiB", "aggregates_MiB", "masks_MiB", "pruning_MiB", "step_MiB", "pruning_s"):
         row[figure] = max(rank[figure] for rank in ranks)  # the rank that needs most
-    if args.steps:
-        pairs = list(zip(ranks[0]["with"], ranks[0]["without"], strict=False))
-        tokens = args.batch_size * args.length * devices
-        row["tokens_per_s"] = tokens / statistics.median(a for a, _ in pairs)
-        row["without"] = tokens / statistics.median(b for _, b in pairs)
-        row["step_overhead_percent"] = 100 * statistics.median(a - b for a, b in pairs) / (tokens / row["without"])
-        row["hooks_ms"] = 1000 * max(statistics.median(rank["hooks"]) for rank in ranks)
-        row["hooks_percent"] = 100 * max(
-            statistics.median(inside / step for inside, step in zip(rank["hooks"], rank["with"], strict=True))
-            for rank in ranks
-        )
-        row["pairs"] = len(pairs)
+    if args.pairs:
+        row |= compare_steps(ranks, tokens=args.batch_size * args.length * devices)
     return row
+
+
+def compare_steps(ranks: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+    """Figures of the steps with masks and without, from the seconds of each step on each rank."""
+    mean = {
+        clock: [statistics.mean(s) for s in zip(*(r[clock] for r in ranks), strict=True)] for clock in ("wall", "cpu")
+    }
+    wall, cpu = pairs_of(mean["wall"]), pairs_of(mean["cpu"])
+    with_masks, without = (statistics.median(side) for side in zip(*wall, strict=True))
+    hooks = [[inside for inside, _ in pairs_of(rank["hooks"])] for rank in ranks]
+    steps = [[step for step, _ in pairs_of(rank["cpu"])] for rank in ranks]
+    shares = [[i / s for i, s in zip(*of_rank, strict=True)] for of_rank in zip(hooks, steps, strict=True)]
+    return {
+        "tokens_per_s": tokens / with_masks,
+        "without": tokens / without,
+        **common.paired_overhead(wall),
+        **common.paired_overhead(cpu, "cpu"),
+        "hooks_ms": 1000 * max(statistics.median(of_rank) for of_rank in hooks),
+        "hooks_percent": 100 * max(statistics.median(of_rank) for of_rank in shares),
+        "pairs": len(wall),
+    }
 
 
 def main() -> None:
@@ -171,19 +193,22 @@ def main() -> None:
     p.add_argument("--strategies", nargs="+", default=["fsdp2", "ddp"], choices=["fsdp2", "ddp"])
     p.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4])
     p.add_argument("--batch-size", type=int, default=1)
-    p.add_argument("--steps", type=int, default=0, help="training steps to time (default: memory alone)")
+    p.add_argument("--pairs", type=int, default=0, help="pairs of training steps to time (default: memory alone)")
+    p.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     p.add_argument("--rank-of", nargs=3, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.rank_of:
         name, devices, folder = args.rank_of
         rank_main(args, name, int(devices), Path(folder))
         return
-    rows = common.Rows(args.json, ("strategy", "ranks", "steps"))
+    settings = {"pairs": args.pairs, "batch": f"{args.batch_size}x{args.length}", "precision": args.precision}
+    settings["model"] = args.gguf_file or Path(args.model).name
+    rows = common.Rows(args.json, ("strategy", "ranks", *settings))
     table = []
     for name in args.strategies:
         for devices in args.devices:
             table.append(measure(args, name, devices))
-            rows.add(table[-1] | {"steps": args.steps, "batch": f"{args.batch_size}x{args.length}"})
+            rows.add(table[-1] | settings)
     print(common.markdown(table))
 
 
