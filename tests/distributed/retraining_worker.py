@@ -125,6 +125,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         pruner = WeightPruning(
             score=settings.pop("score", "gblm"), sparsity=0.5, num_samples=16, progress=False, schedule=schedule
         )
+    trained_on = settings.pop("trained_on", False)
     pruner_first = settings.pop("pruner_first", False)
     twice, leave_gathered = settings.pop("twice", False), settings.pop("leave_gathered", False)
     perp = PERPRetraining(**{"masks": masks or None, "r": 4, "merge": not twice, "seed": 0, **settings})
@@ -148,6 +149,9 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         perp = PERPRetraining(masks=masks or None, r=4)
         callbacks = [watch, perp, *([] if pruner is None else [pruner])]
         make_trainer(*callbacks).fit(module, DataLoader(Tokens(), batch_size=4))
+    if trained_on:  # all of the merged model, with its zeros held
+        pruner = WeightPruning(score="keep", num_samples=16, progress=False)
+        make_trainer(pruner).fit(module, DataLoader(Tokens(), batch_size=4))
     assert type(module.model).__name__.removeprefix("FSDP") in ("LlamaForCausalLM", "GPT2LMHeadModel")
     assert "configure_model" not in module.__dict__
     if isinstance(module, CausalLM):

@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "uneven": {"pruned_before": True, "intermediate_size": 5, "r": 3},
     "schedule": {"score": "magnitude", "gradual": True},
     "fit twice": {"twice": True},
+    "trained on": {"trained_on": True},
     "functional": {"functional": True},
     "refused": {"refused": True},
 }
@@ -53,7 +54,9 @@ HYBRID: dict[str, dict[str, Any]] = {
 }
 # What DDP has no like of, or what rounds otherwise there.
 _ALONE = ("bf16", "bf16 and tiny weights", "functional", "refused")
-_FITS = [name for name in CASES if name not in ("norms alone", "functional", "refused")]  # and with adapters
+_FITS = [
+    name for name in CASES if name not in ("norms alone", "trained on", "functional", "refused")
+]  # and with adapters
 _STEPS = {"trainer": {"max_steps": 6, "max_epochs": -1}}
 
 
@@ -199,6 +202,13 @@ def test_what_cannot_be_right_is_refused_on_every_rank(folder: Path) -> None:
         assert "on a linear layer without its adapter" in errors["layer sharded"]
         assert "build the module anew" in errors["fit after the merge"]
         assert "under SingleDeviceStrategy; use the ModelParallelStrategy" in errors["another strategy"]
+
+
+def test_tensor_parallelism_is_refused_before_training(tmp_path: Path) -> None:
+    done = launch(2, (tmp_path, "tp", {}), script=Path(retraining_worker.__file__))
+    assert done.returncode != 0
+    assert "does not support ModelParallelStrategy(tensor_parallel_size=2)" in done.stderr
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_masks_are_saved_whole(folder: Path) -> None:
