@@ -25,7 +25,7 @@ from lightning_prune.masks import Masks, pack_masks, unpack_masks
 from lightning_prune.perp.adapters import adapter_masks, add_adapters, remove_adapters, trained_state
 from lightning_prune.perp.model import plain_model, retraining_of
 from lightning_prune.progress import is_main_process
-from lightning_prune.sharding import gather_whole, reshard
+from lightning_prune.sharding import gather_whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "perp_adapter.safetensors"
@@ -52,7 +52,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; give a folder")
-    reshard(model)
     state = {name: gather_whole(tensor).contiguous().clone() for name, tensor in trained_state(model).items()}
     packed = pack_masks(adapter_masks(model))
     if not is_main_process():

@@ -178,7 +178,7 @@ def functional(out: Path, module: Model) -> None:
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
         for block in plain_model(model).model.layers:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, mesh=mesh, reshard_after_forward=False)
         fully_shard(plain_model(model), mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -196,6 +196,7 @@ def functional(out: Path, module: Model) -> None:
     assert all(torch.equal(gather_whole(found[name]), mask) for name, mask in masks.items())
     logits_of(model)
     save_adapter(model, out / "adapter")
+    logits_of(model)
     plain = merge(model)
     assert plain is module.model
     state = {**whole(plain.named_parameters(), "weight"), **{f"mask.{n}": m.to(torch.uint8) for n, m in masks.items()}}
