@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -10,6 +11,9 @@ from typing import Protocol
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+# What launchers call the rank of a process that has not joined its group yet: torchrun, SLURM, Lightning's own.
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
 class Advance(Protocol):
@@ -23,14 +27,16 @@ def is_main_process() -> bool:
     """Whether this is rank 0, or the only process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0
+    named = (os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
+    return int(next(named, "0")) == 0
 
 
 @contextmanager
 def progress_bar(description: str, total: int, enabled: bool = True) -> Iterator[Advance]:
     """Show a bar while the block runs; silent on other ranks and in logs that are no terminal."""
     console = Console(stderr=True)
-    if not (enabled and console.is_terminal and is_main_process()):
+    # The stream is asked too: with FORCE_COLOR, which CI systems set, rich takes a log for a terminal.
+    if not (enabled and sys.stderr.isatty() and console.is_interactive and is_main_process()):
         yield lambda steps=1: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
