@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import naive
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 # The tests run in as many processes as there are cores; processes started by tests inherit the variable.
@@ -20,6 +21,14 @@ torch.set_num_threads(1)
 # Started in the background (nohup, some CI systems), a process inherits that Ctrl-C is ignored; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def no_group_outlives_a_test() -> Iterator[None]:
+    """A Trainer that refuses a strategy has started its process group by then, and leaves it to this process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # A Llama for CausalLM(config=...), of which a training step takes no time.
