@@ -231,9 +231,10 @@ def test_memory_stays_that_of_one_tensor(write, tmp_path):
         f"assert inspect({str(path)!r}).totals().tensors == 16\n"
         "print(peak - before)\n"
     )
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # What is freed goes back to the system at once, or the figure depends on how the allocator keeps it.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert int(done.stdout) < 60, f"{done.stdout} MiB"
+    assert int(done.stdout) < 30, f"{done.stdout} MiB"
 
 
 # -- masks
