@@ -65,12 +65,12 @@ def test_kfac_of_two_steps_is_the_formula() -> None:
         torch.testing.assert_close(stream.sums(unit_type), sums, rtol=1e-4, atol=0)
 
 
-def test_moments_are_a_decayed_mean_over_tokens_without_padding() -> None:
+def test_moments_weigh_steps_by_their_age_and_leave_padding_out() -> None:
     model = make_llama()
     structure = read_structure(model)
     stream = StreamedMoments(structure, ALL, decay=0.75)
     stream.watch(structure)
-    expected: Tensor | None = None
+    products = []
     for step in range(3):
         ids = make_tokens(2, 6, seed=step)
         stream.keep = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
@@ -81,8 +81,9 @@ def test_moments_are_a_decayed_mean_over_tokens_without_padding() -> None:
         model(ids)
         stream.end_step()
         x = passes(model, ids)["model.layers.1.mlp.down_proj"][0][stream.keep.flatten()]
-        product = x.t() @ x / len(x)
-        expected = product if expected is None else 0.75 * expected + 0.25 * product
+        products.append(x.t() @ x / len(x))
+    ages = [0.75**2, 0.75, 1.0]
+    expected = sum(a * p for a, p in zip(ages, products, strict=True)) / sum(ages)
     torch.testing.assert_close(stream.hessians["model.layers.1.mlp.down_proj"].double(), expected, rtol=1e-4, atol=1e-7)
     assert stream.ready
     by_layer = stream.by_layer()

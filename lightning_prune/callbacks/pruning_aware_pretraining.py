@@ -49,7 +49,7 @@ from lightning_prune.structure.streamed_moments import StreamedMoments
 from lightning_prune.structure.streamed_saliency import StreamedKFAC
 from lightning_prune.structure.units import find_language_model, read_structure
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 # What the accumulated statistics of a checkpoint were made with.
 _SAME = ("types", "saliency", "saliency_decay", "second_order", "attention_unit", "round_to")
 
@@ -93,7 +93,8 @@ class PruningAwarePretraining(L.Callback):
             a running mean chooses better units.
         second_order: Also update what remains, by each layer's second moments of its inputs (variant B).
         second_order_every: Optimizer steps between those on which the moments are observed.
-        second_order_decay: Weight of earlier observations in the moments.
+        second_order_decay: Weight of an observation in the moments against the next one's; of all there have been, they
+            are the weighted mean.
         compact_every: Prunings between compactions.
         round_to: Multiple that the FFN and hidden sizes are kept at.
         units_per_pruning: Units at a pruning, where `end` is None. In a layer, for attention and ffn.

@@ -6,7 +6,7 @@ Dimensions: N tokens, I inputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +14,27 @@ from torch import Tensor, nn
 from lightning_prune.structure.compensation import lost_inputs, observed_layers
 from lightning_prune.structure.units import Removal, Structure
 
+_V = TypeVar("_V")
+
 
 class StreamedMoments:
     """A decayed mean of ``X^T X`` for every layer that reads units, from the training's own forward passes.
 
     Layers that take the same tensor (queries, keys and values; gate and up) share one matrix, under the name of the
-    first. An observed step adds all its tokens: ``H <- decay * H + (1 - decay) * X^T X / N``; a matrix that has
-    seen nothing yet takes the first as it is.
+    first. A step that was observed ``a`` observed steps ago weighs ``decay^a``, and the weights are divided by their
+    sum (as Adam corrects the bias of its moments): early on this is nearly the plain mean, where a mean that starts
+    with the first small batch would stay with it for ``1 / (1 - decay)`` steps.
 
     Args:
         structure: Of the model.
         types: Unit types whose readers are watched.
-        decay: Weight of what was known before, at each observed step.
+        decay: Weight of an observed step against the one after it, from 0 to below 1.
 
     Attributes:
         listening: Whether forward passes are observed now.
         keep: Bool, one for each token of the batch, False where it is padding; None where nothing is.
         hessians: ``[I, I]`` float32, by the name of the layer that was observed.
+        weights: The sum of the weights of the steps in each of them.
     """
 
     def __init__(self, structure: Structure, types: Sequence[str], decay: float) -> None:
@@ -39,6 +43,7 @@ class StreamedMoments:
         self.listening = False
         self.keep: Tensor | None = None
         self.hessians: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
         self._observed = observed_layers(structure, types)
         self._handles: list[Any] = []
         self._sums: dict[str, Tensor] = {}  # of the step that is running
@@ -92,8 +97,9 @@ class StreamedMoments:
             mean = total / tokens
             if not bool(torch.isfinite(mean.sum())):  # an overflowing step, which a gradient scaler skips too
                 continue
-            before = self.hessians.get(name)
-            self.hessians[name] = mean if before is None else before.lerp_(mean, 1 - self.decay)
+            before, weight = self.hessians.get(name), 1 + self.decay * self.weights.get(name, 0.0)
+            self.hessians[name] = mean if before is None else before.lerp_(mean, 1 / weight)
+            self.weights[name] = weight
         self._sums, self._tokens = {}, {}
 
     @property
@@ -135,22 +141,24 @@ class StreamedMoments:
                 self.hessians[name] = hessian[stays][:, stays]
         if gone:
             self.hessians = _renumbered(self.hessians, before.layer_names(), gone)
+            self.weights = _renumbered(self.weights, before.layer_names(), gone)
             self._observed = observed_layers(after, self.types)
             if self._handles:  # they know the layers by their old numbers
                 self.watch(after)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The moments; nothing of a step that is running."""
-        return dict(self.hessians)
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The moments and their weights; nothing of a step that is running."""
+        return {"hessians": dict(self.hessians), "weights": dict(self.weights)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device) -> None:
         """Take up the moments of `state_dict`."""
-        self.hessians = {name: hessian.to(device) for name, hessian in state.items()}
+        self.hessians = {name: hessian.to(device) for name, hessian in state["hessians"].items()}
+        self.weights = {name: float(weight) for name, weight in state["weights"].items()}
 
 
-def _renumbered(values: Mapping[str, Tensor], names: Sequence[str], gone: Sequence[int]) -> dict[str, Tensor]:
+def _renumbered(values: Mapping[str, _V], names: Sequence[str], gone: Sequence[int]) -> dict[str, _V]:
     """Without the removed layers, the others by their new numbers; `names` are those of all layers before."""
     left = [name for i, name in enumerate(names) if i not in gone]
     renamed = {f"{old}.": f"{names[i]}." for i, old in enumerate(left)}
