@@ -12,7 +12,7 @@ import torch
 from conftest import make_tokens, snapshot
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from perp_models import halve, zeros
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -279,6 +279,8 @@ def model_parallel(tensor: int) -> ModelParallelStrategy:
             {},
             r"does not support FSDPStrategy.*use strategy=ModelParallelStrategy\(tensor_parallel_size=1",
         ),
+        # Made without its constructor, which needs the deepspeed package.
+        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), {}, r"does not support DeepSpeedStrategy"),
         (model_parallel(2), {}, r"ModelParallelStrategy\(tensor_parallel_size=2\).*use tensor_parallel_size=1"),
         (model_parallel(1), {"reconstruct": True}, r"which ModelParallelStrategy shards: pass reconstruct=False"),
     ],

@@ -6,7 +6,8 @@ The way through the files: `effective` (the formulas) → `layers` (PEFT layers)
 """
 
 from lightning_prune.perp.adapters import adapter_masks, add_adapters, merge, remove_adapters, trainable_share
-from lightning_prune.perp.layers import CombinedLinear, set_masks
+from lightning_prune.perp.layers import CombinedLinear
+from lightning_prune.perp.mask_setting import set_masks
 from lightning_prune.perp.model import SparsePeftModel
 from lightning_prune.perp.reconstruction import BlockError, Reconstruction, reconstruct
 from lightning_prune.perp.storage import load_adapter, save_adapter

@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lightning_prune.masks import Masks, check_masks, uninterrupted
-from lightning_prune.perp.layers import SparseLinear, check_base_layer, plain_name, set_masks, sparse_layers
+from lightning_prune.perp.layers import SparseLinear, check_base_layer, plain_name, sparse_layers
+from lightning_prune.perp.mask_setting import set_masks
 from lightning_prune.perp.model import (
     Retraining,
     SparsePeftModel,

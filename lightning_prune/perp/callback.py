@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -30,14 +30,15 @@ from lightning_prune.perp.before_training import (
     reconstruct_before_training,
     reconstruct_options,
 )
-from lightning_prune.perp.layers import plain_name, set_masks, sparse_layers
+from lightning_prune.perp.layers import plain_name, sparse_layers
+from lightning_prune.perp.mask_setting import set_masks
 from lightning_prune.perp.model import Retraining, find_retraining, plain_model
 from lightning_prune.perp.options import check_adapter, check_options
 from lightning_prune.perp.reconstruction import Reconstruction
 from lightning_prune.perp.selection import check_parts
+from lightning_prune.perp.trainer_checks import check_pruner, check_strategy
 from lightning_prune.perp.variants import find_variant
-from lightning_prune.schedules import OneShot
-from lightning_prune.sharding import has_sharded_parameters, reshard
+from lightning_prune.sharding import reshard
 from lightning_prune.targets import find_targets
 
 _STATE_VERSION = 1
@@ -154,9 +155,13 @@ class PERPRetraining(L.Callback):
         if stage != "fit":
             return
         pruner = _pruner_of(trainer)
-        self._check(trainer, pl_module, pruner)
         model = self._model(pl_module)
         found = find_retraining(model)
+        check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None)
+        if self.reconstruct is not None:
+            check_dense_is_known(self.reconstruct, pruner)
+        if pruner is not None:
+            check_pruner(pruner, self)
         if found is None:
             options = dict(self.options)
             if pruner is not None and self.adapter is not None and options.get("target_modules") is None:
@@ -181,60 +186,6 @@ class PERPRetraining(L.Callback):
         self._left_on = found is not None
         if isinstance(trainer.strategy, ModelParallelStrategy):
             self._shard_plain_model(pl_module)
-
-    def _check(self, trainer: L.Trainer, module: L.LightningModule, pruner: WeightPruning | None) -> None:
-        self._check_strategy(trainer, module)
-        if self.reconstruct is not None:
-            check_dense_is_known(self.reconstruct, pruner)
-        if pruner is None:
-            return
-        if self.masks is not None:
-            raise ValueError("masks are those of the WeightPruning callback in the same Trainer; leave masks out")
-        if isinstance(pruner.schedule, OneShot) and not pruner.schedule.start:
-            return
-        if self.reconstruct is not None:
-            raise ValueError(
-                f"reconstruct comes before training, but WeightPruning(schedule={pruner.schedule!r}) prunes during it; "
-                "use schedule=None, or reconstruct=False"
-            )
-        if self.adapter == "lora" or self.options.get("init_lora_weights") is False:
-            raise ValueError(
-                f"WeightPruning(schedule={pruner.schedule!r}) prunes while the adapters train, and merges them first, "
-                f"which adapter={self.adapter!r} with init_lora_weights={self.options.get('init_lora_weights', True)} "
-                "cannot: use adapter='mask_lora', or schedule=None"
-            )
-
-    def _check_strategy(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        strategy = trainer.strategy
-        if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
-            raise ValueError(
-                f"PERPRetraining does not support {type(strategy).__name__}, whose flat shards hide the weights; use "
-                "strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with FSDP2 (fully_shard in "
-                "configure_model), or 'ddp'"
-            )
-        if isinstance(strategy, ModelParallelStrategy):
-            tensor = strategy.device_mesh["tensor_parallel"].size()
-            if tensor > 1:
-                raise ValueError(
-                    f"PERPRetraining does not support ModelParallelStrategy(tensor_parallel_size={tensor}): adapters "
-                    "are not split within layers; use tensor_parallel_size=1 and data_parallel_size for all processes"
-                )
-            if self.reconstruct is not None:
-                raise ValueError(
-                    "reconstruct fits blocks one by one on whole weights, which ModelParallelStrategy shards: pass "
-                    "reconstruct=False, or use strategy='ddp'"
-                )
-        elif has_sharded_parameters(module):
-            raise ValueError(
-                f"parameters are sharded (DTensor) under {type(strategy).__name__}; use the "
-                "ModelParallelStrategy(tensor_parallel_size=1) that sharded them"
-            )
-        if has_sharded_parameters(module) and find_retraining(self._model(module)) is None:
-            raise ValueError(
-                f"the parameters of {type(module).__name__} are sharded (DTensor) already, and adapters have to be "
-                "there before: build the module anew, from the saved weights, and call fully_shard in configure_model "
-                "alone"
-            )
 
     def _shard_plain_model(self, module: L.LightningModule) -> None:
         """Have ``configure_model`` find the transformers model: it stays after the merge, and names are as it knows."""
@@ -322,8 +273,7 @@ class PERPRetraining(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters, and give the module its transformers model back."""
-        self._let_go(trainer)
-        pl_module.__dict__.pop("configure_model", None)
+        self._let_go(trainer, pl_module)
         reshard(pl_module)
         if not self._started and self.adapter is not None:  # a fit that had nothing left to train
             set_masks(self._model(pl_module), self._masks_for(trainer))
@@ -337,10 +287,11 @@ class PERPRetraining(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let go of the pruner; the adapters stay on."""
-        pl_module.__dict__.pop("configure_model", None)
-        self._let_go(trainer)
+        self._let_go(trainer, pl_module)
 
-    def _let_go(self, trainer: L.Trainer) -> None:
+    def _let_go(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Give back what was wrapped for the time of a fit."""
+        module.__dict__.pop("configure_model", None)
         pruner = _pruner_of(trainer)
         if pruner is not None:
             pruner.wrap_updates(None)

@@ -22,7 +22,8 @@ from lightning_prune.masks import check_masks, named_weights, uninterrupted
 from lightning_prune.perp.adapters import adapted_modules, attach, check_plain_model, merge, remove_adapters
 from lightning_prune.perp.dense import DenseBlocks, DenseSource, check_is_dense
 from lightning_prune.perp.fitting import BlockFitter
-from lightning_prune.perp.layers import checked_mask, sparse_layers
+from lightning_prune.perp.layers import sparse_layers
+from lightning_prune.perp.mask_setting import checked_mask
 from lightning_prune.perp.model import find_retraining
 from lightning_prune.perp.options import check_adapter, check_options
 from lightning_prune.perp.selection import check_parts, select_parameters
