@@ -145,7 +145,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=4)
     p.add_argument("--block-length", type=int, default=128)
     p.add_argument("--tuning-windows", type=int, default=8)
-    p.add_argument("--rate", type=float, help="use this learning rate and no grid")
+    p.add_argument("--rates", nargs="+", type=rate_of, default=[], metavar="VARIANT=RATE", help="no grid for these")
     p.add_argument("--precision", default="32", choices=("32", "bf16-mixed"), help="of training, not of evaluation")
     p.add_argument("--timing", type=int, metavar="ROUNDS", help="time steps in turns instead of training")
     args = p.parse_args()
@@ -166,7 +166,7 @@ def main() -> None:
         found = {"start": "dense", "variant": "", "rate": None, **settings, **scores(model, evaluations, held_out)}
         rows.add(found)
     table = [found]
-    chosen: dict[str, float] = {}
+    chosen: dict[str, float] = dict(args.rates)
     for start in args.starts:
         dense.restore()
         masks = ours_prune(model, sequences, batch_size=4, **STARTS[start])
@@ -177,7 +177,7 @@ def main() -> None:
             rows.add(found)
         table.append(found)
         for name in args.variants:
-            rates = (args.rate,) if args.rate else (chosen[name],) if name in chosen else VARIANTS[name].rates
+            rates = (chosen[name],) if name in chosen else VARIANTS[name].rates
             runs = []
             for rate in rates:
                 row = {"start": start, "variant": name, "rate": rate, **settings}
@@ -193,6 +193,14 @@ def main() -> None:
             chosen.setdefault(name, best["rate"])
             table.append(best)
     print(common.markdown([flat(row) for row in table]))
+
+
+def rate_of(text: str) -> tuple[str, float]:
+    """``mask_lora=1e-3`` as a pair."""
+    name, equals, rate = text.partition("=")
+    if not equals or name not in VARIANTS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be VARIANT=RATE, with one of {', '.join(VARIANTS)}")
+    return name, float(rate)
 
 
 def scores(model: nn.Module, evaluations: dict[str, Tensor], held_out: Tensor) -> dict[str, Any]:
