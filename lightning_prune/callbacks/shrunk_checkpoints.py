@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from torch import Tensor, arange, nn, tensor
 
+from lightning_prune.checkpoints import CheckpointError, open_checkpoint
 from lightning_prune.structure.removal import remove_units, set_epsilon
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, units_to_remove
 from lightning_prune.structure.units import Structure, read_structure
@@ -29,6 +31,37 @@ def before_loading(module: L.LightningModule, prepare: Callable[[dict[str, Any]]
 
     module.__dict__["on_load_checkpoint"] = on_load_checkpoint
     return lambda: module.__dict__.pop("on_load_checkpoint", None)
+
+
+def take_shapes_before_sharding(
+    module: L.LightningModule, path: str | Path | None, state_key: str, attention_unit: AttentionUnit
+) -> None:
+    """Shrink a module to the sizes of the checkpoint that will be loaded once its parameters are shards.
+
+    Args:
+        module: That is not sharded yet; one that is, or has the sizes already, is left as it is.
+        path: Of the checkpoint; None without one. What is not a file or folder here is passed over.
+        state_key: Of the callback whose state says the sizes.
+        attention_unit: See `read_structure`.
+
+    Raises:
+        ValueError: see `take_shapes`.
+    """
+    if path is None or not Path(path).exists():
+        return
+    try:
+        state = open_checkpoint(path).callbacks.get(state_key)
+    except CheckpointError:  # Lightning's to say, which may have been told to trust it
+        return
+    if state:
+        take_saved_shapes([module], state, attention_unit)
+
+
+def take_saved_shapes(modules: Iterable[nn.Module], state: Mapping[str, Any], attention_unit: AttentionUnit) -> None:
+    """`take_shapes` with what a callback's state of a checkpoint says."""
+    saved = state["shrinking"]
+    for module in modules:
+        take_shapes(module, Sizes(**saved["sizes"]), saved["layers_left"], state["epsilon"], attention_unit)
 
 
 def take_shapes(
