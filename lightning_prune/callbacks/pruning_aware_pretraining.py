@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -35,9 +35,9 @@ from lightning_prune.callbacks.shrinking_parts import (
 )
 from lightning_prune.callbacks.shrunk_checkpoints import (
     before_loading,
+    check_before_loading,
     epsilon_of,
     take_saved_shapes,
-    take_shapes_before_sharding,
     write_hyper_parameters,
 )
 from lightning_prune.progress import is_main_process
@@ -78,8 +78,8 @@ class PruningAwarePretraining(L.Callback):
     effect), and steps cost what they did. ``save_pretrained`` of `CausalLM`, which every process calls, writes the
     small model, and so do `lightning_prune.structure.save_plain` and ``lightning-prune export`` of a checkpoint. Each
     process scores and masks its shards; the second moments of variant B are whole on each. A full checkpoint
-    (``save_distributed_checkpoint=False``) can be resumed on one device or under DDP, which slice from there on, and
-    theirs under FSDP2. Refused there: ``WeightAveraging`` and ``precision="16-mixed"``.
+    (``save_distributed_checkpoint=False``) can be resumed on one device or under DDP, which slice from there on; theirs
+    are refused under FSDP2, and so are ``WeightAveraging`` and ``precision="16-mixed"``.
 
     Checkpoints can be taken, and training resumed, at any step. ``load_from_checkpoint`` of `CausalLM` builds the small
     model; in a module of yours, hyper-parameters that hold the configuration (a mapping with ``model_type``), or single
@@ -170,7 +170,7 @@ class PruningAwarePretraining(L.Callback):
         self._owner: weakref.ref[L.LightningModule] | None = None
         self._loaded: dict[str, Any] | None = None  # of a checkpoint, not yet bound to the module
         self._distillation: Distillation | None = None
-        self._unwrap: Any = None
+        self._unwrap: list[Callable[[], None]] = []
         self._waiting = False  # for a checkpoint
         self._seen_step = 0
 
@@ -197,15 +197,17 @@ class PruningAwarePretraining(L.Callback):
                 return
             take_saved_shapes([pl_module, *averages(trainer)], state, self.attention_unit)
 
-        if trainer.strategy.restore_checkpoint_after_setup:
-            take_shapes_before_sharding(pl_module, trainer.ckpt_path, self.state_key, self.attention_unit)
         self._let_go()
-        self._unwrap = before_loading(pl_module, prepare)
+        self._unwrap = [before_loading(pl_module, prepare)]
+        if trainer.strategy.restore_checkpoint_after_setup:
+            undo = check_before_loading(trainer.strategy, pl_module, self.state_key, self.attention_unit)
+            self._unwrap.append(undo)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the units; take up a checkpoint, or an earlier fit of the same module."""
-        # Sharded weights, and the state of this callback with them, are restored only after this hook.
-        self._waiting = bool(trainer.ckpt_path) and trainer.strategy.restore_checkpoint_after_setup
+        # Sharded weights, and the state of this callback with them, are restored only after this hook, if they are:
+        # that there is a checkpoint is not known yet.
+        self._waiting = trainer.strategy.restore_checkpoint_after_setup
         if not self._waiting:
             self._begin(trainer, pl_module)
 
@@ -340,9 +342,9 @@ class PruningAwarePretraining(L.Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._unwrap is not None:
-            self._unwrap()
-        self._unwrap = None
+        for undo in self._unwrap:
+            undo()
+        self._unwrap = []
 
     # -- pruning -------------------------------------------------------------------------------------------------
 
@@ -400,6 +402,7 @@ class PruningAwarePretraining(L.Callback):
             "version": _STATE_VERSION,
             "settings": self._settings(),
             "tokens": self.tokens,
+            "sharded": shrinking.compact_every is None,
             "epsilon": epsilon_of(shrinking.structure),
             "shrinking": shrinking.state_dict(),
         }

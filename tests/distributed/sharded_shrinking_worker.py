@@ -93,7 +93,8 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     trainer_settings, leave_gathered = settings.pop("trainer", {}), settings.pop("leave_gathered", False)
     options = {"learning_rate": 1e-3, "weight_decay": 0.1, "lr_schedule": "constant", **settings.pop("module", {})}
     torch.manual_seed(settings.pop("initial", 0))
-    module = CausalLM(config=LLAMA, **options)
+    start = settings.pop("start", None)
+    module = CausalLM(config=LLAMA, **options) if start is None else CausalLM.load_from_checkpoint(start)
     ids = torch.randint(64, (32, 8), generator=torch.Generator().manual_seed(0)).repeat(1, 3)
     samples = [{"input_ids": row} for row in ids]
     # Each rank's own samples, so that together they see in a step what one process would.
