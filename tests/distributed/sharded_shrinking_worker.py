@@ -93,8 +93,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     trainer_settings, leave_gathered = settings.pop("trainer", {}), settings.pop("leave_gathered", False)
     options = {"learning_rate": 1e-3, "weight_decay": 0.1, "lr_schedule": "constant", **settings.pop("module", {})}
     torch.manual_seed(settings.pop("initial", 0))
-    start = settings.pop("start", None)
-    module = CausalLM(config=LLAMA, **options) if start is None else CausalLM.load_from_checkpoint(start)
+    module = CausalLM(config={**LLAMA, **settings.pop("config", {})}, **options)
     ids = torch.randint(64, (32, 8), generator=torch.Generator().manual_seed(0)).repeat(1, 3)
     samples = [{"input_ids": row} for row in ids]
     # Each rank's own samples, so that together they see in a step what one process would.
@@ -113,7 +112,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     if refused is not None:
         average = [WeightAveraging()] if averaged else []
         with pytest.raises(ValueError, match=r".+") as error:
-            make_trainer(1, callback, *average, checkpoints=False).fit(module, mine)
+            make_trainer(1, callback, *average, checkpoints=False).fit(module, mine, ckpt_path=resume)
         (out / f"rank{os.environ.get('LOCAL_RANK', '0')}.txt").write_text(str(error.value))
         return
     trainer = make_trainer(epochs, callback, watch)
