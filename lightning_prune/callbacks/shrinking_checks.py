@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
@@ -57,7 +57,8 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
         ValueError: naming it, and what to use.
     """
     strategy: Any = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
+    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is one of DDP to Lightning
         raise ValueError(
             f"PruningAwarePretraining does not support {type(strategy).__name__}, whose shards hide the units; use one "
             "device, strategy='ddp', or strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with "

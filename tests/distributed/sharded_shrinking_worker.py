@@ -6,6 +6,7 @@ the other.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -31,9 +32,9 @@ HEAD_DIM, GROUPS = LLAMA["hidden_size"] // LLAMA["num_attention_heads"], LLAMA["
 
 
 def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]]) -> Tensor:
-    """Bool of a Llama parameter's shape, True where pruned units lie: written out, without the package's tables."""
+    """Bool of a parameter's shape, True where pruned units lie: of Llama, written out; of GPT-2 the FFN alone."""
     gone, parts = torch.zeros(shape, dtype=torch.bool), name.split(".")
-    layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
+    layer = next((int(part) for part in parts if part.isdigit()), None)
     if layer is not None and "layer" in units and layer in units["layer"][0].tolist():
         return torch.ones(shape, dtype=torch.bool)
     if layer is not None and "attention" in units:
@@ -49,6 +50,10 @@ def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]]) -> Tensor
             gone[units["ffn"][layer]] = True
         elif "down_proj" in parts:
             gone[:, units["ffn"][layer]] = True
+        elif "c_fc" in parts:
+            gone[..., units["ffn"][layer]] = True
+        elif "mlp" in parts and len(shape) == 2:
+            gone[units["ffn"][layer]] = True
     if "stem" in units:
         if "o_proj" in parts or "down_proj" in parts or len(shape) == 1:
             gone[units["stem"][0]] = True
@@ -93,7 +98,10 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     trainer_settings, leave_gathered = settings.pop("trainer", {}), settings.pop("leave_gathered", False)
     options = {"learning_rate": 1e-3, "weight_decay": 0.1, "lr_schedule": "constant", **settings.pop("module", {})}
     torch.manual_seed(settings.pop("initial", 0))
-    module = CausalLM(config={**LLAMA, **settings.pop("config", {})}, **options)
+    config = settings.pop("config", {})
+    module = CausalLM(config=config if "model_type" in config else {**LLAMA, **config}, **options)
+    if settings.pop("distilled", False):
+        settings["distill_from"] = copy.deepcopy(module.model)
     ids = torch.randint(64, (32, 8), generator=torch.Generator().manual_seed(0)).repeat(1, 3)
     samples = [{"input_ids": row} for row in ids]
     # Each rank's own samples, so that together they see in a step what one process would.

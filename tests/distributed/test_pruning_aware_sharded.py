@@ -16,30 +16,36 @@ from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM
 from lightning_prune.export import export
+from lightning_prune.structure.shrinking import Shrinking
 
 pytestmark = pytest.mark.distributed
 
 ALL = {"hidden_size": 28, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
 FEWER = {"intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
-NO_COMPACTION = {"compact_every": 1000}  # of one process, until the target is reached, which is at the last step
+GPT2 = {
+    "model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 50, "n_positions": 32,
+    "initializer_range": 0.1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+}  # fmt: skip
 # Name: settings of two ranks, and of one process on the same batches.
 CASES: dict[str, dict[str, Any]] = {
-    "taylor2": {"target": ALL, "end": 16, **NO_COMPACTION},
+    "taylor2": {"target": ALL, "end": 16},
     "kfac, accumulation, gradient checkpointing": {
-        "target": ALL, "end": 8, "saliency": "kfac", "saliency_decay": 0.5, **NO_COMPACTION,
+        "target": ALL, "end": 8, "saliency": "kfac", "saliency_decay": 0.5,
         "trainer": {"accumulate_grad_batches": 2}, "module": {"gradient_checkpointing": True},
     },
-    "variant B, kfac": {
-        "target": ALL, "end": 16, "saliency": "kfac", "second_order": True, "second_order_every": 2, **NO_COMPACTION,
+    "variant B, kfac": {"target": ALL, "end": 16, "saliency": "kfac", "second_order": True, "second_order_every": 2},
+    "variant B, distillation": {
+        "target": 0.6, "end": 16, "second_order": True, "second_order_every": 2, "distilled": True,
     },
-    "variant B": {"target": 0.6, "end": 16, "second_order": True, "second_order_every": 2, **NO_COMPACTION},
-    # Without hidden channels one process may slice at any time: nothing is rescaled.
     "layers, clipping, reached early": {
         "target": FEWER, "types": ["attention", "ffn", "layer"], "end": 11, "compact_every": 2,
         "trainer": {"gradient_clip_val": 0.5},
     },
-    "magnitude, fit twice": {
-        "target": 0.6, "end": 12, "saliency": "magnitude", "epochs": 2, "again": 4, **NO_COMPACTION,
+    "magnitude, fit twice": {"target": 0.6, "end": 12, "saliency": "magnitude", "epochs": 2, "again": 4},
+    # Its shards are pieces of rows, and 50 does not divide into them.
+    "gpt2, variant B, kfac": {
+        "config": GPT2, "target": {"intermediate_size": 29}, "types": ["ffn"], "end": 14, "saliency": "kfac",
+        "second_order": True, "second_order_every": 1,
     },
 }  # fmt: skip
 ROUNDED: dict[str, Any] = {
@@ -59,11 +65,17 @@ def read(folder: Path, rank: int = 0) -> tuple[dict[str, Tensor], list[dict[str,
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case in one process."""
+    """Every case in one process.
+
+    Slicing hidden channels off rescales weights, which changes Adam's next steps; where they go, it waits for the end.
+    """
     folder = tmp_path_factory.mktemp("single")
     for name, settings in CASES.items():
         (folder / name).mkdir()
-        worker.run(folder / name, 1, "single", settings)
+        with pytest.MonkeyPatch.context() as patch:
+            if "types" not in settings:
+                patch.setattr(Shrinking, "compaction_due", False)
+            worker.run(folder / name, 1, "single", settings)
     return folder
 
 
@@ -105,19 +117,18 @@ def test_two_ranks_choose_and_train_as_one_process(name: str, folder: Path, sing
         assert torch.equal(value, others[key]), key
     assert int(weights["masked"]) > 0  # zeros were looked at after every step
     assert any(weights[key].shape != value.shape for key, value in one.items())  # the sharded one is masked, not sliced
-    # Sums over samples are taken in another order, and Adam's steps go by signs.
-    torch.testing.assert_close(weights["logits"], one["logits"], rtol=2e-2, atol=1e-2)
+    # Sums over samples are taken in another order.
+    torch.testing.assert_close(weights["logits"], one["logits"], rtol=1e-3, atol=1e-4)
     small, expected = (AutoModelForCausalLM.from_pretrained(f / name / "model") for f in (folder, single))
     assert type(small) is type(expected)
     assert same_config(small) == same_config(expected)
     for key, value in expected.named_parameters():
-        torch.testing.assert_close(small.get_parameter(key), value, rtol=5e-3, atol=1e-3, msg=key)
+        torch.testing.assert_close(small.get_parameter(key), value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 def same_config(model: Any) -> dict[str, Any]:
     fields = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    fields["rms_norm_eps"] = pytest.approx(fields["rms_norm_eps"])
-    return fields
+    return {name: pytest.approx(value) if name.endswith("eps") else value for name, value in fields.items()}
 
 
 @pytest.mark.parametrize("name", [*CASES, "fsdp2", "fsdp2_full_checkpoint", "full", "bf16-mixed", "nothing left"])
@@ -129,9 +140,10 @@ def test_what_is_saved_is_an_ordinary_small_model_with_the_same_logits(name: str
         assert all(bool((p != 0).any()) for p in model.parameters())
         with torch.no_grad():
             torch.testing.assert_close(model(worker.PROBE).logits, weights["logits"], rtol=1e-4, atol=1e-5)
-    sizes = TAYLOR2["target"] if "target" not in CASES.get(name, {}) else CASES[name]["target"]
-    if isinstance(sizes, dict) and name not in ("full",):
-        assert {field: getattr(model.config, field) for field in sizes} == sizes
+    sizes = CASES.get(name, {}).get("target")
+    if isinstance(sizes, dict):
+        fields = {"intermediate_size": "n_inner"} if name.startswith("gpt2") else {}
+        assert {field: getattr(model.config, fields.get(field, field)) for field in sizes} == sizes
 
 
 EXPORTED = [("taylor2", 1), ("taylor2", 3), ("full", 0), ("full", 3), ("bf16-mixed", 1)]
@@ -193,11 +205,11 @@ def test_one_process_slices_what_shards_had_masked(folder: Path, single: Path, t
 
 
 def test_resume_at_one_rank(folder: Path, tmp_path: Path) -> None:
-    resume = {"resume": str(folder / "variant B" / "epoch=1.ckpt"), **AGAIN}
-    done = launch(1, (tmp_path, "fsdp2", {**CASES["variant B"], **resume}), script=Path(worker.__file__))
+    resume = {"resume": str(folder / "variant B, kfac" / "epoch=1.ckpt"), **AGAIN}
+    done = launch(1, (tmp_path, "fsdp2", {**CASES["variant B, kfac"], **resume}), script=Path(worker.__file__))
     assert done.returncode == 0, done.stderr[-3000:]
     weights, history = read(tmp_path)
-    expected, expected_history = read(folder / "variant B")
+    expected, expected_history = read(folder / "variant B, kfac")
     assert same_steps(history) == same_steps(expected_history)
     for key in (k for k in expected if k != "masked"):
         torch.testing.assert_close(weights[key], expected[key], rtol=5e-3, atol=1e-3, msg=key)
