@@ -347,8 +347,9 @@ def _without_units(
             f"checkpoint={str(source.path)!r} was written by PruningAwarePretraining while units were masked, which "
             f"cannot be removed: {first_line(error)}"
         ) from error
-    for name, parameter in model.named_parameters() if dtype is not None else ():
-        parameter.data = _converted(source, name, parameter.data, dtype)
+    if dtype is not None:
+        for name, parameter in model.named_parameters():
+            parameter.data = _converted(source, name, parameter.data, dtype)
     tied = tied_names(model)
     reports = [
         report_tensor(

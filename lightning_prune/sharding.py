@@ -348,7 +348,7 @@ class ShardGroup:
     def sum_all(self, values: Mapping[_K, Tensor]) -> dict[_K, Tensor]:
         """`sum` of several tensors of one dtype, in one collective."""
         flat = self.sum(torch.cat([v.flatten() for v in values.values()]))
-        parts = flat.split([v.numel() for v in values.values()])
+        parts = torch.split(flat, [v.numel() for v in values.values()])
         return {key: part.view(v.shape) for part, (key, v) in zip(parts, values.items(), strict=True)}
 
 

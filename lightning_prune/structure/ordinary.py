@@ -68,7 +68,8 @@ def _converted(model: Any, model_type: str) -> nn.Module:
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights of a sharded model on the CPU of the first process, empty on the others; every process must call."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return dict(get_model_state_dict(model, options=options))
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
 
 
 def without_masked_units(model: nn.Module, state: Mapping[str, Tensor] | None) -> nn.Module:
