@@ -20,6 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from safetensors.torch import save_file
 from shrinking_worker import LLAMA
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from worker import STRATEGIES
 
@@ -62,6 +64,16 @@ def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]]) -> Tensor
     return gone
 
 
+class Hybrid(CausalLM):
+    """Shards within pairs of ranks, copies between them."""
+
+    def configure_model(self) -> None:
+        mesh = init_device_mesh("cpu", (2, self.trainer.world_size // 2), mesh_dim_names=("replicate", "shard"))
+        for block in self.model.model.layers:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
 class Watch(L.Callback):
     """After every step: what is pruned is zero, in weights and optimizer states, and in every rank's part."""
 
@@ -99,7 +111,9 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     options = {"learning_rate": 1e-3, "weight_decay": 0.1, "lr_schedule": "constant", **settings.pop("module", {})}
     torch.manual_seed(settings.pop("initial", 0))
     config = settings.pop("config", {})
-    module = CausalLM(config=config if "model_type" in config else {**LLAMA, **config}, **options)
+    module = (Hybrid if strategy == "hsdp" else CausalLM)(
+        config=config if "model_type" in config else {**LLAMA, **config}, **options
+    )
     if settings.pop("distilled", False):
         settings["distill_from"] = copy.deepcopy(module.model)
     ids = torch.randint(64, (32, 8), generator=torch.Generator().manual_seed(0)).repeat(1, 3)

@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "layers, clipping, reached early": {
         "target": FEWER, "types": ["attention", "ffn", "layer"], "end": 11, "compact_every": 2,
-        "trainer": {"gradient_clip_val": 0.5},
+        "trainer": {"gradient_clip_val": 0.5}, "module": {"cpu_offload": True, "reshard_after_forward": False},
     },
     "magnitude, fit twice": {"target": 0.6, "end": 12, "saliency": "magnitude", "epochs": 2, "again": 4},
     # Its shards are pieces of rows, and 50 does not divide into them.
