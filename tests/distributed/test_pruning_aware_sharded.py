@@ -217,6 +217,21 @@ def test_resume_at_one_rank(folder: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(weights[key], expected[key], rtol=5e-3, atol=1e-3, msg=key)
 
 
+def test_hybrid_shards_choose_and_train_as_one_process(single: Path, tmp_path: Path) -> None:
+    names = ("taylor2", "variant B, kfac")
+    done = launch(4, *((tmp_path / name, "hsdp", CASES[name]) for name in names), script=Path(worker.__file__))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        one, one_history = read(single / name)
+        for rank in range(4):
+            weights, history = read(tmp_path / name, rank)
+            assert same_steps(history) == same_steps(one_history)
+            torch.testing.assert_close(weights["logits"], one["logits"], rtol=1e-3, atol=1e-4)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name / "model")
+        for key, value in AutoModelForCausalLM.from_pretrained(single / name / "model").named_parameters():
+            torch.testing.assert_close(model.get_parameter(key), value, rtol=1e-4, atol=1e-5, msg=key)
+
+
 def test_what_is_refused(folder: Path) -> None:
     for rank in range(2):
         assert "written on one device or under DDP" in (folder / "foreign" / f"rank{rank}.txt").read_text()
