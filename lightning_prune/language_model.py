@@ -25,7 +25,9 @@ from lightning_prune.parallel import parallelize
 from lightning_prune.pretrained import load_pretrained
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path
+from lightning_prune.stored_units import units_in
 from lightning_prune.structure import known_families, plain_model
+from lightning_prune.structure.masked_units import note_masked_units
 from lightning_prune.structure.ordinary import whole_state, without_masked_units
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
@@ -284,10 +286,16 @@ class CausalLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Merge adapters of `PERPRetraining` that a checkpoint holds and this module does not.
 
+        Outside of a Trainer, note which units `PruningAwarePretraining` had masked in shards, so that `save_pretrained`
+        leaves them out.
+
         Raises:
-            ValueError: training is to be resumed from it, without that callback.
+            ValueError: training is to be resumed from it, without that callback; or a damaged state.
             CheckpointError: the adapters cannot be merged.
         """
+        units = units_in(checkpoint.get("callbacks", {}), sharded=True) if self._trainer is None else None
+        if units is not None:
+            note_masked_units(self.model, units.removal, units.attention_unit)
         state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
         if not any(".lora_A." in name for name in state) or any(".lora_A." in n for n, _ in self.named_parameters()):
             return

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from lightning_prune.checkpoints import Checkpoint, fail
+from lightning_prune.checkpoints import Checkpoint, CheckpointError
 from lightning_prune.structure.masked_units import MaskedUnits
 from lightning_prune.structure.sizes import ATTENTION_UNITS
+
+_CALLBACK = "PruningAwarePretraining"
 
 
 def stored_units(checkpoint: Checkpoint) -> MaskedUnits | None:
@@ -17,17 +20,34 @@ def stored_units(checkpoint: Checkpoint) -> MaskedUnits | None:
     Raises:
         CheckpointError: the callback's state is damaged.
     """
-    for key, state in checkpoint.callbacks.items():
-        if not str(key).startswith("PruningAwarePretraining") or not state:
+    try:
+        return units_in(checkpoint.callbacks)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits | None:
+    """`stored_units` of the states of callbacks.
+
+    Args:
+        callbacks: States by key, as in a Lightning checkpoint.
+        sharded: Only of a callback whose model was sharded, where units stay masked to the end.
+
+    Raises:
+        ValueError: the callback's state is damaged.
+    """
+    for key, state in callbacks.items():
+        if not str(key).startswith(_CALLBACK) or not state or (sharded and not state.get("sharded")):
             continue
         try:
             pending, unit = state["shrinking"]["pending"], state["settings"]["attention_unit"]
-        except (KeyError, TypeError):
-            fail(checkpoint.path, "the state of its PruningAwarePretraining callback names no units; it is damaged")
-        if unit not in ATTENTION_UNITS or not isinstance(pending, Mapping):
-            fail(checkpoint.path, "the state of its PruningAwarePretraining callback is damaged")
-        if not all(isinstance(t, Tensor) for places in pending.values() for t in places):
-            fail(checkpoint.path, "the units of its PruningAwarePretraining callback are damaged")
+            whole = all(isinstance(t, Tensor) for places in pending.values() for t in places)
+        except (KeyError, TypeError, AttributeError):
+            pending, unit, whole = {}, None, False
+        if not whole or unit not in ATTENTION_UNITS:
+            raise ValueError(
+                f"the state of its {_CALLBACK} callback is damaged: it does not say which units are masked"
+            )
         if pending:
             return MaskedUnits({str(t): list(places) for t, places in pending.items()}, unit)
     return None

@@ -219,6 +219,7 @@ class PruningAwarePretraining(L.Callback):
         state = self._loaded or (before.state_dict() if before is not None else None)
         structure = read_structure(pl_module, self.attention_unit)
         stay = units_stay(structure, trainer.strategy)
+        check_module(pl_module, trainer.strategy)  # once more: configure_model may have compiled it
         if state is None:
             check_not_masked(structure)
         first = None if state is None else Sizes(**state["first"])

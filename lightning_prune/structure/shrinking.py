@@ -195,6 +195,7 @@ class Shrinking:
         before, unit = self.structure, self.structure.attention_unit
         lost = {} if self.moments is None else lost_inputs(before, self.pending)
         remove_units(before.model, self.pending, optimizers, attention_unit=unit)
+        note_masked_units(before.model, {}, unit)
         for average in averages:
             remove_units(average, self.pending, attention_unit=unit)
         self.structure = read_structure(before.model, unit)
