@@ -286,15 +286,16 @@ class CausalLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Merge adapters of `PERPRetraining` that a checkpoint holds and this module does not.
 
-        Outside of a Trainer, note which units `PruningAwarePretraining` had masked in shards, so that `save_pretrained`
-        leaves them out.
+        Where nothing else does, note which units `PruningAwarePretraining` had masked in shards, so that
+        `save_pretrained` leaves them out.
 
         Raises:
             ValueError: training is to be resumed from it, without that callback; or a damaged state.
             CheckpointError: the adapters cannot be merged.
         """
-        units = units_in(checkpoint.get("callbacks", {}), sharded=True) if self._trainer is None else None
-        if units is not None:
+        units = units_in(checkpoint.get("callbacks", {}), sharded=True)
+        # In one piece, and in a Trainer, the callback slices them off.
+        if units is not None and (self._trainer is None or has_sharded_parameters(self.model)):
             note_masked_units(self.model, units.removal, units.attention_unit)
         state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
         if not any(".lora_A." in name for name in state) or any(".lora_A." in n for n, _ in self.named_parameters()):

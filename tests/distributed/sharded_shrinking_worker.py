@@ -105,7 +105,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     settings = dict(settings)
-    refused, again = settings.pop("refused", None), settings.pop("again", None)
+    refused, again, alone = settings.pop("refused", None), settings.pop("again", None), settings.pop("alone", False)
     resume, epochs, averaged = settings.pop("resume", None), settings.pop("epochs", 4), settings.pop("averaged", False)
     trainer_settings, leave_gathered = settings.pop("trainer", {}), settings.pop("leave_gathered", False)
     options = {"learning_rate": 1e-3, "weight_decay": 0.1, "lr_schedule": "constant", **settings.pop("module", {})}
@@ -137,7 +137,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
             make_trainer(1, callback, *average, checkpoints=False).fit(module, mine, ckpt_path=resume)
         (out / f"rank{os.environ.get('LOCAL_RANK', '0')}.txt").write_text(str(error.value))
         return
-    trainer = make_trainer(epochs, callback, watch)
+    trainer = make_trainer(epochs, *([] if alone else [callback, watch]))
     trainer.fit(module, mine, ckpt_path=resume)
     if again is not None:
         other = PruningAwarePretraining(0.5)

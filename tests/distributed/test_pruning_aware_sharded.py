@@ -93,6 +93,7 @@ def folder(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = {"resume": str(folder / "full" / "epoch=1.ckpt"), "refused": True, "config": {"intermediate_size": 63}}
     cases += [
         (folder / "nothing left", "fsdp2", {**TAYLOR2, **done}),
+        (folder / "without the callback", "fsdp2", {**TAYLOR2, **done, "alone": True, "epochs": 6}),
         (folder / "full", "fsdp2_full_checkpoint", LAYERS),
         (folder / "bf16-mixed", "fsdp2", ROUNDED),
         (folder / "foreign", "fsdp2", {**TAYLOR2, **foreign}),
@@ -198,6 +199,15 @@ def test_a_finished_run_has_its_masks_when_nothing_is_left_to_train(folder: Path
     assert resumed_history == history
     for key in (k for k in weights if k != "masked"):
         assert torch.equal(weights[key], resumed[key]), key
+
+
+def test_training_on_without_the_callback_keeps_the_zeros(folder: Path) -> None:
+    weights, _ = read(folder / "without the callback")
+    assert not torch.equal(weights["logits"], read(folder / "taylor2")[0]["logits"])
+    model = AutoModelForCausalLM.from_pretrained(folder / "without the callback" / "model")
+    assert {field: getattr(model.config, field) for field in ALL} == ALL
+    with torch.no_grad():
+        torch.testing.assert_close(model(worker.PROBE).logits, weights["logits"], rtol=1e-4, atol=1e-5)
 
 
 def test_one_process_slices_what_shards_had_masked(folder: Path, single: Path, tmp_path: Path) -> None:
