@@ -12,7 +12,7 @@ from torch import Tensor, device, nn
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.removal_checks import check_removal, kept_indices
 from lightning_prune.structure.sizes import AttentionUnit
-from lightning_prune.structure.units import Removal, find_language_model, read_structure
+from lightning_prune.structure.units import Removal, read_structure
 
 _NOTE = "_lightning_prune_masked_units"
 
@@ -39,9 +39,7 @@ def note_masked_units(model: nn.Module, removal: Removal, attention_unit: Attent
 
 def noted_units(model: nn.Module) -> MaskedUnits | None:
     """What `note_masked_units` has noted on the transformers model that `model` is or holds; None without a note."""
-    noted = vars(find_language_model(model)[1]).get(_NOTE)
-    assert noted is None or isinstance(noted, MaskedUnits)
-    return noted
+    return next((vars(m)[_NOTE] for m in model.modules() if _NOTE in vars(m)), None)
 
 
 def slice_masked_units(model: nn.Module, units: MaskedUnits) -> None:
