@@ -37,17 +37,16 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
         ValueError: the callback's state is damaged.
     """
     for key, state in callbacks.items():
-        if not str(key).startswith(_CALLBACK) or not state or (sharded and not state.get("sharded")):
+        if not str(key).startswith(_CALLBACK) or not state:
             continue
         try:
             pending, unit = state["shrinking"]["pending"], state["settings"]["attention_unit"]
             whole = all(isinstance(t, Tensor) for places in pending.values() for t in places)
+            counts = bool(state.get("sharded")) or not sharded
         except (KeyError, TypeError, AttributeError):
-            pending, unit, whole = {}, None, False
+            pending, unit, whole, counts = {}, None, False, False
         if not whole or unit not in ATTENTION_UNITS:
-            raise ValueError(
-                f"the state of its {_CALLBACK} callback is damaged: it does not say which units are masked"
-            )
-        if pending:
+            raise ValueError(f"the state of its {_CALLBACK} callback is damaged: it does not say what is masked")
+        if pending and counts:
             return MaskedUnits({str(t): list(places) for t, places in pending.items()}, unit)
     return None

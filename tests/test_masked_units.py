@@ -14,7 +14,7 @@ from pruning_aware_models import SMALL, count, fit, make_module
 from test_pruning_aware_callback import GPT2
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import PruningAwarePretraining
+from lightning_prune import CausalLM, PruningAwarePretraining
 from lightning_prune.checkpoint_model import ExportError
 from lightning_prune.checkpoints import CheckpointError
 from lightning_prune.export import export
@@ -97,15 +97,18 @@ def test_a_unit_that_has_come_back_is_not_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("settings", None), ("shrinking", {"pending": 3}), ("shrinking", {"pending": {"ffn": [1]}})]
+    "change", [{"settings": None}, {"shrinking": {"pending": 3}}, {"shrinking": {"pending": {"ffn": [1]}}}, "text"]
 )
-def test_a_damaged_state_is_an_error(key: str, value: Any, tmp_path: Path) -> None:
+def test_a_damaged_state_is_an_error(change: Any, tmp_path: Path) -> None:
     masked_run(SMALL, tmp_path)
     checkpoint = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
-    checkpoint["callbacks"]["PruningAwarePretraining"][key] = value
+    state = checkpoint["callbacks"]["PruningAwarePretraining"]
+    checkpoint["callbacks"]["PruningAwarePretraining"] = change if isinstance(change, str) else {**state, **change}
     torch.save(checkpoint, tmp_path / "damaged.ckpt")
-    with pytest.raises(CheckpointError, match="PruningAwarePretraining callback"):
+    with pytest.raises(CheckpointError, match="PruningAwarePretraining callback is damaged"):
         export(tmp_path / "damaged.ckpt", tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="PruningAwarePretraining callback is damaged"):
+        CausalLM.load_from_checkpoint(tmp_path / "damaged.ckpt", weights_only=True)
 
 
 def test_units_that_the_model_does_not_have_are_an_error(tmp_path: Path) -> None:

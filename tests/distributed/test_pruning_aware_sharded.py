@@ -95,6 +95,7 @@ def folder(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "nothing left", "fsdp2", {**TAYLOR2, **done}),
         (folder / "without the callback", "fsdp2", {**TAYLOR2, **done, "alone": True, "epochs": 6}),
         (folder / "full", "fsdp2_full_checkpoint", LAYERS),
+        (folder / "under DDP", "ddp", {**LAYERS, "resume": str(folder / "full" / "epoch=1.ckpt"), **AGAIN}),
         (folder / "bf16-mixed", "fsdp2", ROUNDED),
         (folder / "foreign", "fsdp2", {**TAYLOR2, **foreign}),
         (folder / "other sizes", "fsdp2", {**LAYERS, **other}),
@@ -210,14 +211,13 @@ def test_training_on_without_the_callback_keeps_the_zeros(folder: Path) -> None:
         torch.testing.assert_close(model(worker.PROBE).logits, weights["logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_one_process_slices_what_shards_had_masked(folder: Path, single: Path, tmp_path: Path) -> None:
-    resume = {"resume": str(folder / "full" / "epoch=1.ckpt"), **AGAIN}
-    worker.run(tmp_path, 1, "single", {**LAYERS, **resume})
-    weights, history = read(tmp_path)
+def test_one_process_and_ddp_slice_what_shards_had_masked(folder: Path, single: Path, tmp_path: Path) -> None:
+    worker.run(tmp_path, 1, "single", {**LAYERS, "resume": str(folder / "full" / "epoch=1.ckpt"), **AGAIN})
     one, one_history = read(single / "layers, clipping, reached early")
-    assert same_steps(history) == same_steps(one_history)
-    for key in (k for k in one if k != "masked"):
-        torch.testing.assert_close(weights[key], one[key], rtol=1e-4, atol=1e-5, msg=key)
+    for weights, history in (read(tmp_path), read(folder / "under DDP", 0), read(folder / "under DDP", 1)):
+        assert same_steps(history) == same_steps(one_history)
+        for key in (k for k in one if k != "masked"):
+            torch.testing.assert_close(weights[key], one[key], rtol=1e-4, atol=1e-5, msg=key)
 
 
 def test_resume_at_one_rank(folder: Path, tmp_path: Path) -> None:
