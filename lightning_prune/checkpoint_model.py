@@ -17,6 +17,9 @@ from lightning_prune.checkpoints import Checkpoint
 from lightning_prune.inspection import TensorReport, report_tensor
 from lightning_prune.progress import progress_bar
 from lightning_prune.stored_masks import StoredMasks
+from lightning_prune.stored_units import stored_units
+from lightning_prune.structure.masked_units import MaskedUnits, slice_masked_units
+from lightning_prune.structure.ordinary import plain_model
 from lightning_prune.targets import clean_name
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
@@ -62,7 +65,8 @@ def read_model(
     shards of a distributed checkpoint are put together in main memory, which must hold the model once.
 
     Args:
-        source: The opened checkpoint. Adapters that `PERPRetraining` was training are merged.
+        source: The opened checkpoint. Adapters that `PERPRetraining` was training are merged, and units that
+            `PruningAwarePretraining` had masked are removed.
         tokenizer: Hub id, folder, ``.gguf`` file or ``tokenizer.json``; ``"none"`` for no tokenizer. Default: the one
             the checkpoint names, if it names one.
         dtype: Of floating point weights; default as stored.
@@ -73,6 +77,7 @@ def read_model(
         ExportError: it holds no configuration, other tensors than its architecture has, pruned weights that are not
             zero, or values that `dtype` cannot hold; or the tokenizer cannot be loaded or does not fit.
     """
+    units = stored_units(source)
     if not source.count:
         raise ExportError(f"checkpoint={str(source.path)!r} holds no tensors")
     source = _merged(source)
@@ -82,8 +87,13 @@ def read_model(
         with torch.device("meta"):  # shapes and names only
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         _check_vocabulary(found_tokenizer, model)
-        read = _read(source, model, dtype, progress)
-        return ReadModel(_fill(source, model, read.state), found_tokenizer, read.reports, read.masks)
+        # Slicing rescales weights, so they are rounded after it.
+        read = _read(source, model, dtype if units is None else None, progress)
+        model = _fill(source, model, read.state)
+        if units is not None:
+            model, reports = _without_units(source, model, units, dtype)
+            read = _Read({}, reports, read.masks)
+        return ReadModel(model, found_tokenizer, read.reports, read.masks)
 
 
 def _merged(source: Checkpoint) -> Checkpoint:
@@ -323,6 +333,34 @@ def _fill_by_transformers(source: Checkpoint, model: Any, state: dict[str, Tenso
             "model"
         )
     return filled
+
+
+def _without_units(
+    source: Checkpoint, model: Any, units: MaskedUnits, dtype: torch.dtype | None
+) -> tuple[Any, list[TensorReport]]:
+    """The ordinary model that is left without masked units, and what is in its tensors."""
+    try:
+        slice_masked_units(model, units)
+        model = plain_model(model)
+    except ValueError as error:
+        raise ExportError(
+            f"checkpoint={str(source.path)!r} was written by PruningAwarePretraining while units were masked, which "
+            f"cannot be removed: {first_line(error)}"
+        ) from error
+    if dtype is not None:
+        for name, parameter in model.named_parameters():
+            parameter.data = _converted(source, name, parameter.data, dtype)
+    tied = tied_names(model)
+    reports = [
+        report_tensor(
+            name,
+            parameter.detach(),
+            model_type=model.config.model_type,
+            tied_to=first if (first := tied.get(name, name)) != name else None,
+        )
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    ]
+    return model, reports
 
 
 # -- words and bits ---------------------------------------------------------------------------------------------------

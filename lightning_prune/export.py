@@ -46,7 +46,7 @@ def export(
     Args:
         checkpoint: A Lightning ``.ckpt`` of `CausalLM`, the folder of a distributed checkpoint of one
             (``ModelParallelStrategy``), or a transformers folder. Adapters that `PERPRetraining` was training are
-            merged.
+            merged; units that `PruningAwarePretraining` had masked, and not sliced off, are left out.
         output: Folder to write: ``config.json``, ``model.safetensors`` (in shards where it is large), the tokenizer,
             ``generation_config.json``, ``sparsity.json`` and a model card, ``README.md``.
         tokenizer: Hub id, folder, ``.gguf`` file or ``tokenizer.json``; ``"none"`` for no tokenizer. Default: the one

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -26,7 +25,10 @@ from lightning_prune.parallel import parallelize
 from lightning_prune.pretrained import load_pretrained
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path
+from lightning_prune.stored_units import units_in
 from lightning_prune.structure import known_families, plain_model
+from lightning_prune.structure.masked_units import note_masked_units
+from lightning_prune.structure.ordinary import whole_state, without_masked_units
 from lightning_prune.tokenization import has_tokenizer, load_tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -284,10 +286,17 @@ class CausalLM(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Merge adapters of `PERPRetraining` that a checkpoint holds and this module does not.
 
+        Where nothing else does, note which units `PruningAwarePretraining` had masked in shards, so that
+        `save_pretrained` leaves them out.
+
         Raises:
-            ValueError: training is to be resumed from it, without that callback.
+            ValueError: training is to be resumed from it, without that callback; or a damaged state.
             CheckpointError: the adapters cannot be merged.
         """
+        units = units_in(checkpoint.get("callbacks", {}), sharded=True)
+        # In one piece, and in a Trainer, the callback slices them off.
+        if units is not None and (self._trainer is None or has_sharded_parameters(self.model)):
+            note_masked_units(self.model, units.removal, units.attention_unit)
         state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
         if not any(".lora_A." in name for name in state) or any(".lora_A." in n for n, _ in self.named_parameters()):
             return
@@ -304,20 +313,21 @@ class CausalLM(L.LightningModule):
         """Save model and tokenizer as a plain transformers folder with safetensors.
 
         The first process writes. Where parameters are sharded every process must call, and the whole weights are
-        gathered in the main memory of the first. A model without a tokenizer is saved without one.
+        gathered in the main memory of the first; units that `PruningAwarePretraining` has masked are left out. A model
+        without a tokenizer is saved without one.
 
         Args:
             folder: Created if it does not exist.
+
+        Raises:
+            ValueError: masked units are not zero any more.
         """
-        if not has_sharded_parameters(self.model):
-            self._save_pretrained(folder, None)
-            return
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        self._save_pretrained(folder, get_model_state_dict(self.model, options=options))
+        self._save_pretrained(folder, whole_state(self.model) if has_sharded_parameters(self.model) else None)
 
     @rank_zero_only
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
-        _ordinary(self.model).save_pretrained(str(folder), state_dict=state)
+        small = without_masked_units(self.model, state)
+        _ordinary(small).save_pretrained(str(folder), state_dict=state if small is self.model else None)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 

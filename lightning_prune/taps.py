@@ -310,6 +310,7 @@ def on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
     base = output._base
     if base is not None and base.numel() == output.numel() and base.requires_grad:
         # A linear layer returns a view; an in-place change of a view replaces its history, not that of its base.
-        base.register_hook(lambda delta: take(delta.reshape(output.shape)))  # type: ignore[no-untyped-call]
+        shape = output.shape  # not the output, whose graph would stay alive in a circle of references
+        base.register_hook(lambda delta: take(delta.reshape(shape)))  # type: ignore[no-untyped-call]
     else:
         output.register_hook(take)  # type: ignore[no-untyped-call]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,12 +14,14 @@ import torch
 from conftest import make_tokens
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pruning_aware_models import SMALL, batches, count, fit, make_module, make_trainer, weights
 from structure_models import exact_rms_norms
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
+from lightning_prune.callbacks.shrinking_checks import check_trainer, units_stay
+from lightning_prune.structure import read_structure
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 ALL = ("attention", "ffn", "stem")
@@ -103,6 +107,17 @@ def test_compaction_changes_nothing_in_float64_after_real_steps(family: str, mon
     assert len(callback.differences) >= 2
     assert max(callback.differences) < 1e-9
     assert callback.removed == set(types)
+
+
+def test_kfac_hooks_keep_no_graph_that_knows_the_old_shapes() -> None:
+    """GPT-2's layers return views, whose history was held in a circle of references until it was collected."""
+    gc.disable()
+    try:
+        callback = PruningAwarePretraining(0.8, ("ffn",), saliency="kfac", end=6, compact_every=2)
+        module = fit(callback, make_module(config=GPT2), max_steps=8)
+    finally:
+        gc.enable()
+    assert count(module) == callback.history[-1].parameters < 0.81 * callback.history[0].parameters
 
 
 def test_training_is_that_of_a_model_masked_by_hand() -> None:
@@ -287,10 +302,6 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "WeightPruning": (lambda: (make_module(), [WeightPruning()], {}), "WeightPruning keeps tensors"),
     "SWA": (lambda: (make_module(), [StochasticWeightAveraging(1e-3)], {}), "StochasticWeightAveraging"),
     "optimizer": (lambda: (Factored(config=SMALL), [], {}), "Adafactor keeps the state"),
-    "strategy": (
-        lambda: (make_module(), [], {"strategy": ModelParallelStrategy(process_group_backend="gloo")}),
-        "does not support ModelParallelStrategy",
-    ),
 }
 
 
@@ -303,6 +314,32 @@ def test_what_cannot_shrink_is_refused_before_anything_changes(case: str) -> Non
         fit(PruningAwarePretraining(0.5), module, *callbacks, **settings)
     assert {n: p.shape for n, p in module.named_parameters()} == shapes
     assert "on_load_checkpoint" not in module.__dict__
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_flat_shards_are_refused(strategy: type) -> None:
+    trainer: Any = SimpleNamespace(strategy=strategy.__new__(strategy), callbacks=[], precision_plugin=None)
+    with pytest.raises(ValueError, match=f"does not support {strategy.__name__}, whose shards hide the units"):
+        check_trainer(trainer, PruningAwarePretraining(0.5))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "scaler", "message"), [(2, None, "tensor_parallel_size=2"), (1, object(), "scaler")]
+)
+def test_shards_that_cannot_be_masked_are_refused(tensor: int, scaler: Any, message: str) -> None:
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: tensor)}  # type: ignore[assignment]
+    plugin = SimpleNamespace(scaler=scaler)
+    trainer: Any = SimpleNamespace(strategy=strategy, callbacks=[], precision_plugin=plugin, precision="16-mixed")
+    with pytest.raises(ValueError, match=message):
+        check_trainer(trainer, PruningAwarePretraining(0.5))
+
+
+def test_a_strategy_of_shards_without_shards_is_refused() -> None:
+    structure = read_structure(make_module())
+    assert units_stay(structure, SimpleNamespace()) is False
+    with pytest.raises(ValueError, match="call fully_shard in configure_model"):
+        units_stay(structure, ModelParallelStrategy())
 
 
 def test_frozen_and_compiled_models_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -18,10 +18,12 @@ from lightning_prune.batches import padding_mask
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.shrinking_checks import (
     check_module,
+    check_not_masked,
     check_optimizers,
     check_settings,
     check_states,
     check_trainer,
+    units_stay,
 )
 from lightning_prune.callbacks.shrinking_parts import (
     agree_of,
@@ -33,11 +35,13 @@ from lightning_prune.callbacks.shrinking_parts import (
 )
 from lightning_prune.callbacks.shrunk_checkpoints import (
     before_loading,
+    check_before_loading,
     epsilon_of,
-    take_shapes,
+    take_saved_shapes,
     write_hyper_parameters,
 )
 from lightning_prune.progress import is_main_process
+from lightning_prune.sharding import reshard
 from lightning_prune.structure.history import ShrinkRecord
 from lightning_prune.structure.pictures import shrinking_picture
 from lightning_prune.structure.saliency import SaliencyAccumulator
@@ -67,8 +71,15 @@ class PruningAwarePretraining(L.Callback):
 
     Works with automatic optimization of one optimizer (Adam, AdamW, SGD, ... : states of the weights' shapes) on one
     device or under DDP, with accumulation, clipping, mixed precision, gradient checkpointing and tied embeddings. DDP
-    is wrapped anew at each compaction. Refused: FSDP, FSDP2, tensor parallelism, DeepSpeed (slices of shards are not
-    there yet), compiled modules, manual optimization, and `WeightPruning` and `PERPRetraining` in the same Trainer.
+    is wrapped anew at each compaction. Refused: FSDP1, tensor parallelism, DeepSpeed, compiled modules, manual
+    optimization, and `WeightPruning` and `PERPRetraining` in the same Trainer.
+
+    Under ``ModelParallelStrategy`` with FSDP2 shards cannot be sliced: pruned units stay zeros (`compact_every` has no
+    effect), and steps cost what they did. ``save_pretrained`` of `CausalLM`, which every process calls, writes the
+    small model, and so do `lightning_prune.structure.save_plain` and ``lightning-prune export`` of a checkpoint. Each
+    process scores and masks its shards; the second moments of variant B are whole on each. A full checkpoint
+    (``save_distributed_checkpoint=False``) can be resumed on one device or under DDP, which slice from there on; theirs
+    are refused under FSDP2, and so are ``WeightAveraging`` and ``precision="16-mixed"``.
 
     Checkpoints can be taken, and training resumed, at any step. ``load_from_checkpoint`` of `CausalLM` builds the small
     model; in a module of yours, hyper-parameters that hold the configuration (a mapping with ``model_type``), or single
@@ -95,7 +106,7 @@ class PruningAwarePretraining(L.Callback):
         second_order_every: Optimizer steps between those on which the moments are observed.
         second_order_decay: Weight of an observation in the moments against the next one's; of all there have been, they
             are the weighted mean.
-        compact_every: Prunings between compactions.
+        compact_every: Prunings between compactions; without effect where parameters are sharded.
         round_to: Multiple that the FFN and hidden sizes are kept at.
         units_per_pruning: Units at a pruning, where `end` is None. In a layer, for attention and ffn.
         attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of each group.
@@ -159,7 +170,8 @@ class PruningAwarePretraining(L.Callback):
         self._owner: weakref.ref[L.LightningModule] | None = None
         self._loaded: dict[str, Any] | None = None  # of a checkpoint, not yet bound to the module
         self._distillation: Distillation | None = None
-        self._unwrap: Any = None
+        self._unwrap: list[Callable[[], None]] = []
+        self._waiting = False  # for a checkpoint
         self._seen_step = 0
 
     @property
@@ -174,7 +186,7 @@ class PruningAwarePretraining(L.Callback):
         find_language_model(pl_module)
         if stage == "fit":
             check_trainer(trainer, self)
-            check_module(pl_module)
+            check_module(pl_module, trainer.strategy)
             if self.distill_from is not None and self._distillation is None:
                 source = load_source(self.distill_from, pl_module)
                 self._distillation = Distillation(source, self.distill_weight, self.temperature)
@@ -183,19 +195,33 @@ class PruningAwarePretraining(L.Callback):
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if state is None:
                 return
-            saved, unit = state["shrinking"], self.attention_unit
-            for module in (pl_module, *averages(trainer)):
-                take_shapes(module, Sizes(**saved["sizes"]), saved["layers_left"], state["epsilon"], unit)
+            take_saved_shapes([pl_module, *averages(trainer)], state, self.attention_unit)
 
         self._let_go()
-        self._unwrap = before_loading(pl_module, prepare)
+        self._unwrap = [before_loading(pl_module, prepare)]
+        if trainer.strategy.restore_checkpoint_after_setup:
+            undo = check_before_loading(trainer.strategy, pl_module, self.state_key, self.attention_unit)
+            self._unwrap.append(undo)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the units; take up a checkpoint, or an earlier fit of the same module."""
+        # Sharded weights, and the state of this callback with them, are restored only after this hook, if they are:
+        # that there is a checkpoint is not known yet.
+        self._waiting = trainer.strategy.restore_checkpoint_after_setup
+        if not self._waiting:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._waiting = False
+        reshard(pl_module)
         owner = None if self._owner is None else self._owner()
         before = self._shrinking if owner is pl_module else None
         state = self._loaded or (before.state_dict() if before is not None else None)
         structure = read_structure(pl_module, self.attention_unit)
+        stay = units_stay(structure, trainer.strategy)
+        check_module(pl_module, trainer.strategy)  # once more: configure_model may have compiled it
+        if state is None:
+            check_not_masked(structure)
         first = None if state is None else Sizes(**state["first"])
         goal = make_goal(structure, self.target, self.types, self.round_to, first)
         moments = None
@@ -205,7 +231,8 @@ class PruningAwarePretraining(L.Callback):
             saliency: SaliencyAccumulator = StreamedKFAC(structure, self.types, sum_of(trainer), self.saliency_decay)
         else:
             saliency = SaliencyAccumulator(structure, self.types, self.saliency, self.saliency_decay)
-        shrinking = Shrinking(structure, goal, saliency, moments, self.compact_every, agree_of(trainer))
+        every = None if stay else self.compact_every
+        shrinking = Shrinking(structure, goal, saliency, moments, every, agree_of(trainer))
         if state is not None:
             shrinking.load_state_dict(state)
         else:
@@ -220,6 +247,8 @@ class PruningAwarePretraining(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note where it begins: a checkpoint's step is known only now."""
+        if self._waiting:
+            self._begin(trainer, pl_module)
         assert self._shrinking is not None
         self._seen_step = trainer.global_step
         self._shrinking.begin(trainer.global_step, self.tokens)
@@ -283,6 +312,8 @@ class PruningAwarePretraining(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take all hooks off."""
+        if self._waiting:  # nothing was left to train
+            self._begin(trainer, pl_module)
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -312,9 +343,9 @@ class PruningAwarePretraining(L.Callback):
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._unwrap is not None:
-            self._unwrap()
-        self._unwrap = None
+        for undo in self._unwrap:
+            undo()
+        self._unwrap = []
 
     # -- pruning -------------------------------------------------------------------------------------------------
 
@@ -328,6 +359,7 @@ class PruningAwarePretraining(L.Callback):
             down_to = self.schedule.goal(step, goal.parameters(goal.first), goal.final)
             # Final sizes are reached one by one, not when their product is.
             down_to = -1 if goal.final_sizes is not None and step >= self.schedule.end else down_to
+        reshard(shrinking.structure.model)
         record = shrinking.prune(step, self.tokens, self.schedule.units, down_to, trainer.optimizers, averages(trainer))
         if record is None:
             return
@@ -344,7 +376,7 @@ class PruningAwarePretraining(L.Callback):
     def _compact(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shrinking, strategy = self._shrinking, trainer.strategy
         assert shrinking is not None
-        if not shrinking.pending:
+        if not shrinking.pending or shrinking.compact_every is None:
             return
         before = shrinking.structure.config.to_dict()
         wrapped = isinstance(strategy.model, DistributedDataParallel)
@@ -371,6 +403,7 @@ class PruningAwarePretraining(L.Callback):
             "version": _STATE_VERSION,
             "settings": self._settings(),
             "tokens": self.tokens,
+            "sharded": shrinking.compact_every is None,
             "epsilon": epsilon_of(shrinking.structure),
             "shrinking": shrinking.state_dict(),
         }

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import has_sharded_parameters, shard_group
+from lightning_prune.structure.masked_units import noted_units
 from lightning_prune.structure.saliency import check_saliency
 from lightning_prune.structure.sizes import ATTENTION_UNITS
 from lightning_prune.structure.units import Structure
@@ -56,11 +57,15 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
         ValueError: naming it, and what to use.
     """
     strategy: Any = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is one of DDP to Lightning
         raise ValueError(
-            f"PruningAwarePretraining does not support {type(strategy).__name__}: parameters in shards cannot be "
-            "sliced while they train; use one device or strategy='ddp', or shrink before with prune_structured"
+            f"PruningAwarePretraining does not support {type(strategy).__name__}, whose shards hide the units; use one "
+            "device, strategy='ddp', or strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with "
+            "FSDP2 (fully_shard in configure_model)"
         )
+    if isinstance(strategy, ModelParallelStrategy):
+        _check_sharding(strategy, trainer)
     if isinstance(strategy, DDPStrategy):
         if strategy._start_method != "popen":
             raise ValueError(
@@ -91,11 +96,32 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
 
 
-def check_module(module: L.LightningModule) -> None:
+def _check_sharding(strategy: ModelParallelStrategy, trainer: L.Trainer) -> None:
+    tensor = strategy.device_mesh["tensor_parallel"].size()
+    if tensor > 1:
+        raise ValueError(
+            f"PruningAwarePretraining does not support ModelParallelStrategy(tensor_parallel_size={tensor}), which "
+            "splits units between processes; use tensor_parallel_size=1 and data_parallel_size for all processes"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"PruningAwarePretraining does not support precision={trainer.precision!r} where parameters are sharded: "
+            "its scaler may skip a step on one process alone; use precision='bf16-mixed'"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        if isinstance(other, WeightAveraging):
+            raise ValueError(
+                f"{type(other).__name__} keeps a copy of the model in which no units are masked where parameters are "
+                "sharded; use strategy='ddp', or leave it out"
+            )
+
+
+def check_module(module: L.LightningModule, strategy: Any) -> None:
     """Modules that cannot change their shapes.
 
     Raises:
-        ValueError: manual optimization, a compiled or sharded module.
+        ValueError: manual optimization, a compiled module, or one that another strategy has sharded.
     """
     if not module.automatic_optimization:
         raise ValueError(
@@ -110,8 +136,39 @@ def check_module(module: L.LightningModule) -> None:
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
         )
-    if has_sharded_parameters(module):
-        raise ValueError("parameters are sharded (DTensor) and cannot be sliced; use one device or strategy='ddp'")
+    if has_sharded_parameters(module) and not isinstance(strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"parameters are sharded (DTensor) under {type(strategy).__name__} and cannot be sliced; use the "
+            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained"
+        )
+
+
+def units_stay(structure: Structure, strategy: Any) -> bool:
+    """Whether pruned units are to stay masks: where parameters are shards.
+
+    Raises:
+        ValueError: a strategy of shards without shards, or parameters of which only some are.
+    """
+    sharded = shard_group(structure.parameters()) is not None
+    if isinstance(strategy, ModelParallelStrategy) and not sharded:
+        raise ValueError(
+            "no parameter is sharded under ModelParallelStrategy, so processes would train apart: call fully_shard in "
+            "configure_model, as CausalLM does"
+        )
+    return sharded
+
+
+def check_not_masked(structure: Structure) -> None:
+    """A model whose units another callback has masked, and which this one would count as there.
+
+    Raises:
+        ValueError: there are such units.
+    """
+    if noted_units(structure.model) is not None:
+        raise ValueError(
+            "the model holds units that another PruningAwarePretraining has masked: go on with that one (or with its "
+            "checkpoint), or start from the small model that save_pretrained writes"
+        )
 
 
 def check_optimizers(structure: Structure, optimizers: Sequence[Optimizer], saliency: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
 from torch import Tensor, arange, nn, tensor
 
+from lightning_prune.checkpoints import CheckpointError, open_checkpoint
 from lightning_prune.structure.removal import remove_units, set_epsilon
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, units_to_remove
 from lightning_prune.structure.units import Structure, read_structure
@@ -29,6 +30,59 @@ def before_loading(module: L.LightningModule, prepare: Callable[[dict[str, Any]]
 
     module.__dict__["on_load_checkpoint"] = on_load_checkpoint
     return lambda: module.__dict__.pop("on_load_checkpoint", None)
+
+
+def check_before_loading(
+    strategy: Any, module: L.LightningModule, state_key: str, attention_unit: AttentionUnit
+) -> Callable[[], None]:
+    """Have a strategy that loads into shards refuse what would not fit, or not be what it was, before it loads any.
+
+    Shards cannot be sliced when the checkpoint is known, and a full one that is larger would be cut to fit. Lightning
+    numbers the optimizer states of a full checkpoint as the model's parameters; other strategies number them as the
+    optimizer's, which would give them to other parameters.
+
+    Args:
+        strategy: Whose ``load_checkpoint`` is wrapped.
+        module: To load into.
+        state_key: Of the callback whose state says the sizes.
+        attention_unit: See `read_structure`.
+
+    Returns:
+        What takes it off again.
+    """
+    original = strategy.load_checkpoint
+
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            state = open_checkpoint(checkpoint_path).callbacks.get(state_key)
+        except CheckpointError:  # Lightning's to say, which may have been told to trust it
+            state = None
+        if state:
+            _check_for_shards(state, read_structure(module, attention_unit).sizes)
+        return original(checkpoint_path, *args, **kwargs)
+
+    strategy.__dict__["load_checkpoint"] = load_checkpoint
+    return lambda: strategy.__dict__.pop("load_checkpoint", None)
+
+
+def _check_for_shards(state: Mapping[str, Any], sizes: Sizes) -> None:
+    if not state.get("sharded"):
+        raise ValueError(
+            "the checkpoint was written on one device or under DDP, and its optimizer states cannot be loaded into "
+            "shards: resume there, or start a new training from CausalLM.load_from_checkpoint(path)"
+        )
+    if (saved := Sizes(**state["shrinking"]["sizes"])) != sizes:
+        raise ValueError(
+            f"the checkpoint's model has {saved.as_dict()}, the module {sizes.as_dict()}: build the module with the "
+            "configuration that the training began with"
+        )
+
+
+def take_saved_shapes(modules: Iterable[nn.Module], state: Mapping[str, Any], attention_unit: AttentionUnit) -> None:
+    """`take_shapes` with what a callback's state of a checkpoint says."""
+    saved = state["shrinking"]
+    for module in modules:
+        take_shapes(module, Sizes(**saved["sizes"]), saved["layers_left"], state["epsilon"], attention_unit)
 
 
 def take_shapes(

@@ -1,9 +1,9 @@
 """Shrink a language model: units of attention, FFN, hidden channels and layers (EfficientLLM, arXiv 2502.06663).
 
 The way through the files: `families` (the table of architectures) → `sizes` (arithmetic) → `units` (which rows and
-columns go together) → `removal_checks` (what may go) → `unit_masks` (as zeros) and `removal` (for good) → `ordinary`
-(saving); `saliency` (what a unit is worth) → `choice` (which go) → `compensation` (the rest takes over) → `oneshot`
-(all of it, without a Trainer).
+columns go together) → `removal_checks` (what may go) → `unit_masks` (as zeros) and `removal` (for good) →
+`masked_units` (zeros of shards, left out of what is saved) → `ordinary` (saving); `saliency` (what a unit is worth) →
+`choice` (which go) → `compensation` (the rest takes over) → `oneshot` (all of it, without a Trainer).
 """
 
 from lightning_prune.structure.choice import Choice, choose

@@ -18,10 +18,11 @@ from torch import Tensor
 from lightning_prune.masks import uninterrupted
 from lightning_prune.obs import DAMPING
 from lightning_prune.progress import progress_bar
-from lightning_prune.sharding import local
+from lightning_prune.sharding import local, shard_group
 from lightning_prune.statistics import CalibrationError
 from lightning_prune.structure.saliency import INPUT_AXIS, reader_targets
 from lightning_prune.structure.units import Removal, Structure, unit_indices
+from lightning_prune.targets import Target
 
 
 def compensated(weight: Tensor, hessian: Tensor, lost: Tensor, damping: float = DAMPING) -> Tensor:
@@ -94,7 +95,8 @@ def compensation(
     """New weights of all layers that lose inputs, by parameter name, in the parameters' shapes; the model is unchanged.
 
     All at once, on moments of the model before the removal. Where hidden channels go, what their loss changes in the
-    divisor of a norm is left out.
+    divisor of a norm is left out. Of a sharded weight each rank re-fits the rows that it has (of one that is cut along
+    its inputs, it gets whole rows for that); every rank must call, with the same moments.
 
     Args:
         structure: Of the model.
@@ -104,17 +106,38 @@ def compensation(
         progress: Show a progress bar.
 
     Raises:
-        CalibrationError: see `compensated`.
+        CalibrationError: see `compensated`; on every rank, if it happens on one.
     """
     targets = {t.name: t for t in reader_targets(structure, [t for t in removal if t != "layer"])}
     lost = lost_inputs(structure, removal)
+    shards = shard_group(structure.parameters())
     weights: dict[str, Tensor] = {}
+    failure: CalibrationError | None = None
     with progress_bar("Compensating", len(lost), progress) as advance:
         for name, indices in lost.items():
             target = targets[f"{name}.weight"]
-            weights[target.name] = target.to_parameter(compensated(target.matrix(), moments[name], indices, damping))
+            rows = _whole_rows(target)
+            try:
+                rows = compensated(rows, moments[name], indices, damping)
+            except CalibrationError as error:
+                if shards is None:
+                    raise
+                failure = error  # the other ranks wait in the exchange of rows
+            weights[target.name] = _from_rows(target, rows)
             advance()
+    if shards is not None and int(shards.sum(torch.tensor(int(failure is not None)))):
+        raise failure or CalibrationError("a layer's update failed on another rank; use more calibration samples")
     return weights
+
+
+def _whole_rows(target: Target) -> Tensor:
+    """The weight as ``[O, I]``; where it is sharded, some of its rows, ``[r, I]``."""
+    return target.matrix() if target.layout is None else target.layout.to_rows(target.matrix())
+
+
+def _from_rows(target: Target, rows: Tensor) -> Tensor:
+    """The inverse of `_whole_rows`, in the parameter's shape and layout."""
+    return target.to_parameter(rows if target.layout is None else target.layout.from_rows(rows))
 
 
 @torch.no_grad()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from lightning_prune.progress import is_main_process
+from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.families import find_family
+from lightning_prune.structure.masked_units import noted_units, sliced_copy
 from lightning_prune.structure.removal_checks import check_sizes, needs_other_class
 from lightning_prune.structure.units import find_language_model, read_structure
 from lightning_prune.targets import clean_name
@@ -60,8 +65,35 @@ def _converted(model: Any, model_type: str) -> nn.Module:
     return plain.train(model.training)  # type: ignore[no-any-return]
 
 
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a sharded model on the CPU of the first process, empty on the others; every process must call."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(model, options=options)
+    return state
+
+
+def without_masked_units(model: nn.Module, state: Mapping[str, Tensor] | None) -> nn.Module:
+    """A copy of a model without the units that are noted as masked on it; the model itself where there are none.
+
+    Args:
+        model: A transformers causal language model.
+        state: Its whole weights, where its parameters are shards.
+
+    Raises:
+        ValueError: they are not zero any more.
+    """
+    noted = noted_units(model)
+    if noted is None:
+        return model
+    whole = state if state is not None else {name: p.detach() for name, p in model.named_parameters()}
+    return sliced_copy(model, whole, noted)
+
+
 def save_plain(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
     """Save as a plain transformers folder that ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    Where parameters are sharded (FSDP2) every process must call, and the first writes, gathering the whole weights in
+    its main memory; units that `PruningAwarePretraining` has masked are left out.
 
     Args:
         model: A causal language model of a known family, or a module that holds one.
@@ -69,9 +101,13 @@ def save_plain(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> N
         tokenizer: Saved beside it.
 
     Raises:
-        ValueError: see `plain_model`.
+        ValueError: see `plain_model`; or masked units are not zero any more.
     """
-    plain: Any = plain_model(model)
-    plain.save_pretrained(str(folder))
+    sharded, inner = has_sharded_parameters(model), find_language_model(model)[1]
+    state = whole_state(inner) if sharded else None
+    if sharded and not is_main_process():
+        return
+    plain: Any = plain_model(without_masked_units(inner, state))
+    plain.save_pretrained(str(folder), state_dict=state if noted_units(inner) is None else None)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))

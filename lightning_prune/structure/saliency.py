@@ -13,12 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from lightning_prune.sharding import local, shard_bounds
+from lightning_prune.sharding import local, shard_bounds, shard_group
 from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.structure.sizes import UnitType, check_types
 from lightning_prune.structure.units import Removal, Structure, unit_indices
@@ -78,13 +76,13 @@ class SaliencyAccumulator:
                 zero.
 
         Raises:
-            ValueError: parameters that are cut otherwise than along one dimension of processes.
+            ValueError: parameters that are cut otherwise than along one dimension of processes, see `shard_group`.
         """
         kept = None if removal is None else {t: _without(sums, t, removal) for t, sums in self._sums.items()}
         if kept is None:
             self.steps, self._weight = 0, 0.0
         parameters = structure.parameters()
-        self._mesh = _mesh_of(parameters)
+        self._shards = shard_group(parameters)
         self.structure = structure
         device = next(iter(parameters.values())).device
         # Sums over millions of weights, in float64 where the device has it.
@@ -116,7 +114,8 @@ class SaliencyAccumulator:
         """Take in the weights and the gradients that they hold now: just before an optimizer step.
 
         Weights without a gradient count as zero. A step with NaN or infinity does not count (an optimizer under a
-        gradient scaler skips it too). Of sharded parameters each rank takes its part; every rank must call.
+        gradient scaler skips it too). Of sharded parameters each rank takes its part, and the parts are summed, in one
+        collective; every rank must call.
         """
         step = {t: torch.zeros_like(s) for t, s in self._sums.items()}
         for name, p in self.structure.parameters().items():
@@ -129,10 +128,9 @@ class SaliencyAccumulator:
                 step[unit_type][place] += by_dim[dim][indices].sum(1)
             if layer is not None:
                 step["layer"][0, layer] += by_dim[dims[0]].sum()
-        finite = torch.stack([torch.isfinite(s).all() for s in step.values()]).all().to(torch.int32)
-        if self._mesh is not None:
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self._mesh.get_group())
-        if int(finite):
+        if self._shards is not None:
+            step = self._shards.sum_all(step)
+        if bool(torch.stack([torch.isfinite(s).all() for s in step.values()]).all()):
             for unit_type, sums in step.items():
                 self._sums[unit_type] += sums
             self._count_step()
@@ -175,14 +173,8 @@ class SaliencyAccumulator:
         return out.abs_()
 
     def sums(self, unit_type: str) -> Tensor:
-        """Saliency of every unit of a type, summed over its weights and the steps, ``[P, U]`` in float64.
-
-        Where parameters are sharded every rank must call, and all get the same.
-        """
-        sums = self._sums[unit_type].clone()  # type: ignore[index]
-        if self._mesh is not None:
-            dist.all_reduce(sums, group=self._mesh.get_group())
-        return sums
+        """Saliency of every unit of a type, summed over its weights and the steps, ``[P, U]`` in float64."""
+        return self._sums[unit_type].clone()  # type: ignore[index]
 
     def means(self) -> dict[str, Tensor]:
         """Saliency of every unit of each type: the mean over its weights and the steps, ``[P, U]`` on the CPU."""
@@ -196,7 +188,7 @@ class SaliencyAccumulator:
             sums.mul_(self.decay)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums of all ranks, and the steps; tensors and numbers only."""
+        """Sums and steps; tensors and numbers only."""
         sums = {str(t): self.sums(t).cpu() for t in self.types}
         return {"steps": self.steps, "weight": self._weight, "sums": sums}
 
@@ -212,9 +204,8 @@ class SaliencyAccumulator:
             raise ValueError(f"the saved saliencies have the shapes {saved}, those of this model and types are {own}")
         self.steps = int(state["steps"])
         self._weight = float(state["weight"])
-        first = self._mesh is None or self._mesh.get_local_rank() == 0
-        for t, sums in self._sums.items():  # they are summed over ranks when read
-            sums.copy_(state["sums"][t]) if first else sums.zero_()
+        for t, sums in self._sums.items():
+            sums.copy_(state["sums"][t])
 
 
 def _without(sums: Tensor, unit_type: UnitType, removal: Removal) -> Tensor:
@@ -230,20 +221,6 @@ def _without(sums: Tensor, unit_type: UnitType, removal: Removal) -> Tensor:
         layers[removal["layer"][0].to(sums.device)] = False
         sums = sums[layers]
     return sums
-
-
-def _mesh_of(parameters: Mapping[str, nn.Parameter]) -> DeviceMesh | None:
-    """The processes that parameters are sharded over; None if they are whole."""
-    mesh = None
-    for name, p in parameters.items():
-        if isinstance(p, DTensor):
-            if p.device_mesh.ndim != 1 or not p.placements[0].is_shard():
-                raise ValueError(
-                    f"{name!r} is laid out as {p.placements} over {p.device_mesh.ndim} mesh dimensions; unit saliency "
-                    "takes parameters that one dimension cuts (FSDP2 without tensor parallelism)"
-                )
-            mesh = p.device_mesh
-    return mesh
 
 
 # -- from calibration statistics -------------------------------------------------------------------------------------
@@ -277,7 +254,8 @@ def kfac_saliency(
 
     Of one input j of a layer, ``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]``: twice the expected loss increase of
     removing it. A unit's are summed over its inputs and all layers that read them (down projection, output projection,
-    or all that read the hidden channels), and divided by the number of its weights.
+    or all that read the hidden channels), and divided by the number of its weights. Of sharded weights each rank takes
+    its part, and the parts are summed, in one collective; every rank must call.
 
     Args:
         structure: Of the model.
@@ -285,7 +263,7 @@ def kfac_saliency(
         types: Unit types.
     """
     targets = {t.name: t for t in reader_targets(structure, types)}
-    result: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
     for unit_type in _read_types(types):
         by_axis = unit_indices(structure.sizes, unit_type, structure.attention_unit)
         places = []
@@ -293,10 +271,14 @@ def kfac_saliency(
             total = torch.zeros(structure.units(unit_type), dtype=torch.float64)
             for name in names:
                 target = targets[f"{name}.weight"]
-                inputs = input_saliency(target.matrix(), statistics[target.name])
+                inputs = _input_saliency(target, statistics[target.name])
                 total += inputs.cpu().double()[by_axis[INPUT_AXIS[unit_type]]].sum(1)
-            places.append(total / structure.unit_weights(unit_type))
-        result[unit_type] = torch.stack(places)
+            places.append(total)
+        totals[unit_type] = torch.stack(places)
+    shards = shard_group(structure.parameters())
+    if shards is not None:
+        totals = shards.sum_all(totals)
+    result = {t: total / structure.unit_weights(t) for t, total in totals.items()}
     if "layer" in types:
         per_layer = [
             result[t].sum(1) * structure.unit_weights(t) / structure.unit_weights("layer") for t in ("attention", "ffn")
@@ -305,8 +287,16 @@ def kfac_saliency(
     return {str(t): result[t] for t in check_types(types)}
 
 
-def input_saliency(weight: Tensor, statistics: LayerStatistics) -> Tensor:
-    """``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` of every input, ``[I]``; `weight` is ``[O, I]``."""
+def _input_saliency(target: Target, statistics: LayerStatistics) -> Tensor:
+    """``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` of every input, ``[I]``; this rank's weights' share of it."""
+    weight = target.matrix()  # [O, I], or what this rank has of it
     rows = statistics.get(OUTPUT_GRAD_NORM).square()  # [O]
     columns = statistics.get(INPUT_NORM).square()  # [I]
-    return (rows.to(weight.device) @ weight.float().square()) * columns.to(weight.device)
+    layout = target.layout
+    if layout is None:
+        return (rows.to(weight.device) @ weight.float().square()) * columns.to(weight.device)
+    (row, row_end), (column, column_end) = layout.bounds
+    found = torch.zeros(len(columns), device=weight.device)
+    own = rows[row:row_end].to(weight.device) @ weight.float().square()
+    found[column:column_end] = own * columns[column:column_end].to(weight.device)
+    return found

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.structure.compensation import compensate, lost_inputs
 from lightning_prune.structure.history import ShrinkRecord
+from lightning_prune.structure.masked_units import note_masked_units
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.removal_checks import merge_removals, sizes_after
 from lightning_prune.structure.saliency import SaliencyAccumulator
@@ -34,7 +35,8 @@ class Shrinking:
         goal: Where it is to end.
         saliency: Accumulates unit saliencies of `goal.types`.
         moments: Input second moments, to update what remains (variant B); None for variant A.
-        compact_every: Prunings between compactions; the last pruning is always followed by one.
+        compact_every: Prunings between compactions; the last pruning is always followed by one. None: units stay
+            masked, since the parameters are shards, and are noted on the model (see `note_masked_units`).
         agree: Makes a tensor that of the first process, in place.
 
     Attributes:
@@ -48,7 +50,7 @@ class Shrinking:
         goal: ShrinkGoal,
         saliency: SaliencyAccumulator,
         moments: StreamedMoments | None = None,
-        compact_every: int = 16,
+        compact_every: int | None = 16,
         agree: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.structure = structure
@@ -80,6 +82,8 @@ class Shrinking:
     @property
     def compaction_due(self) -> bool:
         """Whether masked units should be sliced off now."""
+        if self.compact_every is None:
+            return False
         return bool(self.pending) and (self._since >= self.compact_every or self.reached)
 
     def begin(self, step: int, tokens: int) -> None:
@@ -126,6 +130,7 @@ class Shrinking:
         mask_units(self.structure.model, self.pending, optimizers, attention_unit=self.structure.attention_unit)
         for average in averages:
             mask_units(average, self.pending, attention_unit=self.structure.attention_unit)
+        self._note()
         self._since += 1
         self.history.append(self._record(step, tokens, saliency))
         return self.history[-1]
@@ -172,6 +177,10 @@ class Shrinking:
             alive[self.pending["layer"][0]] = False
         return float(values[alive, :count].mean()) / self.goal.unit_weights(unit_type, sizes), indices[:, :count]
 
+    def _note(self) -> None:
+        if self.compact_every is None:
+            note_masked_units(self.structure.model, self.pending, self.structure.attention_unit)
+
     def _record(self, step: int, tokens: int, saliency: dict[str, float]) -> ShrinkRecord:
         sizes = self.sizes
         units: dict[str, int] = {t: sizes.units(t, self.goal.attention_unit) for t in self.goal.types}
@@ -186,6 +195,7 @@ class Shrinking:
         before, unit = self.structure, self.structure.attention_unit
         lost = {} if self.moments is None else lost_inputs(before, self.pending)
         remove_units(before.model, self.pending, optimizers, attention_unit=unit)
+        note_masked_units(before.model, {}, unit)
         for average in averages:
             remove_units(average, self.pending, attention_unit=unit)
         self.structure = read_structure(before.model, unit)
@@ -224,3 +234,4 @@ class Shrinking:
             self.moments.load_state_dict(state["moments"], next(self.structure.model.parameters()).device)
         if self.pending:  # what is masked besides weights: LayerNorms
             mask_units(self.structure.model, self.pending, attention_unit=self.structure.attention_unit)
+        self._note()

@@ -23,7 +23,8 @@ class StreamedMoments:
     Layers that take the same tensor (queries, keys and values; gate and up) share one matrix, under the name of the
     first. A step that was observed ``a`` observed steps ago weighs ``decay^a``, and the weights are divided by their
     sum (as Adam corrects the bias of its moments): early on this is nearly the plain mean, where a mean that starts
-    with the first small batch would stay with it for ``1 / (1 - decay)`` steps.
+    with the first small batch would stay with it for ``1 / (1 - decay)`` steps. Where
+    parameters are sharded, the moments are whole on every rank.
 
     Args:
         structure: Of the model.
@@ -98,7 +99,7 @@ class StreamedMoments:
             if not bool(torch.isfinite(mean.sum())):  # an overflowing step, which a gradient scaler skips too
                 continue
             before, weight = self.hessians.get(name), 1 + self.decay * self.weights.get(name, 0.0)
-            self.hessians[name] = mean if before is None else before.lerp_(mean, 1 / weight)
+            self.hessians[name] = mean if before is None else before.to(mean.device).lerp_(mean, 1 / weight)
             self.weights[name] = weight
         self._sums, self._tokens = {}, {}
 

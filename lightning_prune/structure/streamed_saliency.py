@@ -22,7 +22,8 @@ class StreamedKFAC(SaliencyAccumulator):
 
     Of one step, ``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` (see `kfac_saliency`) from the tokens of the step, with
     delta the gradient of the training loss. Hooks on the layers that read units take two vectors of each; they have to
-    be told when a forward pass is one of training (`listening`), since gradient checkpointing repeats it.
+    be told when a forward pass is one of training (`listening`), since gradient checkpointing repeats it. Where weights
+    are sharded, passes see them whole, and every rank takes the squares of its own samples.
 
     Args:
         structure: Of the model.
@@ -61,9 +62,8 @@ class StreamedKFAC(SaliencyAccumulator):
         """Sums of the running step by parameter name: ``[I]`` and ``[O]``."""
         found = {}
         for target in self._targets:
-            weight = target.matrix()  # [O, I]
-            outputs, inputs = weight.shape
-            zeros = torch.zeros(inputs + outputs, dtype=self._dtype, device=weight.device)
+            outputs, inputs = target.shape  # of the whole weight, which passes see where it is sharded
+            zeros = torch.zeros(inputs + outputs, dtype=self._dtype, device=target.weight.device)
             found[target.name] = (zeros[:inputs], zeros[inputs:])
         return found
 
@@ -86,10 +86,10 @@ class StreamedKFAC(SaliencyAccumulator):
             if not self.listening or not output.requires_grad:
                 return
             inputs, outputs = self._squares[name]
-            inputs += _squares(args[0].detach(), self.keep, self._dtype)
+            inputs += _squares(args[0].detach(), self.keep, self._dtype).to(inputs.device)
 
             def add(delta: Tensor) -> None:
-                outputs.add_(_squares(delta, None, self._dtype))
+                outputs.add_(_squares(delta, None, self._dtype).to(outputs.device))
 
             on_gradient(output, add)
 

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_prune.masks import Masks, apply_masks, uninterrupted
-from lightning_prune.sharding import is_sharded
-from lightning_prune.structure.removal_checks import check_removal, kept_indices
+from lightning_prune.masks import Masks, uninterrupted
+from lightning_prune.sharding import local, shard_bounds
+from lightning_prune.structure.removal_checks import KeptIndices, check_removal, kept_indices
 from lightning_prune.structure.sizes import AttentionUnit
 from lightning_prune.structure.units import Structure, read_structure
 
@@ -103,25 +104,28 @@ def mask_units(
     norms = _layer_norms(structure) if structure.family.norm == "layernorm" and "stem" in checked else {}
     parameters = structure.parameters()
     copies = copies_of(structure, extra)
-    sharded = {n for n in kept.keys() | removed if is_sharded(parameters[n])}
-    whole_masks = {n: mask for n, mask in _masks(structure, checked) if n in sharded}
     with uninterrupted():
         for name in kept.keys() | removed:
             p = parameters[name]
             for tensor in [p.data, p.grad, *state_tensors(p, optimizers), *copies.get(name, ())]:
                 if tensor is None:
                     continue
-                if is_sharded(tensor):
-                    holder = nn.Module()
-                    holder.register_parameter("weight", nn.Parameter(tensor, requires_grad=False))
-                    apply_masks(holder, {"weight": whole_masks[name]})
-                elif name in removed:
-                    tensor.zero_()
+                if name in removed:
+                    local(tensor).zero_()
                 else:
                     for entry in kept[name]:
-                        tensor.index_fill_(entry.dim, entry.gone.to(tensor.device), 0.0)
+                        _zero(tensor, entry)
         if norms:
             _mask_norms(norms, checked["stem"][0], structure.sizes.hidden_size)
+
+
+def _zero(tensor: Tensor, entry: KeptIndices) -> None:
+    """Zero what goes along a dimension; of a shard, what this rank has of it."""
+    gone = entry.gone
+    if isinstance(tensor, DTensor):
+        start, stop = shard_bounds(tensor)[entry.dim]
+        gone = gone[(gone >= start) & (gone < stop)] - start
+    local(tensor).index_fill_(entry.dim, gone.to(tensor.device), 0.0)
 
 
 def _layer_norms(structure: Structure) -> dict[str, nn.LayerNorm]:

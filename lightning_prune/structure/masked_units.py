@@ -1,0 +1,95 @@
+"""Units that stay in a model as zeros, where its parameters are shards: noted on it, and sliced off in a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, device, nn
+
+from lightning_prune.structure.removal import remove_units
+from lightning_prune.structure.removal_checks import check_removal, kept_indices
+from lightning_prune.structure.sizes import AttentionUnit
+from lightning_prune.structure.units import Removal, read_structure
+
+_NOTE = "_lightning_prune_masked_units"
+
+
+@dataclass(frozen=True)
+class MaskedUnits:
+    """Units that are zero and still there.
+
+    Attributes:
+        removal: Their indices by type, see `lightning_prune.structure.removal_checks.check_removal`.
+        attention_unit: See `lightning_prune.structure.read_structure`.
+    """
+
+    removal: Removal
+    attention_unit: AttentionUnit
+
+
+def note_masked_units(model: nn.Module, removal: Removal, attention_unit: AttentionUnit) -> None:
+    """Note on a transformers model that it is to be saved without these units; an empty removal takes the note off."""
+    vars(model).pop(_NOTE, None)
+    if removal:
+        vars(model)[_NOTE] = MaskedUnits(removal, attention_unit)
+
+
+def noted_units(model: nn.Module) -> MaskedUnits | None:
+    """What `note_masked_units` has noted on the transformers model that `model` is or holds; None without a note."""
+    return next((vars(m)[_NOTE] for m in model.modules() if _NOTE in vars(m)), None)
+
+
+def slice_masked_units(model: nn.Module, units: MaskedUnits) -> None:
+    """Remove masked units for good, in place; the model computes what it did.
+
+    Args:
+        model: A causal language model of whole parameters. Its buffers may be on the meta device.
+        units: That are zero in it.
+
+    Raises:
+        ValueError: units that the model does not have, or that are not zero (any more); nothing is changed then.
+    """
+    structure = read_structure(model, units.attention_unit)
+    removal, parameters = check_removal(structure, units.removal), structure.parameters()
+    alive = [
+        name
+        for name, kept in kept_indices(structure, removal).items()
+        for entry in kept
+        if bool(parameters[name].detach().index_select(entry.dim, entry.gone).any())
+    ]
+    layers = removal["layer"][0].tolist() if "layer" in removal else []
+    alive += [name for i in layers for name in structure.in_layer(i) if bool(parameters[name].detach().any())]
+    if alive:
+        raise ValueError(
+            f"pruned units of {alive[0]!r} are not zero any more, so they cannot be left out: the weights were changed "
+            "after PruningAwarePretraining pruned them"
+        )
+    remove_units(model, removal, attention_unit=units.attention_unit)
+
+
+def sliced_copy(model: nn.Module, state: Mapping[str, Tensor], units: MaskedUnits) -> nn.Module:
+    """A model of the same weights without masked units; `model` stays as it is.
+
+    Args:
+        model: A transformers causal language model; its parameters may be shards.
+        state: Its whole weights, on the CPU.
+        units: That are zero in it.
+
+    Raises:
+        ValueError: see `slice_masked_units`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source: Any = model
+    with device("meta"):  # names and shapes only
+        small: Any = AutoModelForCausalLM.from_config(copy.deepcopy(source.config), trust_remote_code=False)
+    missing, unexpected = small.load_state_dict(dict(state), assign=True, strict=False)
+    small.tie_weights()  # of a tied weight one name is enough
+    if unexpected or any(p.is_meta for p in small.parameters()):
+        raise ValueError(f"the weights are not those of a {type(small).__name__}: {[*unexpected, *missing][:3]}")
+    small.generation_config = source.generation_config
+    slice_masked_units(small, units)
+    return small  # type: ignore[no-any-return]
