@@ -13,7 +13,8 @@ from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
-from lightning_prune.sharding import has_sharded_parameters, shard_group
+from lightning_prune.shard_group import shard_group
+from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.masked_units import noted_units
 from lightning_prune.structure.saliency import check_saliency
 from lightning_prune.structure.sizes import ATTENTION_UNITS

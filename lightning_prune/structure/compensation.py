@@ -18,7 +18,8 @@ from torch import Tensor
 from lightning_prune.masks import uninterrupted
 from lightning_prune.obs import DAMPING
 from lightning_prune.progress import progress_bar
-from lightning_prune.sharding import local, shard_group
+from lightning_prune.shard_group import shard_group
+from lightning_prune.sharding import local
 from lightning_prune.statistics import CalibrationError
 from lightning_prune.structure.saliency import INPUT_AXIS, reader_targets
 from lightning_prune.structure.units import Removal, Structure, unit_indices

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_prune.sharding import local, shard_bounds, shard_group
+from lightning_prune.shard_group import shard_group
+from lightning_prune.sharding import local, shard_bounds
 from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.structure.sizes import UnitType, check_types
 from lightning_prune.structure.units import Removal, Structure, unit_indices
