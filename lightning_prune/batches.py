@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.attention_masks import real_positions
+
 
 def batch_size(batch: Any) -> int | None:
     """Number of samples: the leading dimension that all tensors of the batch share; None if it has none."""
@@ -59,11 +61,54 @@ def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
 
 
 def padding_mask(batch: Any) -> Tensor | None:
-    """``(B, T)`` bool, True where a token is real; None where nothing is padded."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+    """``(B, T)`` bool, True where a token is real; None where nothing is padded.
+
+    Read from ``attention_mask`` of any shape (see `lightning_prune.attention_masks.real_positions`); from a mask whose
+    name ends in ``padding_mask``, where bool True and torch's ``-inf`` mean padding and an integer 1 a real token; and
+    from ``cu_seq_lens_q`` of packed texts.
+
+    Raises:
+        ValueError: a mask from which padding cannot be read.
+    """
+    if not isinstance(batch, Mapping):
         return None
-    return mask.bool()
+    if batch.get("attention_mask") is not None:
+        real = real_positions(batch["attention_mask"], _token_shape(batch))
+    elif (name := next((key for key in batch if _names_padding(key)), None)) is not None:
+        real = _from_padding_name(name, batch[name])
+    elif (ends := batch.get("cu_seq_lens_q")) is not None and (shape := _token_shape(batch)) is not None:
+        real = (torch.arange(shape[1], device=ends.device) < ends[-1]).expand(shape[0], -1)
+    else:
+        return None
+    return None if real is None or bool(real.all()) else real
+
+
+def _token_shape(batch: Mapping[str, Any]) -> torch.Size | None:
+    ids, embedded = batch.get("input_ids"), batch.get("inputs_embeds")
+    if isinstance(ids, Tensor):
+        return ids.shape
+    return embedded.shape[:-1] if isinstance(embedded, Tensor) else None
+
+
+def _names_padding(key: Any) -> bool:
+    others = ("decoder", "tgt", "target", "memory", "label")  # masks of other sequences
+    return isinstance(key, str) and key.endswith("padding_mask") and not key.startswith(others)
+
+
+def _from_padding_name(name: str, mask: Any) -> Tensor | None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise ValueError(
+            f"{name} of the batch is no tensor of shape (samples, tokens), so padding cannot be read from it: give "
+            "attention_mask of that shape, 1 where a token is real"
+        )
+    torchs = mask.dtype == torch.bool or mask.is_floating_point()
+    real = mask.logical_not() if torchs else mask.bool()
+    if not bool(real.any(1).all()):
+        raise ValueError(
+            f"{name} ({mask.dtype}) is read as {'True = padding' if torchs else '1 = a real token'}, which leaves a "
+            "sample without a token: give attention_mask of shape (samples, tokens), 1 where a token is real"
+        )
+    return real
 
 
 def is_sequences(batch: Any) -> bool:

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batches import batch_size, is_sequences, padding_mask, samples, take
+from lightning_prune.batches import batch_size, is_sequences, samples, take
+from lightning_prune.padding import Padding, PaddingFinder
 from lightning_prune.progress import progress_bar
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
-from lightning_prune.running import causal_lm_loss, forward, quiet_model
+from lightning_prune.running import forward, model_loss, quiet_model
 from lightning_prune.sharding import reshard, settle
 from lightning_prune.statistics import (
     ALL_STATISTICS,
@@ -73,7 +74,7 @@ def collect(
         num_samples: Samples to use in this process; the last batch is cut to fit.
         loss_fn: ``loss_fn(model, batch)`` returns one loss a sample, ``[B]``, or a scalar. With a scalar, batches
             of more than one sample are run sample by sample, which gives the same statistics. Default: the
-            next-token cross-entropy of a transformers causal language model.
+            model's own (see `lightning_prune.running.model_loss`).
         gradient_dtype: dtype of gradient aggregates (one buffer of the weight's size a target).
         gradient_device: Their device; default that of the weight.
         forward_context: Makes the context that forward passes run in (autocast).
@@ -85,7 +86,7 @@ def collect(
 
     Raises:
         CalibrationError: no sample; NaN or infinity; a target that the samples never reached; a layout of
-            inputs whose padding or samples cannot be told apart. With `ranks`, on every rank.
+            inputs whose samples cannot be told apart. With `ranks`, on every rank.
     """
     wanted = frozenset(statistics)
     if unknown := wanted - ALL_STATISTICS:
@@ -102,13 +103,14 @@ def collect(
             sweep.run(batches, num_samples, progress)
         finally:
             reshard(model)
+    sweep.padding.warn()
     return _finish(taps, sweep.samples, ranks)
 
 
 def collect_forward(
     targets: Sequence[Target],
     statistics: Iterable[str],
-    steps: Iterable[tuple[Tensor | None, int, bool]],
+    steps: Iterable[tuple[Padding | None, int, bool]],
     ranks: Ranks | None = None,
 ) -> dict[str, LayerStatistics]:
     """Forward statistics of some layers while somebody else runs them.
@@ -116,8 +118,8 @@ def collect_forward(
     Args:
         targets: The layers.
         statistics: Out of ``FORWARD_STATISTICS``.
-        steps: Yields, *before* each forward pass, the padding mask ``[B, T]`` (or None), the number of its samples, and
-            whether they count.
+        steps: Yields, *before* each forward pass, its padding (or None), the number of its samples, and whether they
+            count.
         ranks: See `collect`.
 
     Returns:
@@ -128,9 +130,9 @@ def collect_forward(
     taps, seen = Taps(targets, frozenset(statistics), ranks=ranks), 0
     error: CalibrationError | None = None
     with synchronized_errors(None if ranks is None or ranks.lockstep else ranks), taps.hooks():
-        for keep, size, counting in steps:
+        for padding, size, counting in steps:
             error = error or taps.failure
-            taps.begin(size, keep, counting=counting)
+            taps.begin(size, padding, counting=counting)
             seen += size if counting else 0
     with synchronized_errors(ranks):
         if error := error or taps.failure:
@@ -152,6 +154,7 @@ class _Sweep:
         self.model, self.taps, self.loss_fn, self.forward_context = model, taps, loss_fn, forward_context
         self.lockstep = ranks if ranks is not None and ranks.lockstep else None
         self.device = taps.all[0].target.weight.device
+        self.padding = PaddingFinder(model)
         self.samples = 0
         self.one_by_one = False
         self.queue: deque[tuple[Any, int]] = deque()  # batches taken apart, or to be run again
@@ -171,6 +174,7 @@ class _Sweep:
         kind = "forward + backward" if self.taps.backward else "forward"
         with (
             self.taps.hooks(),
+            self.padding.watching(),
             progress_bar(f"Calibrating ({kind})", num_samples, progress) as advance,
             torch.set_grad_enabled(self.taps.backward),
         ):
@@ -195,7 +199,7 @@ class _Sweep:
         taps, size = self.taps, batch_size(batch)
         if self.one_by_one and size is not None and size > 1:  # a repeated batch
             batch, size = take(batch, 0, 1), 1
-        taps.begin(size, padding_mask(batch), is_sequences(batch), counting)
+        taps.begin(size, self.padding.find(batch), is_sequences(batch), counting)
         if not taps.backward:
             with self.forward_context():
                 self._forward(batch)
@@ -220,7 +224,7 @@ class _Sweep:
     def _losses(self, batch: Any, size: int | None, counting: bool) -> tuple[Tensor | None, CalibrationError | None]:
         """One loss a sample, ``[B]``, or a scalar; None if the batch must be taken apart; or what is wrong with it."""
         with self.forward_context():
-            losses = (self.loss_fn or causal_lm_loss)(self.model, batch)
+            losses = (self.loss_fn or model_loss)(self.model, batch)
         if self.taps.failure is not None:
             return None, self.taps.failure
         if not isinstance(losses, Tensor) or losses.dim() > 1:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lightning_prune.evaluation import NextTokenLoss
 from lightning_prune.learning_rates import Schedule, learning_rate_factor
-from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_losses
+from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_labels, next_token_losses
 from lightning_prune.parallel import parallelize
 from lightning_prune.pretrained import load_pretrained
 from lightning_prune.sharding import has_sharded_parameters
@@ -351,12 +351,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _labels(batch: Mapping[str, Tensor]) -> Tensor:
-    """Labels (B, T) of a batch: given or the inputs, with padding never predicted."""
+    """Labels (B, T) of a batch."""
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(f"batch is a {type(batch).__name__}; CausalLM takes dicts with 'input_ids' of shape (B, T)")
-    labels = batch["labels"] if "labels" in batch else batch["input_ids"]
-    mask = batch.get("attention_mask")
-    return labels if mask is None else labels.masked_fill(mask == 0, IGNORE_INDEX)
+    return next_token_labels(batch)
 
 
 def _ordinary(model: Any) -> Any:

@@ -13,7 +13,7 @@ from lightning_prune.allocation import Allocation, allocation_statistics, make_a
 from lightning_prune.patterns import NM, parse_pattern
 from lightning_prune.scores import GROUPS, Keep, Score, SparseGPT
 from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN
-from lightning_prune.targets import Target, find_blocks, find_targets
+from lightning_prune.targets import Target, find_stacks, find_targets
 
 UPDATES = (None, "obs")
 _GRADIENT_DTYPES: dict[str | torch.dtype, torch.dtype] = {
@@ -37,7 +37,7 @@ class PruningPlan:
     update: str | None
     num_samples: int
     sequential: bool
-    blocks: list[tuple[str, nn.Module]]
+    stacks: list[list[tuple[str, nn.Module]]]
     gradient_dtype: torch.dtype = torch.float32
     gradient_device: torch.device | str | None = None
     progress: bool = True
@@ -45,6 +45,11 @@ class PruningPlan:
     def with_samples(self, num_samples: int) -> PruningPlan:
         """The plan for another number of samples (a rank's share)."""
         return replace(self, num_samples=num_samples)
+
+    @property
+    def blocks(self) -> list[tuple[str, nn.Module]]:
+        """Name and module of the blocks of all stacks."""
+        return [block for stack in self.stacks for block in stack]
 
     @property
     def needs_data(self) -> bool:
@@ -172,7 +177,7 @@ def make_plan(
         update=settings["update"],
         num_samples=settings["num_samples"],
         sequential=settings["sequential"],
-        blocks=find_blocks(model),
+        stacks=find_stacks(model),
         gradient_dtype=_GRADIENT_DTYPES[settings["gradient_dtype"]],
         gradient_device=settings["gradient_device"],
         progress=settings["progress"],

@@ -35,7 +35,7 @@ from lightning_prune.restoring import Keeper, restored_on_failure
 from lightning_prune.running import forward, on_device, quiet_model
 from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, SparseGPT, make_score
-from lightning_prune.sequential import BlockWalk
+from lightning_prune.sequential import walk_stacks
 from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
 from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN, CalibrationError, LayerStatistics
 from lightning_prune.targets import DEFAULT_IGNORE, Target
@@ -404,20 +404,29 @@ class _Run:
             else:
                 forward(model, batch, plan.targets)
 
-        with quiet_model(self.model, freeze=False):
-            with synchronized_errors(None if self.parts else self.ranks):
-                modules = [block for _, block in plan.blocks]
-                walk = BlockWalk(
-                    self.model, modules, self.batches, plan.num_samples, run, self.forward_context, self.parts
-                )
-            with progress_bar("Pruning blocks", len(modules), plan.progress) as advance:
-                for index, block in enumerate(modules):
+        stacks = [[block for _, block in stack] for stack in plan.stacks]
+        stacks = [s for s in stacks if any(id(m) in by_module for block in s for m in block.modules())]
+        with (
+            quiet_model(self.model, freeze=False),
+            progress_bar("Pruning blocks", sum(map(len, stacks)), plan.progress) as advance,
+        ):
+            for _, walk in walk_stacks(
+                self.model,
+                stacks,
+                self.batches,
+                plan.num_samples,
+                run,
+                self.forward_context,
+                self.parts,
+                errors=None if self.parts else self.ranks,
+            ):
+                for index, block in enumerate(walk.blocks):
                     layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
                     with gathered_around(self.model, block):
                         statistics = collect_forward(
                             layers,
                             plan.block_statistics,
-                            ((b.keep, b.samples, b.counting) for b in walk.run(index)) if layers else (),
+                            ((b.padding, b.samples, b.counting) for b in walk.run(index)) if layers else (),
                             self.ranks,
                         )
                     for target in layers:
@@ -425,7 +434,7 @@ class _Run:
                         masks[target.name] = self._prune_layer(
                             target, _merge(statistics[target.name], self.statistics.get(target.name))
                         )
-                    if index + 1 < len(modules):
+                    if index + 1 < len(walk.blocks):
                         with gathered_around(self.model, block):
                             for _ in walk.run(index, keep_output=True):
                                 pass

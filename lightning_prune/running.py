@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,42 +11,79 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batches import padding_mask, to_device
-from lightning_prune.losses import causal_lm_losses
+from lightning_prune.batches import to_device
+from lightning_prune.losses import causal_lm_losses, next_token_labels
 from lightning_prune.targets import Target, block_classes, type_name
+
+# What only a loss needs: the forward pass of a model without its head takes none of it.
+_LOSS_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a batch has without a `loss_fn`: one a sample ``[B]``, or a scalar.
+
+    Of a transformers model it is the model's own, ``model(**batch).loss``. Causal language models predict each next
+    token (`causal_lm_loss`), which gives one loss a sample; they, and modules that are not of transformers, need no
+    labels for it.
+
+    Raises:
+        ValueError: the model makes no loss of the batch; the message says what to add.
+    """
+    inner = unwrapped(model)
+    if not _is_pretrained(inner) or not isinstance(batch, Mapping):
+        return causal_lm_loss(model, batch)
+    labelled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
+    if _is_causal_lm(inner) and (_shifts_labels(inner) or not labelled):
+        return causal_lm_loss(model, batch)
+    inputs = _cast(model, dict(batch))
+    if _accepts(inner, "return_loss"):
+        inputs.setdefault("return_loss", True)
+    output = _run_encoder_decoder(model, inputs)
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        needed = [n for n in _LOSS_INPUTS if n != "return_loss" and _accepts(inner, n)]
+        add = f"add {' and '.join(map(repr, needed))} to the batches, or " if needed else ""
+        raise ValueError(
+            f"this score needs a loss, and {type_name(inner)} makes none of a batch of {sorted(map(str, batch))}: "
+            f"{add}pass loss_fn=f(model, batch)"
+        )
+    return loss
 
 
 def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
-    """Next-token cross-entropy of each sample, ``[B]``, of a transformers causal language model.
+    """Next-token cross-entropy of each sample, ``[B]``, of a causal language model; NaN of one without any label.
 
-    Labels are ``batch["labels"]``, else the input ids without padding.
+    Labels are those of `lightning_prune.losses.next_token_labels`.
 
     Raises:
         ValueError: the batch or the model's output is not that of a language model.
     """
     inputs = _model_inputs(batch)
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(inputs, dict) or "input_ids" not in inputs:
         raise ValueError(
             f"this score needs a loss: give a dict with input_ids for a causal language model (got "
             f"{type(batch).__name__}), or pass loss_fn=f(model, batch)"
         )
-    if labels is None:
-        mask = padding_mask(batch)
-        labels = inputs["input_ids"]
-        if mask is not None:
-            real = mask.clone()
-            real[:, 1:] &= mask[:, :-1]  # padding on the left does not predict the first token either
-            labels = labels.masked_fill(~real, -100)
-    logits = getattr(model(**inputs), "logits", None)
+    logits = getattr(model(**_cast(model, inputs)), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")
-    return causal_lm_losses(logits, labels)
+    labels = next_token_labels(batch if isinstance(batch, Mapping) else inputs)
+    return causal_lm_losses(logits, labels, allow_empty=True)
 
 
 def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
-    """Run the model for its layers' inputs alone: a language model without its head if no target is there."""
-    inputs = _model_inputs(batch)
+    """Run the model for its layers' inputs alone: a language model without its head if no target is there.
+
+    An encoder-decoder gets its labels too, of which it makes the decoder's inputs.
+    """
+    inputs, inner = _model_inputs(batch), unwrapped(model)
+    if isinstance(inputs, dict) and _is_pretrained(inner):
+        if _is_encoder_decoder(inner):
+            labels = {n: batch[n] for n in ("labels",) if n in batch and _accepts(inner, n)}
+            _run_encoder_decoder(model, _cast(model, {**inputs, **labels}))
+            return
+        inputs = {name: value for name, value in inputs.items() if name not in _LOSS_INPUTS}
+    inputs = _cast(model, inputs)
     body = getattr(model, "base_model", None)
     if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict):
         inside = set(body.modules())
@@ -54,6 +93,80 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
         model(**inputs)
     else:
         model(inputs)
+
+
+def _run_encoder_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """The model's output; where its decoder has no inputs, an error that says how to give it some."""
+    try:
+        return model(**inputs)
+    except ValueError as error:
+        if "decoder_input" not in str(error):
+            raise
+        raise ValueError(
+            f"{type_name(unwrapped(model))} is an encoder-decoder whose decoder gets no inputs from a batch of "
+            f"{sorted(inputs)}: add 'labels' (of which it makes them) or 'decoder_input_ids' to the batches"
+        ) from error
+
+
+# -- what a model is -------------------------------------------------------------------------------------------------
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile, DistributedDataParallel and PEFT."""
+    while True:
+        base = getattr(model, "get_base_model", None)
+        inner: Any = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None and callable(base):
+            inner = base()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether the model is one of transformers; if it is, transformers has been imported."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    """Whether the model's head predicts the next token of its input."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    names = {name for entry in CAUSAL.values() for name in ([entry] if isinstance(entry, str) else entry)}
+    # Those that transformers gives the loss of one: own code from the hub, language models that also take images.
+    kind = getattr(model, "loss_type", None)
+    like_one = kind == "ForCausalLM" or (kind == "ForConditionalGeneration" and not _is_encoder_decoder(model))
+    return type_name(model) in names or like_one
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether a causal model's own loss compares each position with the next label; a few compare it with its own."""
+    function = inspect.unwrap(type(model).forward)
+    return "loss_function" in getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def _cast(model: nn.Module, inputs: Any) -> Any:
+    """Floating-point inputs (images, speech, embeddings) in the model's dtype, as its layers need them."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if dtype is None or not isinstance(inputs, (dict, Tensor)):
+        return inputs
+
+    def cast(name: str, value: Any) -> Any:
+        apart = "mask" in name or "label" in name
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and not apart else value
+
+    return cast("", inputs) if isinstance(inputs, Tensor) else {k: cast(str(k), v) for k, v in inputs.items()}
 
 
 def _model_inputs(batch: Any) -> Any:

@@ -1,8 +1,13 @@
-"""Walk a model decoder block by decoder block: each block meets the outputs of the already pruned blocks before it.
+"""Walk a model block by block: each block meets the outputs of the already pruned blocks before it.
+
+A model with several stacks of blocks (encoder and decoder, image encoder and language model) is walked stack by
+stack, in the order in which they run: the inputs of a stack are recorded when those before it are done, so all that
+it receives, such as the encoder's output, comes from pruned weights.
 
 Only the inputs of one block are held at a time, for all samples. What else a block receives (attention mask,
 positions, rotary embeddings, whatever the architecture passes) is recorded by a forward pass in which every block is
-a pass-through, so nothing here depends on a family.
+a pass-through, so nothing here depends on a family; blocks that return more than hidden states are run, for the next
+one may need it.
 """
 
 from __future__ import annotations
@@ -16,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batches import batch_size, padding_mask, samples
-from lightning_prune.ranks import Ranks, in_step, no_sample
+from lightning_prune.batches import batch_size, samples
+from lightning_prune.padding import Padding, PaddingFinder
+from lightning_prune.ranks import Ranks, in_step, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard
 from lightning_prune.statistics import CalibrationError
+from lightning_prune.targets import type_name
 
 
 class _AllRecordedError(Exception):
@@ -41,7 +48,8 @@ class BlockBatch:
 
     Attributes:
         hidden: Input of the next block, ``[B, T, D]``.
-        keep: ``[B, T]`` bool, True where a token is real, or None.
+        padding: Of the batch, or None.
+        block: One of the blocks.
         samples: B.
         calls: What each block receives beside the hidden states.
         device: Where the blocks run.
@@ -49,11 +57,20 @@ class BlockBatch:
     """
 
     hidden: Tensor
-    keep: Tensor | None
+    padding: Padding | None
+    block: nn.Module
     samples: int
     calls: list[_Call]
     device: torch.device
     counting: bool = True
+
+    @property
+    def keep(self) -> Tensor | None:
+        """``[B, T]`` bool, True where a row of the hidden states is real, or None: all are."""
+        if self.padding is None or self.hidden.dim() != 3:
+            return None
+        keep = self.padding.keep(type_name(self.block), self.block, self.hidden, self.hidden.shape)
+        return None if keep is None else keep.reshape(self.hidden.shape[:2])
 
 
 class BlockWalk:
@@ -61,13 +78,14 @@ class BlockWalk:
 
     Args:
         model: The model.
-        blocks: Its decoder blocks, in the order they run, from `find_blocks`.
+        blocks: A stack of its blocks, in the order they run.
         batches: Calibration batches.
         num_samples: Samples to use.
         run: ``run(model, batch)`` starts a forward pass.
         forward_context: Makes the context that forward passes run in (autocast).
         ranks: Whose parameters are sharded, so that they run in lock step; or None.
         offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
+        optional: Pass over batches that do not reach the blocks.
 
     Raises:
         CalibrationError: no sample, or the model does not pass its blocks one tensor of hidden states.
@@ -83,19 +101,30 @@ class BlockWalk:
         forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         ranks: Ranks | None = None,
         offload: torch.device | None = None,
+        optional: bool = False,
     ) -> None:
         self.blocks = list(blocks)
         self.offload = offload
         self.forward_context = forward_context
-        self.tuples: bool | None = None
+        self.returns: int | None = None  # length of the tuple that a block returns, 0 for a tensor
         self.to_the_end = ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
+        self.optional = optional and ranks is None
+        self.padding = PaddingFinder(model)
         self.batches = []
+        seen = False
         for (batch, size), counting in in_step(samples(batches, num_samples), ranks):
-            self.batches.append(self._record(model, batch, size, run))
-            self.batches[-1].counting = counting
+            seen = True
+            if (recorded := self._record(model, batch, size, run)) is not None:
+                recorded.counting = counting
+                self.batches.append(recorded)
         reshard(model)
-        if not self.batches:
+        if not seen:
             raise no_sample()
+        if not self.batches:
+            raise CalibrationError(
+                f"no calibration sample reached the {len(self.blocks)} {type_name(self.blocks[0])} blocks; add them to "
+                "`ignore`, or use other samples"
+            )
 
     @torch.no_grad()
     def run(self, index: int, keep_output: bool = False) -> Iterator[BlockBatch]:
@@ -138,9 +167,12 @@ class BlockWalk:
         return hidden if self.offload is None else hidden.to(self.offload)
 
     @torch.no_grad()
-    def _record(self, model: nn.Module, batch: Any, size: int, run: Callable[[nn.Module, Any], Any]) -> BlockBatch:
+    def _record(
+        self, model: nn.Module, batch: Any, size: int, run: Callable[[nn.Module, Any], Any]
+    ) -> BlockBatch | None:
         calls: list[_Call] = []
         first: list[Tensor] = []
+        forwards = [block.forward for block in self.blocks]
 
         def recorder(index: int) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
@@ -158,20 +190,24 @@ class BlockWalk:
                 calls.append(_Call(args[1:], kwargs, by_keyword))
                 if len(calls) == len(self.blocks) and not self.to_the_end:
                     raise _AllRecordedError
-                if self.tuples is None:  # once: does this architecture's block return a tensor or a tuple?
+                output: Any = hidden
+                if self.returns is None or self.returns > 1:
                     given = {**kwargs, "hidden_states": hidden} if by_keyword else kwargs
-                    self.tuples = isinstance(first_forward(*args, **given), tuple)
-                return (hidden,) if self.tuples else hidden
+                    output = forwards[index](*args, **given)
+                    self.returns = len(output) if isinstance(output, tuple) else 0
+                if self.returns > 1:
+                    return output
+                return (hidden,) if self.returns else hidden
 
             return record
 
-        first_forward = self.blocks[0].forward
         # A forward may have been set on the block itself (device maps of accelerate, torch.compile).
         own = [block.__dict__.get("forward") for block in self.blocks]
+        padding = self.padding.find(batch)
         try:
             for index, block in enumerate(self.blocks):
                 block.__dict__["forward"] = recorder(index)
-            with self.forward_context(), contextlib.suppress(_AllRecordedError):
+            with self.padding.watching(), self.forward_context(), contextlib.suppress(_AllRecordedError):
                 run(model, batch)
         finally:
             for block, forward in zip(self.blocks, own, strict=True):
@@ -179,9 +215,83 @@ class BlockWalk:
                     block.__dict__.pop("forward", None)  # back to the class's method
                 else:
                     block.__dict__["forward"] = forward
+        if self.optional and not calls:
+            return None
         if len(calls) != len(self.blocks):
             raise CalibrationError(f"only {len(calls)} of {len(self.blocks)} decoder blocks ran; use sequential=False")
         if batch_size(batch) is None:
             size = first[0].shape[0]
         hidden = first[0].detach()
-        return BlockBatch(self.put_by(hidden), padding_mask(batch), size, calls, hidden.device)
+        return BlockBatch(self.put_by(hidden), padding, self.blocks[0], size, calls, hidden.device)
+
+
+def walk_stacks(
+    model: nn.Module,
+    stacks: Sequence[Sequence[nn.Module]],
+    batches: Iterable[Any],
+    num_samples: int,
+    run: Callable[[nn.Module, Any], Any],
+    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ranks: Ranks | None = None,
+    offload: torch.device | None = None,
+    errors: Ranks | None = None,
+) -> Iterator[tuple[int, BlockWalk]]:
+    """Walk several stacks of blocks in the order in which they run.
+
+    A stack is recorded when its walk is asked for, so it meets what has become of the stacks before it.
+
+    Args:
+        model: See `BlockWalk`, as for the other arguments.
+        stacks: Blocks of each stack.
+        batches: Held until the end if there are several stacks.
+        num_samples: See `BlockWalk`.
+        run: See `BlockWalk`.
+        forward_context: See `BlockWalk`.
+        ranks: See `BlockWalk`.
+        offload: See `BlockWalk`.
+        errors: Processes that do not run in lock step: an error of one while it records is the error of all.
+
+    Yields:
+        The position of a stack in `stacks`, and its walk.
+    """
+    several, order = len(stacks) > 1, [0]
+    if several:
+        with synchronized_errors(errors):
+            batches = [batch for batch, _ in samples(batches, num_samples)]
+            order = _running_order(model, stacks, batches, run, forward_context, ranks)
+    unplaced: PaddingFinder | None = None
+    for position in order:
+        with synchronized_errors(errors):
+            walk = BlockWalk(
+                model, stacks[position], batches, num_samples, run, forward_context, ranks, offload, several
+            )
+        if unplaced is not None:
+            walk.padding.unplaced.update(unplaced.unplaced)
+        unplaced = walk.padding
+        yield position, walk
+    if unplaced is not None:
+        unplaced.warn()
+
+
+def _running_order(
+    model: nn.Module,
+    stacks: Sequence[Sequence[nn.Module]],
+    batches: Sequence[Any],
+    run: Callable[[nn.Module, Any], Any],
+    forward_context: Callable[[], AbstractContextManager[Any]],
+    ranks: Ranks | None,
+) -> list[int]:
+    """Positions of stacks as the first batch runs through them; as they are in the model where it misses one."""
+    ran: dict[int, None] = {}
+    handles = [
+        stack[0].register_forward_pre_hook(lambda *_, position=position: ran.setdefault(position))
+        for position, stack in enumerate(stacks)
+    ]
+    try:
+        with torch.no_grad(), forward_context():
+            for batch, _ in in_step(batches[:1], ranks):
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(ran) if len(ran) == len(stacks) else list(range(len(stacks)))

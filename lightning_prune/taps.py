@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.padding import Padding
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, gather_whole, local
 from lightning_prune.statistics import (
@@ -63,10 +64,10 @@ class _Increments:
 class _Record:
     """One use of a layer: its output gradient, from the output's hook until the input's backward."""
 
-    __slots__ = ("delta", "tap")
+    __slots__ = ("delta", "layer", "tap")
 
-    def __init__(self, tap: Tap) -> None:
-        self.tap = tap
+    def __init__(self, tap: Tap, layer: nn.Module) -> None:
+        self.tap, self.layer = tap, layer
         self.delta: Tensor | None = None
 
 
@@ -123,7 +124,7 @@ class Taps:
         self.scale = 1.0
         self.device = torch.device("cpu")  # where the pass computes
         self.size: int | None = None
-        self.keep: Tensor | None = None
+        self.padding: Padding | None = None
         self.counting = True
         self.of_sequences = False
         self.in_backward = False
@@ -157,9 +158,11 @@ class Taps:
                 handle.remove()
             self.last_input = None
 
-    def begin(self, size: int | None, keep: Tensor | None, of_sequences: bool = False, counting: bool = True) -> None:
+    def begin(
+        self, size: int | None, padding: Padding | None, of_sequences: bool = False, counting: bool = True
+    ) -> None:
         """A forward pass over `size` samples is about to run; unless `counting`, it must leave no trace in the sums."""
-        self.size, self.keep, self.of_sequences, self.counting = size, keep, of_sequences, counting
+        self.size, self.padding, self.of_sequences, self.counting = size, padding, of_sequences, counting
         self.last_input, self.failure, self.not_per_sample = None, None, False
         for tap in self.all:
             tap.uses, tap.pending, tap.at_once = 0, [], True
@@ -198,7 +201,7 @@ class Taps:
                 self._check_per_sample(tap, layer, x)
             if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
                 return None
-            record = _Record(tap)
+            record = _Record(tap, layer)
             stack.append(record)
             saved = _SaveInput.apply(x, self.anchor.to(x.device), record, self)  # type: ignore[no-untyped-call]
             return ((saved, *args[1:]), kwargs) if args else (args, {**kwargs, "input": saved})
@@ -218,10 +221,7 @@ class Taps:
         known = self.last_input
         if known is None or known.x is not x or known.version != x._version or known.kind is not tap.target.kind:
             rows = self._input_rows(tap, layer, x.detach())
-            keep, sound = self._keep_for(tap, rows)
-            if not sound:
-                return
-            increments = tap.accumulator.input_increments(rows, keep)
+            increments = tap.accumulator.input_increments(rows, self._keep_for(tap, layer, x, rows))
             # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
             known = _Increments(x, x._version, tap.target.kind, increments)
             self.last_input = None if isinstance(layer, nn.Conv2d) else known
@@ -239,17 +239,9 @@ class Taps:
             if x.dim() < least or x.shape[0] != self.size:
                 self.not_per_sample = True
 
-    def _keep_for(self, tap: Tap, rows: Tensor) -> tuple[Tensor | None, bool]:
-        """The padding mask in the layout of a layer's rows ``[B, T, I]``; and whether it could be found."""
-        if self.keep is None:
-            return None, True
-        if rows.shape[:2].numel() != self.keep.numel():
-            self.failure = CalibrationError(
-                f"the padding of the batch {tuple(self.keep.shape)} cannot be found in the inputs of {tap.name!r} "
-                f"({tuple(rows.shape[:2])} rows): calibrate on samples without padding"
-            )
-            return None, False
-        return self.keep.to(rows.device), True
+    def _keep_for(self, tap: Tap, layer: nn.Module, x: Tensor, rows: Tensor) -> Tensor | None:
+        """Which of a layer's rows ``[B, T, I]``, made of its input x, are real; None where all are."""
+        return None if self.padding is None else self.padding.keep(tap.name, layer, local(x), rows.shape)
 
     def take_gradient(self, record: _Record, x: Tensor) -> None:
         """Backward of a layer's input: add the layer's statistics for one use."""
@@ -263,8 +255,8 @@ class Taps:
             self._check_layout(tap, rows, deltas)
             if self.statistics & FORWARD_STATISTICS:
                 seen = self._input_rows(tap, tap.target.module, x) if HESSIAN in self.statistics else rows
-                keep, sound = self._keep_for(tap, seen)
-                if self.counting and sound:
+                if self.counting:
+                    keep = self._keep_for(tap, record.layer, x, seen)
                     accumulator.add(accumulator.input_increments(seen, keep))
             if self.counting:
                 accumulator.add_output_gradient(deltas, self.scale)

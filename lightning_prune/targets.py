@@ -315,16 +315,18 @@ def block_classes(model: nn.Module) -> set[str]:
     return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
 
 
-def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The decoder blocks, in order, found by ``_no_split_modules`` of a transformers model inside `model`.
+def find_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    """The stacks of blocks of the transformers models inside `model`, found by ``_no_split_modules``.
+
+    Encoder-decoders and models that also take images or speech have several.
 
     Returns:
-        Clean name and module of each block; empty if there are none. Of several stacks the longest is taken.
+        Clean name and module of each block, in order, a list for each stack; empty if there are none.
     """
-    stacks: list[list[tuple[str, nn.Module]]] = [[]]
-    classes = block_classes(model)
+    stacks: list[list[tuple[str, nn.Module]]] = []
+    classes, inside = block_classes(model), set[nn.Module]()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
+        if isinstance(module, nn.ModuleList) and module not in inside:
             blocks = [
                 (clean_name(f"{name}.{i}"), child)
                 for i, child in enumerate(module)
@@ -332,4 +334,10 @@ def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
             ]
             if blocks and len(blocks) == len(module):
                 stacks.append(blocks)
-    return max(stacks, key=len)
+                inside.update(m for _, block in blocks for m in block.modules())
+    return stacks
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of all stacks (see `find_stacks`), one stack after the other."""
+    return [block for stack in find_stacks(model) for block in stack]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.calibration import collect, collect_forward
+from lightning_prune.padding import Padding
 from lightning_prune.running import causal_lm_loss
 from lightning_prune.statistics import (
     ALL_STATISTICS,
@@ -727,19 +728,25 @@ def test_too_few_samples_warn(shared):
         gather(shared[0], [shared[1]], {"input_norm"}, num_samples=9)
 
 
-def test_padding_that_cannot_be_placed_is_refused():
+def test_rows_that_fit_no_mask_are_all_counted_and_named():
     class Half(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = nn.Linear(6, 6)
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
 
         def forward(self, x, attention_mask):
-            return self.a(x[:, ::2])
+            return self.b(x[:, 0]) + self.a(x[:, ::2]).sum(1)
 
+    model, x = Half(), torch.randn(2, 4, 6)
     mask = torch.ones(2, 4)
     mask[0, 3] = 0
-    with pytest.raises(CalibrationError, match=r"padding of the batch \(2, 4\) cannot be found in the inputs of 'a"):
-        gather(Half(), [{"x": torch.randn(2, 4, 6), "attention_mask": mask}], FORWARD_STATISTICS)
+    batch = {"x": x, "attention_mask": mask}
+    with pytest.warns(UserWarning, match=r"padding of the batches cannot be found in the inputs of 'a.weight', whose"):
+        found = gather(model, [batch, batch], FORWARD_STATISTICS, num_samples=4)
+    seen = {"a.weight": x[:, ::2].double(), "b.weight": x[:, :1].double()}
+    for name, rows in seen.items():
+        expected = (rows.square().sum((0, 1)) / 2).sqrt()
+        torch.testing.assert_close(found[name].input_norm.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_collect_forward_while_somebody_else_runs_the_layers():
@@ -752,7 +759,7 @@ def test_collect_forward_while_somebody_else_runs_the_layers():
 
     def steps():
         for part, mask in zip(data.split(2), keep.split(2), strict=True):
-            yield mask, 2, True
+            yield Padding(mask), 2, True
             with torch.no_grad():
                 model(part)
 

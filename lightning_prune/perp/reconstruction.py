@@ -28,12 +28,12 @@ from lightning_prune.perp.model import find_retraining
 from lightning_prune.perp.options import check_adapter, check_options
 from lightning_prune.perp.selection import check_parts, select_parameters
 from lightning_prune.progress import Advance, progress_bar
-from lightning_prune.ranks import Ranks, synchronized_errors
+from lightning_prune.ranks import Ranks
 from lightning_prune.restoring import Originals, restored_on_failure
 from lightning_prune.running import forward, on_device, quiet_model
-from lightning_prune.sequential import BlockWalk
+from lightning_prune.sequential import BlockWalk, walk_stacks
 from lightning_prune.statistics import CalibrationError
-from lightning_prune.targets import find_blocks
+from lightning_prune.targets import find_stacks
 
 TARGETS = ("dense", "pruned")
 # Of adapters in single blocks: names of whole models do not match there, and dropout is off.
@@ -65,7 +65,7 @@ class Reconstruction:
     """What `reconstruct` did.
 
     Attributes:
-        blocks: One entry a decoder block, in order.
+        blocks: One entry a block, in the order they run; stacks without anything to fit are left out.
     """
 
     blocks: tuple[BlockError, ...]
@@ -124,7 +124,8 @@ def reconstruct(
         num_samples: Calibration samples.
         targets: What the dense block is given to compute the targets from. ``"dense"``: what it is given in the dense
             model, so that a block also undoes errors of those before it. ``"pruned"``: what the pruned block is given,
-            so that each block stands for itself.
+            so that each block stands for itself. Of several stacks (encoder and decoder) each begins with what the
+            fitted stacks before it give it, in both cases.
         offload: Device where hidden states wait, such as ``"cpu"``; default the model's.
         seed: Of the adapters' initial values and the order of batches; the global random state is left alone.
         progress: Show a progress bar in a terminal.
@@ -154,7 +155,7 @@ def reconstruct(
     check_plain_model(model)
     masks = dict(masks or {})
     check_masks(model, masks)
-    blocks = find_blocks(model)
+    blocks = [block for stack in find_stacks(model) for block in stack]
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} names no decoder blocks (_no_split_modules), so there is nothing to go through "
@@ -173,26 +174,36 @@ def reconstruct(
     with quiet_model(model, freeze=False), restored_on_failure() as originals:
         torch.manual_seed(seed)
         device = None if offload is None else torch.device(offload)
-        modules = [block for _, block in blocks]
-        with synchronized_errors(ranks):
-            moved = on_device(model, batches)
-            walk = BlockWalk(model, modules, moved, num_samples, _run_body, forward_context, offload=device)
-        fitter = BlockFitter(walk, steps, learning_rate, seed, ranks)
-        given = [batch.hidden for batch in walk.batches]  # to the dense blocks
+        stacks = [stack for stack in find_stacks(model) if any(adapters.fits(name, block) for name, block in stack)]
+        places = {name: place for place, (name, _) in enumerate(blocks)}
+        moved = on_device(model, batches)
+        walks = walk_stacks(
+            model,
+            [[block for _, block in stack] for stack in stacks],
+            moved,
+            num_samples,
+            _run_body,
+            forward_context,
+            offload=device,
+            errors=ranks,
+        )
         errors = []
-        with progress_bar("Reconstructing blocks", len(blocks) * steps, progress) as advance:
-            for index, (name, block) in enumerate(blocks):
-                wanted = _dense_outputs(walk, index, source.weights(index), given)
-                if adapters.fits(name, block):
-                    errors.append(_fitted(fitter, index, name, wanted, adapters, originals, advance))
-                else:
-                    energy = fitter.energy(wanted)
-                    error = _share(fitter.error(index, wanted), energy)
-                    errors.append(BlockError(name, error, error, False))
-                    advance(steps)
-                for _ in walk.run(index, keep_output=True):
-                    pass
-                given = wanted if targets == "dense" else [batch.hidden for batch in walk.batches]
+        with progress_bar("Reconstructing blocks", sum(map(len, stacks)) * steps, progress) as advance:
+            for position, walk in walks:
+                fitter = BlockFitter(walk, steps, learning_rate, seed, ranks)
+                given = [batch.hidden for batch in walk.batches]  # to the dense blocks
+                for index, (name, block) in enumerate(stacks[position]):
+                    wanted = _dense_outputs(walk, index, source.weights(places[name]), given)
+                    if adapters.fits(name, block):
+                        errors.append(_fitted(fitter, index, name, wanted, adapters, originals, advance))
+                    else:
+                        energy = fitter.energy(wanted)
+                        error = _share(fitter.error(index, wanted), energy)
+                        errors.append(BlockError(name, error, error, False))
+                        advance(steps)
+                    for _ in walk.run(index, keep_output=True):
+                        pass
+                    given = wanted if targets == "dense" else [batch.hidden for batch in walk.batches]
     return Reconstruction(tuple(errors))
 
 

@@ -14,7 +14,7 @@ from lightning_prune.batches import samples
 from lightning_prune.calibration import LossFn, collect
 from lightning_prune.masks import uninterrupted
 from lightning_prune.progress import progress_bar
-from lightning_prune.running import causal_lm_loss, on_device, quiet_model
+from lightning_prune.running import model_loss, on_device, quiet_model
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, CalibrationError, LayerStatistics
 from lightning_prune.structure.choice import (
@@ -204,14 +204,14 @@ class _OneShot:
     def _accumulate(self, scores: SaliencyAccumulator, data: list[Any]) -> None:
         """Forward and backward of every batch; gradients and flags of the model are afterwards what they were."""
         model = self.structure.model
-        loss_fn, steps = self.loss_fn or causal_lm_loss, 0
+        loss_fn, steps = self.loss_fn or model_loss, 0
         with (
             _own_gradients(list(model.parameters())) as clear,
             quiet_model(model, freeze=False),
             progress_bar("Calibrating (forward + backward)", len(data), self.progress) as advance,
         ):
             for batch in on_device(model, data):
-                loss = loss_fn(model, batch).mean()
+                loss = loss_fn(model, batch).nanmean()  # NaN: a sample without labels
                 if not bool(torch.isfinite(loss)):
                     raise CalibrationError(
                         f"the loss of a calibration batch is not finite ({loss.item()}); the weights are unchanged"
