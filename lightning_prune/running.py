@@ -100,7 +100,8 @@ def _run_encoder_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:
     try:
         return model(**inputs)
     except ValueError as error:
-        if "decoder_input" not in str(error):
+        fed = any(inputs.get(name) is not None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
+        if fed or not any(part in str(error) for part in ("decoder_input", "input_ids")):
             raise
         raise ValueError(
             f"{type_name(unwrapped(model))} is an encoder-decoder whose decoder gets no inputs from a batch of "
