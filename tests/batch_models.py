@@ -101,9 +101,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert classifier": lambda: tr.BertForSequenceClassification(tr.BertConfig(**BERT, num_labels=3)),
     "roberta classifier": lambda: tr.RobertaForSequenceClassification(tr.RobertaConfig(**BERT, num_labels=3)),
     "distilbert classifier": lambda: tr.DistilBertForSequenceClassification(tr.DistilBertConfig(**DISTILBERT)),
-    "llama classifier": lambda: tr.LlamaForSequenceClassification(
-        tr.LlamaConfig(**BERT, num_labels=3, pad_token_id=1)
-    ),
+    "llama classifier": lambda: tr.LlamaForSequenceClassification(tr.LlamaConfig(**BERT, num_labels=3, pad_token_id=1)),
     "bert tagger": lambda: tr.BertForTokenClassification(tr.BertConfig(**BERT, num_labels=5)),
     "bert question answering": lambda: tr.BertForQuestionAnswering(tr.BertConfig(**BERT)),
     "bert multiple choice": lambda: tr.BertForMultipleChoice(tr.BertConfig(**BERT)),
