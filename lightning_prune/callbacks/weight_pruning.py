@@ -25,6 +25,7 @@ from lightning_prune.masks import (
     mask_sparsity,
     named_weights,
     pack_masks,
+    pruned_counts,
     shard_masks,
     unpack_masks,
 )
@@ -253,6 +254,9 @@ class WeightPruning(L.Callback):
                 self._enforcer.mask_states(optimizer)
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert self._plan is not None
+        coverage = self._plan.coverage
+        (rank_zero_warn if coverage.worrying else rank_zero_info)(f"WeightPruning: {coverage}")
         if self._masks:
             self._bind(trainer, module, self._masks)
         elif any(self._due(step) for step in range(trainer.global_step + 1)):
@@ -302,9 +306,12 @@ class WeightPruning(L.Callback):
         with self._around_update():
             masks = self._new_masks(trainer, module, self._plan)
             self._bind(trainer, module, masks)
-        total, sparsity = sum(mask.numel() for mask in masks.values()), mask_sparsity(masks)
+        pruned = pruned_counts(masks)
+        total = sum(mask.numel() for mask in masks.values())
+        counted, everything = self._plan.coverage.pruned_shares(pruned)
         rank_zero_info(
-            f"WeightPruning: {sparsity:.2%} of {total:,} weights in {len(masks)} layers are pruned "
+            f"WeightPruning: {sum(pruned.values()) / max(total, 1):.2%} of {total:,} weights in {len(masks)} layers "
+            f"are pruned, {counted:.2%} of the countable weights, {everything:.2%} of all parameters "
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
