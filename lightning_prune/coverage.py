@@ -19,6 +19,7 @@ from lightning_prune.targets import (
     HEAD,
     ROUTER,
     Selection,
+    adapter_modules,
     clean_name,
     is_router,
     layer_kind,
@@ -111,8 +112,8 @@ class Coverage:
             text += "\n  not counted, not pruned (shares of all parameters):" + _listed(outside, self.parameters)
         if self.zeros_lost:
             text += (
-                f"\n  score='keep' cannot hold the zeros of {len(self.zeros_lost)} tensors that it leaves out; training "
-                "will fill them:"
+                f"\n  score='keep' cannot hold the zeros of {len(self.zeros_lost)} tensors that it leaves out; "
+                "training will fill them:"
             )
             text += "".join(f"\n    {name}: {zeros:,} zeros" for name, zeros in self.zeros_lost[:_MOST_NAMES])
             more = len(self.zeros_lost) - _MOST_NAMES
@@ -197,8 +198,9 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
     )
 
 
-def countable_weights(model: nn.Module, adapters: Collection[nn.Module] = ()) -> dict[str, Tensor]:
+def countable_weights(model: nn.Module) -> dict[str, Tensor]:
     """The countable weights of a model by clean name, each shared one once."""
+    adapters = adapter_modules(model)
     return {n: p.detach() for n, module, p in _parameters(model) if _counts(n, module, p, adapters)}
 
 

@@ -49,8 +49,9 @@ class TensorReport:
         dtype: Its dtype, without ``torch.``.
         numel: Number of elements.
         zeros: Number of elements equal to zero; both signs of zero count.
-        prunable: Whether it looks like the weight of a layer that is pruned: floating point, two dimensions
-            or more, and no embedding, head, norm or adapter by its name.
+        prunable: Whether it counts as a weight that a user would prune: floating point, two dimensions or more, and
+            no embedding, head, norm or adapter by its name; also where its layer cannot be pruned, such as an LSTM.
+            These are the countable weights of `lightning_prune.coverage`.
         block: Name up to the first number, such as ``model.layers.3``; empty outside of blocks.
         kind: Name of the layer inside its block, such as ``q_proj``.
         patterns: For each N:M pattern the share of groups with at most N non-zeros; a pattern whose M does

@@ -263,7 +263,7 @@ def select_layers(
     """
     _reject_bare_string("targets", targets)
     _reject_bare_string("ignore", ignore)
-    adapters = _adapters(model)
+    adapters = adapter_modules(model)
     layers = {
         clean_name(name): module
         for name, module in model.named_modules()
@@ -391,11 +391,23 @@ def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
         and any(parameter.requires_grad for parameter in parent.parameters())
         for module in parent.modules()
     }
-    return {
-        name
-        for name, module in layers.items()
-        if module not in retrained and not any(p.requires_grad for n, p in module.named_parameters() if n != "bias")
+    # A quantised weight never requires a gradient: what counts is whether more than such layers is frozen around it.
+    weights = {id(p) for module in layers.values() for p in module.parameters()}
+    around = {
+        module
+        for parent in model.modules()
+        if not any(p.requires_grad for p in parent.parameters())
+        and any(id(p) not in weights for p in parent.parameters())
+        for module in parent.modules()
     }
+
+    def holds(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if n != "bias"):
+            return False
+        return weight is None or _packed_form(weight) is None or module in around
+
+    return {name for name, module in layers.items() if holds(module)}
 
 
 # Layers of other packages that keep quantised weights in buffers or under other names.
@@ -411,7 +423,7 @@ def _packed_layers(model: nn.Module) -> list[str]:
     ]
 
 
-def _adapters(model: nn.Module) -> set[nn.Module]:
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
     """Modules of adapters beside a PEFT ``base_layer``."""
     adapters: set[nn.Module] = set()
     for parent in model.modules():
