@@ -65,6 +65,8 @@ class Coverage:
         candidates: Weights of the layers that are pruned.
         counted: Those of them that are countable; not, say, a head that was named in `targets`.
         counted_names: Names of the parameters that `counted` sums over.
+        uncounted: Names of matrices that are not countable, though in a file their names would not tell: embeddings
+            under names of a user's own. `WeightPruning` writes them into checkpoints, for `inspect`.
         left_out: Matrices that are not pruned, the largest first.
         zeros_lost: Tensors with zeros that ``score="keep"`` cannot hold, with their number, the most first.
     """
@@ -74,6 +76,7 @@ class Coverage:
     candidates: int
     counted: int
     counted_names: frozenset[str] = field(repr=False, default=frozenset())
+    uncounted: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     zeros_lost: tuple[tuple[str, int], ...] = ()
 
@@ -165,6 +168,7 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
     candidates = {id(target.weight): target for target in selection.targets}
     parameters = countable = counted = 0
     names: set[str] = set()
+    uncounted: list[str] = []
     lost: dict[str, int] = {}
     groups: dict[tuple[str, str, bool], list[int]] = {}
     trains = any(parameter.requires_grad for parameter in model.parameters())
@@ -172,6 +176,8 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
         size, counts = parameter.numel(), _counts(name, module, parameter, selection.adapters)
         parameters += size
         countable += size if counts else 0
+        if not counts and is_prunable(name, parameter.shape, parameter.dtype):
+            uncounted.append(name)
         if id(parameter) in candidates:
             if counts:
                 counted += size
@@ -188,6 +194,7 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
         candidates=sum(target.numel for target in selection.targets),
         counted=counted,
         counted_names=frozenset(names),
+        uncounted=tuple(uncounted),
         left_out=tuple(
             sorted(
                 (LeftOut(name, len(s), sum(s), reason, counts) for (name, reason, counts), s in groups.items()),

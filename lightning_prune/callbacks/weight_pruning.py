@@ -140,6 +140,7 @@ class WeightPruning(L.Callback):
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._enforcer: Enforcer | None = None
         self._plan: PruningPlan | None = None
+        self._uncounted: tuple[str, ...] = ()
         self._handles: list[Any] = []
         self._gradients_masked = False
         self._seen_step = 0
@@ -234,7 +235,7 @@ class WeightPruning(L.Callback):
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
                 "ranks see the same samples; use strategy=ModelParallelStrategy()"
             )
-        self._plan = plan
+        self._plan, self._uncounted = plan, plan.coverage.uncounted
         if self._owner is not None and self._owner() is not pl_module:
             self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
         # Sharded weights, and the masks with them, are restored only after this hook.
@@ -397,6 +398,7 @@ class WeightPruning(L.Callback):
             "pattern": self.settings["pattern"],
             "masks": pack_masks(self.masks),
             "scores": self._scores.state_dict(),
+            "uncounted": list(self._uncounted),
             "settings": {**self._described(), "seed": self.seed, "schedule": repr(self.schedule)},
         }
 
@@ -423,6 +425,7 @@ class WeightPruning(L.Callback):
                 )
         self._masks = unpack_masks(state_dict["masks"])
         self._scores = ScoreSummary.from_state(state_dict.get("scores"))
+        self._uncounted = tuple(state_dict.get("uncounted", ()))
         self._owner = None
         self._enforcer = None
 
