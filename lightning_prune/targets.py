@@ -293,7 +293,7 @@ def select_layers(
         elif _selected(name, module, ignored):
             left_out[name] = IGNORED
         elif reasons[name]:
-            left_out[name] = next(r for r in (HEAD, ROUTER, FUNCTIONAL, FROZEN) if r in reasons[name])
+            left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, FROZEN) if r in reasons[name])
     chosen = {name: module for name, module in layers.items() if name not in left_out}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
