@@ -9,11 +9,12 @@ import warnings
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
-from conftest import make_tokens
+from conftest import TINY, make_tokens
 from torch import nn
 
-from lightning_prune import SparsityMonitor, WeightPruning, prune
+from lightning_prune import CausalLM, PERPRetraining, SparsityMonitor, WeightPruning, prune
 from lightning_prune.coverage import Coverage, measure_coverage
 from lightning_prune.inspection import inspect
 
@@ -256,3 +257,59 @@ def test_a_head_beside_it_is_not_counted_as_pruned_share():
     found = measure_coverage(model, targets=["head"])
     assert (found.candidates, found.counted, found.countable, found.share) == (400, 0, 16, 0.0)
     assert found.pruned_shares({"head.weight": 200}) == (0.0, 200 / 520)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "tagger"])
+def test_of_sharded_weights_the_whole_counts_without_other_ranks(case, monkeypatch):
+    from torch.distributed.fsdp import fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    make = CASES[case][0]
+    whole = measure_coverage(make())
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    mesh = dist.init_device_mesh("cpu", (2,))
+    model = make()
+    for module in (*model.children(), model):
+        fully_shard(module, mesh=mesh)
+    assert next(model.parameters()).to_local().numel() * 2 == next(model.parameters()).numel()
+    for collective in ("all_reduce", "all_gather_into_tensor", "broadcast", "all_gather"):
+        monkeypatch.setattr(dist, collective, None)
+    assert measure_coverage(model) == whole
+
+
+class Distilling(Trained):
+    """A student that learns from the outputs of a frozen teacher."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch.float() @ torch.ones(4, 8) / 100
+        return (self.model.student(x) - self.model.teacher(x)).square().mean()
+
+
+@pytest.mark.parametrize("score", ["wanda", "gblm", "kfac", "magnitude"])
+def test_a_frozen_teacher_stays_as_it_is(score):
+    torch.manual_seed(0)
+    model = Distilled()
+    before = {n: p.clone() for n, p in model.teacher.named_parameters()}
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[WeightPruning(score=score, sparsity=0.5, num_samples=4)],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"teacher\.\*\.weight \(2 tensors, 80\.0%\): frozen"):
+        trainer.fit(Distilling(model), torch.utils.data.DataLoader(make_tokens(8, 4), batch_size=2))
+    for name, parameter in model.teacher.named_parameters():
+        assert torch.equal(parameter, before[name])
+    assert sum(int((layer.weight == 0).sum()) for layer in model.student) == 64
+
+
+def test_retraining_without_adapters_prunes_the_frozen_weights():
+    torch.manual_seed(0)
+    module = CausalLM(config=TINY)
+    pruning = WeightPruning(score="magnitude", sparsity=0.5)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[pruning, PERPRetraining(adapter=None, train=("norm",))],
+    )  # fmt: skip
+    data = torch.utils.data.DataLoader([{"input_ids": row} for row in make_tokens(4, 8, 300)], batch_size=2)
+    trainer.fit(module, data)
+    assert len(pruning.masks) == 14
+    assert pruning.sparsity == pytest.approx(0.5, abs=1e-3)
