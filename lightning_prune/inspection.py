@@ -49,8 +49,9 @@ class TensorReport:
         dtype: Its dtype, without ``torch.``.
         numel: Number of elements.
         zeros: Number of elements equal to zero; both signs of zero count.
-        prunable: Whether it looks like the weight of a layer that is pruned: floating point, two dimensions
-            or more, and no embedding, head, norm or adapter by its name.
+        prunable: Whether it counts as a weight that a user would prune: floating point, two dimensions or more, and
+            no embedding, head, norm or adapter by its name; also where its layer cannot be pruned, such as an LSTM.
+            These are the countable weights of `lightning_prune.coverage`.
         block: Name up to the first number, such as ``model.layers.3``; empty outside of blocks.
         kind: Name of the layer inside its block, such as ``q_proj``.
         patterns: For each N:M pattern the share of groups with at most N non-zeros; a pattern whose M does
@@ -241,8 +242,9 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     with progress_bar("Counting zeros", checkpoint.count, enabled=progress) as advance:
         for name, tensor in checkpoint.tensors():
             mask = None if masks is None else masks.take(name, tuple(tensor.shape))
+            counted = masks is None or masks.counts(name)
             reports.append(
-                report_tensor(name, tensor, mask, model_type=checkpoint.model_type, tied_to=checkpoint.ties.get(name))
+                report_tensor(name, tensor, mask, checkpoint.model_type, checkpoint.ties.get(name), counted=counted)
             )
             del tensor, mask
             advance()
@@ -261,7 +263,12 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
 
 
 def report_tensor(
-    name: str, tensor: Tensor, mask: Tensor | None = None, model_type: str | None = None, tied_to: str | None = None
+    name: str,
+    tensor: Tensor,
+    mask: Tensor | None = None,
+    model_type: str | None = None,
+    tied_to: str | None = None,
+    counted: bool = True,
 ) -> TensorReport:
     """Count what is in one tensor.
 
@@ -271,6 +278,7 @@ def report_tensor(
         mask: Bool mask of the same shape, True = kept.
         model_type: Family of the transformers model: some store layers as ``(I, O)``.
         tied_to: See `TensorReport`.
+        counted: False for an embedding whose name does not show it; see `StoredMasks.counts`.
     """
     shape = tuple(tensor.shape)
     matrix = as_matrix(name, tensor, model_type)
@@ -282,7 +290,7 @@ def report_tensor(
         dtype=str(tensor.dtype).removeprefix("torch."),
         numel=tensor.numel(),
         zeros=zeros,
-        prunable=is_prunable(name, shape, tensor.dtype),
+        prunable=counted and is_prunable(name, shape, tensor.dtype),
         block=block,
         kind=kind,
         patterns=patterns if len(shape) > 1 else {},

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_prune.sharding import as_shard_of, count_over_ranks, gather_whole, is_sharded, local, take_shard
+from lightning_prune.sharding import as_shard_of, counts_over_ranks, gather_whole, is_sharded, local, take_shard
 from lightning_prune.targets import Target, clean_name
 
 Masks = dict[str, Tensor]
@@ -102,9 +102,14 @@ def mask_sparsity(masks: Mapping[str, Tensor]) -> float:
     return pruned_count(masks) / total if total else 0.0
 
 
+def pruned_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of pruned weights of each mask; where they are sharded, over all ranks, which must all call."""
+    return counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
+
+
 def pruned_count(masks: Mapping[str, Tensor]) -> int:
     """Number of pruned weights over all masks; where they are sharded, over all ranks, which must all call."""
-    return count_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
+    return sum(pruned_counts(masks).values())
 
 
 # -- storage ---------------------------------------------------------------------------------------------------------

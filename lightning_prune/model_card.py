@@ -71,7 +71,7 @@ def model_card(name: str, source: Checkpoint, read: ReadModel, results: Mapping[
     lines += ["", f"# {name}", ""]
     lines.append(
         f"A {type(read.model).__name__} of {everything.numel:,} parameters. {prunable.zeros:,} of the "
-        f"{prunable.numel:,} weights in {prunable.tensors} layers that can be pruned are exactly zero "
+        f"{prunable.numel:,} weights in {prunable.tensors} layers outside embeddings and heads are exactly zero "
         f"({prunable.sparsity:.2%}; {everything.sparsity:.2%} of all parameters)."
     )
     if not dense:

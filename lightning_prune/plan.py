@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lightning_prune.allocation import Allocation, allocation_statistics, make_allocation, mapping_counts
+from lightning_prune.coverage import Coverage, coverage_of
 from lightning_prune.patterns import NM, parse_pattern
 from lightning_prune.scores import GROUPS, Keep, Score, SparseGPT
 from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN
-from lightning_prune.targets import Target, find_stacks, find_targets
+from lightning_prune.targets import Target, find_stacks, select_layers
 
 UPDATES = (None, "obs")
 _GRADIENT_DTYPES: dict[str | torch.dtype, torch.dtype] = {
@@ -29,6 +30,7 @@ class PruningPlan:
     """Validated settings of one pruning, bound to the layers of a model."""
 
     targets: list[Target]
+    coverage: Coverage
     score: Score
     sparsity: float | None
     pattern: NM | None
@@ -162,13 +164,15 @@ def make_plan(
     if allocation is None:
         allocation = "uniform" if nm is not None or group == "global" else score.allocation
     allocation = make_allocation(allocation)
-    found = find_targets(model, targets, ignore)
     statistics = score.statistics | allocation_statistics(allocation) | ({HESSIAN} if settings["update"] else set())
+    selection = select_layers(model, targets, ignore, called=bool(statistics))
+    found = selection.targets
     _check_layers(found, nm, statistics)
     if isinstance(allocation, Mapping):  # fail now, not after calibration
         mapping_counts(found, allocation, settings["sparsity"], {})
     plan = PruningPlan(
         targets=found,
+        coverage=coverage_of(model, selection, keeps_zeros=isinstance(score, Keep)),
         score=score,
         sparsity=settings["sparsity"] if nm is None else nm.sparsity,
         pattern=nm,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -40,6 +42,8 @@ from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_
 from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN, CalibrationError, LayerStatistics
 from lightning_prune.targets import DEFAULT_IGNORE, Target
 
+_log = logging.getLogger("lightning_prune")
+
 
 def prune(
     model: nn.Module,
@@ -65,6 +69,9 @@ def prune(
     ranks: Ranks | None = None,
 ) -> Masks:
     """Prune a model in place and return its masks.
+
+    What is left out is said: a warning if less than 90 % of the matrices outside embeddings and heads are pruned (see
+    `lightning_prune.coverage`), else a log entry of ``lightning_prune``.
 
     Everything is validated first; if calibration fails or is interrupted, the weights are bit-identical to before.
 
@@ -94,8 +101,9 @@ def prune(
             model at once. Without it all statistics come from the dense model in one sweep.
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``; also drives the forward pass of
             scores without gradients.
-        targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d.
-        ignore: The same, left out.
+        targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d but frozen
+            ones, routers and output layers; a selector that matches nothing else names those too.
+        ignore: The same, left out; default output layers, by transformers' names for them.
         seed: Of ``"random"``.
         gradient_dtype: ``"float32"`` or ``"bfloat16"`` for the gradient aggregate, one buffer a pruned weight. Sums
             in bfloat16 stop growing after some 256 samples of equal size.
@@ -131,6 +139,10 @@ def prune(
     )
     if plan.needs_data and batches is None:
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
+    if plan.coverage.worrying:
+        warnings.warn(f"prune: {plan.coverage}", stacklevel=2)
+    else:
+        _log.info("prune: %s", plan.coverage)
     moved = None if batches is None else _Moved(model, batches)
     return run_plan(plan, model, moved, loss_fn, ranks=ranks or _ranks_of(model, plan.targets))
 

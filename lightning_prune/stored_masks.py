@@ -19,15 +19,22 @@ class StoredMasks:
     Attributes:
         score: Name of the score that made them; of several callbacks, all names.
         settings: What else each callback says of how it pruned, in plain values.
+        uncounted: Names of embeddings that their names do not show to be such; see `lightning_prune.coverage`.
     """
 
     def __init__(
-        self, path: Path, packed: dict[str, Any], score: str | None, settings: list[dict[str, Any]] | None = None
+        self,
+        path: Path,
+        packed: dict[str, Any],
+        score: str | None,
+        settings: list[dict[str, Any]] | None = None,
+        uncounted: frozenset[str] = frozenset(),
     ) -> None:
         self._path = path
         self._packed = packed
         self.score = score
         self.settings = settings or []
+        self.uncounted = uncounted
 
     @property
     def names(self) -> set[str]:
@@ -55,7 +62,18 @@ class StoredMasks:
             packed.update(masks)
         scores = dict.fromkeys(str(state["score"]) for state in states if state.get("score"))
         settings = [dict(s) for state in states if isinstance(s := state.get("settings"), Mapping)]
-        return cls(checkpoint.path, packed, ", ".join(scores) or None, settings)
+        uncounted = frozenset(
+            name
+            for state in states
+            if isinstance(names := state.get("uncounted"), (list, tuple))
+            for name in names
+            if isinstance(name, str)
+        )
+        return cls(checkpoint.path, packed, ", ".join(scores) or None, settings, uncounted)
+
+    def counts(self, name: str) -> bool:
+        """Whether a tensor may count as a weight that a user would prune: it is not known to be an embedding."""
+        return clean_name(name) not in self.uncounted
 
     def masks(self) -> dict[str, Tensor]:
         """All masks, unpacked, by the names they are stored under.

@@ -6,19 +6,31 @@ Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O out
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_prune.sharding import Layout, as_shard_of, local
+from lightning_prune.tensor_names import HEADS, is_head
 
-DEFAULT_IGNORE = ("lm_head",)
+DEFAULT_IGNORE = HEADS
+"""Output layers, left alone unless `targets` names them; see `lightning_prune.tensor_names.is_head`."""
+
+# Why layers that could be pruned are left alone by default.
+HEAD, ROUTER, FROZEN, FUNCTIONAL = "head", "router", "frozen", "used functionally"
+# Why others are left alone.
+IGNORED, NOT_NAMED = "in ignore", "not in targets"
+
+RETRAINING = "_lightning_prune_perp"
+"""Attribute of a model, or of one inside a PEFT model, that is retrained while its weights are frozen."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,21 @@ def name_matches(name: str, pattern: str) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The layers of a model, divided.
+
+    Attributes:
+        targets: One entry a parameter to prune, in the model's order; layers that share one share the entry.
+        left_out: Layers that could be pruned and are left alone, by clean name, and why.
+        adapters: Modules of adapters beside a PEFT ``base_layer``.
+    """
+
+    targets: list[Target]
+    left_out: dict[str, str] = field(default_factory=dict)
+    adapters: frozenset[nn.Module] = frozenset()
+
+
 def find_targets(
     model: nn.Module,
     targets: Sequence[str | type[nn.Module]] | None = None,
@@ -195,12 +222,17 @@ def find_targets(
 ) -> list[Target]:
     """Find the weights to prune.
 
+    Left alone by default are output layers, also those tied to embeddings; routers of experts; and frozen layers. A
+    layer is frozen if its weight requires no gradient while another parameter of the model does, and it is not the
+    base of an adapter. What is named in `targets` is pruned all the same: by a selector that matches nothing but
+    heads, or routers, or frozen layers. Where heads are all there is, they are pruned.
+
     Args:
         model: Any module.
         targets: Layer types, type names, or patterns of module names (``"q_proj"``, ``"layers.0.*"``).
             Default: every Linear, Conv1D (transformers) and Conv2d.
-        ignore: The same, left out. Default: ``lm_head``. Embeddings, norms and biases are never pruned;
-            of a PEFT layer only the base layer is.
+        ignore: The same, left out. Default: output layers by the names that transformers gives them
+            (`DEFAULT_IGNORE`). Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
 
     Returns:
         One entry a parameter, in the model's order; layers that share a parameter share the entry.
@@ -209,38 +241,197 @@ def find_targets(
         ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
             that is not a target (tied embeddings), is quantised, parametrised, or has no data (meta device).
     """
+    return select_layers(model, targets, ignore).targets
+
+
+def select_layers(
+    model: nn.Module,
+    targets: Sequence[str | type[nn.Module]] | None = None,
+    ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
+    called: bool = False,
+) -> Selection:
+    """Divide the layers of a model as `find_targets` does, and say why the others are left alone.
+
+    Args:
+        model: Any module.
+        targets: See `find_targets`.
+        ignore: See `find_targets`.
+        called: Whether layers must run as modules, because statistics are read from their inputs and outputs.
+
+    Raises:
+        ValueError, TypeError: see `find_targets`.
+    """
     _reject_bare_string("targets", targets)
     _reject_bare_string("ignore", ignore)
-    layers = dict(_candidates(model))
+    adapters = adapter_modules(model)
+    layers = {
+        clean_name(name): module
+        for name, module in model.named_modules()
+        if module not in adapters and layer_kind(module) is not None
+    }
     if targets is not None:
         _require_matches("targets", targets, layers)
-    if tuple(ignore) != DEFAULT_IGNORE:
-        _require_matches("ignore", ignore, dict(model.named_modules()))
-    chosen = {
-        name: module
-        for name, module in layers.items()
-        if (targets is None or _selected(name, module, targets)) and not _selected(name, module, ignore)
-    }
+    without_heads = set(DEFAULT_IGNORE) <= set(ignore)
+    ignored = [s for s in ignore if not (without_heads and s in DEFAULT_IGNORE)]
+    # A default name that a user repeats need not be there.
+    _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], dict(model.named_modules()))
+
+    reasons = _reasons(model, layers, without_heads, called)
+    if targets is None:
+        if layers and all(HEAD in reasons[name] for name in layers) and not _packed_layers(model):
+            reasons = {name: reasons[name] - {HEAD} for name in layers}
+    else:
+        for selector in targets:
+            matched = [name for name, module in layers.items() if _selected(name, module, [selector])]
+            # A selector that matches other layers too names none of these: "q_proj" is no word for a frozen teacher.
+            named = frozenset.intersection(*(reasons[name] for name in matched))
+            reasons |= {name: reasons[name] - named for name in matched}
+    left_out = {}
+    for name, module in layers.items():
+        if targets is not None and not _selected(name, module, targets):
+            left_out[name] = sorted(reasons[name])[0] if reasons[name] else NOT_NAMED
+        elif _selected(name, module, ignored):
+            left_out[name] = IGNORED
+        elif reasons[name]:
+            left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, FROZEN) if r in reasons[name])
+    chosen = {name: module for name, module in layers.items() if name not in left_out}
     if not chosen:
-        raise ValueError(
-            f"nothing to prune: targets={targets!r}, ignore={ignore!r} leave none of the "
-            f"{len(layers)} Linear, Conv1D and Conv2d layers of {type(model).__name__}; "
-            "widen `targets` or shorten `ignore`"
+        raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
+    return Selection(_group_by_parameter(model, chosen), left_out, frozenset(adapters))
+
+
+def _nothing_to_prune(
+    model: nn.Module, targets: object, ignore: Sequence[str | type[nn.Module]], left_out: dict[str, str]
+) -> str:
+    ignored = "the default" if ignore == DEFAULT_IGNORE else repr(ignore)
+    text = (
+        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} Linear, Conv1D and "
+        f"Conv2d layers of {type(model).__name__}"
+    )
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, why in left_out.items() if why == reason]
+        text += f"; {reason}: {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}"
+    packed = _packed_layers(model)
+    if packed:
+        return f"{text}. {len(packed)} layers such as {packed[0]!r} are quantised: prune before quantising"
+    return (
+        f"{text}. Widen `targets` or shorten `ignore`; heads, routers and frozen layers are pruned if `targets` names "
+        "them"
+    )
+
+
+# -- what is left alone by default ------------------------------------------------------------------------------------
+
+
+def _reasons(
+    model: nn.Module, layers: dict[str, nn.Module], without_heads: bool, called: bool
+) -> dict[str, frozenset[str]]:
+    """Why each layer is to be left alone by default; mostly for no reason."""
+    users = _users(model)
+    inside = {id(module) for module in layers.values()}
+    routers, frozen = _routers(model, layers), _frozen(model, layers)
+    # Their parent reads their weights, and never calls them.
+    functional = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)} if called else set()
+
+    def tied(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return weight is not None and any(
+            id(m) not in inside and (isinstance(m, nn.Embedding) or "Embed" in type_name(m))
+            for _, m in users[id(weight)]
         )
-    return _group_by_parameter(model, chosen)
+
+    return {
+        name: frozenset(
+            reason
+            for reason, holds in (
+                (HEAD, without_heads and (is_head(name) or tied(module))),
+                (ROUTER, name in routers),
+                (FROZEN, name in frozen),
+                (FUNCTIONAL, module in functional),
+            )
+            if holds
+        )
+        for name, module in layers.items()
+    }
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that can be pruned, by clean name; adapters beside a PEFT ``base_layer`` are passed over."""
+_ROUTER_NAME = re.compile(r"gate|gating|router|\w+_gate|\w+_router|gate_network")
+_ROUTER_TYPE = re.compile(r"Router|Gat(e|ing)(?![a-z])")
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether the type of a module says that it chooses experts."""
+    return type(module) is not nn.Linear and _ROUTER_TYPE.search(type_name(module)) is not None
+
+
+def _routers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """Layers that choose experts: by their type, or by their name beside a module or parameter named ``experts``."""
+    beside: set[nn.Module] = set()
+    for parent in model.modules():
+        own = (*parent._modules, *parent._parameters)
+        if any("experts" in name for name in own):
+            beside.update(
+                part
+                for name, child in parent._modules.items()
+                if child is not None and _ROUTER_NAME.fullmatch(name)
+                for part in child.modules()
+            )
+    return {name for name, module in layers.items() if module in beside or is_router(module)}
+
+
+def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """Layers whose weight requires no gradient, in a model that trains something else."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return set()  # loaded for inference: it says nothing
+    # PEFT, and PERP without an adapter, freeze what they retrain by other means.
+    retrained = {
+        module
+        for parent in model.modules()
+        if (hasattr(parent, "peft_config") or RETRAINING in parent.__dict__)
+        and any(parameter.requires_grad for parameter in parent.parameters())
+        for module in parent.modules()
+    }
+    # A quantised weight never requires a gradient: what counts is whether more than such layers is frozen around it.
+    weights = {id(p) for module in layers.values() for p in module.parameters()}
+    around = {
+        module
+        for parent in model.modules()
+        if not any(p.requires_grad for p in parent.parameters())
+        and any(id(p) not in weights for p in parent.parameters())
+        for module in parent.modules()
+    }
+
+    def holds(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if n != "bias"):
+            return False
+        return weight is None or _packed_form(weight) is None or module in around
+
+    return {name for name, module in layers.items() if holds(module)}
+
+
+# Layers of other packages that keep quantised weights in buffers or under other names.
+_PACKED = ("qweight", "W_q", "weight_packed", "qzeros")
+
+
+def _packed_layers(model: nn.Module) -> list[str]:
+    """Names of layers without a weight of their own, which hold it packed."""
+    return [
+        clean_name(name)
+        for name, module in model.named_modules()
+        if any(key in module._buffers or key in module._parameters for key in _PACKED)
+    ]
+
+
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules of adapters beside a PEFT ``base_layer``."""
     adapters: set[nn.Module] = set()
     for parent in model.modules():
         base = getattr(parent, "base_layer", None)
         if isinstance(base, nn.Module):
             inside = set(base.modules())
             adapters.update(m for m in parent.modules() if m not in inside and m is not parent)
-    for name, module in model.named_modules():
-        if module not in adapters and layer_kind(module) is not None:
-            yield clean_name(name), module
+    return adapters
 
 
 def _reject_bare_string(argument: str, value: object) -> None:
@@ -265,13 +456,19 @@ def _require_matches(argument: str, selectors: Sequence[str | type[nn.Module]], 
             raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
 
 
-def _group_by_parameter(model: nn.Module, chosen: dict[str, nn.Module]) -> list[Target]:
-    names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
+def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Clean names and modules that hold each parameter, by its id."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), []).append((clean_name(name), module))
+    return users
+
+
+def _group_by_parameter(model: nn.Module, chosen: dict[str, nn.Module]) -> list[Target]:
+    names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
+    users = _users(model)
     grouped: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in chosen.items():
         grouped.setdefault(id(_checked_weight(name, module)), []).append((name, module))
@@ -301,13 +498,34 @@ def _checked_weight(name: str, module: nn.Module) -> nn.Parameter:
             f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); "
             "make it permanent first (prune.remove, remove_parametrizations), or ignore the layer"
         )
-    if not weight.is_floating_point():
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"the weight of {name!r} has no shape yet (lazy layer); run the model once first")
+    form = _packed_form(weight)
+    if form is not None:
+        raise ValueError(f"the weight of {name!r} is quantised ({form}); prune before quantising, or ignore the layer")
+    if weight.layout is not torch.strided:
         raise ValueError(
-            f"the weight of {name!r} is quantised ({weight.dtype}); prune before quantising, or ignore the layer"
+            f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"
         )
     if weight.is_meta:
         raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialise the model first")
     return weight
+
+
+# Parameters of other packages that are packed when they are moved to a GPU.
+_PACKED_TYPES = ("Params4bit", "Int8Params", "GGUFParameter")
+
+
+def _packed_form(weight: Tensor) -> str | None:
+    """In which form a weight holds something else than one plain number an element, or None."""
+    if isinstance(weight, DTensor):
+        weight = weight._local_tensor
+    if isinstance(weight, AsyncCollectiveTensor):
+        return None
+    kind = type(weight)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__name__ in _PACKED_TYPES:
+        return f"{kind.__name__}, {weight.dtype}"
+    return None if weight.is_floating_point() and weight.dtype.itemsize > 1 else str(weight.dtype)
 
 
 def block_classes(model: nn.Module) -> set[str]:

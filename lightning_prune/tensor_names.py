@@ -6,32 +6,76 @@ Dimensions: O outputs, I inputs of a layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-# Whole name components (split at "." and "_") that mark embeddings, norms, heads and adapters.
-_NOT_PRUNABLE = re.compile(
-    r"(^|[._])(embed(ding)?s?|embd|emb|wte|wpe|shared|lm_head|embed_(in|out)|score|classifier|"
-    r"\w*norm\d*|ln(_\w+)?|lora_\w+|rotary\w*|position\w*)([._]|$)"
+HEADS = (
+    *("lm_head", "embed_out", "output_projection", "vocab_projector", "generator_lm_head", "text_lm_head"),
+    *("predictions.decoder", "lm_loss", "pred_layer", "ctc_head", "seq_relationship", "sop_classifier"),
+    *("classifier", "cls_classifier", "distillation_classifier", "classification_head", "class_labels_classifier"),
+    *("class_predictor", "class_embed", "score", "qa_outputs", "logits_proj", "head"),
 )
+"""What output layers are called in transformers, and in most models of one's own."""
+
+_HEADS = tuple(tuple(head.split(".")) for head in HEADS)
+
+# What wrappers put behind the name of a layer; it says nothing of what the layer is.
+_WRAPPED = frozenset({"weight", "base_layer", "original_module", "modules_to_save", "default", "parametrizations"})
+# Last components of names. Not ancestors: patch_embeddings.projection and shared_expert.up_proj are layers.
+_NO_MATRIX = re.compile(
+    r"(\w+_)?(embed(ding)?s?|embd|emb|wte|wpe|shared|bias)|embed_(tokens|positions|in)|"
+    r"\w*(pos|position)_(embed|embd|enc|bias|encoding)\w*|positions?(_ids)?|rotary\w*|(tokens|positions)_embed|"
+    r"(cls|mask|class|dist|distillation|register|reg)_tokens?|\w*norm\d*|ln(_\w+)?"
+)
+_ADAPTER = re.compile(r"(^|[._])lora_\w+([._]|$)")
 # Families whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_NAME = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
-def is_prunable(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether a tensor looks like the weight of a layer that is pruned by default.
+def is_head(name: str) -> bool:
+    """Whether a layer or tensor belongs to an output layer, by its name.
+
+    Inside of numbered blocks these names mean something else (``layers.0.attention.score``), but for ``lm_head``; and
+    what has layers of layers is a model, not its head (``classifier.encoder.layers.0.fc1``).
+
+    >>> is_head("model.lm_head.weight"), is_head("classifier.out_proj"), is_head("layers.0.attention.score")
+    (True, True, False)
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPED]
+    if "lm_head" in parts:
+        return True
+    numbers = [i for i, part in enumerate(parts) if i and part.isdigit()]
+    outside = parts[: numbers[0]] if numbers else parts
+    ends = (
+        start + len(head)
+        for head in _HEADS
+        for start in range(len(outside))
+        if tuple(outside[start : start + len(head)]) == head
+    )
+    return any(len(parts) - end <= 2 for end in ends)
+
+
+def is_prunable(name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a tensor counts as a weight that a user would prune: a matrix outside embeddings and heads.
+
+    Convolutions, recurrent weights and the 3-D parameters of experts count too, whether they can be pruned or not:
+    this is the denominator of every share of pruned weights (`inspect`, model cards, summaries of `WeightPruning`).
 
     >>> is_prunable("model.layers.0.self_attn.q_proj.weight", (64, 64), torch.float32)
     True
     >>> is_prunable("model.embed_tokens.weight", (1000, 64), torch.float32)
     False
     """
-    if len(shape) < 2 or min(shape) < 1 or not dtype.is_floating_point:
+    if len(shape) < 2 or min(shape) < 1 or not dtype.is_floating_point or is_head(name) or _ADAPTER.search(name):
         return False
-    return _NOT_PRUNABLE.search(name) is None and not name.endswith("bias")
+    parts = name.split(".")
+    while len(parts) > 1 and parts[-1] in _WRAPPED:
+        parts.pop()
+    # The embedding of an image's patches is a convolution.
+    return len(shape) >= 4 or _NO_MATRIX.fullmatch(parts[-1]) is None
 
 
 def place(name: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
+from lightning_prune.coverage import countable_weights
 from lightning_prune.run_facts import run_facts
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters
 from lightning_prune.sparsity_history import HISTORY_FILE, append_step, begin_history
@@ -24,7 +25,9 @@ class SparsityMonitor(L.Callback):
     Exact zeros of the weights are counted, not masks: what is logged is what a checkpoint would hold. The names, the
     same for every logger:
 
-    - ``sparsity/total``: share of zeros over all layers;
+    - ``sparsity/total``: share of zeros over all layers that are pruned (`targets`);
+    - ``sparsity/countable``: share of zeros over all matrices outside embeddings and heads, pruned or not, the figure
+      of ``lightning-prune inspect``;
     - ``density/type/TYPE``: share of weights that are not zero over all layers of a type, such as ``q_proj``;
     - ``density/layer/LAYER``: the same of one layer, by the name of its module;
     - ``saliency/NAME``: of every callback with an attribute ``saliency``, a mapping from names to numbers
@@ -38,7 +41,7 @@ class SparsityMonitor(L.Callback):
     settings) to ``sparsity_history.jsonl``, for ``lightning-prune report``. Without a logger it goes to
     ``default_root_dir``.
 
-    Counting reads every pruned weight once. Where weights are sharded (FSDP2, tensor parallelism) each rank counts its
+    Counting reads every matrix once. Where weights are sharded (FSDP2, tensor parallelism) each rank counts its
     part, and one small all-reduce adds them up; otherwise rank 0 alone counts. Only rank 0 logs and writes.
 
     Args:
@@ -46,7 +49,7 @@ class SparsityMonitor(L.Callback):
         per_layer: Log ``density/layer/...`` too; without it the history still has every layer.
         targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else every
             Linear, Conv1D and Conv2d.
-        ignore: Layers to leave, likewise; default ``lm_head``.
+        ignore: Layers to leave, likewise; default output layers.
         history: Write the history file.
 
     Raises:
@@ -127,12 +130,15 @@ class SparsityMonitor(L.Callback):
         if not trainer.is_global_zero and not has_sharded_parameters(module):
             return
         weights = dict(self._targets_of(trainer, module))
-        nonzeros = counts_over_ranks(weights, lambda weight: int(weight.count_nonzero()))
+        countable = {key if (key := layer_name(n)) in weights else n: w for n, w in countable_weights(module).items()}
+        nonzeros = counts_over_ranks(countable | weights, lambda weight: int(weight.count_nonzero()))
         if not trainer.is_global_zero:
             return
         layers = {n: (w.numel() - nonzeros[n], w.numel(), place(n)[1]) for n, w in weights.items()}
         saliency = _saliency_of(trainer)
         values = metrics(layers, saliency, self.per_layer)
+        size = sum(weight.numel() for weight in countable.values())
+        values["sparsity/countable"] = 1.0 - sum(nonzeros[name] for name in countable) / size if size else 0.0
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         if self.history and self._folder is not None:

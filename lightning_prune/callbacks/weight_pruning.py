@@ -25,6 +25,7 @@ from lightning_prune.masks import (
     mask_sparsity,
     named_weights,
     pack_masks,
+    pruned_counts,
     shard_masks,
     unpack_masks,
 )
@@ -139,6 +140,7 @@ class WeightPruning(L.Callback):
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._enforcer: Enforcer | None = None
         self._plan: PruningPlan | None = None
+        self._uncounted: tuple[str, ...] = ()
         self._handles: list[Any] = []
         self._gradients_masked = False
         self._seen_step = 0
@@ -233,7 +235,7 @@ class WeightPruning(L.Callback):
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
                 "ranks see the same samples; use strategy=ModelParallelStrategy()"
             )
-        self._plan = plan
+        self._plan, self._uncounted = plan, plan.coverage.uncounted
         if self._owner is not None and self._owner() is not pl_module:
             self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
         # Sharded weights, and the masks with them, are restored only after this hook.
@@ -253,6 +255,9 @@ class WeightPruning(L.Callback):
                 self._enforcer.mask_states(optimizer)
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        assert self._plan is not None
+        coverage = self._plan.coverage
+        (rank_zero_warn if coverage.worrying else rank_zero_info)(f"WeightPruning: {coverage}")
         if self._masks:
             self._bind(trainer, module, self._masks)
         elif any(self._due(step) for step in range(trainer.global_step + 1)):
@@ -302,9 +307,12 @@ class WeightPruning(L.Callback):
         with self._around_update():
             masks = self._new_masks(trainer, module, self._plan)
             self._bind(trainer, module, masks)
-        total, sparsity = sum(mask.numel() for mask in masks.values()), mask_sparsity(masks)
+        pruned = pruned_counts(masks)
+        total = sum(mask.numel() for mask in masks.values())
+        counted, everything = self._plan.coverage.pruned_shares(pruned)
         rank_zero_info(
-            f"WeightPruning: {sparsity:.2%} of {total:,} weights in {len(masks)} layers are pruned "
+            f"WeightPruning: {sum(pruned.values()) / max(total, 1):.2%} of {total:,} weights in {len(masks)} layers "
+            f"are pruned, {counted:.2%} of the countable weights, {everything:.2%} of all parameters "
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
@@ -390,6 +398,7 @@ class WeightPruning(L.Callback):
             "pattern": self.settings["pattern"],
             "masks": pack_masks(self.masks),
             "scores": self._scores.state_dict(),
+            "uncounted": list(self._uncounted),
             "settings": {**self._described(), "seed": self.seed, "schedule": repr(self.schedule)},
         }
 
@@ -416,6 +425,7 @@ class WeightPruning(L.Callback):
                 )
         self._masks = unpack_masks(state_dict["masks"])
         self._scores = ScoreSummary.from_state(state_dict.get("scores"))
+        self._uncounted = tuple(state_dict.get("uncounted", ()))
         self._owner = None
         self._enforcer = None
 

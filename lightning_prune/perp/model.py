@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-_RECORD = "_lightning_prune_perp"
+from lightning_prune.targets import RETRAINING as _RECORD
 
 
 @dataclass(frozen=True)

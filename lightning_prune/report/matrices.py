@@ -87,8 +87,9 @@ def measure(checkpoint: Checkpoint, dense: str | Path | None = None, progress: b
     with progress_bar("Reading weights", checkpoint.count, enabled=progress) as advance:
         for name, tensor in checkpoint.tensors():
             mask = None if masks is None else masks.take(name, tuple(tensor.shape))
+            counted = masks is None or masks.counts(name)
             report = report_tensor(
-                name, tensor, mask, model_type=checkpoint.model_type, tied_to=checkpoint.ties.get(name)
+                name, tensor, mask, checkpoint.model_type, checkpoint.ties.get(name), counted=counted
             )
             reports.append(report)
             if report.prunable and report.tied_to is None:
