@@ -30,6 +30,7 @@ from lightning_prune.perp.before_training import (
     reconstruct_before_training,
     reconstruct_options,
 )
+from lightning_prune.perp.checkpoint_hooks import follow_checkpoints
 from lightning_prune.perp.layers import plain_name, sparse_layers
 from lightning_prune.perp.mask_setting import set_masks
 from lightning_prune.perp.model import Retraining, find_retraining, plain_model
@@ -152,6 +153,7 @@ class PERPRetraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters on, before optimizers are made and before a checkpoint is loaded."""
+        follow_checkpoints(trainer, self, lambda: self._states(trainer))
         if stage != "fit":
             return
         pruner = _pruner_of(trainer)
@@ -339,6 +341,11 @@ class PERPRetraining(L.Callback):
             if not self._beside_pruner:
                 state["masks"] = pack_masks(adapter_masks(model))
         return state
+
+    def _states(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
+        """This callback's state and that of the pruner beside, as a full checkpoint has them."""
+        callbacks = [self, *([] if (pruner := _pruner_of(trainer)) is None else [pruner])]
+        return {callback.state_key: callback.state_dict() for callback in callbacks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the masks of a checkpoint, which become the adapters' at train start.

@@ -201,6 +201,15 @@ class SparseLinear(lora.Linear):
         with torch.autocast(weight.device.type, enabled=False):  # a merge in a training hook may run under it
             return self.combination()(weight, self.kept_part, left, right, None)
 
+    @torch.no_grad()
+    def merged_with(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`merged_weight` of other tensors than the layer's own, such as averages of them; none may be sharded."""
+        if self.merged:
+            return weight
+        with torch.autocast(weight.device.type, enabled=False):
+            factors = self.factors_of(a, b, **self.combining())
+            return self.combination()(weight, self.kept.to(weight.device), *factors, None)
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight (to this rank's part of it)."""
         return self.merged_weight() - self._part_before_merge()
