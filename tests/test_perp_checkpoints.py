@@ -59,7 +59,9 @@ def unmerge(checkpoint: Path, prefix: str = "model.") -> None:
     torch.save(stored, checkpoint)
 
 
-FORMS = [(name, form) for name in SETTINGS for form in ("merged", "unmerged") if (name, form) != ("norms alone", "unmerged")]
+FORMS = [
+    (name, form) for name in SETTINGS for form in ("merged", "unmerged") if (name, form) != ("norms alone", "unmerged")
+]
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)

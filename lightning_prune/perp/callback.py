@@ -20,6 +20,7 @@ from lightning_prune.perp.adapters import (
     adapter_masks,
     adapters_aside,
     attach,
+    check_unshared,
     fold,
     merge,
     remove_adapters,
@@ -174,6 +175,11 @@ class PERPRetraining(L.Callback):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 wrapped = attach(model, self.adapter, self.masks, self.train, options, pruned_later=pruned_later)
+            try:  # the module may have more of the weights than the model has
+                check_unshared(pl_module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
+            except ValueError:
+                remove_adapters(wrapped)
+                raise
             setattr(pl_module, self.attribute, wrapped)
         else:  # left on by an interrupted fit, or by merge=False
             _check_same(_settings(found), _settings_of(self), "the module's adapters were")
