@@ -156,7 +156,7 @@ def test_averages_are_merged(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__(avg_fn=lambda average, current, count: (average + current) / 2)
 
-    trainer, module, pruner, seen = fit(tmp_path, perp(), Average())
+    _, _, pruner, seen = fit(tmp_path, perp(), Average())
     loaded = Own.load_from_checkpoint(tmp_path / "step=4.ckpt", weights_only=True)
     stored = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
     unmerged = stored["callbacks"]["PERPRetraining"]["unmerged"]

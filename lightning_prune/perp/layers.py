@@ -99,7 +99,7 @@ class SparseLinear(lora.Linear):
 
     @property
     def weight(self) -> Tensor:
-        """What the layer multiplies with, for code that takes it and multiplies by itself: ``F.linear(x, layer.weight)``.
+        """What the layer multiplies with, for code that multiplies by itself: ``F.linear(x, layer.weight)``.
 
         The base weight outside of forward passes of shards, and where the adapter is merged or off.
         """
