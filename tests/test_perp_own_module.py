@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import make_llama, make_tokens, snapshot
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from perp_models import halve
 from test_perp_callback import make_trainer, pruning
 from torch import Tensor, nn
@@ -151,12 +151,13 @@ def test_adapters_that_stay_on(weights_only: bool, tmp_path: Path) -> None:
     assert isinstance(module.net, SparsePeftModel)
 
 
-def test_averages_are_merged(tmp_path: Path) -> None:
-    class Average(WeightAveraging):
-        def __init__(self) -> None:
-            super().__init__(avg_fn=lambda average, current, count: (average + current) / 2)
+class Average(WeightAveraging):
+    def __init__(self) -> None:
+        super().__init__(avg_fn=lambda average, current, count: (average + current) / 2)
 
-    _, _, pruner, seen = fit(tmp_path, perp(), Average())
+
+def test_averages_are_merged(tmp_path: Path) -> None:
+    _, module, pruner, seen = fit(tmp_path, perp(), Average())
     loaded = Own.load_from_checkpoint(tmp_path / "step=4.ckpt", weights_only=True)
     stored = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
     unmerged = stored["callbacks"]["PERPRetraining"]["unmerged"]
@@ -168,6 +169,23 @@ def test_averages_are_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
     assert not torch.equal(b.float(), stored["current_model_state"][f"{layer}.lora_B.default.weight"])
     assert not torch.equal(logits(loaded.net), seen.logits[4])
+    assert snapshot(module) == snapshot(loaded)  # the fit ends with the average too
+    for name, mask in pruner.masks.items():
+        assert not module.get_parameter(name).detach().view(torch.int32)[~mask].any()
+
+    resumed = Own()
+    callbacks = [pruning(), perp(), Average()]
+    trainer = make_trainer(tmp_path, *callbacks, max_epochs=-1, max_steps=4, limit_val_batches=0)
+    trainer.fit(resumed, loader(1), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    assert snapshot(resumed) == snapshot(module)
+
+
+def test_an_average_that_would_lack_the_adapters_is_refused(tmp_path: Path) -> None:
+    for other in (Average(), StochasticWeightAveraging(swa_lrs=1e-2)):
+        module = Own()
+        with pytest.raises(ValueError, match="put PERPRetraining before it"):
+            make_trainer(tmp_path, pruning(), other, perp()).fit(module, loader())
+        assert not isinstance(module.net, SparsePeftModel)
 
 
 class Stop(L.Callback):
@@ -221,4 +239,8 @@ def test_two_callbacks_and_adapters_of_ones_own_are_refused(tmp_path: Path) -> N
     for callbacks in ([perp()], [perp(), pruning()]):
         with pytest.raises(ValueError, match="has adapters already"):
             make_trainer(tmp_path, *callbacks).fit(module, loader())
+    inside = Own()
+    inside.net.model.layers[0] = get_peft_model(inside.net.model.layers[0], LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has adapters already"):
+        make_trainer(tmp_path, perp(), pruning()).fit(inside, loader())
     assert snapshot(module.net.unload()) == {k.removeprefix("net."): v for k, v in before.items() if "net." in k}

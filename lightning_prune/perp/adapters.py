@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_prune.masks import Masks, check_masks, uninterrupted
@@ -136,7 +137,7 @@ def check_plain_model(model: nn.Module) -> None:
     if (
         isinstance(model, PeftModel)
         or find_retraining(model)
-        or any(isinstance(m, SparseLinear) for m in model.modules())
+        or any(isinstance(m, BaseTunerLayer) for m in model.modules())  # of PEFT's too, wherever they are
     ):
         raise ValueError(f"{type(model).__name__} has adapters already; merge or remove them first")
     if hasattr(model, "peft_config"):

@@ -34,9 +34,9 @@ def follow_checkpoints(
     """
     strategy = trainer.strategy
     for name in _WRAPPED:
-        found = strategy.__dict__.get(name)
-        if hasattr(found, "of_perp"):
-            strategy.__dict__[name] = found.of_perp
+        original = getattr(strategy.__dict__.get(name), "of_perp", None)
+        if original is not None:
+            strategy.__dict__[name] = original
     if isinstance(strategy, ModelParallelStrategy):
         _follow_sharded(trainer, states)
         return
