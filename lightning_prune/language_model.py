@@ -298,16 +298,20 @@ class CausalLM(L.LightningModule):
         if units is not None and (self._trainer is None or has_sharded_parameters(self.model)):
             note_masked_units(self.model, units.removal, units.attention_unit)
         state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
-        if not any(".lora_A." in name for name in state) or any(".lora_A." in n for n, _ in self.named_parameters()):
+        unmerged = any(".lora_A." in name for name in state)
+        beside = any("unmerged" in held for held in checkpoint.get("callbacks", {}).values() if isinstance(held, dict))
+        if not (unmerged or beside) or any(".lora_A." in n for n, _ in self.named_parameters()):
             return
-        from lightning_prune.perp.checkpoints import merged_state  # takes peft with it, which few need here
 
         if self._trainer is not None and self._trainer.state.fn == "fit":
             raise ValueError(
                 "the checkpoint was written while adapters were trained: put PERPRetraining(...), with the settings it "
                 "was made with, into this Trainer too; or start from CausalLM.load_from_checkpoint, which merges them"
             )
-        checkpoint["state_dict"] = merged_state(state, checkpoint.get("callbacks", {}), "the checkpoint")
+        if unmerged:
+            from lightning_prune.perp.checkpoints import merged_state  # takes peft with it, which few need here
+
+            checkpoint["state_dict"] = merged_state(state, checkpoint.get("callbacks", {}), "the checkpoint")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save model and tokenizer as a plain transformers folder with safetensors.

@@ -25,6 +25,28 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean_name(name): parameter for name, parameter in model.named_parameters()}
 
 
+def follow_names(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
+    """Masks by the names that their parameters have now: adapters may have been put on or taken off since.
+
+    A name that no parameter has, with PEFT's parts in it or without, stays.
+    """
+    names = named_weights(model)
+    if masks.keys() <= names.keys():
+        return dict(masks)
+    now: dict[str, str | None] = {}
+    for name in names:
+        key = _without_adapters(name)
+        now[key] = None if key in now else name
+    return {name if name in names else now.get(_without_adapters(name)) or name: mask for name, mask in masks.items()}
+
+
+def _without_adapters(name: str) -> str:
+    """What a parameter's name has in common with and without PEFT's parts in it."""
+    while "base_model.model." in name:  # a module of the user's may be called so too
+        name = name.replace("base_model.model.", "")
+    return name.replace(".base_layer.", ".")
+
+
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """The parameters that `masks` belong to.
 

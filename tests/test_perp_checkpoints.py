@@ -45,12 +45,33 @@ def fitted(path: Path, name: str) -> tuple[CausalLM, Path, float]:
     return module, path / "end.ckpt", float(sum(zeros) / len(zeros)) if zeros else 0.5
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_is_the_merged_model(name: str, tmp_path: Path) -> None:
+def unmerge(checkpoint: Path, prefix: str = "model.") -> None:
+    """Give a checkpoint the form of shards and of older versions: base weights and adapters under PEFT's names."""
+    stored = torch.load(checkpoint, weights_only=True)
+    perp = next(state for key, state in stored["callbacks"].items() if key.startswith("PERPRetraining"))
+    unmerged, start = perp.pop("unmerged"), f"{prefix}base_model.model."
+    names = {key.replace(start, prefix).replace(".base_layer.", "."): key for key in unmerged if "lora_" not in key}
+    names = {key: names.get(key, start + key.removeprefix(prefix)) for key in stored["state_dict"]}
+    stored["state_dict"] = {**{names[key]: t for key, t in stored["state_dict"].items()}, **unmerged}
+    for key, state in stored["callbacks"].items():
+        if key.startswith("WeightPruning"):
+            state["masks"] = {names[name]: mask for name, mask in state["masks"].items()}
+    torch.save(stored, checkpoint)
+
+
+FORMS = [
+    (name, form) for name in SETTINGS for form in ("merged", "unmerged") if (name, form) != ("norms alone", "unmerged")
+]
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_is_the_merged_model(name: str, form: str, tmp_path: Path) -> None:
     module, checkpoint, _ = fitted(tmp_path, name)
     merged = snapshot(module.model)
+    if form == "unmerged":
+        unmerge(checkpoint)
     keys = torch.load(checkpoint, weights_only=True)["state_dict"].keys()
-    assert any("lora_A" in key for key in keys) == (name != "norms alone")
+    assert any("lora_A" in key for key in keys) == (form == "unmerged")
 
     loaded = CausalLM.load_from_checkpoint(checkpoint, weights_only=True)
     if name == "bf16":
@@ -76,8 +97,11 @@ def test_merged_models_have_the_exact_sparsity_they_had_before(tmp_path: Path) -
     assert found.pattern == "2:4"
 
 
-def test_inspect_of_the_unmerged_checkpoint_shows_the_base_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["merged", "unmerged"])
+def test_inspect_and_export_take_both_forms(form: str, tmp_path: Path) -> None:
     _, checkpoint, _ = fitted(tmp_path, "mask_lora")
+    if form == "unmerged":
+        unmerge(checkpoint)
     found = inspect(checkpoint, progress=False)
     assert found.masks == 14
     assert found.resurrected == 0
@@ -86,8 +110,11 @@ def test_inspect_of_the_unmerged_checkpoint_shows_the_base_weights(tmp_path: Pat
     assert main(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
 
 
-def test_validation_takes_it_and_training_says_what_is_missing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["merged", "unmerged"])
+def test_validation_takes_it_and_training_says_what_is_missing(form: str, tmp_path: Path) -> None:
     module, checkpoint, _ = fitted(tmp_path, "mask_lora")
+    if form == "unmerged":
+        unmerge(checkpoint)
     expected = make_trainer(tmp_path).validate(module, loader(), verbose=False)
     other = make_module(seed=5)
     found = make_trainer(tmp_path).validate(other, loader(), ckpt_path=checkpoint, weights_only=True, verbose=False)
@@ -99,6 +126,7 @@ def test_validation_takes_it_and_training_says_what_is_missing(tmp_path: Path) -
 @pytest.mark.parametrize("damage", ["callback", "adapter", "matrix", "layers", "mask"])
 def test_what_cannot_be_merged_is_refused(damage: str, tmp_path: Path) -> None:
     _, checkpoint, _ = fitted(tmp_path, "mask_lora")
+    unmerge(checkpoint)
     stored = torch.load(checkpoint, weights_only=True)
     key = next(k for k in stored["callbacks"] if k.startswith("PERPRetraining"))
     state, message = stored["callbacks"][key], "damaged"

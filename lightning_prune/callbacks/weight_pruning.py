@@ -22,6 +22,7 @@ from lightning_prune.enforcement import Enforcer
 from lightning_prune.masks import (
     Masks,
     apply_masks,
+    follow_names,
     mask_sparsity,
     named_weights,
     pack_masks,
@@ -166,7 +167,10 @@ class WeightPruning(L.Callback):
     @property
     def masks(self) -> Masks:
         """Bool masks by parameter name, True = kept, sharded as the parameters are; empty before pruning."""
-        return self._masks if self._enforcer is None else self._enforcer.masks()
+        if self._enforcer is not None:
+            return self._enforcer.masks()
+        module = None if self._owner is None else self._owner()
+        return self._masks if module is None else follow_names(module, self._masks)
 
     @property
     def sparsity(self) -> float:
@@ -342,7 +346,7 @@ class WeightPruning(L.Callback):
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
-        masks = shard_masks(module, masks)
+        masks = shard_masks(module, follow_names(module, masks))
         apply_masks(module, masks)
         weights = named_weights(module)
         self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)

@@ -6,6 +6,7 @@ The way through the files: `effective` (the formulas) → `layers` (PEFT layers)
 """
 
 from lightning_prune.perp.adapters import adapter_masks, add_adapters, merge, remove_adapters, trainable_share
+from lightning_prune.perp.checkpoints import load_merged_state
 from lightning_prune.perp.layers import CombinedLinear
 from lightning_prune.perp.mask_setting import set_masks
 from lightning_prune.perp.model import SparsePeftModel
@@ -21,6 +22,7 @@ __all__ = [
     "adapter_masks",
     "add_adapters",
     "load_adapter",
+    "load_merged_state",
     "merge",
     "reconstruct",
     "register_adapter",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lightning_prune.masks import Masks, check_masks, uninterrupted
@@ -92,6 +93,12 @@ def attach(
     if not names and not trained:
         raise ValueError(f"adapter={adapter!r} with train={parts} leaves nothing to train in {type(model).__name__}")
     _check_not_revived(model, trained, masks)
+    twice = [name for name in names if f"{name}.weight" in trained]
+    if twice:
+        raise ValueError(
+            f"{twice[0]!r} is trained whole by train={parts}, which would fill its zeros, and would get an adapter "
+            "too; leave one of them out"
+        )
 
     record = Retraining(
         adapter=adapter,
@@ -130,7 +137,7 @@ def check_plain_model(model: nn.Module) -> None:
     if (
         isinstance(model, PeftModel)
         or find_retraining(model)
-        or any(isinstance(m, SparseLinear) for m in model.modules())
+        or any(isinstance(m, BaseTunerLayer) for m in model.modules())  # of PEFT's too, wherever they are
     ):
         raise ValueError(f"{type(model).__name__} has adapters already; merge or remove them first")
     if hasattr(model, "peft_config"):
@@ -171,18 +178,37 @@ def adapted_modules(
         names = match_modules(model, adapter, options)
     for name in names:
         check_base_layer(name, model.get_submodule(name))
-    users: dict[int, list[str]] = {}
-    for name in names:
-        users.setdefault(id(model.get_submodule(name).weight), []).append(name)
-    shared = [layers for layers in users.values() if len(layers) > 1]
-    if shared:
-        raise ValueError(f"{shared[0]} share one weight, so two adapters would be merged into it; exclude all but one")
+    check_unshared(model, {name: model.get_submodule(name)._parameters["weight"] for name in names})
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
         raise ValueError(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
             "sparsity to keep: prune the model first, or use plain PEFT"
         )
     return names
+
+
+def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None]) -> None:
+    """Refuse weights that something else in the model has too: it would go on without the adapter, until the merge.
+
+    Args:
+        model: Also one that holds the adapted one.
+        weights: Of the layers that get an adapter, by the layers' names.
+
+    Raises:
+        ValueError: naming all that share one.
+    """
+    # By memory: a weight may be tied as a parameter, as data, or by its layer, which stands in two places.
+    users: dict[tuple[torch.device, int], list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not parameter.is_meta and parameter.numel() and not is_sharded(parameter):
+            users.setdefault((parameter.device, parameter.data_ptr()), []).append(plain_name(name))
+    for layer, weight in weights.items():
+        shared = users.get((weight.device, weight.data_ptr()), []) if weight is not None and weight.numel() else []
+        if len(shared) > 1:
+            raise ValueError(
+                f"the weight of {layer!r} is also that of others ({', '.join(shared)}), which would compute without "
+                f"its adapter until the merge and with it after: leave {layer!r} out (exclude_modules), or untie them"
+            )
 
 
 def _linear_targets(model: nn.Module) -> list[Target]:

@@ -20,6 +20,7 @@ from lightning_prune.perp.adapters import (
     adapter_masks,
     adapters_aside,
     attach,
+    check_unshared,
     fold,
     merge,
     remove_adapters,
@@ -30,13 +31,14 @@ from lightning_prune.perp.before_training import (
     reconstruct_before_training,
     reconstruct_options,
 )
+from lightning_prune.perp.checkpoint_hooks import follow_checkpoints
 from lightning_prune.perp.layers import plain_name, sparse_layers
 from lightning_prune.perp.mask_setting import set_masks
 from lightning_prune.perp.model import Retraining, find_retraining, plain_model
 from lightning_prune.perp.options import check_adapter, check_options
 from lightning_prune.perp.reconstruction import Reconstruction
 from lightning_prune.perp.selection import check_parts
-from lightning_prune.perp.trainer_checks import check_pruner, check_strategy
+from lightning_prune.perp.trainer_checks import check_order, check_pruner, check_strategy
 from lightning_prune.perp.variants import find_variant
 from lightning_prune.sharding import reshard
 from lightning_prune.targets import find_targets
@@ -56,16 +58,20 @@ class PERPRetraining(L.Callback):
     module's model is the plain transformers model again, with every pruned weight at +0.0.
 
     Only adapters and the parts in `train` require gradients, so only they have gradients and optimizer states.
-    While training, checkpoints hold the base weights and the adapters under PEFT's names; a Trainer with this callback
-    resumes from them to the bit (start from the pruned model, or name `target_modules`, if not every decoder layer has
-    an adapter). An interrupted fit leaves the adapters on: fit again, or call `merge`.
+    While training, checkpoints hold the merged model under the plain module's names, so that ``load_from_checkpoint``
+    and ``test(ckpt_path="best")`` take them, also those of ``save_weights_only=True``. A full one has base weights and
+    adapters besides, in this callback's state, and a Trainer with this callback resumes from it to the bit (start from
+    the pruned model, or name `target_modules`, if not every decoder layer has an adapter). An interrupted fit leaves
+    the adapters on: fit again, or call `merge`.
 
     Under DDP every rank builds the same adapters from `seed`, gradients of what is trained alone are averaged, and
     every rank merges the same numbers.
 
     Under ``ModelParallelStrategy`` with FSDP2 adapters are sharded with the weights: the module's ``configure_model``
     finds the transformers model with adapters in its layers, and calls ``fully_shard`` as it would without. Every rank
-    holds its part of the masks and merges its part of the weights. Tensor parallelism, `reconstruct` under shards,
+    holds its part of the masks and merges its part of the weights. Checkpoints hold base weights and adapters under
+    PEFT's names there, which `CausalLM`, ``lightning-prune export`` and `load_merged_state` read as the merged model:
+    shards are loaded before anything could put them together. Tensor parallelism, `reconstruct` under shards,
     ``FSDPStrategy`` and DeepSpeed are refused; so are a module that makes its model in ``configure_model``, and one
     that an earlier fit has sharded and merged, since its layers can get no new adapters.
 
@@ -152,12 +158,16 @@ class PERPRetraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters on, before optimizers are made and before a checkpoint is loaded."""
+        follow_checkpoints(trainer, self, lambda: self._states(trainer))
         if stage != "fit":
             return
         pruner = _pruner_of(trainer)
         model = self._model(pl_module)
         found = find_retraining(model)
         check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if self in callbacks:
+            check_order(callbacks, self)
         if self.reconstruct is not None:
             check_dense_is_known(self.reconstruct, pruner)
         if pruner is not None:
@@ -172,6 +182,11 @@ class PERPRetraining(L.Callback):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
                 wrapped = attach(model, self.adapter, self.masks, self.train, options, pruned_later=pruned_later)
+            try:  # the module may have more of the weights than the model has
+                check_unshared(pl_module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
+            except ValueError:
+                remove_adapters(wrapped)
+                raise
             setattr(pl_module, self.attribute, wrapped)
         else:  # left on by an interrupted fit, or by merge=False
             _check_same(_settings(found), _settings_of(self), "the module's adapters were")
@@ -330,7 +345,10 @@ class PERPRetraining(L.Callback):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The settings, how each layer is merged, and the masks packed to bits where no `WeightPruning` saves them."""
+        """The settings, how each layer is merged, and the masks packed to bits where no `WeightPruning` saves them.
+
+        What is written also has the base weights and adapters, see `lightning_prune.perp.checkpoints.save_merged`.
+        """
         module = None if self._module is None else self._module()
         state: dict[str, Any] = {"version": _STATE_VERSION, "settings": _settings_of(self), "masks": {}, "layers": {}}
         if module is not None and self.adapter is not None:
@@ -339,6 +357,11 @@ class PERPRetraining(L.Callback):
             if not self._beside_pruner:
                 state["masks"] = pack_masks(adapter_masks(model))
         return state
+
+    def _states(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
+        """This callback's state and that of the pruner beside, as a full checkpoint has them."""
+        callbacks = [self, *([] if (pruner := _pruner_of(trainer)) is None else [pruner])]
+        return {callback.state_key: callback.state_dict() for callback in callbacks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the masks of a checkpoint, which become the adapters' at train start.

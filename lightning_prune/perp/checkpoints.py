@@ -1,6 +1,11 @@
-"""Checkpoints that `PERPRetraining` wrote before the merge: read as if the adapters were merged, to the bit.
+"""Checkpoints that `PERPRetraining` writes while adapters train: they hold, or are read as, the merged model.
 
-Such a checkpoint holds base weights and adapters under PEFT's names; how they combine is in the callback's state.
+On one device and under DDP the state dict is that of the plain module, merged when the checkpoint is written
+(`save_merged`); base weights and adapters, from which training resumes, are in the callback's state (`load_into`).
+
+A strategy that shards loads weights before anything can look at them. There, and in checkpoints of older versions, the
+state dict holds base weights and adapters under PEFT's names, and how they combine is in the callback's state:
+`merged_checkpoint` and `merged_state` read them as if the adapters were merged, to the bit.
 """
 
 from __future__ import annotations
@@ -11,16 +16,134 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_prune.checkpoints import Checkpoint, fail
+from lightning_prune.checkpoints import Checkpoint, fail, open_checkpoint
 from lightning_prune.enforcement import to_bytes
+from lightning_prune.perp.layers import SparseLinear
 from lightning_prune.perp.variants import find_variant
 from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.targets import clean_name
 
 _CALLBACK = "PERPRetraining"
+UNMERGED = "unmerged"
+"""Where the callback's state holds base weights and adapters, by the names of the module that trains them."""
 _Load = Callable[[], Tensor]
+_PEFT = "base_model.model."
+
+
+# -- what is written and resumed -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save_merged(checkpoint: dict[str, Any], module: nn.Module, attribute: str, state_key: str) -> None:
+    """Make a checkpoint that is about to be written one of the plain module, with adapters merged.
+
+    The merged weights are made one after the other, in main memory. What they were made of goes into the callback's
+    state, where the checkpoint has one (``save_weights_only=True`` leaves it out).
+
+    Args:
+        checkpoint: As Lightning has made it, with what is in the module, or an average of it; changed in place.
+        module: The LightningModule, with adapters or without.
+        attribute: Name of its attribute with the model that was adapted.
+        state_key: Of the callback.
+    """
+    state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLinear)}
+    parts = {name: _part_names(name, layer) for name, layer in layers.items()}
+    if not all(layer.mergeable for layer in layers.values()):
+        return
+    if not layers or not all(key in state for keys in parts.values() for key in keys):  # a state dict of the user's own
+        return
+    owners = {keys[0]: name for name, keys in parts.items()}
+    taken = {key for keys in parts.values() for key in keys}
+    merged = {}
+    for key, tensor in state.items():
+        if key in owners:
+            _, first, second = parts[owners[key]]
+            tensor = layers[owners[key]].merged_with(tensor, state[first], state[second]).cpu()
+        elif key in taken:
+            continue
+        merged[_without_peft(key, attribute)] = tensor
+    checkpoint["state_dict"] = merged
+    callbacks = checkpoint.get("callbacks")
+    if callbacks is not None:
+        rename = lambda name: _without_peft(name, attribute)  # noqa: E731
+        callbacks = _renamed_masks(callbacks, rename)
+        callbacks[state_key] = {**callbacks.get(state_key, {}), UNMERGED: {key: state[key] for key in sorted(taken)}}
+        checkpoint["callbacks"] = callbacks
+
+
+def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, state_key: str) -> None:
+    """Make the state dict of a loaded checkpoint one that a module can load, with its adapters or without.
+
+    Args:
+        checkpoint: Changed in place.
+        module: See `save_merged`.
+        attribute: See `save_merged`.
+        state_key: See `save_merged`.
+
+    Raises:
+        ValueError: the module has adapters, and the checkpoint none for them.
+        CheckpointError: see `merged_state`.
+    """
+    state = checkpoint.get("state_dict", {})
+    adapted = any(isinstance(layer, SparseLinear) for layer in module.modules())
+    if has_adapters(state) == adapted:
+        return
+    callbacks = checkpoint.get("callbacks") or {}
+    if not adapted:
+        checkpoint["state_dict"] = merged_state(state, callbacks, "the checkpoint")
+        checkpoint["callbacks"] = _renamed_masks(callbacks, plain_name)
+        return
+    unmerged = (callbacks.get(state_key) or {}).get(UNMERGED)
+    if not unmerged:
+        raise ValueError(
+            "the checkpoint holds the merged model, without the adapters that PERPRetraining has put on this module: "
+            "it was written with save_weights_only=True, or after the merge. Load it with load_from_checkpoint, and "
+            "start a new fit from there, without ckpt_path"
+        )
+    names = {_without_peft(key, attribute): key for key in module.state_dict() if not _is_adapter(key)}
+    checkpoint["state_dict"] = {**{names.get(key, key): tensor for key, tensor in state.items()}, **unmerged}
+    checkpoint["callbacks"] = _renamed_masks(callbacks, lambda name: names.get(name, name))
+
+
+def add_states(checkpoint: dict[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have a checkpoint that stays unmerged say how to merge it, also where it was to hold weights only."""
+    checkpoint["callbacks"] = {**states, **checkpoint.get("callbacks", {})}
+
+
+def load_merged_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint for the plain LightningModule, with adapters merged that were being trained.
+
+    Only needed for checkpoints written under FSDP2 or by older versions: others hold it as their ``state_dict``.
+
+    Args:
+        path: A ``.ckpt`` file, or the folder of a distributed checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or its adapters cannot be merged.
+
+    Example::
+
+        module.load_state_dict(load_merged_state("last.ckpt"))
+    """
+    return dict(merged_checkpoint(open_checkpoint(path)).tensors())
+
+
+def _part_names(name: str, layer: SparseLinear) -> tuple[str, str, str]:
+    """Keys of the base weight, A and B of a layer in the module's state dict."""
+    (adapter,) = layer.lora_A
+    return f"{name}.base_layer.weight", f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"
+
+
+def _without_peft(name: str, attribute: str) -> str:
+    """A key of the module's state dict as it is without adapters; other wrappers' parts of it stay."""
+    prefix = f"{attribute}.{_PEFT}"
+    return f"{attribute}.{name.removeprefix(prefix)}".replace(".base_layer.", ".") if name.startswith(prefix) else name
+
+
+# -- what is read as if it were merged -------------------------------------------------------------------------------
 
 
 def has_adapters(names: Iterable[str]) -> bool:
@@ -44,7 +167,7 @@ def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint,
         count=len(kept),
         entries=lambda: adapters.merged(dict(checkpoint.entries())),
-        callbacks=_renamed_masks(checkpoint.callbacks),
+        callbacks=_renamed_masks(checkpoint.callbacks, plain_name),
         ties={plain_name(name): plain_name(first) for name, first in checkpoint.ties.items()},
     )
 
@@ -87,10 +210,10 @@ def _state_of(callbacks: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return next((state for state in states if isinstance(state, Mapping) and state), None)
 
 
-def _renamed_masks(callbacks: Mapping[str, Any]) -> dict[str, Any]:
-    """States of callbacks, in which `WeightPruning` calls the parameters by their plain names."""
+def _renamed_masks(callbacks: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """States of callbacks, in which masks are those of parameters by other names."""
     return {
-        key: {**state, "masks": {plain_name(name): mask for name, mask in state["masks"].items()}}
+        key: {**state, "masks": {rename(name): mask for name, mask in state["masks"].items()}}
         if isinstance(state, Mapping) and isinstance(state.get("masks"), Mapping)
         else state
         for key, state in callbacks.items()
@@ -119,7 +242,7 @@ class _Adapters:
                 "lightning_prune.perp.save_adapter",
             )
         packed = dict(state.get("masks") or {})
-        for key, other in _renamed_masks(callbacks).items():
+        for key, other in _renamed_masks(callbacks, plain_name).items():
             if str(key).startswith("WeightPruning") and isinstance(other, Mapping):
                 packed.update(other.get("masks") or {})
         self._masks = StoredMasks(path, packed, None)

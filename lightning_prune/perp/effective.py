@@ -180,6 +180,32 @@ def effective_linear(
     return _apply(x, weight, mask, left, right, bias, combine, transposed, weight.dtype)
 
 
+def effective_weight(weight: Tensor, mask: Tensor | None, left: Tensor, right: Tensor, combine: Combine) -> Tensor:
+    """The combined weight itself, with gradients of weight, left and right; arguments as of `effective_linear`."""
+    y: Tensor = _EffectiveWeight.apply(weight, mask, left, right, combine)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """See `effective_weight`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor | None, left: Tensor, right: Tensor, combine: Combine) -> Tensor:
+        ctx.save_for_backward(weight, mask, left, right)
+        ctx.combine = combine
+        with torch.autocast(weight.device.type, enabled=False):
+            return combine(weight, kept_by_sign(weight) if mask is None else mask, left, right, None)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mask, left, right = ctx.saved_tensors
+        mask = kept_by_sign(weight) if mask is None else mask
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        with torch.autocast(weight.device.type, enabled=False):
+            found = _thin_gradients(ctx.combine, gradient, weight, mask, left, right, ctx.needs_input_grad[0])
+        return found[0], None, found[1], found[2], None
+
+
 def _apply(*arguments: Any) -> Tensor:
     y: Tensor = _EffectiveLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     return y

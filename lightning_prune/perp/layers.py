@@ -27,8 +27,10 @@ from lightning_prune.perp.effective import (
     Combine,
     Elementwise,
     effective_linear,
+    effective_weight,
     masked_product,
     masked_sum,
+    thin_product,
 )
 from lightning_prune.sharding import (
     gather_whole,
@@ -94,6 +96,22 @@ class SparseLinear(lora.Linear):
         part = self.base_part
         kept = self.kept if self.kept.shape == part.shape else take_shard(self.base_weight, self.kept).contiguous()
         return kept.to(part.device)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with, for code that multiplies by itself: ``F.linear(x, layer.weight)``.
+
+        The base weight outside of forward passes of shards, and where the adapter is merged or off.
+        """
+        base = self.base_weight
+        if self.merged or self.disable_adapters or is_sharded(base) or not len(self.lora_A):
+            return base
+        return self._weight_with_adapter()
+
+    def _weight_with_adapter(self) -> Tensor:
+        left, right = self.factors()
+        with torch.autocast(self.base_weight.device.type, enabled=False):
+            return (thin_product(self.base_weight, left, right) + self.base_weight).to(self.base_weight.dtype)
 
     def check_sharded_with_adapter(self) -> None:
         """Refuse a base layer that FSDP2 shards by itself.
@@ -200,6 +218,15 @@ class SparseLinear(lora.Linear):
             left, right = left[rows], right[:, columns]
         with torch.autocast(weight.device.type, enabled=False):  # a merge in a training hook may run under it
             return self.combination()(weight, self.kept_part, left, right, None)
+
+    @torch.no_grad()
+    def merged_with(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`merged_weight` of other tensors than the layer's own, such as averages of them; none may be sharded."""
+        if self.merged:
+            return weight
+        with torch.autocast(weight.device.type, enabled=False):
+            factors = self.factors_of(a, b, **self.combining())
+            return self.combination()(weight, self.kept.to(weight.device), *factors, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight (to this rank's part of it)."""
@@ -328,8 +355,15 @@ class CombinedLinear(SparseLinear):
     def _effective(self, x: Tensor) -> Tensor:
         weight, bias = self.base_weight, self.get_base_layer()._parameters["bias"]
         left, right = self.factors()
-        mask = self.kept.to(weight.device) if self.kept.shape == weight.shape else None
+        mask = self._mask_of_forward()
         return effective_linear(x, weight, mask, left, right, bias, self.combination(), self.fan_in_fan_out)
+
+    def _mask_of_forward(self) -> Tensor | None:
+        weight = self.base_weight
+        return self.kept.to(weight.device) if self.kept.shape == weight.shape else None
+
+    def _weight_with_adapter(self) -> Tensor:
+        return effective_weight(self.base_weight, self._mask_of_forward(), *self.factors(), self.combination())
 
 
 class MaskLoRALinear(CombinedLinear):

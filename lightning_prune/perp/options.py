@@ -100,12 +100,20 @@ def check_options(adapter: str | None, options: Mapping[str, Any]) -> None:
             f"init_lora_weights={init!r} must be one of {layer.inits} for adapter={adapter!r}; PEFT's others "
             "change the base weights, which would fill their zeros, or need data"
         )
+    alpha = options.get("lora_alpha")
+    if alpha is not None and not is_scaling(alpha):
+        raise ValueError(f"lora_alpha={alpha!r} must be a number above 0, up to 1e6; the default is 2 r")
     for name in _SCALINGS:
         if not layer.scaled and options.get(name):
             raise ValueError(
                 f"{name}={options[name]!r} has no effect on adapter={adapter!r}, whose product is not scaled; leave it "
                 "out"
             )
+
+
+def is_scaling(value: object) -> bool:
+    """Whether a number can be lora_alpha."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e6
 
 
 def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) -> list[str]:

@@ -168,6 +168,7 @@ def reconstruct(
             f"adapter={adapter!r} with train={parts} leaves nothing to fit in the decoder blocks of "
             f"{type(model).__name__}: no block has both pruned weights and something to train"
         )
+    _check_own(model, blocks, parts)
     source = DenseBlocks(dense, model, blocks, [f"{name}.weight" for name in names])
     _check_weights(model, source, adapters)
 
@@ -299,6 +300,21 @@ class _Adapters:
 
 def _by_block(names: Sequence[str], blocks: Sequence[tuple[str, nn.Module]]) -> dict[str, list[str]]:
     return {block: [n.removeprefix(f"{block}.") for n in names if n.startswith(f"{block}.")] for block, _ in blocks}
+
+
+def _check_own(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], parts: Sequence[str]) -> None:
+    """Refuse what two blocks share: fitted in the second, it would change the first, which is done."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for block, module in blocks:
+        for name, parameter in select_parameters(module, parts).items():
+            shared = users[id(parameter)]
+            if not all(user.startswith(f"{block}.") for user in shared):
+                raise ValueError(
+                    f"{name!r} of the block {block!r} is one parameter with others ({', '.join(shared)}), so that "
+                    f"fitting it there would change them too: leave its part out of train={tuple(parts)}, or untie them"
+                )
 
 
 def _check_weights(model: nn.Module, source: DenseBlocks, adapters: _Adapters) -> None:

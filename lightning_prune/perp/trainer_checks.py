@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
@@ -56,6 +58,20 @@ def check_strategy(strategy: Strategy, module: L.LightningModule, has_adapters: 
             "there before: build the module anew, from the saved weights, and call fully_shard in configure_model "
             "alone"
         )
+
+
+def check_order(callbacks: Sequence[L.Callback], retraining: PERPRetraining) -> None:
+    """Whether callbacks that copy the module in ``setup`` come after the adapters, which their copy needs.
+
+    Raises:
+        ValueError: naming the one to put later.
+    """
+    for callback in callbacks[: callbacks.index(retraining)]:
+        if retraining.adapter is not None and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"{type(callback).__name__} copies the module before PERPRetraining has put adapters on it: put "
+                "PERPRetraining before it in Trainer(callbacks=[...])"
+            )
 
 
 def check_pruner(pruner: WeightPruning, retraining: PERPRetraining) -> None:

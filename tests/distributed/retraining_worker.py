@@ -125,13 +125,19 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         pruner = WeightPruning(
             score=settings.pop("score", "gblm"), sparsity=0.5, num_samples=16, progress=False, schedule=schedule
         )
-    trained_on = settings.pop("trained_on", False)
+    trained_on, weights_only = settings.pop("trained_on", False), settings.pop("weights_only", False)
     pruner_first = settings.pop("pruner_first", False)
     twice, leave_gathered = settings.pop("twice", False), settings.pop("leave_gathered", False)
     perp = PERPRetraining(**{"masks": masks or None, "r": 4, "merge": not twice, "seed": 0, **settings})
     watch, save = (
         Watch(leave_gathered),
-        ModelCheckpoint(dirpath=out, filename="{epoch}", save_top_k=-1, enable_version_counter=False),
+        ModelCheckpoint(
+            dirpath=out,
+            filename="{epoch}",
+            save_top_k=-1,
+            enable_version_counter=False,
+            save_weights_only=weights_only,
+        ),
     )
 
     def make_trainer(*callbacks: L.Callback) -> L.Trainer:
@@ -145,6 +151,11 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     callbacks = [watch, *callbacks[:0:-1]] if pruner_first else callbacks
     trainer = make_trainer(*callbacks, save)
     trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
+    if weights_only and isinstance(
+        module, CausalLM
+    ):  # the module is merged, and its shards cannot take the adapters in the checkpoint
+        with pytest.raises(ValueError, match=r"PERPRetraining.*load_merged_state"):
+            trainer.predict(module, DataLoader(Tokens(), batch_size=4), ckpt_path=out / "epoch=0.ckpt")
     if twice:
         perp = PERPRetraining(masks=masks or None, r=4)
         callbacks = [watch, perp, *([] if pruner is None else [pruner])]

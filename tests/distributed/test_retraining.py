@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from lightning_prune import CausalLM
 from lightning_prune.export import export
 from lightning_prune.masks import unpack_masks
+from lightning_prune.perp import load_merged_state
 
 pytestmark = pytest.mark.distributed
 
@@ -228,7 +229,8 @@ def test_a_sharded_and_merged_model_is_saved_whole(folder: Path) -> None:
 
 
 def test_adapters_are_saved_whole(folder: Path) -> None:
-    saved = load_file(folder / "functional" / "adapter" / "perp_adapter.safetensors")
+    (file,) = (folder / "functional" / "adapter").glob("perp_adapter-*.safetensors")
+    saved = load_file(file)
     assert saved["model.layers.0.mlp.up_proj.lora_A"].shape == (4, 32)
     assert saved["model.layers.0.mlp.up_proj.lora_B"].shape == (64, 4)
     state = results(folder / "functional", 2)[0]
@@ -289,6 +291,23 @@ def test_a_checkpoint_before_the_merge_exports_the_merged_model(
     module = CausalLM.load_from_checkpoint(resumed / f"{name} fsdp2_full_checkpoint" / "epoch=1.ckpt")
     for weight, value in module.model.named_parameters():
         torch.testing.assert_close(value.detach(), state[f"weight.{weight}"], rtol=1e-5, atol=1e-7)
+
+
+def test_checkpoints_of_weights_alone_can_be_merged_too(tmp_path: Path) -> None:
+    runs = {"beside": {"causal_lm": True}, "own": {"pruned_before": True}}
+    cases = {(name, strategy): tmp_path / f"{name} {strategy}" for name in runs for strategy in STRATEGIES}
+    start(2, *((path, strategy, {**runs[name], "weights_only": True}) for (name, strategy), path in cases.items()))
+    for (name, strategy), path in cases.items():
+        state = results(path, 2)[0]
+        loaded = load_merged_state(path / "epoch=0.ckpt")
+        weights = {key.removeprefix("weight."): value for key, value in state.items() if key.startswith("weight.")}
+        assert {key.removeprefix("model.") for key in loaded} == weights.keys()
+        for key, value in loaded.items():
+            torch.testing.assert_close(value, weights[key.removeprefix("model.")], rtol=1e-5, atol=1e-7)
+        for key, mask in masks(state).items():
+            assert not loaded[key.replace("mask.", "model.")].view(torch.int32)[~mask].any()
+        if name == "beside":
+            assert export(path / "epoch=0.ckpt", tmp_path / f"exported {strategy}", progress=False).masks == 14
 
 
 def test_resume_at_one_rank(resumed: Path, tmp_path: Path) -> None:
