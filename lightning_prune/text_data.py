@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.chat_data import check_chat_tokenizer, tokenize_conversations
+from lightning_prune.sources import expanded
 from lightning_prune.text_blocks import TextPrefix, collate, hold_out, pack, tokenize
 from lightning_prune.text_files import EMBEDDED, is_local, local_documents, text_only
 from lightning_prune.text_stream import StreamedBlocks
@@ -270,7 +271,7 @@ class TextDataModule(L.LightningDataModule):
         return documents
 
     def _cache_dir(self) -> Path:
-        return Path(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE).expanduser()
+        return expanded(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
 
     def _blocks(self, source: str | list[str], argument: str) -> datasets.Dataset:
         hp = self.hparams
