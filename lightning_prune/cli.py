@@ -307,6 +307,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
         WeightPruning,
     )
     from lightning_prune.callbacks.checkpoint_check import CheckpointCheck
+    from lightning_prune.callbacks.fit_end import finish_fit
     from lightning_prune.checkpoints import CheckpointError, read_resumable
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
@@ -324,6 +325,10 @@ def _run_trainer(arguments: list[str] | None) -> int:
                     "data": {"class_path": short_names["TextDataModule"]},
                 }
             )
+
+        def after_fit(self) -> None:
+            """Measure what was trained if nothing has yet, and say where it is."""
+            finish_fit(self.trainer, self.model, self.datamodule)
 
         def _parse_ckpt_path(self) -> None:
             """Take the architecture from a checkpoint, also from one that no command line wrote."""

@@ -116,21 +116,15 @@ def stored_sums(metadata: Mapping[str, str] | None) -> dict[str, int]:
     return found
 
 
-def add_check_sums(files: Iterable[Path], tensors: Mapping[str, Tensor] | None = None) -> None:
+def add_check_sums(files: Iterable[Path]) -> None:
     """Write the check sum of every tensor into the header of safetensors files, each replaced whole.
 
-    Args:
-        files: The files.
-        tensors: What they are known to hold, by name; what is not in here is read from the file.
+    Other programs ignore them, and leave them out where they write the file again.
     """
     for file in files:
         with safe_open(file, framework="pt") as handle:
             metadata = dict(handle.metadata() or {})
-            names = list(handle.keys())
-            sums = {}
-            for name in names:
-                known = None if tensors is None else tensors.get(name)
-                sums[name] = check_sum(name, handle.get_tensor(name) if known is None else known)
+            sums = {name: check_sum(name, handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118
         _replace_metadata(file, metadata | {CHECK_SUMS: json.dumps(sums)})
 
 
