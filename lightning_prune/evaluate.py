@@ -123,9 +123,14 @@ def _read_text(file: str | Path) -> str:
     if path.is_dir():
         raise ValueError(f"text={str(file)!r} is a folder; name its files")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text={str(file)!r} is not UTF-8 text: {error}") from error
+        raise ValueError(
+            f"text={str(file)!r} is not UTF-8 text: {error}; convert it, such as with: iconv -f LATIN1 -t UTF-8 (or "
+            "-f UTF-16)"
+        ) from error
+    if "\0" in content:
+        raise ValueError(f"text={str(file)!r} holds zero bytes, so it is no text in UTF-8; is it UTF-16?")
     if not content.strip():
         raise ValueError(f"text={str(file)!r} is empty")
     return content
