@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import lightning as L
 
 from lightning_prune.checkpoints import check_loads_safely
 
 
 def check_checkpoint_of(trainer: L.Trainer) -> None:
-    """Refuse a checkpoint that is damaged, or that could run code; call it in ``setup``, which comes before loading.
+    """Have a Trainer's strategy refuse checkpoints that are damaged, or could run code; call it in ``setup``.
 
-    Raises:
-        CheckpointError: see `check_loads_safely`.
+    That hook comes before anything is loaded, but the Trainer does not say yet what will be: the strategy's
+    ``load_checkpoint`` is wrapped, once. It then raises what `check_loads_safely` does.
     """
-    if trainer.ckpt_path:
-        check_loads_safely(trainer.ckpt_path)
+    original: Any = trainer.strategy.load_checkpoint
+    if getattr(original, "reads_safely", False):
+        return
+
+    @wraps(original)
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        check_loads_safely(checkpoint_path)
+        return original(checkpoint_path, *args, **kwargs)
+
+    load_checkpoint.reads_safely = True  # type: ignore[attr-defined]
+    trainer.strategy.__dict__["load_checkpoint"] = load_checkpoint
 
 
 class CheckpointCheck(L.Callback):
