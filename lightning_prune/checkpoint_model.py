@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from lightning_prune.checkpoints import Checkpoint
+from lightning_prune.checkpoints import Checkpoint, check_no_kernel
 from lightning_prune.inspection import TensorReport, report_tensor
 from lightning_prune.progress import progress_bar
 from lightning_prune.stored_masks import StoredMasks
@@ -84,8 +84,7 @@ def read_model(
     with quiet_transformers():
         config = _config_of(source)
         found_tokenizer = _tokenizer_of(source, tokenizer)
-        with torch.device("meta"):  # shapes and names only
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = _empty_model(source, config)
         _check_vocabulary(found_tokenizer, model)
         # Slicing rescales weights, so they are rounded after it.
         read = _read(source, model, dtype if units is None else None, progress)
@@ -126,6 +125,7 @@ def _config_of(source: Checkpoint) -> PretrainedConfig:
             f"checkpoint={str(source.path)!r} is quantized, and its weights are not plain numbers; export the model "
             "from before quantization"
         )
+    check_no_kernel(source.path, fields)
     # The name is an argument of its own, and auto_map points to code, which no folder of ours shall.
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "auto_map")}
     try:
@@ -134,6 +134,24 @@ def _config_of(source: Checkpoint) -> PretrainedConfig:
         raise ExportError(
             f"checkpoint={str(source.path)!r}: its configuration is not one of {model_type!r}: {first_line(error)}; "
             "it may come from another version of transformers"
+        ) from error
+
+
+def _empty_model(source: Checkpoint, config: PretrainedConfig) -> Any:
+    """The model of a configuration on the meta device: shapes and names only."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > source.count:
+        raise ExportError(
+            f"checkpoint={str(source.path)!r}: its configuration has {layers} layers, which its {source.count} tensors "
+            "cannot fill; take both from the same model"
+        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # each family raises its own for activations, sizes and kernels it does not have
+        raise ExportError(
+            f"checkpoint={str(source.path)!r}: no {config.model_type!r} can be built from its configuration: "
+            f"{type(error).__name__}: {first_line(error)}; take config.json and weights from the same model"
         ) from error
 
 

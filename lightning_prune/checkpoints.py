@@ -1,7 +1,9 @@
 """Open a checkpoint of any format without running what is in it, and read its tensors one at a time.
 
 Safetensors files, ``torch.load(weights_only=True)``, and an allow-list of types for the index of a distributed
-checkpoint. Memory stays that of the largest tensor: files are mapped, and shards put together tensor by tensor.
+checkpoint. Memory stays that of the largest tensor: files are mapped, and shards put together tensor by tensor. What a
+file claims must agree with the bytes it has before memory is taken for it, and check sums, where there are some, are
+compared: those of a torch file when it is opened, those of safetensors as each tensor is read.
 """
 
 from __future__ import annotations
@@ -9,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +27,8 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from lightning_prune.stored_bytes import check_claims, check_records, check_sum, stored_sums
 
 
 class CheckpointError(ValueError):
@@ -44,6 +51,7 @@ class Checkpoint:
         progress: Of a Lightning checkpoint ``epoch``, ``global_step`` and the version ``lightning``.
         config: Configuration of the transformers model, from ``config.json`` or the hyper-parameters.
         ties: Name to the name of an earlier tensor that is the same memory.
+        summed: Whether tensors have check sums, which are compared as each is read.
     """
 
     path: Path
@@ -57,6 +65,7 @@ class Checkpoint:
     progress: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
+    summed: bool = False
 
     @property
     def model_type(self) -> str | None:
@@ -119,6 +128,8 @@ def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
         )
     if path.is_dir():
         return _open_folder(path)
+    if not path.is_file():
+        fail(path, "is neither a file nor a folder")
     if path.suffix == ".safetensors":
         return _open_safetensors(path, [path])
     if path.suffix == ".gguf":
@@ -160,12 +171,40 @@ def _open_folder(folder: Path) -> Checkpoint:
     )
 
 
+def check_folder(folder: Path) -> None:
+    """Read a transformers folder before transformers does: every tensor, where there are check sums, and no code.
+
+    Raises:
+        CheckpointError: it is damaged, or its configuration names a kernel of the hub, which would be fetched and run.
+    """
+    check_no_kernel(folder / "config.json", _read_config(folder))
+    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*")):
+        opened = _open_folder(folder)
+        if opened.summed:
+            for _ in opened.tensors():
+                pass
+
+
+def check_no_kernel(path: Path | str, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that names a kernel of the hub: transformers would fetch it, and run it.
+
+    Raises:
+        CheckpointError: beginning with `path`.
+    """
+    named = [config[key] for key in config if "attn_implementation" in str(key) and "/" in str(config[key])]
+    if named:
+        fail(Path(path), f"its configuration names the kernel {named[0]!r} of the hub, which is code; take it out")
+
+
 def _read_config(folder: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    file = folder / "config.json"
+    if not file.exists():
         return {}
-    return _mapping(config)
+    with readable(file):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, Mapping):
+            raise TypeError(f"it holds a {type(config).__name__}, not an object")
+    return config
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
@@ -178,6 +217,8 @@ def _open_index(index: Path) -> Checkpoint:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         owners = Counter({str(shard): 0 for shard in weight_map.values()})
         owners.update(weight_map.values())
+        if not all(isinstance(name, str) for name in (*weight_map, *owners)):
+            raise TypeError("its weight_map is not one of names to names")
     files = [index.parent / shard for shard in owners]
     for file in files:
         if file.parent != index.parent:
@@ -198,26 +239,42 @@ def _same_names(index: Path, expected: set[str], found: set[str]) -> None:
 
 
 def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
-    count = 0
+    names: Counter[str] = Counter()
+    sums: dict[Path, dict[str, int]] = {}
     for file in files:
         with readable(file), safe_open(file, framework="pt") as handle:
-            count += len(handle.keys())
+            names.update(handle.keys())
+            sums[file] = stored_sums(handle.metadata())
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        fail(path, f"holds {twice[0]!r} in {names[twice[0]]} files; name the file, or move the others away")
 
     def entries() -> Iterator[tuple[str, Callable[[], Tensor]]]:
         for file in files:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 -- not a dict
-                    yield name, partial(handle.get_tensor, name)
+                    yield name, partial(_checked_tensor, handle, name, sums[file].get(name))
 
     config = _read_config(files[0].parent) if files else {}
-    return Checkpoint(path, "safetensors", files, count, entries, config=config)
+    return Checkpoint(path, "safetensors", files, names.total(), entries, config=config, summed=any(sums.values()))
+
+
+def _checked_tensor(handle: Any, name: str, expected: int | None) -> Tensor:
+    tensor: Tensor = handle.get_tensor(name)
+    if expected is not None and check_sum(name, tensor) != expected:
+        raise ValueError("its bytes are not those that were written (check sum)")
+    return tensor
 
 
 def _torch_load(path: Path) -> Any:
     """Load without running code from the file; mapped into memory: a tensor is read when looked at."""
     with readable(path):
+        with path.open("rb") as file:
+            check_records(file)
         # Only the zip format can be mapped; files written before torch 1.6 are read whole.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        check_claims(loaded, path.stat().st_size)
+        return loaded
 
 
 def _open_torch(path: Path) -> Checkpoint:
@@ -247,6 +304,8 @@ def _from_state_dicts(path: Path, files: list[Path], states: list[Mapping[str, A
     found = {n: t for state in states for n, t in state.items() if isinstance(t, Tensor)}
     if not found:
         fail(path, "holds no tensors at its top level, nor under 'state_dict', 'model' or 'module'")
+    if not all(isinstance(name, str) for name in found):
+        fail(path, "holds tensors whose names are no text; it is no state dict")
     # Two names of one memory are one parameter (tied embeddings). Empty tensors have no memory to share.
     first: dict[tuple[Any, ...], str] = {}
     ties = {}
@@ -307,13 +366,127 @@ def _layout(name: str) -> torch.layout:
     return layout
 
 
-def _open_distributed(folder: Path) -> Checkpoint:
-    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+def _read_metadata(file: Path) -> Any:
+    """The index of a distributed checkpoint."""
+    from torch.distributed.checkpoint.metadata import Metadata
 
-    with readable(folder / ".metadata"), (folder / ".metadata").open("rb") as stream:
+    with readable(file), file.open("rb") as stream:
         metadata = _MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata) or not metadata.storage_data:
             raise pickle.UnpicklingError("no index of tensors")
+        return metadata
+
+
+def check_loads_safely(path: str | Path) -> None:
+    """Read what Lightning or torch would unpickle without limits, without running what is in it.
+
+    Of a distributed checkpoint that is the index, and all that is no tensor. Whole files are torch's to check
+    (``weights_only``); here only their check sums are compared.
+
+    Args:
+        path: A Lightning ``.ckpt``, or the folder of a distributed checkpoint. Addresses other than of the web pass,
+            as torch checks what comes from them.
+
+    Raises:
+        CheckpointError: it is missing, damaged or not safe to open.
+    """
+    if "://" in str(path):
+        if str(path).startswith("http"):  # Lightning unpickles these without limits
+            fail(Path(path), "is an address of the web, and what comes from there could run code; download it first")
+        return
+    path = Path(path)
+    if path.is_dir():
+        _check_parts(path)
+        for index in sorted(path.glob("*.metadata")):  # torch also looks for one of each rank
+            _check_objects(path, _read_metadata(index))
+        path = path / "meta.pt"
+        if not path.is_file():
+            fail(path.parent, "has no meta.pt, in which Lightning keeps what is not sharded; copy the whole folder")
+    elif not path.is_file():
+        fail(path, "does not exist; give a Lightning .ckpt, or the folder of a distributed checkpoint")
+    with readable(path), path.open("rb") as file:
+        check_records(file)
+
+
+def read_resumable(path: str | Path) -> Mapping[str, Any]:
+    """Read a checkpoint as Lightning is about to, but without running what is in it.
+
+    Args:
+        path: See `check_loads_safely`.
+
+    Returns:
+        What Lightning stores beside the tensors; of a file the tensors too, mapped. Empty for an address.
+
+    Raises:
+        CheckpointError: it is missing, damaged, not safe to open, or no checkpoint of Lightning.
+    """
+    check_loads_safely(path)
+    if "://" in str(path):
+        return {}
+    path = Path(path)
+    stored = _torch_load(path / "meta.pt" if path.is_dir() else path)
+    _check_of_lightning(path, stored)
+    return _mapping(stored)
+
+
+def _check_objects(folder: Path, metadata: Any) -> None:
+    """Load what the index lists and is no tensor: torch unpickles these bytes without limits."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    for index, info in metadata.storage_data.items():
+        entry = metadata.state_dict_metadata.get(index.fqn)
+        if not isinstance(entry, TensorStorageMetadata):
+            file = _inside(folder, info.relative_path)
+            with readable(file, index.fqn), file.open("rb") as stream:
+                _load_part(stream, info)
+
+
+def _check_of_lightning(path: Path, stored: Any) -> None:
+    """Refuse what Lightning would fail on in the midst of a resume."""
+    problem = None
+    if not isinstance(stored, Mapping):
+        problem = f"holds a {type(stored).__name__}"
+    elif not isinstance(stored.get("pytorch-lightning_version"), str):
+        problem = "does not say which version of Lightning wrote it"
+    elif not path.is_dir() and not isinstance(stored.get("state_dict"), Mapping):
+        problem = "has no state_dict"
+    else:
+        kinds: dict[str, Any] = dict.fromkeys(("callbacks", "hyper_parameters", "loops", "state_dict"), Mapping)
+        kinds |= dict.fromkeys(("optimizer_states", "lr_schedulers"), list)
+        kinds |= dict.fromkeys(("epoch", "global_step"), int)
+        wrong = [k for k, kind in kinds.items() if stored.get(k) is not None and not isinstance(stored[k], kind)]
+        if wrong:
+            problem = f"holds a {type(stored[wrong[0]]).__name__} under {wrong[0]!r}"
+    if problem:
+        fail(path, f"{problem}, so it is no checkpoint that Lightning can resume from; give one that a Trainer wrote")
+
+
+def _check_parts(folder: Path) -> tuple[Any, list[Path]]:
+    """The index of a distributed checkpoint, and its files, which hold what the index says."""
+    if not (folder / ".metadata").is_file():
+        fail(folder, "is no distributed checkpoint: it has no .metadata")
+    metadata = _read_metadata(folder / ".metadata")
+    with readable(folder / ".metadata"):
+        sizes: dict[str, int] = {}
+        claims: Counter[str] = Counter()
+        for info in metadata.storage_data.values():  # also of optimizers: a shorter file is a damaged checkpoint
+            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+            claims[info.relative_path] += info.length
+        files = [_inside(folder, name) for name in sorted(sizes)]
+        for file in files:
+            name, size = file.relative_to(folder).as_posix(), file.stat().st_size
+            if size < sizes[name]:
+                fail(file, "is cut off; copy it again")
+            if size < claims[name]:
+                fail(file, f"has {size:,} bytes, and the index claims {claims[name]:,}; copy the folder again")
+    return metadata, files
+
+
+def _open_distributed(folder: Path) -> Checkpoint:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata, files = _check_parts(folder)
+    with readable(folder / ".metadata"):
         entries = {
             name: entry
             for name, entry in metadata.state_dict_metadata.items()
@@ -321,13 +494,6 @@ def _open_distributed(folder: Path) -> Checkpoint:
         }
         stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         wanted = _model_entries(entries, metadata.planner_data or {})
-    sizes: dict[str, int] = {}
-    for info in stored.values():  # also those of optimizers: a shorter file is a damaged checkpoint
-        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
-    files = [_inside(folder, name) for name in sorted(sizes)]
-    for file in files:
-        if file.stat().st_size < sizes[file.relative_to(folder).as_posix()]:
-            fail(file, "is cut off; copy it again")
 
     def entries_of_model() -> Iterator[tuple[str, Callable[[], Tensor]]]:
         for short, name in wanted.items():
@@ -365,7 +531,7 @@ def _distributed_tensor(
     """One tensor put together from the chunks that the ranks wrote."""
     infos = {tuple(chunk.offsets): stored[name, tuple(chunk.offsets)] for chunk in entry.chunks}
     # Before memory is taken for what a damaged index claims.
-    claimed = entry.size.numel() * entry.properties.dtype.itemsize
+    claimed = math.prod(entry.size) * entry.properties.dtype.itemsize
     if claimed > sum(info.length for info in infos.values()):
         raise EOFError(f"{claimed} bytes are more than its chunks hold")
     whole = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -375,14 +541,24 @@ def _distributed_tensor(
         if info.transform_descriptors:
             fail(folder, f"{name!r} is compressed ({', '.join(info.transform_descriptors)}), which is not read")
         with _inside(folder, info.relative_path).open("rb") as file:
-            data = _slice(file, info.offset, info.length)
-        part = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            part = _load_part(file, info)
+        if tuple(part.shape) != tuple(chunk.sizes):
+            fail(folder, f"a part of {name!r} has shape {tuple(part.shape)}, the index says {tuple(chunk.sizes)}")
         region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
         whole[region].copy_(part)
         filled += part.numel()
     if filled != whole.numel():
         fail(folder, f"{name!r} is stored with {filled} of its {whole.numel()} elements")
     return whole
+
+
+def _load_part(file: BinaryIO, info: Any) -> Any:
+    """What a rank has written at one place of a file."""
+    data = io.BytesIO(_slice(file, info.offset, info.length))
+    check_records(data)
+    part = torch.load(data, map_location="cpu", weights_only=True)
+    check_claims(part, info.length)
+    return part
 
 
 def _slice(file: BinaryIO, offset: int, length: int) -> bytes:
@@ -424,7 +600,12 @@ def readable(path: Path, name: str | None = None) -> Iterator[None]:
         TypeError,
         AttributeError,
         ImportError,
+        ArithmeticError,
+        AssertionError,
+        MemoryError,
+        struct.error,
         zipfile.BadZipFile,
+        zlib.error,
     ) as error:
         what = f" (tensor {name!r})" if name else ""
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
@@ -295,7 +295,6 @@ def _quickstart(config: Namespace) -> int:
 def _run_trainer(arguments: list[str] | None) -> int:
     from pathlib import Path
 
-    import torch
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     # Named here, so that YAML files may write `class_path: WeightPruning`.
@@ -307,6 +306,9 @@ def _run_trainer(arguments: list[str] | None) -> int:
         TextDataModule,
         WeightPruning,
     )
+    from lightning_prune.callbacks.checkpoint_check import CheckpointCheck
+    from lightning_prune.callbacks.fit_end import finish_fit
+    from lightning_prune.checkpoints import CheckpointError, read_resumable
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
     callbacks = (WeightPruning, PERPRetraining, PruningAwarePretraining, SparsityMonitor)
@@ -324,18 +326,28 @@ def _run_trainer(arguments: list[str] | None) -> int:
                 }
             )
 
+        def after_fit(self) -> None:
+            """Measure what was trained if nothing has yet, and say where it is."""
+            finish_fit(self.trainer, self.model, self.datamodule)
+
         def _parse_ckpt_path(self) -> None:
             """Take the architecture from a checkpoint, also from one that no command line wrote."""
             command = self.config[self.config["subcommand"]]
             path = command.get("ckpt_path")
-            if not path or not Path(path).is_file():
+            if not path or path in ("best", "last", "hpc") or path.startswith("registry"):
+                return  # the Trainer finds it; callbacks read it before it is loaded
+            checkpoint = read_resumable(path)
+            if Path(path).is_dir():
                 return
-            try:
-                checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            except Exception as error:
-                raise _UserError(f"ckpt_path={path!r} cannot be loaded safely: {str(error).splitlines()[0]}") from error
             hyper_parameters = dict(checkpoint.get("hyper_parameters") or {})
             hyper_parameters.pop("_instantiator", None)
+            named = {*short_names.values(), f"{CausalLM.__module__}.CausalLM", *_class_paths(command.as_dict())}
+            for found in _class_paths(hyper_parameters):
+                if found not in named:
+                    raise CheckpointError(
+                        f"{path} names the class {found!r}, which is not imported on the word of a file; name it "
+                        "yourself if you trust it (--model for a model, else in the YAML file)"
+                    )
             class_path = hyper_parameters.pop("_class_path", command.model.class_path)
             if hyper_parameters:
                 model = {"class_path": class_path, "dict_kwargs": hyper_parameters}
@@ -346,7 +358,20 @@ def _run_trainer(arguments: list[str] | None) -> int:
         subclass_mode_data=True,
         # A second run into the same folder is what people do; the configuration is that of the last.
         save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": [CheckpointCheck()]},
         parser_kwargs={"prog": "lightning-prune", "version": _version(), "exit_on_error": False},
         args=arguments,
     )
     return 0
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """Whatever nested settings name as a class."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key in ("class_path", "_class_path") and isinstance(item, str):
+                yield item
+            yield from _class_paths(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _class_paths(item)

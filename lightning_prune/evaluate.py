@@ -16,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_prune.evaluation import perplexity
 from lightning_prune.evaluation_results import EvaluationResults, ModelResult, TextResult
-from lightning_prune.loading import LoadedModel, device_of, load_model, on
+from lightning_prune.loading import LoadedModel, context_of, device_of, load_model, on
 from lightning_prune.sources import existing_path
 from lightning_prune.task_files import read_tasks
 from lightning_prune.zero_shot import check_lm_eval, zero_shot
 
+_WINDOW = 512  # tokens, where the models take as many
 _PACKAGES = ("lightning-prune", "torch", "transformers", "tokenizers", "lm-eval")
 
 
@@ -31,7 +32,7 @@ def evaluate(
     *,
     baseline: str | Path | PreTrainedModel | None = None,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
-    seq_len: int = 512,
+    seq_len: int | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
     limit: int | None = None,
@@ -52,7 +53,7 @@ def evaluate(
         tasks: Tasks for lm-eval: names, ``.jsonl`` files or folders of them; see `lightning_prune.task_files`.
         baseline: A model to measure beside it in the same way, as a rule the dense one.
         tokenizer: Hub id, folder, ``.gguf`` file, ``tokenizer.json``, or a tokenizer; default each model's own.
-        seq_len: Tokens in a window of text; its first one is not predicted.
+        seq_len: Tokens in a window of text; its first one is not predicted. Default 512, or as many as the models take.
         stride: Tokens between the starts of windows; default `seq_len`, no overlap.
         max_windows: Use at most so many windows of each text, spread evenly. Default all.
         limit: Use at most so many samples of each task. Default all.
@@ -85,8 +86,6 @@ def evaluate(
     for name, value in asked.items():
         if value is not None and value < least[name]:
             raise ValueError(f"{name}={value} must be at least {least[name]}")
-    if stride is not None and stride > seq_len:
-        raise ValueError(f"stride={stride} must not be above seq_len={seq_len}: tokens between windows would be lost")
     if tasks:
         check_lm_eval()
         read_tasks(tasks)
@@ -94,6 +93,10 @@ def evaluate(
     place = device_of(device)
     sources = [("baseline", baseline), ("model", model)] if baseline is not None else [("model", model)]
     models = [load_model(source, tokenizer, dtype, role, progress) for role, source in sources if source is not None]
+    if seq_len is None:
+        seq_len = min(_WINDOW, *(context_of(loaded) or _WINDOW for loaded in models))
+    if stride is not None and stride > seq_len:
+        raise ValueError(f"stride={stride} must not be above seq_len={seq_len}: tokens between windows would be lost")
     streams = _streams(models, texts, seq_len)
     measured = []
     for (role, _), loaded in zip(sources, models, strict=True):
@@ -111,7 +114,7 @@ def evaluate(
         counts = (everything.numel, totals.numel, totals.zeros, found.pattern, kept)
         measured.append(ModelResult(loaded.source, role, *counts, of_texts, of_tasks))
         gc.collect()
-    settings = {**asked, "stride": seq_len if stride is None else stride, "tasks": list(tasks)}
+    settings = {**asked, "seq_len": seq_len, "stride": stride or seq_len, "tasks": list(tasks)}
     return EvaluationResults(measured, settings, versions(_PACKAGES), str(place), time.monotonic() - started)
 
 
@@ -120,9 +123,14 @@ def _read_text(file: str | Path) -> str:
     if path.is_dir():
         raise ValueError(f"text={str(file)!r} is a folder; name its files")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"text={str(file)!r} is not UTF-8 text: {error}") from error
+        raise ValueError(
+            f"text={str(file)!r} is not UTF-8 text: {error}; convert it, such as with: iconv -f LATIN1 -t UTF-8 (or "
+            "-f UTF-16)"
+        ) from error
+    if "\0" in content:
+        raise ValueError(f"text={str(file)!r} holds zero bytes, so it is no text in UTF-8; is it UTF-16?")
     if not content.strip():
         raise ValueError(f"text={str(file)!r} is empty")
     return content
@@ -133,8 +141,8 @@ def _streams(models: Sequence[LoadedModel], texts: dict[str, str], seq_len: int)
     for loaded in models:
         if loaded.tokenizer is None:
             raise ValueError(f"{loaded.source} has no tokenizer; give one (--tokenizer)")
-        context = getattr(loaded.model.config, "max_position_embeddings", None)
-        if texts and isinstance(context, int) and seq_len > context:
+        context = context_of(loaded)
+        if texts and context is not None and seq_len > context:
             raise ValueError(f"seq_len={seq_len} is longer than the {context} tokens that {loaded.source} takes")
     streams = {}
     for name, content in texts.items():

@@ -21,6 +21,7 @@ from lightning_prune.checkpoints import open_checkpoint
 from lightning_prune.export_folder import check_apart, check_replaceable, check_written, replacing, write_model
 from lightning_prune.inspection import Inspection
 from lightning_prune.model_card import CARD_FILE, model_card, read_results
+from lightning_prune.sources import expanded
 
 __all__ = ["DTYPES", "NO_TOKENIZER", "SPARSITY_FILE", "ExportError", "export"]
 
@@ -74,7 +75,7 @@ def export(
         raise ExportError(f"dtype={dtype!r} is not known; use one of {', '.join(map(repr, DTYPES))}")
     measured = None if results is None else read_results(results)
     source = open_checkpoint(checkpoint, argument="checkpoint")
-    target = Path(output).expanduser().resolve()
+    target = expanded(output, "output").resolve()
     check_apart(Path(checkpoint), target)
     check_replaceable(target, overwrite)
     read = read_model(source, tokenizer, None if dtype is None else DTYPES[dtype], progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from lightning_prune.checkpoint_model import (
 from lightning_prune.checkpoints import Checkpoint, open_checkpoint
 from lightning_prune.masks import uninterrupted
 from lightning_prune.progress import progress_bar
+from lightning_prune.stored_bytes import add_check_sums
 
 
 def check_apart(checkpoint: Path, target: Path) -> None:
@@ -69,14 +71,47 @@ def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
         yield new
         check_replaceable(target, overwrite)  # once more: writing took a while
         with uninterrupted():
-            if target.exists():
-                os.replace(target, old)
-            try:
-                os.replace(new, target)
-            except OSError:
-                if old.exists():
-                    os.replace(old, target)
-                raise
+            swap_in(new, target, old)
+
+
+def swap_in(new: Path, target: Path, old: Path) -> None:
+    """Put a folder or file in the place of another.
+
+    Linux and macOS exchange the two in one step, so that whoever reads `target` finds one of them at every moment, also
+    after the process was killed. Where the file system cannot, `target` is away for the time between two renamings.
+
+    Args:
+        new: What is to be at `target`; afterwards what was there, or nothing.
+        target: On the same file system.
+        old: A free name there, for what was at `target` meanwhile.
+
+    Raises:
+        OSError: nothing has changed then.
+    """
+    if not target.exists():
+        os.replace(new, target)
+        return
+    if _exchange(new, target):
+        return
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system has no such step."""
+    if os.name != "posix":
+        return False
+    library = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(library, "renameat2"):  # Linux: AT_FDCWD, RENAME_EXCHANGE
+        return library.renameat2(-100, names[0], -100, names[1], 2) == 0  # type: ignore[no-any-return]
+    if hasattr(library, "renamex_np"):  # macOS: RENAME_SWAP
+        return library.renamex_np(names[0], names[1], 2) == 0  # type: ignore[no-any-return]
+    return False
 
 
 def write_model(folder: Path, target: Path, source: Checkpoint, read: ReadModel, texts: Mapping[str, str]) -> None:
@@ -87,6 +122,7 @@ def write_model(folder: Path, target: Path, source: Checkpoint, read: ReadModel,
     """
     try:
         read.model.save_pretrained(str(folder))
+        add_check_sums(sorted(folder.glob("*.safetensors")))
         if read.tokenizer is not None:
             read.tokenizer.save_pretrained(str(folder))
         settings = source.files[0].parent / "generation_config.json"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.checkpoints import CheckpointError, open_checkpoint
+from lightning_prune.checkpoints import CheckpointError, open_checkpoint, readable
 from lightning_prune.progress import progress_bar
 from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.tensor_names import as_matrix, block_order, is_prunable, place
@@ -243,9 +243,11 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
         for name, tensor in checkpoint.tensors():
             mask = None if masks is None else masks.take(name, tuple(tensor.shape))
             counted = masks is None or masks.counts(name)
-            reports.append(
-                report_tensor(name, tensor, mask, checkpoint.model_type, checkpoint.ties.get(name), counted=counted)
-            )
+            with readable(checkpoint.path, name):  # of a kind that cannot be compared
+                report = report_tensor(
+                    name, tensor, mask, checkpoint.model_type, checkpoint.ties.get(name), counted=counted
+                )
+            reports.append(report)
             del tensor, mask
             advance()
     if not reports:

@@ -5,6 +5,7 @@ Letters: B samples, T tokens, V vocabulary.
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.checkpoints import CheckpointError, check_no_kernel, read_resumable
 from lightning_prune.evaluation import NextTokenLoss
 from lightning_prune.learning_rates import Schedule, learning_rate_factor
 from lightning_prune.losses import IGNORE_INDEX, causal_lm_losses, next_token_labels, next_token_losses
@@ -260,6 +263,7 @@ class CausalLM(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check that the data module fits the model, and take its tokenizer if the model has none."""
+        check_checkpoint_of(self.trainer)
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
         if tokenizer is not None:
@@ -273,6 +277,29 @@ class CausalLM(L.LightningModule):
                 f"block_size={block_size} of the data module exceeds the model's {positions} positions "
                 "(max_position_embeddings). Use shorter blocks."
             )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build the module of a checkpoint; nothing in it is run.
+
+        Args:
+            checkpoint_path: A Lightning ``.ckpt``; its check sums are compared.
+            args: See Lightning's method of this name.
+            kwargs: See there; ``weights_only`` is True unless it is given.
+
+        Raises:
+            CheckpointError: it is missing, damaged, a folder, or names a class that is not this one.
+        """
+        if isinstance(checkpoint_path, (str, Path)):
+            if Path(checkpoint_path).is_dir():
+                raise CheckpointError(
+                    f"{checkpoint_path} is the folder of a distributed checkpoint: turn it into a model first "
+                    f"(lightning-prune export {checkpoint_path} model), and take CausalLM('model')"
+                )
+            if kwargs.get("weights_only") is not False:
+                _check_origin(cls, checkpoint_path, read_resumable(checkpoint_path).get("hyper_parameters") or {})
+        kwargs.setdefault("weights_only", True)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the architecture as it is now into the hyper-parameters, in place of where it came from."""
@@ -336,6 +363,19 @@ class CausalLM(L.LightningModule):
             self.tokenizer.save_pretrained(str(folder))
 
 
+def _check_origin(cls: type[CausalLM], path: str | Path, stored: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters by which Lightning would import what this program has not."""
+    instantiator, class_path = stored.get("_instantiator"), stored.get("_class_path")
+    module, _, name = str(class_path).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)  # nothing is imported on the word of a file
+    ours = class_path is None or (isinstance(found, type) and issubclass(found, cls))
+    if instantiator not in (None, "lightning.pytorch.cli.instantiate_module") or not ours:
+        raise CheckpointError(
+            f"{path} was written by {class_path or instantiator!r}, which is not imported on the word of a file; call "
+            "load_from_checkpoint of that class"
+        )
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters into those with and those without weight decay.
 
@@ -384,6 +424,7 @@ def _config_of(config: dict[str, Any] | str | None, revision: str | None) -> Pre
         name = str(existing_path(config, "config")) if looks_like_path(config) else config
         return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     fields = dict(config or {})
+    check_no_kernel("config", fields)  # it may come from a checkpoint
     model_type = fields.pop("model_type", None)
     if model_type is None:
         raise ValueError(

@@ -26,9 +26,11 @@ from lightning_prune.evaluate import versions
 from lightning_prune.evaluation import evaluating
 from lightning_prune.inspection import Inspection
 from lightning_prune.latency_results import Benchmark, SpeedResult, Timing, remarks_on
-from lightning_prune.loading import device_of, load_model
+from lightning_prune.loading import context_of, device_of, load_model
 from lightning_prune.progress import progress_bar
 from lightning_prune.semi_structured import sparse_copy, why_not_sparse
+
+_PROMPT = 128  # tokens, where the models take as many
 
 
 def benchmark(
@@ -36,7 +38,7 @@ def benchmark(
     dense: str | Path | PreTrainedModel | None = None,
     *,
     batch_size: int = 1,
-    prompt_tokens: int = 128,
+    prompt_tokens: int | None = None,
     new_tokens: int = 16,
     repeats: int = 10,
     warmup: int = 3,
@@ -54,7 +56,8 @@ def benchmark(
             ``.gguf`` file, a hub id, or a transformers model.
         dense: The dense model. Without it the pruned model is measured alone.
         batch_size: Sequences B.
-        prompt_tokens: Tokens T of each prompt; random ones, as speed does not depend on which.
+        prompt_tokens: Tokens T of each prompt; random ones, as speed does not depend on which. Default 128, or what
+            `new_tokens` leave of the models' context.
         new_tokens: Tokens to decode after it; their mean time is one measurement.
         repeats: Rounds that count, at least 2.
         warmup: Rounds before them that do not.
@@ -70,7 +73,7 @@ def benchmark(
     settings = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     for name, value in settings.items():
         least = 2 if name == "repeats" else 1
-        if value < least:
+        if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
     if warmup < 0:
         raise ValueError(f"warmup={warmup} must be 0 or above")
@@ -78,9 +81,12 @@ def benchmark(
     sources = [("dense", dense), ("pruned", model)] if dense is not None else [("pruned", model)]
     loaded = [load_model(source, None, dtype, role, progress) for role, source in sources if source is not None]
     found = [one.inspection() for one in loaded]
+    if prompt_tokens is None:
+        room = [context - new_tokens for one in loaded if (context := context_of(one)) is not None]
+        prompt_tokens = settings["prompt_tokens"] = max(1, min(_PROMPT, *room)) if room else _PROMPT
     for one in loaded:
-        context = getattr(one.model.config, "max_position_embeddings", None)
-        if isinstance(context, int) and prompt_tokens + new_tokens > context:
+        context = context_of(one)
+        if context is not None and prompt_tokens + new_tokens > context:
             raise ValueError(
                 f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the {context} tokens that "
                 f"{one.source} takes"

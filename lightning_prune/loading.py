@@ -44,6 +44,12 @@ class LoadedModel:
         return Inspection(self.source, "in memory", 0, reports)
 
 
+def context_of(loaded: LoadedModel) -> int | None:
+    """Most tokens that a model takes, as far as its configuration says."""
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    return context if isinstance(context, int) else None
+
+
 def load_model(
     source: str | Path | PreTrainedModel,
     tokenizer: str | PreTrainedTokenizerBase | None = None,

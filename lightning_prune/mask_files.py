@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_prune.checkpoints import Checkpoint, CheckpointError, open_checkpoint, readable
 from lightning_prune.masks import Masks, pack_masks, unpack_masks
+from lightning_prune.sources import expanded
 from lightning_prune.stored_masks import StoredMasks
 from lightning_prune.targets import clean_name
 
@@ -54,7 +55,7 @@ def _save(packed: Mapping[str, Any], path: Path, facts: Mapping[str, str]) -> No
 
 
 def load_masks(path: str | Path) -> Masks:
-    """Read masks that `save_masks` or ``lightning-prune export --masks-only`` has written.
+    """Read masks that `save_masks` or ``lightning-prune export --masks_only`` has written.
 
     Args:
         path: The file.
@@ -72,7 +73,7 @@ def load_masks(path: str | Path) -> Masks:
         metadata = handle.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise CheckpointError(
-                f"{path} holds tensors, but no masks; lightning-prune export --masks-only writes them"
+                f"{path} holds tensors, but no masks; lightning-prune export --masks_only writes them"
             )
         layout = json.loads(metadata["masks"])
         packed = {name: {**entry, "bits": handle.get_tensor(name)} for name, entry in layout.items()}
@@ -98,7 +99,7 @@ def export_masks(checkpoint: str | Path, output: str | Path, overwrite: bool = F
         CheckpointError: the checkpoint is missing or damaged, or one of its masks is.
         ValueError: it has no masks, or `output` exists or cannot be written.
     """
-    source, target = open_checkpoint(checkpoint, argument="checkpoint"), Path(output).expanduser()
+    source, target = open_checkpoint(checkpoint, argument="checkpoint"), expanded(output, "output")
     if target.is_dir() or (target.exists() and not overwrite):
         raise ValueError(
             f"output={str(output)!r} {'is a folder' if target.is_dir() else 'exists'}; give the name of a new file "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import zlib
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_prune.sharding import as_shard_of, counts_over_ranks, gather_whole, is_sharded, local, take_shard
+from lightning_prune.stored_bytes import is_stored_whole
 from lightning_prune.targets import Target, clean_name
 
 Masks = dict[str, Tensor]
@@ -192,11 +194,12 @@ def unpack_masks(state: Mapping[str, Any]) -> Masks:
             sound = (
                 isinstance(bits, Tensor)
                 and bits.dtype == torch.uint8
-                and bits.shape == ((shape.numel() + 7) // 8,)
                 and all(size >= 0 for size in shape)
+                and bits.shape == ((math.prod(shape) + 7) // 8,)  # numel() of a torch.Size overflows
+                and is_stored_whole(bits)  # before memory is taken for an expanded one
                 and _check_sum(bits, shape) == crc32
             )
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
             raise ValueError(f"the saved mask of {name!r} is damaged: {error!r}") from error
         if not sound:
             raise ValueError(

@@ -30,7 +30,7 @@ def evaluate_parser() -> ArgumentParser:
     )
     parser.add_argument("--baseline", type=str, help="the dense model, measured beside it")
     parser.add_argument("--output", type=str, nargs="+", default=[], help="files to write: results.json, results.md")
-    parser.add_argument("--seq_len", type=int, default=512, help="tokens in a window of text")
+    parser.add_argument("--seq_len", type=int, help="tokens in a window of text; default 512, less if they take less")
     parser.add_argument("--stride", type=int, help="tokens between windows; default seq_len, no overlap")
     parser.add_argument("--max_windows", type=int, help="at most so many windows a text, spread evenly; default all")
     parser.add_argument("--limit", type=int, help="at most so many samples a task; default all")
@@ -47,7 +47,9 @@ def benchmark_parser() -> ArgumentParser:
     parser.add_argument("--dense", type=str, help="the dense model, measured in turns with it")
     parser.add_argument("--output", type=str, nargs="+", default=[], help="files to write: results.json, results.md")
     parser.add_argument("--batch_size", type=int, default=1, help="sequences")
-    parser.add_argument("--prompt_tokens", type=int, default=128, help="tokens of each prompt")
+    parser.add_argument(
+        "--prompt_tokens", type=int, help="tokens of each prompt; default 128, less if the model takes less"
+    )
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens to decode after it")
     parser.add_argument("--repeats", type=int, default=10, help="rounds that count")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them")

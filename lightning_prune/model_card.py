@@ -12,7 +12,7 @@ from lightning_prune.checkpoint_model import ExportError, ReadModel
 from lightning_prune.checkpoints import Checkpoint
 from lightning_prune.evaluation_results import evaluation_tables
 from lightning_prune.inspection import Inspection
-from lightning_prune.sources import looks_like_path
+from lightning_prune.sources import expanded, looks_like_path
 from lightning_prune.tables import Table
 
 CARD_FILE = "README.md"
@@ -37,9 +37,9 @@ def read_results(path: str | Path) -> Mapping[str, Any]:
         ExportError: the file cannot be read, or holds something else.
     """
     try:
-        results = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        results = json.loads(expanded(path, "results").read_text(encoding="utf-8"))
         evaluation_tables(results)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ExportError(
             f"results={str(path)!r} is no file that lightning-prune evaluate --output results.json has written "
             f"({type(error).__name__}: {error})"

@@ -108,8 +108,8 @@ def check_settings(
     """
     nm = parse_pattern(pattern)
     _check_sparsity(sparsity)
-    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
-        raise ValueError(f"num_samples={num_samples!r} must be an integer >= 1")
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or not 1 <= num_samples < 2**31:
+        raise ValueError(f"num_samples={num_samples!r} must be an integer >= 1, below 2**31")
     if update not in UPDATES:
         raise ValueError(f"update={update!r} must be None or 'obs'")
     if group is not None and group not in GROUPS:

@@ -1,15 +1,14 @@
 """Pretrained language models by hub id, folder or GGUF file; weights that are missing are refused."""
 
-import pickle
-import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.sources import pretrained_arguments
+from lightning_prune.checkpoints import check_folder
+from lightning_prune.sources import looks_like_path, pretrained_arguments
 
 
 def load_pretrained(
@@ -28,6 +27,8 @@ def load_pretrained(
         ValueError: If the files are damaged, or weights are missing in them.
     """
     name, kwargs = pretrained_arguments(model, gguf_file, "model")
+    if looks_like_path(model) and Path(name).is_dir() and "gguf_file" not in kwargs:
+        check_folder(Path(name))
     if revision is not None:
         kwargs["revision"] = revision
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
@@ -36,9 +37,9 @@ def load_pretrained(
     loaded: Any
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **(options or {}))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError, OSError):
         raise
-    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError) as error:
+    except Exception as error:  # each family raises its own for files that are damaged, or not of it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model={model!r} cannot be loaded, it may be damaged or cut off: {reason}") from error
     if info["missing_keys"]:  # transformers warns, and goes on with random numbers in their place

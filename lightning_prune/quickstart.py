@@ -35,6 +35,7 @@ from lightning_prune.language_model import CausalLM
 from lightning_prune.masks import Masks
 from lightning_prune.pictures import sparsity_per_layer
 from lightning_prune.pruning import prune
+from lightning_prune.tables import replace_text
 from lightning_prune.text_data import TextDataModule
 
 VOCABULARY = 2048
@@ -177,7 +178,7 @@ class _Quickstart:
             inspect(self.folder / "kfac-50", progress=False), self.folder / "sparsity.png", "kfac"
         )
         results = self.results(unigram, time.monotonic() - started)
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        replace_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
         self.console.print(self.table(unigram))
         self.say(
             f"Every saved model was loaded again: its zeros are exactly those of its masks. {results['seconds']:.0f} s "

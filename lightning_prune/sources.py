@@ -23,13 +23,25 @@ def looks_like_path(source: str) -> bool:
     )
 
 
+def expanded(path: str | Path, argument: str) -> Path:
+    """Expand `~`.
+
+    Raises:
+        ValueError: If the user it names has no home; the message names `argument`.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{argument}={str(path)!r} begins with the home of a user who is not known here") from error
+
+
 def existing_path(source: str, argument: str) -> Path:
     """Expand `~` and check that the path exists.
 
     Raises:
         FileNotFoundError: If it does not; the message names `argument`.
     """
-    path = Path(source).expanduser()
+    path = expanded(source, argument)
     if not path.exists():
         raise FileNotFoundError(
             f"{argument}={source!r} is not an existing file or folder (looked at {path.absolute()}). "

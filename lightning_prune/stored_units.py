@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune.checkpoints import Checkpoint, CheckpointError
+from lightning_prune.stored_bytes import is_stored_whole
 from lightning_prune.structure.masked_units import MaskedUnits
 from lightning_prune.structure.sizes import ATTENTION_UNITS
 
@@ -41,7 +42,7 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
             continue
         try:
             pending, unit = state["shrinking"]["pending"], state["settings"]["attention_unit"]
-            whole = all(isinstance(t, Tensor) for places in pending.values() for t in places)
+            whole = all(isinstance(t, Tensor) and is_stored_whole(t) for places in pending.values() for t in places)
             counts = bool(state.get("sharded")) or not sharded
         except (KeyError, TypeError, AttributeError):
             pending, unit, whole, counts = {}, None, False, False

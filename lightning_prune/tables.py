@@ -14,6 +14,8 @@ import rich.table
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 
+from lightning_prune.sources import expanded
+
 
 @dataclass(frozen=True)
 class Table:
@@ -72,7 +74,7 @@ def check_outputs(outputs: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: a name that ends neither in .json nor in .md, a folder, or a folder that does not exist.
     """
-    paths = [Path(output).expanduser() for output in outputs]
+    paths = [expanded(output, "output") for output in outputs]
     for path in paths:
         if path.suffix not in (".json", ".md"):
             raise ValueError(f"output={str(path)!r} must end in .json or .md")

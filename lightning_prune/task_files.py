@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.sources import existing_path
+from lightning_prune.sources import existing_path, expanded
 
 PREFIX = "blimp:"
 """May stand before a file or folder of minimal pairs, to say what it must be."""
@@ -52,7 +52,7 @@ def read_tasks(specs: Sequence[str]) -> tuple[list[LocalTask], list[str]]:
     local: list[LocalTask] = []
     names: list[str] = []
     for spec in specs:
-        path = Path(spec.removeprefix(PREFIX)).expanduser()
+        path = expanded(spec.removeprefix(PREFIX), "tasks")
         if spec.startswith(PREFIX) or path.suffix == ".jsonl" or path.is_dir() or "/" in spec:
             local += _read_path(existing_path(str(path), "tasks"), pairs_only=spec.startswith(PREFIX))
         elif path.suffix in (".yaml", ".yml", ".json", ".py"):
@@ -80,12 +80,16 @@ def _read_path(path: Path, pairs_only: bool) -> list[LocalTask]:
 def _read_file(path: Path, group: str | None, pairs_only: bool) -> LocalTask:
     documents: list[dict[str, Any]] = []
     kinds = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"tasks={str(path)!r} is not UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tasks={str(path)!r}, line {number} is not JSON: {error}") from error
         document = _document(fields, len(documents), pairs_only)
         if document is None:

@@ -18,8 +18,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.chat_data import check_chat_tokenizer, tokenize_conversations
+from lightning_prune.sources import expanded
 from lightning_prune.text_blocks import TextPrefix, collate, hold_out, pack, tokenize
-from lightning_prune.text_files import EMBEDDED, is_local, local_documents, text_only
+from lightning_prune.text_files import (
+    EMBEDDED,
+    is_local,
+    is_saved,
+    local_documents,
+    saved_rows,
+    saved_splits,
+    text_only,
+)
 from lightning_prune.text_stream import StreamedBlocks
 from lightning_prune.tokenization import load_tokenizer, trained_tokenizer
 
@@ -42,11 +51,12 @@ class TextDataModule(L.LightningDataModule):
 
     Args:
         source: "austen" (*Pride and Prejudice*, embedded in the package), local .txt, .jsonl, .json or .parquet
-            files or a folder of them, or the name of a dataset on the hub.
+            files or a folder of them (UTF-8, or with a mark of UTF-8, -16 or -32 at the beginning of .txt files), a
+            folder that `save_to_disk` of the datasets library has written, or the name of a dataset on the hub.
         name: Configuration of the hub dataset, e.g. "wikitext-2-raw-v1".
-        split: Split of the hub dataset to train on.
+        split: Split of the hub dataset, or of a saved `DatasetDict`, to train on.
         revision: Branch, tag or commit of the hub dataset.
-        validation: Validation text: local files, "austen", or a split of the hub dataset `source`.
+        validation: Validation text: local files, "austen", or a split of the dataset `source`.
         test: Test text, likewise.
         validation_share: Share of the blocks held out when `validation` is None, in [0, 1); 0 for no validation.
         text_field: Field or column that holds the text.
@@ -109,6 +119,9 @@ class TextDataModule(L.LightningDataModule):
         train_on: Literal["assistant", "all"] = "assistant",
     ) -> None:
         super().__init__()
+        for argument, value in (("source", source), ("validation", validation), ("test", test)):
+            _check_plain(argument, value)
+        source, validation, test = map(_without_paths, (source, validation, test))
         if messages_field is not None and (tokenizer == "train" or streaming or keep_last):
             raise ValueError(
                 f"messages_field={messages_field!r} with tokenizer={tokenizer!r}, streaming={streaming} and "
@@ -250,7 +263,9 @@ class TextDataModule(L.LightningDataModule):
 
     def _streamed_documents(self, source: str | list[str]) -> datasets.IterableDataset:
         hp = self.hparams
-        if isinstance(source, str) and not is_local(source):
+        if is_saved(source):
+            documents = saved_rows(str(source), hp["split"], "source", streaming=True)
+        elif isinstance(source, str) and not is_local(source):
             documents = datasets.load_dataset(
                 source,
                 hp["name"],
@@ -270,7 +285,7 @@ class TextDataModule(L.LightningDataModule):
         return documents
 
     def _cache_dir(self) -> Path:
-        return Path(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE).expanduser()
+        return expanded(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
 
     def _blocks(self, source: str | list[str], argument: str) -> datasets.Dataset:
         hp = self.hparams
@@ -305,6 +320,10 @@ class TextDataModule(L.LightningDataModule):
     def _rows(self, source: str | list[str], argument: str) -> datasets.Dataset:
         """Local files, or a split of a hub dataset, with all their columns."""
         hp = self.hparams
+        if argument != "source" and source in saved_splits(hp["source"]):
+            return saved_rows(hp["source"], str(source), argument)
+        if is_saved(source):
+            return saved_rows(str(source), hp["split"] if argument == "source" else argument, argument)
         on_hub = argument == "source" and isinstance(source, str) and not is_local(source)
         split_of_hub = argument != "source" and isinstance(source, str) and not is_local(source)
         if on_hub or (split_of_hub and isinstance(hp["source"], str) and not is_local(hp["source"])):
@@ -328,6 +347,25 @@ def _prepared(blocks: Any, name: str) -> Any:
     if blocks is None:
         raise RuntimeError(f"{name} does not exist yet. Call setup() of the data module first.")
     return blocks
+
+
+def _check_plain(argument: str, value: Any) -> None:
+    """Refuse objects: they would be pickled into every checkpoint, which could not be loaded safely then."""
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    wrong = next((e for e in entries if e is not None and not isinstance(e, (str, Path))), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{argument} is a {type(wrong).__name__}. Pass names of files, a folder or a hub dataset: of a Dataset, "
+            "the folder that its save_to_disk(folder) writes; of a stream, a DataLoader of "
+            "lightning_prune.text_stream.StreamedBlocks, given to trainer.fit in place of this module."
+        )
+
+
+def _without_paths(value: Any) -> Any:
+    """The names of files, in place of paths: plain values, which checkpoints keep."""
+    if isinstance(value, (list, tuple)):
+        return [str(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

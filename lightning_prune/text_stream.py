@@ -57,7 +57,7 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
         self.epoch += 1
         rest = np.empty(0, dtype=np.int64)
         texts = (row[self.text_field] for row in self.documents)
-        while batch := list(islice(texts, _BATCH)):
+        while batch := self._next(texts):
             found = [text for text in batch if text and text.strip()]
             if not found:
                 continue
@@ -68,3 +68,12 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             for block in stream[:whole].reshape(-1, self.block_size):
                 yield {"input_ids": block}
             rest = stream[whole:]
+
+    @staticmethod
+    def _next(texts: Iterator[str]) -> list[str]:
+        try:
+            return list(islice(texts, _BATCH))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"a text file of the stream is not UTF-8: {error}; convert it, such as with: iconv -f LATIN1 -t UTF-8"
+            ) from error

@@ -4,6 +4,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,36 @@ def load_tokenizer(
     """
     if source.endswith(".json"):
         file = existing_path(source, "tokenizer")
-        tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        with _readable(source):
+            tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=str(file))
         tokenizer.name_or_path = str(file)
         declared = next((t for t in _KNOWN_END_TOKENS if t in tokenizer.get_vocab()), None)
     else:
         name, kwargs = pretrained_arguments(source, gguf_file, "tokenizer")
         if revision is not None:
             kwargs["revision"] = revision
-        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+        with _readable(source):
+            tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
         if source.endswith(".gguf"):
             tokenizer.name_or_path = source  # transformers keeps the folder only
         declared = tokenizer.eos_token
     _set_end_token(tokenizer, eos_token or declared, source)
     return tokenizer
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Turn whatever a damaged file provokes into one sentence that says which it is."""
+    try:
+        yield
+    except (OSError, MemoryError):  # say it themselves
+        raise
+    except Exception as error:  # that of the tokenizers library is Exception itself
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"tokenizer={source!r} cannot be loaded, it may be damaged or no tokenizer: {reason}; copy or download it "
+            "again"
+        ) from error
 
 
 def _set_end_token(tokenizer: PreTrainedTokenizerBase, token: str | None, source: str) -> None:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_prune.batches import padding_mask
+from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.shrinking_checks import (
     check_module,
@@ -183,6 +184,7 @@ class PruningAwarePretraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be shrunk, and be there when a checkpoint is loaded."""
+        check_checkpoint_of(trainer)
         find_language_model(pl_module)
         if stage == "fit":
             check_trainer(trainer, self)

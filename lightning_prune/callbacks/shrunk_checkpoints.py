@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from typing import Any
 
 import lightning as L
@@ -52,6 +53,7 @@ def check_before_loading(
     """
     original = strategy.load_checkpoint
 
+    @wraps(original)
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             state = open_checkpoint(checkpoint_path).callbacks.get(state_key)

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.coverage import countable_weights
 from lightning_prune.run_facts import run_facts
@@ -83,7 +84,8 @@ class SparsityMonitor(L.Callback):
     # -- life of a fit -----------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies that hide the weights, and agree on the folder."""
+        """Refuse unsafe checkpoints and strategies that hide the weights, and agree on the folder."""
+        check_checkpoint_of(trainer)
         if stage != "fit":
             return
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):

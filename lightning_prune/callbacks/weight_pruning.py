@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.callbacks.calibration_data import CalibrationData
+from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
 from lightning_prune.callbacks.training_loss import calibration_loss, no_trace
 from lightning_prune.enforcement import Enforcer
 from lightning_prune.masks import (
@@ -222,7 +223,8 @@ class WeightPruning(L.Callback):
     # -- life of a fit -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies whose shards the masks could not follow."""
+        """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
+        check_checkpoint_of(trainer)
         if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise ValueError(
                 f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "

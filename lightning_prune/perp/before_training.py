@@ -38,8 +38,8 @@ def reconstruct_options(
     parts = tuple(part for part in train if part in ("bias", "norm"))
     passed = {k: v for k, v in lora_options.items() if k != "target_modules"} if options["adapter"] == adapter else {}
     check_settings(options["adapter"], parts, options["steps"], options["learning_rate"], options["targets"], passed)
-    if not isinstance(options["num_samples"], int) or options["num_samples"] < 1:
-        raise ValueError(f"num_samples={options['num_samples']!r} of reconstruct must be an integer >= 1")
+    if not isinstance(options["num_samples"], int) or not 1 <= options["num_samples"] < 2**31:
+        raise ValueError(f"num_samples={options['num_samples']!r} of reconstruct must be an integer >= 1, below 2**31")
     return {**options, "train": parts, "lora_options": passed}
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
 from lightning_prune.perp.adapters import (
@@ -158,6 +159,7 @@ class PERPRetraining(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Put the adapters on, before optimizers are made and before a checkpoint is loaded."""
+        check_checkpoint_of(trainer)
         follow_checkpoints(trainer, self, lambda: self._states(trainer))
         if stage != "fit":
             return

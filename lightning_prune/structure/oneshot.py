@@ -132,8 +132,8 @@ def prune_structured(
     checked = check_types(types)
     check_saliency(saliency, SALIENCIES)
     check_round_to(round_to)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise ValueError(f"num_samples={num_samples!r} must be an int of 1 or more")
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 1 <= num_samples < 2**31:
+        raise ValueError(f"num_samples={num_samples!r} must be an int of 1 or more, below 2**31")
     if has_sharded_parameters(model):
         raise ValueError("prune_structured needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)

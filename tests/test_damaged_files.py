@@ -1,0 +1,187 @@
+"""Every command answers a damaged file or an odd number with status 2 and one line, never with a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+from conftest import TINY, make_tokens
+from torch.utils.data import DataLoader
+
+from lightning_prune import CausalLM, TextDataModule, WeightPruning
+from lightning_prune.cli import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.xdist_group("damaged"),  # one process makes the files for all
+]
+
+DEEP = "[" * 100_000
+HUGE = 10**30
+
+
+def trainer(folder: Path, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One good file of every kind."""
+    folder = tmp_path_factory.mktemp("good")
+    (folder / "t.txt").write_text("some text here, and more of it. " * 300)
+    data = TextDataModule(folder / "t.txt", vocab_size=320, block_size=16, cache_dir=str(folder / "cache"))
+    module = CausalLM(config=TINY, lr_schedule="constant")
+    module.tokenizer = data.tokenizer
+    fit = trainer(folder, WeightPruning(score="magnitude", progress=False))
+    fit.fit(module, DataLoader([{"input_ids": row} for row in make_tokens(4, 8)]))
+    fit.save_checkpoint(folder / "a.ckpt")
+    module.save_pretrained(folder / "model")
+    module.model.save_pretrained(folder / "sharded", max_shard_size="20KB")
+    rows = [{"query": "some", "choices": [" text", " more"], "gold": 0}]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    models = [{"model": "a", "perplexity": 3.0, "texts": [], "tasks": []}]
+    (folder / "results.json").write_text(json.dumps({"models": models, "settings": {}, "versions": {}}))
+    assert main(["export", str(folder / "a.ckpt"), str(folder / "exported"), "--tokenizer", "none"]) == 0
+    return folder
+
+
+def fit_config(folder: Path, **changes: Any) -> str:
+    """What ``fit`` reads: one step of magnitude pruning."""
+    content: dict[str, Any] = {
+        "model": {"init_args": {"config": TINY, "lr_schedule": "constant"} | changes.get("model", {})},
+        "data": {
+            "init_args": {"source": str(folder / "t.txt"), "vocab_size": 320, "block_size": 16}
+            | {"cache_dir": str(folder / "cache")}
+            | changes.get("data", {})
+        },
+        "trainer": {
+            "accelerator": "cpu", "max_steps": 1, "logger": False, "limit_val_batches": 0, "enable_progress_bar": False,
+            "enable_model_summary": False, "enable_checkpointing": False,
+            "callbacks": [
+                {
+                    "class_path": "WeightPruning",
+                    "init_args": {"score": "magnitude", "progress": False} | changes.get("pruning", {}),
+                }
+            ],
+        },
+    }  # fmt: skip
+    file = folder / "fit.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+def answer(args: list[Any]) -> tuple[int, str]:
+    """Status and lines of a command; an exception that comes out is a traceback."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        status = main([str(arg) for arg in args])
+    return status, "".join(line for line in err.getvalue().splitlines(True) if "lightning-prune: error:" in line)
+
+
+def refused(args: list[Any], name: str = "") -> None:
+    """Status 2 and one line, which names the file."""
+    status, error = answer(args)
+    assert status == 2, (args, status)
+    assert error.count("\n") == 1, (args, error)
+    assert name in error, (args, error)
+
+
+def survived(args: list[Any]) -> None:
+    """Harmless (0), noticed (1), or refused with one line (2)."""
+    status, error = answer(args)
+    assert status in (0, 1, 2), (args, status)
+    assert error.count("\n") == (status == 2), (args, error)
+
+
+def no_file(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "nowhere")
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def cut(share: float) -> Any:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def flip(share: float) -> Any:
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[min(len(data) - 1, int(len(data) * share))] ^= 0xFF
+        path.write_bytes(data)
+
+    return damage
+
+
+def write(content: str | bytes) -> Any:
+    return lambda path: path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+BINARY = {
+    "empty": write(b""), "cut at 1 %": cut(0.01), "cut at half": cut(0.5), "cut at 99 %": cut(0.99),
+    "first byte": flip(0), "half": flip(0.5), "last byte": flip(1), "text": write("hello"), "folder": a_folder,
+    "dangling": no_file, "deep": write(DEEP), "nul": write(b"\0" * 1000),
+}  # fmt: skip
+TEXTS = {
+    "empty": write(b""), "cut at half": cut(0.5), "deep": write(DEEP), "not UTF-8": write(b'{"a": "\xff\xfe"}'),
+    "list": write("[1]"), "null": write("null"), "number": write("1e999"), "folder": a_folder, "dangling": no_file,
+    "large number": write("9" * 5000), "nul": write(b"\0" * 1000),
+}  # fmt: skip
+
+
+def commands(folder: Path, kind: str) -> list[list[Any]]:
+    """What reads a file of a kind."""
+    text = ["--text", folder / "t.txt", "--max_windows", "1"]
+    if kind == "a.ckpt":
+        path = folder / kind
+        return [
+            ["inspect", path], ["export", path, folder / "out", "--tokenizer", "none"], ["evaluate", path, *text],
+            ["export", path, folder / "m.safetensors", "--masks_only"], ["report", path, "-o", folder / "r.html"],
+            ["fit", "--config", fit_config(folder), "--ckpt_path", path],
+        ]  # fmt: skip
+    where = folder / kind.split("/")[0]
+    return [
+        ["inspect", where], ["export", where, folder / "out"], ["report", where, "-o", folder / "r.html"],
+        ["evaluate", where, *text], ["benchmark", where, "--repeats", "2", "--warmup", "0", "--new_tokens", "1"],
+        ["fit", "--config", fit_config(folder, model={"model": str(where), "config": None})],
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def copy(files: Path, tmp_path: Path) -> Path:
+    shutil.copytree(files, tmp_path / "copy", ignore=shutil.ignore_patterns("cache"))
+    (tmp_path / "copy" / "cache").symlink_to(files / "cache")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("damage", BINARY)
+@pytest.mark.parametrize("kind", ["a.ckpt", "model/model.safetensors", "exported/model.safetensors"])
+def test_weights(kind, damage, copy):
+    BINARY[damage](copy / kind)
+    for args in commands(copy, kind):
+        survived(args)
+
+
+@pytest.mark.parametrize("damage", TEXTS)
+@pytest.mark.parametrize(
+    "kind",
+    ["model/config.json", "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json",
+     "sharded/model.safetensors.index.json", "exported/sparsity.json"],
+)  # fmt: skip
+def test_small_files_of_a_model(kind, damage, copy):
+    TEXTS[damage](copy / kind)
+    for args in commands(copy, kind):
+        survived(args)
