@@ -7,7 +7,7 @@ import enum
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,43 +21,31 @@ _MARKED = {"input_ids": 2, "inputs_embeds": 3}
 
 
 def batch_size(batch: Any) -> int | None:
-    """Number of samples; None if it cannot be known, so that the batch is one sample.
+    """Number of samples of a batch that can be taken apart; None for any other, which is run whole as one sample.
 
-    Token ids ``[B, T]`` under ``input_ids`` (or ``inputs_embeds``, ``[B, T, C]``) decide. Without them, it is the
-    leading dimension that all tensors share. A dimension that happens to be as long as the batch cannot be told from
-    it: time before samples with T == B, class weights with as many classes as samples, images in a plain list whose
-    leading dimension is that of colors. Give such data its samples first, or as a dict with token ids.
+    Token ids ``[B, T]`` under ``input_ids`` (or ``inputs_embeds``, ``[B, T, C]``) say how many samples there are.
+    Without them, it is the leading dimension that all tensors share. A batch cannot be taken apart if one of its parts
+    leads with something else (image patches, nodes of a graph, time), or holds an object of a kind unknown here.
+
+    A dimension that happens to be as long as the batch cannot be told from it: time before samples with T == B, class
+    weights with as many classes as samples, a plain list of images of as many colors each. Give such a batch its
+    samples first, and what is of no sample to the module.
     """
     # Ids of a single sequence, `[T]`, and batches of different sizes in one have no samples that could be told.
-    if marked := {int(t.shape[0]) if t.dim() >= dims else None for t, dims in _marked(batch)}:
-        return marked.pop() if len(marked) == 1 else None
-    sizes = set(_leading(batch))
+    sizes = {int(t.shape[0]) if t.dim() >= dims else None for t, dims in _marked(batch)} or set(_leading(batch))
     size = sizes.pop() if len(sizes) == 1 else None
-    return None if size is None or _fits(batch, size, top=True) is False else size
-
-
-def separable(batch: Any) -> bool:
-    """Whether samples can be taken out of a batch: of every part of it, it is known which sample it belongs to.
-
-    Not where a tensor leads with something else (image patches, nodes of a graph), nor where the batch holds an object
-    of a kind unknown here.
-    """
-    size = batch_size(batch)
-    return size is not None and _fits(batch, size, top=True) is True
+    return size if size is not None and _fits(batch, size, top=True) else None
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
-    """Samples ``start:stop`` of a batch that is `separable`; what is not per sample stays whole.
+    """Samples ``start:stop`` of a batch whose `batch_size` is known; what is not per sample stays whole.
 
     Raises:
-        ValueError: it cannot be taken apart.
+        ValueError: the batch cannot be taken apart.
     """
     size = batch_size(batch)
-    if size is None or not separable(batch):
-        raise ValueError(
-            f"a batch ({type(batch).__name__}) that has parts with other leading dimensions than its samples, or of an "
-            "unknown kind, cannot be taken apart"
-        )
+    if size is None:
+        raise ValueError(f"a batch ({type(batch).__name__}) of unknown size cannot be taken apart")
 
     def cut(value: Any) -> Any:
         if isinstance(value, (Tensor, np.ndarray)):
@@ -71,7 +59,7 @@ def take(batch: Any, start: int, stop: int) -> Any:
 
 
 def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
-    """Batches with their sizes until `count` samples have been seen; the last batch is cut to fit, if it can be.
+    """Batches with their sizes until `count` samples have been seen; the last batch is cut to fit.
 
     A batch of unknown size counts as one sample.
     """
@@ -82,13 +70,33 @@ def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
         size = batch_size(batch)
         if size == 0:
             continue
-        if size is not None and size > left and separable(batch):
+        if size is not None and size > left:
             batch, size = take(batch, 0, left), left
         yield batch, size or 1
         left -= size or 1
         # Leave before asking for another batch: a loader must not be run further than needed.
         if left <= 0:
             return
+
+
+def check_repeatable(batches: Any, passes: int, argument: str, why: str = "") -> None:
+    """Refuse an iterator, which yields its batches once, where they are read several times.
+
+    Args:
+        batches: The batches, if there are any.
+        passes: How often a pruning reads them.
+        argument: What the caller knows them as.
+        why: What else reads them again.
+
+    Raises:
+        ValueError: it would run dry.
+    """
+    if isinstance(batches, Iterator) and (passes > 1 or why):
+        reason = why or "sequential=True with a score or allocation that first needs the dense model"
+        raise ValueError(
+            f"{argument}={type(batches).__name__} can be read once, but {reason} reads it again: pass a list or a "
+            "DataLoader"
+        )
 
 
 def padding_mask(batch: Any) -> Tensor | None:
@@ -109,7 +117,8 @@ def is_sequences(batch: Any) -> bool:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`."""
     if isinstance(batch, (Tensor, PackedSequence)):
-        return batch.to(device, non_blocking=True)
+        moved: Tensor = cast(Tensor, batch).to(device, non_blocking=True)
+        return moved
     return _rebuilt(batch, lambda part: to_device(part, device))
 
 
@@ -148,10 +157,10 @@ def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(change, value))
     if is_dataclass(value) and not isinstance(value, type):
-        new = copy.copy(value)
+        other = copy.copy(value)
         for field in fields(value):
-            object.__setattr__(new, field.name, change(getattr(value, field.name)))
-        return new
+            object.__setattr__(other, field.name, change(getattr(value, field.name)))
+        return other
     return value
 
 
@@ -203,31 +212,35 @@ def _one_a_sample(items: Sequence[Any], size: int) -> bool:
     """Whether a list has an item for each sample, rather than parts that are batches themselves."""
     if len(items) != size or isinstance(items, (PackedSequence, torch.Size)) or hasattr(items, "_fields"):
         return False
-    return all(map(_is_plain, items)) or (_alike(items) and _all_fit(items, size) is not True)
+    return all(map(_is_plain, items)) or (_alike(items) and not all(_fits(item, size) for item in items))
 
 
-def _fits(value: Any, size: int, top: bool = False) -> bool | None:
-    """Whether a part can be of a batch of `size` samples, and be cut: True, None if that is not known, or False."""
+def _fits(value: Any, size: int, top: bool = False) -> bool:
+    """Whether all pieces of a part are known to be of one sample, out of `size`, or of none."""
     if isinstance(value, (Tensor, np.ndarray)):
         if value.ndim == 0:
             return True
-        if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
-            return None if value.size(0) == size else False  # cannot be sliced
-        return value.shape[0] in (1, size)
-    if isinstance(value, PackedSequence):
-        return None if value.batch_sizes[0] == size else False
+        sliced = not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_nested)
+        return sliced and value.shape[0] in (1, size)
     if _is_plain(value):
         return True
     parts = _children(value)
     if parts is None:
-        return None
-    whole = _all_fit(parts, size)
-    if top or not isinstance(value, (list, tuple)) or hasattr(value, "_fields") or len(value) != size:
-        return whole
-    # As long as the batch: one a sample, unless its parts would be batches of that size as well.
-    return (None if whole else True) if _alike(value) else whole
+        return False
+    fit = all(_fits(part, size) for part in parts)
+    listed = not top and isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+    if listed and len(value) == size and _alike(value):
+        # One item a sample; unless, of two samples or more, its items would be batches of that size as well.
+        return not fit or size == 1
+    return fit
 
 
-def _all_fit(parts: Iterable[Any], size: int) -> bool | None:
-    found = {_fits(part, size) for part in parts}
-    return False if False in found else None if None in found else True
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

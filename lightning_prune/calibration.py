@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batches import batch_size, is_sequences, padding_mask, samples, separable, take
+from lightning_prune.batches import batch_size, is_sequences, padding_mask, samples, take
 from lightning_prune.progress import progress_bar
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.running import causal_lm_loss, forward, quiet_model
@@ -183,7 +183,7 @@ class _Sweep:
         """Batches to run and the number of their samples; taken apart once that has proved necessary."""
         source = samples(batches, num_samples)
         while (unit := self.queue.popleft() if self.queue else next(source, None)) is not None:
-            if self.one_by_one and (size := batch_size(unit[0]) or 1) > 1 and separable(unit[0]):
+            if self.one_by_one and (size := batch_size(unit[0]) or 1) > 1:
                 self.queue.extendleft((take(unit[0], i, i + 1), 1) for i in reversed(range(size)))
             else:
                 yield unit
@@ -193,7 +193,7 @@ class _Sweep:
     def _run_batch(self, batch: Any, count: int, counting: bool) -> int:
         """Run a batch; returns the number of samples taken in."""
         taps, size = self.taps, batch_size(batch)
-        if self.one_by_one and size is not None and size > 1 and separable(batch):  # a repeated batch
+        if self.one_by_one and size is not None and size > 1:  # a repeated batch
             batch, size = take(batch, 0, 1), 1
         taps.begin(size, padding_mask(batch), is_sequences(batch), counting)
         if not taps.backward:
@@ -237,10 +237,10 @@ class _Sweep:
                 f"loss_fn returned {losses.shape[0]} losses for {size} samples; return one a sample, or a scalar"
             )
         if self.taps.not_per_sample or (losses.dim() == 0 and size != 1):
-            if size is None or size == 1 or not separable(batch):
+            if size is None or size == 1:
                 return None, CalibrationError(
                     f"per-sample gradients need batches that can be taken apart, got {type(batch).__name__} of "
-                    "unknown parts; use batches of tensors that share their first dimension"
+                    "unknown size; use batches of tensors that share their first dimension"
                 )
             return None, None
         if counting and not bool(torch.isfinite(losses).all()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import lightning as L
@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_prune.allocation import KFACAllocation, OWLAllocation
+from lightning_prune.batches import check_repeatable
 from lightning_prune.callbacks.calibration_data import CalibrationData
-from lightning_prune.callbacks.training_loss import calibration_loss, no_trace
+from lightning_prune.callbacks.training_loss import calibration_loss, no_trace, watched_loss
 from lightning_prune.enforcement import Enforcer
 from lightning_prune.masks import (
     Masks,
@@ -139,6 +140,7 @@ class WeightPruning(L.Callback):
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._enforcer: Enforcer | None = None
         self._plan: PruningPlan | None = None
+        self._data: CalibrationData | None = None  # where it cannot be made at each update
         self._handles: list[Any] = []
         self._gradients_masked = False
         self._seen_step = 0
@@ -236,12 +238,28 @@ class WeightPruning(L.Callback):
         self._plan = plan
         if self._owner is not None and self._owner() is not pl_module:
             self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
+        self._check_data(trainer, plan)
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
             self._begin(trainer, pl_module)
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
+        """Refuse calibration data that a later update could not read; keep what it could not get any more."""
+        gradual = not isinstance(self.schedule, OneShot)
+        if not plan.needs_data or (self._masks and not gradual):
+            return
+        updates = "more than one update" if gradual else ""
+        check_repeatable(self.calibration, plan.passes, "calibration", updates)
+        data = CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
+        if data.once and (gradual or self.schedule.start):
+            raise ValueError(
+                f"{self.schedule!r} prunes while training reads its stream, whose data set cannot be copied: pass "
+                "calibration= (a DataLoader or a list of batches) to the callback"
+            )
+        self._data = data if data.kept else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up with a checkpoint: steps and optimizer states are restored only now."""
@@ -292,7 +310,7 @@ class WeightPruning(L.Callback):
         self._handles = []
         # Shards stay on the devices of their mesh.
         self._masks = {n: mask if isinstance(mask, DTensor) else mask.cpu() for n, mask in self.masks.items()}
-        self._enforcer = self._plan = None
+        self._enforcer = self._plan = self._data = None
 
     # -- pruning -------------------------------------------------------------------------------------------------
 
@@ -313,10 +331,17 @@ class WeightPruning(L.Callback):
         reshard(module)
         if self._dense is not None:
             self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
-        with no_trace(trainer, module):
+        with ExitStack() as stack:
             if plan.needs_data:
-                loss_fn = self.loss_fn or calibration_loss(module)
-                data = CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
+                parameters = stack.enter_context(no_trace(trainer, module))
+                loss_fn = watched_loss(
+                    self.loss_fn or calibration_loss(module),
+                    parameters,
+                    [target.weight for target in plan.targets],
+                    before_hooks=trainer.train_dataloader is None,
+                )
+                data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
+                stack.enter_context(data.untouched())
                 plan = plan.with_samples(data.local_samples)
             masks = run_plan(
                 plan,
