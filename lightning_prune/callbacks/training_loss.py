@@ -75,7 +75,6 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
     isolated = isolate_rng()
     isolated.__enter__()
     loggers = trainer.loggers
-    modules = [m for m in module.modules() if isinstance(m, L.LightningModule)]
     silenced = {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
     try:
         with unchanged({type(module).__name__: module}) as state:
@@ -84,14 +83,12 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
                 rank_zero_warn(f"what a training step draws from or writes to {named} in calibration cannot be undone")
             parameters = WatchedParameters(state.parameters)
             trainer.loggers = [DummyLogger() for _ in loggers]
-            for each in modules:
-                each.__dict__.update(silenced)
+            module.__dict__.update(silenced)
             try:
                 yield parameters
             finally:
-                for each in modules:
-                    for name in silenced:
-                        each.__dict__.pop(name, None)
+                for name in silenced:
+                    module.__dict__.pop(name, None)
                 trainer.loggers = loggers
                 parameters.put_back()
     finally:
