@@ -334,11 +334,12 @@ class WeightPruning(L.Callback):
         with ExitStack() as stack:
             if plan.needs_data:
                 parameters = stack.enter_context(no_trace(trainer, module))
+                epochs = trainer.fit_loop.epoch_progress.current
                 loss_fn = watched_loss(
                     self.loss_fn or calibration_loss(module),
                     parameters,
                     [target.weight for target in plan.targets],
-                    before_hooks=trainer.train_dataloader is None,
+                    before_hooks=epochs.ready == epochs.completed,
                 )
                 data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
                 stack.enter_context(data.untouched())
