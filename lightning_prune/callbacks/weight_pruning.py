@@ -69,13 +69,14 @@ class WeightPruning(L.Callback):
         sequential: Block by block.
         loss_fn: ``loss_fn(module, batch)``, a scalar or one loss a sample. Default: the module's
             ``calibration_loss(batch)`` if it has one, else its ``training_step``, run without any trace in logs,
-            random states, attributes, metrics, buffers or modes.
+            random states, attributes, metrics, buffers, parameters or modes; at fit start, before the module's hooks.
         targets: Layers to prune.
         ignore: Layers to leave.
         schedule: None for one shot at fit start, or `OneShot`, `LinearSchedule`, `CubicSchedule`. Scores are computed
             anew at each update; what is pruned stays pruned.
-        calibration: A DataLoader or iterable of batches. Default: samples drawn from the training data with a
-            sampler of its own, so the order of the training data is untouched.
+        calibration: A DataLoader or iterable of batches; an iterator serves a single update. Default: samples drawn
+            from the training data, as its sampler yields them, or read from a copy of a stream; the training data and
+            its order are untouched.
         seed: Of the draw of calibration samples, and of ``score="random"``.
         gradient_dtype: ``"float32"`` or ``"bfloat16"`` for the gradient aggregate.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
