@@ -33,6 +33,7 @@ from torch.utils.data import (
 from torchmetrics import MeanMetric
 
 from lightning_prune import LinearSchedule, OneShot, WeightPruning, prune
+from lightning_prune.callbacks import traces
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -302,6 +303,15 @@ def test_batches_of_a_loader_without_batching_are_those_of_training(kind: str) -
     assert len(set(numbers(seen))) == 12
 
 
+@pytest.mark.parametrize("kind", ["with a generator", "noisy", "stream that goes on", "stream that says where it is"])
+def test_the_training_loader_itself_can_be_given_for_calibration(kind: str) -> None:
+    expected = fit(LOADERS[kind]())
+    loader, seen = LOADERS[kind](), []
+    got = fit(loader, pruning(seen, calibration=loader))
+    assert seen
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 class Held(IterableDataset):
     """Reads what nothing can read twice."""
 
@@ -484,6 +494,17 @@ def test_what_cannot_be_put_back_is_named() -> None:
         warnings.filterwarnings("ignore", module="lightning")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         fit(DataLoader(rows(), 4), pruning(loss_fn=None), module=Numbered())
+
+
+def test_what_is_too_large_to_remember_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_MOST_ITEMS", 50)
+    module = Numbered()
+    module.table, module.few = list(range(60)), [1]
+    state = traces.State({"Numbered": module})
+    assert state.unknown == {"Numbered.table": "more than 50 items"}
+    module.few.append(2)
+    state.put_back()
+    assert module.few == [1]
 
 
 def test_a_loss_that_writes_to_a_pruned_weight_is_refused_and_the_weight_is_as_it_was() -> None:

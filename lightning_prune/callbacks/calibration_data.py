@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
@@ -49,7 +49,7 @@ class CalibrationData:
         once: Whether it may be used when the fit starts alone: it reads the stream itself, and sets it back.
 
     Raises:
-        ValueError: no training data to draw from, or fewer samples than ranks.
+        ValueError: no training data to draw from, or none that could be read twice; or fewer samples than ranks.
     """
 
     def __init__(self, trainer: L.Trainer, source: Iterable[Any] | None, num_samples: int, seed: int) -> None:
@@ -61,7 +61,8 @@ class CalibrationData:
             raise ValueError(f"num_samples={num_samples} must be at least one for each of the {self.world} ranks")
         self.local_samples = len(range(self.rank, num_samples, self.world))
         self.presplit = self.kept = self.once = False
-        self.dataset: Any = None
+        self._touched: dict[str, Any] = {}
+        training = trainer.fit_loop._data_source.instance
         if source is None:
             state = isolate_rng()
             state.__enter__()
@@ -69,6 +70,11 @@ class CalibrationData:
                 source = self._of_training(_train_dataloader(trainer), num_samples, seed)
             finally:
                 state.__exit__(None, None, None)
+        elif isinstance(source, DataLoader) and _same_data(source, training):
+            if isinstance(source.dataset, IterableDataset):
+                source = self._of_stream(source, seed)
+            else:
+                self._touched = {"the training data": [source.generator, vars(source.sampler), source.dataset]}
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:
@@ -86,12 +92,15 @@ class CalibrationData:
 
     def untouched(self) -> AbstractContextManager[Any]:
         """Put back the counters and random generators of the training data at the end."""
-        return nullcontext() if self.dataset is None else unchanged({"the training data": self.dataset}, tensors=False)
+        return unchanged(self._touched, tensors=False)
 
     def _of_training(self, loader: Any, num_samples: int, seed: int) -> Iterable[Any]:
         if _is_plain(loader) and not isinstance(loader.dataset, IterableDataset):
-            self.presplit, self.dataset = True, loader.dataset
+            self.presplit, self._touched = True, {"the training data": loader.dataset}
             return self._drawn(loader, num_samples, seed)
+        return self._of_stream(loader, seed)
+
+    def _of_stream(self, loader: Any, seed: int) -> Iterable[Any]:
         try:
             stream = _Copied(loader, seed)
         except Exception as error:
@@ -187,6 +196,11 @@ def _is_plain(loader: Any) -> bool:
         return False
     own = any(getattr(type(loader), n) is not getattr(DataLoader, n) for n in ("__iter__", "_get_iterator"))
     return not own or hasattr(loader, "state_dict")  # torchdata's adds but its state
+
+
+def _same_data(loader: DataLoader[Any], training: Any) -> bool:
+    """Whether a loader is the one that training was given, or reads the same dataset."""
+    return loader is training or loader.dataset is getattr(training, "dataset", None)
 
 
 def _data_of(sampler: Any) -> Any:

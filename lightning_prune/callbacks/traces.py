@@ -36,8 +36,8 @@ _SKIPPED_TYPES = (
 _SKIPPED_PACKAGES = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "logging"})
 _THREADS = frozenset({"_thread", "threading"})
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
-# More objects than this are a data set rather than a state.
-_MOST_OBJECTS = 1_000_000
+# What is larger is a data set rather than a state: items of containers, together, and bytes of a tensor.
+_MOST_ITEMS = 1_000_000
 _MOST_BYTES = 2**30
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 _IN_PLACE = frozenset({"__setitem__", *(f"__i{name}__" for name in _OPERATORS)})
@@ -62,6 +62,7 @@ class State:
         self.tensors = tensors
         self.parameters: dict[str, Tensor] = {}
         self.unknown: dict[str, str] = {}
+        self._items = 0
         self._undo: list[Callable[[], None]] = []
         self._seen: dict[int, Any] = {}  # holds the objects too, so that no other gets the id of one
         todo = [(value, name) for name, value in roots.items()]
@@ -69,9 +70,6 @@ class State:
             value, name = todo.pop()
             if type(value) in _ATOMS or id(value) in self._seen:
                 continue
-            if len(self._seen) >= _MOST_OBJECTS:
-                self.unknown[name] = f"more than {_MOST_OBJECTS:,} objects"
-                break
             self._seen[id(value)] = value
             todo += [(item, path) for item, path in self._remember(value, name) if type(item) not in _ATOMS]
 
@@ -148,6 +146,10 @@ class State:
         return [(item, name) for item in array.flat] if array.dtype == object else ()
 
     def _container(self, value: Any, name: str) -> Iterable[tuple[Any, str]]:
+        if self._items + len(value) > _MOST_ITEMS:
+            self.unknown[name] = f"more than {_MOST_ITEMS:,} items"
+            return ()
+        self._items += len(value)
         is_dict = isinstance(value, dict)
         content = list(value.items()) if is_dict else list(value)
 
