@@ -33,7 +33,9 @@ _SKIPPED_TYPES = (
     Optimizer,
 )
 # Libraries whose objects look after themselves: a Trainer, shards of FSDP2, loaders, loggers.
-_SKIPPED_PACKAGES = frozenset({"torch", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate", "logging"})
+_SKIPPED_PACKAGES = frozenset(
+    {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_prune", "accelerate", "logging"}
+)
 _THREADS = frozenset({"_thread", "threading"})
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 # What is larger is a data set rather than a state: items of containers, together, and bytes of a tensor.
@@ -202,7 +204,8 @@ def _slots(kind: type) -> Iterator[str]:
         names = cls.__dict__.get("__slots__", ())
         for name in (names,) if isinstance(names, str) else names:
             if name not in ("__dict__", "__weakref__"):
-                yield f"_{cls.__name__.lstrip('_')}{name}" if name.startswith("__") else name
+                private = name.startswith("__") and not name.endswith("__")
+                yield f"_{cls.__name__.lstrip('_')}{name}" if private else name
 
 
 def _generator_state(value: Any) -> Callable[[], None] | None:

@@ -141,7 +141,7 @@ class WeightPruning(L.Callback):
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._enforcer: Enforcer | None = None
         self._plan: PruningPlan | None = None
-        self._data: CalibrationData | None = None  # where it cannot be made at each update
+        self._data: CalibrationData | None = None  # made when a fit starts; kept where it cannot be made again
         self._handles: list[Any] = []
         self._gradients_masked = False
         self._seen_step = 0
@@ -243,6 +243,8 @@ class WeightPruning(L.Callback):
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
             self._begin(trainer, pl_module)
+        if self._data is not None and not self._data.kept:
+            self._data = None
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -260,7 +262,7 @@ class WeightPruning(L.Callback):
                 f"{self.schedule!r} prunes while training reads its stream, whose data set cannot be copied: pass "
                 "calibration= (a DataLoader or a list of batches) to the callback"
             )
-        self._data = data if data.kept else None
+        self._data = data
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up with a checkpoint: steps and optimizer states are restored only now."""
