@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import copy
+import enum
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, slice, torch.Size)
+_PLAIN_TORCH = (torch.dtype, torch.device)
+# Keys whose tensors lead with the samples, and how many dimensions they have then.
+_MARKED = {"input_ids": 2, "inputs_embeds": 3}
 
 from lightning_prune.attention_masks import real_positions
 
 
 def batch_size(batch: Any) -> int | None:
-    """Number of samples: the leading dimension that all tensors of the batch share; None if it has none."""
-    if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-        return int(batch["input_ids"].shape[0])
-    sizes = {t.shape[0] for t in _tensors(batch) if t.dim() > 0}
-    return sizes.pop() if len(sizes) == 1 else None
+    """Number of samples of a batch that can be taken apart; None for any other, which is run whole as one sample.
+
+    Token ids ``[B, T]`` under ``input_ids`` (or ``inputs_embeds``, ``[B, T, C]``) say how many samples there are.
+    Without them, it is the leading dimension that all tensors share. A batch cannot be taken apart if one of its parts
+    leads with something else (image patches, nodes of a graph, time), or holds an object of a kind unknown here.
+
+    A dimension that happens to be as long as the batch cannot be told from it: time before samples with T == B, class
+    weights with as many classes as samples, a plain list of images of as many colors each. Give such a batch its
+    samples first, and what is of no sample to the module.
+    """
+    # Ids of a single sequence, `[T]`, and batches of different sizes in one have no samples that could be told.
+    sizes = {int(t.shape[0]) if t.dim() >= dims else None for t, dims in _marked(batch)} or set(_leading(batch))
+    size = sizes.pop() if len(sizes) == 1 else None
+    return size if size is not None and _fits(batch, size, top=True) else None
 
 
 def take(batch: Any, start: int, stop: int) -> Any:
-    """Samples ``start:stop`` of a batch whose `batch_size` is known; what is not per sample stays whole."""
+    """Samples ``start:stop`` of a batch whose `batch_size` is known; what is not per sample stays whole.
+
+    Raises:
+        ValueError: the batch cannot be taken apart.
+    """
     size = batch_size(batch)
+    if size is None:
+        raise ValueError(f"a batch ({type(batch).__name__}) of unknown size cannot be taken apart")
 
     def cut(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[start:stop] if value.dim() > 0 and value.shape[0] == size else value
-        if isinstance(value, Mapping):
-            return {key: cut(item) for key, item in value.items()}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(cut, value))
-        if isinstance(value, (list, tuple)):
-            if value and len(value) == size and not any(isinstance(v, Tensor) for v in value):
-                return value[start:stop]
-            return type(value)(map(cut, value))
-        return value
+        if isinstance(value, (Tensor, np.ndarray)):
+            return value[start:stop] if value.ndim > 0 and value.shape[0] == size else value
+        if isinstance(value, (list, tuple)) and _one_a_sample(value, size):
+            return value[start:stop]
+        return _rebuilt(value, cut)
 
-    return cut(batch)
+    # The outermost list is what a loader returns: inputs and labels, not samples.
+    return _rebuilt(batch, cut) if isinstance(batch, (list, tuple)) else cut(batch)
 
 
 def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
@@ -58,6 +79,26 @@ def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
         # Leave before asking for another batch: a loader must not be run further than needed.
         if left <= 0:
             return
+
+
+def check_repeatable(batches: Any, passes: int, argument: str, why: str = "") -> None:
+    """Refuse an iterator, which yields its batches once, where they are read several times.
+
+    Args:
+        batches: The batches, if there are any.
+        passes: How often a pruning reads them.
+        argument: What the caller knows them as.
+        why: What else reads them again.
+
+    Raises:
+        ValueError: it would run dry.
+    """
+    if isinstance(batches, Iterator) and (passes > 1 or why):
+        reason = why or "sequential=True with a score or allocation that first needs the dense model"
+        raise ValueError(
+            f"{argument}={type(batches).__name__} can be read once, but {reason} reads it again: pass a list or a "
+            "DataLoader"
+        )
 
 
 def padding_mask(batch: Any) -> Tensor | None:
@@ -120,15 +161,123 @@ def is_sequences(batch: Any) -> bool:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
-    return batch
+    if isinstance(batch, (Tensor, PackedSequence)):
+        moved: Tensor = cast(Tensor, batch).to(device, non_blocking=True)
+        return moved
+    return _rebuilt(batch, lambda part: to_device(part, device))
+
+
+# -- parts of a batch ------------------------------------------------------------------------------------------------
+
+
+def _children(value: Any) -> Iterable[Any] | None:
+    """The parts of a container; None for anything else."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, PackedSequence):
+        return None  # a tuple, but its parts mean nothing by themselves
+    if isinstance(value, (list, tuple)):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in fields(value)]
+    return None
+
+
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A container of the same class with each part changed; anything else as it is."""
+    if isinstance(value, Mapping):
+        parts = {key: change(item) for key, item in value.items()}
+        if not isinstance(value, MutableMapping) or type(value) is dict:
+            return parts
+        new = copy.copy(value)
+        if isinstance(new, UserDict):  # transformers' BatchEncoding keeps something for each sample beside its tensors
+            vars(new).update({name: change(item) for name, item in vars(new).items() if name != "data"})
+        for key, item in parts.items():
+            new[key] = item
+        return new
+    if isinstance(value, (torch.Size, PackedSequence)):
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(change, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(change, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        other = copy.copy(value)
+        for field in fields(value):
+            object.__setattr__(other, field.name, change(getattr(value, field.name)))
+        return other
+    return value
+
+
+def _marked(value: Any) -> Iterator[tuple[Tensor, int]]:
+    """Tensors under keys that say that samples come first, and how many dimensions they have if so."""
+    if isinstance(value, Mapping):
+        for key, dims in _MARKED.items():
+            if isinstance(item := value.get(key), Tensor):
+                yield item, dims
+    for item in _children(value) or ():
+        yield from _marked(item)
+
+
+def _leading(value: Any) -> Iterator[int]:
+    """Leading dimensions of tensors, but of those in a list of alike containers, which may be one a sample."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim:
+            yield int(value.size(0)) if isinstance(value, Tensor) else len(value)
+    elif isinstance(value, PackedSequence):
+        yield int(value.batch_sizes[0])
+    elif (parts := _children(value)) is not None:
+        several = isinstance(value, (list, tuple)) and len(value) > 1
+        if several and not isinstance(value[0], (Tensor, np.ndarray)) and _children(value[0]) and _alike(value):
+            return
+        for item in parts:
+            yield from _leading(item)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value holds no tensors, however deep, and nothing of a kind unknown here."""
+    if isinstance(value, _PLAIN) or type(value) in _PLAIN_TORCH:
+        return True
+    parts = value if isinstance(value, Set) else _children(value)
+    return parts is not None and all(map(_is_plain, parts))
+
+
+def _alike(items: Sequence[Any]) -> bool:
+    """Whether the items of a list are of one kind, as samples are, where inputs and labels would not be."""
+
+    def kind(item: Any) -> Any:
+        if isinstance(item, (Tensor, np.ndarray)):
+            return item.ndim, item.dtype
+        return (type(item), *sorted(map(str, item))) if isinstance(item, Mapping) else type(item)
+
+    return len({kind(item) for item in items}) == 1
+
+
+def _one_a_sample(items: Sequence[Any], size: int) -> bool:
+    """Whether a list has an item for each sample, rather than parts that are batches themselves."""
+    if len(items) != size or isinstance(items, (PackedSequence, torch.Size)) or hasattr(items, "_fields"):
+        return False
+    return all(map(_is_plain, items)) or (_alike(items) and not all(_fits(item, size) for item in items))
+
+
+def _fits(value: Any, size: int, top: bool = False) -> bool:
+    """Whether all pieces of a part are known to be of one sample, out of `size`, or of none."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        if value.ndim == 0:
+            return True
+        sliced = not isinstance(value, Tensor) or (value.layout == torch.strided and not value.is_nested)
+        return sliced and value.shape[0] in (1, size)
+    if _is_plain(value):
+        return True
+    parts = _children(value)
+    if parts is None:
+        return False
+    fit = all(_fits(part, size) for part in parts)
+    listed = not top and isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+    if listed and len(value) == size and _alike(value):
+        # One item a sample; unless, of two samples or more, its items would be batches of that size as well.
+        return not fit or size == 1
+    return fit
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

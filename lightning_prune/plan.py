@@ -59,6 +59,11 @@ class PruningPlan:
         return bool(self.dense_statistics or self.block_statistics)
 
     @property
+    def passes(self) -> int:
+        """How often the calibration samples are read."""
+        return bool(self.dense_statistics) + bool(self.block_statistics)
+
+    @property
     def updates_weights(self) -> bool:
         """Whether remaining weights change too."""
         return self.update is not None or isinstance(self.score, SparseGPT)

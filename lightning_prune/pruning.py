@@ -25,6 +25,7 @@ from lightning_prune.allocation import (
     owl_sparsities,
     uniform_counts,
 )
+from lightning_prune.batches import check_repeatable
 from lightning_prune.calibration import LossFn, collect, collect_forward
 from lightning_prune.masks import Masks, apply_masks, masks_from_zeros, pruned_count
 from lightning_prune.memory import memory_advice
@@ -139,6 +140,7 @@ def prune(
     )
     if plan.needs_data and batches is None:
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
+    check_repeatable(batches, plan.passes, "batches")
     if plan.coverage.worrying:
         warnings.warn(f"prune: {plan.coverage}", stacklevel=2)
     else:

@@ -1,9 +1,14 @@
 """Sizes, parts and padding of batches of every shape that users have."""
 
-from collections import UserDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
+from transformers import BatchEncoding
 
 from lightning_prune.batches import batch_size, padding_mask, samples, take, to_device
 
@@ -30,6 +35,108 @@ Pair = namedtuple("Pair", "x y")
 )
 def test_batch_size(batch, size):
     assert batch_size(batch) == size
+
+
+@dataclass
+class Labelled:
+    x: torch.Tensor
+    y: torch.Tensor
+    names: list[str]
+
+
+class Graph:
+    """What other libraries batch in their own way."""
+
+    def __init__(self) -> None:
+        self.x = torch.zeros(9, 3)
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.long)
+
+
+def detected(*counts: int) -> list[dict[str, torch.Tensor]]:
+    return [{"boxes": torch.full((count, 4), float(i)), "classes": tokens(count)} for i, count in enumerate(counts)]
+
+
+NOT_SEPARABLE: dict[str, Any] = {
+    "image patches beside tokens": {
+        "input_ids": tokens(4, 7),
+        "attention_mask": tokens(4, 7),
+        "pixel_values": torch.zeros(40, 12),
+        "image_grid_thw": tokens(4, 3),
+    },
+    "texts and images of other numbers": {"input_ids": tokens(5, 7), "pixel_values": torch.zeros(2, 3, 8, 8)},
+    "nodes and edges": {"x": torch.zeros(9, 3), "edge_index": tokens(2, 20), "batch": tokens(9)},
+    "a graph and its labels": (Graph(), torch.zeros(4)),
+    "time first": (torch.zeros(7, 4, 3), torch.zeros(4)),
+    "one text without a batch": {"input_ids": tokens(12), "labels": tokens(12)},
+    "packed texts": {"input_ids": tokens(12), "cu_seqlens": tokens(4), "max_seqlen": 5},
+    "texts as a list": [{"input_ids": tokens(12), "labels": tokens(12)} for _ in range(3)],
+    "images as a list": (tuple(torch.zeros(3, 8, 8) for _ in range(4)), detected(1, 2, 3, 4)),
+    "samples as a list": [{"image": torch.zeros(3, 8, 8), "label": torch.tensor(1)} for _ in range(4)],
+    "texts of several lengths": [tokens(5), tokens(7)],
+    "packed sequence": (pack_sequence([torch.zeros(3, 2), torch.zeros(2, 2)]), torch.zeros(2)),
+    "nested tensor": torch.nested.nested_tensor([torch.zeros(3, 2), torch.zeros(2, 2)], layout=torch.jagged),
+    "sparse tensor": (torch.eye(4).to_sparse(), torch.zeros(4)),
+    "two batches": ({"input_ids": tokens(4, 7)}, {"input_ids": tokens(2, 7)}),
+    "as many views as samples": {"views": [torch.zeros(2, 5), torch.zeros(2, 5)], "label": torch.zeros(2)},
+    "labels of another number": {"pixel_values": torch.zeros(4, 3, 8, 8), "labels": detected(1, 2, 3)},
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SEPARABLE)
+def test_a_batch_with_parts_of_unknown_samples_is_one_sample_and_is_never_cut(kind):
+    batch = NOT_SEPARABLE[kind]
+    assert batch_size(batch) is None
+    with pytest.raises(ValueError, match="cannot be taken apart"):
+        take(batch, 0, 1)
+    got = list(samples([batch, batch, batch], 2))
+    assert [size for _, size in got] == [1, 1]
+    assert all(found is batch for found, _ in got)
+
+
+def test_parts_with_one_item_a_sample_are_cut_with_the_tensors():
+    batch = {
+        "pixel_values": torch.arange(4.0)[:, None],
+        "labels": detected(1, 2, 3, 4),
+        "graphs": [Graph() for _ in range(4)],
+        "array": np.arange(4),
+        "scalar": np.float32(2),
+        "position_ids": torch.zeros((), dtype=torch.long),
+    }
+    assert batch_size(batch) == 4
+    cut = take(batch, 1, 3)
+    assert [len(item["boxes"]) for item in cut["labels"]] == [2, 3]
+    assert cut["graphs"] == batch["graphs"][1:3]
+    assert cut["array"].tolist() == [1, 2]
+    assert cut["scalar"] == 2
+    two = [torch.arange(2), torch.arange(2)]  # inputs and labels of two samples
+    assert [part.tolist() for part in take(two, 1, 2)] == [[1], [1]]
+    pair = ({"input_ids": tokens(4, 7), "position_ids": tokens(1, 7)}, {"input_ids": tokens(4, 9)})
+    assert [part["input_ids"].shape for part in take(pair, 0, 2)] == [(2, 7), (2, 9)]
+
+
+def test_containers_keep_their_class():
+    encoded = BatchEncoding({"input_ids": torch.arange(8).view(4, 2), "position_ids": tokens(1, 2)})
+    cut = take(encoded, 1, 3)
+    assert type(cut) is BatchEncoding
+    assert cut.input_ids.tolist() == [[2, 3], [4, 5]]
+    assert cut["position_ids"].shape == (1, 2)
+    assert encoded["input_ids"].shape == (4, 2)
+    ordered = OrderedDict(b=torch.arange(4), a=torch.arange(4))
+    assert type(take(ordered, 0, 1)) is OrderedDict
+    assert list(take(ordered, 0, 1)) == ["b", "a"]
+    labelled = Labelled(torch.arange(4), torch.arange(4), ["a", "b", "c", "d"])
+    part = take(labelled, 2, 4)
+    assert (part.x.tolist(), part.y.tolist(), part.names) == ([2, 3], [2, 3], ["c", "d"])
+    assert len(labelled.x) == 4
+    meta = torch.device("meta")
+    assert type(to_device(encoded, meta)) is BatchEncoding
+    assert to_device(encoded, meta)["input_ids"].is_meta
+    assert to_device(labelled, meta).x.is_meta
+    assert not labelled.x.is_meta
+    assert to_device(pack_sequence([torch.zeros(3, 2)]), torch.device("cpu")).data.shape == (3, 2)
 
 
 def test_take_cuts_what_is_per_sample_and_leaves_the_rest():

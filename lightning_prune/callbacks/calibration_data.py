@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from lightning_prune.callbacks.traces import unchanged
+
+# Samplers that come by all of a dataset: any sample may be drawn from it.
+_OF_ALL = (SequentialSampler, RandomSampler, DistributedSampler)
+_ADVICE = "pass calibration= (a DataLoader or a list of batches) to the callback"
 
 
 class CalibrationData:
@@ -22,8 +43,13 @@ class CalibrationData:
         num_samples: Samples over all ranks.
         seed: Of the draw.
 
+    Attributes:
+        kept: Whether this must be made when the fit starts and kept for later updates: it reads copies of a stream,
+            which may not be copied any more once training reads it.
+        once: Whether it may be used when the fit starts alone: it reads the stream itself, and sets it back.
+
     Raises:
-        ValueError: no training data to draw from, or fewer samples than ranks.
+        ValueError: no training data to draw from, or none that could be read twice; or fewer samples than ranks.
     """
 
     def __init__(self, trainer: L.Trainer, source: Iterable[Any] | None, num_samples: int, seed: int) -> None:
@@ -34,43 +60,184 @@ class CalibrationData:
         if num_samples < self.world:
             raise ValueError(f"num_samples={num_samples} must be at least one for each of the {self.world} ranks")
         self.local_samples = len(range(self.rank, num_samples, self.world))
-        self.presplit = False
+        self.presplit = self.kept = self.once = False
+        self._touched: dict[str, Any] = {}
+        training = trainer.fit_loop._data_source.instance
         if source is None:
-            loader = _train_dataloader(trainer)
-            self.presplit = not isinstance(loader.dataset, IterableDataset)
-            source = self._drawn(loader, num_samples, seed) if self.presplit else loader
+            state = isolate_rng()
+            state.__enter__()
+            try:
+                source = self._of_training(_train_dataloader(trainer), num_samples, seed)
+            finally:
+                state.__exit__(None, None, None)
+        elif isinstance(source, DataLoader) and _same_data(source, training):
+            if isinstance(source.dataset, IterableDataset):
+                source = self._of_stream(source, seed)
+            else:
+                self._touched = {"the training data": [source.generator, vars(source.sampler), source.dataset]}
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:
+        trainer, module = self.trainer, self.trainer.lightning_module
         for index, batch in enumerate(self.source):
             # Lightning looks for SIGTERM between training batches only, and calibration may take long. Several
             # processes get it at different samples, and would wait for each other: there it waits for the first batch.
-            if self.trainer.received_sigterm and self.trainer.world_size == 1:
+            if trainer.received_sigterm and trainer.world_size == 1:
                 raise SIGTERMException
             if self.presplit or index % self.world == self.rank:
-                batch = self.trainer.strategy.batch_to_device(batch)
-                yield self.trainer.precision_plugin.convert_input(batch)
+                # As the training loop does.
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+                yield trainer.strategy.batch_to_device(batch)
+
+    def untouched(self) -> AbstractContextManager[Any]:
+        """Put back the counters and random generators of the training data at the end."""
+        return unchanged(self._touched, tensors=False)
+
+    def _of_training(self, loader: Any, num_samples: int, seed: int) -> Iterable[Any]:
+        if _is_plain(loader) and not isinstance(loader.dataset, IterableDataset):
+            self.presplit, self._touched = True, {"the training data": loader.dataset}
+            return self._drawn(loader, num_samples, seed)
+        return self._of_stream(loader, seed)
+
+    def _of_stream(self, loader: Any, seed: int) -> Iterable[Any]:
+        try:
+            stream = _Copied(loader, seed)
+        except Exception as error:
+            dataset = getattr(loader, "dataset", None)
+            if _is_plain(loader) and hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict"):
+                self.once = True
+                return _SetBack(loader, seed)
+            raise ValueError(
+                f"the training data ({type(loader if dataset is None else dataset).__name__}) can be read once only, "
+                f"and not copied ({error}), so training would miss what calibration reads: {_ADVICE}"
+            ) from error
+        self.kept = True
+        return stream
 
     def _drawn(self, loader: DataLoader[Any], num_samples: int, seed: int) -> DataLoader[Any]:
         """A loader of its own over a random draw of the same dataset: the training sampler is not run."""
         dataset: Any = loader.dataset
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        mine = order[:num_samples][self.rank :: self.world].tolist()
-        # A loader with a batch sampler reports no batch size of its own.
-        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-        subset: Subset[Any] = Subset(dataset, mine)
-        # Its generator is its own too: a DataLoader draws from the global one when iterated.
-        return DataLoader(
-            subset, batch_size=size, collate_fn=loader.collate_fn, generator=torch.Generator().manual_seed(seed)
-        )
+        batches: Any = loader.batch_sampler
+        # `batch_size=None`: what the sampler gives is a batch, or stands for one.
+        sampler: Any = loader.sampler if batches is None else getattr(batches, "sampler", None)
+        default = batches is None or type(batches) is BatchSampler
+        if default and type(sampler) in _OF_ALL and len(_data_of(sampler)) == len(dataset):
+            pool: Any = range(len(dataset))
+        else:
+            # Samples that the sampler leaves out may be those of validation, and batches may be composed with care.
+            pool = _listed(sampler if batches is None else batches, dataset, num_samples, seed)
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        mine = [pool[i] for i in order[:num_samples][self.rank :: self.world].tolist()]
+        if batches is None:
+            return _loader(loader, dataset, seed, batch_size=None, sampler=mine)
+        if isinstance(pool, range):
+            return _loader(loader, dataset, seed, batch_size=batches.batch_size, sampler=mine)
+        return _loader(loader, dataset, seed, batch_sampler=mine)
 
 
-def _train_dataloader(trainer: L.Trainer) -> DataLoader[Any]:
+class _Copied:
+    """A stream of training batches, of which every pass reads a copy."""
+
+    def __init__(self, loader: Any, seed: int) -> None:
+        self.loader, self.seed = loader, seed
+        self.kept = self._copy(loader.dataset if _is_plain(loader) else loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        new = self._copy(self.kept)
+        yield from _loader(self.loader, new, self.seed, **_streaming(self.loader)) if _is_plain(self.loader) else new
+
+    def _copy(self, source: Any) -> Any:
+        if isinstance(source, Iterator) and not hasattr(source, "__dict__"):
+            # Some can be copied in some versions of Python, with what they read from left where it is.
+            raise TypeError(f"cannot copy {type(source).__name__!r} object")
+        # Of a loader of its own kind its samples and functions are not copied, which may hold a model.
+        held = getattr(source, "__dict__", {}) if isinstance(source, DataLoader) else {}
+        shared = [v for k, v in held.items() if k in ("dataset", "collate_fn", "worker_init_fn")]
+        return copy.deepcopy(source, {id(value): value for value in shared if not isinstance(value, IterableDataset)})
+
+
+class _SetBack:
+    """A stream of training batches, whose dataset says where it is and is set back there after every pass."""
+
+    def __init__(self, loader: DataLoader[Any], seed: int) -> None:
+        self.loader, self.seed = loader, seed
+
+    def __iter__(self) -> Iterator[Any]:
+        dataset: Any = self.loader.dataset
+        state = copy.deepcopy(dataset.state_dict())
+        try:
+            yield from _loader(self.loader, dataset, self.seed, **_streaming(self.loader))
+        finally:
+            dataset.load_state_dict(state)
+
+
+def _loader(like: DataLoader[Any], dataset: Any, seed: int, **how: Any) -> DataLoader[Any]:
+    """A loader of the same samples in another order."""
+    if like.worker_init_fn is not None and like.num_workers:  # the dataset may not work without
+        how = {**_workers(like), **how}
+    # Its generator is its own too: a DataLoader draws from the global one when iterated.
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(dataset, collate_fn=like.collate_fn, generator=generator, **how)
+
+
+def _streaming(loader: DataLoader[Any]) -> dict[str, Any]:
+    return {"batch_size": loader.batch_size, "drop_last": loader.drop_last, **_workers(loader)}
+
+
+def _workers(loader: DataLoader[Any]) -> dict[str, Any]:
+    names = ("num_workers", "worker_init_fn", "multiprocessing_context", "prefetch_factor", "timeout")
+    return {name: getattr(loader, name) for name in names}
+
+
+def _is_plain(loader: Any) -> bool:
+    """Whether a loader makes batches as torch's does, so that another of the same settings makes the same."""
+    if not isinstance(loader, DataLoader):
+        return False
+    own = any(getattr(type(loader), n) is not getattr(DataLoader, n) for n in ("__iter__", "_get_iterator"))
+    return not own or hasattr(loader, "state_dict")  # torchdata's adds but its state
+
+
+def _same_data(loader: DataLoader[Any], training: Any) -> bool:
+    """Whether a loader is the one that training was given, or reads the same dataset."""
+    return loader is training or loader.dataset is getattr(training, "dataset", None)
+
+
+def _data_of(sampler: Any) -> Any:
+    return sampler.dataset if isinstance(sampler, DistributedSampler) else sampler.data_source
+
+
+def _listed(sampler: Any, dataset: Any, most: int, seed: int) -> list[Any]:
+    """What a copy of a sampler yields in an epoch; up to `most` of one that knows no end.
+
+    Raises:
+        ValueError: it cannot be copied, or yields nothing.
+    """
+    shared, layer = [dataset], sampler
+    while hasattr(layer, "__dict__"):
+        shared += [v for v in vars(layer).values() if isinstance(v, (Dataset, Tensor, np.ndarray))]
+        layer = getattr(layer, "sampler", None)
+    try:
+        copied = copy.deepcopy(sampler, {id(value): value for value in shared})
+    except Exception as error:
+        raise ValueError(
+            f"the training sampler ({type(sampler).__name__}) cannot be copied ({error}), so training would miss what "
+            f"calibration draws: {_ADVICE}"
+        ) from error
+    try:
+        length = len(copied)
+    except (TypeError, NotImplementedError):
+        length = most
+    torch.manual_seed(seed)
+    found = list(islice(copied, length))
+    if not found:
+        raise ValueError(f"the training sampler ({type(sampler).__name__}) yields nothing to calibrate on: {_ADVICE}")
+    return found
+
+
+def _train_dataloader(trainer: L.Trainer) -> Any:
     # `trainer.train_dataloader` is None until training starts; its source knows the loader, module or datamodule.
     loader = trainer.fit_loop._data_source.dataloader()
-    if not isinstance(loader, DataLoader):
-        raise ValueError(
-            f"the training data is a {type(loader).__name__}, not one DataLoader: pass calibration= (a DataLoader or "
-            "any iterable of batches) to the callback"
-        )
+    if isinstance(loader, (list, tuple, dict, CombinedLoader)) or not isinstance(loader, Iterable):
+        raise ValueError(f"the training data is a {type(loader).__name__}, not one DataLoader: {_ADVICE}")
     return loader

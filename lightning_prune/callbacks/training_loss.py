@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__)
-_PLAIN = (bool, int, float, complex, str, bytes, tuple, list, dict, set, type(None))
+from lightning_prune.callbacks.traces import WatchedParameters, unchanged
+from lightning_prune.statistics import CalibrationError
+
+_WHEN = (
+    "The training step ran to calibrate a pruning when the fit starts, which is before the module's and other "
+    "callbacks' on_fit_start, on_train_start, on_train_epoch_start and on_train_batch_start, and before "
+    "trainer.train_dataloader and trainer.num_training_batches are known. If it needs what they make: make it in "
+    "__init__ or setup, give the module calibration_loss(batch), pass loss_fn=f(module, batch) to the callback, or "
+    "prune after the first step (schedule=OneShot(1))."
+)
 
 
 def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
@@ -57,58 +63,73 @@ def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Te
 
 
 @contextmanager
-def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedParameters]:
     """Undo what a training step does beside its loss.
 
-    Logging goes nowhere; plain attributes (counters, lists), torchmetrics states, buffers and all random states
-    (torch, CUDA, numpy, Python) are afterwards what they were.
+    Logging goes nowhere; attributes (counters, containers however nested, tensors, arrays, random generators, objects
+    of the user's classes), torchmetrics states, buffers, parameters and all random states (torch, CUDA, numpy, Python)
+    are afterwards what they were. What cannot be put back (iterators, files, what threads share) is named in a warning.
+
+    Yields what to run the loss in, so that parameters that it writes to are copied first.
     """
-    random_states = _collect_rng_states(include_cuda=True)
-    attributes = [(m, _plain_attributes(m)) for m in module.modules()]
-    metrics = [(m, _metric_state(m)) for m in module.modules() if isinstance(m, Metric)]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
+    isolated = isolate_rng()
+    isolated.__enter__()
     loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
     silenced = {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
-    module.__dict__.update(silenced)
     try:
-        yield
+        with unchanged({type(module).__name__: module}) as state:
+            if state.unknown:
+                named = ", ".join(f"{name} ({kind})" for name, kind in state.unknown.items())
+                rank_zero_warn(f"what a training step draws from or writes to {named} in calibration cannot be undone")
+            parameters = WatchedParameters(state.parameters)
+            trainer.loggers = [DummyLogger() for _ in loggers]
+            module.__dict__.update(silenced)
+            try:
+                yield parameters
+            finally:
+                for name in silenced:
+                    module.__dict__.pop(name, None)
+                trainer.loggers = loggers
+                parameters.put_back()
     finally:
-        for name in silenced:
-            module.__dict__.pop(name, None)
-        trainer.loggers = loggers
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for metric, state in metrics:
-            metric.__dict__.update(state)
-        for owner, values in attributes:
-            _restore_attributes(owner, values)
-        _set_rng_states(random_states)
+        isolated.__exit__(None, None, None)  # by hand, since after an error it restores nothing
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """Name to the object and, for containers, a copy of its content."""
-    return {
-        name: (value, copy.copy(value))
-        for name, value in module.__dict__.items()
-        if name not in _MODULE_INTERNALS and isinstance(value, _PLAIN)
-    }
+def watched_loss(
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    parameters: WatchedParameters,
+    pruned: Iterable[Tensor],
+    before_hooks: bool,
+) -> Callable[[nn.Module, Any], Tensor]:
+    """A loss that may write to parameters, though not to those that are pruned.
 
+    Args:
+        loss_fn: The loss.
+        parameters: From `no_trace`.
+        pruned: The parameters that are being pruned.
+        before_hooks: Whether the hooks of training have not run yet, to say so where the loss fails.
 
-def _restore_attributes(module: nn.Module, values: dict[str, tuple[Any, Any]]) -> None:
-    for name in [n for n in _plain_attributes(module) if n not in values]:
-        del module.__dict__[name]
-    for name, (value, content) in values.items():
-        # The same list or dict object, since others may hold it.
-        if isinstance(value, list):
-            value[:] = content
-        elif isinstance(value, (dict, set)) and value != content:
-            value.clear()
-            value.update(content)
-        module.__dict__[name] = value
+    Raises:
+        CalibrationError: the loss fails as code does that misses something which hooks make.
+        ValueError: it writes to a pruned parameter.
+    """
+    ours = {id(parameter) for parameter in pruned}
 
+    def loss(module: nn.Module, batch: Any) -> Tensor:
+        try:
+            with parameters:
+                value = loss_fn(module, batch)
+        except (AttributeError, TypeError, LookupError, ArithmeticError, NameError) as error:
+            if not before_hooks:
+                raise
+            raise CalibrationError(f"the calibration loss failed: {type(error).__name__}: {error}. {_WHEN}") from error
+        changed = [name for name, (parameter, *_) in parameters.changed.items() if id(parameter) in ours]
+        if changed:
+            raise ValueError(
+                f"the loss writes to {', '.join(changed[:4])}, which is being pruned; the weights are unchanged. Do "
+                "that in a hook (on_train_batch_start, on_train_batch_end), add the layer to `ignore`, or pass loss_fn "
+                "to the callback"
+            )
+        return value
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache"]
-    return {name: copy.deepcopy(metric.__dict__[name]) for name in names if name in metric.__dict__}
+    return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import lightning as L
@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_prune.allocation import KFACAllocation, OWLAllocation
+from lightning_prune.batches import check_repeatable
 from lightning_prune.callbacks.calibration_data import CalibrationData
 from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
-from lightning_prune.callbacks.training_loss import calibration_loss, no_trace
+from lightning_prune.callbacks.training_loss import calibration_loss, no_trace, watched_loss
 from lightning_prune.enforcement import Enforcer
 from lightning_prune.masks import (
     Masks,
@@ -71,13 +72,14 @@ class WeightPruning(L.Callback):
         sequential: Block by block.
         loss_fn: ``loss_fn(module, batch)``, a scalar or one loss a sample. Default: the module's
             ``calibration_loss(batch)`` if it has one, else its ``training_step``, run without any trace in logs,
-            random states, attributes, metrics, buffers or modes.
+            random states, attributes, metrics, buffers, parameters or modes; at fit start, before the module's hooks.
         targets: Layers to prune.
         ignore: Layers to leave.
         schedule: None for one shot at fit start, or `OneShot`, `LinearSchedule`, `CubicSchedule`. Scores are computed
             anew at each update; what is pruned stays pruned.
-        calibration: A DataLoader or iterable of batches. Default: samples drawn from the training data with a
-            sampler of its own, so the order of the training data is untouched.
+        calibration: A DataLoader or iterable of batches; an iterator serves a single update. Default: samples drawn
+            from the training data, as its sampler yields them, or read from a copy of a stream; the training data and
+            its order are untouched.
         seed: Of the draw of calibration samples, and of ``score="random"``.
         gradient_dtype: ``"float32"`` or ``"bfloat16"`` for the gradient aggregate.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
@@ -143,6 +145,7 @@ class WeightPruning(L.Callback):
         self._enforcer: Enforcer | None = None
         self._plan: PruningPlan | None = None
         self._uncounted: tuple[str, ...] = ()
+        self._data: CalibrationData | None = None  # made when a fit starts; kept where it cannot be made again
         self._handles: list[Any] = []
         self._gradients_masked = False
         self._seen_step = 0
@@ -244,12 +247,30 @@ class WeightPruning(L.Callback):
         self._plan, self._uncounted = plan, plan.coverage.uncounted
         if self._owner is not None and self._owner() is not pl_module:
             self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
+        self._check_data(trainer, plan)
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
             self._begin(trainer, pl_module)
+        if self._data is not None and not self._data.kept:
+            self._data = None
         for optimizer in trainer.optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
+        """Refuse calibration data that a later update could not read; keep what it could not get any more."""
+        gradual = not isinstance(self.schedule, OneShot)
+        if not plan.needs_data or (self._masks and not gradual):
+            return
+        updates = "more than one update" if gradual else ""
+        check_repeatable(self.calibration, plan.passes, "calibration", updates)
+        data = CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
+        if data.once and (gradual or self.schedule.start):
+            raise ValueError(
+                f"{self.schedule!r} prunes while training reads its stream, whose data set cannot be copied: pass "
+                "calibration= (a DataLoader or a list of batches) to the callback"
+            )
+        self._data = data
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up with a checkpoint: steps and optimizer states are restored only now."""
@@ -303,7 +324,7 @@ class WeightPruning(L.Callback):
         self._handles = []
         # Shards stay on the devices of their mesh.
         self._masks = {n: mask if isinstance(mask, DTensor) else mask.cpu() for n, mask in self.masks.items()}
-        self._enforcer = self._plan = None
+        self._enforcer = self._plan = self._data = None
 
     # -- pruning -------------------------------------------------------------------------------------------------
 
@@ -327,10 +348,18 @@ class WeightPruning(L.Callback):
         reshard(module)
         if self._dense is not None:
             self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
-        with no_trace(trainer, module):
+        with ExitStack() as stack:
             if plan.needs_data:
-                loss_fn = self.loss_fn or calibration_loss(module)
-                data = CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
+                parameters = stack.enter_context(no_trace(trainer, module))
+                epochs = trainer.fit_loop.epoch_progress.current
+                loss_fn = watched_loss(
+                    self.loss_fn or calibration_loss(module),
+                    parameters,
+                    [target.weight for target in plan.targets],
+                    before_hooks=epochs.ready == epochs.completed,
+                )
+                data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
+                stack.enter_context(data.untouched())
                 plan = plan.with_samples(data.local_samples)
             masks = run_plan(
                 plan,

@@ -94,20 +94,21 @@ def reconstruct_before_training(
             "reconstruct={'dense': FOLDER}, or reconstruct=False for another fit"
         )
     data = CalibrationData(trainer, options.get("calibration"), options["num_samples"], seed)
-    return reconstruct(
-        model,
-        data,
-        taken if dense is None else dense,
-        masks,
-        adapter=options["adapter"],
-        train=options["train"],
-        steps=options["steps"],
-        learning_rate=options["learning_rate"],
-        num_samples=data.local_samples,
-        targets=options["targets"],
-        offload=options.get("offload"),
-        seed=seed,
-        forward_context=trainer.precision_plugin.train_step_context,
-        ranks=ranks_of(trainer),
-        **options["lora_options"],
-    )
+    with data.untouched():
+        return reconstruct(
+            model,
+            data,
+            taken if dense is None else dense,
+            masks,
+            adapter=options["adapter"],
+            train=options["train"],
+            steps=options["steps"],
+            learning_rate=options["learning_rate"],
+            num_samples=data.local_samples,
+            targets=options["targets"],
+            offload=options.get("offload"),
+            seed=seed,
+            forward_context=trainer.precision_plugin.train_step_context,
+            ranks=ranks_of(trainer),
+            **options["lora_options"],
+        )
