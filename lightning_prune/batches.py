@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_prune.losses import IGNORE_INDEX
 
 
 def batch_size(batch: Any) -> int | None:
@@ -37,8 +39,8 @@ def take(batch: Any, start: int, stop: int) -> Any:
     return cut(batch)
 
 
-def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
-    """Batches with their sizes until `count` samples have been seen; the last batch is cut to fit.
+def samples(batches: Iterable[Any], count: int, cut: Callable[[], bool] = lambda: True) -> Iterator[tuple[Any, int]]:
+    """Batches with their sizes until `count` samples have been seen; the last batch is cut to fit, if `cut` allows it.
 
     A batch of unknown size counts as one sample.
     """
@@ -49,13 +51,22 @@ def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
         size = batch_size(batch)
         if size == 0:
             continue
-        if size is not None and size > left:
+        if size is not None and size > left and cut():
             batch, size = take(batch, 0, left), left
         yield batch, size or 1
         left -= size or 1
         # Leave before asking for another batch: a loader must not be run further than needed.
         if left <= 0:
             return
+
+
+def without_label(batch: Any) -> bool:
+    """Whether a batch holds labels and all are -100, so that no loss can be computed from it.
+
+    The first position of a sequence does not count: a causal model predicts no token there.
+    """
+    whole_numbers = [t for t in _tensors(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
+    return any(bool((t[:, 1:] if t.dim() > 1 and t.shape[1] > 1 else t).eq(IGNORE_INDEX).all()) for t in whole_numbers)
 
 
 def padding_mask(batch: Any) -> Tensor | None:
