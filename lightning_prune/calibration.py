@@ -187,8 +187,8 @@ class _Sweep:
             progress_bar(f"Calibrating ({kind})", num_samples, progress) as advance,
             torch.set_grad_enabled(self.taps.backward),
         ):
-            if self.taps.backward and num_samples > 0:
-                batches = self._look_at_first(batches)
+            if self.taps.backward:
+                batches = self._look_at_first(batches if num_samples > 0 else ())
             for (batch, count), counting in in_step(self._units(batches, num_samples), self.lockstep):
                 advance(self._run_batch(batch, count, counting))
         drawn = self.samples + self.unlabelled

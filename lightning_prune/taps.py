@@ -247,7 +247,7 @@ class Taps:
     def _backward(self, loss: Tensor) -> None:
         self.device, self.in_backward = loss.device, True
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)  # the method would end the watch over weights meanwhile
         finally:
             self.in_backward = False
 
@@ -288,9 +288,12 @@ class Taps:
                 return
             if self.watched:
                 self.seen.add(tap.name)
+            doubtful = self.watched and self.backward and not call.returns_product(output)
+            if doubtful and call.record is None:  # recomputed later by a re-entrant checkpoint, out of sight
+                self._refuse_changed(tap.name)
             if call.record is not None:
                 record = call.record
-                record.doubtful = self.watched and not call.returns_product(output)
+                record.doubtful = doubtful
                 on_gradient(output, lambda delta: setattr(record, "delta", delta))
 
         # Next to the layer, inside the hooks of others: these may change what it receives and returns.
@@ -310,12 +313,15 @@ class Taps:
 
         def compare(delta: Tensor) -> None:
             if record.doubtful and (record.delta is None or not same_gradient(record.delta, delta)):
-                self.fail(
-                    f"{name.removesuffix('.weight')!r} changes the product with its weight before it returns it (it is "
-                    "scaled?), so its gradient cannot be told; add it to `ignore`"
-                )
+                self._refuse_changed(name)
 
         on_gradient(product, compare)
+
+    def _refuse_changed(self, name: str) -> None:
+        self.fail(
+            f"{name.removesuffix('.weight')!r} changes the product with its weight before it returns it (it is "
+            "scaled?), so its gradient cannot be told; add it to `ignore`"
+        )
 
     def _take_input(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:
         """Forward statistics; layers called one after the other on the same tensor (q, k, v) compute them once."""
