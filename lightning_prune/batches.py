@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_prune.attention_masks import real_positions
+from lightning_prune.losses import IGNORE_INDEX
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, slice, torch.Size)
 _PLAIN_TORCH = (torch.dtype, torch.device)
 # Keys whose tensors lead with the samples, and how many dimensions they have then.
 _MARKED = {"input_ids": 2, "inputs_embeds": 3}
-
-from lightning_prune.attention_masks import real_positions
 
 
 def batch_size(batch: Any) -> int | None:
@@ -60,8 +61,8 @@ def take(batch: Any, start: int, stop: int) -> Any:
     return _rebuilt(batch, cut) if isinstance(batch, (list, tuple)) else cut(batch)
 
 
-def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
-    """Batches with their sizes until `count` samples have been seen; the last batch is cut to fit.
+def samples(batches: Iterable[Any], count: int, cut: Callable[[], bool] = lambda: True) -> Iterator[tuple[Any, int]]:
+    """Batches with their sizes until `count` samples have been seen; the last batch is cut to fit, if `cut` allows it.
 
     A batch of unknown size counts as one sample.
     """
@@ -72,7 +73,7 @@ def samples(batches: Iterable[Any], count: int) -> Iterator[tuple[Any, int]]:
         size = batch_size(batch)
         if size == 0:
             continue
-        if size is not None and size > left:
+        if size is not None and size > left and cut():
             batch, size = take(batch, 0, left), left
         yield batch, size or 1
         left -= size or 1
@@ -99,6 +100,15 @@ def check_repeatable(batches: Any, passes: int, argument: str, why: str = "") ->
             f"{argument}={type(batches).__name__} can be read once, but {reason} reads it again: pass a list or a "
             "DataLoader"
         )
+
+
+def without_label(batch: Any) -> bool:
+    """Whether a batch holds labels and all are -100, so that no loss can be computed from it.
+
+    The first position of a sequence does not count: a causal model predicts no token there.
+    """
+    whole_numbers = [t for t in _tensors(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
+    return any(bool((t[:, 1:] if t.dim() > 1 and t.shape[1] > 1 else t).eq(IGNORE_INDEX).all()) for t in whole_numbers)
 
 
 def padding_mask(batch: Any) -> Tensor | None:

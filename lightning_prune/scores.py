@@ -24,6 +24,9 @@ from lightning_prune.statistics import (
 )
 
 GROUPS = ("row", "layer", "global")
+# Weights that no sample gives a gradient rank below all others, by what else is known of them, not by position. The
+# number is lost in rounding beside any gradient.
+_TIE = 1e-25
 
 
 @runtime_checkable
@@ -127,7 +130,8 @@ class Gradient(_BuiltIn):
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
         """Scores ``[O, I]``."""
-        return weight.abs().mul_(statistics.get(_aggregate(self.grad_norm)).to(weight))
+        gradient = statistics.get(_aggregate(self.grad_norm)).to(weight)
+        return weight.abs().mul_(gradient).add_(weight.abs(), alpha=_TIE)
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class KFAC(_BuiltIn):
 
 def kfac_score(weight: Tensor, statistics: LayerStatistics, gamma: float) -> Tensor:
     """Scores ``[O, I]`` of `KFAC`; the norms are scaled to mean 1 over all layers only by the caller, if at all."""
-    rows = statistics.get(OUTPUT_GRAD_NORM).pow(gamma)  # [O]
+    rows = statistics.get(OUTPUT_GRAD_NORM).pow(gamma) + _TIE  # [O]
     return (weight.abs() * statistics.get(INPUT_NORM)).mul_(rows[:, None])
 
 

@@ -32,6 +32,9 @@ class CalibrationError(RuntimeError):
 class LayerStatistics:
     """The statistics of one layer over all calibration samples; those not asked for are None.
 
+    Of batches whose loss cannot be taken apart, each counts as its B samples in n, and gives one G and one delta: that
+    of the batch's loss.
+
     Attributes:
         samples: Number of samples n.
         input_norm: ``[I]``, ``sqrt(1/n * sum over samples and tokens of x^2)`` (Wanda, arXiv 2306.11695, sec. 3).

@@ -11,7 +11,7 @@ Dimensions: B samples, T rows of a sample (tokens), I inputs, O outputs of a lay
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,10 @@ from lightning_prune.statistics import (
     CalibrationError,
 )
 from lightning_prune.targets import LayerKind, Target
+from lightning_prune.weight_uses import LayerCall, WeightUses, same_gradient
+
+# Share of a sample's gradient that rounding may leave in another's rows; in layouts with samples first it is none.
+_LEAK = 1e-3
 
 
 @dataclass
@@ -64,11 +68,12 @@ class _Increments:
 class _Record:
     """One use of a layer: its output gradient, from the output's hook until the input's backward."""
 
-    __slots__ = ("delta", "layer", "tap")
+    __slots__ = ("delta", "doubtful", "layer", "tap")
 
     def __init__(self, tap: Tap, layer: nn.Module) -> None:
-        self.tap, self.layer = tap, layer
+        self.tap, self.layer = tap, layer  # tied layers may have geometries of their own
         self.delta: Tensor | None = None
+        self.doubtful = False  # whether the layer returns the product with its weight as it is
 
 
 class _SaveInput(torch.autograd.Function):
@@ -87,7 +92,14 @@ class _SaveInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.taps.take_gradient(ctx.record, x)
+        if ctx.taps.in_backward:
+            ctx.taps.take_gradient(ctx.record, x)
+        elif torch.is_grad_enabled():
+            ctx.taps.fail(
+                f"loss_fn differentiates through {ctx.record.tap.name!r} with create_graph=True (a gradient penalty?): "
+                "gradients of gradients cannot be calibrated on; pass a loss_fn without that term, or choose a score "
+                "without gradients (wanda, sparsegpt, magnitude)"
+            )
         return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None
 
 
@@ -105,6 +117,8 @@ class Taps:
         failure: What went wrong inside a forward pass. Raised by the caller after it: where parameters are sharded,
             a rank that left a forward pass alone would leave the others waiting.
         not_per_sample: The inputs of some layer did not come sample by sample.
+        calls: The layers that are running, the innermost last.
+        seen: Names of weights whose use has been found sound.
     """
 
     def __init__(
@@ -128,6 +142,14 @@ class Taps:
         self.counting = True
         self.of_sequences = False
         self.in_backward = False
+        self.whole = False
+        self.probed: int | None = None
+        self.leaks: list[Tensor] = []
+        self.calls: list[LayerCall] = []
+        self.seen: set[str] = set()
+        self.of_weights = bool(statistics & GRADIENTS)
+        self.uses = WeightUses(self, [(target.name, target.modules) for target in targets])
+        self.watched = False
         self.failure: CalibrationError | None = None
         self.not_per_sample = False
         self.last_input: _Increments | None = None
@@ -157,12 +179,38 @@ class Taps:
             for handle in handles:
                 handle.remove()
             self.last_input = None
+            self.calls, self.leaks = [], []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for uses of weights that hooks do not see, until every layer has been seen once."""
+        self.watched = len(self.seen) < len(self.all)
+        mode: AbstractContextManager[Any] = self.uses if self.watched else nullcontext()
+        try:
+            with mode:
+                yield
+        finally:
+            self.watched = False
+
+    def fail(self, message: str) -> None:
+        """Note what is wrong; the first message stays."""
+        self.failure = self.failure or CalibrationError(message)
 
     def begin(
-        self, size: int | None, padding: Padding | None, of_sequences: bool = False, counting: bool = True
+        self,
+        size: int | None,
+        padding: Padding | None,
+        of_sequences: bool = False,
+        counting: bool = True,
+        whole: bool = False,
     ) -> None:
-        """A forward pass over `size` samples is about to run; unless `counting`, it must leave no trace in the sums."""
+        """A forward pass over `size` samples is about to run.
+
+        Unless `counting`, it must leave no trace in the sums. With `whole`, the batch has one gradient.
+        """
         self.size, self.padding, self.of_sequences, self.counting = size, padding, of_sequences, counting
+        self.whole, self.calls = whole, []
+        self.uses.begin()
         self.last_input, self.failure, self.not_per_sample = None, None, False
         for tap in self.all:
             tap.uses, tap.pending, tap.at_once = 0, [], True
@@ -176,43 +224,105 @@ class Taps:
         """
         for tap, uses in zip(self.all, zip(*everywhere, strict=True), strict=True):
             tap.at_once = all(n == 1 for n in uses)
-        self.device, self.in_backward = loss.device, True
-        try:
-            loss.backward()  # type: ignore[no-untyped-call]
-        finally:
-            self.in_backward = False
+        self._backward(loss)
+        self.uses.check_gradients()
         for tap, uses in zip(self.all, zip(*everywhere, strict=True), strict=True):
             if not tap.at_once and any(uses) and self.statistics & GRADIENTS:
                 self._add_gradients(tap, tap.pending[0] if tap.pending else ())
             tap.pending = []
 
+    def probe(self, losses: Tensor, sample: int) -> bool:
+        """Run the backward of one of two samples' losses; returns whether it reached the other's rows of some layer.
+
+        Nothing is added to the sums. Sound layouts have their samples first: of any other, or where the loss of a
+        sample depends on the other one, the gradients of both would be mixed up.
+        """
+        self.probed, self.leaks = sample, []
+        try:
+            self._backward(losses[sample] if losses.dim() else losses)
+        finally:
+            self.probed = None
+        leaks, self.leaks = self.leaks, []
+        return any(bool(leak) for leak in leaks)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.device, self.in_backward = loss.device, True
+        try:
+            torch.autograd.backward(loss)  # the method would end the watch over weights meanwhile
+        finally:
+            self.in_backward = False
+
     # -- hooks ---------------------------------------------------------------------------------------------------
 
     def _hook(self, tap: Tap, module: nn.Module) -> Iterator[RemovableHandle]:
-        stack: list[_Record] = []
-
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            x = args[0] if args else kwargs["input"]
+            key = "input" if "input" in kwargs else next(iter(kwargs), "")
+            x = args[0] if args else kwargs.get(key)
+            if not isinstance(x, Tensor):
+                name = tap.name.removesuffix(".weight")
+                raise CalibrationError(f"{name!r} receives {type(x).__name__}, not a tensor; add it to `ignore`")
             if not self.backward:
+                self._enter(tap, layer, x, None)
                 self._take_input(tap, layer, x)
                 return None
             if not self.in_backward:
                 tap.uses += 1
                 self._check_per_sample(tap, layer, x)
             if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
+                self._enter(tap, layer, x, None)
                 return None
             record = _Record(tap, layer)
-            stack.append(record)
             saved = _SaveInput.apply(x, self.anchor.to(x.device), record, self)  # type: ignore[no-untyped-call]
-            return ((saved, *args[1:]), kwargs) if args else (args, {**kwargs, "input": saved})
+            self._enter(tap, layer, saved, record)
+            return ((saved, *args[1:]), kwargs) if args else (args, {**kwargs, key: saved})
 
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            if self.backward and torch.is_grad_enabled():
-                record = stack.pop()
+        def after(layer: nn.Module, _: Any, output: Any) -> None:
+            call = self.calls.pop()
+            while call.layer is not layer:  # a layer inside failed, and the model went on
+                call = self.calls.pop()
+            if not isinstance(output, Tensor):
+                if self.backward:
+                    self.fail(
+                        f"{tap.name.removesuffix('.weight')!r} returns {type(output).__name__}, not a tensor, so its "
+                        "gradient cannot be told; add it to `ignore` (routers of experts are best left dense)"
+                    )
+                return
+            if self.watched:
+                self.seen.add(tap.name)
+            doubtful = self.watched and self.backward and not call.returns_product(output)
+            if doubtful and call.record is None:  # recomputed later by a re-entrant checkpoint, out of sight
+                self._refuse_changed(tap.name)
+            if call.record is not None:
+                record = call.record
+                record.doubtful = doubtful
                 on_gradient(output, lambda delta: setattr(record, "delta", delta))
 
+        # Next to the layer, inside the hooks of others: these may change what it receives and returns.
         yield module.register_forward_pre_hook(before, with_kwargs=True)
-        yield module.register_forward_hook(after)
+        yield module.register_forward_hook(after, prepend=True)
+
+    def _enter(self, tap: Tap, layer: nn.Module, x: Tensor, record: _Record | None) -> None:
+        self.calls.append(LayerCall(tap.name, layer, x, record))
+        if self.watched:
+            self.uses.add(tap.name, layer)
+
+    def made_product(self, call: LayerCall, product: Tensor) -> None:
+        """Compare, in backward, the gradient of the product with a weight to that of the layer's output, if need be."""
+        record, name = call.record, call.name
+        if record is None or not product.requires_grad:
+            return
+
+        def compare(delta: Tensor) -> None:
+            if record.doubtful and (record.delta is None or not same_gradient(record.delta, delta)):
+                self._refuse_changed(name)
+
+        on_gradient(product, compare)
+
+    def _refuse_changed(self, name: str) -> None:
+        self.fail(
+            f"{name.removesuffix('.weight')!r} changes the product with its weight before it returns it (it is "
+            "scaled?), so its gradient cannot be told; add it to `ignore`"
+        )
 
     def _take_input(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:
         """Forward statistics; layers called one after the other on the same tensor (q, k, v) compute them once."""
@@ -234,6 +344,8 @@ class Taps:
 
     def _check_per_sample(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:
         if self.size is not None and self.size > 1 and self.statistics & GRADIENTS:
+            if self.whole:
+                return
             # Two dimensions then are tokens of all samples put together (experts), whatever their number.
             least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_sequences else 2
             if x.dim() < least or x.shape[0] != self.size:
@@ -248,13 +360,16 @@ class Taps:
         tap, delta, record.delta = record.tap, record.delta, None
         if delta is None:
             return
+        if self.probed is not None:
+            self._look_for_leak(tap.target.kind.output_rows(local(delta.detach())))
+            return
         with torch.no_grad():
             kind, accumulator = tap.target.kind, tap.accumulator
-            rows = kind.input_rows(tap.target.module, local(x))  # [B, T, I]
+            rows = kind.input_rows(record.layer, local(x))  # [B, T, I]
             deltas = kind.output_rows(local(delta))  # [B, T, O]
             self._check_layout(tap, rows, deltas)
             if self.statistics & FORWARD_STATISTICS:
-                seen = self._input_rows(tap, tap.target.module, x) if HESSIAN in self.statistics else rows
+                seen = self._input_rows(tap, record.layer, x) if HESSIAN in self.statistics else rows
                 if self.counting:
                     keep = self._keep_for(tap, record.layer, x, seen)
                     accumulator.add(accumulator.input_increments(seen, keep))
@@ -263,13 +378,21 @@ class Taps:
             if not self.statistics & GRADIENTS:
                 return
             rows = rows.to(deltas.dtype)  # what autocast did in the forward pass
-            if self.size == 1:  # all rows belong to the one sample, in whatever layout
+            if self.size == 1 or self.whole:  # all rows belong to the one sample, in whatever layout
                 rows, deltas = rows.reshape(1, -1, rows.shape[-1]), deltas.reshape(1, -1, deltas.shape[-1])
             if not tap.at_once:  # abs and squares are of the sum over uses
                 gradients = torch.bmm(deltas.transpose(1, 2), rows)  # [B, O, I]
                 tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
                 return
             self._add_gradients(tap, (delta_b.t() @ x_b for x_b, delta_b in zip(rows, deltas, strict=True)))
+
+    def _look_for_leak(self, deltas: Tensor) -> None:
+        assert self.probed is not None
+        if deltas.shape[0] != 2:
+            self.leaks.append(torch.tensor(True))
+            return
+        own, other = deltas[self.probed].abs().amax(), deltas[1 - self.probed].abs().amax()
+        self.leaks.append(~(other <= own * _LEAK))  # NaN is one
 
     def _check_layout(self, tap: Tap, rows: Tensor, deltas: Tensor) -> None:
         outputs, inputs = tap.forward_shape

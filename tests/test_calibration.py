@@ -144,7 +144,8 @@ def test_scalar_losses_are_split_into_samples(shared, shape):
         return {"scalar": losses.mean(), "one": losses.mean()[None], "per sample": losses}[shape]
 
     check(gather(model, [{"input_ids": ids[:3]}, {"input_ids": ids[3:]}], loss_fn=loss_fn), expected)
-    assert sizes == ([3, 1] if shape == "per sample" else [3, 1, 1, 1, 1])
+    # First the looks at the first batch: two samples, and where they have one loss, all of them and each alone.
+    assert sizes == ([2, 3, 1] if shape == "per sample" else [2, 3, 1, 1, 1] + [1] * 4)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +167,20 @@ def test_bad_losses_are_refused(shared, loss_fn, message):
         gather(model, [{"input_ids": ids}], loss_fn=loss_fn)
 
 
-def test_batches_that_cannot_be_taken_apart_are_refused(llama):
-    data = {"text": make_tokens(2, 8)}
-    batch = ["a", "b", "c"]
-    with pytest.raises(CalibrationError, match="need batches that can be taken apart, got list"):
-        gather(llama, [batch], loss_fn=lambda m, b: causal_lm_loss(m, data["text"]).mean())
+def test_a_batch_that_cannot_be_taken_apart_is_one_sample(llama):
+    """Its loss is a mean of two sequences, which nothing in the batch tells."""
+    text = make_tokens(2, 8)
+    expected = naive.statistics(
+        llama,
+        [{"input_ids": text}],
+        LAYERS,
+        lambda m, _: sum(naive.next_token_loss(m, {"input_ids": row[None]}) for row in text) / 2,
+    )
+    with pytest.warns(UserWarning, match="each batch is one sample with one gradient"):
+        found = gather(llama, [["a", "b", "c"]], GRADIENTS, loss_fn=lambda m, b: causal_lm_loss(m, text).mean())
+    for name, values in expected.items():
+        top = values["gradient_l1"].max()
+        np.testing.assert_allclose(found[name].gradient_l1.numpy(), values["gradient_l1"], rtol=2e-4, atol=2e-6 * top)
 
 
 def test_a_missing_loss_is_explained():
@@ -319,12 +329,13 @@ class Routed(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.expert = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.level = None
 
     def forward(self, x):
         x = torch.tanh(self.first(x))
-        chosen = x[..., 0] > x[..., 0].flatten().sort().values[-len(x) - 1] if len(x) > 1 else x[..., 0] > self.level
-        if len(x) > 1:
+        if self.level is None:
             self.level = float(x[..., 0].detach().flatten().sort().values[-len(x) - 1])
+        chosen = x[..., 0] > self.level
         out = x.clone()
         out[chosen] = self.expert(x[chosen])  # as many rows as samples, by chance
         return out
@@ -785,5 +796,6 @@ def test_layers_go_on_being_checkpointed_in_calibration():
     mlp = model.model.layers[0].mlp
     mlp.register_forward_pre_hook(lambda *_: forwards.append(mlp.training))
     gather(model, [{"input_ids": ids}])
-    assert forwards == [False, False]  # once forward, once recomputed in backward, always in evaluation mode
+    # A look at the first batch and the batch: once forward, once recomputed in backward, always in evaluation mode.
+    assert forwards == [False] * 4
     assert all(m.training for m in model.modules())
