@@ -219,6 +219,7 @@ def find_targets(
     model: nn.Module,
     targets: Sequence[str | type[nn.Module]] | None = None,
     ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
+    frozen: bool = False,
 ) -> list[Target]:
     """Find the weights to prune.
 
@@ -233,6 +234,7 @@ def find_targets(
             Default: every Linear, Conv1D (transformers) and Conv2d.
         ignore: The same, left out. Default: output layers by the names that transformers gives them
             (`DEFAULT_IGNORE`). Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
+        frozen: Whether to take frozen layers like others, for what trains them by adapters.
 
     Returns:
         One entry a parameter, in the model's order; layers that share a parameter share the entry.
@@ -241,7 +243,7 @@ def find_targets(
         ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
             that is not a target (tied embeddings), is quantised, parametrised, or has no data (meta device).
     """
-    return select_layers(model, targets, ignore).targets
+    return select_layers(model, targets, ignore, frozen=frozen).targets
 
 
 def select_layers(
@@ -249,6 +251,7 @@ def select_layers(
     targets: Sequence[str | type[nn.Module]] | None = None,
     ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
     called: bool = False,
+    frozen: bool = False,
 ) -> Selection:
     """Divide the layers of a model as `find_targets` does, and say why the others are left alone.
 
@@ -257,6 +260,7 @@ def select_layers(
         targets: See `find_targets`.
         ignore: See `find_targets`.
         called: Whether layers must run as modules, because statistics are read from their inputs and outputs.
+        frozen: See `find_targets`.
 
     Raises:
         ValueError, TypeError: see `find_targets`.
@@ -277,6 +281,8 @@ def select_layers(
     _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], dict(model.named_modules()))
 
     reasons = _reasons(model, layers, without_heads, called)
+    if frozen:
+        reasons = {name: reasons[name] - {FROZEN} for name in layers}
     if targets is None:
         if layers and all(HEAD in reasons[name] for name in layers) and not _packed_layers(model):
             reasons = {name: reasons[name] - {HEAD} for name in layers}

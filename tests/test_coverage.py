@@ -313,3 +313,18 @@ def test_retraining_without_adapters_prunes_the_frozen_weights():
     trainer.fit(module, data)
     assert len(pruning.masks) == 14
     assert pruning.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_lower_layers_that_a_user_froze_get_adapters_as_they_are_pruned():
+    torch.manual_seed(0)
+    module = CausalLM(config=TINY)
+    module.model.model.layers[0].requires_grad_(False)
+    pruning = WeightPruning(score="magnitude", sparsity=0.5)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[pruning, PERPRetraining(merge=False)],
+    )  # fmt: skip
+    data = torch.utils.data.DataLoader([{"input_ids": row} for row in make_tokens(4, 8, 300)], batch_size=2)
+    trainer.fit(module, data)
+    assert len(pruning.masks) == 14
+    assert all("base_layer" in name for name in pruning.masks)

@@ -306,6 +306,7 @@ def test_frozen_layers_are_left_alone_unless_named():
     model.requires_grad_(True)
     model["body"][0].requires_grad_(False)
     assert names_of(model) == ["body.1", "teacher.up", "up"]
+    assert names_of(model, frozen=True) == [*BODY, "teacher.up", "up"]
     model.requires_grad_(False)
     assert names_of(model) == [*BODY, "teacher.up", "up"]
 

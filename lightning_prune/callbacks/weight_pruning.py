@@ -54,6 +54,9 @@ class WeightPruning(L.Callback):
     masks are saved in the callback's state of a checkpoint, packed to bits; the checkpoint's ``state_dict`` stays
     that of the plain module.
 
+    At fit start it says what share of the weights it prunes, and by name what it leaves out and why: what cannot be
+    pruned, frozen layers, routers, heads. Below 90 % of the matrices outside embeddings and heads it is a warning.
+
     Works with automatic and manual optimization on one device, under DDP, and under ``ModelParallelStrategy`` (FSDP2,
     tensor parallelism), where scores, aggregates and masks are shards as the parameters are, and `masks` are DTensors.
 

@@ -333,7 +333,9 @@ class PERPRetraining(L.Callback):
     def _targets_of(self, pruner: WeightPruning, module: L.LightningModule) -> list[str]:
         """Modules, as the transformers model names them, that the pruner will prune."""
         prefix = f"{self.attribute}."
-        names = [t.name for t in find_targets(module, pruner.targets, pruner.ignore) if t.kind.name != "Conv2d"]
+        # Once adapters are on, the layers that the user froze are pruned like the others.
+        found = find_targets(module, pruner.targets, pruner.ignore, frozen=True)
+        names = [t.name for t in found if t.kind.name != "Conv2d"]
         return [n.removeprefix(prefix).removesuffix(".weight") for n in names if n.startswith(prefix)]
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:
@@ -402,7 +404,7 @@ def _check_same(found: Mapping[str, Any], mine: Mapping[str, Any], whose: str) -
 
 
 def _has_zeros(model: nn.Module) -> bool:
-    return any(not bool(t.matrix().all()) for t in find_targets(model))
+    return any(not bool(t.matrix().all()) for t in find_targets(model, frozen=True))
 
 
 def _pruner_of(trainer: L.Trainer) -> WeightPruning | None:
