@@ -1,7 +1,7 @@
 """Which rows of a layer's input are padding: of the source, of the target, or of neither.
 
 In an encoder-decoder the layers of the decoder see target tokens, but the keys and values of its cross-attention see
-the encoder's output. Where the two are of one length only the tensor itself tells which it is.
+the encoder's output (or an image). Where the two are of one length only the tensor itself tells which it is.
 
 Letters: B samples, T tokens, I inputs of a layer.
 """
@@ -34,7 +34,7 @@ class Padding:
         decoder: Modules that see target tokens.
         shorten: ``f(T', source)``, the mask of a source that the model has made shorter (convolutions over speech).
         unplaced: Names of layers whose rows fit no mask, gathered over batches.
-        memory: What the encoder gave the decoder, in the forward pass that runs.
+        memory: What cross-attention looks at in the forward pass that runs, and its mask.
     """
 
     source: Tensor | None
@@ -43,7 +43,7 @@ class Padding:
     decoder: frozenset[nn.Module] = frozenset()
     shorten: Callable[[int, Tensor], Tensor] | None = None
     unplaced: dict[str, None] = field(default_factory=dict)
-    memory: list[Tensor] = field(default_factory=list)
+    memory: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
     def keep(self, name: str, module: nn.Module, x: Tensor, rows: torch.Size) -> Tensor | None:
         """Find which rows of a layer's input are real.
@@ -59,10 +59,10 @@ class Padding:
         """
         if module in self.towers:
             return None
-        mask = self.source
-        if module in self.decoder and not self._is_memory(x):
-            source, target = self.source, self.target
-            mask = target
+        source, target = self.source, self.target
+        remembered, mask = self._memory_mask(x)
+        if not remembered:
+            mask = target if module in self.decoder else source
             # Where a tensor has lost its storage (offloaded), its length may still tell.
             if source is not None and target is not None and rows[:2] == source.shape != target.shape:
                 mask = source
@@ -82,9 +82,11 @@ class Padding:
         self.unplaced[name] = None
         return None
 
-    def _is_memory(self, x: Tensor) -> bool:
+    def _memory_mask(self, x: Tensor) -> tuple[bool, Tensor | None]:
+        """Whether a layer's input is what cross-attention looks at, and its mask."""
         storage = x.untyped_storage().data_ptr()
-        return any(m.untyped_storage().data_ptr() == storage for m in self.memory)
+        found = [mask for memory, mask in self.memory if memory.untyped_storage().data_ptr() == storage]
+        return bool(found), next((mask for mask in found if mask is not None), None)
 
 
 class PaddingFinder:
@@ -96,7 +98,9 @@ class PaddingFinder:
 
     def __init__(self, model: nn.Module) -> None:
         self.unplaced: dict[str, None] = {}
-        self.memory: list[Tensor] = []
+        self.source: Tensor | None = None
+        self.memory: list[tuple[Tensor, Tensor | None]] = []
+        self.parts = [m for m in model.modules() if _is_model(m)]
         self.pairs = list(_encoder_decoders(model))
         self.decoder = frozenset(m for _, _, part in self.pairs for m in part)
         self.towers = frozenset(_towers(model))
@@ -112,7 +116,7 @@ class PaddingFinder:
             ValueError: a mask from which padding cannot be read.
         """
         self.memory = []
-        source = padding_mask(batch)
+        self.source = source = padding_mask(batch)
         target = _target_mask(batch, source) if self.decoder and isinstance(batch, Mapping) else None
         if source is None and (target is None or bool(target.all())):
             return None
@@ -125,14 +129,16 @@ class PaddingFinder:
         def encoded(_: nn.Module, __: Any, output: Any) -> None:
             first = output if isinstance(output, Tensor) else output[0]
             if isinstance(first, Tensor):
-                self.memory.append(first.detach())
+                self.memory.append((first.detach(), self.source))
 
         def received(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("encoder_attention_mask")
             if isinstance(states := kwargs.get("encoder_hidden_states"), Tensor):
-                self.memory.append(states.detach())
+                fits = isinstance(mask, Tensor) and mask.shape == states.shape[:2]
+                self.memory.append((states.detach(), mask.bool() if isinstance(mask, Tensor) and fits else None))
 
         handles = [encoder.register_forward_hook(encoded) for encoder, _, _ in self.pairs]
-        handles += [d.register_forward_pre_hook(received, with_kwargs=True) for _, d, _ in self.pairs]
+        handles += [part.register_forward_pre_hook(received, with_kwargs=True) for part in self.parts]
         try:
             yield
         finally:
@@ -189,10 +195,14 @@ def _encoder_decoders(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, 
 
 def _towers(module: nn.Module, inside: bool = False, tower: bool = False) -> Iterator[nn.Module]:
     """Modules of image encoders that are models of their own inside a model of transformers."""
-    name = getattr(type(module), "main_input_name", None)
-    if isinstance(name, str):
-        inside, tower = True, inside and name == "pixel_values"
+    if _is_model(module):
+        inside, tower = True, inside and getattr(type(module), "main_input_name", "") == "pixel_values"
     if tower:
         yield module
     for child in module.children():
         yield from _towers(child, inside, tower)
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers, not a wrapper that hands out what the model inside it has."""
+    return isinstance(getattr(type(module), "main_input_name", None), str)

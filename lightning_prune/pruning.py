@@ -79,9 +79,11 @@ def prune(
     Args:
         model: Any module; a transformers model needs nothing more, others need `loss_fn` for scores with gradients.
         batches: Calibration data, an iterable of what the model takes: dicts with input_ids and optionally
-            attention_mask and labels, tensors, or tuples whose first part is the input. Tensors are moved to the
-            model's device. Not needed for magnitude, random and keep. With `sequential` and a score that also needs
-            gradients or an allocation from data, it is iterated twice (a list or a DataLoader, no generator).
+            attention_mask and labels, tensors, or tuples whose first part is the input. A causal language model
+            predicts each next token; any other transformers model is scored by its own loss, so its batches need
+            labels; an encoder-decoder's always do, or decoder_input_ids. Tensors are moved to the model's device. Not
+            needed for magnitude, random and keep. With `sequential` and a score that also needs gradients or an
+            allocation from data, it is iterated twice (a list or a DataLoader, no generator).
         score: ``"magnitude"``, ``"random"``, ``"wanda"``, ``"gradient"``, ``"gblm"``, ``"sparsegpt"``, ``"kfac"``,
             ``"keep"`` (the zeros that are there), or an object (see `lightning_prune.scores.Score`).
         sparsity: Share of the weights to prune, in [0, 1]; default 0.5, or what an N:M pattern or a complete
@@ -97,9 +99,10 @@ def prune(
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
         grad_norm: ``"l1"`` or ``"l2"`` over per-sample gradients (gradient, gblm).
-        sequential: Decoder block by decoder block, each on the outputs of the pruned blocks before it; holds one
-            block's activations. For wanda, gblm, sparsegpt and every `update`; other scores' masks need the whole
-            model at once. Without it all statistics come from the dense model in one sweep.
+        sequential: Block by block, each on the outputs of the pruned blocks before it, through every stack in the
+            order they run (encoder, decoder); holds one block's activations. For wanda, gblm, sparsegpt and every
+            `update`; other scores' masks need the whole model at once. Without it all statistics come from the dense
+            model in one sweep.
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``; also drives the forward pass of
             scores without gradients.
         targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d but frozen

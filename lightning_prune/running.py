@@ -87,7 +87,8 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
     body = getattr(model, "base_model", None)
     if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict):
         inside = set(body.modules())
-        if all(module in inside for target in targets for module in target.modules):
+        known = all(name not in inputs or _accepts(body, name) for name in ("input_ids", "inputs_embeds"))
+        if known and all(module in inside for target in targets for module in target.modules):
             model = body
     if isinstance(inputs, dict):
         model(**inputs)

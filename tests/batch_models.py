@@ -117,6 +117,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         tr.CLIPConfig(text_config={**BERT, "eos_token_id": 2}, vision_config=VIT, projection_dim=16)
     ),
     "llava": llava,
+    "blip": lambda: tr.BlipForConditionalGeneration(
+        tr.BlipConfig(
+            text_config={**BERT, "encoder_hidden_size": 32, "bos_token_id": 2, "eos_token_id": 3},
+            vision_config=VIT,
+            projection_dim=16,
+            image_text_hidden_size=16,
+        )
+    ),
 }
 
 

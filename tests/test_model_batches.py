@@ -64,7 +64,11 @@ def batch_of(name):
 
 def statistics(model, batches, loss_fn=None, wanted=("input_norm", "gradient_l2")):
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    ignore = [n for n in ("lm_head", "proj_out", "encoder.pooler.dense") if any(name.endswith(n) for name in names)]
+    ignore = [
+        f"*{n}"
+        for n in ("lm_head", "proj_out", "encoder.pooler.dense", "predictions.decoder")
+        if any(name.endswith(n) for name in names)
+    ]
     found = find_targets(model, targets=[nn.Linear], ignore=ignore)
     size = sum(len(next(iter(b.values()))) for b in batches)
     return collect(model, batches, found, wanted, num_samples=size, loss_fn=loss_fn, progress=False)
@@ -84,7 +88,7 @@ def close(found, expected):
 PADDED = [
     n
     for n in MODELS
-    if n not in ("bert multiple choice", "bert question answering", "clip", "llava", "image captioner")
+    if n not in ("bert multiple choice", "bert question answering", "clip", "llava", "blip", "image captioner")
 ]
 
 
@@ -173,15 +177,25 @@ def test_gradient_checkpointing_keeps_source_and_target_apart():
     close(statistics(model, [batch]), expected)
 
 
-def test_an_image_encoder_is_not_padded():
+IMAGE_LAYERS = {
+    "llava": ("model.vision_tower.encoder.layers.0.mlp.fc1", "model.language_model.layers.0.mlp.up_proj"),
+    # Cross-attention of the text to the image.
+    "blip": (
+        "text_decoder.bert.encoder.layer.0.crossattention.self.key",
+        "text_decoder.bert.encoder.layer.0.crossattention.self.query",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_images_are_not_padded(name):
     """As many rows of an image (four patches and a class) as tokens: the mask of the text must not touch them."""
-    model = build("llava")
+    model = build(name)
     ids = torch.tensor([[99, 99, 99, 99, 7], [99, 99, 99, 99, 1]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": normal(2, 3, 16, 16).double()}
     rows = {}
-    vision = model.model.vision_tower.get_submodule("encoder.layers.0.mlp.fc1")
-    words = model.model.language_model.layers[0].mlp.up_proj
+    vision, words = (model.get_submodule(layer) for layer in IMAGE_LAYERS[name])
     handles = [m.register_forward_pre_hook(lambda m, args: rows.update({m: args[0].detach()})) for m in (vision, words)]
     model(**batch)
     for handle in handles:
@@ -189,9 +203,9 @@ def test_an_image_encoder_is_not_padded():
     assert rows[vision].shape[:2] == ids.shape
     found = statistics(model, [batch], wanted=("input_norm",))
     for layer, real in ((vision, rows[vision].flatten(0, 1)), (words, rows[words].flatten(0, 1)[:-1])):
-        name = next(f"{n}.weight" for n, m in model.named_modules() if m is layer)
+        key = next(f"{n}.weight" for n, m in model.named_modules() if m is layer)
         expected = (real.square().sum(0) / 2).sqrt()
-        torch.testing.assert_close(found[name].input_norm.double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[key].input_norm.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 # -- in a Trainer --------------------
