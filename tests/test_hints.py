@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ PAGES = [*(ROOT / "notebooks").rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "reci
 COMMAND = re.compile(r"lightning-prune\s+([a-z]+)\b((?:[^\S\n]|\\\n|[^\s`])*)")
 
 
+@cache
 def texts(source: str) -> list[str]:
     """The texts of a module; what is computed inside an f-string is left out."""
     found = []
@@ -27,6 +29,7 @@ def texts(source: str) -> list[str]:
     return found
 
 
+@cache
 def commands() -> list[tuple[str, str, list[str]]]:
     """Place, command and options."""
     sources = [(path, text) for path in PACKAGE.rglob("*.py") for text in texts(path.read_text(encoding="utf-8"))]
@@ -59,10 +62,8 @@ def test_options_of_hints_exist(command):
 
 
 def test_commands_of_hints_exist():
-    words = {"command", "and", "s"}  # of sentences, not commands
-    wrong = [
-        (p, name) for p, name, _ in commands() if name not in (*OWN_COMMANDS, *TRAINER_COMMANDS) and name not in words
-    ]
+    known = {*OWN_COMMANDS, *TRAINER_COMMANDS, "masks"}  # the last is part of the name of a format
+    wrong = [(place, name) for place, name, _ in commands() if name not in known]
     assert not wrong
 
 
