@@ -115,6 +115,8 @@ def trained_tokenizer(texts: Iterable[str], vocab_size: int, cache_dir: Path) ->
             f"vocab_size={vocab_size} is too small: a byte-level tokenizer needs at least {MIN_VOCAB_SIZE} "
             "(256 bytes and one end-of-text token). Try 4096."
         )
+    if vocab_size >= 2**31:
+        raise ValueError(f"vocab_size={vocab_size} is too large. Try 4096.")
     folder = cache_dir / f"bpe-{vocab_size}-{_content_hash(texts)}"
     if not folder.exists():
         _save_atomically(_train_bpe(texts, vocab_size), folder)

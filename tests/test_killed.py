@@ -1,0 +1,123 @@
+"""Killed at any moment, a process leaves the old or the new in its place, whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_prune import export_folder
+from lightning_prune.export_folder import replacing
+from lightning_prune.mask_files import load_masks, save_masks
+from lightning_prune.sparsity_history import append_step, begin_history, read_history
+from lightning_prune.tables import replace_text
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of POSIX")
+
+FILE_EVENTS = ("open", "os.", "shutil.", "tempfile.", "ctypes.")
+"""What Python announces ahead of each operation on files."""
+
+
+def killed_at_every_operation(action: Callable[[], Any], check: Callable[[], None]) -> int:
+    """Run `action` in children, each killed ahead of one more file operation; returns how many were killed."""
+    for operation in range(400):
+        child = os.fork()
+        if child == 0:
+            left = operation
+
+            def hook(event: str, arguments: Any) -> None:
+                nonlocal left
+                if event.startswith(FILE_EVENTS) and event != "os.kill":
+                    left -= 1
+                    if left < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            try:
+                action()
+            except BaseException:  # nothing of pytest may run in the child
+                os._exit(7)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        check()
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            return operation
+    raise AssertionError("the action never ends")
+
+
+def write(folder: Path, version: str) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_text(version)
+
+
+def test_an_export_that_is_replaced(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    write(target, "old")
+    seen = set()
+
+    def replace() -> None:
+        with replacing(target, overwrite=True) as folder:
+            write(folder, "new")
+
+    def check() -> None:
+        versions = {(target / name).read_text() for name in ("config.json", "model.safetensors")}
+        assert versions in ({"old"}, {"new"})
+        seen.update(versions)
+
+    assert killed_at_every_operation(replace, check) > 8
+    assert seen == {"old", "new"}
+
+
+def test_where_the_file_system_cannot_exchange(tmp_path, monkeypatch):
+    """Two renamings then; a failure of the second puts the old one back."""
+    monkeypatch.setattr(export_folder, "_exchange", lambda one, other: False)
+    target = tmp_path / "model"
+    target.mkdir()
+    write(target, "old")
+    with replacing(target, overwrite=True) as folder:
+        write(folder, "new")
+    assert (target / "config.json").read_text() == "new"
+    rename = os.replace
+
+    def fails(source: Any, destination: Any) -> None:
+        if Path(source).name == "new":
+            raise OSError("no")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="no"), replacing(target, overwrite=True) as folder:
+        write(folder, "newer")
+    assert (target / "config.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_masks_texts_and_histories(tmp_path):
+    masks, text, history = tmp_path / "m.safetensors", tmp_path / "results.json", tmp_path / "h.jsonl"
+    old, new = torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)
+    save_masks({"w": old}, masks)
+    replace_text(text, json.dumps({"version": "old"}))
+    begin_history(history, {"seed": 1}, step=0)
+    for step in range(3):
+        append_step(history, step, {"w": (1, 16, "w")}, {})
+
+    def act() -> None:
+        save_masks({"w": new}, masks)
+        replace_text(text, json.dumps({"version": "new"}))
+        begin_history(history, {"seed": 1}, step=2)
+
+    def check() -> None:
+        found = load_masks(masks)["w"]
+        assert torch.equal(found, old) or torch.equal(found, new)
+        assert json.loads(text.read_text())["version"] in ("old", "new")
+        assert len(read_history(history).steps) in (2, 3)
+
+    assert killed_at_every_operation(act, check) > 8
