@@ -30,6 +30,7 @@ from lightning_prune.perp.effective import (
     masked_product,
     masked_sum,
 )
+from lightning_prune.precision import full_precision
 from lightning_prune.sharding import (
     gather_whole,
     is_sharded,
@@ -198,7 +199,7 @@ class SparseLinear(lora.Linear):
         if isinstance(whole, DTensor):
             rows, columns = (slice(*bounds) for bounds in shard_bounds(whole))
             left, right = left[rows], right[:, columns]
-        with torch.autocast(weight.device.type, enabled=False):  # a merge in a training hook may run under it
+        with full_precision():  # a merge in a training hook may run under autocast
             return self.combination()(weight, self.kept_part, left, right, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
