@@ -31,7 +31,7 @@ def _device_types() -> set[str]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     if all(precision in ("none", "ieee") for precision in before):
         yield
