@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_prune.attention_masks import real_positions
-from lightning_prune.losses import IGNORE_INDEX
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, enum.Enum, slice, torch.Size)
 _PLAIN_TORCH = (torch.dtype, torch.device)
@@ -100,15 +99,6 @@ def check_repeatable(batches: Any, passes: int, argument: str, why: str = "") ->
             f"{argument}={type(batches).__name__} can be read once, but {reason} reads it again: pass a list or a "
             "DataLoader"
         )
-
-
-def without_label(batch: Any) -> bool:
-    """Whether a batch holds labels and all are -100, so that no loss can be computed from it.
-
-    The first position of a sequence does not count: a causal model predicts no token there.
-    """
-    whole_numbers = [t for t in _tensors(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
-    return any(bool((t[:, 1:] if t.dim() > 1 and t.shape[1] > 1 else t).eq(IGNORE_INDEX).all()) for t in whole_numbers)
 
 
 def padding_mask(batch: Any) -> Tensor | None:
@@ -290,12 +280,13 @@ def _fits(value: Any, size: int, top: bool = False) -> bool:
     return fit
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, in mappings and sequences too."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batches import batch_size, is_sequences, samples, take, without_label
+from lightning_prune.batches import batch_size, is_sequences, samples, take
+from lightning_prune.losses import without_label
 from lightning_prune.padding import Padding, PaddingFinder
 from lightning_prune.progress import progress_bar
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors

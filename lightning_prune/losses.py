@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_prune.batches import padding_mask
+from lightning_prune.batches import padding_mask, tensors_of
 
 IGNORE_INDEX = -100
 
@@ -123,3 +123,14 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
         logits = logits.float()  # the sum over V loses too much in half precision
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
     return losses.view(targets.shape)[:, :-1]
+
+
+def without_label(batch: Any) -> bool:
+    """Whether a batch holds labels and all are -100, so that no loss can be computed from it.
+
+    The first position of a sequence does not count: a causal model predicts no token there.
+    """
+    whole_numbers = [
+        t for t in tensors_of(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool
+    ]
+    return any(bool((t[:, 1:] if t.dim() > 1 and t.shape[1] > 1 else t).eq(IGNORE_INDEX).all()) for t in labels)

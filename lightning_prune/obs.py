@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from lightning_prune.patterns import NM, lowest_in_layer, nm_mask
+from lightning_prune.precision import full_precision
 from lightning_prune.statistics import CalibrationError
 
 DAMPING = 0.01
 BLOCK = 128
 
 
+@full_precision()
 def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """Upper triangular U with ``U^T U = (H + damping * mean(diag H) * 1)^-1``.
 
@@ -56,6 +58,7 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     )
 
 
+@full_precision()
 def prune_with_hessian(
     weight: Tensor,
     hessian: Tensor,

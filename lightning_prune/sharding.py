@@ -55,9 +55,10 @@ def settle(model: nn.Module) -> None:
         if isinstance(module, FSDPModule) and module not in covered:
             covered.update(module.modules())
             outermost: Any = module
-            outermost.pass_without_work = lambda: None
+            outermost.pass_without_work = lambda argument: argument
             register_fsdp_forward_method(outermost, "pass_without_work")
-            outermost.pass_without_work()
+            # On an accelerator FSDP2 moves the arguments, and some versions of it fail where there are none.
+            outermost.pass_without_work(None)
             del outermost.pass_without_work
             outermost.reshard()  # it stays gathered after a forward pass
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lightning_prune.precision import full_precision
+
 INPUT_NORM = "input_norm"
 OUTPUT_GRAD_NORM = "output_grad_norm"
 GRADIENT_L1 = "gradient_l1"
@@ -103,6 +105,7 @@ class Accumulator:
     samples: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
+    @full_precision()
     def input_increments(self, x: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
         """What inputs ``[B, T, I]`` of B samples add to the sums; `keep` ``[B, T]`` marks real tokens."""
         increments: dict[str, Tensor] = {}

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batches import batch_size, is_sequences, take, without_label
+from lightning_prune.batches import batch_size, is_sequences, take
+from lightning_prune.losses import without_label
 from lightning_prune.ranks import Ranks, meet
 from lightning_prune.statistics import CalibrationError
 from lightning_prune.taps import Taps

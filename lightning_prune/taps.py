@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.padding import Padding
+from lightning_prune.precision import full_precision
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, gather_whole, local
 from lightning_prune.statistics import (
@@ -363,7 +364,7 @@ class Taps:
         if self.probed is not None:
             self._look_for_leak(tap.target.kind.output_rows(local(delta.detach())))
             return
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             kind, accumulator = tap.target.kind, tap.accumulator
             rows = kind.input_rows(record.layer, local(x))  # [B, T, I]
             deltas = kind.output_rows(local(delta))  # [B, T, O]
@@ -377,7 +378,9 @@ class Taps:
                 accumulator.add_output_gradient(deltas, self.scale)
             if not self.statistics & GRADIENTS:
                 return
-            rows = rows.to(deltas.dtype)  # what autocast did in the forward pass
+            # Wide, so that a product of many tokens is rounded, or overflows, no earlier than its sum.
+            wide = torch.promote_types(torch.promote_types(rows.dtype, deltas.dtype), torch.float32)
+            rows, deltas = rows.to(wide), deltas.to(wide)
             if self.size == 1 or self.whole:  # all rows belong to the one sample, in whatever layout
                 rows, deltas = rows.reshape(1, -1, rows.shape[-1]), deltas.reshape(1, -1, deltas.shape[-1])
             if not tap.at_once:  # abs and squares are of the sum over uses

@@ -57,3 +57,20 @@ def test_a_first_pass_with_frozen_weights_does_not_change_how_gradients_are_redu
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_forward_methods_of_shards_get_arguments(root: bool, mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator FSDP2 moves the arguments of the outermost forward pass, and needs one to move."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    original, passes = FSDPState._root_pre_forward, []
+
+    def moving(self: FSDPState, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        passes.append((args or (kwargs,))[0])
+        assert args or kwargs
+        return original(self, module, args, kwargs)
+
+    monkeypatch.setattr(FSDPState, "_root_pre_forward", moving)
+    settle(sharded(mesh, root))
+    assert passes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -41,6 +42,7 @@ from lightning_prune.callbacks.shrunk_checkpoints import (
     take_saved_shapes,
     write_hyper_parameters,
 )
+from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.progress import is_main_process
 from lightning_prune.sharding import reshard
 from lightning_prune.structure.history import ShrinkRecord
@@ -209,6 +211,8 @@ class PruningAwarePretraining(L.Callback):
         """Find the units; take up a checkpoint, or an earlier fit of the same module."""
         # Sharded weights, and the state of this callback with them, are restored only after this hook, if they are:
         # that there is a checkpoint is not known yet.
+        end = BeforeTeardown(trainer.strategy, partial(self._finish, trainer, pl_module))
+        self._unwrap.append(end.remove)
         self._waiting = trainer.strategy.restore_checkpoint_after_setup
         if not self._waiting:
             self._begin(trainer, pl_module)
@@ -312,7 +316,7 @@ class PruningAwarePretraining(L.Callback):
         if self.picture is not None and len(self.history) > 1 and is_main_process():
             shrinking_picture(self.history, self.picture)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take all hooks off."""
         if self._waiting:  # nothing was left to train
             self._begin(trainer, pl_module)

@@ -19,6 +19,7 @@ from lightning_prune.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.batches import check_repeatable
 from lightning_prune.callbacks.calibration_data import CalibrationData
 from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.training_loss import calibration_loss, no_trace, watched_loss
 from lightning_prune.enforcement import Enforcer
 from lightning_prune.masks import (
@@ -241,6 +242,7 @@ class WeightPruning(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
         plan = make_plan(pl_module, **self.settings, targets=self.targets, ignore=self.ignore)
+        self._handles.append(BeforeTeardown(trainer.strategy, self._finish))
         sharded = has_sharded_parameters(pl_module)
         if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
@@ -312,13 +314,21 @@ class WeightPruning(L.Callback):
         """Never save a pruned weight that something else has revived."""
         self._repair()
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check a last time and let go of the optimizers."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check what training has left."""
+        self._repair()
+
+    def _finish(self) -> None:
+        """Check what other callbacks have left, and let go of the optimizers."""
         self._repair()
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Let go of the optimizers; masks stay."""
+        self._release()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go where neither of the two was told, such as after a Tuner."""
         self._release()
 
     def _release(self) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
 from lightning_prune.perp.adapters import (
@@ -154,6 +155,7 @@ class PERPRetraining(L.Callback):
         self._beside_pruner = False
         self._resumed = self._started = False
         self._left_on = False  # adapters that were trained before this fit
+        self._end: BeforeTeardown | None = None
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 
@@ -244,6 +246,10 @@ class PERPRetraining(L.Callback):
         yield
         set_masks(model, self._masks_for(trainer))
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have the adapters merged at the end, where it may not be reached by training."""
+        self._end = BeforeTeardown(trainer.strategy, partial(self._finish, trainer, pl_module))
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks: every callback has pruned by now, and a checkpoint is restored."""
         reshard(pl_module)
@@ -288,7 +294,7 @@ class PERPRetraining(L.Callback):
             f"{done.before:.4g} to {done.after:.4g}"
         )
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters, and give the module its transformers model back."""
         self._let_go(trainer, pl_module)
         reshard(pl_module)
@@ -306,8 +312,15 @@ class PERPRetraining(L.Callback):
         """Let go of the pruner; the adapters stay on."""
         self._let_go(trainer, pl_module)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go where there was neither an end nor an exception, such as after a Tuner."""
+        self._let_go(trainer, pl_module)
+
     def _let_go(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Give back what was wrapped for the time of a fit."""
+        if self._end is not None:
+            self._end.remove()
+            self._end = None
         module.__dict__.pop("configure_model", None)
         pruner = _pruner_of(trainer)
         if pruner is not None:

@@ -33,6 +33,12 @@ def squared_sum(values: Tensor, keep: Tensor | None) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum()
 
 
+def squared_error(output: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
+    """Sum of squared differences over real tokens, taken in float32 at least; arguments as `squared_sum`."""
+    wide = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
+    return squared_sum(output.to(wide) - target.to(output.device, wide), keep)
+
+
 @dataclass(frozen=True)
 class BlockFitter:
     """Fits the blocks of a walk, each on the hidden states that the walk has reached.
@@ -63,7 +69,7 @@ class BlockFitter:
         total = 0.0
         for batch, target in zip(self.walk.batches, targets, strict=True):
             output = self.walk.forward(index, batch, batch.hidden)
-            total += float(squared_sum(output - target.to(output.device), batch.keep))
+            total += float(squared_error(output, target, batch.keep))
         return self._over_ranks(total)
 
     @torch.enable_grad()
@@ -88,7 +94,7 @@ class BlockFitter:
         for _, position in zip(range(self.steps), self._order(), strict=False):
             batch = self.walk.batches[position]
             output = self.walk.forward(index, batch, batch.hidden)
-            error = squared_sum(output - targets[position].to(output.device), batch.keep)
+            error = squared_error(output, targets[position], batch.keep)
             tokens = output[..., 0].numel() if batch.keep is None else int(batch.keep.sum())
             (error * (scale / max(tokens, 1))).backward()  # type: ignore[no-untyped-call]
             self._average(parameters)

@@ -32,6 +32,7 @@ from lightning_prune.perp.effective import (
     masked_sum,
     thin_product,
 )
+from lightning_prune.precision import full_precision
 from lightning_prune.sharding import (
     gather_whole,
     is_sharded,
@@ -216,7 +217,7 @@ class SparseLinear(lora.Linear):
         if isinstance(whole, DTensor):
             rows, columns = (slice(*bounds) for bounds in shard_bounds(whole))
             left, right = left[rows], right[:, columns]
-        with torch.autocast(weight.device.type, enabled=False):  # a merge in a training hook may run under it
+        with full_precision():  # a merge in a training hook may run under autocast
             return self.combination()(weight, self.kept_part, left, right, None)
 
     @torch.no_grad()

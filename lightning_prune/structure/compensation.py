@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_prune.masks import uninterrupted
 from lightning_prune.obs import DAMPING
+from lightning_prune.precision import full_precision
 from lightning_prune.progress import progress_bar
 from lightning_prune.shard_group import shard_group
 from lightning_prune.sharding import local
@@ -26,6 +27,7 @@ from lightning_prune.structure.units import Removal, Structure, unit_indices
 from lightning_prune.targets import Target
 
 
+@full_precision()
 def compensated(weight: Tensor, hessian: Tensor, lost: Tensor, damping: float = DAMPING) -> Tensor:
     """A weight that does without some of its inputs.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_prune.precision import full_precision
 from lightning_prune.shard_group import shard_group
 from lightning_prune.sharding import local, shard_bounds
 from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
@@ -248,6 +249,7 @@ def _read_types(types: Sequence[str]) -> tuple[str, ...]:
 
 
 @torch.no_grad()
+@full_precision()
 def kfac_saliency(
     structure: Structure, statistics: Mapping[str, LayerStatistics], types: Sequence[str]
 ) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.precision import full_precision
 from lightning_prune.structure.compensation import lost_inputs, observed_layers
 from lightning_prune.structure.units import Removal, Structure
 
@@ -72,13 +73,14 @@ class StreamedMoments:
 
         return take
 
+    @full_precision()
     def add(self, name: str, x: Tensor) -> None:
         """Take in the inputs ``[..., I]`` of a layer."""
         rows = x.reshape(-1, x.shape[-1])
         if self.keep is not None and self.keep.numel() == rows.shape[0]:
             rows = rows[self.keep.reshape(-1)]
-        with torch.autocast(x.device.type, enabled=False):
-            product = rows.t().float() @ rows.float()
+        rows = rows.float()
+        product = rows.t() @ rows
         self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
         if name in self._sums:
             self._sums[name] += product

@@ -77,7 +77,7 @@ class Watch(L.Callback):
             names = dict(pl_module.named_parameters())
             assert not any(isinstance(p, DTensor) for name, p in names.items() if "q_proj.base_layer" in name)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         reshard(pl_module)
         for name, layer in sparse_layers(pl_module.model):
             a, b = layer.matrices()
