@@ -130,7 +130,5 @@ def without_label(batch: Any) -> bool:
 
     The first position of a sequence does not count: a causal model predicts no token there.
     """
-    whole_numbers = [
-        t for t in tensors_of(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool
-    ]
+    labels = [t for t in tensors_of(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
     return any(bool((t[:, 1:] if t.dim() > 1 and t.shape[1] > 1 else t).eq(IGNORE_INDEX).all()) for t in labels)
