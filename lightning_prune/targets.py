@@ -203,7 +203,8 @@ def find_targets(
             of a PEFT layer only the base layer is.
 
     Returns:
-        One entry a parameter, in the model's order; layers that share a parameter share the entry.
+        One entry a parameter, in the model's order; layers that share a parameter share the entry. Layers without any
+        weights, such as ``Linear(16, 0)``, have none.
 
     Raises:
         ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
@@ -219,7 +220,9 @@ def find_targets(
     chosen = {
         name: module
         for name, module in layers.items()
-        if (targets is None or _selected(name, module, targets)) and not _selected(name, module, ignore)
+        if not _is_empty(module)
+        and (targets is None or _selected(name, module, targets))
+        and not _selected(name, module, ignore)
     }
     if not chosen:
         raise ValueError(
@@ -241,6 +244,12 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if module not in adapters and layer_kind(module) is not None:
             yield clean_name(name), module
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a layer has no weights at all, as ``Linear(16, 0)``: nothing to prune, and no samples reach it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not weight.numel() and not weight.is_meta
 
 
 def _reject_bare_string(argument: str, value: object) -> None:
