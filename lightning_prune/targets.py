@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.sharding import Layout, as_shard_of, local
 
@@ -234,9 +235,15 @@ def find_targets(
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that can be pruned, by clean name; adapters beside a PEFT ``base_layer`` are passed over."""
+    """Layers that can be pruned, by clean name.
+
+    Adapters beside a PEFT ``base_layer`` are passed over, and averages of the weights inside the model, which follow
+    what they average.
+    """
     adapters: set[nn.Module] = set()
     for parent in model.modules():
+        if isinstance(parent, AveragedModel) and parent is not model:
+            adapters.update(parent.modules())
         base = getattr(parent, "base_layer", None)
         if isinstance(base, nn.Module):
             inside = set(base.modules())

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_prune.batches import padding_mask
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.shrinking_checks import (
     check_module,
@@ -27,7 +28,6 @@ from lightning_prune.callbacks.shrinking_checks import (
 )
 from lightning_prune.callbacks.shrinking_parts import (
     agree_of,
-    averages,
     count_tokens,
     load_source,
     metrics,
