@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_prune.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData
+from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.pruning_notices import (
     described,
     last_step,
@@ -379,18 +380,18 @@ class WeightPruning(L.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and masks, nothing of a module, an optimizer or a fit that runs."""
-        return {
-            **self.__dict__,
-            "_masks": self._masks_at_rest(),
-            "_enforcer": None,
-            "_plan": None,
-            "_handles": [],
-            "_hooked": [],
-            "_owner": None,
-            "_copied": self._copied or self._owner is not None,
-            "_around_update": nullcontext,
-            "_dense": None,
-        }
+        return copied_state(
+            self,
+            _masks=self._masks_at_rest(),
+            _enforcer=None,
+            _plan=None,
+            _handles=[],
+            _hooked=[],
+            _owner=None,
+            _copied=self._copied or self._owner is not None,
+            _around_update=nullcontext,
+            _dense=None,
+        )
 
     # -- pruning -------------------------------------------------------------------------------------------------
 
