@@ -37,7 +37,6 @@ from lightning_prune.masks import (
     masks_hold,
     named_weights,
     pack_masks,
-    pruned_count,
     shard_masks,
     unpack_masks,
 )
@@ -47,7 +46,7 @@ from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, make_score
-from lightning_prune.sharding import has_sharded_parameters, local, reshard
+from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
 from lightning_prune.targets import DEFAULT_IGNORE
 
 _STATE_VERSION = 1
@@ -167,8 +166,9 @@ class WeightPruning(L.Callback):
         self._handles: list[Any] = []
         self._hooked: list[Optimizer] = []
         self._copied = False  # masks of a copy, whose module is not known
-        self._pruned = self._total = 0  # weights over all masks and ranks
-        self._planned: int | None = None  # weights to be pruned in the end; None before a fit, and with score="keep"
+        self._counts: dict[str, tuple[int, int]] = {}  # by parameter, over all ranks: weights pruned, weights
+        self._target_names: tuple[str, ...] = ()
+        self._planned: int | None = None  # of the targets, in the end; None before a fit, and with score="keep"
         self._seen_step = 0
         self._reported = False
         self._said: set[str] = set()
@@ -203,12 +203,18 @@ class WeightPruning(L.Callback):
     @property
     def sparsity(self) -> float:
         """Share of pruned weights over all targets and ranks; 0.0 before pruning. Any rank may ask, alone."""
-        return self._pruned / self._total if self._total else 0.0
+        pruned, total = self._counted(self._counts)
+        return pruned / total if total else 0.0
+
+    def _counted(self, names: Iterable[str]) -> tuple[int, int]:
+        counts = [self._counts.get(name, (0, 0)) for name in names]
+        return sum(pruned for pruned, _ in counts), sum(total for _, total in counts)
 
     @property
     def finished(self) -> bool:
         """Whether as many weights are pruned as was asked for; from then on metrics can be compared."""
-        return bool(self._total) and (self._planned is None or self._pruned >= self._planned)
+        pruned, total = self._counted(self._target_names or self._counts)
+        return bool(total) and (self._planned is None or pruned >= self._planned)
 
     @property
     def scores(self) -> ScoreSummary:
@@ -229,6 +235,8 @@ class WeightPruning(L.Callback):
             rename: From a parameter's name as masks have it to its name now.
         """
         self._masks = {rename(name): mask for name, mask in self._masks.items()}
+        self._counts = {rename(name): counts for name, counts in self._counts.items()}
+        self._target_names = tuple(map(rename, self._target_names))
         if self._enforcer is not None:
             self._enforcer.rename(rename)
 
@@ -285,7 +293,7 @@ class WeightPruning(L.Callback):
 
     def _make_plan(self, module: L.LightningModule) -> PruningPlan:
         plan = make_plan(module, **self.settings, targets=self.targets, ignore=self.ignore)
-        self._planned = planned_count(plan)
+        self._planned, self._target_names = planned_count(plan), tuple(t.name for t in plan.targets)
         return plan
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -351,11 +359,12 @@ class WeightPruning(L.Callback):
 
     def _report(self, trainer: L.Trainer) -> None:
         """Warn once a fit if fewer weights are pruned than was asked for."""
-        if self._reported or self._planned is None or self._pruned >= self._planned:
+        pruned, _ = self._counted(self._target_names)
+        if self._reported or self._planned is None or pruned >= self._planned or self._plan is None:
             return
         self._reported = True
-        total = sum(target.numel for target in self._plan.targets) if self._plan is not None else self._total
-        warn_of_missing_sparsity(self.schedule, trainer.global_step, self._pruned, self._planned, total)
+        total = sum(target.numel for target in self._plan.targets)
+        warn_of_missing_sparsity(self.schedule, trainer.global_step, pruned, self._planned, total)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check a last time and let go of the optimizers."""
@@ -402,7 +411,7 @@ class WeightPruning(L.Callback):
             masks = self._new_masks(trainer, module, self._plan)
             self._bind(trainer, module, masks)
         rank_zero_info(
-            f"WeightPruning: {self.sparsity:.2%} of {self._total:,} weights in {len(masks)} layers are pruned "
+            f"WeightPruning: {self.sparsity:.2%} of {sum(m.numel() for m in masks.values()):,} weights in {len(masks)} layers are pruned "
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
@@ -454,7 +463,8 @@ class WeightPruning(L.Callback):
     def _keep(self, masks: Masks) -> None:
         """Take masks and count them; where they are sharded every rank must call."""
         self._masks = masks
-        self._total, self._pruned = sum(mask.numel() for mask in masks.values()), pruned_count(masks)
+        pruned = counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
+        self._counts = {name: (pruned[name], mask.numel()) for name, mask in masks.items()}
 
     def _follow(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Give the masks to the parameters, and the hooks to the optimizers, that are there now.
