@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 import lightning as L
@@ -15,13 +17,12 @@ from lightning_prune.patterns import parse_pattern
 from lightning_prune.run_facts import plain
 from lightning_prune.schedules import Schedule
 from lightning_prune.scores import Score
-from lightning_prune.shares import exact_share
 
 
 def score_options(score: Score) -> dict[str, Any]:
     """The fields of a score that is a dataclass, such as alpha, in plain values."""
     names = getattr(score, "__dataclass_fields__", {})
-    return {name: plain(getattr(score, name)) for name in names}
+    return {name: described(getattr(score, name)) for name in names}
 
 
 def warn_of_other_settings(saved: Mapping[str, Any], mine: Mapping[str, Any], score: Score) -> None:
@@ -115,7 +116,7 @@ def warn_of_choice_by_score(trainer: L.Trainer, schedule: Schedule) -> None:
 
 def described(value: Any) -> Any:
     """A setting in plain values: the same for two callbacks that were made alike."""
-    if isinstance(value, float):  # numpy's too
-        return float(exact_share(value))
+    if isinstance(value, Real) and not isinstance(value, (bool, int)):  # numpy's are no plain values
+        return int(value) if isinstance(value, Integral) else float(Fraction(str(value)))
     words = plain(value)
     return words if isinstance(words, (str, int, bool, type(None))) else repr(words)

@@ -410,8 +410,9 @@ class WeightPruning(L.Callback):
         with self._around_update():
             masks = self._new_masks(trainer, module, self._plan)
             self._bind(trainer, module, masks)
+        total = sum(mask.numel() for mask in masks.values())
         rank_zero_info(
-            f"WeightPruning: {self.sparsity:.2%} of {sum(m.numel() for m in masks.values()):,} weights in {len(masks)} layers are pruned "
+            f"WeightPruning: {self.sparsity:.2%} of {total:,} weights in {len(masks)} layers are pruned "
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
