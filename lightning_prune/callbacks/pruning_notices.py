@@ -116,7 +116,7 @@ def warn_of_choice_by_score(trainer: L.Trainer, schedule: Schedule) -> None:
 
 def described(value: Any) -> Any:
     """A setting in plain values: the same for two callbacks that were made alike."""
-    if isinstance(value, Real) and not isinstance(value, (bool, int)):  # numpy's are no plain values
+    if type(value) is not bool and isinstance(value, Real):  # numpy's numbers are no plain values
         return int(value) if isinstance(value, Integral) else float(Fraction(str(value)))
     words = plain(value)
     return words if isinstance(words, (str, int, bool, type(None))) else repr(words)
