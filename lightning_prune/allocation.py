@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_prune.patterns import kth_smallest
 from lightning_prune.ranks import Ranks
 from lightning_prune.scores import kfac_score
-from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
+from lightning_prune.shares import Share, count_of, is_share
+from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics, wide_dtype
 from lightning_prune.targets import Target, name_matches
 
 ALLOCATIONS = ("uniform", "owl", "kfac")
@@ -81,7 +82,7 @@ def make_allocation(allocation: Allocation) -> Allocation:
         raise ValueError(f"allocation={allocation!r} is unknown; choose from {ALLOCATIONS}, or map names to sparsities")
     if isinstance(allocation, Mapping):
         for pattern, sparsity in allocation.items():
-            if not (isinstance(sparsity, (int, float)) and 0 <= sparsity <= 1):
+            if not is_share(sparsity):
                 raise ValueError(f"allocation[{pattern!r}]={sparsity!r} must be a sparsity in [0, 1]")
         return allocation
     if isinstance(allocation, (KFACAllocation, OWLAllocation)):
@@ -96,15 +97,15 @@ def allocation_statistics(allocation: Allocation) -> frozenset[str]:
     return frozenset({INPUT_NORM}) if isinstance(allocation, OWLAllocation) else frozenset()
 
 
-def uniform_counts(targets: Sequence[Target], sparsity: float, group: str) -> dict[str, int]:
+def uniform_counts(targets: Sequence[Target], sparsity: Share, group: str) -> dict[str, int]:
     """``floor(sparsity * group size)`` of every row, or of every layer."""
     if group == "row":
-        return {t.name: t.shape[0] * math.floor(sparsity * t.shape[1]) for t in targets}
-    return {t.name: math.floor(sparsity * t.numel) for t in targets}
+        return {t.name: t.shape[0] * count_of(sparsity, t.shape[1]) for t in targets}
+    return {t.name: count_of(sparsity, t.numel) for t in targets}
 
 
 def mapping_counts(
-    targets: Sequence[Target], mapping: Mapping[str, float], sparsity: float | None, lower: Mapping[str, int]
+    targets: Sequence[Target], mapping: Mapping[str, Share], sparsity: Share | None, lower: Mapping[str, int]
 ) -> dict[str, int]:
     """Sparsities by name pattern; layers that no pattern matches share what the total of `sparsity` leaves.
 
@@ -112,32 +113,36 @@ def mapping_counts(
         ValueError: a pattern matches nothing; two patterns give one layer different sparsities; the rest cannot
             make up the total.
     """
-    fixed: dict[str, float] = {}
+    fixed: dict[str, Share] = {}
     for pattern, value in mapping.items():
         matched = [t.name for t in targets if name_matches(t.name, pattern)]
         if not matched:
             raise ValueError(f"allocation pattern {pattern!r} matches no target, such as {targets[0].name!r}")
         for name in matched:
             if fixed.setdefault(name, value) != value:
-                raise ValueError(f"allocation gives {name!r} both {fixed[name]} and {value} (by {pattern!r})")
+                raise ValueError(
+                    f"allocation gives {name!r} both {float(fixed[name])} and {float(value)} (by {pattern!r})"
+                )
     rest = [t for t in targets if t.name not in fixed]
-    counts = {t.name: math.floor(fixed[t.name] * t.numel) for t in targets if t.name in fixed}
+    counts = {t.name: count_of(fixed[t.name], t.numel) for t in targets if t.name in fixed}
     total = sum(t.numel for t in targets)
     if not rest:
         reached = sum(counts.values()) / total
         if sparsity is not None and abs(reached - sparsity) > 1e-3:
             raise ValueError(
-                f"allocation covers every layer and gives {reached:.4f} in all, but sparsity={sparsity}; leave "
+                f"allocation covers every layer and gives {reached:.4f} in all, but sparsity={float(sparsity)}; leave "
                 "sparsity out, or leave some layers to be filled in"
             )
         return counts
     sparsity = 0.5 if sparsity is None else sparsity
-    left = math.floor(sparsity * total) - sum(counts.values())
+    left = count_of(sparsity, total) - sum(counts.values())
+    if lower:  # what is pruned stays pruned, also where less is asked for now
+        left = max(left, sum(lower.get(t.name, 0) for t in rest))
     room = sum(t.numel for t in rest)
     if not 0 <= left <= room:
         raise ValueError(
             f"allocation leaves {left} of {room} weights to prune in the layers it does not name, to reach "
-            f"sparsity={sparsity}; change one of them"
+            f"sparsity={float(sparsity)}; change one of them"
         )
     return counts | exact_counts(rest, {t.name: left / room for t in rest}, left, lower)
 
@@ -158,7 +163,7 @@ def kfac_sparsities(
         allocation: Its settings.
         ranks: Whose parts make up the whole; None if every matrix is whole here.
     """
-    shares = global_shares(targets, lambda t: kfac_score(t.matrix().float(), statistics[t.name], 1.0), sparsity, ranks)
+    shares = global_shares(targets, lambda t: kfac_score(_wide(t), statistics[t.name], 1.0), sparsity, ranks)
     return {
         name: allocation.mix * min(max(share, allocation.low), allocation.high) + (1 - allocation.mix) * sparsity
         for name, share in shares.items()
@@ -166,10 +171,10 @@ def kfac_sparsities(
 
 
 def global_shares(
-    targets: Sequence[Target], score: Callable[[Target], Tensor], sparsity: float, ranks: Ranks | None = None
+    targets: Sequence[Target], score: Callable[[Target], Tensor], sparsity: Share, ranks: Ranks | None = None
 ) -> dict[str, float]:
     """Share of each layer's weights at or below one threshold that prunes `sparsity` of them all."""
-    counts = global_counts(targets, score, math.floor(sparsity * sum(t.numel for t in targets)), ranks)
+    counts = global_counts(targets, score, count_of(sparsity, sum(t.numel for t in targets)), ranks)
     return {t.name: counts[t.name] / t.numel for t in targets}
 
 
@@ -247,7 +252,12 @@ def owl_sparsities(
 
 
 def _wanda(target: Target, statistics: Statistics) -> Tensor:
-    return target.matrix().float().abs() * statistics[target.name].get(INPUT_NORM)
+    return _wide(target).abs() * statistics[target.name].get(INPUT_NORM)
+
+
+def _wide(target: Target) -> Tensor:
+    weight = target.matrix()
+    return weight.to(wide_dtype(weight.dtype))
 
 
 def exact_counts(

@@ -48,6 +48,18 @@ class Enforcer:
         """Call the parameters by other names."""
         self._weights = {rename(name): weight for name, weight in self._weights.items()}
 
+    def follows(self, name: str, parameter: Tensor | None) -> bool:
+        """Whether a parameter is the one that is masked under a name, where and of the shape it was then."""
+        if parameter is None or parameter is not self._weights[name]:
+            return False
+        own, mask = local(parameter.detach()), self._bytes[id(parameter)]
+        return own.device == mask.device and own.shape == mask.shape
+
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of the masked parameters."""
+        return self._weights.keys()
+
     def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """The masked parameters that an optimizer steps."""
         return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._bytes]

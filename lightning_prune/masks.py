@@ -15,7 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_prune.sharding import as_shard_of, counts_over_ranks, gather_whole, is_sharded, local, take_shard
+from lightning_prune.sharding import (
+    as_shard_of,
+    count_over_ranks,
+    counts_over_ranks,
+    gather_whole,
+    is_sharded,
+    local,
+    take_shard,
+)
 from lightning_prune.stored_bytes import is_stored_whole
 from lightning_prune.targets import Target, clean_name
 
@@ -71,6 +79,39 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.P
             raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
         chosen[name] = weights[name]
     return chosen
+
+
+def current_weight(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of a clean name as it is now, without a list of all others; None if there is none."""
+    module: nn.Module | None = model
+    *path, last = name.split(".")
+    for part in path:
+        module = _unwrapped(module, part)
+        module = None if module is None else module._modules.get(part)
+    module = _unwrapped(module, last)
+    return None if module is None else module._parameters.get(last)
+
+
+def _unwrapped(module: nn.Module | None, part: str) -> nn.Module | None:
+    """What a compiled or checkpointed module has inside, if that is where a part of a clean name is."""
+    while module is not None and part not in module._modules and part not in module._parameters:
+        module = module._modules.get("_orig_mod", module._modules.get("_checkpoint_wrapped_module"))
+    return module
+
+
+def masks_hold(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
+    """Whether masks are those of a model: of its parameters, whose pruned weights are zero.
+
+    Where parameters are sharded every rank must call.
+    """
+    weights = named_weights(model)
+    if any(name not in weights or weights[name].shape != mask.shape for name, mask in masks.items()):
+        return False
+    alive = {}
+    for name, mask in masks.items():
+        own = local(weights[name].detach())
+        alive[name] = as_shard_of(weights[name], (own != 0) & ~part_of(weights[name], mask).to(own.device))
+    return not count_over_ranks(alive, lambda part: int(part.sum()))
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from lightning_prune.allocation import Allocation, allocation_statistics, make_a
 from lightning_prune.coverage import Coverage, coverage_of
 from lightning_prune.patterns import NM, parse_pattern
 from lightning_prune.scores import GROUPS, Keep, Score, SparseGPT
+from lightning_prune.shares import is_share
 from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN
 from lightning_prune.targets import Target, find_stacks, select_layers
 
@@ -199,7 +200,7 @@ def make_plan(
 def _check_sparsity(value: object) -> None:
     if value is None:
         return
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+    if not is_share(value):
         raise ValueError(f"sparsity={value!r} must be a number in [0, 1]: the share of weights to prune, such as 0.5")
 
 

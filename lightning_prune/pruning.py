@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, SparseGPT, make_score
 from lightning_prune.sequential import walk_stacks
 from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
-from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN, CalibrationError, LayerStatistics
+from lightning_prune.shares import Share, count_of, exact_share
+from lightning_prune.statistics import FORWARD_STATISTICS, HESSIAN, CalibrationError, LayerStatistics, wide_dtype
 from lightning_prune.targets import DEFAULT_IGNORE, Target
 
 _log = logging.getLogger("lightning_prune")
@@ -90,7 +92,8 @@ def prune(
             `allocation` mapping implies.
         pattern: ``"unstructured"`` or ``"N:M"``: N *kept* of every M consecutive inputs (NVIDIA's 2:4).
         group: What weights are compared within: ``"row"``, ``"layer"`` or ``"global"``; default the score's own.
-            Exactly ``floor(sparsity * group size)`` are pruned in each.
+            Exactly ``floor(sparsity * group size)`` are pruned in each, of the decimal that was written: 29 of 100
+            at 0.29.
         allocation: Layer sparsities: ``"uniform"``, ``"owl"``, ``"kfac"``, an `OWLAllocation` or `KFACAllocation`,
             or a mapping from name patterns to sparsities; default the score's own. The total is exact,
             ``floor(sparsity * number of weights)``.
@@ -109,8 +112,8 @@ def prune(
             ones, routers and output layers; a selector that matches nothing else names those too.
         ignore: The same, left out; default output layers, by transformers' names for them.
         seed: Of ``"random"``.
-        gradient_dtype: ``"float32"`` or ``"bfloat16"`` for the gradient aggregate, one buffer a pruned weight. Sums
-            in bfloat16 stop growing after some 256 samples of equal size.
+        gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate, one
+            buffer a pruned weight. Sums in bfloat16 stop growing after some 256 samples of equal size.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
         progress: Show progress bars in a terminal.
         ranks: The processes that prune together, each with batches and `num_samples` of its own (see
@@ -184,7 +187,7 @@ def run_plan(
     batches: Iterable[Any] | None,
     loss_fn: LossFn | None = None,
     *,
-    fraction: float = 1.0,
+    fraction: Share = 1.0,
     previous: Mapping[str, Tensor] | None = None,
     forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ranks: Ranks | None = None,
@@ -218,6 +221,31 @@ def run_plan(
     return masks
 
 
+def planned_count(plan: PruningPlan) -> int | None:
+    """How many weights a plan prunes in all; None where the weights themselves decide (score="keep")."""
+    targets = plan.targets
+    if isinstance(plan.score, Keep):
+        return None
+    if plan.pattern is not None:
+        return sum(t.numel // plan.pattern.m * (plan.pattern.m - plan.pattern.n) for t in targets)
+    if isinstance(plan.allocation, Mapping):
+        return sum(mapping_counts(targets, *_mapped(plan, Fraction(1)), {}).values())
+    if plan.group == "global" or isinstance(plan.allocation, (KFACAllocation, OWLAllocation)):
+        return count_of(_sparsity(plan), sum(t.numel for t in targets))
+    return sum(uniform_counts(targets, _sparsity(plan), plan.group).values())
+
+
+def _sparsity(plan: PruningPlan) -> Fraction:
+    return exact_share(0.5 if plan.sparsity is None else plan.sparsity)
+
+
+def _mapped(plan: PruningPlan, fraction: Fraction) -> tuple[dict[str, Share], Share | None]:
+    """Sparsities by name pattern, and that of the whole, at a fraction of the way there."""
+    assert isinstance(plan.allocation, Mapping)
+    mapping: dict[str, Share] = {name: exact_share(value) * fraction for name, value in plan.allocation.items()}
+    return mapping, None if plan.sparsity is None else exact_share(plan.sparsity) * fraction
+
+
 class _Run:
     """One pruning in progress."""
 
@@ -227,7 +255,7 @@ class _Run:
         model: nn.Module,
         batches: Iterable[Any] | None,
         loss_fn: LossFn | None,
-        fraction: float,
+        fraction: Share,
         previous: Mapping[str, Tensor],
         forward_context: Callable[[], AbstractContextManager[Any]],
         ranks: Ranks | None,
@@ -238,7 +266,7 @@ class _Run:
         self.model = model
         self.batches = batches
         self.loss_fn = loss_fn
-        self.fraction = fraction
+        self.fraction = exact_share(fraction)
         self.previous = previous
         self.forward_context = forward_context
         self.ranks = ranks
@@ -288,13 +316,13 @@ class _Run:
         plan, targets = self.plan, self.plan.targets
         if plan.pattern is not None:
             return {}
-        lower = {name: pruned_count({name: mask}) for name, mask in self.previous.items()}
+        lower = {t.name: pruned_count({t.name: m}) for t in targets if (m := self.previous.get(t.name)) is not None}
         if isinstance(plan.allocation, Mapping):
-            mapping = {name: value * self.fraction for name, value in plan.allocation.items()}
-            wished = None if plan.sparsity is None else plan.sparsity * self.fraction
-            return mapping_counts(targets, mapping, wished, lower)
-        sparsity = (0.5 if plan.sparsity is None else plan.sparsity) * self.fraction
-        total = math.floor(sparsity * sum(t.numel for t in targets))
+            counts = mapping_counts(targets, *_mapped(plan, self.fraction), lower)
+            return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
+        exact = _sparsity(plan) * self.fraction
+        # What is pruned stays pruned, also where less is asked for now (by other settings, or in a second fit).
+        total, sparsity = max(count_of(exact, sum(t.numel for t in targets)), sum(lower.values())), float(exact)
         if plan.group == "global":
             return global_counts(targets, lambda t: self._scores(t, self.statistics.get(t.name)), total, self.parts)
         if isinstance(plan.allocation, KFACAllocation):
@@ -304,7 +332,8 @@ class _Run:
             blocks = self._blocks_of_targets()
             wanted = owl_sparsities(targets, self._here(), sparsity, plan.allocation, blocks, self.parts)
             return exact_counts(targets, wanted, total, lower)
-        return uniform_counts(targets, sparsity, plan.group)
+        counts = uniform_counts(targets, exact, plan.group)
+        return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
 
     def _here(self) -> dict[str, LayerStatistics]:
         """Statistics cut to the part of each matrix that is here."""
@@ -338,7 +367,7 @@ class _Run:
         score = self.plan.score
         with synchronized_errors(self.parts):
             # A copy: a user's score may work in place.
-            scores = score(weight.to(torch.float32, copy=True), statistics, target.name)
+            scores = score(weight.to(wide_dtype(weight.dtype), copy=True), statistics, target.name)
             if not isinstance(scores, Tensor) or scores.shape != weight.shape:
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise ValueError(f"score {score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}")
@@ -356,6 +385,8 @@ class _Run:
         else:
             mask = self._lowest_in_layer(layout)(scores, self.counts[target.name])
         mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
+        if (previous := self.previous.get(target.name)) is not None:
+            mask &= target.part(previous).to(mask.device)  # counts may be spread over rows in another way than before
         if self.summary is not None:
             if layout is None or layout.counted:
                 self.summary.add(target.name, own, mask, target.numel)
@@ -397,6 +428,9 @@ class _Run:
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
         if layout is not None:
             weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
+        if mask is None and (previous := self.previous.get(target.name)) is not None:
+            kept = kept & target.part(previous).to(kept.device)
+            weight = weight.masked_fill(~kept, 0.0)
         own.copy_(target.kind.from_matrix(weight, own.shape))
         return target.to_parameter(kept)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol, runtime_checkable
+
+from lightning_prune.shares import exact_share
 
 
 @runtime_checkable
@@ -93,10 +96,12 @@ class LinearSchedule:
 
     def fraction(self, step: int) -> float:
         """``1 - (1 - t)^exponent`` with t from 0 at start to 1 at end."""
-        if step >= self.end:
-            return 1.0
-        t = max(step - self.start, 0) / (self.end - self.start)
-        return 1.0 - (1.0 - t) ** self.exponent
+        return float(self.exact_fraction(step))
+
+    def exact_fraction(self, step: int) -> Fraction:
+        """`fraction` without rounding, so that no count falls below what the formula gives."""
+        left = Fraction(min(max(self.end - step, 0), self.end - self.start), self.end - self.start)  # 1 - t
+        return 1 - left**self.exponent
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,13 @@ class CubicSchedule(LinearSchedule):
     """
 
     exponent = 3
+
+
+def fraction_at(schedule: Schedule, step: int) -> Fraction:
+    """A schedule's fraction at a step, for products that become counts."""
+    if isinstance(schedule, LinearSchedule) and type(schedule).fraction is LinearSchedule.fraction:
+        return schedule.exact_fraction(step)
+    return exact_share(schedule.fraction(step))
 
 
 def check_schedule(schedule: Schedule | None) -> Schedule:

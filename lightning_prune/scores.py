@@ -57,7 +57,7 @@ class Score(Protocol):
     def allocation(self) -> str: ...  # noqa: D102
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
-        """Scores ``[O, I]`` of the float32 `weight` ``[O, I]`` of the parameter `name`."""
+        """Scores ``[O, I]`` of the `weight` ``[O, I]`` of the parameter `name`, float32, or float64 if it is so."""
         ...
 
 

@@ -78,9 +78,15 @@ def _vector_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a dtype are computed in: float64 stays, all others become float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _squares(rows: Tensor, keep: Tensor | None) -> Tensor:
     """Sum of squares over samples and tokens, ``[B, T, C]`` to ``[C]``; `keep` is ``[B, T]`` or None."""
-    flat = rows.reshape(-1, rows.shape[-1]).float()
+    flat = rows.reshape(-1, rows.shape[-1])
+    flat = flat.to(wide_dtype(flat.dtype))
     if keep is not None:
         flat = flat[keep.reshape(-1)]
     return flat.square().sum(0).to(_vector_dtype(rows.device))
@@ -96,12 +102,14 @@ class Accumulator:
         gradient_dtype: dtype of the gradient aggregate. bfloat16 halves its memory but stops growing after some
             256 samples of equal size.
         gradient_device: Where the gradient aggregate lives; default beside the layer.
+        dtype: Of products and results: that of `wide_dtype` for the weight.
     """
 
     statistics: frozenset[str]
     shape: tuple[int, int]
     gradient_dtype: torch.dtype = torch.float32
     gradient_device: torch.device | None = None
+    dtype: torch.dtype = torch.float32
     samples: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
@@ -113,7 +121,7 @@ class Accumulator:
             increments[INPUT_NORM] = _squares(x, keep)
         if HESSIAN in self.statistics:
             flat = x.reshape(-1, x.shape[-1])
-            flat = (flat if keep is None else flat[keep.reshape(-1)]).float()  # [B*T, I]
+            flat = (flat if keep is None else flat[keep.reshape(-1)]).to(self.dtype)  # [B*T, I]
             increments[HESSIAN] = flat.t() @ flat
         return increments
 
@@ -160,7 +168,7 @@ class Accumulator:
         if name in GRADIENTS:
             device, dtype = self.gradient_device or device, self.gradient_dtype
         else:
-            dtype = torch.float32 if name == HESSIAN else _vector_dtype(device)
+            dtype = self.dtype if name == HESSIAN else _vector_dtype(device)
         self.sums[name] = torch.zeros(sizes.get(name, self.shape), dtype=dtype, device=device)
 
     def result(self, samples: int) -> LayerStatistics:
@@ -169,7 +177,7 @@ class Accumulator:
         for name in self.statistics:
             total = self.sums[name]
             if name in (INPUT_NORM, OUTPUT_GRAD_NORM):
-                values[name] = (total / samples).sqrt().float()
+                values[name] = (total / samples).sqrt().to(self.dtype)
             elif name == GRADIENT_L2:
                 values[name] = total.sqrt_()
             elif name == HESSIAN:

@@ -30,6 +30,7 @@ from lightning_prune.statistics import (
     HESSIAN,
     Accumulator,
     CalibrationError,
+    wide_dtype,
 )
 from lightning_prune.targets import LayerKind, Target
 from lightning_prune.weight_uses import LayerCall, WeightUses, same_gradient
@@ -164,7 +165,10 @@ class Taps:
             (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
             shape = row_end - row, column_end - column
         own = target.matrix().shape
-        accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device)
+        wide = wide_dtype(target.weight.dtype)
+        # Gradient aggregates are as exact as the weights, unless less was asked for.
+        gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
+        accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
         return Tap(target, accumulator, layout, shape)
 
     @contextmanager
@@ -414,12 +418,13 @@ class Taps:
             for gradient in gradients if self.counting else ():
                 tap.accumulator.add_gradient(gradient, self.scale)
             return
-        step = Accumulator(self.statistics & GRADIENTS, tap.forward_shape, torch.float32)
+        wide = tap.accumulator.dtype
+        step = Accumulator(self.statistics & GRADIENTS, tap.forward_shape, wide, dtype=wide)
         for gradient in gradients if self.counting else ():
             step.add_gradient(gradient, self.scale)
         for name in sorted(step.statistics):
             part = step.sums.pop(name, None)
-            part = torch.zeros(tap.forward_shape, device=self.device) if part is None else part
+            part = torch.zeros(tap.forward_shape, dtype=wide, device=self.device) if part is None else part
             tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
 
 

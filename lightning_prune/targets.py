@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.sharding import Layout, as_shard_of, local
 from lightning_prune.tensor_names import HEADS, is_head
@@ -237,7 +238,8 @@ def find_targets(
         frozen: Whether to take frozen layers like others, for what trains them by adapters.
 
     Returns:
-        One entry a parameter, in the model's order; layers that share a parameter share the entry.
+        One entry a parameter, in the model's order; layers that share a parameter share the entry. Layers without any
+        weights, such as ``Linear(16, 0)``, have none.
 
     Raises:
         ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
@@ -300,7 +302,7 @@ def select_layers(
             left_out[name] = IGNORED
         elif reasons[name]:
             left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, FROZEN) if r in reasons[name])
-    chosen = {name: module for name, module in layers.items() if name not in left_out}
+    chosen = {name: module for name, module in layers.items() if name not in left_out and not _is_empty(module)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
     return Selection(_group_by_parameter(model, chosen), left_out, frozenset(adapters))
@@ -433,11 +435,19 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
     """Modules of adapters beside a PEFT ``base_layer``."""
     adapters: set[nn.Module] = set()
     for parent in model.modules():
+        if isinstance(parent, AveragedModel) and parent is not model:
+            adapters.update(parent.modules())
         base = getattr(parent, "base_layer", None)
         if isinstance(base, nn.Module):
             inside = set(base.modules())
             adapters.update(m for m in parent.modules() if m not in inside and m is not parent)
     return adapters
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a layer has no weights at all, as ``Linear(16, 0)``: nothing to prune, and no samples reach it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not weight.numel() and not weight.is_meta
 
 
 def _reject_bare_string(argument: str, value: object) -> None:

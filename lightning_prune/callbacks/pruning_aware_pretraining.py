@@ -16,7 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_prune.batches import padding_mask
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.shrinking_checks import (
     check_module,
@@ -29,7 +31,6 @@ from lightning_prune.callbacks.shrinking_checks import (
 )
 from lightning_prune.callbacks.shrinking_parts import (
     agree_of,
-    averages,
     count_tokens,
     load_source,
     metrics,
@@ -172,6 +173,7 @@ class PruningAwarePretraining(L.Callback):
         self._shrinking: Shrinking | None = None
         self._owner: weakref.ref[L.LightningModule] | None = None
         self._loaded: dict[str, Any] | None = None  # of a checkpoint, not yet bound to the module
+        self._copied = False  # what is loaded comes from a copied callback, whose module is not known
         self._distillation: Distillation | None = None
         self._unwrap: list[Callable[[], None]] = []
         self._waiting = False  # for a checkpoint
@@ -180,7 +182,24 @@ class PruningAwarePretraining(L.Callback):
     @property
     def history(self) -> list[ShrinkRecord]:
         """One record a pruning, after one of the model before the first."""
-        return [] if self._shrinking is None else self._shrinking.history
+        if self._shrinking is not None:
+            return self._shrinking.history
+        saved = [] if self._loaded is None else self._loaded["history"]
+        return [ShrinkRecord.from_dict(record) for record in saved]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: settings and what a checkpoint would hold, nothing of a module or of a fit that runs.
+
+        A fit of the copy goes on from there if its module has shrunk to those very sizes, and else begins anew. Where
+        parameters are sharded the sums are spread over processes, and stay behind.
+        """
+        shrinking, state = self._shrinking, self._loaded
+        if shrinking is not None:
+            state = None if shrinking.compact_every is None else shrinking.state_dict()
+        loaded = {"_loaded": state, "_copied": self._copied or shrinking is not None}
+        return copied_state(
+            self, _shrinking=None, _owner=None, _distillation=None, _unwrap=[], _waiting=False, **loaded
+        )
 
     # -- life of a fit -------------------------------------------------------------------------------------------
 
@@ -224,6 +243,8 @@ class PruningAwarePretraining(L.Callback):
         before = self._shrinking if owner is pl_module else None
         state = self._loaded or (before.state_dict() if before is not None else None)
         structure = read_structure(pl_module, self.attention_unit)
+        if self._copied and state is not None and not _shrunk_to(state, structure.sizes):
+            state = None
         stay = units_stay(structure, trainer.strategy)
         check_module(pl_module, trainer.strategy)  # once more: configure_model may have compiled it
         if state is None:
@@ -246,6 +267,7 @@ class PruningAwarePretraining(L.Callback):
         if not shrinking.reached:
             check_optimizers(structure, trainer.optimizers, self.saliency)
         self._shrinking, self._owner, self._loaded = shrinking, weakref.ref(pl_module), None
+        self._copied = False
         if not shrinking.reached:
             self._watch(shrinking)
         if self._distillation is not None:
@@ -434,6 +456,12 @@ class PruningAwarePretraining(L.Callback):
                 )
         self.tokens = int(state_dict["tokens"])
         self._loaded = state_dict["shrinking"]
+        self._copied = False
 
     def _settings(self) -> dict[str, Any]:
         return {name: list(self.types) if name == "types" else getattr(self, name) for name in _SAME}
+
+
+def _shrunk_to(state: dict[str, Any], sizes: Sizes) -> bool:
+    """Whether a model of these sizes is what a copied callback has shrunk."""
+    return Sizes(**state["sizes"]) == sizes != Sizes(**state["first"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 from lightning_prune.batches import padding_mask
@@ -22,13 +21,6 @@ def metrics(record: ShrinkRecord, shrinking: Shrinking) -> dict[str, float]:
     saliency = {f"shrink/saliency_{t}": value for t, value in record.saliency.items()}
     pruned = {f"shrink/pruned_{t}": value for t, value in pruned_ratios(record, shrinking.history[0]).items()}
     return {"shrink/parameters": record.parameters, "shrink/tokens": record.tokens, **sizes, **saliency, **pruned}
-
-
-def averages(trainer: L.Trainer) -> list[nn.Module]:
-    """The averaged copies of the module that Lightning's callbacks hold."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    found = [c._average_model for c in callbacks if isinstance(c, WeightAveraging)]
-    return [average.module for average in found if average is not None]
 
 
 def agree_of(trainer: L.Trainer) -> Callable[[Tensor], None] | None:

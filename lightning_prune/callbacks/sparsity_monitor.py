@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.coverage import countable_weights
 from lightning_prune.run_facts import run_facts
@@ -80,6 +81,10 @@ class SparsityMonitor(L.Callback):
         self._folder: Path | None = None
         self._file: Path | None = None
         self._last: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: everything but its Trainer's."""
+        return copied_state(self)
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 

@@ -17,16 +17,28 @@ from torch.optim import Optimizer
 
 from lightning_prune.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.batches import check_repeatable
+from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData
 from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.pruning_notices import (
+    described,
+    last_step,
+    score_options,
+    warn_of_a_schedule_that_ends_too_late,
+    warn_of_choice_by_score,
+    warn_of_missing_sparsity,
+    warn_of_other_settings,
+)
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.training_loss import calibration_loss, no_trace, watched_loss
 from lightning_prune.enforcement import Enforcer
 from lightning_prune.masks import (
     Masks,
     apply_masks,
+    current_weight,
     follow_names,
-    mask_sparsity,
+    masks_hold,
     named_weights,
     pack_masks,
     pruned_counts,
@@ -34,12 +46,12 @@ from lightning_prune.masks import (
     unpack_masks,
 )
 from lightning_prune.plan import PruningPlan, check_settings, make_plan
-from lightning_prune.pruning import run_plan
+from lightning_prune.pruning import planned_count, run_plan
 from lightning_prune.ranks import Ranks
-from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule
+from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.score_summary import ScoreSummary
 from lightning_prune.scores import Keep, Score, make_score
-from lightning_prune.sharding import has_sharded_parameters, local, reshard
+from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
 from lightning_prune.targets import DEFAULT_IGNORE
 
 _STATE_VERSION = 1
@@ -57,6 +69,18 @@ class WeightPruning(L.Callback):
 
     At fit start it says what share of the weights it prunes, and by name what it leaves out and why: what cannot be
     pruned, frozen layers, routers, heads. Below 90 % of the matrices outside embeddings and heads it is a warning.
+
+    Averages of the weights are held to the masks too, whatever the order of callbacks: those of Lightning's
+    ``WeightAveraging`` and ``StochasticWeightAveraging``, and every ``torch.optim.swa_utils.AveragedModel`` that is an
+    attribute of the module or of a callback. A parameter that is replaced during training is masked in turn, with a
+    warning; one that is gone or has got another shape is an error.
+
+    Warnings say when a schedule cannot end in time, when training ended with less sparsity than was asked for, when a
+    checkpoint's masks were made with other settings, and when a monitored metric would compare weights of different
+    sparsities (see `finished`).
+
+    A copy (``copy.deepcopy``, pickle), of a fit that runs too, has the settings and the masks. In a fit of its own it
+    goes on with those masks if they hold in the module, that is if its pruned weights are zero, and else prunes anew.
 
     Works with automatic and manual optimization on one device, under DDP, and under ``ModelParallelStrategy`` (FSDP2,
     tensor parallelism), where scores, aggregates and masks are shards as the parameters are, and `masks` are DTensors.
@@ -85,7 +109,7 @@ class WeightPruning(L.Callback):
             from the training data, as its sampler yields them, or read from a copy of a stream; the training data and
             its order are untouched.
         seed: Of the draw of calibration samples, and of ``score="random"``.
-        gradient_dtype: ``"float32"`` or ``"bfloat16"`` for the gradient aggregate.
+        gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
         progress: Show progress bars in a terminal.
 
@@ -151,8 +175,15 @@ class WeightPruning(L.Callback):
         self._uncounted: tuple[str, ...] = ()
         self._data: CalibrationData | None = None  # made when a fit starts; kept where it cannot be made again
         self._handles: list[Any] = []
-        self._gradients_masked = False
+        self._hooked: list[Optimizer] = []
+        self._copied = False  # masks of a copy, whose module is not known
+        self._counts: dict[str, tuple[int, int]] = {}  # by parameter, over all ranks: weights pruned, weights
+        self._target_names: tuple[str, ...] = ()
+        self._planned: int | None = None  # of the targets, in the end; None before a fit, and with score="keep"
         self._seen_step = 0
+        self._reported = False
+        self._said: set[str] = set()
+        self._stage: str | None = None
         self._scores = ScoreSummary()
         self._around_update: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._dense: dict[str, Tensor] | None = None  # not None: weights are to be copied before they are pruned
@@ -174,7 +205,10 @@ class WeightPruning(L.Callback):
 
     @property
     def masks(self) -> Masks:
-        """Bool masks by parameter name, True = kept, sharded as the parameters are; empty before pruning."""
+        """Bool masks by parameter name, True = kept, sharded as the parameters are; empty before pruning.
+
+        During a fit they are made anew each time, one byte a weight: keep them where they are needed often.
+        """
         if self._enforcer is not None:
             return self._enforcer.masks()
         module = None if self._owner is None else self._owner()
@@ -182,8 +216,19 @@ class WeightPruning(L.Callback):
 
     @property
     def sparsity(self) -> float:
-        """Share of pruned weights over all targets; 0.0 before pruning. Where they are sharded, every rank must ask."""
-        return mask_sparsity(self.masks)
+        """Share of pruned weights over all targets and ranks; 0.0 before pruning. Any rank may ask, alone."""
+        pruned, total = self._counted(self._counts)
+        return pruned / total if total else 0.0
+
+    def _counted(self, names: Iterable[str]) -> tuple[int, int]:
+        counts = [self._counts.get(name, (0, 0)) for name in names]
+        return sum(pruned for pruned, _ in counts), sum(total for _, total in counts)
+
+    @property
+    def finished(self) -> bool:
+        """Whether as many weights are pruned as was asked for; from then on metrics can be compared."""
+        pruned, total = self._counted(self._target_names or self._counts)
+        return bool(total) and (self._planned is None or pruned >= self._planned)
 
     @property
     def scores(self) -> ScoreSummary:
@@ -204,6 +249,8 @@ class WeightPruning(L.Callback):
             rename: From a parameter's name as masks have it to its name now.
         """
         self._masks = {rename(name): mask for name, mask in self._masks.items()}
+        self._counts = {rename(name): counts for name, counts in self._counts.items()}
+        self._target_names = tuple(map(rename, self._target_names))
         if self._enforcer is not None:
             self._enforcer.rename(rename)
 
@@ -232,6 +279,7 @@ class WeightPruning(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
         check_checkpoint_of(trainer)
+        self._stage = stage
         if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise ValueError(
                 f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
@@ -241,26 +289,31 @@ class WeightPruning(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
-        plan = make_plan(pl_module, **self.settings, targets=self.targets, ignore=self.ignore)
-        self._handles.append(BeforeTeardown(trainer.strategy, self._finish))
+        plan = self._make_plan(pl_module)
+        self._handles.append(BeforeTeardown(trainer.strategy, lambda: self._finish(trainer)))
         sharded = has_sharded_parameters(pl_module)
         if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
                 "ranks see the same samples; use strategy=ModelParallelStrategy()"
             )
-        self._plan, self._uncounted = plan, plan.coverage.uncounted
-        if self._owner is not None and self._owner() is not pl_module:
-            self._masks = {}  # another module's; a loaded checkpoint's have no owner yet
+        self._plan, self._uncounted, self._reported = plan, plan.coverage.uncounted, False
+        stranger = self._owner is not None and self._owner() is not pl_module
+        if stranger or (self._copied and not masks_hold(pl_module, self._masks)):
+            self._keep({})  # another module's; a loaded checkpoint's have no owner yet
+        self._copied = False
         self._check_data(trainer, plan)
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
             self._begin(trainer, pl_module)
         if self._data is not None and not self._data.kept:
             self._data = None
-        for optimizer in trainer.optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._hook_optimizers(trainer)
+
+    def _make_plan(self, module: L.LightningModule) -> PruningPlan:
+        plan = make_plan(module, **self.settings, targets=self.targets, ignore=self.ignore)
+        self._planned, self._target_names = planned_count(plan), tuple(t.name for t in plan.targets)
+        return plan
 
     def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
         """Refuse calibration data that a later update could not read; keep what it could not get any more."""
@@ -285,6 +338,12 @@ class WeightPruning(L.Callback):
         else:
             for optimizer in trainer.optimizers:
                 self._enforcer.mask_states(optimizer)
+            self._mask_averages(trainer, pl_module)  # a checkpoint may have brought them
+        if not self.finished and self._planned is not None:
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                warn_of_a_schedule_that_ends_too_late(self.schedule, last_step(trainer, pl_module))
+            if trainer.global_step < self.schedule.end:
+                warn_of_choice_by_score(trainer, self.schedule)
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert self._plan is not None
@@ -296,31 +355,59 @@ class WeightPruning(L.Callback):
             self._prune(trainer, module)
         self._owner = weakref.ref(module)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow parameters that something has replaced since the last batch."""
+        self._follow(trainer, pl_module)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prune further if the schedule says so."""
+        """Follow replaced parameters, and prune further if the schedule says so."""
+        self._follow(trainer, pl_module)
         step, seen = trainer.global_step, self._seen_step
         self._seen_step = step
-        # With several optimizers a batch makes several steps.
-        if any(self._due(s) for s in range(seen + 1, step + 1)):
+        # With several optimizers a batch makes several steps. A second fit begins with what the first has pruned.
+        if not self.finished and any(self._due(s) for s in range(seen + 1, step + 1)):
             self._prune(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validate the weights, or their average, as pruned as they are to be."""
+        if self._enforcer is not None:
+            self._follow(trainer, pl_module)
+            self._mask_averages(trainer, pl_module)
 
     def _due(self, step: int) -> bool:
         """Whether the schedule prunes something at a step."""
         return self.schedule.updates_at(step) and self.schedule.fraction(step) > 0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Never save a pruned weight that something else has revived."""
+        """Never save a pruned weight that something else has revived, be it in an average."""
+        self._follow(trainer, pl_module)
         self._repair()
+        self._mask_averages(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check what training has left."""
+        """Hold averages that become the final weights to the masks; say what was not reached."""
+        self._follow(trainer, pl_module)
         self._repair()
+        self._mask_averages(trainer, pl_module)
+        self._report(trainer)
 
-    def _finish(self) -> None:
+    def _report(self, trainer: L.Trainer) -> None:
+        """Warn once a fit if fewer weights are pruned than was asked for."""
+        pruned, _ = self._counted(self._target_names)
+        if self._reported or self._planned is None or pruned >= self._planned or self._plan is None:
+            return
+        self._reported = True
+        total = sum(target.numel for target in self._plan.targets)
+        warn_of_missing_sparsity(self.schedule, trainer.global_step, pruned, self._planned, total)
+
+    def _finish(self, trainer: L.Trainer) -> None:
         """Check what other callbacks have left, and let go of the optimizers."""
         self._repair()
+        self._report(trainer)  # of a fit that had nothing left to train
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -334,16 +421,35 @@ class WeightPruning(L.Callback):
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        # Shards stay on the devices of their mesh.
-        self._masks = {n: mask if isinstance(mask, DTensor) else mask.cpu() for n, mask in self.masks.items()}
+        self._handles, self._hooked = [], []
+        self._masks = self._masks_at_rest()
         self._enforcer = self._plan = self._data = None
+
+    def _masks_at_rest(self) -> Masks:
+        """The masks in main memory; shards stay on the devices of their mesh."""
+        return {n: mask if isinstance(mask, DTensor) else mask.cpu() for n, mask in self.masks.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: settings and masks, nothing of a module, an optimizer or a fit that runs."""
+        return copied_state(
+            self,
+            _masks=self._masks_at_rest(),
+            _enforcer=None,
+            _plan=None,
+            _data=None,
+            _handles=[],
+            _hooked=[],
+            _owner=None,
+            _copied=self._copied or self._owner is not None,
+            _around_update=nullcontext,
+            _dense=None,
+        )
 
     # -- pruning -------------------------------------------------------------------------------------------------
 
     def _prune(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert self._plan is not None
         started = time.monotonic()
+        self._plan = self._make_plan(module)  # layers may have been replaced since the last time
         with self._around_update():
             masks = self._new_masks(trainer, module, self._plan)
             self._bind(trainer, module, masks)
@@ -351,13 +457,13 @@ class WeightPruning(L.Callback):
         total = sum(mask.numel() for mask in masks.values())
         counted, everything = self._plan.coverage.pruned_shares(pruned)
         rank_zero_info(
-            f"WeightPruning: {sum(pruned.values()) / max(total, 1):.2%} of {total:,} weights in {len(masks)} layers "
+            f"WeightPruning: {self.sparsity:.2%} of {total:,} weights in {len(masks)} layers "
             f"are pruned, {counted:.2%} of the countable weights, {everything:.2%} of all parameters "
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
     def _new_masks(self, trainer: L.Trainer, module: L.LightningModule, plan: PruningPlan) -> Masks:
-        loss_fn, data, summary = None, None, ScoreSummary()
+        loss_fn, data, summary, previous = None, None, ScoreSummary(), self.masks
         reshard(module)
         if self._dense is not None:
             self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
@@ -379,14 +485,15 @@ class WeightPruning(L.Callback):
                 module,
                 data,
                 loss_fn,
-                fraction=self.schedule.fraction(trainer.global_step),
-                previous=self.masks,
+                fraction=fraction_at(self.schedule, trainer.global_step),
+                previous=previous,
                 forward_context=trainer.precision_plugin.train_step_context,
                 ranks=ranks_of(trainer),
                 summary=summary,
             )
         self._scores = summary
-        return masks
+        # Layers that are no targets any more, of a checkpoint made with others, stay as they are.
+        return {**{name: mask for name, mask in previous.items() if name not in masks}, **masks}
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
@@ -394,31 +501,90 @@ class WeightPruning(L.Callback):
         apply_masks(module, masks)
         weights = named_weights(module)
         self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
-        self._masks = {}
+        self._keep(masks)
+        self._masks = {}  # the enforcer has them
         for optimizer in trainer.optimizers:
             self._enforcer.mask_states(optimizer)
+        self._mask_averages(trainer, module)
+
+    def _mask_averages(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._enforcer is None:
+            return
+        for problem in mask_averages(trainer, module, self._enforcer.masks):
+            if problem not in self._said:
+                self._said.add(problem)
+                rank_zero_warn(problem)
+
+    def _keep(self, masks: Masks) -> None:
+        """Take masks and count them; where they are sharded every rank must call."""
+        self._masks = masks
+        pruned = counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
+        self._counts = {name: (pruned[name], mask.numel()) for name, mask in masks.items()}
+
+    def _follow(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Give the masks to the parameters, and the hooks to the optimizers, that are there now.
+
+        Raises:
+            RuntimeError: a masked parameter is gone, has got another shape, or is no longer shared by layers that were
+                tied.
+        """
+        self._hook_optimizers(trainer)
+        enforcer = self._enforcer
+        if enforcer is None or not (strange := self._strangers(enforcer, module)):
+            return
+        reshard(module)  # FSDP2 itself replaces parameters, for as long as they are gathered
+        if not (strange := self._strangers(enforcer, module)):
+            return
+        try:
+            if torn := self._torn():
+                raise ValueError(f"layers that shared {torn[0]!r} have parameters of their own now")
+            self._bind(trainer, module, self.masks)
+        except ValueError as error:
+            raise RuntimeError(
+                f"the parameter {strange[0]!r} was replaced during training, and its mask cannot follow: {error}. "
+                "Replace layers between two fits, or leave them out (ignore)"
+            ) from error
+        rank_zero_warn(
+            f"WeightPruning: {len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their "
+            "masks hold for the new ones from now on"
+        )
+
+    def _strangers(self, enforcer: Enforcer, module: L.LightningModule) -> list[str]:
+        """Names of the masked parameters that are not those of the module now."""
+        strange = [name for name in enforcer.names if not enforcer.follows(name, current_weight(module, name))]
+        return strange or self._torn()
+
+    def _torn(self) -> list[str]:
+        """Names of weights that tied layers shared, and do not share any more."""
+        tied = [t for t in self._plan.targets if len(t.modules) > 1] if self._plan is not None else []
+        return [t.name for t in tied if len({id(m._parameters.get("weight")) for m in t.modules}) > 1]
+
+    def _hook_optimizers(self, trainer: L.Trainer) -> None:
+        for optimizer in trainer.optimizers:
+            if all(optimizer is not known for known in self._hooked):
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+                self._hooked.append(optimizer)
 
     # -- enforcement ---------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Automatic optimization: mask gradients once a step, before they are clipped."""
-        if self._enforcer is not None and pl_module.automatic_optimization:
+        """Mask gradients once a step, before they are clipped."""
+        if self._enforcer is not None:
             self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
-            self._gradients_masked = True
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Manual optimization: mask gradients after each backward, since the user may clip at any time."""
         if self._enforcer is not None and not pl_module.automatic_optimization:
             self._enforcer.mask_gradients()
-            self._gradients_masked = True
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Only where no hook above saw the gradients: a manual step after a plain loss.backward().
-        if self._enforcer is not None and not self._gradients_masked:
+        # Whatever the hooks above saw: manual optimization may step an optimizer that Lightning has not wrapped, after
+        # a plain loss.backward() that came before or after a manual_backward.
+        if self._enforcer is not None:
             self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._gradients_masked = False
         if self._enforcer is not None:
             self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
 
@@ -447,14 +613,14 @@ class WeightPruning(L.Callback):
             "masks": pack_masks(self.masks),
             "scores": self._scores.state_dict(),
             "uncounted": list(self._uncounted),
-            "settings": {**self._described(), "seed": self.seed, "schedule": repr(self.schedule)},
+            "settings": self._described(),
         }
 
     def _described(self) -> dict[str, Any]:
-        """The settings that say how the masks came about, for model cards; nothing reads them when resuming."""
+        """The settings that say how the masks came about, in plain values, for model cards and for a resumed run."""
         values = {name: self.settings[name] for name in _DESCRIBED}
-        plain = (str, int, float, bool, type(None))
-        return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
+        values |= {name: getattr(self, name) for name in ("targets", "ignore", "seed", "schedule")}
+        return {**score_options(self.settings["score"]), **{name: described(value) for name, value in values.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take masks from a checkpoint; they are bound to the parameters at fit start.
@@ -465,16 +631,17 @@ class WeightPruning(L.Callback):
         version = state_dict.get("version")
         if version != _STATE_VERSION:
             raise ValueError(f"the checkpoint's WeightPruning state has version {version!r}, not {_STATE_VERSION}")
-        for setting, mine in (("score", self.settings["score"].name), ("pattern", self.settings["pattern"])):
-            if state_dict.get(setting) != mine:
-                rank_zero_warn(
-                    f"WeightPruning: the checkpoint's masks were made with {setting}={state_dict.get(setting)!r}, this "
-                    f"callback has {mine!r}; the checkpoint's masks are kept"
-                )
-        self._masks = unpack_masks(state_dict["masks"])
+        masks = unpack_masks(state_dict["masks"])
+        if masks and self._stage in (None, "fit"):
+            score = self.settings["score"]
+            own = {"score": score.name, "pattern": self.settings["pattern"]}
+            saved = {**(state_dict.get("settings") or {}), **{name: state_dict.get(name) for name in own}}
+            warn_of_other_settings(saved, {**own, **self._described()}, score)
+        self._keep(masks)
         self._scores = ScoreSummary.from_state(state_dict.get("scores"))
         self._uncounted = tuple(state_dict.get("uncounted", ()))
         self._owner = None
+        self._copied = False
         self._enforcer = None
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
@@ -156,6 +157,10 @@ class PERPRetraining(L.Callback):
         self._resumed = self._started = False
         self._left_on = False  # adapters that were trained before this fit
         self._end: BeforeTeardown | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: settings and loaded masks, nothing of a module or of a fit that runs."""
+        return copied_state(self, _module=None, _started=False, _end=None)
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 

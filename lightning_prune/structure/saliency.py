@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_prune.precision import full_precision
 from lightning_prune.shard_group import shard_group
 from lightning_prune.sharding import local, shard_bounds
-from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
+from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics, wide_dtype
 from lightning_prune.structure.sizes import UnitType, check_types
 from lightning_prune.structure.units import Removal, Structure, unit_indices
 from lightning_prune.targets import Target, layer_kind
@@ -293,13 +293,14 @@ def kfac_saliency(
 def _input_saliency(target: Target, statistics: LayerStatistics) -> Tensor:
     """``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` of every input, ``[I]``; this rank's weights' share of it."""
     weight = target.matrix()  # [O, I], or what this rank has of it
+    weight = weight.to(wide_dtype(weight.dtype))
     rows = statistics.get(OUTPUT_GRAD_NORM).square()  # [O]
     columns = statistics.get(INPUT_NORM).square()  # [I]
     layout = target.layout
     if layout is None:
-        return (rows.to(weight.device) @ weight.float().square()) * columns.to(weight.device)
+        return (rows.to(weight) @ weight.square()) * columns.to(weight)
     (row, row_end), (column, column_end) = layout.bounds
-    found = torch.zeros(len(columns), device=weight.device)
-    own = rows[row:row_end].to(weight.device) @ weight.float().square()
+    found = weight.new_zeros(len(columns))
+    own = rows[row:row_end].to(weight) @ weight.square()
     found[column:column_end] = own * columns[column:column_end].to(weight.device)
     return found

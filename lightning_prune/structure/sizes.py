@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
+from lightning_prune.shares import count_of
+
 UnitType = Literal["attention", "ffn", "stem", "layer"]
 UNIT_TYPES: tuple[UnitType, ...] = ("attention", "ffn", "stem", "layer")
 AttentionUnit = Literal["group", "head"]
@@ -132,7 +134,7 @@ def target_count(target: Target, sizes: Sizes, shapes: Shapes) -> int:
                 f"target={target!r} as a float is the share of all parameters to keep, in (0, 1]; for a number of "
                 "parameters give an int"
             )
-        return math.floor(target * total)
+        return count_of(target, total)
     if isinstance(target, bool) or not isinstance(target, int):
         raise ValueError(f"target={target!r} must be a float (share), an int (parameters) or a mapping of sizes")
     if not 1 < target <= total:

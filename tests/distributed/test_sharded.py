@@ -302,3 +302,10 @@ def test_a_sharded_model_is_saved_whole(name: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / name / "model")
     for weight, value in model.named_parameters():
         assert torch.equal(value, state[f"weight.model.{weight}"]), weight
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "tp"])
+def test_any_rank_may_read_the_sparsity_alone(strategy: str, tmp_path: Path) -> None:
+    settings = {"score": "magnitude", "gradual": True, "read_alone": True, "max_steps": 5}
+    done = launch(2, (tmp_path, strategy, settings), timeout=90)
+    assert done.returncode == 0, done.stderr[-3000:]

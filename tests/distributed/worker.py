@@ -5,6 +5,7 @@ Usage: worker.py DEVICES CASES_JSON, where a case is [folder, strategy, settings
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from datetime import timedelta
@@ -95,6 +96,24 @@ class Functional(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         apply_masks(pl_module, self.masks)
+
+
+class ReadAlone(L.Callback):
+    """Rank 0 alone reads what every rank may read alone; a collective in it would wait for the others."""
+
+    def __init__(self, pruning: WeightPruning) -> None:
+        self.pruning, self.read = pruning, []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            copied = copy.deepcopy(self.pruning)
+            assert copied.sparsity == self.pruning.sparsity
+            self.read.append((self.pruning.sparsity, self.pruning.finished))
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            assert abs(self.read[-1][0] - 0.5) < 0.01, self.read
+            assert self.read[-1][1], self.read
 
 
 class Model(L.LightningModule):
@@ -188,6 +207,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         module.model.gradient_checkpointing_enable()
     schedule = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
     twice, with_monitor = settings.pop("twice", False), settings.pop("monitor", False)
+    read_alone = settings.pop("read_alone", False)
     resume, max_steps = settings.pop("resume", None), settings.pop("max_steps", 4)
     trainer_settings = settings.pop("trainer", {})
     share = settings.pop("calibration_batches", None)  # fewer batches than ranks leave one without any
@@ -198,10 +218,11 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         common = {"num_samples": 16, "progress": False, "schedule": schedule, "calibration": calibration}
         pruning = WeightPruning(**{**common, **settings})
     monitor = [SparsityMonitor(every_n_steps=2)] if with_monitor else []
+    alone = [ReadAlone(pruning)] if read_alone else []
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=STRATEGIES[strategy](), max_steps=max_steps, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        callbacks=[*monitor, pruning, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
+        callbacks=[*monitor, pruning, *alone, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
     )  # fmt: skip
     trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
     if strategy == "ddp_spawn":  # only the weights come back from the processes

@@ -1,0 +1,143 @@
+"""Averages of a module's weights that callbacks and modules keep: find them, and hold them to the masks.
+
+An average of weights that are zero stays zero, so what matters is that an average is masked whenever masks change:
+what it took in before then would stay in it, in the checkpoints and validations that use it, and in the final weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_prune.masks import apply_masks, named_weights
+from lightning_prune.sharding import gather_whole, is_sharded
+from lightning_prune.targets import clean_name, type_name
+
+
+def averages(trainer: L.Trainer) -> list[nn.Module]:
+    """The averaged copies of the module that Lightning's ``WeightAveraging`` callbacks hold.
+
+    Raises:
+        RuntimeError: see `_kept_by`.
+    """
+    found = [_kept_by(c) for c in _callbacks(trainer) if isinstance(c, WeightAveraging)]
+    return [average.module for average in found if average is not None]
+
+
+def mask_averages(
+    trainer: L.Trainer, module: L.LightningModule, find_masks: Callable[[], Mapping[str, Tensor]]
+) -> list[str]:
+    """Set the pruned weights to zero in every average of the module, or of a part of it, that can be found.
+
+    Those of Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging``, and every ``AveragedModel`` that the
+    module or a callback has as an attribute, or in a list or mapping there.
+
+    Args:
+        trainer: In its fit.
+        module: Its module.
+        find_masks: Gives the masks by the module's parameter names; called only if there is an average.
+
+    Returns:
+        What to tell the user of averages that could not be masked.
+
+    Raises:
+        RuntimeError: see `_kept_by`.
+    """
+    found, problems = list(_averages_in(trainer, module)), []
+    masks = find_masks() if found else {}
+    for average, owner in found:
+        prefix = "" if owner is None else _prefix_of(average, module)
+        if prefix is None:
+            problems.append(
+                f"WeightPruning: which part of {type(module).__name__} the AveragedModel of {type(owner).__name__} "
+                "averages cannot be told, so it is not held to the masks: apply those of "
+                "that part after each change, with lightning_prune.apply_masks(averaged.module, masks)"
+            )
+            continue
+        weights = named_weights(average)
+        chosen = {name.removeprefix(prefix): mask for name, mask in masks.items() if name.startswith(prefix)}
+        if missing := [name for name in chosen if name not in weights]:
+            problems.append(
+                f"WeightPruning: an average of {type(module).__name__} has no parameter {missing[0]!r}, so it is not "
+                "held to the masks; put the averaging callback after those that change the module"
+            )
+            continue
+        apply_masks(average, {name: _for_weight(mask, weights[name]) for name, mask in chosen.items()})
+    return problems
+
+
+def _for_weight(mask: Tensor, weight: Tensor) -> Tensor:
+    if is_sharded(mask) and not is_sharded(weight):
+        whole: Tensor = gather_whole(mask.to(torch.uint8)).bool()
+        return whole
+    return mask
+
+
+def _averages_in(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[nn.Module, object | None]]:
+    """Averaged modules; with each, who holds an ``AveragedModel`` that need not be one of the whole module."""
+    seen: set[int] = set()
+    for callback in _callbacks(trainer):
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            average = _kept_by(callback)
+            if average is not None:
+                seen.add(id(average))
+                yield (average.module if isinstance(average, AveragedModel) else average), None
+    inside = ((m, module) for m in module.modules())
+    beside = ((value, owner) for owner in (module, *_callbacks(trainer)) for value in _values(vars(owner)))
+    for value, owner in (*inside, *beside):
+        if isinstance(value, AveragedModel) and id(value) not in seen:
+            seen.add(id(value))
+            yield value.module, owner
+
+
+def _kept_by(callback: Any) -> Any:
+    """What an averaging callback of Lightning averages into; None before it has begun.
+
+    Raises:
+        RuntimeError: the callback keeps it elsewhere.
+    """
+    if not hasattr(callback, "_average_model"):
+        raise RuntimeError(
+            f"{type(callback).__name__} of lightning {L.__version__} does not keep its average where 2.6 does "
+            "(`_average_model`), so the average cannot be held to the masks: use lightning 2.6, or leave the callback "
+            "out while weights are pruned"
+        )
+    return callback._average_model
+
+
+def _callbacks(trainer: L.Trainer) -> list[Any]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _values(attributes: Mapping[str, Any]) -> Iterator[Any]:
+    for value in attributes.values():
+        yield value
+        if isinstance(value, Mapping):
+            yield from value.values()
+        elif isinstance(value, (list, tuple)):
+            yield from value
+
+
+def _prefix_of(average: nn.Module, module: nn.Module) -> str | None:
+    """What names of the average's parameters begin with in the module; None if no one part is like the average."""
+    averaged = {id(m) for a in module.modules() if isinstance(a, AveragedModel) for m in a.modules()}
+    shapes = _shapes(average.named_parameters())
+    found = [
+        clean_name(f"{name}.") if name else ""
+        for name, part in module.named_modules()
+        if id(part) not in averaged
+        and type_name(part) == type_name(average)
+        and _shapes(part.named_parameters()) == shapes
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _shapes(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, torch.Size]:
+    return {clean_name(name): parameter.shape for name, parameter in parameters}

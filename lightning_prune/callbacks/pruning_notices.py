@@ -1,0 +1,122 @@
+"""What `WeightPruning` tells its user of a training that will not end, or was not resumed, as was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_prune.patterns import parse_pattern
+from lightning_prune.run_facts import plain
+from lightning_prune.schedules import Schedule
+from lightning_prune.scores import Score
+
+
+def score_options(score: Score) -> dict[str, Any]:
+    """The fields of a score that is a dataclass, such as alpha, in plain values."""
+    names = getattr(score, "__dataclass_fields__", {})
+    return {name: described(getattr(score, name)) for name in names}
+
+
+def warn_of_other_settings(saved: Mapping[str, Any], mine: Mapping[str, Any], score: Score) -> None:
+    """Warn if a checkpoint's masks were made with other settings than the callback has, naming each.
+
+    Args:
+        saved: Settings in plain values; one that an older checkpoint does not hold is passed over.
+        mine: The callback's.
+        score: The callback's, whose own defaults stand for None.
+    """
+    theirs, ours = _with_defaults(saved, score), _with_defaults(mine, score)
+    changed = [
+        f"{name}={saved[name]!r} (here {mine[name]!r})" for name in mine if name in saved and theirs[name] != ours[name]
+    ]
+    if changed:
+        rank_zero_warn(
+            f"WeightPruning: the checkpoint's masks are kept as they are. They were made with {', '.join(changed)}. "
+            "What this callback has holds only for what its schedule still prunes after the checkpoint's step. To "
+            "prune anew or further by it, load the weights alone and call fit without ckpt_path, or give a schedule "
+            "that ends later"
+        )
+
+
+def _with_defaults(settings: Mapping[str, Any], score: Score) -> dict[str, Any]:
+    values = dict(settings)
+    for name, default in (("group", score.group), ("allocation", score.allocation)):
+        if name in values and values[name] is None:
+            values[name] = default
+    if "sparsity" in values and values["sparsity"] is None:
+        pattern = parse_pattern(values.get("pattern", "unstructured"))
+        values["sparsity"] = 0.5 if pattern is None else pattern.sparsity
+    return values
+
+
+def last_step(trainer: L.Trainer, module: L.LightningModule) -> float:
+    """The optimizer step that training ends at, at the latest, as far as the Trainer knows; else infinity.
+
+    Call it from `on_train_start` on, when the data are loaded.
+    """
+    known = math.inf if trainer.max_steps == -1 else float(trainer.max_steps)
+    # With manual optimization the module alone knows how many steps a batch makes.
+    if not module.automatic_optimization or trainer.max_epochs in (None, -1):
+        return known
+    try:
+        estimated = trainer.estimated_stepping_batches
+    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+        return known
+    return known if estimated == -1 else min(known, float(estimated))
+
+
+def warn_of_a_schedule_that_ends_too_late(schedule: Schedule, last: float) -> None:
+    """Warn, before training, if it ends before the schedule does."""
+    if schedule.end <= last:
+        return
+    what = "nothing will be pruned" if schedule.start > last else "the sparsity asked for will not be reached"
+    rank_zero_warn(
+        f"WeightPruning: {schedule!r} ends at step {schedule.end}, but training ends at step {last:.0f} at the latest "
+        f"(max_steps, max_epochs, limit_train_batches, accumulate_grad_batches): {what}; let the schedule end earlier, "
+        "or train longer"
+    )
+
+
+def warn_of_missing_sparsity(schedule: Schedule, step: int, pruned: int, planned: int, total: int) -> None:
+    """Warn, after training, that fewer weights are pruned than was asked for."""
+    state = f"{pruned / total:.2%} of the weights are pruned" if pruned else "no weight is pruned, the model is dense"
+    cause = (
+        f"training ended at step {step}, and {schedule!r} ends at step {schedule.end}: let it end earlier, or train "
+        "longer"
+        if step < schedule.end
+        else "the masks are those of a checkpoint or an earlier fit: see the warning about its settings, or prune "
+        "again in a fit without them"
+    )
+    rank_zero_warn(f"WeightPruning: {state}, not the {planned / total:.2%} that were asked for; {cause}")
+
+
+def warn_of_choice_by_score(trainer: L.Trainer, schedule: Schedule) -> None:
+    """Warn of callbacks that compare weights of different sparsities while a schedule prunes."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        choosing = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
+        if not (choosing or isinstance(callback, EarlyStopping)) or callback.monitor is None:
+            continue
+        does = "takes less sparse weights for better" if choosing else "takes the loss that pruning costs for a decline"
+        rank_zero_warn(
+            f"WeightPruning: {type(callback).__name__}(monitor={callback.monitor!r}) {does} until {schedule!r} ends: "
+            "log infinity (-infinity for mode='max') under that name until WeightPruning.finished, with "
+            "check_finite=False in EarlyStopping; 'Choosing the best checkpoint' in the documentation of WeightPruning "
+            "has the code"
+        )
+
+
+def described(value: Any) -> Any:
+    """A setting in plain values: the same for two callbacks that were made alike."""
+    if type(value) is not bool and isinstance(value, Real):  # numpy's numbers are no plain values
+        return int(value) if isinstance(value, Integral) else float(Fraction(str(value)))
+    words = plain(value)
+    return words if isinstance(words, (str, int, bool, type(None))) else repr(words)
