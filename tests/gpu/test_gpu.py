@@ -79,7 +79,12 @@ class Holds(L.Callback):
 
 
 def fit(
-    module: L.LightningModule, *callbacks: L.Callback, steps: int = 3, ckpt: Any = None, ids: Tensor = IDS, **options: Any
+    module: L.LightningModule,
+    *callbacks: L.Callback,
+    steps: int = 3,
+    ckpt: Any = None,
+    ids: Tensor = IDS,
+    **options: Any,
 ) -> L.Trainer:
     L.seed_everything(3, verbose=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
