@@ -226,7 +226,7 @@ def test_evaluate_and_benchmark(tmp_path: Path) -> None:
         tmp_path, prompt_tokens=8, new_tokens=2, repeats=2, warmup=1, device=ACCELERATOR, progress=False,
         dtype="bfloat16",
     )  # fmt: skip
-    assert len(found.results) == (1 if ON_CPU else 2)  # on CUDA semi-structured tensors too
+    assert len(found.models) == (1 if ON_CPU else 2)  # on CUDA semi-structured tensors too
 
 
 @pytest.mark.cuda_only
