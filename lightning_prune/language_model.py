@@ -28,6 +28,7 @@ from lightning_prune.parallel import parallelize
 from lightning_prune.pretrained import load_pretrained
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.sources import existing_path, looks_like_path
+from lightning_prune.stored_bytes import add_check_sums
 from lightning_prune.stored_units import units_in
 from lightning_prune.structure import known_families, plain_model
 from lightning_prune.structure.masked_units import note_masked_units
@@ -359,6 +360,7 @@ class CausalLM(L.LightningModule):
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
         small = without_masked_units(self.model, state)
         _ordinary(small).save_pretrained(str(folder), state_dict=state if small is self.model else None)
+        add_check_sums(sorted(Path(folder).glob("model*.safetensors")))  # as an export has them
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
 

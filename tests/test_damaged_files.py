@@ -179,8 +179,7 @@ def test_weights(kind, damage, copy):
 @pytest.mark.parametrize("damage", TEXTS)
 @pytest.mark.parametrize(
     "kind",
-    ["model/config.json", "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json",
-     "sharded/model.safetensors.index.json", "exported/sparsity.json"],
+    ["model/config.json", "model/tokenizer.json", "sharded/model.safetensors.index.json", "exported/sparsity.json"],
 )  # fmt: skip
 def test_small_files_of_a_model(kind, damage, copy):
     TEXTS[damage](copy / kind)
