@@ -9,56 +9,69 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.allocation import KFACAllocation, OWLAllocation
-    from lightning_prune.callbacks import SparsityMonitor, WeightPruning
-    from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
-    from lightning_prune.language_model import CausalLM
-    from lightning_prune.masks import apply_masks
-    from lightning_prune.perp.callback import PERPRetraining
-    from lightning_prune.pruning import prune
-    from lightning_prune.ranks import Ranks
-    from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
-    from lightning_prune.statistics import CalibrationError
-    from lightning_prune.structure.oneshot import prune_structured
-    from lightning_prune.text_data import TextDataModule
+    from lightning_prune.callbacks.perp_retraining import PERPRetraining as PERPRetraining
+    from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining as PruningAwarePretraining
+    from lightning_prune.callbacks.sparsity_monitor import SparsityMonitor as SparsityMonitor
+    from lightning_prune.callbacks.weight_pruning import WeightPruning as WeightPruning
+    from lightning_prune.checkpoints.export import export as export
+    from lightning_prune.checkpoints.inspection import inspect as inspect
+    from lightning_prune.checkpoints.mask_files import load_masks as load_masks
+    from lightning_prune.checkpoints.mask_files import save_masks as save_masks
+    from lightning_prune.checkpoints.reading import open_checkpoint as open_checkpoint
+    from lightning_prune.checkpoints.states import load_merged_state as load_merged_state
+    from lightning_prune.errors import CalibrationError as CalibrationError
+    from lightning_prune.evaluation.evaluate import evaluate as evaluate
+    from lightning_prune.evaluation.latency import benchmark as benchmark
+    from lightning_prune.evaluation.perplexity import perplexity as perplexity
+    from lightning_prune.pruning.allocation import KFACAllocation as KFACAllocation
+    from lightning_prune.pruning.allocation import OWLAllocation as OWLAllocation
+    from lightning_prune.pruning.coverage import measure_coverage as measure_coverage
+    from lightning_prune.pruning.masks import apply_masks as apply_masks
+    from lightning_prune.pruning.masks import mask_sparsity as mask_sparsity
+    from lightning_prune.pruning.pipeline import prune as prune
+    from lightning_prune.pruning.scores import Score as Score
+    from lightning_prune.pruning.statistics import LayerStatistics as LayerStatistics
+    from lightning_prune.ranks import Ranks as Ranks
+    from lightning_prune.schedules import CubicSchedule as CubicSchedule
+    from lightning_prune.schedules import LinearSchedule as LinearSchedule
+    from lightning_prune.schedules import OneShot as OneShot
+    from lightning_prune.structure.oneshot import prune_structured as prune_structured
+    from lightning_prune.text.data import TextDataModule as TextDataModule
+    from lightning_prune.text.module import CausalLM as CausalLM
 
 _HOMES = {
-    "CalibrationError": "statistics",
-    "CausalLM": "language_model",
+    "CalibrationError": "errors",
+    "CausalLM": "text.module",
     "CubicSchedule": "schedules",
-    "KFACAllocation": "allocation",
+    "KFACAllocation": "pruning.allocation",
+    "LayerStatistics": "pruning.statistics",
     "LinearSchedule": "schedules",
-    "OWLAllocation": "allocation",
+    "OWLAllocation": "pruning.allocation",
     "OneShot": "schedules",
-    "TextDataModule": "text_data",
-    "PERPRetraining": "perp.callback",
+    "PERPRetraining": "callbacks.perp_retraining",
     "PruningAwarePretraining": "callbacks.pruning_aware_pretraining",
     "Ranks": "ranks",
-    "SparsityMonitor": "callbacks",
-    "WeightPruning": "callbacks",
-    "apply_masks": "masks",
-    "prune": "pruning",
+    "Score": "pruning.scores",
+    "SparsityMonitor": "callbacks.sparsity_monitor",
+    "TextDataModule": "text.data",
+    "WeightPruning": "callbacks.weight_pruning",
+    "apply_masks": "pruning.masks",
+    "benchmark": "evaluation.latency",
+    "evaluate": "evaluation.evaluate",
+    "export": "checkpoints.export",
+    "inspect": "checkpoints.inspection",
+    "load_masks": "checkpoints.mask_files",
+    "load_merged_state": "checkpoints.states",
+    "mask_sparsity": "pruning.masks",
+    "measure_coverage": "pruning.coverage",
+    "open_checkpoint": "checkpoints.reading",
+    "perplexity": "evaluation.perplexity",
+    "prune": "pruning.pipeline",
     "prune_structured": "structure.oneshot",
+    "save_masks": "checkpoints.mask_files",
 }
 
-__all__ = [
-    "CalibrationError",
-    "CausalLM",
-    "CubicSchedule",
-    "KFACAllocation",
-    "LinearSchedule",
-    "OWLAllocation",
-    "OneShot",
-    "PERPRetraining",
-    "PruningAwarePretraining",
-    "Ranks",
-    "SparsityMonitor",
-    "TextDataModule",
-    "WeightPruning",
-    "apply_masks",
-    "prune",
-    "prune_structured",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -68,4 +81,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

@@ -28,15 +28,15 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.callbacks import WeightPruning
-from lightning_prune.evaluation import perplexity
-from lightning_prune.inspection import inspect
-from lightning_prune.language_model import CausalLM
-from lightning_prune.masks import Masks
-from lightning_prune.pictures import sparsity_per_layer
-from lightning_prune.pruning import prune
-from lightning_prune.tables import replace_text
-from lightning_prune.text_data import TextDataModule
+from lightning_prune import WeightPruning
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.evaluation.perplexity import perplexity
+from lightning_prune.pruning.masks import Masks
+from lightning_prune.pruning.pipeline import prune
+from lightning_prune.report.figures import sparsity_per_layer
+from lightning_prune.safety import replace_text
+from lightning_prune.text.data import TextDataModule
+from lightning_prune.text.module import CausalLM
 
 VOCABULARY = 2048
 BLOCK = 128

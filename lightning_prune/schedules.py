@@ -1,12 +1,12 @@
-"""Schedules: pure functions from the training step to the sparsity wanted at it."""
+"""Compute shares, and what depends on the step: sparsity, the size of a shrinking model, the learning rate."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol, runtime_checkable
-
-from lightning_prune.shares import exact_share
+from numbers import Real
+from typing import Any, Literal, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -136,3 +136,138 @@ def check_schedule(schedule: Schedule | None) -> Schedule:
             "every) or CubicSchedule(start, end, every)"
         )
     return schedule
+
+
+Share = float | Fraction
+# No float with more digits than these is written by hand.
+_WRITTEN = 10**15
+_RATIO = 10**6
+
+
+def exact_share(value: Share) -> Fraction:
+    """The decimal or ratio that a number is written as.
+
+    Of a float, numpy's included, that is the shortest decimal that stands for it; or, if that has more digits than
+    anybody writes, a ratio of small numbers that does.
+
+    >>> exact_share(0.29), exact_share(1 / 3)
+    (Fraction(29, 100), Fraction(1, 3))
+    """
+    if isinstance(value, Fraction):
+        return value
+    decimal = Fraction(str(value))
+    if decimal.denominator * 10 > _WRITTEN:
+        ratio = decimal.limit_denominator(_RATIO)
+        if float(ratio) == float(value):
+            return ratio
+    return decimal
+
+
+def count_of(share: Share, size: int) -> int:
+    """How many of `size` things a share is, rounded down; the only place where a share becomes a count.
+
+    >>> count_of(0.29, 100), int(0.29 * 100)
+    (29, 28)
+    """
+    return math.floor(exact_share(share) * size)
+
+
+def is_share(value: Any) -> bool:
+    """Whether a value is a number in [0, 1], numpy's included; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 <= float(value) <= 1
+
+
+@dataclass(frozen=True)
+class ShrinkSchedule:
+    """Pruning every `every` steps: a fixed number of units, or as many as it takes to arrive at `end`.
+
+    Steps are optimizer steps as ``trainer.global_step`` counts them. The first pruning comes `every` steps after
+    `start`, since saliency needs gradients first.
+
+    >>> ShrinkSchedule(start=10, every=5).due(15)
+    True
+    >>> ShrinkSchedule(start=0, end=100, every=10).goal(50, initial=1000, final=500)
+    750
+
+    Args:
+        start: Step from which saliency is accumulated.
+        end: Step of the last pruning, at which the final size is reached; None: `units` at a time until it is.
+        every: Steps between prunings (N in the paper). With `end`, the last pruning is at `end` whether or not it
+            divides.
+        units: Units at a pruning, without `end`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    start: int = 0
+    end: int | None = None
+    every: int = 1
+    units: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("start", 0), ("every", 1), ("units", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{_ARGUMENTS[name]}={value!r} must be a whole number of at least {least}")
+        if self.end is not None and (not isinstance(self.end, int) or self.end <= self.start):
+            raise ValueError(
+                f"end={self.end!r} must be a step after start={self.start}, or None for units_per_pruning units at "
+                "each pruning until the target is reached"
+            )
+
+    def due(self, step: int) -> bool:
+        """Whether units go once `step` optimizer steps are done."""
+        if self.end is None:
+            return step > self.start and (step - self.start) % self.every == 0
+        # Past the end a model that is not small enough (a second fit, another target) catches up.
+        return (self._line.updates_at(step) and step > self.start) or step > self.end
+
+    def goal(self, step: int, initial: int, final: int) -> int:
+        """Parameters that may be left after the pruning at `step`, with `end`: a straight line down to `final`."""
+        if self.end is None:
+            return final
+        return round(initial - (initial - final) * self._line.fraction(step))
+
+    @property
+    def _line(self) -> LinearSchedule:
+        assert self.end is not None
+        return LinearSchedule(self.start, self.end, self.every)
+
+
+# Called as in the callback, which is where the values come from.
+_ARGUMENTS = {"start": "start", "every": "every_n_steps", "units": "units_per_pruning"}
+
+
+LearningRateSchedule = Literal["constant", "linear", "cosine"]
+
+
+def learning_rate_factor(
+    step: int, steps: int, warmup_steps: int = 0, schedule: LearningRateSchedule = "cosine", min_ratio: float = 0.0
+) -> float:
+    """Share of the peak learning rate at an optimizer step.
+
+    The warm-up is (step + 1) / warmup_steps, so that the first step is not wasted on a rate of zero. After it, with
+    p the progress from 0 to 1: linear 1 - p, cosine (1 + cos(pi p)) / 2, both scaled to end at `min_ratio`.
+
+    Args:
+        step: Optimizer steps done so far.
+        steps: All optimizer steps of the training.
+        warmup_steps: Steps of warm-up among them.
+        schedule: "constant", "linear" or "cosine".
+        min_ratio: Value at the end.
+
+    Returns:
+        The factor, in [0, 1].
+
+    Example:
+        >>> [learning_rate_factor(step, 6, 2, "linear") for step in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    falling = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return min_ratio + (1 - min_ratio) * falling

@@ -7,7 +7,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from lightning_prune.masks import pack_masks
+from lightning_prune.pruning.masks import pack_masks
 
 
 def example_state(dtype=torch.float32):

@@ -9,8 +9,8 @@ from conftest import TINY
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_prune import prune
-from lightning_prune.text_data import EMBEDDED
-from lightning_prune.tokenization import trained_tokenizer
+from lightning_prune.checkpoints.sources import trained_tokenizer
+from lightning_prune.text.data import EMBEDDED
 
 PAIRS = [
     ("The teacher sees the children.", "The teacher see the children."),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from lightning_prune import CausalLM, LinearSchedule, WeightPruning
-from lightning_prune.perp.callback import PERPRetraining
+from lightning_prune.callbacks.perp_retraining import PERPRetraining
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from conftest import make_llama, make_tokens
 
 from lightning_prune import Ranks, prune, prune_structured
-from lightning_prune.evaluation import perplexity
-from lightning_prune.export import export
-from lightning_prune.inspection import inspect
+from lightning_prune.checkpoints.export import export
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.perp import reconstruct
 
 

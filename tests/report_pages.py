@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from lightning_prune.masks import pack_masks
-from lightning_prune.score_summary import ScoreSummary
-from lightning_prune.sparsity_history import HISTORY_FILE, append_step, begin_history
+from lightning_prune.history import HISTORY_FILE, append_step, begin_history
+from lightning_prune.pruning.masks import pack_masks
+from lightning_prune.pruning.score_histograms import ScoreSummary
 
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>\"&'"
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")

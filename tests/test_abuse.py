@@ -23,15 +23,15 @@ import yaml
 from conftest import TINY, make_llama, make_tokens, snapshot
 from measured_models import make_models
 
-import lightning_prune.evaluate
-import lightning_prune.export
+import lightning_prune.checkpoints.export
+import lightning_prune.evaluation.evaluate
 from lightning_prune import CausalLM, OneShot, TextDataModule, WeightPruning, prune
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.checkpoints.mask_files import load_masks
+from lightning_prune.checkpoints.sources import existing_path
 from lightning_prune.cli import main
-from lightning_prune.inspection import inspect
-from lightning_prune.mask_files import load_masks
+from lightning_prune.evaluation.tasks import read_tasks
 from lightning_prune.quickstart import quickstart
-from lightning_prune.sources import existing_path
-from lightning_prune.zero_shot import read_tasks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
@@ -364,7 +364,7 @@ def test_out_of_memory_in_calibration(score, message, tmp_path):
     ids=["gpu", "cpu", "python"],
 )
 def test_out_of_memory_on_the_command_line_is_one_line(error, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_prune.inspection.inspect", lambda path: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("lightning_prune.checkpoints.inspection.inspect", lambda path: (_ for _ in ()).throw(error))
     one_error(capsys, ["inspect", "x"], "memory")
 
 
@@ -437,10 +437,10 @@ def child(args: list[str], phase: str, marker: str, log: str) -> None:
         step = CausalLM.training_step
         CausalLM.training_step = lambda self, batch, index: arrived(0.02) or step(self, batch, index)
     elif phase == "export":
-        write = lightning_prune.export.write_model
-        lightning_prune.export.write_model = lambda *args: write(*args) or arrived(60)
+        write = lightning_prune.checkpoints.export.write_model
+        lightning_prune.checkpoints.export.write_model = lambda *args: write(*args) or arrived(60)
     else:
-        lightning_prune.evaluate.perplexity = lambda *args, **kwargs: arrived(60)
+        lightning_prune.evaluation.evaluate.perplexity = lambda *args, **kwargs: arrived(60)
     os._exit(main(args))
 
 

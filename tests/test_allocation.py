@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import KFACAllocation, OWLAllocation, prune
-from lightning_prune.allocation import (
+from lightning_prune.pruning.allocation import (
     allocation_statistics,
     exact_counts,
     global_counts,
@@ -25,8 +25,8 @@ from lightning_prune.allocation import (
     owl_sparsities,
     uniform_counts,
 )
-from lightning_prune.statistics import LayerStatistics
-from lightning_prune.targets import find_targets
+from lightning_prune.pruning.statistics import LayerStatistics
+from lightning_prune.pruning.targets import find_targets
 
 
 def layers(*shapes):

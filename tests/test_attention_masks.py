@@ -8,14 +8,13 @@ import torch
 from conftest import LAYERS, TINY, make_llama, make_tokens
 
 from lightning_prune import prune
-from lightning_prune.attention_masks import real_positions
-from lightning_prune.batches import padding_mask
-from lightning_prune.calibration import collect
-from lightning_prune.evaluation import perplexity
-from lightning_prune.language_model import CausalLM
-from lightning_prune.losses import causal_lm_losses, next_token_labels
-from lightning_prune.running import causal_lm_loss
-from lightning_prune.targets import find_targets
+from lightning_prune.evaluation.perplexity import perplexity
+from lightning_prune.pruning.attention_masks import real_positions
+from lightning_prune.pruning.batches import padding_mask
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.running import causal_lm_loss, causal_lm_losses, next_token_labels
+from lightning_prune.pruning.targets import find_targets
+from lightning_prune.text.module import CausalLM
 
 LENGTHS = [8, 5, 1, 6]
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
-from lightning_prune.batches import batch_size, padding_mask, samples, take, to_device
+from lightning_prune.pruning.batches import batch_size, padding_mask, samples, take, to_device
 
 Pair = namedtuple("Pair", "x y")
 

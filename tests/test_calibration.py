@@ -13,18 +13,18 @@ from conftest import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.calibration import collect, collect_forward
-from lightning_prune.padding import Padding
-from lightning_prune.running import causal_lm_loss
-from lightning_prune.statistics import (
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.calibration import collect, collect_forward
+from lightning_prune.pruning.padding import Padding
+from lightning_prune.pruning.running import causal_lm_loss
+from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     FORWARD_STATISTICS,
     GRADIENTS,
-    CalibrationError,
     LayerStatistics,
     check_finite,
 )
-from lightning_prune.targets import find_targets
+from lightning_prune.pruning.targets import find_targets
 
 
 def gather(model, batches, statistics=ALL_STATISTICS, num_samples=None, **arguments):

@@ -32,8 +32,7 @@ from torch.utils.data import (
 )
 from torchmetrics import MeanMetric
 
-from lightning_prune import LinearSchedule, OneShot, WeightPruning, prune
-from lightning_prune.callbacks import traces
+from lightning_prune import LinearSchedule, OneShot, WeightPruning, prune, traces
 
 warnings.filterwarnings("ignore", module="lightning")
 

@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_prune import CausalLM, WeightPruning
-from lightning_prune.calibration import collect
-from lightning_prune.callbacks.training_loss import calibration_loss
-from lightning_prune.chat_data import assistant_spans, checked_messages, label_tokens, tokenize_conversations
-from lightning_prune.targets import find_targets
-from lightning_prune.text_data import EMBEDDED, TextDataModule
+from lightning_prune.callbacks.calibration_data import calibration_loss
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.targets import find_targets
+from lightning_prune.text.chat import assistant_spans, checked_messages, label_tokens, tokenize_conversations
+from lightning_prune.text.data import EMBEDDED, TextDataModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -328,7 +328,7 @@ def test_parquet_processes_and_held_out_share(chats):
 
 def test_cache_depends_on_template_length_and_train_on(chats, monkeypatch):
     first = ready(chats)
-    encode = "lightning_prune.chat_data._encode_rows"
+    encode = "lightning_prune.text.chat._encode_rows"
 
     def fail(*args, **kwargs):
         raise AssertionError("tokenized again")

@@ -18,8 +18,9 @@ from example_checkpoints import (
     write_shards,
 )
 
-from lightning_prune.checkpoints import CheckpointError, open_checkpoint
-from lightning_prune.inspection import inspect
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.errors import CheckpointError
 
 
 def test_format_names(tmp_path):

@@ -14,10 +14,10 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 from lightning_prune import CausalLM
+from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.cli import main
-from lightning_prune.inspection import inspect
-from lightning_prune.masks import pack_masks
-from lightning_prune.text_data import EMBEDDED
+from lightning_prune.pruning.masks import pack_masks
+from lightning_prune.text.data import EMBEDDED
 
 # LightningCLI notices that these tests pass arguments while pytest has some of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -156,7 +156,7 @@ def test_errors_that_are_nobodys_input_are_not_hidden(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lightning_prune.inspection.inspect", broken)
+    monkeypatch.setattr("lightning_prune.checkpoints.inspection.inspect", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", "x"])
 

@@ -15,8 +15,8 @@ from conftest import TINY, make_tokens
 from torch import nn
 
 from lightning_prune import CausalLM, PERPRetraining, SparsityMonitor, WeightPruning, prune
-from lightning_prune.coverage import Coverage, measure_coverage
-from lightning_prune.inspection import inspect
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.pruning.coverage import Coverage, measure_coverage
 
 TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 LLAMA = TEXT | {"num_key_value_heads": 2, "max_position_embeddings": 32}

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 
 import lightning_prune
 from lightning_prune import CausalLM, WeightPruning
+from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import OWN_COMMANDS, TRAINER_COMMANDS, _own_parser
-from lightning_prune.text_data import EMBEDDED
-from lightning_prune.tokenization import trained_tokenizer
+from lightning_prune.text.data import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "notebooks" / "docs"

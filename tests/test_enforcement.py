@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-import lightning_prune.enforcement as enforcement
-from lightning_prune.enforcement import Enforcer, to_bytes
+import lightning_prune.pruning.enforcement as enforcement
+from lightning_prune.pruning.enforcement import Enforcer, to_bytes
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BAD = [math.inf, -math.inf, math.nan, -math.nan, -1.5, -0.0, 3.0]

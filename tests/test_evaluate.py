@@ -9,11 +9,11 @@ from measured_models import make_models
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM
+from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import main
-from lightning_prune.evaluate import evaluate
-from lightning_prune.evaluation_results import EvaluationResults, ModelResult, TextResult, evaluation_tables
-from lightning_prune.tables import check_outputs, replace_text
-from lightning_prune.tokenization import trained_tokenizer
+from lightning_prune.evaluation.evaluate import evaluate
+from lightning_prune.results import EvaluationResults, ModelResult, TextResult, check_outputs, evaluation_tables
+from lightning_prune.safety import replace_text
 
 
 @pytest.fixture(scope="module")

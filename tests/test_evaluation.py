@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_prune.evaluation import NextTokenLoss, perplexity
-from lightning_prune.losses import causal_lm_losses, next_token_losses
+from lightning_prune.evaluation.perplexity import NextTokenLoss, perplexity
+from lightning_prune.pruning.running import causal_lm_losses, next_token_losses
 
 V = 97
 

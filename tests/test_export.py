@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from lightning_prune import CausalLM, WeightPruning
-from lightning_prune.checkpoints import CheckpointError
+from lightning_prune.checkpoints.export import ExportError, export
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import main
-from lightning_prune.export import ExportError, export
-from lightning_prune.inspection import inspect
-from lightning_prune.masks import unpack_masks
-from lightning_prune.text_data import EMBEDDED
-from lightning_prune.tokenization import trained_tokenizer
+from lightning_prune.errors import CheckpointError
+from lightning_prune.pruning.masks import unpack_masks
+from lightning_prune.text.data import EMBEDDED
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 FAMILIES = {
@@ -435,7 +435,7 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
             seen.append(1)
             raise error
 
-        monkeypatch.setattr("lightning_prune.export_folder.same_bits", fail)
+        monkeypatch.setattr("lightning_prune.checkpoints.export.same_bits", fail)
     else:
         replace = os.replace
 
@@ -447,7 +447,7 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
                 signal.raise_signal(signal.SIGINT)
             replace(old, new)
 
-        monkeypatch.setattr("lightning_prune.export_folder.os.replace", fail)
+        monkeypatch.setattr("lightning_prune.checkpoints.export.os.replace", fail)
     with pytest.raises((ExportError, OSError) if isinstance(error, OSError) else KeyboardInterrupt):
         export(source, tmp_path / "out", overwrite=True)
     assert seen

@@ -12,15 +12,14 @@ from pruning_aware_models import batches, make_module, make_trainer
 from torch import Tensor, nn
 
 from lightning_prune import WeightPruning, prune
-from lightning_prune.calibration import collect
-from lightning_prune.obs import inverse_factor, prune_with_hessian
-from lightning_prune.precision import full_precision
-from lightning_prune.statistics import ALL_STATISTICS
-from lightning_prune.structure.compensation import compensated
-from lightning_prune.structure.streamed_moments import StreamedMoments
-from lightning_prune.structure.streamed_saliency import StreamedKFAC
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.hessian import compensated, inverse_factor, prune_with_hessian
+from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.statistics import ALL_STATISTICS
+from lightning_prune.pruning.targets import find_targets
+from lightning_prune.structure.compensation import StreamedMoments
+from lightning_prune.structure.saliency import StreamedKFAC
 from lightning_prune.structure.units import read_structure
-from lightning_prune.targets import find_targets
 
 HALVES = [torch.bfloat16, torch.float16]
 

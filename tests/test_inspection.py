@@ -22,10 +22,10 @@ from example_checkpoints import (
 )
 from safetensors.torch import save_file
 
-from lightning_prune.checkpoints import CheckpointError
-from lightning_prune.inspection import PATTERNS, inspect
-from lightning_prune.masks import pack_masks
-from lightning_prune.tensor_names import is_prunable
+from lightning_prune.checkpoints.inspection import PATTERNS, inspect
+from lightning_prune.errors import CheckpointError
+from lightning_prune.naming import is_prunable
+from lightning_prune.pruning.masks import pack_masks
 
 
 def naive(tensor):
@@ -185,7 +185,7 @@ def test_float8_and_integers_and_bool_and_scalars(tmp_path):
 
 
 def test_a_tensor_larger_than_one_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_prune.inspection._CHUNK", 40)
+    monkeypatch.setattr("lightning_prune.checkpoints.inspection._CHUNK", 40)
     state = example_state()
     check(inspect(write_folder(tmp_path, state)), state)
 
@@ -217,11 +217,11 @@ def test_memory_stays_that_of_one_tensor(write, tmp_path):
     code = (
         "import resource, sys\n"
         "import torch.distributed.checkpoint\n"
-        "from lightning_prune.inspection import inspect\n"
+        "from lightning_prune.checkpoints.inspection import inspect\n"
         "def anonymous():\n"
         "    status = open('/proc/self/status').read()\n"
         "    return int(status.split('RssAnon:')[1].split()[0]) // 1024\n"
-        "import lightning_prune.inspection as module\n"
+        "import lightning_prune.checkpoints.inspection as module\n"
         "report, before, peak = module.report_tensor, anonymous(), 0\n"
         "def watched(*args, **kwargs):\n"
         "    global peak\n"

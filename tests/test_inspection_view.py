@@ -3,8 +3,7 @@ import io
 from example_checkpoints import example_state, write_folder, write_masked_ckpt
 from rich.console import Console
 
-from lightning_prune.inspection import inspect
-from lightning_prune.inspection_view import render
+from lightning_prune.checkpoints.inspection import inspect, render
 
 
 def text_of(inspection, all_tensors=False, width=160):

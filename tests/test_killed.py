@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune import export_folder
-from lightning_prune.export_folder import replacing
-from lightning_prune.mask_files import load_masks, save_masks
-from lightning_prune.sparsity_history import append_step, begin_history, read_history
-from lightning_prune.tables import replace_text
+from lightning_prune.checkpoints import export as export_folder
+from lightning_prune.checkpoints.export import replacing
+from lightning_prune.checkpoints.mask_files import load_masks, save_masks
+from lightning_prune.history import append_step, begin_history, read_history
+from lightning_prune.safety import replace_text
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of POSIX")
 

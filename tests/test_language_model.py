@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lightning_prune.evaluation import perplexity
-from lightning_prune.language_model import CausalLM, decay_groups, learning_rate_factor
-from lightning_prune.text_data import TextDataModule
+from lightning_prune.evaluation.perplexity import perplexity
+from lightning_prune.text.data import TextDataModule
+from lightning_prune.text.module import CausalLM, decay_groups, learning_rate_factor
 
 GGUF = os.environ.get("LIGHTNING_PRUNE_SMOLLM2")
 LLAMA = {

@@ -6,12 +6,11 @@ import pytest
 import torch
 from measured_models import make_models
 
-from lightning_prune import semi_structured
+from lightning_prune.checkpoints.inspection import Inspection
+from lightning_prune.checkpoints.model import LoadedModel
 from lightning_prune.cli import main
-from lightning_prune.inspection import Inspection
-from lightning_prune.latency import _peak_memory, benchmark
-from lightning_prune.latency_results import Timing, remarks_on
-from lightning_prune.loading import LoadedModel
+from lightning_prune.evaluation import latency as semi_structured
+from lightning_prune.evaluation.latency import Timing, _peak_memory, benchmark, remarks_on
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_figures_are_those_of_the_models(files):
 
 
 def test_models_run_in_turns_and_both_ways_round(files, monkeypatch):
-    from lightning_prune import latency
+    from lightning_prune.evaluation import latency
 
     order = []
     run = latency._Entry.run
@@ -52,7 +51,7 @@ def test_models_run_in_turns_and_both_ways_round(files, monkeypatch):
 
 def test_decoding_is_greedy_generation(files):
     """What is timed is what a model does that writes: the same tokens as transformers' generate."""
-    from lightning_prune import latency
+    from lightning_prune.evaluation import latency
 
     prompt = torch.randint(320, (2, 6), generator=torch.Generator().manual_seed(1))
     tokens = []

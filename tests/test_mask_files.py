@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_prune import apply_masks
-from lightning_prune.checkpoints import CheckpointError
+from lightning_prune.checkpoints.mask_files import export_masks, load_masks, save_masks
 from lightning_prune.cli import main
-from lightning_prune.mask_files import export_masks, load_masks, save_masks
+from lightning_prune.errors import CheckpointError
 
 
 def example_masks():

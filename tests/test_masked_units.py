@@ -15,12 +15,11 @@ from test_pruning_aware_callback import GPT2
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM, PruningAwarePretraining
-from lightning_prune.checkpoint_model import ExportError
-from lightning_prune.checkpoints import CheckpointError
-from lightning_prune.export import export
-from lightning_prune.loading import load_model
+from lightning_prune.checkpoints.export import export
+from lightning_prune.checkpoints.model import load_model
+from lightning_prune.errors import CheckpointError, ExportError
 from lightning_prune.structure import mask_units, save_plain
-from lightning_prune.structure.masked_units import note_masked_units, noted_units, sliced_copy
+from lightning_prune.structure.saving import note_masked_units, noted_units, sliced_copy
 from lightning_prune.structure.shrinking import Shrinking
 
 IDS = make_tokens(3, 9, vocab=64)

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune.masks import (
+from lightning_prune.pruning.masks import (
     apply_masks,
     mask_sparsity,
     masks_from_zeros,
     pack_mask,
     pack_masks,
-    uninterrupted,
     unpack_mask,
     unpack_masks,
 )
-from lightning_prune.targets import find_targets
+from lightning_prune.pruning.targets import find_targets
+from lightning_prune.safety import uninterrupted
 
 
 @settings(max_examples=50, deadline=None)

@@ -10,8 +10,8 @@ from conftest import make_llama, make_tokens, snapshot
 from torch import nn
 
 from lightning_prune import prune
-from lightning_prune.calibration import collect
-from lightning_prune.targets import find_targets
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.targets import find_targets
 
 LENGTHS = [9, 5, 9, 3]
 
@@ -263,7 +263,7 @@ def test_a_model_is_scored_by_its_own_loss(name):
 
 
 def test_clip_runs_with_its_contrastive_loss():
-    from lightning_prune.running import model_loss
+    from lightning_prune.pruning.running import model_loss
 
     model = build("clip")
     batch = text(pixel_values=normal(4, 3, 16, 16).double())
@@ -281,7 +281,7 @@ def test_masks_are_those_of_a_loss_fn(name):
 
 @pytest.mark.parametrize("wrapper", ["peft", "compile"])
 def test_wrapped_models_keep_their_loss(wrapper):
-    from lightning_prune.running import model_loss
+    from lightning_prune.pruning.running import model_loss
 
     for name in ("bert tagger", "causal") if wrapper == "peft" else ("causal",):
         model = build(name) if name != "causal" else make_llama().double().eval()
@@ -306,7 +306,7 @@ def test_a_causal_model_that_compares_without_a_shift():
     """BartForCausalLM's own loss takes labels as they are; without labels each next token is predicted."""
     from batch_models import BART
 
-    from lightning_prune.running import model_loss
+    from lightning_prune.pruning.running import model_loss
 
     torch.manual_seed(0)
     model, ids = tr.BartForCausalLM(tr.BartConfig(**BART)).eval(), tokens(2, 6)

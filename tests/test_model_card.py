@@ -10,12 +10,12 @@ from conftest import TINY, make_tokens
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM, WeightPruning
-from lightning_prune.checkpoints import open_checkpoint
+from lightning_prune.checkpoints.export import ExportError, export
+from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import main
-from lightning_prune.evaluate import evaluate
-from lightning_prune.export import ExportError, export
-from lightning_prune.text_data import EMBEDDED
-from lightning_prune.tokenization import trained_tokenizer
+from lightning_prune.evaluation.evaluate import evaluate
+from lightning_prune.text.data import EMBEDDED
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.obs import inverse_factor, prune_with_hessian
-from lightning_prune.patterns import NM
-from lightning_prune.statistics import CalibrationError
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.hessian import inverse_factor, prune_with_hessian
+from lightning_prune.pruning.patterns import NM
 
 
 def problem(outputs, inputs, tokens=None, seed=0, dead=()):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.patterns import (
+from lightning_prune.pruning.patterns import (
     NM,
     check_scores,
     kth_smallest,

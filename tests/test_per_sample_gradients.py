@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import prune
-from lightning_prune.calibration import collect
-from lightning_prune.statistics import FORWARD_STATISTICS, GRADIENTS, CalibrationError
-from lightning_prune.targets import find_targets
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.statistics import FORWARD_STATISTICS, GRADIENTS
+from lightning_prune.pruning.targets import find_targets
 
 ALL = {"input_norm", "output_grad_norm", "gradient_l1", "gradient_l2"}
 

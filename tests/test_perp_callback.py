@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from lightning_prune import CausalLM, CubicSchedule, WeightPruning
+from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.perp import SparsePeftModel, trainable_share
-from lightning_prune.perp.callback import PERPRetraining
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

@@ -14,10 +14,10 @@ from test_perp_callback import GPT2, LLAMA, loader, make_module, make_trainer, p
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM, PERPRetraining
-from lightning_prune.checkpoints import CheckpointError
+from lightning_prune.checkpoints.export import export
+from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.cli import main
-from lightning_prune.export import export
-from lightning_prune.inspection import inspect
+from lightning_prune.errors import CheckpointError
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mask_lora": {},

@@ -16,7 +16,7 @@ from test_perp_callback import loader, make_module, make_trainer, pruning
 from torch import Tensor, nn
 
 from lightning_prune import CausalLM, PERPRetraining
-from lightning_prune.checkpoints import CheckpointError
+from lightning_prune.errors import CheckpointError
 from lightning_prune.perp import (
     CombinedLinear,
     add_adapters,
@@ -25,8 +25,8 @@ from lightning_prune.perp import (
     reconstruct,
     register_adapter,
     save_adapter,
-    variants,
 )
+from lightning_prune.perp import layers as variants
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 IDS = make_tokens(4, 16)

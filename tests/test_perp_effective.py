@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_prune.enforcement import to_bytes
 from lightning_prune.perp.effective import (
     Combine,
     effective_linear,
@@ -18,6 +17,7 @@ from lightning_prune.perp.effective import (
     masked_sum,
     zero_pruned_,
 )
+from lightning_prune.pruning.enforcement import to_bytes
 
 COMBINATIONS = [masked_sum, masked_product]
 

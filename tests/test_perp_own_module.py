@@ -15,8 +15,8 @@ from test_perp_callback import make_trainer, pruning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_prune import PERPRetraining, WeightPruning
-from lightning_prune.perp import SparsePeftModel, load_merged_state, merge
+from lightning_prune import PERPRetraining, WeightPruning, load_merged_state
+from lightning_prune.perp import SparsePeftModel, merge
 
 IDS = make_tokens(4, 12)
 

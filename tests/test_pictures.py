@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_prune.inspection import inspect
-from lightning_prune.pictures import sparsity_per_layer
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.report.figures import sparsity_per_layer
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 

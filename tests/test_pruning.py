@@ -14,10 +14,10 @@ from conftest import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 
 from lightning_prune import CalibrationError, apply_masks, prune
-from lightning_prune.plan import make_plan
-from lightning_prune.pruning import run_plan
-from lightning_prune.running import causal_lm_loss
-from lightning_prune.scores import make_score
+from lightning_prune.pruning.pipeline import run_plan
+from lightning_prune.pruning.plan import make_plan
+from lightning_prune.pruning.running import causal_lm_loss
+from lightning_prune.pruning.scores import make_score
 
 SCORES = ["magnitude", "random", "wanda", "gradient", "gblm", "kfac"]
 

@@ -20,7 +20,7 @@ from structure_models import exact_rms_norms
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
-from lightning_prune.callbacks.shrinking_checks import check_trainer, units_stay
+from lightning_prune.callbacks.checks import check_trainer, units_stay
 from lightning_prune.structure import read_structure
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")

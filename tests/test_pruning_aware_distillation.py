@@ -11,7 +11,7 @@ from conftest import make_llama, make_tokens
 from torch import Tensor
 
 from lightning_prune.callbacks.distillation import Distillation, logits_divergence
-from lightning_prune.structure.shrink_schedule import ShrinkSchedule
+from lightning_prune.schedules import ShrinkSchedule
 
 
 def naive_divergence(student: Tensor, teacher: Tensor, temperature: float, keep: Tensor) -> float:

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_prune.structure.shrink_goal import make_goal
+from lightning_prune.structure.planning import make_goal
 from lightning_prune.structure.units import read_structure
 
 ALL = ("attention", "ffn", "stem", "layer")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune.structure.history import ShrinkRecord, pruned_ratios
-from lightning_prune.structure.pictures import shrinking_picture
+from lightning_prune.report.figures import shrinking_picture
+from lightning_prune.structure.shrinking import ShrinkRecord, pruned_ratios
 
 
 def example(steps: int = 60) -> list[ShrinkRecord]:

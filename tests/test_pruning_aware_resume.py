@@ -14,7 +14,7 @@ from pruning_aware_models import SMALL, batches, make_module, make_trainer, weig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 
 from lightning_prune import CausalLM, PruningAwarePretraining
-from lightning_prune.export import export
+from lightning_prune.checkpoints.export import export
 
 # Epochs of three steps; prunings at 2, 4, ...: the checkpoints lie before the first, between two, after a compaction.
 SETTINGS: dict[str, Any] = {"target": {"hidden_size": 27, "intermediate_size": 40}, "types": ("ffn", "stem")}

@@ -11,10 +11,9 @@ from pruning_aware_models import count, fit, make_module
 from torch import Tensor
 
 from lightning_prune import PruningAwarePretraining
-from lightning_prune.structure.removal_checks import merge_removals
-from lightning_prune.structure.streamed_moments import StreamedMoments
-from lightning_prune.structure.streamed_saliency import StreamedKFAC
-from lightning_prune.structure.units import read_structure
+from lightning_prune.structure.compensation import StreamedMoments
+from lightning_prune.structure.saliency import StreamedKFAC
+from lightning_prune.structure.units import merge_removals, read_structure
 
 ALL = ("attention", "ffn", "stem")
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_prune import quickstart as module
-from lightning_prune.inspection import inspect
+from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.quickstart import SCORES, check_zeros, quickstart, unigram_perplexity
-from lightning_prune.text_data import TextDataModule
+from lightning_prune.text.data import TextDataModule
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 

@@ -12,10 +12,10 @@ from conftest import TINY
 from jsonargparse import ArgumentParser
 
 from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import main
-from lightning_prune.inspection import inspect
-from lightning_prune.text_data import EMBEDDED
-from lightning_prune.tokenization import trained_tokenizer
+from lightning_prune.text.data import EMBEDDED
 
 # LightningCLI notices that these tests pass arguments while pytest has some of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

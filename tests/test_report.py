@@ -16,14 +16,12 @@ from matplotlib.image import imread
 from report_pages import HOSTILE, Page, matrices, prune, write_results, write_run
 from safetensors.torch import save_file
 
-from lightning_prune.checkpoints import CheckpointError
 from lightning_prune.cli import main
+from lightning_prune.errors import CheckpointError, ResultsError
+from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.report import report
-from lightning_prune.report.charts import WIDTH, histograms, line, strip
-from lightning_prune.report.matrices import CELLS, measure, structure_of
-from lightning_prune.report.results import ResultsError, before_and_after, read_results
-from lightning_prune.report.sources import open_source
-from lightning_prune.score_summary import ScoreSummary
+from lightning_prune.report.figures import WIDTH, histograms, line, strip
+from lightning_prune.report.measure import CELLS, before_and_after, measure, open_source, read_results, structure_of
 
 
 def page_of(path: Path, tmp_path: Path, **options: object) -> tuple[str, Page]:

@@ -22,12 +22,13 @@ from torch.distributed.checkpoint import save as save_distributed
 from torch.utils.data import DataLoader
 
 from lightning_prune import CausalLM, PERPRetraining, SparsityMonitor, WeightPruning
-from lightning_prune.checkpoints import CheckpointError, check_loads_safely, open_checkpoint, read_resumable
-from lightning_prune.export import export
-from lightning_prune.inspection import inspect
-from lightning_prune.mask_files import load_masks, save_masks
-from lightning_prune.masks import pack_masks, unpack_masks
-from lightning_prune.stored_bytes import CHECK_SUMS, add_check_sums
+from lightning_prune.checkpoints.export import export
+from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.checkpoints.mask_files import load_masks, save_masks
+from lightning_prune.checkpoints.reading import check_loads_safely, open_checkpoint, read_resumable
+from lightning_prune.errors import CheckpointError
+from lightning_prune.pruning.masks import pack_masks, unpack_masks
+from lightning_prune.safety import CHECK_SUMS, add_check_sums
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -338,7 +339,7 @@ def test_a_flipped_bit_in_a_distributed_checkpoint(tmp_path):
 
 
 def _all_entries(folder: Path) -> Any:
-    from lightning_prune.checkpoints import _distributed_tensor, _read_metadata
+    from lightning_prune.checkpoints.reading import _distributed_tensor, _read_metadata
 
     metadata = _read_metadata(folder / ".metadata")
     stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}

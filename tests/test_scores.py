@@ -11,7 +11,7 @@ import torch
 from conftest import LAYERS
 
 from lightning_prune import prune
-from lightning_prune.scores import (
+from lightning_prune.pruning.scores import (
     GBLM,
     GROUPS,
     KFAC,
@@ -25,7 +25,7 @@ from lightning_prune.scores import (
     Wanda,
     make_score,
 )
-from lightning_prune.statistics import ALL_STATISTICS, LayerStatistics
+from lightning_prune.pruning.statistics import ALL_STATISTICS, LayerStatistics
 
 CASES = {
     "magnitude": (Magnitude(), {}),

@@ -11,7 +11,7 @@ from conftest import BLOCKS, LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 
 from lightning_prune import CalibrationError, prune
-from lightning_prune.sequential import BlockWalk
+from lightning_prune.pruning.blocks import BlockWalk
 
 
 def select(score, group, sparsity, nm):

@@ -20,9 +20,8 @@ from torch.utils.data import DataLoader
 from lightning_prune import CausalLM, LinearSchedule, PERPRetraining, SparsityMonitor, WeightPruning
 from lightning_prune.callbacks.sparsity_monitor import layer_name
 from lightning_prune.cli import main
-from lightning_prune.run_facts import plain, settings_of
-from lightning_prune.score_summary import BINS, LOWEST, ScoreSummary
-from lightning_prune.sparsity_history import HISTORY_FILE, append_step, begin_history, read_history
+from lightning_prune.history import HISTORY_FILE, append_step, begin_history, plain, read_history, settings_of
+from lightning_prune.pruning.score_histograms import BINS, LOWEST, ScoreSummary
 
 
 class Recorder(Logger):

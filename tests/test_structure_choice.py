@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_prune.structure.choice import check_reachable, choose, plan_removal
-from lightning_prune.structure.removal_checks import sizes_after
+from lightning_prune.structure.planning import check_reachable, choose, plan_removal
 from lightning_prune.structure.sizes import Sizes
-from lightning_prune.structure.units import read_structure
+from lightning_prune.structure.units import read_structure, sizes_after
 
 STRUCTURE = read_structure(zoo.make("llama"))
 SHAPES = STRUCTURE.shapes()

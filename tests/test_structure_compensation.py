@@ -8,9 +8,10 @@ import torch
 from conftest import snapshot
 
 from lightning_prune import CalibrationError
+from lightning_prune.pruning.hessian import compensated
 from lightning_prune.structure import read_structure
-from lightning_prune.structure.compensation import compensate, compensated, compensation, observed_layers
-from lightning_prune.structure.removal_checks import check_removal
+from lightning_prune.structure.compensation import compensate, compensation, observed_layers
+from lightning_prune.structure.units import check_removal
 
 DAMPING = 0.01
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_prune.structure import mask_units, plain_model, read_structure, remove_units, save_plain
-from lightning_prune.structure.removal_checks import check_removal, sizes_after
-from lightning_prune.structure.unit_masks import KeptChannelsNorm, unit_masks, unmask_norms
+from lightning_prune.structure.masking import KeptChannelsNorm, unit_masks, unmask_norms
+from lightning_prune.structure.units import check_removal, sizes_after
 
 
 @pytest.mark.parametrize(("name", "which"), zoo.CASES)

@@ -6,12 +6,12 @@ import pytest
 import structure_models as zoo
 import torch
 
-from lightning_prune.calibration import collect
-from lightning_prune.statistics import INPUT_NORM, OUTPUT_GRAD_NORM
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.statistics import INPUT_NORM, OUTPUT_GRAD_NORM
 from lightning_prune.structure import mask_units, read_structure, remove_units
 from lightning_prune.structure import saliency as module
-from lightning_prune.structure.removal_checks import check_removal
 from lightning_prune.structure.saliency import SaliencyAccumulator, kfac_saliency, reader_targets
+from lightning_prune.structure.units import check_removal
 
 HEAD = 8  # dimensions of a head
 TYPES = ("attention", "ffn", "stem", "layer")

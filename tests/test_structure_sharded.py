@@ -9,7 +9,7 @@ import structure_worker as worker
 import torch
 from safetensors.torch import load_file
 
-from lightning_prune.structure.unit_masks import unit_masks
+from lightning_prune.structure.masking import unit_masks
 
 pytestmark = pytest.mark.distributed
 

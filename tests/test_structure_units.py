@@ -8,7 +8,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from lightning_prune.structure.families import Family, find_family, known_families, register_family
-from lightning_prune.structure.removal_checks import check_removal, check_sizes, merge_removals, sizes_after
 from lightning_prune.structure.sizes import (
     Sizes,
     check_types,
@@ -17,7 +16,14 @@ from lightning_prune.structure.sizes import (
     unit_of_heads,
     units_to_remove,
 )
-from lightning_prune.structure.units import read_structure, unit_indices
+from lightning_prune.structure.units import (
+    check_removal,
+    check_sizes,
+    merge_removals,
+    read_structure,
+    sizes_after,
+    unit_indices,
+)
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)

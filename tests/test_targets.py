@@ -10,16 +10,15 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_prune import prune
-from lightning_prune.targets import (
+from lightning_prune.naming import clean_name, name_matches
+from lightning_prune.pruning.targets import (
     CONV1D,
     CONV2D,
     DEFAULT_IGNORE,
     LINEAR,
-    clean_name,
     find_blocks,
     find_targets,
     layer_kind,
-    name_matches,
     select_layers,
 )
 

@@ -8,8 +8,8 @@ import datasets
 import pytest
 import torch
 
-from lightning_prune.text_data import EMBEDDED, TextDataModule, pack, tokenize
-from lightning_prune.tokenization import load_tokenizer, trained_tokenizer
+from lightning_prune.checkpoints.sources import load_tokenizer, trained_tokenizer
+from lightning_prune.text.data import EMBEDDED, TextDataModule, pack, tokenize
 
 NOVEL = EMBEDDED["austen"].read_text(encoding="utf-8")
 CHAPTERS = NOVEL.split("\n\nChapter ")[1:]
@@ -223,8 +223,8 @@ def test_second_run_uses_the_cache(tmp_path, chapters, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr("lightning_prune.text_blocks._encode", fail)
-    monkeypatch.setattr("lightning_prune.text_blocks._cut", fail)
+    monkeypatch.setattr("lightning_prune.text.blocks._encode", fail)
+    monkeypatch.setattr("lightning_prune.text.blocks._cut", fail)
     second = data_module(tmp_path / "cache", str(chapters))
     second.setup("fit")
     assert second.train_dataset["input_ids"][:] == first.train_dataset["input_ids"][:]

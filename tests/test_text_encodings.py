@@ -9,8 +9,8 @@ import pytest
 from conftest import TINY
 
 from lightning_prune import CausalLM, TextDataModule
-from lightning_prune.evaluate import evaluate
-from lightning_prune.text_files import local_documents
+from lightning_prune.evaluation.evaluate import evaluate
+from lightning_prune.text.documents import local_documents
 
 TEXT = "Il \xe9tait une fois. " * 400
 

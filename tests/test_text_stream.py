@@ -12,9 +12,9 @@ import pytest
 from conftest import TINY
 
 from lightning_prune import CausalLM, TextDataModule
-from lightning_prune.text_data import EMBEDDED
-from lightning_prune.text_stream import StreamedBlocks
-from lightning_prune.tokenization import trained_tokenizer
+from lightning_prune.checkpoints.sources import trained_tokenizer
+from lightning_prune.text.blocks import StreamedBlocks
+from lightning_prune.text.data import EMBEDDED
 
 CHAPTERS = EMBEDDED["austen"].read_text(encoding="utf-8").split("\n\nChapter ")[1:17]
 

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from lightning_prune import LinearSchedule, OneShot, WeightPruning
-from lightning_prune.targets import find_targets
+from lightning_prune.pruning.targets import find_targets
 
 SCHEDULES = {"start": None, "late": OneShot(7), "gradual": LinearSchedule(3, 15, 4)}
 AVERAGES = {

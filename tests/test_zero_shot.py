@@ -10,8 +10,7 @@ import torch
 from measured_models import PAIRS, make_models, write_pairs
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.task_files import read_tasks
-from lightning_prune.zero_shot import _mean, zero_shot
+from lightning_prune.evaluation.tasks import _mean, read_tasks, zero_shot
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 

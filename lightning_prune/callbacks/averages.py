@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.masks import apply_masks, named_weights
+from lightning_prune.naming import clean_name
+from lightning_prune.pruning.masks import apply_masks, named_weights
+from lightning_prune.pruning.targets import type_name
 from lightning_prune.sharding import gather_whole, is_sharded
-from lightning_prune.targets import clean_name, type_name
 
 
 def averages(trainer: L.Trainer) -> list[nn.Module]:

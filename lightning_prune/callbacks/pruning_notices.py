@@ -13,10 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_prune.patterns import parse_pattern
-from lightning_prune.run_facts import plain
+from lightning_prune.history import plain
+from lightning_prune.pruning.patterns import parse_pattern
+from lightning_prune.pruning.scores import Score
 from lightning_prune.schedules import Schedule
-from lightning_prune.scores import Score
 
 
 def score_options(score: Score) -> dict[str, Any]:

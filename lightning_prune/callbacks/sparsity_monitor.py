@@ -10,15 +10,14 @@ import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.weight_pruning import WeightPruning
-from lightning_prune.coverage import countable_weights
-from lightning_prune.run_facts import run_facts
+from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
+from lightning_prune.naming import place
+from lightning_prune.pruning.coverage import countable_weights
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters
-from lightning_prune.sparsity_history import HISTORY_FILE, append_step, begin_history
-from lightning_prune.targets import DEFAULT_IGNORE, find_targets
-from lightning_prune.tensor_names import place
 
 
 class SparsityMonitor(L.Callback):

@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_prune.allocation import KFACAllocation, OWLAllocation
-from lightning_prune.batches import check_repeatable
 from lightning_prune.callbacks.averages import mask_averages
-from lightning_prune.callbacks.calibration_data import CalibrationData
-from lightning_prune.callbacks.checkpoint_check import check_checkpoint_of
+from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace, watched_loss
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.pruning_notices import (
     described,
@@ -31,9 +28,11 @@ from lightning_prune.callbacks.pruning_notices import (
     warn_of_other_settings,
 )
 from lightning_prune.callbacks.teardown import BeforeTeardown
-from lightning_prune.callbacks.training_loss import calibration_loss, no_trace, watched_loss
-from lightning_prune.enforcement import Enforcer
-from lightning_prune.masks import (
+from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
+from lightning_prune.pruning.batches import check_repeatable
+from lightning_prune.pruning.enforcement import Enforcer
+from lightning_prune.pruning.masks import (
     Masks,
     apply_masks,
     current_weight,
@@ -45,14 +44,14 @@ from lightning_prune.masks import (
     shard_masks,
     unpack_masks,
 )
-from lightning_prune.plan import PruningPlan, check_settings, make_plan
-from lightning_prune.pruning import planned_count, run_plan
+from lightning_prune.pruning.pipeline import planned_count, run_plan
+from lightning_prune.pruning.plan import PruningPlan, check_settings, make_plan
+from lightning_prune.pruning.score_histograms import ScoreSummary
+from lightning_prune.pruning.scores import Keep, Score, make_score
+from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
-from lightning_prune.score_summary import ScoreSummary
-from lightning_prune.scores import Keep, Score, make_score
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
-from lightning_prune.targets import DEFAULT_IGNORE
 
 _STATE_VERSION = 1
 _DESCRIBED = ("sparsity", "pattern", "group", "allocation", "update", "num_samples", "sequential")

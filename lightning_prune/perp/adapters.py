@@ -5,30 +5,58 @@ PERP: Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Er
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from lightning_prune.masks import Masks, check_masks, uninterrupted
-from lightning_prune.perp.layers import SparseLinear, check_base_layer, plain_name, sparse_layers
-from lightning_prune.perp.mask_setting import set_masks
-from lightning_prune.perp.model import (
-    Retraining,
-    SparsePeftModel,
-    find_retraining,
-    plain_model,
-    remember,
-    retraining_of,
+from lightning_prune.naming import plain_name
+from lightning_prune.perp.layers import SparseLinear, check_base_layer, sparse_layers
+from lightning_prune.perp.masks import set_masks
+from lightning_prune.perp.options import (
+    check_adapter,
+    check_options,
+    check_parts,
+    make_config,
+    match_modules,
+    select_parameters,
 )
-from lightning_prune.perp.options import check_adapter, check_options, make_config, match_modules
-from lightning_prune.perp.selection import check_parts, select_parameters
-from lightning_prune.sharding import as_shard_of, count_over_ranks, has_sharded_parameters, is_sharded, reshard
-from lightning_prune.targets import Target, find_targets
+from lightning_prune.perp.record import Retraining, find_retraining, plain_model, remember, retraining_of
+from lightning_prune.perp.storage import (
+    CONFIG_FILE,
+    PEFT_TYPE,
+    check_state,
+    check_sum,
+    files_of,
+    options_for,
+    read_config,
+    read_masks,
+    read_tensors,
+    remove_unnamed,
+    replace_file,
+    settings_of,
+    write_named,
+)
+from lightning_prune.progress import is_main_process
+from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
+from lightning_prune.pruning.targets import Target, find_targets
+from lightning_prune.safety import uninterrupted
+from lightning_prune.sharding import (
+    as_shard_of,
+    count_over_ranks,
+    gather_whole,
+    has_sharded_parameters,
+    is_sharded,
+    reshard,
+)
 
 
 def add_adapters(
@@ -439,3 +467,136 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         a, b = layer.matrices()
         state[f"{name}.lora_A"], state[f"{name}.lora_B"] = a.detach(), b.detach()
     return state
+
+
+class SparsePeftModel(PeftModel):
+    """A `peft.PeftModel` of `add_adapters`.
+
+    ``save_pretrained``, ``from_pretrained`` and ``merge_and_unload`` are `save_adapter`, `load_adapter` and `merge`;
+    the rest is PEFT's.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the transformers model.
+
+        Raises:
+            ValueError: ``fully_shard`` was given this wrapper, which the merge takes off, and its shards with it.
+        """
+        if isinstance(self, FSDPModule):
+            raise ValueError(
+                "fully_shard was called on the PEFT model, which does not outlive the merge; call it on the "
+                "transformers model in it: fully_shard(model.get_base_model())"
+            )
+        return super().forward(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """See `lightning_prune.perp.save_adapter`.
+
+        Raises:
+            TypeError: an argument of PEFT's method that has no meaning here.
+        """
+        # Given by callers that save any model; they ask for nothing else than what is done.
+        harmless = {"safe_serialization": True, "is_main_process": True, "state_dict": None}
+        refused = {k: v for k, v in kwargs.items() if k not in harmless or (k == "safe_serialization" and not v)}
+        if refused:
+            raise TypeError(f"save_pretrained of a sparse adapter does not take {sorted(refused)}; leave them out")
+        if kwargs.get("is_main_process", True):
+            save_adapter(self, save_directory)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, model: nn.Module, model_id: str | Path, is_trainable: bool = False
+    ) -> nn.Module:
+        """See `lightning_prune.perp.load_adapter`."""
+        return load_adapter(model, model_id, trainable=is_trainable)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """See `lightning_prune.perp.merge`; the merge is always checked, so `safe_merge` makes no difference."""
+        return merge(self)
+
+    def unload(self) -> nn.Module:
+        """See `lightning_prune.perp.remove_adapters`."""
+        return remove_adapters(self)
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Save the adapters, their masks and the trained parts of a model, without the model.
+
+    PEFT refuses to load the folder (``KeyError: 'LIGHTNING_PRUNE_PERP: ...'``); `load_adapter` does.
+    In a distributed run the first process writes; where the model is sharded every process must call.
+
+    Args:
+        model: A model of `add_adapters`.
+        folder: Created if it does not exist; an earlier adapter in it is replaced in one step. Whatever happens
+            meanwhile, the folder holds the old adapter or the new one.
+
+    Raises:
+        ValueError: the model is none of `add_adapters`, or `folder` is a file.
+    """
+    retraining_of(model)
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r} is a file; give a folder")
+    state = {name: gather_whole(tensor).contiguous().clone() for name, tensor in trained_state(model).items()}
+    packed = pack_masks(adapter_masks(model))
+    if not is_main_process():
+        return
+    settings = settings_of(model)
+    json.dumps(settings)  # before anything is written: an option may not be serialisable
+    bits = {name: entry["bits"] for name, entry in packed.items()}
+    shapes = {name: json.dumps([entry["shape"], entry["crc32"]]) for name, entry in packed.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        settings["files"] = {
+            "adapter": write_named(folder, "perp_adapter", lambda path: save_file(state, path, {"format": "pt"})),
+            "masks": write_named(folder, "perp_masks", lambda path: save_file(bits, path, {"format": "pt", **shapes})),
+        }
+        settings["crc32"] = check_sum(settings)
+        name = getattr(plain_model(model), "name_or_path", None) or None
+        config = {"peft_type": PEFT_TYPE, "base_model_name_or_path": name, "perp": settings}
+        text = json.dumps(config, indent=2)
+        replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    finally:
+        remove_unnamed(folder)
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = True) -> nn.Module:
+    """Put a saved adapter on the pruned model that it was trained on.
+
+    Args:
+        model: The plain transformers model, pruned as it was then. It is changed in place; use what is returned.
+        folder: A folder of `save_adapter`.
+        trainable: Let adapters and trained parts require gradients, to train on.
+
+    Returns:
+        What `add_adapters` returned when the adapter was made, with its weights.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the folder holds another kind of adapter, is damaged (check sums), has regular expressions in its
+            settings, or belongs to a model with other shapes or other zeros. The model is as it was then.
+    """
+    folder = Path(folder)
+    settings = read_config(folder)
+    files = files_of(settings, folder)
+    weights, masks = read_tensors(folder, files["adapter"]), read_masks(folder, files["masks"], model)
+    where = repr(str(folder / CONFIG_FILE))
+    options = options_for(model, settings, weights, where)
+    try:
+        built = add_adapters(model, settings["adapter"], masks, settings["train"], **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the adapter in {str(folder)!r} does not fit {type(model).__name__}: {error}") from error
+    state = trained_state(built)
+    try:
+        check_state(folder, state, weights)
+    except ValueError:
+        remove_adapters(built)
+        raise
+    for name, tensor in state.items():
+        tensor.copy_(weights[name])
+    if not trainable:
+        built.requires_grad_(False)
+    return built

@@ -18,6 +18,7 @@ Letters: T rows (tokens), I inputs, O outputs, r rank. A parameter is stored ``[
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lightning_prune.perp.scratch import scratch
 
 # (weight [P, Q], mask [P, Q] int8, left [P, r], right [r, Q], memory to work in) -> [P, Q] in the weight's dtype
 Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -289,3 +288,21 @@ def _thin_gradients(
     d_left = gradient @ right.t().to(gradient.dtype)
     d_right = left.t().to(gradient.dtype) @ gradient
     return d_weight, d_left.to(left.dtype), d_right.to(right.dtype)
+
+
+_of_thread = threading.local()
+
+
+def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """An uninitialised tensor, valid until the next call from this thread with this dtype; None: use a new one.
+
+    As much memory is held per dtype as the largest request needed.
+    """
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    held: dict[torch.dtype, Tensor] = _of_thread.__dict__.setdefault("held", {})
+    size = shape.numel()
+    if dtype not in held or held[dtype].numel() < size:
+        held.pop(dtype, None)
+        held[dtype] = torch.empty(size, dtype=dtype)
+    return held[dtype][:size].view(shape)

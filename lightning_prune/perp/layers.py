@@ -1,6 +1,6 @@
 """PEFT's LoRA layer for a pruned weight: the four ways of PERP to adapt one and to merge the adapter into it.
 
-`CombinedLinear` is also the base of variants of your own, see `lightning_prune.perp.variants`. The classes subclass
+`CombinedLinear` is also the base of variants of your own, see `lightning_prune.perp.layers`. The classes subclass
 `peft.tuners.lora.Linear`, so parameter names, adapter switching and checkpoints are PEFT's. They are given to PEFT by
 ``LoraConfig._register_custom_module``, which it documents as experimental.
 """
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lightning_prune.enforcement import to_bytes
+from lightning_prune.naming import plain_name
 from lightning_prune.perp.effective import (
     Combine,
     Elementwise,
@@ -32,17 +32,10 @@ from lightning_prune.perp.effective import (
     masked_sum,
     thin_product,
 )
-from lightning_prune.precision import full_precision
-from lightning_prune.sharding import (
-    gather_whole,
-    is_sharded,
-    local,
-    shard_bounds,
-    take_shard,
-)
-from lightning_prune.targets import clean_name, layer_kind
-
-_PEFT_PREFIX = "base_model.model."
+from lightning_prune.pruning.enforcement import to_bytes
+from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.targets import layer_kind
+from lightning_prune.sharding import gather_whole, is_sharded, local, shard_bounds, take_shard
 
 
 class SparseLinear(lora.Linear):
@@ -472,10 +465,74 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
             yield plain_name(name), module
 
 
-def plain_name(name: str) -> str:
-    """A parameter's or module's name without what PEFT and ``torch.compile`` put into it.
+_BUILT_IN = {cls.adapter: cls for cls in (MaskLoRALinear, ScaleLoRALinear, LoRAPruneLinear, KeptLoRALinear)}
+_VARIANTS: dict[str, type[SparseLinear]] = dict(_BUILT_IN)
 
-    >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
-    'model.layers.0.mlp.up_proj.weight'
+
+def register_adapter(layer: type[CombinedLinear]) -> None:
+    """Make a variant of your own known by its name, for ``adapter=`` everywhere; one of the same name is replaced.
+
+    Files and checkpoints hold the name alone. A program that reads them has to register the variant first: nothing
+    that comes with a file is run.
+
+    Args:
+        layer: A subclass of `CombinedLinear` with a name in `adapter` and a function `combine`, which is tried out on
+            a few numbers here.
+
+    Raises:
+        TypeError: it is no such class.
+        ValueError: the name is empty or that of a built-in variant, or `combine` is not what its docstring asks for.
     """
-    return clean_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
+    if not (isinstance(layer, type) and issubclass(layer, CombinedLinear)):
+        raise TypeError(f"layer={layer!r} must be a subclass of lightning_prune.perp.CombinedLinear")
+    name = getattr(layer, "adapter", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{layer.__name__}.adapter={name!r} must be the name of the variant, such as 'relative'")
+    if name in _BUILT_IN:
+        raise ValueError(f"{layer.__name__}.adapter={name!r} is the name of a built-in variant; take another one")
+    if layer.combine is CombinedLinear.combine:
+        raise ValueError(f"{layer.__name__} must define combine(weight, product), see CombinedLinear.combine")
+    _check_combine(layer)
+    _VARIANTS[name] = layer
+
+
+def variant_names() -> tuple[str, ...]:
+    """All that are known."""
+    return tuple(_VARIANTS)
+
+
+def find_variant(adapter: object) -> type[SparseLinear]:
+    """The layer class of a variant.
+
+    Raises:
+        ValueError: none of this name is known.
+    """
+    # A name from a damaged file may be anything, also what no dictionary takes as a key.
+    found = _VARIANTS.get(adapter) if isinstance(adapter, str) else None
+    if found is None:
+        raise ValueError(
+            f"adapter={adapter!r} must be one of {variant_names()}, or None for no adapters; one of your own has to be "
+            "registered first (lightning_prune.perp.register_adapter)"
+        )
+    return found
+
+
+def _check_combine(layer: type[CombinedLinear]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, product = torch.randn(2, 3, 4, generator=generator)  # [P, Q] each
+    where, before = f"{layer.__name__}.combine(weight, product)", weight.clone()
+    combined = layer.combine(weight, product.requires_grad_())
+    if not isinstance(combined, torch.Tensor) or combined.shape != weight.shape or combined.dtype != weight.dtype:
+        raise ValueError(f"{where} must return a tensor of the shape and dtype of weight")
+    if not torch.equal(weight, before):
+        raise ValueError(f"{where} changes weight in place, which is the model's; return a new tensor")
+    if not combined.requires_grad:
+        raise ValueError(f"{where} has no gradient by product, so that nothing would be trained")
+    if not torch.allclose(layer.combine(weight[:1, :1], product[:1, :1]), combined[:1, :1]):
+        raise ValueError(f"{where} must be element by element: its first number depends on others than the first two")
+    starts_at_zero = layer.reset_lora_parameters is CombinedLinear.reset_lora_parameters
+    if starts_at_zero and not torch.allclose(layer.combine(weight, torch.zeros_like(weight)), weight):
+        raise ValueError(
+            f"{where} must be weight where product is zero, as it is at the start; or override reset_lora_parameters, "
+            "so that the adapter starts from the pruned model"
+        )

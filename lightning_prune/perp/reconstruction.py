@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.masks import check_masks, named_weights, uninterrupted
+from lightning_prune.errors import CalibrationError
+from lightning_prune.naming import clean_name
 from lightning_prune.perp.adapters import adapted_modules, attach, check_plain_model, merge, remove_adapters
-from lightning_prune.perp.dense import DenseBlocks, DenseSource, check_is_dense
-from lightning_prune.perp.fitting import BlockFitter
 from lightning_prune.perp.layers import sparse_layers
-from lightning_prune.perp.mask_setting import checked_mask
-from lightning_prune.perp.model import find_retraining
-from lightning_prune.perp.options import check_adapter, check_options
-from lightning_prune.perp.selection import check_parts, select_parameters
+from lightning_prune.perp.masks import checked_mask
+from lightning_prune.perp.options import check_adapter, check_options, check_parts, select_parameters
+from lightning_prune.perp.record import find_retraining
 from lightning_prune.progress import Advance, progress_bar
+from lightning_prune.pruning.blocks import BlockWalk, walk_stacks
+from lightning_prune.pruning.masks import check_masks, named_weights
+from lightning_prune.pruning.running import forward, on_device, quiet_model
+from lightning_prune.pruning.targets import find_stacks
 from lightning_prune.ranks import Ranks
-from lightning_prune.restoring import Originals, restored_on_failure
-from lightning_prune.running import forward, on_device, quiet_model
-from lightning_prune.sequential import BlockWalk, walk_stacks
-from lightning_prune.statistics import CalibrationError
-from lightning_prune.targets import find_stacks
+from lightning_prune.safety import Originals, restored_on_failure, uninterrupted
+from lightning_prune.schedules import learning_rate_factor
 
 TARGETS = ("dense", "pruned")
 # Of adapters in single blocks: names of whole models do not match there, and dropout is off.
@@ -363,3 +363,228 @@ def check_settings(
         raise ValueError(f"learning_rate={learning_rate!r} must be above 0, such as 1e-3")
     if targets not in TARGETS:
         raise ValueError(f"targets={targets!r} must be one of {TARGETS}")
+
+
+# arXiv 2312.15230, section 4: AdamW without weight decay, a linear schedule with 10 % warm-up.
+_WARMUP = 0.1
+
+
+def squared_sum(values: Tensor, keep: Tensor | None) -> Tensor:
+    """Sum of squares over real tokens, in float32 at least.
+
+    Args:
+        values: ``[B, T, D]``.
+        keep: ``[B, T]`` bool, True where a token is real, or None.
+    """
+    # Chosen, not multiplied with 0: what a block makes of padding may be NaN.
+    values = values if keep is None else values[keep]
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum()
+
+
+def squared_error(output: Tensor, target: Tensor, keep: Tensor | None) -> Tensor:
+    """Sum of squared differences over real tokens, taken in float32 at least; arguments as `squared_sum`."""
+    wide = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
+    return squared_sum(output.to(wide) - target.to(output.device, wide), keep)
+
+
+@dataclass(frozen=True)
+class BlockFitter:
+    """Fits the blocks of a walk, each on the hidden states that the walk has reached.
+
+    Attributes:
+        walk: Inputs of the block that is next, and what else it receives.
+        steps: Optimizer steps for a block.
+        learning_rate: Peak learning rate.
+        seed: Of the order of batches.
+        ranks: The processes whose gradients and errors are added up, or None.
+    """
+
+    walk: BlockWalk
+    steps: int
+    learning_rate: float
+    seed: int
+    ranks: Ranks | None
+
+    @torch.no_grad()
+    def energy(self, targets: Sequence[Tensor]) -> float:
+        """Squares of the targets of every batch, ``[B, T, D]`` each, summed over real tokens and ranks."""
+        pairs = zip(self.walk.batches, targets, strict=True)
+        return self._over_ranks(sum(float(squared_sum(t.to(b.device), b.keep)) for b, t in pairs))
+
+    @torch.no_grad()
+    def error(self, index: int, targets: Sequence[Tensor]) -> float:
+        """Squared differences between the block's outputs and the targets, summed over real tokens and ranks."""
+        total = 0.0
+        for batch, target in zip(self.walk.batches, targets, strict=True):
+            output = self.walk.forward(index, batch, batch.hidden)
+            total += float(squared_error(output, target, batch.keep))
+        return self._over_ranks(total)
+
+    @torch.enable_grad()
+    def train(self, index: int, targets: Sequence[Tensor], energy: float, advance: Advance) -> None:
+        """Train what requires a gradient in the block on the squared error; ``.grad`` are as before afterwards.
+
+        Args:
+            index: The block.
+            targets: ``[B, T, D]`` for each batch.
+            energy: Of the targets: the loss is a share of it, so that learning rates mean the same in every block.
+            advance: Told of each step.
+        """
+        parameters = [p for p in self.walk.blocks[index].parameters() if p.requires_grad]
+        gradients = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
+        warmup = round(_WARMUP * self.steps)
+        factor = partial(learning_rate_factor, steps=self.steps, warmup_steps=warmup, schedule="linear")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scale = 1.0 / max(energy / self._tokens(), torch.finfo(torch.float32).tiny)
+        for _, position in zip(range(self.steps), self._order(), strict=False):
+            batch = self.walk.batches[position]
+            output = self.walk.forward(index, batch, batch.hidden)
+            error = squared_error(output, targets[position], batch.keep)
+            tokens = output[..., 0].numel() if batch.keep is None else int(batch.keep.sum())
+            (error * (scale / max(tokens, 1))).backward()  # type: ignore[no-untyped-call]
+            self._average(parameters)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            advance()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _tokens(self) -> float:
+        """Real tokens of all batches and ranks."""
+        shapes = ((b.hidden.shape[:2].numel(), b.keep) for b in self.walk.batches)
+        return self._over_ranks(float(sum(every if keep is None else int(keep.sum()) for every, keep in shapes)))
+
+    def _order(self) -> Iterator[int]:
+        """Positions of batches without end, each pass in a new order."""
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield from torch.randperm(len(self.walk.batches), generator=generator).tolist()
+
+    def _average(self, parameters: Sequence[nn.Parameter]) -> None:
+        if self.ranks is None:
+            return
+        count = len(self.ranks.data_ranks())
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad = self.ranks.sum_samples(parameter.grad) / count
+
+    def _over_ranks(self, value: float) -> float:
+        if self.ranks is None:
+            return value
+        total = torch.tensor([value], dtype=torch.float64, device=self.ranks.device)
+        return float(self.ranks.sum_samples(total))
+
+
+class StoredWeights(Protocol):
+    """Weights in a file, such as `lightning_prune.open_checkpoint` opens."""
+
+    def names(self) -> list[str]:
+        """Names of all weights."""
+
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some of them."""
+
+
+DenseSource = nn.Module | Mapping[str, Tensor] | StoredWeights
+
+
+class DenseBlocks:
+    """Dense weights of decoder blocks, loaded when asked for.
+
+    Args:
+        dense: The dense model; its weights by parameter name, of which those that are not pruned may be missing; or
+            the path of a transformers folder, safetensors file or checkpoint of it, read block by block.
+        model: The pruned model.
+        blocks: Clean names and modules of its decoder blocks.
+        pruned: Names of its parameters that are pruned.
+
+    Raises:
+        TypeError: `dense` is none of these.
+        ValueError: a weight is missing.
+        CheckpointError: the path cannot be read.
+    """
+
+    def __init__(
+        self,
+        dense: DenseSource,
+        model: nn.Module,
+        blocks: Sequence[tuple[str, nn.Module]],
+        pruned: Collection[str],
+    ) -> None:
+        self._blocks = blocks
+        names, self._load = _opened(dense, model)
+        self._sources: dict[str, str] = {}
+        for block, module in blocks:
+            for name in named_weights(module):
+                whole = f"{block}.{name}"
+                source = _find(whole, names, getattr(model, "base_model_prefix", ""))
+                if source is not None:
+                    self._sources[whole] = source
+                elif whole in pruned or not isinstance(dense, Mapping):
+                    raise ValueError(
+                        f"dense has no {whole!r}, which the pruned model has: give the model that was pruned, as it "
+                        "was before"
+                    )
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """Weights of one block by their names in it, of its own dtype and device.
+
+        Raises:
+            ValueError: a weight has another shape than the pruned model's.
+        """
+        block, module = self._blocks[index]
+        wanted = {self._sources.get(f"{block}.{clean_name(name)}"): (name, p) for name, p in module.named_parameters()}
+        found = {}
+        for source, tensor in self._load([name for name in wanted if name is not None]).items():
+            name, own = wanted[source]
+            if tensor.shape != own.shape:
+                raise ValueError(
+                    f"{source!r} of dense has shape {tuple(tensor.shape)}, but {tuple(own.shape)} in the pruned model: "
+                    "give the model that was pruned, as it was before"
+                )
+            found[name] = tensor.detach().to(own.device, own.dtype)
+        return found
+
+
+def _opened(
+    dense: DenseSource, model: nn.Module
+) -> tuple[Collection[str], Callable[[Collection[str]], Mapping[str, Tensor]]]:
+    """The names of all weights, and a function that loads some of them."""
+    if isinstance(dense, nn.Module):
+        if dense is model:
+            raise ValueError("dense is the pruned model itself; give a copy of the model from before it was pruned")
+        weights: Mapping[str, Tensor] = named_weights(dense)
+    elif isinstance(dense, Mapping):
+        weights = dense
+    elif hasattr(dense, "names") and hasattr(dense, "load"):
+        return set(dense.names()), dense.load
+    else:
+        raise TypeError(
+            f"dense={type(dense).__name__} must be the dense model, its weights by name, or a checkpoint that "
+            "lightning_prune.open_checkpoint(path) has opened"
+        )
+    return set(weights), lambda names: {name: weights[name] for name in names}
+
+
+def _find(name: str, names: Collection[str], prefix: str) -> str | None:
+    """What a parameter is called in a source: as in the model, in a LightningModule, or without the family's prefix."""
+    candidates = (name, f"model.{name}", name.removeprefix(f"{prefix}."))
+    return next((candidate for candidate in candidates if candidate in names), None)
+
+
+@torch.no_grad()
+def check_is_dense(name: str, dense: Tensor, pruned: Tensor) -> None:
+    """Refuse dense weights with zeros where those of the pruned model are.
+
+    Raises:
+        ValueError: nothing was there before, so there is nothing to fit to.
+    """
+    if not bool(dense[pruned].any()):
+        raise ValueError(
+            f"all {int(pruned.sum())} pruned weights of {name!r} are zero in dense too: it is pruned itself; give the "
+            "model from before it was pruned"
+        )

@@ -18,21 +18,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_prune.masks import Masks, pack_masks, unpack_masks
-from lightning_prune.perp.adapters import adapter_masks, add_adapters, remove_adapters, trained_state
-from lightning_prune.perp.model import plain_model, retraining_of
-from lightning_prune.perp.stored_settings import check_sum, checked_settings, options_for, settings_of
-from lightning_prune.progress import is_main_process
-from lightning_prune.sharding import gather_whole
+from lightning_prune.perp.layers import find_variant, sparse_layers
+from lightning_prune.perp.options import DEFAULT_RANK, check_options, check_parts, is_scaling
+from lightning_prune.perp.record import retraining_of
+from lightning_prune.pruning.masks import Masks, unpack_masks
 
 CONFIG_FILE = "adapter_config.json"
 # PEFT names an unknown type in its error, so the type says what to do.
@@ -41,58 +39,18 @@ _OLD_NAMES = {"adapter": "perp_adapter.safetensors", "masks": "perp_masks.safete
 _OURS = re.compile(r"\.?perp_(adapter|masks)(-[0-9a-f]{16})?\.safetensors(\.new)?")
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Save the adapters, their masks and the trained parts of a model, without the model.
-
-    PEFT refuses to load the folder (``KeyError: 'LIGHTNING_PRUNE_PERP: ...'``); `load_adapter` does.
-    In a distributed run the first process writes; where the model is sharded every process must call.
-
-    Args:
-        model: A model of `add_adapters`.
-        folder: Created if it does not exist; an earlier adapter in it is replaced in one step. Whatever happens
-            meanwhile, the folder holds the old adapter or the new one.
-
-    Raises:
-        ValueError: the model is none of `add_adapters`, or `folder` is a file.
-    """
-    retraining_of(model)
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r} is a file; give a folder")
-    state = {name: gather_whole(tensor).contiguous().clone() for name, tensor in trained_state(model).items()}
-    packed = pack_masks(adapter_masks(model))
-    if not is_main_process():
-        return
-    settings = settings_of(model)
-    json.dumps(settings)  # before anything is written: an option may not be serialisable
-    bits = {name: entry["bits"] for name, entry in packed.items()}
-    shapes = {name: json.dumps([entry["shape"], entry["crc32"]]) for name, entry in packed.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        settings["files"] = {
-            "adapter": _write_named(folder, "perp_adapter", lambda path: save_file(state, path, {"format": "pt"})),
-            "masks": _write_named(folder, "perp_masks", lambda path: save_file(bits, path, {"format": "pt", **shapes})),
-        }
-        settings["crc32"] = check_sum(settings)
-        name = getattr(plain_model(model), "name_or_path", None) or None
-        config = {"peft_type": PEFT_TYPE, "base_model_name_or_path": name, "perp": settings}
-        text = json.dumps(config, indent=2)
-        _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
-    finally:
-        _remove_unnamed(folder)
-
-
-def _write_named(folder: Path, stem: str, write: Callable[[Path], Any]) -> dict[str, str]:
+def write_named(folder: Path, stem: str, write: Callable[[Path], Any]) -> dict[str, str]:
+    """Write a file under a name that its contents give, and return what the configuration says of it."""
     """Write a file beside all others, under a name that no other content has."""
     temporary = folder / f".{stem}.safetensors.new"
     write(temporary)
     digest = _digest(temporary)
     path = folder / f"{stem}-{digest[:16]}.safetensors"
-    _replace(path, lambda new: os.replace(temporary, new))
+    replace_file(path, lambda new: os.replace(temporary, new))
     return {"name": path.name, "sha256": digest}
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file whole, onto the disk, and put it in its place in one step."""
     temporary = path.with_name(f".{path.name}.new")
     try:
@@ -126,10 +84,10 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _remove_unnamed(folder: Path) -> None:
+def remove_unnamed(folder: Path) -> None:
     """Remove what the configuration does not name: files of the adapter before, or of an attempt that failed."""
     try:
-        named = {file["name"] for file in _files_of(_read_config(folder), folder).values()}
+        named = {file["name"] for file in files_of(read_config(folder), folder).values()}
     except (OSError, ValueError):
         return
     for path in folder.iterdir():
@@ -137,47 +95,8 @@ def _remove_unnamed(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@torch.no_grad()
-def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = True) -> nn.Module:
-    """Put a saved adapter on the pruned model that it was trained on.
-
-    Args:
-        model: The plain transformers model, pruned as it was then. It is changed in place; use what is returned.
-        folder: A folder of `save_adapter`.
-        trainable: Let adapters and trained parts require gradients, to train on.
-
-    Returns:
-        What `add_adapters` returned when the adapter was made, with its weights.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: the folder holds another kind of adapter, is damaged (check sums), has regular expressions in its
-            settings, or belongs to a model with other shapes or other zeros. The model is as it was then.
-    """
-    folder = Path(folder)
-    settings = _read_config(folder)
-    files = _files_of(settings, folder)
-    weights, masks = _read_tensors(folder, files["adapter"]), _read_masks(folder, files["masks"], model)
-    where = repr(str(folder / CONFIG_FILE))
-    options = options_for(model, settings, weights, where)
-    try:
-        built = add_adapters(model, settings["adapter"], masks, settings["train"], **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the adapter in {str(folder)!r} does not fit {type(model).__name__}: {error}") from error
-    state = trained_state(built)
-    try:
-        _check_state(folder, state, weights)
-    except ValueError:
-        remove_adapters(built)
-        raise
-    for name, tensor in state.items():
-        tensor.copy_(weights[name])
-    if not trainable:
-        built.requires_grad_(False)
-    return built
-
-
-def _check_state(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_state(folder: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not those of the model."""
     wrong = sorted(expected.keys() ^ found.keys())
     if wrong:
         where = "missing from the folder" if wrong[0] in expected else "not in the model"
@@ -192,7 +111,8 @@ def _check_state(folder: Path, expected: Mapping[str, Tensor], found: Mapping[st
             )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the configuration, and refuse another program's."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"folder={str(folder)!r} holds no {CONFIG_FILE}; give a folder of save_adapter")
@@ -210,7 +130,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _files_of(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+def files_of(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Say which files the configuration names."""
     """Names and digests of the other files; no digests in folders of older versions."""
     if "files" not in settings:
         return {what: {"name": name, "sha256": None} for what, name in _OLD_NAMES.items()}
@@ -233,7 +154,8 @@ def _checked_file(folder: Path, file: Mapping[str, Any]) -> Path:
     return path
 
 
-def _read_tensors(folder: Path, file: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(folder: Path, file: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read the tensors of a file whose check sum is right."""
     path = _checked_file(folder, file)
     try:
         return dict(load_file(path))
@@ -241,8 +163,9 @@ def _read_tensors(folder: Path, file: Mapping[str, Any]) -> dict[str, Tensor]:
         raise ValueError(f"{str(path)!r} is damaged: {error}") from error
 
 
-def _read_masks(folder: Path, file: Mapping[str, Any], model: nn.Module) -> Masks:
-    bits = _read_tensors(folder, file)
+def read_masks(folder: Path, file: Mapping[str, Any], model: nn.Module) -> Masks:
+    """Read the masks of a file whose check sum is right."""
+    bits = read_tensors(folder, file)
     with safe_open(folder / file["name"], "pt") as handle:
         shapes = handle.metadata() or {}
     expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
@@ -259,3 +182,135 @@ def _read_masks(folder: Path, file: Mapping[str, Any], model: nn.Module) -> Mask
             )
         state[name] = {"bits": tensor, "shape": shape, "crc32": crc32}
     return unpack_masks(state)
+
+
+VERSION = 1
+_PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+# Written by older versions. They have selected the layers, which are named; run again they could only do harm.
+_SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """What `load_adapter` needs to make a model's adapters again, with every layer under its name."""
+    record = retraining_of(model)
+    options = {name: record.options[name] for name in _PLAIN if name in record.options}
+    layers = dict(sparse_layers(model))
+    if layers:
+        rank = record.options.get("r", DEFAULT_RANK)
+        alpha = record.options.get("lora_alpha", 2 * rank)
+        ranks = {name: next(iter(layer.r.values())) for name, layer in layers.items()}
+        alphas = {name: next(iter(layer.lora_alpha.values())) for name, layer in layers.items() if layer.scaled}
+        options["target_modules"] = sorted(layers)
+        options["rank_pattern"] = {re.escape(name): value for name, value in ranks.items() if value != rank}
+        options["alpha_pattern"] = {re.escape(name): value for name, value in alphas.items() if value != alpha}
+    return {"version": VERSION, "adapter": record.adapter, "train": list(record.train), "options": options}
+
+
+def check_sum(settings: Mapping[str, Any]) -> int:
+    """CRC of settings, in which a changed digit would go unseen."""
+    kept = {name: value for name, value in settings.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
+
+
+def checked_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings that are damaged, or of another version.
+
+    Args:
+        settings: As read.
+        where: The file, for errors.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if settings.get("version") != VERSION:
+        raise ValueError(f"{where} has version {settings.get('version')!r}, not {VERSION}; update lightning-prune")
+    if "crc32" in settings and settings["crc32"] != check_sum(settings):
+        raise ValueError(f"{where} is damaged, or was changed by hand: its check sum is another; save the adapter anew")
+    options, adapter = settings.get("options"), settings.get("adapter")
+    if not isinstance(options, dict) or not isinstance(settings.get("train"), list):
+        raise ValueError(f"{where} is damaged: 'options' or 'train' is missing")
+    targets = options.get("target_modules", [])
+    if "adapter" not in settings or not _are_names(targets) or bool(targets) != (adapter is not None):
+        raise ValueError(f"{where} is damaged: 'target_modules' is no list of names, or 'adapter' is missing")
+    unknown = sorted(options.keys() - {*_PLAIN, *_PATTERNS, *_SELECTING, "target_modules"}, key=repr)
+    if unknown:
+        raise ValueError(f"{where} has the option {unknown[0]!r}, which no adapter of save_adapter has")
+    try:
+        check_parts(settings["train"])
+        check_options(adapter, {k: v for k, v in options.items() if k in _PLAIN})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+
+
+def options_for(
+    model: nn.Module, settings: Mapping[str, Any], weights: Mapping[str, Tensor], where: str
+) -> dict[str, Any]:
+    """The options of `add_adapters` that give each layer what the file says, and no more.
+
+    Args:
+        model: To get the adapters.
+        settings: That `checked_settings` has passed.
+        weights: Tensors of the file. Ranks have to be theirs, so that nothing larger than the file is made.
+        where: The file, for errors.
+
+    Raises:
+        ValueError: a pattern, a number out of range, or a layer that the model does not have.
+    """
+    options = settings["options"]
+    targets = options.get("target_modules", [])
+    if not targets:
+        return {}
+    there = {name for name, _ in model.named_modules()}
+    strange = [name for name in targets if name not in there]
+    if strange:
+        raise ValueError(
+            f"{strange[0]!r} of {where} is no module of {type(model).__name__}: the adapter belongs to another model"
+        )
+    rank = options.get("r", DEFAULT_RANK)
+    ranks = _by_layer(options, "rank_pattern", targets, where)
+    alphas = _by_layer(options, "alpha_pattern", targets, where) if find_variant(settings["adapter"]).scaled else {}
+    for name in targets:
+        stored = weights.get(f"{name}.lora_A")
+        if stored is not None and (stored.dim() != 2 or stored.shape[0] != ranks.get(name, rank)):
+            raise ValueError(
+                f"{where} gives {name!r} the rank {ranks.get(name, rank)}, but the adapter's matrix has shape "
+                f"{tuple(stored.shape)}: it is damaged, or belongs to another model"
+            )
+    return {
+        **{name: options[name] for name in _PLAIN if name in options},
+        "target_modules": list(targets),
+        **({"rank_pattern": {re.escape(n): v for n, v in ranks.items()}} if ranks else {}),
+        **({"alpha_pattern": {re.escape(n): v for n, v in alphas.items()}} if alphas else {}),
+    }
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _by_layer(options: Mapping[str, Any], field: str, targets: Collection[str], where: str) -> dict[str, Any]:
+    """Values of a pattern for the layers it names, by whole names or their ends; nothing is run."""
+    pattern = options.get(field) or {}
+    if not isinstance(pattern, dict) or len(pattern) > len(targets):
+        raise ValueError(f"{where} is damaged: {field!r} must give numbers to layers, at most one to each")
+    values = {}
+    for key, value in pattern.items():
+        name = re.sub(r"\\(.)", r"\1", key)
+        if key != re.escape(name) and not re.fullmatch(r"[\w.-]+", key):
+            raise ValueError(
+                f"{where} has the regular expression {key!r} in {field!r}, which is not run, since it may be written "
+                "to hang: save the adapter anew, which names every layer"
+            )
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (whole if field == "rank_pattern" else is_scaling(value)):
+            raise ValueError(f"{where} has {value!r} for {name!r} in {field!r}, which is out of range")
+        values[name] = value
+    found = {}
+    for target in targets:
+        parts = target.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        end = next((end for end in ends if end in values), None)
+        if end is not None:
+            found[target] = values[end]
+    return found

@@ -8,16 +8,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from lightning_prune.inspection_view import pattern_line
+from lightning_prune.checkpoints.inspection import pattern_line
+from lightning_prune.history import versions
+from lightning_prune.naming import order_kinds, place
+from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.report import sections
-from lightning_prune.report.charts import histograms
-from lightning_prune.report.matrices import Measured, measure
-from lightning_prune.report.results import Results, read_results
-from lightning_prune.report.sources import Source, open_source
-from lightning_prune.report.summary import summarize
-from lightning_prune.run_facts import versions
-from lightning_prune.score_summary import ScoreSummary
-from lightning_prune.tensor_names import order_kinds, place
+from lightning_prune.report.figures import histograms
+from lightning_prune.report.measure import Measured, Results, Source, measure, open_source, read_results
+from lightning_prune.report.sections import summarize
 
 TEMPLATES = Path(__file__).with_name("templates")
 """Where the page's template and style are."""

@@ -1,74 +1,23 @@
-"""Variant B: what remains of a layer takes over from the inputs it lost, by the local Hessian ``H = X^T X``.
-
-``W[:, q] <- W[:, q] - W[:, p] inv(Hinv[p, p]) Hinv[p, q]`` for the lost inputs p and the kept ones q (EfficientLLM,
-arXiv 2502.06663; Optimal Brain Surgeon for several weights at once). By block inversion that is
-``W[:, q] + W[:, p] H[p, q] inv(H[q, q])``, the least squares fit of the lost inputs by the kept ones, which needs one
-factorisation of the smaller matrix.
-
-Dimensions: O outputs, I inputs of a layer; p lost and q kept inputs.
-"""
+"""Re-fit what remains when units go, from second moments of inputs, at once or while training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_prune.masks import uninterrupted
-from lightning_prune.obs import DAMPING
-from lightning_prune.precision import full_precision
+from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
-from lightning_prune.shard_group import shard_group
+from lightning_prune.pruning.hessian import DAMPING, compensated
+from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.targets import Target
+from lightning_prune.ranks import shard_group
+from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local
-from lightning_prune.statistics import CalibrationError
 from lightning_prune.structure.saliency import INPUT_AXIS, reader_targets
 from lightning_prune.structure.units import Removal, Structure, unit_indices
-from lightning_prune.targets import Target
-
-
-@full_precision()
-def compensated(weight: Tensor, hessian: Tensor, lost: Tensor, damping: float = DAMPING) -> Tensor:
-    """A weight that does without some of its inputs.
-
-    Args:
-        weight: ``[O, I]``; not changed.
-        hessian: ``X^T X`` of the layer's inputs, ``[I, I]``, up to a factor; not changed. Solved in float64 (float32
-            on MPS).
-        lost: Indices of inputs that go, or are gone already.
-        damping: Share of the mean diagonal (of inputs that were not always zero) that is added to it; grows tenfold,
-            three times at most, if the matrix is not positive definite to working precision.
-
-    Returns:
-        ``[O, I]`` in the weight's dtype, zero in the lost columns.
-
-    Raises:
-        CalibrationError: the matrix stays indefinite, or the result is not finite.
-    """
-    dtype = torch.float32 if hessian.device.type == "mps" else torch.float64
-    stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
-    stays[lost.to(hessian.device)] = False
-    kept, lost = stays.nonzero().flatten(), (~stays).nonzero().flatten()
-    diagonal = hessian.diagonal().to(dtype).clone()
-    alive = diagonal != 0  # units that are masked already must not count in the mean
-    scale = diagonal[alive].mean() if bool(alive.any()) else torch.ones((), dtype=dtype, device=diagonal.device)
-    diagonal[~alive] = scale
-    qq = hessian[kept][:, kept].to(dtype)  # [q, q]
-    qp = hessian[kept][:, lost].to(dtype)  # [q, p]
-    for attempt in range(4):
-        qq.diagonal().copy_(diagonal[kept] + damping * 10**attempt * scale)
-        factor, failed = torch.linalg.cholesky_ex(qq)
-        if not int(failed):
-            fit = torch.cholesky_solve(qp, factor)  # [q, p]: lost inputs as sums of kept ones
-            wide = weight.to(device=hessian.device, dtype=dtype)
-            result = torch.zeros_like(wide)
-            result[:, kept] = wide[:, kept] + wide[:, lost] @ fit.t()
-            result = result.to(weight)
-            if bool(torch.isfinite(result).all()):
-                return result
-    raise CalibrationError(
-        "the layer's Hessian X^T X is not positive definite even when damped; use more calibration samples"
-    )
 
 
 def observed_layers(structure: Structure, types: Sequence[str]) -> dict[str, str]:
@@ -168,4 +117,164 @@ def lost_inputs(structure: Structure, removal: Removal) -> dict[str, Tensor]:
             for name in names:
                 if f"{name}.weight" in structure.axes and not name.startswith(tuple(gone)):
                     found[name] = indices[units].reshape(-1)
+    return found
+
+
+_V = TypeVar("_V")
+
+
+class StreamedMoments:
+    """A decayed mean of ``X^T X`` for every layer that reads units, from the training's own forward passes.
+
+    Layers that take the same tensor (queries, keys and values; gate and up) share one matrix, under the name of the
+    first. A step that was observed ``a`` observed steps ago weighs ``decay^a``, and the weights are divided by their
+    sum (as Adam corrects the bias of its moments): early on this is nearly the plain mean, where a mean that starts
+    with the first small batch would stay with it for ``1 / (1 - decay)`` steps. Where
+    parameters are sharded, the moments are whole on every rank.
+
+    Args:
+        structure: Of the model.
+        types: Unit types whose readers are watched.
+        decay: Weight of an observed step against the one after it, from 0 to below 1.
+
+    Attributes:
+        listening: Whether forward passes are observed now.
+        keep: Bool, one for each token of the batch, False where it is padding; None where nothing is.
+        hessians: ``[I, I]`` float32, by the name of the layer that was observed.
+        weights: The sum of the weights of the steps in each of them.
+    """
+
+    def __init__(self, structure: Structure, types: Sequence[str], decay: float) -> None:
+        self.types = types
+        self.decay = decay
+        self.listening = False
+        self.keep: Tensor | None = None
+        self.hessians: dict[str, Tensor] = {}
+        self.weights: dict[str, float] = {}
+        self._observed = observed_layers(structure, types)
+        self._handles: list[Any] = []
+        self._sums: dict[str, Tensor] = {}  # of the step that is running
+        self._tokens: dict[str, int] = {}
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def watch(self, structure: Structure) -> None:
+        """Put hooks on the layers; they do nothing unless `listening`."""
+        self.release()
+        modules = structure.modules()
+        for name in dict.fromkeys(self._observed.values()):
+            self._handles.append(modules[name].register_forward_pre_hook(self._hook(name)))
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.listening:
+                self.add(name, args[0].detach())
+
+        return take
+
+    @full_precision()
+    def add(self, name: str, x: Tensor) -> None:
+        """Take in the inputs ``[..., I]`` of a layer."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self.keep is not None and self.keep.numel() == rows.shape[0]:
+            rows = rows[self.keep.reshape(-1)]
+        rows = rows.float()
+        product = rows.t() @ rows
+        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
+        if name in self._sums:
+            self._sums[name] += product
+        else:
+            self._sums[name] = product
+
+    def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """The optimizer step is complete: fold what was observed of it into the moments.
+
+        Args:
+            reduce: Sums a tensor over processes, which must have observed the same step.
+        """
+        for name in sorted(self._sums):
+            total, tokens = self._sums[name], torch.tensor(float(self._tokens[name]), device=self._sums[name].device)
+            if reduce is not None:
+                total, tokens = reduce(total), reduce(tokens)
+            mean = total / tokens
+            if not bool(torch.isfinite(mean.sum())):  # an overflowing step, which a gradient scaler skips too
+                continue
+            before, weight = self.hessians.get(name), 1 + self.decay * self.weights.get(name, 0.0)
+            self.hessians[name] = mean if before is None else before.to(mean.device).lerp_(mean, 1 / weight)
+            self.weights[name] = weight
+        self._sums, self._tokens = {}, {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether every layer has been seen."""
+        return set(self._observed.values()) <= self.hessians.keys()
+
+    def by_layer(self) -> dict[str, Tensor]:
+        """The moments of every layer's inputs, as `lightning_prune.structure.compensation.compensate` takes them."""
+        return {name: self.hessians[observed] for name, observed in self._observed.items()}
+
+    # -- following the model -----------------------------------------------------------------------------------------
+
+    def mask(self, structure: Structure, removal: Removal) -> None:
+        """Forget the inputs that are masked, which are zero from now on."""
+        for name, lost in lost_inputs(structure, removal).items():
+            if name in self.hessians:
+                hessian = self.hessians[name]
+                lost = lost.to(hessian.device)
+                hessian[lost] = 0.0
+                hessian[:, lost] = 0.0
+
+    def compact(
+        self, lost_by_layer: Mapping[str, Tensor], gone: Sequence[int], before: Structure, after: Structure
+    ) -> None:
+        """Drop the inputs, and the layers, that are removed.
+
+        Args:
+            lost_by_layer: Inputs by layer, from `lost_inputs` while the model still had them.
+            gone: Numbers of removed layers.
+            before: Structure of the model before the removal.
+            after: Structure of the model after it.
+        """
+        for name, lost in lost_by_layer.items():
+            if name in self.hessians:
+                hessian = self.hessians[name]
+                stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
+                stays[lost.to(hessian.device)] = False
+                self.hessians[name] = hessian[stays][:, stays]
+        if gone:
+            self.hessians = _renumbered(self.hessians, before.layer_names(), gone)
+            self.weights = _renumbered(self.weights, before.layer_names(), gone)
+            self._observed = observed_layers(after, self.types)
+            if self._handles:  # they know the layers by their old numbers
+                self.watch(after)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The moments and their weights; nothing of a step that is running."""
+        return {"hessians": dict(self.hessians), "weights": dict(self.weights)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device) -> None:
+        """Take up the moments of `state_dict`."""
+        self.hessians = {name: hessian.to(device) for name, hessian in state["hessians"].items()}
+        self.weights = {name: float(weight) for name, weight in state["weights"].items()}
+
+
+def _renumbered(values: Mapping[str, _V], names: Sequence[str], gone: Sequence[int]) -> dict[str, _V]:
+    """Without the removed layers, the others by their new numbers; `names` are those of all layers before."""
+    left = [name for i, name in enumerate(names) if i not in gone]
+    renamed = {f"{old}.": f"{names[i]}." for i, old in enumerate(left)}
+    dropped = tuple(f"{names[i]}." for i in gone)
+    found = {}
+    for name, value in values.items():
+        if name.startswith(dropped):
+            continue
+        prefix = next((old for old in renamed if name.startswith(old)), None)
+        found[name if prefix is None else renamed[prefix] + name[len(prefix) :]] = value
     return found

@@ -10,21 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.batches import samples
-from lightning_prune.calibration import LossFn, collect
-from lightning_prune.masks import uninterrupted
+from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
-from lightning_prune.running import model_loss, on_device, quiet_model
+from lightning_prune.pruning.batches import samples
+from lightning_prune.pruning.calibration import LossFn, collect
+from lightning_prune.pruning.running import model_loss, on_device, quiet_model
+from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
+from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import has_sharded_parameters
-from lightning_prune.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, CalibrationError, LayerStatistics
-from lightning_prune.structure.choice import (
-    RoundTo,
-    attention_unit_of,
-    check_reachable,
-    check_round_to,
-    plan_removal,
-)
 from lightning_prune.structure.compensation import compensation, observed_layers
+from lightning_prune.structure.planning import RoundTo, attention_unit_of, check_reachable, check_round_to, plan_removal
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import (
     SALIENCIES,

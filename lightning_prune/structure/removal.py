@@ -15,20 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.masks import uninterrupted
+from lightning_prune.pruning.targets import type_name
+from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import is_sharded
-from lightning_prune.structure.removal_checks import (
+from lightning_prune.structure.masking import Extra, copy_places, masked_channels, unmask_norms
+from lightning_prune.structure.sizes import AttentionUnit, Sizes
+from lightning_prune.structure.units import (
     KeptIndices,
+    Removal,
+    Structure,
     check_layers_removable,
     check_removal,
     check_sizes,
     kept_indices,
+    read_structure,
     sizes_after,
 )
-from lightning_prune.structure.sizes import AttentionUnit, Sizes
-from lightning_prune.structure.unit_masks import Extra, copy_places, masked_channels, unmask_norms
-from lightning_prune.structure.units import Removal, Structure, read_structure
-from lightning_prune.targets import type_name
 
 # How a state scales when its weight does: a gradient goes with 1 / factor. States by the names torch.optim gives them.
 _GRADIENT_POWER = {
@@ -81,7 +83,7 @@ def remove_units(
 
     Args:
         model: A causal language model of a known family, or a module that holds one.
-        removal: Unit indices by type, see `lightning_prune.structure.removal_checks.check_removal`.
+        removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
         optimizers: Whose states are sliced alongside. Removed layers leave their parameter groups.
         extra: Copies of parameters by name, which get the sliced copies. (An averaged *model* is shrunk by a call of
             its own.)

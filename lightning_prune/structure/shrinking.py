@@ -1,30 +1,23 @@
-"""A model on its way to a target: which units go next, which are masked by now, and when they are sliced off.
-
-No Trainer here: a callback (or a loop of yours) tells the steps.
-
-Dimensions: P places that each have their own units of a type (layers, for attention and ffn), U units there.
-"""
+"""Shrink a model while it trains: the state between two prunings, and its history."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.structure.compensation import compensate, lost_inputs
-from lightning_prune.structure.history import ShrinkRecord
-from lightning_prune.structure.masked_units import note_masked_units
+from lightning_prune.structure.compensation import StreamedMoments, compensate, lost_inputs
+from lightning_prune.structure.masking import mask_units
+from lightning_prune.structure.planning import ShrinkGoal
 from lightning_prune.structure.removal import remove_units
-from lightning_prune.structure.removal_checks import merge_removals, sizes_after
 from lightning_prune.structure.saliency import SaliencyAccumulator
-from lightning_prune.structure.shrink_goal import ShrinkGoal
+from lightning_prune.structure.saving import note_masked_units
 from lightning_prune.structure.sizes import Sizes, UnitType
-from lightning_prune.structure.streamed_moments import StreamedMoments
-from lightning_prune.structure.unit_masks import mask_units
-from lightning_prune.structure.units import Removal, Structure, read_structure
+from lightning_prune.structure.units import Removal, Structure, merge_removals, read_structure, sizes_after
 
 
 class Shrinking:
@@ -235,3 +228,36 @@ class Shrinking:
         if self.pending:  # what is masked besides weights: LayerNorms
             mask_units(self.structure.model, self.pending, attention_unit=self.structure.attention_unit)
         self._note()
+
+
+@dataclass(frozen=True)
+class ShrinkRecord:
+    """The model after a pruning; the first record of a history is the model before the first one.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Training tokens seen by all processes.
+        parameters: Parameters left.
+        units: Units left of each type, in one layer (stem, layer: in the model).
+        saliency: Mean saliency of the weights of each type's cheapest unit, as compared at this pruning.
+    """
+
+    step: int
+    tokens: int
+    parameters: int
+    units: dict[str, int]
+    saliency: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ShrinkRecord:
+        """The record of `to_dict`."""
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def pruned_ratios(record: ShrinkRecord, first: ShrinkRecord) -> dict[str, float]:
+    """Share of each type's units that have gone since `first`."""
+    return {kind: 1 - left / first.units[kind] for kind, left in record.units.items()}

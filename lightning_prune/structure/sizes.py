@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from lightning_prune.shares import count_of
+from lightning_prune.schedules import count_of
 
 UnitType = Literal["attention", "ffn", "stem", "layer"]
 UNIT_TYPES: tuple[UnitType, ...] = ("attention", "ffn", "stem", "layer")

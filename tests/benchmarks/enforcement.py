@@ -223,7 +223,7 @@ def measure_pairs(args: argparse.Namespace, model: nn.Module, batches: Tensor) -
 
 def measure_passes(model: nn.Module, rounds: int) -> list[dict[str, Any]]:
     """Medians of the two passes of a step, over all decoder linears, in turns."""
-    from lightning_prune import enforcement
+    from lightning_prune.pruning import enforcement
 
     torch.set_num_threads(1)
     weights = {name: layer.weight for name, layer in reference.all_linears(model).items()}

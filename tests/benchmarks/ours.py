@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import prune
-from lightning_prune.allocation import KFACAllocation, exact_counts, kfac_sparsities
-from lightning_prune.calibration import collect
-from lightning_prune.evaluate import evaluate
-from lightning_prune.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
+from lightning_prune.evaluation.evaluate import evaluate
 from lightning_prune.perp import reconstruct
-from lightning_prune.scores import kfac_score
-from lightning_prune.targets import find_targets
+from lightning_prune.pruning.allocation import KFACAllocation, exact_counts, kfac_sparsities
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
+from lightning_prune.pruning.scores import kfac_score
+from lightning_prune.pruning.targets import find_targets
 
 # What a sweep collects for each score.
 STATISTICS = {

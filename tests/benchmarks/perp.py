@@ -37,9 +37,9 @@ from ours import ours_prune
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lightning_prune.enforcement import Enforcer
-from lightning_prune.masks import named_weights
 from lightning_prune.perp import add_adapters, merge, trainable_share
+from lightning_prune.pruning.enforcement import Enforcer
+from lightning_prune.pruning.masks import named_weights
 
 STARTS: dict[str, dict[str, Any]] = {
     "magnitude-50": {"score": "magnitude", "sparsity": 0.5, "pattern": "unstructured"},

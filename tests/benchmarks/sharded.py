@@ -46,7 +46,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader
 
-from lightning_prune import CausalLM, WeightPruning, calibration
+from lightning_prune import CausalLM, WeightPruning
+from lightning_prune.pruning import calibration
 from lightning_prune.sharding import local
 
 MIB = 2**20

@@ -32,7 +32,7 @@ from worker import LLAMA, SHARDED, STRATEGIES, Model, Tokens
 from lightning_prune import CausalLM, LinearSchedule, PERPRetraining, WeightPruning
 from lightning_prune.perp import adapter_masks, add_adapters, merge, remove_adapters, save_adapter, set_masks
 from lightning_prune.perp.layers import sparse_layers
-from lightning_prune.perp.model import plain_model
+from lightning_prune.perp.record import plain_model
 from lightning_prune.sharding import gather_whole, local, reshard
 
 

@@ -11,7 +11,7 @@ import torch
 from launching import assert_enforced, assert_same_on_all_ranks, fit, launch, masks, share_of_other_masks
 from safetensors.torch import load_file
 
-from lightning_prune.masks import unpack_masks
+from lightning_prune.pruning.masks import unpack_masks
 
 pytestmark = pytest.mark.distributed
 

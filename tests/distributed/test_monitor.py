@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import launch, results
 
-from lightning_prune.sparsity_history import HISTORY_FILE, read_history
+from lightning_prune.history import HISTORY_FILE, read_history
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -15,9 +15,9 @@ import yaml
 from conftest import TINY, clean_environment
 from transformers import AutoModelForCausalLM
 
+from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.cli import main
-from lightning_prune.inspection import inspect
-from lightning_prune.text_data import EMBEDDED
+from lightning_prune.text.data import EMBEDDED
 
 pytestmark = pytest.mark.distributed
 

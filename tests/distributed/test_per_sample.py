@@ -16,10 +16,11 @@ import torch.multiprocessing as processes
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_per_sample_gradients import autograd, data, in_batch_negatives, penalty, squares, two_layers
 
-from lightning_prune.calibration import collect
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.statistics import GRADIENTS
+from lightning_prune.pruning.targets import find_targets
 from lightning_prune.ranks import Ranks
-from lightning_prune.statistics import GRADIENTS, CalibrationError
-from lightning_prune.targets import find_targets
 
 pytestmark = pytest.mark.distributed
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM
-from lightning_prune.export import export
+from lightning_prune.checkpoints.export import export
 from lightning_prune.structure.shrinking import Shrinking
 
 pytestmark = pytest.mark.distributed

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import CausalLM
-from lightning_prune.export import export
-from lightning_prune.masks import unpack_masks
-from lightning_prune.perp import load_merged_state
+from lightning_prune import CausalLM, load_merged_state
+from lightning_prune.checkpoints.export import export
+from lightning_prune.pruning.masks import unpack_masks
 
 pytestmark = pytest.mark.distributed
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_prune import CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
-from lightning_prune.losses import causal_lm_losses
+from lightning_prune.pruning.running import causal_lm_losses
 from lightning_prune.sharding import gather_whole, local
 
 STRATEGIES = {

@@ -24,8 +24,8 @@ from lightning_prune import (
     prune,
     prune_structured,
 )
-from lightning_prune.evaluation import perplexity
-from lightning_prune.latency import benchmark
+from lightning_prune.evaluation.latency import benchmark
+from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.structure import save_plain
 
 ACCELERATOR = os.environ.get("GPU_TESTS_ON", "cuda")

@@ -1,0 +1,316 @@
+"""Refuse what callbacks cannot do under a Trainer, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import Tensor
+from torch._dynamo import OptimizedModule
+from torch.optim import Optimizer
+
+from lightning_prune.callbacks.weight_pruning import WeightPruning
+from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.ranks import shard_group
+from lightning_prune.schedules import OneShot
+from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.structure.saliency import check_saliency
+from lightning_prune.structure.saving import noted_units
+from lightning_prune.structure.sizes import ATTENTION_UNITS
+from lightning_prune.structure.units import Structure
+
+
+def check_settings(callback: Any) -> None:
+    """Values that are wrong for any model.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    check_saliency(callback.saliency)
+    if callback.attention_unit not in ATTENTION_UNITS:
+        raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
+    for name in ("second_order_every", "compact_every", "round_to"):
+        value = getattr(callback, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    for name in ("saliency_decay", "second_order_decay"):
+        if not 0 <= getattr(callback, name) < 1:
+            raise ValueError(f"{name}={getattr(callback, name)!r} must be in [0, 1)")
+    if callback.schedule.end is not None and callback.schedule.units != 1:
+        raise ValueError(
+            f"units_per_pruning={callback.schedule.units} and end={callback.schedule.end} exclude each other: with end "
+            "each pruning takes as many units as it needs to arrive there. Leave one out"
+        )
+    if callback.distill_from is not None and not 0 < callback.distill_weight <= 1:
+        raise ValueError(f"distill_weight={callback.distill_weight!r} must be above 0 and at most 1")
+    if not callback.temperature > 0:
+        raise ValueError(f"temperature={callback.temperature!r} must be above 0")
+    target = callback.target
+    if isinstance(target, bool) or not isinstance(target, (int, float, dict)):
+        raise TypeError(f"target={target!r} must be a float (share), an int (parameters) or a dict of final sizes")
+
+
+def check_trainer(trainer: L.Trainer, callback: Any) -> None:
+    """Strategies and callbacks that hold shapes of their own, and a precision that scales gradients under kfac.
+
+    Raises:
+        ValueError: naming it, and what to use.
+    """
+    strategy: Any = trainer.strategy
+    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
+    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is one of DDP to Lightning
+        raise ValueError(
+            f"PruningAwarePretraining does not support {type(strategy).__name__}, whose shards hide the units; use one "
+            "device, strategy='ddp', or strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with "
+            "FSDP2 (fully_shard in configure_model)"
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        _check_sharding(strategy, trainer)
+    if isinstance(strategy, DDPStrategy):
+        if strategy._start_method != "popen":
+            raise ValueError(
+                f"PruningAwarePretraining does not support DDP with start_method={strategy._start_method!r}, which "
+                "returns the weights to a module of the old sizes; use strategy='ddp'"
+            )
+        if strategy._ddp_comm_state is not None:
+            raise ValueError(
+                "PruningAwarePretraining does not support DDP with ddp_comm_state, whose buffers keep the old shapes; "
+                "leave it out"
+            )
+    if callback.saliency == "kfac" and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"saliency='kfac' squares output gradients, which precision={trainer.precision!r} scales from step to "
+            "step; use precision='bf16-mixed', or another saliency"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        if other is callback:
+            continue
+        # By name too: importing the adapters' callback would load PEFT.
+        if isinstance(other, (WeightPruning, StochasticWeightAveraging, ModelPruning)) or (
+            type(other).__name__ == "PERPRetraining"
+        ):
+            raise ValueError(
+                f"{type(other).__name__} keeps tensors of the weights' shapes, which change here: run it in a fit of "
+                "its own, after the model has shrunk"
+            )
+
+
+def _check_sharding(strategy: ModelParallelStrategy, trainer: L.Trainer) -> None:
+    tensor = strategy.device_mesh["tensor_parallel"].size()
+    if tensor > 1:
+        raise ValueError(
+            f"PruningAwarePretraining does not support ModelParallelStrategy(tensor_parallel_size={tensor}), which "
+            "splits units between processes; use tensor_parallel_size=1 and data_parallel_size for all processes"
+        )
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(
+            f"PruningAwarePretraining does not support precision={trainer.precision!r} where parameters are sharded: "
+            "its scaler may skip a step on one process alone; use precision='bf16-mixed'"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks:
+        if isinstance(other, WeightAveraging):
+            raise ValueError(
+                f"{type(other).__name__} keeps a copy of the model in which no units are masked where parameters are "
+                "sharded; use strategy='ddp', or leave it out"
+            )
+
+
+def check_module(module: L.LightningModule, strategy: Any) -> None:
+    """Modules that cannot change their shapes.
+
+    Raises:
+        ValueError: manual optimization, a compiled module, or one that another strategy has sharded.
+    """
+    if not module.automatic_optimization:
+        raise ValueError(
+            f"{type(module).__name__} uses manual optimization, where nobody says which gradients a step is made of; "
+            "PruningAwarePretraining needs automatic optimization"
+        )
+    compiled = getattr(module, "_compiler_ctx", None) is not None or any(
+        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
+    )
+    if compiled:
+        raise ValueError(
+            "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
+            "compile the model once it is small"
+        )
+    if has_sharded_parameters(module) and not isinstance(strategy, ModelParallelStrategy):
+        raise ValueError(
+            f"parameters are sharded (DTensor) under {type(strategy).__name__} and cannot be sliced; use the "
+            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained"
+        )
+
+
+def units_stay(structure: Structure, strategy: Any) -> bool:
+    """Whether pruned units are to stay masks: where parameters are shards.
+
+    Raises:
+        ValueError: a strategy of shards without shards, or parameters of which only some are.
+    """
+    sharded = shard_group(structure.parameters()) is not None
+    if isinstance(strategy, ModelParallelStrategy) and not sharded:
+        raise ValueError(
+            "no parameter is sharded under ModelParallelStrategy, so processes would train apart: call fully_shard in "
+            "configure_model, as CausalLM does"
+        )
+    return sharded
+
+
+def check_not_masked(structure: Structure) -> None:
+    """A model whose units another callback has masked, and which this one would count as there.
+
+    Raises:
+        ValueError: there are such units.
+    """
+    if noted_units(structure.model) is not None:
+        raise ValueError(
+            "the model holds units that another PruningAwarePretraining has masked: go on with that one (or with its "
+            "checkpoint), or start from the small model that save_pretrained writes"
+        )
+
+
+def check_optimizers(structure: Structure, optimizers: Sequence[Optimizer], saliency: str) -> None:
+    """Optimizers and gradients that the saliency cannot be read from.
+
+    Raises:
+        ValueError: several optimizers, or parameters without gradients.
+    """
+    if len(optimizers) != 1:
+        raise ValueError(
+            f"PruningAwarePretraining needs one optimizer, found {len(optimizers)}: with several, a step is no longer "
+            "one set of gradients"
+        )
+    frozen = [name for name, p in structure.parameters().items() if not p.requires_grad]
+    if frozen and saliency != "magnitude":
+        raise ValueError(
+            f"saliency={saliency!r} needs gradients, but {len(frozen)} parameters are frozen ({frozen[0]}, ...); "
+            "train them, or use saliency='magnitude'"
+        )
+    check_states(structure, optimizers)
+
+
+def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
+    """Optimizer states that cannot be sliced with their weight; those that exist by now.
+
+    Raises:
+        ValueError: naming the optimizer and the state.
+    """
+    for optimizer in optimizers:
+        for name, p in structure.parameters().items():
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
+                    raise ValueError(
+                        f"{type(optimizer).__name__} keeps the state {key!r} of {name!r} with shape "
+                        f"{tuple(value.shape)}, which cannot be sliced with the weight's {tuple(p.shape)}; use one "
+                        "whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
+                    )
+
+
+def check_strategy(strategy: Strategy, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:
+    """Whether adapters can be trained, and merged, under a strategy.
+
+    Args:
+        strategy: Of the Trainer.
+        module: As it is before adapters are put on.
+        has_adapters: Whether an earlier fit left them on.
+        reconstruct: Whether blocks are to be fitted before training.
+
+    Raises:
+        ValueError: naming what to use instead.
+    """
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise ValueError(
+            f"PERPRetraining does not support {type(strategy).__name__}, whose flat shards hide the weights; use "
+            "strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with FSDP2 (fully_shard in "
+            "configure_model), or 'ddp'"
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        tensor = strategy.device_mesh["tensor_parallel"].size()
+        if tensor > 1:
+            raise ValueError(
+                f"PERPRetraining does not support ModelParallelStrategy(tensor_parallel_size={tensor}): adapters "
+                "are not split within layers; use tensor_parallel_size=1 and data_parallel_size for all processes"
+            )
+        if reconstruct:
+            raise ValueError(
+                "reconstruct fits blocks one by one on whole weights, which ModelParallelStrategy shards: pass "
+                "reconstruct=False, or use strategy='ddp'"
+            )
+    elif has_sharded_parameters(module):
+        raise ValueError(
+            f"parameters are sharded (DTensor) under {type(strategy).__name__}; use the "
+            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them"
+        )
+    if has_sharded_parameters(module) and not has_adapters:
+        raise ValueError(
+            f"the parameters of {type(module).__name__} are sharded (DTensor) already, and adapters have to be "
+            "there before: build the module anew, from the saved weights, and call fully_shard in configure_model "
+            "alone"
+        )
+
+
+class _Retraining(Protocol):
+    """What is read of `PERPRetraining`."""
+
+    adapter: str | None
+    masks: Any
+    reconstruct: Any
+    options: Any
+
+
+def check_order(callbacks: Sequence[Any], retraining: _Retraining) -> None:
+    """Whether callbacks that copy the module in ``setup`` come after the adapters, which their copy needs.
+
+    Raises:
+        ValueError: naming the one to put later.
+    """
+    for callback in callbacks[: callbacks.index(retraining)]:
+        if retraining.adapter is not None and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise ValueError(
+                f"{type(callback).__name__} copies the module before PERPRetraining has put adapters on it: put "
+                "PERPRetraining before it in Trainer(callbacks=[...])"
+            )
+
+
+def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
+    """Whether the `WeightPruning` of the same Trainer can prune what is retrained.
+
+    Raises:
+        ValueError: naming the settings that exclude each other.
+    """
+    if retraining.masks is not None:
+        raise ValueError("masks are those of the WeightPruning callback in the same Trainer; leave masks out")
+    if isinstance(pruner.schedule, OneShot) and not pruner.schedule.start:
+        return
+    if retraining.reconstruct is not None:
+        raise ValueError(
+            f"reconstruct comes before training, but WeightPruning(schedule={pruner.schedule!r}) prunes during it; "
+            "use schedule=None, or reconstruct=False"
+        )
+    initial = retraining.options.get("init_lora_weights", True)
+    if retraining.adapter == "lora" or initial is False:
+        raise ValueError(
+            f"WeightPruning(schedule={pruner.schedule!r}) prunes while the adapters train, and merges them first, "
+            f"which adapter={retraining.adapter!r} with init_lora_weights={initial} cannot: use "
+            "adapter='mask_lora', or schedule=None"
+        )
+
+
+class CheckpointCheck(L.Callback):
+    """Calls `check_checkpoint_of`, for modules and callbacks that do not."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """See `check_checkpoint_of`."""
+        check_checkpoint_of(trainer)

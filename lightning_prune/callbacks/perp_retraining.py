@@ -1,0 +1,536 @@
+"""`PERPRetraining`: train adapters of a pruned model in a Trainer, and merge them at the end."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_prune.callbacks.calibration_data import CalibrationData
+from lightning_prune.callbacks.checks import check_order, check_pruner, check_strategy
+from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
+from lightning_prune.callbacks.teardown import BeforeTeardown
+from lightning_prune.callbacks.weight_pruning import WeightPruning, ranks_of
+from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
+from lightning_prune.naming import plain_name
+from lightning_prune.perp.adapters import (
+    adapter_masks,
+    adapters_aside,
+    attach,
+    check_unshared,
+    fold,
+    merge,
+    remove_adapters,
+    trainable_share,
+)
+from lightning_prune.perp.layers import find_variant, sparse_layers
+from lightning_prune.perp.masks import set_masks
+from lightning_prune.perp.options import check_adapter, check_options, check_parts
+from lightning_prune.perp.reconstruction import Reconstruction, check_settings, reconstruct
+from lightning_prune.perp.record import Retraining, find_retraining, plain_model
+from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
+from lightning_prune.pruning.targets import find_targets
+from lightning_prune.sharding import reshard
+
+_STATE_VERSION = 1
+# What adapters must have been made with to be trained on: otherwise the same tensors mean something else.
+_SAME = ("adapter", "train", "r", "lora_alpha", "use_rslora")
+
+
+class PERPRetraining(L.Callback):
+    """Retrain a pruned model through adapters and a few of its own parameters; merge at the end (PERP).
+
+    The adapters go on in ``setup``, so the module's ``configure_optimizers`` finds them; it has to leave out what
+    requires no gradient, or give it to an optimizer that passes over parameters without one. With `WeightPruning` in
+    the same Trainer, in either order, the model is pruned at fit start and the adapters take its masks; without it the
+    masks are the exact zeros of a model pruned before, or `masks`. At fit end the adapters are merged, and the
+    module's model is the plain transformers model again, with every pruned weight at +0.0.
+
+    Only adapters and the parts in `train` require gradients, so only they have gradients and optimizer states.
+    While training, checkpoints hold the merged model under the plain module's names, so that ``load_from_checkpoint``
+    and ``test(ckpt_path="best")`` take them, also those of ``save_weights_only=True``. A full one has base weights and
+    adapters besides, in this callback's state, and a Trainer with this callback resumes from it to the bit (start from
+    the pruned model, or name `target_modules`, if not every decoder layer has an adapter). An interrupted fit leaves
+    the adapters on: fit again, or call `merge`.
+
+    Under DDP every rank builds the same adapters from `seed`, gradients of what is trained alone are averaged, and
+    every rank merges the same numbers.
+
+    Under ``ModelParallelStrategy`` with FSDP2 adapters are sharded with the weights: the module's ``configure_model``
+    finds the transformers model with adapters in its layers, and calls ``fully_shard`` as it would without. Every rank
+    holds its part of the masks and merges its part of the weights. Checkpoints hold base weights and adapters under
+    PEFT's names there, which `CausalLM`, ``lightning-prune export`` and `load_merged_state` read as the merged model:
+    shards are loaded before anything could put them together. Tensor parallelism, `reconstruct` under shards,
+    ``FSDPStrategy`` and DeepSpeed are refused; so are a module that makes its model in ``configure_model``, and one
+    that an earlier fit has sharded and merged, since its layers can get no new adapters.
+
+    With a schedule of `WeightPruning` (IMP with PERP) every update of the masks first merges the adapters into the
+    weights, scores the merged weights, and begins the adapters anew on the new masks, without optimizer states.
+
+    Args:
+        adapter: ``"mask_lora"``, ``"scale_lora"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``), one of your
+            own, or None; see `lightning_prune.perp.add_adapters`.
+        train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
+        merge: Merge at fit end.
+        masks: Bool masks by the transformers model's parameter names; default those of `WeightPruning`, else zeros.
+        r: Rank of the adapters.
+        lora_alpha: Scaling times rank; default ``2 * r``. None for scale_lora, which has none.
+        target_modules: Layers with an adapter, as in PEFT; default every pruned one, or the targets of
+            `WeightPruning`.
+        lora_options: Further options of `add_adapters`, such as ``{"use_rslora": True}``.
+        reconstruct: Fit the pruned model block by block to the dense one before training: True, or a mapping with any
+            of ``dense`` (default: the weights as `WeightPruning` finds them in this fit), ``adapter`` (default: this
+            one's), ``steps`` (100, for each block), ``learning_rate`` (1e-3), ``num_samples`` (128, over all ranks),
+            ``targets``, ``offload`` (see `lightning_prune.perp.reconstruct`) and ``calibration`` (default: samples
+            drawn from the training data, whose order is untouched). Not done again when a checkpoint is resumed.
+        seed: Of the adapters' initial values; the Trainer's random states are left alone.
+        attribute: Name of the module's attribute that holds the transformers model.
+
+    Attributes:
+        reconstruction: The errors of the blocks before and after `reconstruct`; None without it.
+
+    Raises:
+        TypeError, ValueError: from the constructor for values that no model could take; at setup, before anything
+            changes, for those that do not fit this one; at train start if nothing is pruned.
+
+    Example::
+
+        trainer = L.Trainer(callbacks=[WeightPruning(score="kfac", sparsity=0.5), PERPRetraining()])
+        trainer.fit(module, datamodule)
+        module.save_pretrained("pruned")
+    """
+
+    def __init__(
+        self,
+        adapter: str | None = "mask_lora",
+        train: Sequence[str] = ("bias", "norm"),
+        merge: bool = True,
+        masks: Mapping[str, Tensor] | None = None,
+        r: int = 16,
+        lora_alpha: float | None = None,
+        target_modules: list[str] | str | None = None,
+        lora_options: dict[str, Any] | None = None,
+        reconstruct: bool | dict[str, Any] = False,
+        seed: int = 0,
+        attribute: str = "model",
+    ) -> None:
+        super().__init__()
+        check_adapter(adapter)
+        self.train = check_parts(train)
+        self.options: dict[str, Any] = {}
+        if adapter is not None:
+            named = {"lora_alpha": lora_alpha, "target_modules": target_modules}
+            self.options = {**(lora_options or {}), "r": r, **{k: v for k, v in named.items() if v is not None}}
+        elif lora_options or target_modules or lora_alpha is not None:
+            raise ValueError("adapter=None has no use for lora_alpha, target_modules and lora_options; leave them out")
+        elif not self.train:
+            raise ValueError("adapter=None with an empty train leaves nothing to train; name a part, such as 'norm'")
+        check_options(adapter, self.options)
+        if adapter == "lora" and merge:
+            raise ValueError(
+                "adapter='lora' cannot be merged, since its product is dense: pass merge=False, or adapter='mask_lora'"
+            )
+        self.adapter = adapter
+        self.merge = merge
+        self.reconstruct = reconstruct_options(reconstruct, adapter, self.train, self.options)
+        self.reconstruction: Reconstruction | None = None
+        self.masks = masks
+        self.seed = seed
+        self.attribute = attribute
+        self._loaded_masks: Masks = {}
+        self._module: weakref.ref[L.LightningModule] | None = None
+        self._beside_pruner = False
+        self._resumed = self._started = False
+        self._left_on = False  # adapters that were trained before this fit
+        self._end: BeforeTeardown | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: settings and loaded masks, nothing of a module or of a fit that runs."""
+        return copied_state(self, _module=None, _started=False, _end=None)
+
+    # -- life of a fit -----------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Put the adapters on, before optimizers are made and before a checkpoint is loaded."""
+        check_checkpoint_of(trainer)
+        follow_checkpoints(trainer, self, lambda: self._states(trainer))
+        if stage != "fit":
+            return
+        pruner = _pruner_of(trainer)
+        model = self._model(pl_module)
+        found = find_retraining(model)
+        check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if self in callbacks:
+            check_order(callbacks, self)
+        if self.reconstruct is not None:
+            check_dense_is_known(self.reconstruct, pruner)
+        if pruner is not None:
+            check_pruner(pruner, self)
+        if found is None:
+            options = dict(self.options)
+            if pruner is not None and self.adapter is not None and options.get("target_modules") is None:
+                options["target_modules"] = self._targets_of(pruner, pl_module)
+            # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
+            # loaded is not known in this hook.
+            pruned_later = pruner is not None or not (self.masks or _has_zeros(model))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                wrapped = attach(model, self.adapter, self.masks, self.train, options, pruned_later=pruned_later)
+            try:  # the module may have more of the weights than the model has
+                check_unshared(pl_module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
+            except ValueError:
+                remove_adapters(wrapped)
+                raise
+            setattr(pl_module, self.attribute, wrapped)
+        else:  # left on by an interrupted fit, or by merge=False
+            _check_same(_settings(found), _settings_of(self), "the module's adapters were")
+        if pruner is not None:
+            actual = {self._plain(name): name for name in named_weights(pl_module)}
+            pruner.rename_masks(lambda name: actual.get(self._plain(name), name))
+            pruner.wrap_updates(partial(self._settled, trainer, pl_module))
+            if self.reconstruct is not None and self.reconstruct.get("dense") is None:
+                pruner.keep_dense_weights()
+        self._module, self._beside_pruner = weakref.ref(pl_module), pruner is not None
+        self._resumed = self._started = False
+        self._left_on = found is not None
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            self._shard_plain_model(pl_module)
+
+    def _shard_plain_model(self, module: L.LightningModule) -> None:
+        """Have ``configure_model`` find the transformers model: it stays after the merge, and names are as it knows."""
+        original = module.configure_model
+
+        @wraps(original)
+        def configure_model() -> None:
+            module.__dict__.pop("configure_model", None)
+            model = self._model(module)
+            plain = plain_model(model)
+            setattr(module, self.attribute, plain)
+            try:
+                original()
+                if getattr(module, self.attribute) is not plain:
+                    raise ValueError(
+                        f"configure_model of {type(module).__name__} puts another module into attribute="
+                        f"{self.attribute!r}, which has no adapters: make the model in __init__, and call fully_shard "
+                        "on it in configure_model"
+                    )
+            finally:
+                setattr(module, self.attribute, model)
+            if self.adapter is not None:
+                set_masks(model, adapter_masks(model))  # from here on no rank holds whole masks
+
+        module.__dict__["configure_model"] = configure_model
+
+    @contextmanager
+    def _settled(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+        """Around new masks: what adapters have learned goes into the weights first, and they begin anew after."""
+        model = self._model(module)
+        if self.adapter is None:
+            yield
+            return
+        if trainer.global_step or self._left_on:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed + trainer.global_step)
+                fold(model)
+            _forget(trainer, (p for _, layer in sparse_layers(model) for p in layer.matrices()))
+        yield
+        set_masks(model, self._masks_for(trainer))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have the adapters merged at the end, where it may not be reached by training."""
+        self._end = BeforeTeardown(trainer.strategy, partial(self._finish, trainer, pl_module))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the masks: every callback has pruned by now, and a checkpoint is restored."""
+        reshard(pl_module)
+        model, pruner = self._model(pl_module), _pruner_of(trainer)
+        self._started = True
+        if self.reconstruct is not None and not self._resumed:
+            self._reconstruct(trainer, model)
+        pruned = ""
+        if self.adapter is not None:
+            set_masks(model, self._masks_for(trainer))
+            sparsity = mask_sparsity(adapter_masks(model))
+            if not sparsity and (pruner is None or trainer.global_step >= pruner.schedule.end):
+                setattr(pl_module, self.attribute, remove_adapters(model))
+                raise ValueError(
+                    "no weight with an adapter is pruned, so there is no sparsity to keep: load a pruned model, put "
+                    "WeightPruning(...) into the same Trainer, or pass masks"
+                )
+            pruned = f", on weights of which {sparsity:.2%} are pruned"
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rank_zero_info(
+            f"PERPRetraining: {trained:,} parameters are trained, {trainable_share(model):.3%} of the model's "
+            f"({', '.join([self.adapter or 'no adapter', *self.train])}{pruned})"
+        )
+
+    def _reconstruct(self, trainer: L.Trainer, model: nn.Module) -> None:
+        assert self.reconstruct is not None
+        masks, prefix = self._masks_for(trainer), f"{self.attribute}."
+        masks = None if masks is None else {plain_name(name): mask for name, mask in masks.items()}
+        with adapters_aside(model) as plain:
+            self.reconstruction = done = reconstruct_before_training(
+                trainer,
+                plain,
+                self.reconstruct,
+                masks,
+                _pruner_of(trainer),
+                lambda name: self._plain(name).removeprefix(prefix),
+                self.seed,
+            )
+        changed = sum(block.changed for block in done.blocks)
+        rank_zero_info(
+            f"PERPRetraining: reconstructed {changed} of {len(done.blocks)} blocks; their mean error fell from "
+            f"{done.before:.4g} to {done.after:.4g}"
+        )
+
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merge the adapters, and give the module its transformers model back."""
+        self._let_go(trainer, pl_module)
+        reshard(pl_module)
+        if not self._started and self.adapter is not None:  # a fit that had nothing left to train
+            set_masks(self._model(pl_module), self._masks_for(trainer))
+        if not self.merge:
+            return
+        setattr(pl_module, self.attribute, merge(self._model(pl_module)))
+        pruner = _pruner_of(trainer)
+        if pruner is not None:
+            pruner.rename_masks(self._plain)
+        self._module, self._loaded_masks = None, {}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the pruner; the adapters stay on."""
+        self._let_go(trainer, pl_module)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go where there was neither an end nor an exception, such as after a Tuner."""
+        self._let_go(trainer, pl_module)
+
+    def _let_go(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Give back what was wrapped for the time of a fit."""
+        if self._end is not None:
+            self._end.remove()
+            self._end = None
+        module.__dict__.pop("configure_model", None)
+        pruner = _pruner_of(trainer)
+        if pruner is not None:
+            pruner.wrap_updates(None)
+            pruner.take_dense_weights()
+
+    # -- the model in the module -------------------------------------------------------------------------------------
+
+    def _model(self, module: L.LightningModule) -> nn.Module:
+        model = getattr(module, self.attribute, None)
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"attribute={self.attribute!r}: {type(module).__name__} has no such module; name the attribute that "
+                "holds the transformers model"
+            )
+        return model
+
+    def _plain(self, name: str) -> str:
+        """A parameter's name in the LightningModule as it is without adapters."""
+        prefix = f"{self.attribute}."
+        return prefix + plain_name(name.removeprefix(prefix)) if name.startswith(prefix) else name
+
+    def _targets_of(self, pruner: WeightPruning, module: L.LightningModule) -> list[str]:
+        """Modules, as the transformers model names them, that the pruner will prune."""
+        prefix = f"{self.attribute}."
+        # Once adapters are on, the layers that the user froze are pruned like the others.
+        found = find_targets(module, pruner.targets, pruner.ignore, frozen=True)
+        names = [t.name for t in found if t.kind.name != "Conv2d"]
+        return [n.removeprefix(prefix).removesuffix(".weight") for n in names if n.startswith(prefix)]
+
+    def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:
+        """Masks of the pruner, of a checkpoint, or the user's; None for the weights' zeros."""
+        pruner = _pruner_of(trainer)
+        if pruner is not None:
+            prefix = f"{self.attribute}."
+            return {name.removeprefix(prefix): mask for name, mask in pruner.masks.items()}
+        return self._loaded_masks or self.masks
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, how each layer is merged, and the masks packed to bits where no `WeightPruning` saves them.
+
+        What is written also has the base weights and adapters, see `lightning_prune.checkpoints.states.save_merged`.
+        """
+        module = None if self._module is None else self._module()
+        state: dict[str, Any] = {"version": _STATE_VERSION, "settings": _settings_of(self), "masks": {}, "layers": {}}
+        if module is not None and self.adapter is not None:
+            model = self._model(module)
+            state["layers"] = {name: layer.combining() for name, layer in sparse_layers(model)}
+            if not self._beside_pruner:
+                state["masks"] = pack_masks(adapter_masks(model))
+        return state
+
+    def _states(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
+        """This callback's state and that of the pruner beside, as a full checkpoint has them."""
+        callbacks = [self, *([] if (pruner := _pruner_of(trainer)) is None else [pruner])]
+        return {callback.state_key: callback.state_dict() for callback in callbacks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the masks of a checkpoint, which become the adapters' at train start.
+
+        Raises:
+            ValueError: an unknown version, adapters made with other settings, or a damaged mask.
+        """
+        version = state_dict.get("version")
+        if version != _STATE_VERSION:
+            raise ValueError(f"the checkpoint's PERPRetraining state has version {version!r}, not {_STATE_VERSION}")
+        _check_same(state_dict["settings"], _settings_of(self), "the checkpoint's adapters were")
+        self._loaded_masks = unpack_masks(state_dict["masks"])
+        self._resumed = True
+
+
+def _settings_of(callback: PERPRetraining) -> dict[str, Any]:
+    return _settings(Retraining(callback.adapter, callback.train, callback.options, (), frozenset(), frozenset()))
+
+
+def _settings(record: Retraining) -> dict[str, Any]:
+    """What has to agree for adapters to be trained on, in plain values."""
+    options = record.options
+    rank = options.get("r") if record.adapter is not None else None
+    alpha = None if rank is None or not find_variant(record.adapter).scaled else options.get("lora_alpha", 2 * rank)
+    values = (record.adapter, list(record.train), rank, alpha, bool(options.get("use_rslora", False)))
+    return dict(zip(_SAME, values, strict=True))
+
+
+def _check_same(found: Mapping[str, Any], mine: Mapping[str, Any], whose: str) -> None:
+    for name in _SAME:
+        if found.get(name) != mine[name]:
+            raise ValueError(
+                f"{whose} made with {name}={found.get(name)!r}, but this PERPRetraining has {mine[name]!r}; use the "
+                "same setting, or merge what is there first"
+            )
+
+
+def _has_zeros(model: nn.Module) -> bool:
+    return any(not bool(t.matrix().all()) for t in find_targets(model, frozen=True))
+
+
+def _pruner_of(trainer: L.Trainer) -> WeightPruning | None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, WeightPruning)), None)
+
+
+def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:
+    """Clear gradients and optimizer states, which are those of values that are gone."""
+    for parameter in parameters:
+        parameter.grad = None
+        for optimizer in trainer.optimizers:
+            optimizer.state.pop(parameter, None)
+
+
+OPTIONS = ("dense", "adapter", "steps", "learning_rate", "num_samples", "targets", "offload", "calibration")
+_DEFAULTS: dict[str, Any] = {"steps": 100, "learning_rate": 1e-3, "num_samples": 128, "targets": "dense"}
+
+
+def reconstruct_options(
+    given: bool | Mapping[str, Any], adapter: str | None, train: Sequence[str], lora_options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The options of a reconstruction before training, complete and checked; None for no reconstruction.
+
+    Raises:
+        TypeError, ValueError: an unknown option, or a value that no model could take.
+    """
+    if given is False:
+        return None
+    if given is not True and not isinstance(given, Mapping):
+        raise TypeError(f"reconstruct={given!r} must be True, False, or a mapping of {', '.join(OPTIONS)}")
+    options = {**_DEFAULTS, "adapter": adapter, **({} if given is True else given)}
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        raise ValueError(f"reconstruct has the unknown option {unknown[0]!r}; it takes any of {', '.join(OPTIONS)}")
+    check_adapter(options["adapter"])
+    parts = tuple(part for part in train if part in ("bias", "norm"))
+    passed = {k: v for k, v in lora_options.items() if k != "target_modules"} if options["adapter"] == adapter else {}
+    check_settings(options["adapter"], parts, options["steps"], options["learning_rate"], options["targets"], passed)
+    if not isinstance(options["num_samples"], int) or not 1 <= options["num_samples"] < 2**31:
+        raise ValueError(f"num_samples={options['num_samples']!r} of reconstruct must be an integer >= 1, below 2**31")
+    return {**options, "train": parts, "lora_options": passed}
+
+
+def check_dense_is_known(options: Mapping[str, Any], pruner: WeightPruning | None) -> None:
+    """Dense weights come from the user, or from a pruner that has them when it prunes.
+
+    Raises:
+        ValueError: neither will have them.
+    """
+    if options.get("dense") is not None:
+        return
+    if pruner is None:
+        raise ValueError(
+            "reconstruct needs the weights from before pruning: pass reconstruct={'dense': FOLDER} (or a model, or "
+            "weights by name), or prune in the same Trainer with WeightPruning(...)"
+        )
+    if pruner.settings["score"].name == "keep":
+        raise ValueError(
+            "WeightPruning(score='keep') prunes nothing, so it never has the dense weights that reconstruct needs: "
+            "pass reconstruct={'dense': FOLDER}"
+        )
+
+
+def reconstruct_before_training(
+    trainer: L.Trainer,
+    model: nn.Module,
+    options: Mapping[str, Any],
+    masks: Mapping[str, Tensor] | None,
+    pruner: WeightPruning | None,
+    rename: Callable[[str], str],
+    seed: int,
+) -> Reconstruction:
+    """Reconstruct the plain transformers model of a module that is about to train.
+
+    Args:
+        trainer: The Trainer.
+        model: The transformers model, without adapters.
+        options: Of `reconstruct_options`.
+        masks: By parameter name; None for the weights' zeros.
+        pruner: The `WeightPruning` beside, which may have the dense weights.
+        rename: From its names of parameters to those of the model.
+        seed: See `reconstruct`; also of the draw of calibration samples.
+
+    Raises:
+        ValueError: see `reconstruct`; or the pruner has not pruned in this fit.
+    """
+    dense: Any = options.get("dense")
+    if isinstance(dense, (str, Path)):
+        dense = open_checkpoint(dense, argument="dense")
+    taken = {} if pruner is None else {rename(n): weight for n, weight in pruner.take_dense_weights().items()}
+    if dense is None and not taken:
+        raise ValueError(
+            "the module was pruned before this fit, so the weights from before are not known to reconstruct: pass "
+            "reconstruct={'dense': FOLDER}, or reconstruct=False for another fit"
+        )
+    data = CalibrationData(trainer, options.get("calibration"), options["num_samples"], seed)
+    with data.untouched():
+        return reconstruct(
+            model,
+            data,
+            taken if dense is None else dense,
+            masks,
+            adapter=options["adapter"],
+            train=options["train"],
+            steps=options["steps"],
+            learning_rate=options["learning_rate"],
+            num_samples=data.local_samples,
+            targets=options["targets"],
+            offload=options.get("offload"),
+            seed=seed,
+            forward_context=trainer.precision_plugin.train_step_context,
+            ranks=ranks_of(trainer),
+            **options["lora_options"],
+        )

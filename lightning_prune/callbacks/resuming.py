@@ -1,0 +1,164 @@
+"""Load checkpoints of shrunken models: resize the module before its weights are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import Any
+
+import lightning as L
+from torch import Tensor, arange, nn, tensor
+
+from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.errors import CheckpointError
+from lightning_prune.structure.removal import remove_units, set_epsilon
+from lightning_prune.structure.sizes import AttentionUnit, Sizes, units_to_remove
+from lightning_prune.structure.units import Structure, read_structure
+
+
+def before_loading(module: L.LightningModule, prepare: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+    """Call `prepare(checkpoint)` ahead of the module's own ``on_load_checkpoint``, where shapes can still change.
+
+    A callback's ``on_load_checkpoint`` comes after the weights.
+
+    Returns:
+        What takes it off again.
+    """
+    original = module.on_load_checkpoint
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        prepare(checkpoint)
+        original(checkpoint)
+
+    module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+    return lambda: module.__dict__.pop("on_load_checkpoint", None)
+
+
+def check_before_loading(
+    strategy: Any, module: L.LightningModule, state_key: str, attention_unit: AttentionUnit
+) -> Callable[[], None]:
+    """Have a strategy that loads into shards refuse what would not fit, or not be what it was, before it loads any.
+
+    Shards cannot be sliced when the checkpoint is known, and a full one that is larger would be cut to fit. Lightning
+    numbers the optimizer states of a full checkpoint as the model's parameters; other strategies number them as the
+    optimizer's, which would give them to other parameters.
+
+    Args:
+        strategy: Whose ``load_checkpoint`` is wrapped.
+        module: To load into.
+        state_key: Of the callback whose state says the sizes.
+        attention_unit: See `read_structure`.
+
+    Returns:
+        What takes it off again.
+    """
+    original = strategy.load_checkpoint
+
+    @wraps(original)
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            state = open_checkpoint(checkpoint_path).callbacks.get(state_key)
+        except CheckpointError:  # Lightning's to say, which may have been told to trust it
+            state = None
+        if state:
+            _check_for_shards(state, read_structure(module, attention_unit).sizes)
+        return original(checkpoint_path, *args, **kwargs)
+
+    strategy.__dict__["load_checkpoint"] = load_checkpoint
+    return lambda: strategy.__dict__.pop("load_checkpoint", None)
+
+
+def _check_for_shards(state: Mapping[str, Any], sizes: Sizes) -> None:
+    if not state.get("sharded"):
+        raise ValueError(
+            "the checkpoint was written on one device or under DDP, and its optimizer states cannot be loaded into "
+            "shards: resume there, or start a new training from CausalLM.load_from_checkpoint(path)"
+        )
+    if (saved := Sizes(**state["shrinking"]["sizes"])) != sizes:
+        raise ValueError(
+            f"the checkpoint's model has {saved.as_dict()}, the module {sizes.as_dict()}: build the module with the "
+            "configuration that the training began with"
+        )
+
+
+def take_saved_shapes(modules: Iterable[nn.Module], state: Mapping[str, Any], attention_unit: AttentionUnit) -> None:
+    """`take_shapes` with what a callback's state of a checkpoint says."""
+    saved = state["shrinking"]
+    for module in modules:
+        take_shapes(module, Sizes(**saved["sizes"]), saved["layers_left"], state["epsilon"], attention_unit)
+
+
+def take_shapes(
+    model: nn.Module,
+    sizes: Sizes,
+    layers_left: list[int],
+    epsilon: float | None,
+    attention_unit: AttentionUnit = "group",
+) -> None:
+    """Shrink a model to the sizes of a checkpoint; its weights, which are to be loaded, become arbitrary ones.
+
+    Args:
+        model: A causal language model, or a module that holds one. One that has the sizes already is left as it is.
+        sizes: To end with.
+        layers_left: The layers of the first model that are left, which tell layers by their number.
+        epsilon: Of the RMS norms; None for LayerNorms.
+        attention_unit: See `read_structure`.
+
+    Raises:
+        ValueError: the model is smaller, or of other heads.
+    """
+    structure = read_structure(model, attention_unit)
+    counts = units_to_remove(structure.sizes, sizes, attention_unit)
+    if structure.sizes.head_dim != sizes.head_dim or any(count < 0 for count in counts.values()):
+        raise ValueError(
+            f"the checkpoint's model has {sizes.as_dict()}, which the module's {structure.sizes.as_dict()} cannot "
+            "shrink to: build the module with the configuration that the training began with, or load the checkpoint "
+            "with load_from_checkpoint"
+        )
+    removal: dict[str, list[Tensor]] = {}
+    for unit_type, count in counts.items():
+        if unit_type == "layer":
+            gone = sorted(set(range(structure.sizes.num_hidden_layers)) - set(layers_left))
+            if len(gone) != count:
+                raise ValueError(
+                    f"the checkpoint kept the layers {layers_left} of the first model, which the module's "
+                    f"{structure.sizes.num_hidden_layers} layers are not: build it with the first configuration"
+                )
+            removal[unit_type] = [tensor(gone)]
+        else:
+            units = structure.units(unit_type)
+            removal[unit_type] = [arange(units - count, units)] * structure.places(unit_type)
+    if removal:
+        remove_units(model, removal, attention_unit=attention_unit)
+    if epsilon is not None:
+        set_epsilon(read_structure(model, attention_unit), epsilon)
+
+
+def epsilon_of(structure: Structure) -> float | None:
+    """Epsilon of the RMS norms, which changes with the hidden size; None for LayerNorms."""
+    name = structure.family.eps_field
+    return None if name is None else float(getattr(structure.config, name))
+
+
+def write_hyper_parameters(module: L.LightningModule, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Write what has changed in the configuration into the module's hyper-parameters, which checkpoints carry.
+
+    A hyper-parameter called as a field of the configuration, and mappings that hold such fields (a configuration), are
+    updated where they hold the old value; all else is the module's own business.
+
+    Args:
+        module: With hyper-parameters, or without.
+        before: Fields of the configuration before the compaction.
+        after: Those after it.
+    """
+    changed = {name: value for name, value in after.items() if name in before and before[name] != value}
+    found = getattr(module, "_hparams", None)
+    if not found:
+        return
+    for name, value in list(found.items()):
+        if name in changed and value == before[name]:
+            found[name] = changed[name]
+        elif isinstance(value, Mapping) and "model_type" in value:
+            own = {k: v for k, v in changed.items() if k in value and value[k] == before[k]}
+            # Fields that were left at their default have to be said now.
+            found[name] = {**value, **changed, **own}

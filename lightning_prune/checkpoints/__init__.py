@@ -1,0 +1,1 @@
+"""Open, inspect, load and export checkpoints without running what is in them."""

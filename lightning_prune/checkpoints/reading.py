@@ -1,0 +1,630 @@
+"""Open a checkpoint of any format without running what is in it, and read its tensors one at a time.
+
+Safetensors files, ``torch.load(weights_only=True)``, and an allow-list of types for the index of a distributed
+checkpoint. Memory stays that of the largest tensor: files are mapped, and shards put together tensor by tensor. What a
+file claims must agree with the bytes it has before memory is taken for it, and check sums, where there are some, are
+compared: those of a torch file when it is opened, those of safetensors as each tensor is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_prune.errors import CheckpointError
+from lightning_prune.safety import check_claims, check_records, check_sum, stored_sums
+
+
+@dataclass
+class Checkpoint:
+    """An opened checkpoint. Nothing of its tensors is read before they are asked for.
+
+    Attributes:
+        path: The path that was opened.
+        format: ``"safetensors"``, ``"state dict"``, ``"Lightning checkpoint"``, ``"distributed checkpoint"``.
+        files: The files that hold the tensors.
+        count: Number of tensors.
+        entries: Call it for names and functions that load the tensor; `tensors` turns their errors into sentences.
+        callbacks: States of Lightning callbacks.
+        hyper_parameters: Those of the LightningModule.
+        data_hyper_parameters: Those of the LightningDataModule.
+        progress: Of a Lightning checkpoint ``epoch``, ``global_step`` and the version ``lightning``.
+        config: Configuration of the transformers model, from ``config.json`` or the hyper-parameters.
+        ties: Name to the name of an earlier tensor that is the same memory.
+        summed: Whether tensors have check sums, which are compared as each is read.
+    """
+
+    path: Path
+    format: str
+    files: list[Path]
+    count: int
+    entries: Callable[[], Iterator[tuple[str, Callable[[], Tensor]]]]
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
+    hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    data_hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
+    summed: bool = False
+
+    @property
+    def model_type(self) -> str | None:
+        """The family of the transformers model, such as ``"llama"``, or None if the checkpoint does not say."""
+        model_type = self.config.get("model_type")
+        return model_type if isinstance(model_type, str) else None
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return [name for name, _ in self.entries()]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, in the order of the files; drop each tensor before asking for the next.
+
+        Raises:
+            CheckpointError: naming a tensor that cannot be read.
+        """
+        for name, load in self.entries():
+            yield name, self._load(name, load)  # no name of its own here, which would keep the tensor alive
+
+    def load(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Some of the tensors, by name; names that the checkpoint does not have are left out.
+
+        Raises:
+            CheckpointError: naming a tensor that cannot be read.
+        """
+        return {name: self._load(name, load) for name, load in self.entries() if name in names}
+
+    def _load(self, name: str, load: Callable[[], Tensor]) -> Tensor:
+        with readable(self.path, name):
+            return load()
+
+    def take_extras(self, stored: Mapping[str, Any]) -> None:
+        """Take from what Lightning stores beside the tensors what says more about them."""
+        self.callbacks = _mapping(stored.get("callbacks"))
+        self.hyper_parameters = _mapping(stored.get("hyper_parameters"))
+        self.data_hyper_parameters = _mapping(stored.get("datamodule_hyper_parameters"))
+        self.config = _mapping(self.hyper_parameters.get("config"))
+        keys = {"epoch": "epoch", "global_step": "global_step", "lightning": "pytorch-lightning_version"}
+        self.progress = {name: stored[key] for name, key in keys.items() if isinstance(stored.get(key), (int, str))}
+
+
+def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
+    """Open a checkpoint of any format; the files are checked, and tensors read when asked for.
+
+    Args:
+        path: A transformers folder (safetensors or ``pytorch_model.bin``, sharded or not), a ``.safetensors``
+            file, a Lightning ``.ckpt``, a state dict saved by ``torch.save``, or the folder of a distributed
+            checkpoint (``torch.distributed.checkpoint``, Lightning's FSDP and ModelParallel strategies).
+        argument: What the caller's user calls `path`, for the error.
+
+    Raises:
+        CheckpointError: the path does not exist, is damaged, or is of none of these formats.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(
+            f"{argument}={str(path)!r} does not exist; give a checkpoint file or folder on this machine "
+            "(models of the Hugging Face hub must be downloaded first)"
+        )
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        fail(path, "is neither a file nor a folder")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path, [path])
+    if path.suffix == ".gguf":
+        fail(
+            path,
+            "GGUF files are not read; load it with transformers and save_pretrained() it to a folder first",
+        )
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
+    with path.open("rb") as file:
+        head = file.read(9)
+    # A safetensors file under another name: 8 bytes of header length, then a JSON object.
+    if len(head) == 9 and head[8:] == b"{" and not zipfile.is_zipfile(path):
+        return _open_safetensors(path, [path])
+    return _open_torch(path)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    if (folder / ".metadata").is_file():
+        return _open_distributed(folder)
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            return _open_index(folder / index)
+    whole = sorted(folder.glob("*.safetensors"))
+    # Some folders hold the same weights twice, under the name transformers reads and under another.
+    whole = [f for f in whole if f.name == "model.safetensors"] or whole
+    if whole:
+        return _open_safetensors(folder, whole)
+    if (folder / "pytorch_model.bin").is_file():
+        checkpoint = _open_torch(folder / "pytorch_model.bin")
+        checkpoint.config = _read_config(folder)
+        return checkpoint
+    checkpoints = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("*.bin"))
+    hint = f"; did you mean {str(checkpoints[0])!r}?" if checkpoints else ""
+    fail(
+        folder,
+        "is a folder without model.safetensors, pytorch_model.bin, an index of shards, or the .metadata of a "
+        f"distributed checkpoint{hint}",
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Read a transformers folder before transformers does: every tensor, where there are check sums, and no code.
+
+    Raises:
+        CheckpointError: it is damaged, or its configuration names a kernel of the hub, which would be fetched and run.
+    """
+    check_no_kernel(folder / "config.json", _read_config(folder))
+    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*")):
+        opened = _open_folder(folder)
+        if opened.summed:
+            for _ in opened.tensors():
+                pass
+
+
+def check_no_kernel(path: Path | str, config: Mapping[str, Any]) -> None:
+    """Refuse a configuration that names a kernel of the hub: transformers would fetch it, and run it.
+
+    Raises:
+        CheckpointError: beginning with `path`.
+    """
+    named = [config[key] for key in config if "attn_implementation" in str(key) and "/" in str(config[key])]
+    if named:
+        fail(Path(path), f"its configuration names the kernel {named[0]!r} of the hub, which is code; take it out")
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    file = folder / "config.json"
+    if not file.exists():
+        return {}
+    with readable(file):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, Mapping):
+            raise TypeError(f"it holds a {type(config).__name__}, not an object")
+    return config
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """The value, or an empty mapping in place of anything else that a file may hold there."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _open_index(index: Path) -> Checkpoint:
+    with readable(index):
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        owners = Counter({str(shard): 0 for shard in weight_map.values()})
+        owners.update(weight_map.values())
+        if not all(isinstance(name, str) for name in (*weight_map, *owners)):
+            raise TypeError("its weight_map is not one of names to names")
+    files = [index.parent / shard for shard in owners]
+    for file in files:
+        if file.parent != index.parent:
+            fail(index, f"names a shard outside of its folder: {file}")
+        if not file.is_file():
+            fail(index, f"names the shard {file.name}, which is missing; download or copy it again")
+    if files and files[0].suffix != ".safetensors":
+        return _open_bin_shards(index, files)
+    checkpoint = _open_safetensors(index.parent, files)
+    _same_names(index, set(weight_map), set(checkpoint.names()))
+    return checkpoint
+
+
+def _same_names(index: Path, expected: set[str], found: set[str]) -> None:
+    missing = sorted(expected - found)
+    if missing:
+        fail(index, f"lists {len(missing)} tensors that the shards do not hold, such as {missing[0]!r}")
+
+
+def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
+    names: Counter[str] = Counter()
+    sums: dict[Path, dict[str, int]] = {}
+    for file in files:
+        with readable(file), safe_open(file, framework="pt") as handle:
+            names.update(handle.keys())
+            sums[file] = stored_sums(handle.metadata())
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        fail(path, f"holds {twice[0]!r} in {names[twice[0]]} files; name the file, or move the others away")
+
+    def entries() -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        for file in files:
+            with safe_open(file, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 -- not a dict
+                    yield name, partial(_checked_tensor, handle, name, sums[file].get(name))
+
+    config = _read_config(files[0].parent) if files else {}
+    return Checkpoint(path, "safetensors", files, names.total(), entries, config=config, summed=any(sums.values()))
+
+
+def _checked_tensor(handle: Any, name: str, expected: int | None) -> Tensor:
+    tensor: Tensor = handle.get_tensor(name)
+    if expected is not None and check_sum(name, tensor) != expected:
+        raise ValueError("its bytes are not those that were written (check sum)")
+    return tensor
+
+
+def _torch_load(path: Path) -> Any:
+    """Load without running code from the file; mapped into memory: a tensor is read when looked at."""
+    with readable(path):
+        with path.open("rb") as file:
+            check_records(file)
+        # Only the zip format can be mapped; files written before torch 1.6 are read whole.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        check_claims(loaded, path.stat().st_size)
+        return loaded
+
+
+def _open_torch(path: Path) -> Checkpoint:
+    loaded = _torch_load(path)
+    if not isinstance(loaded, Mapping):
+        fail(path, f"holds a {type(loaded).__name__}, not a state dict or a Lightning checkpoint")
+    is_lightning = "pytorch-lightning_version" in loaded
+    state = loaded
+    for key in ("state_dict", "model", "module"):
+        if isinstance(loaded.get(key), Mapping):
+            state = loaded[key]
+            break
+    checkpoint = _from_state_dicts(path, [path], [state])
+    if is_lightning:
+        checkpoint.format = "Lightning checkpoint"
+        checkpoint.take_extras(loaded)
+    return checkpoint
+
+
+def _open_bin_shards(index: Path, files: list[Path]) -> Checkpoint:
+    checkpoint = _from_state_dicts(index.parent, files, [_torch_load(file) for file in files])
+    checkpoint.config = _read_config(index.parent)
+    return checkpoint
+
+
+def _from_state_dicts(path: Path, files: list[Path], states: list[Mapping[str, Any]]) -> Checkpoint:
+    found = {n: t for state in states for n, t in state.items() if isinstance(t, Tensor)}
+    if not found:
+        fail(path, "holds no tensors at its top level, nor under 'state_dict', 'model' or 'module'")
+    if not all(isinstance(name, str) for name in found):
+        fail(path, "holds tensors whose names are no text; it is no state dict")
+    # Two names of one memory are one parameter (tied embeddings). Empty tensors have no memory to share.
+    first: dict[tuple[Any, ...], str] = {}
+    ties = {}
+    for name, tensor in found.items():
+        if tensor.layout == torch.strided and tensor.numel():
+            memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            original = first.setdefault(memory, name)
+            if original != name:
+                ties[name] = original
+
+    def entries() -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        for name, tensor in found.items():
+            yield name, tensor.detach
+
+    return Checkpoint(path, "state dict", files, len(found), entries, ties=ties)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint, a pickle by definition of the format, and no other types.
+
+    `FileSystemReader.read_metadata` would unpickle it without limits, and so run whatever a stranger put in.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        from torch.distributed.checkpoint import filesystem, metadata
+
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        allowed: dict[tuple[str, str], Any] = {
+            ("torch", "Size"): torch.Size,
+            ("torch.serialization", "_get_layout"): _layout,
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+            ("collections", "OrderedDict"): dict,
+        }
+        for kind in (
+            metadata.Metadata,
+            metadata.TensorStorageMetadata,
+            metadata.BytesStorageMetadata,
+            metadata.ChunkStorageMetadata,
+            metadata.TensorProperties,
+            metadata.MetadataIndex,
+            metadata.StorageMeta,
+            metadata._MEM_FORMAT_ENCODING,
+        ):
+            allowed[metadata.__name__, kind.__name__] = kind
+        for path_module in ("pathlib", "pathlib._local"):  # Python 3.13 moved the classes
+            allowed[path_module, "PosixPath"] = allowed[path_module, "PurePosixPath"] = PurePosixPath
+            allowed[path_module, "WindowsPath"] = allowed[path_module, "PureWindowsPath"] = PureWindowsPath
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"refused type {module}.{name}")
+        return allowed[module, name]
+
+
+def _layout(name: str) -> torch.layout:
+    layout = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(layout, torch.layout):
+        raise pickle.UnpicklingError(f"refused layout {name!r}")
+    return layout
+
+
+def _read_metadata(file: Path) -> Any:
+    """The index of a distributed checkpoint."""
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    with readable(file), file.open("rb") as stream:
+        metadata = _MetadataUnpickler(stream).load()
+        if not isinstance(metadata, Metadata) or not metadata.storage_data:
+            raise pickle.UnpicklingError("no index of tensors")
+        return metadata
+
+
+def check_loads_safely(path: str | Path) -> None:
+    """Read what Lightning or torch would unpickle without limits, without running what is in it.
+
+    Of a distributed checkpoint that is the index, and all that is no tensor. Whole files are torch's to check
+    (``weights_only``); here only their check sums are compared.
+
+    Args:
+        path: A Lightning ``.ckpt``, or the folder of a distributed checkpoint. Addresses other than of the web pass,
+            as torch checks what comes from them.
+
+    Raises:
+        CheckpointError: it is missing, damaged or not safe to open.
+    """
+    if "://" in str(path):
+        if str(path).startswith("http"):  # Lightning unpickles these without limits
+            fail(Path(path), "is an address of the web, and what comes from there could run code; download it first")
+        return
+    path = Path(path)
+    if path.is_dir():
+        _check_parts(path)
+        for index in sorted(path.glob("*.metadata")):  # torch also looks for one of each rank
+            _check_objects(path, _read_metadata(index))
+        path = path / "meta.pt"
+        if not path.is_file():
+            fail(path.parent, "has no meta.pt, in which Lightning keeps what is not sharded; copy the whole folder")
+    elif not path.is_file():
+        fail(path, "does not exist; give a Lightning .ckpt, or the folder of a distributed checkpoint")
+    with readable(path), path.open("rb") as file:
+        check_records(file)
+
+
+def read_resumable(path: str | Path) -> Mapping[str, Any]:
+    """Read a checkpoint as Lightning is about to, but without running what is in it.
+
+    Args:
+        path: See `check_loads_safely`.
+
+    Returns:
+        What Lightning stores beside the tensors; of a file the tensors too, mapped. Empty for an address.
+
+    Raises:
+        CheckpointError: it is missing, damaged, not safe to open, or no checkpoint of Lightning.
+    """
+    check_loads_safely(path)
+    if "://" in str(path):
+        return {}
+    path = Path(path)
+    stored = _torch_load(path / "meta.pt" if path.is_dir() else path)
+    _check_of_lightning(path, stored)
+    return _mapping(stored)
+
+
+def _check_objects(folder: Path, metadata: Any) -> None:
+    """Load what the index lists and is no tensor: torch unpickles these bytes without limits."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    for index, info in metadata.storage_data.items():
+        entry = metadata.state_dict_metadata.get(index.fqn)
+        if not isinstance(entry, TensorStorageMetadata):
+            file = _inside(folder, info.relative_path)
+            with readable(file, index.fqn), file.open("rb") as stream:
+                _load_part(stream, info)
+
+
+def _check_of_lightning(path: Path, stored: Any) -> None:
+    """Refuse what Lightning would fail on in the midst of a resume."""
+    problem = None
+    if not isinstance(stored, Mapping):
+        problem = f"holds a {type(stored).__name__}"
+    elif not isinstance(stored.get("pytorch-lightning_version"), str):
+        problem = "does not say which version of Lightning wrote it"
+    elif not path.is_dir() and not isinstance(stored.get("state_dict"), Mapping):
+        problem = "has no state_dict"
+    else:
+        kinds: dict[str, Any] = dict.fromkeys(("callbacks", "hyper_parameters", "loops", "state_dict"), Mapping)
+        kinds |= dict.fromkeys(("optimizer_states", "lr_schedulers"), list)
+        kinds |= dict.fromkeys(("epoch", "global_step"), int)
+        wrong = [k for k, kind in kinds.items() if stored.get(k) is not None and not isinstance(stored[k], kind)]
+        if wrong:
+            problem = f"holds a {type(stored[wrong[0]]).__name__} under {wrong[0]!r}"
+    if problem:
+        fail(path, f"{problem}, so it is no checkpoint that Lightning can resume from; give one that a Trainer wrote")
+
+
+def _check_parts(folder: Path) -> tuple[Any, list[Path]]:
+    """The index of a distributed checkpoint, and its files, which hold what the index says."""
+    if not (folder / ".metadata").is_file():
+        fail(folder, "is no distributed checkpoint: it has no .metadata")
+    metadata = _read_metadata(folder / ".metadata")
+    with readable(folder / ".metadata"):
+        sizes: dict[str, int] = {}
+        claims: Counter[str] = Counter()
+        for info in metadata.storage_data.values():  # also of optimizers: a shorter file is a damaged checkpoint
+            sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+            claims[info.relative_path] += info.length
+        files = [_inside(folder, name) for name in sorted(sizes)]
+        for file in files:
+            name, size = file.relative_to(folder).as_posix(), file.stat().st_size
+            if size < sizes[name]:
+                fail(file, "is cut off; copy it again")
+            if size < claims[name]:
+                fail(file, f"has {size:,} bytes, and the index claims {claims[name]:,}; copy the folder again")
+    return metadata, files
+
+
+def _open_distributed(folder: Path) -> Checkpoint:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    metadata, files = _check_parts(folder)
+    with readable(folder / ".metadata"):
+        entries = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+        wanted = _model_entries(entries, metadata.planner_data or {})
+
+    def entries_of_model() -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        for short, name in wanted.items():
+            yield short, partial(_distributed_tensor, folder, name, entries[name], stored)
+
+    checkpoint = Checkpoint(folder, "distributed checkpoint", files, len(wanted), entries_of_model)
+    meta = folder / "meta.pt"  # Lightning's: epoch, callbacks and all that is not sharded
+    if meta.is_file():
+        checkpoint.take_extras(_mapping(_torch_load(meta)))
+    return checkpoint
+
+
+def _model_entries(entries: Mapping[str, Any], planner_data: Mapping[str, Any]) -> dict[str, str]:
+    """Name in the model to name in the checkpoint, without the states of optimizers."""
+    paths = {name: tuple(planner_data.get(name, (name,))) for name in entries}
+    for root in ("state_dict", "model", "module"):
+        inside = {".".join(map(str, p[1:])): n for n, p in paths.items() if len(p) > 1 and p[0] == root}
+        if inside:
+            return inside
+    return {n: n for n, p in paths.items() if not re.match(r"optim", str(p[0]))}
+
+
+def _inside(folder: Path, name: str) -> Path:
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        fail(folder, f"its .metadata names a file outside of the folder: {name!r}")
+    if not file.is_file():
+        fail(folder, f"its .metadata names {name!r}, which is missing; copy the whole folder")
+    return file
+
+
+def _distributed_tensor(
+    folder: Path, name: str, entry: Any, stored: Mapping[tuple[str, tuple[int, ...]], Any]
+) -> Tensor:
+    """One tensor put together from the chunks that the ranks wrote."""
+    infos = {tuple(chunk.offsets): stored[name, tuple(chunk.offsets)] for chunk in entry.chunks}
+    # Before memory is taken for what a damaged index claims.
+    claimed = math.prod(entry.size) * entry.properties.dtype.itemsize
+    if claimed > sum(info.length for info in infos.values()):
+        raise EOFError(f"{claimed} bytes are more than its chunks hold")
+    whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+    filled = 0
+    for chunk in entry.chunks:
+        info = infos[tuple(chunk.offsets)]
+        if info.transform_descriptors:
+            fail(folder, f"{name!r} is compressed ({', '.join(info.transform_descriptors)}), which is not read")
+        with _inside(folder, info.relative_path).open("rb") as file:
+            part = _load_part(file, info)
+        if tuple(part.shape) != tuple(chunk.sizes):
+            fail(folder, f"a part of {name!r} has shape {tuple(part.shape)}, the index says {tuple(chunk.sizes)}")
+        region = tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))
+        whole[region].copy_(part)
+        filled += part.numel()
+    if filled != whole.numel():
+        fail(folder, f"{name!r} is stored with {filled} of its {whole.numel()} elements")
+    return whole
+
+
+def _load_part(file: BinaryIO, info: Any) -> Any:
+    """What a rank has written at one place of a file."""
+    data = io.BytesIO(_slice(file, info.offset, info.length))
+    check_records(data)
+    part = torch.load(data, map_location="cpu", weights_only=True)
+    check_claims(part, info.length)
+    return part
+
+
+def _slice(file: BinaryIO, offset: int, length: int) -> bytes:
+    missing = offset + length - file.seek(0, io.SEEK_END)
+    if missing > 0 or min(offset, length) < 0:
+        raise EOFError(f"{Path(file.name).name} ends {missing} bytes early")
+    file.seek(offset)
+    return file.read(length)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def fail(path: Path, problem: str) -> NoReturn:
+    """Raise a `CheckpointError` that begins with the path."""
+    raise CheckpointError(f"{path}: {problem}")
+
+
+@contextlib.contextmanager
+def readable(path: Path, name: str | None = None) -> Iterator[None]:
+    """Turn whatever a damaged or hostile file provokes into one sentence that says which file it is."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, or is damaged, and is not opened, because "
+            f"loading it could run code ({reason}); save a state dict or safetensors from where you trust it"
+        ) from error
+    except (
+        SafetensorError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        ArithmeticError,
+        AssertionError,
+        MemoryError,
+        struct.error,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        what = f" (tensor {name!r})" if name else ""
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{path}{what} is damaged, cut off, or of another format: {reason}; copy or download it again"
+        ) from error
+
+
+def check_checkpoint_of(trainer: Any) -> None:
+    """Have a Trainer's strategy refuse checkpoints that are damaged, or could run code; call it in ``setup``.
+
+    That hook comes before anything is loaded, but the Trainer does not say yet what will be: the strategy's
+    ``load_checkpoint`` is wrapped, once. It then raises what `check_loads_safely` does.
+    """
+    original: Any = trainer.strategy.load_checkpoint
+    if getattr(original, "reads_safely", False):
+        return
+
+    @wraps(original)
+    def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        check_loads_safely(checkpoint_path)
+        return original(checkpoint_path, *args, **kwargs)
+
+    load_checkpoint.reads_safely = True  # type: ignore[attr-defined]
+    trainer.strategy.__dict__["load_checkpoint"] = load_checkpoint

@@ -1,0 +1,421 @@
+"""Read what callbacks left in a checkpoint: masks, masked units, adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.checkpoints.reading import Checkpoint, fail, open_checkpoint
+from lightning_prune.errors import CheckpointError
+from lightning_prune.naming import clean_name
+from lightning_prune.perp.layers import SparseLinear, find_variant
+from lightning_prune.pruning.enforcement import to_bytes
+from lightning_prune.pruning.masks import unpack_masks
+from lightning_prune.safety import is_stored_whole
+from lightning_prune.structure.saving import MaskedUnits
+from lightning_prune.structure.sizes import ATTENTION_UNITS
+
+
+class StoredMasks:
+    """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time.
+
+    Attributes:
+        score: Name of the score that made them; of several callbacks, all names.
+        settings: What else each callback says of how it pruned, in plain values.
+        uncounted: Names of embeddings that their names do not show to be such; see `lightning_prune.pruning.coverage`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        packed: dict[str, Any],
+        score: str | None,
+        settings: list[dict[str, Any]] | None = None,
+        uncounted: frozenset[str] = frozenset(),
+    ) -> None:
+        self._path = path
+        self._packed = packed
+        self.score = score
+        self.settings = settings or []
+        self.uncounted = uncounted
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the masks."""
+        return set(self._packed)
+
+    @property
+    def count(self) -> int:
+        """Number of masks."""
+        return len(self._packed)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> StoredMasks | None:
+        """The masks of all `WeightPruning` callbacks, or None without such a callback."""
+        states = [
+            state for key, state in checkpoint.callbacks.items() if str(key).startswith("WeightPruning") and state
+        ]
+        if not states:
+            return None
+        packed: dict[str, Any] = {}
+        for state in states:
+            masks = state.get("masks") if isinstance(state, Mapping) else None
+            if not isinstance(masks, Mapping):
+                fail(checkpoint.path, "the state of its WeightPruning callback holds no masks; it is damaged")
+            packed.update(masks)
+        scores = dict.fromkeys(str(state["score"]) for state in states if state.get("score"))
+        settings = [dict(s) for state in states if isinstance(s := state.get("settings"), Mapping)]
+        uncounted = frozenset(
+            name
+            for state in states
+            if isinstance(names := state.get("uncounted"), (list, tuple))
+            for name in names
+            if isinstance(name, str)
+        )
+        return cls(checkpoint.path, packed, ", ".join(scores) or None, settings, uncounted)
+
+    def counts(self, name: str) -> bool:
+        """Whether a tensor may count as a weight that a user would prune: it is not known to be an embedding."""
+        return clean_name(name) not in self.uncounted
+
+    def masks(self) -> dict[str, Tensor]:
+        """All masks, unpacked, by the names they are stored under.
+
+        Raises:
+            CheckpointError: a mask is damaged.
+        """
+        try:
+            return unpack_masks(self._packed)
+        except ValueError as error:
+            raise CheckpointError(f"{self._path}: {error}") from error
+
+    def find(self, name: str) -> str | None:
+        """Name of a tensor's mask, or None. Masks may be named from further inside the model than the tensor."""
+        parts = clean_name(name).split(".")
+        tails = (".".join(parts[start:]) for start in range(len(parts)))
+        return next((tail for tail in tails if tail in self._packed), None)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask of a tensor, or None.
+
+        Raises:
+            CheckpointError: the mask is damaged, or not of this shape.
+        """
+        found = self.find(name)
+        if found is None:
+            return None
+        try:
+            mask = unpack_masks({found: self._packed[found]})[found]
+        except ValueError as error:
+            raise CheckpointError(f"{self._path}: {error}") from error
+        if tuple(mask.shape) != shape:
+            fail(self._path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
+        return mask
+
+
+_SHRINKING = "PruningAwarePretraining"
+
+
+def stored_units(checkpoint: Checkpoint) -> MaskedUnits | None:
+    """The units that a `PruningAwarePretraining` callback had masked when it was saved; None where there are none.
+
+    Raises:
+        CheckpointError: the callback's state is damaged.
+    """
+    try:
+        return units_in(checkpoint.callbacks)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits | None:
+    """`stored_units` of the states of callbacks.
+
+    Args:
+        callbacks: States by key, as in a Lightning checkpoint.
+        sharded: Only of a callback whose model was sharded, where units stay masked to the end.
+
+    Raises:
+        ValueError: the callback's state is damaged.
+    """
+    for key, state in callbacks.items():
+        if not str(key).startswith(_SHRINKING) or not state:
+            continue
+        try:
+            pending, unit = state["shrinking"]["pending"], state["settings"]["attention_unit"]
+            whole = all(isinstance(t, Tensor) and is_stored_whole(t) for places in pending.values() for t in places)
+            counts = bool(state.get("sharded")) or not sharded
+        except (KeyError, TypeError, AttributeError):
+            pending, unit, whole, counts = {}, None, False, False
+        if not whole or unit not in ATTENTION_UNITS:
+            raise ValueError(f"the state of its {_SHRINKING} callback is damaged: it does not say what is masked")
+        if pending and counts:
+            return MaskedUnits({str(t): list(places) for t, places in pending.items()}, unit)
+    return None
+
+
+_RETRAINING = "PERPRetraining"
+UNMERGED = "unmerged"
+"""Where the callback's state holds base weights and adapters, by the names of the module that trains them."""
+_Load = Callable[[], Tensor]
+_PEFT = "base_model.model."
+
+
+# -- what is written and resumed -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def save_merged(checkpoint: dict[str, Any], module: nn.Module, attribute: str, state_key: str) -> None:
+    """Make a checkpoint that is about to be written one of the plain module, with adapters merged.
+
+    The merged weights are made one after the other, in main memory. What they were made of goes into the callback's
+    state, where the checkpoint has one (``save_weights_only=True`` leaves it out).
+
+    Args:
+        checkpoint: As Lightning has made it, with what is in the module, or an average of it; changed in place.
+        module: The LightningModule, with adapters or without.
+        attribute: Name of its attribute with the model that was adapted.
+        state_key: Of the callback.
+    """
+    state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
+    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLinear)}
+    parts = {name: _part_names(name, layer) for name, layer in layers.items()}
+    if not all(layer.mergeable for layer in layers.values()):
+        return
+    if not layers or not all(key in state for keys in parts.values() for key in keys):  # a state dict of the user's own
+        return
+    owners = {keys[0]: name for name, keys in parts.items()}
+    taken = {key for keys in parts.values() for key in keys}
+    merged = {}
+    for key, tensor in state.items():
+        if key in owners:
+            _, first, second = parts[owners[key]]
+            tensor = layers[owners[key]].merged_with(tensor, state[first], state[second]).cpu()
+        elif key in taken:
+            continue
+        merged[_without_peft(key, attribute)] = tensor
+    checkpoint["state_dict"] = merged
+    callbacks = checkpoint.get("callbacks")
+    if callbacks is not None:
+        rename = lambda name: _without_peft(name, attribute)  # noqa: E731
+        callbacks = _renamed_masks(callbacks, rename)
+        callbacks[state_key] = {**callbacks.get(state_key, {}), UNMERGED: {key: state[key] for key in sorted(taken)}}
+        checkpoint["callbacks"] = callbacks
+
+
+def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, state_key: str) -> None:
+    """Make the state dict of a loaded checkpoint one that a module can load, with its adapters or without.
+
+    Args:
+        checkpoint: Changed in place.
+        module: See `save_merged`.
+        attribute: See `save_merged`.
+        state_key: See `save_merged`.
+
+    Raises:
+        ValueError: the module has adapters, and the checkpoint none for them.
+        CheckpointError: see `merged_state`.
+    """
+    state = checkpoint.get("state_dict", {})
+    adapted = any(isinstance(layer, SparseLinear) for layer in module.modules())
+    if has_adapters(state) == adapted:
+        return
+    callbacks = checkpoint.get("callbacks") or {}
+    if not adapted:
+        checkpoint["state_dict"] = merged_state(state, callbacks, "the checkpoint")
+        checkpoint["callbacks"] = _renamed_masks(callbacks, plain_name)
+        return
+    unmerged = (callbacks.get(state_key) or {}).get(UNMERGED)
+    if not unmerged:
+        raise ValueError(
+            "the checkpoint holds the merged model, without the adapters that PERPRetraining has put on this module: "
+            "it was written with save_weights_only=True, or after the merge. Load it with load_from_checkpoint, and "
+            "start a new fit from there, without ckpt_path"
+        )
+    names = {_without_peft(key, attribute): key for key in module.state_dict() if not _is_adapter(key)}
+    checkpoint["state_dict"] = {**{names.get(key, key): tensor for key, tensor in state.items()}, **unmerged}
+    checkpoint["callbacks"] = _renamed_masks(callbacks, lambda name: names.get(name, name))
+
+
+def add_states(checkpoint: dict[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have a checkpoint that stays unmerged say how to merge it, also where it was to hold weights only."""
+    checkpoint["callbacks"] = {**states, **checkpoint.get("callbacks", {})}
+
+
+def load_merged_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint for the plain LightningModule, with adapters merged that were being trained.
+
+    Only needed for checkpoints written under FSDP2 or by older versions: others hold it as their ``state_dict``.
+
+    Args:
+        path: A ``.ckpt`` file, or the folder of a distributed checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or its adapters cannot be merged.
+
+    Example::
+
+        module.load_state_dict(load_merged_state("last.ckpt"))
+    """
+    return dict(merged_checkpoint(open_checkpoint(path)).tensors())
+
+
+def _part_names(name: str, layer: SparseLinear) -> tuple[str, str, str]:
+    """Keys of the base weight, A and B of a layer in the module's state dict."""
+    (adapter,) = layer.lora_A
+    return f"{name}.base_layer.weight", f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"
+
+
+def _without_peft(name: str, attribute: str) -> str:
+    """A key of the module's state dict as it is without adapters; other wrappers' parts of it stay."""
+    prefix = f"{attribute}.{_PEFT}"
+    return f"{attribute}.{name.removeprefix(prefix)}".replace(".base_layer.", ".") if name.startswith(prefix) else name
+
+
+# -- what is read as if it were merged -------------------------------------------------------------------------------
+
+
+def has_adapters(names: Iterable[str]) -> bool:
+    """Whether tensors of these names include adapters beside the weights they belong to."""
+    names = list(names)
+    return any(".lora_A." in name for name in names) and any(".base_layer." in name for name in names)
+
+
+def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its adapters merged, tensor by tensor when they are read; any other as it is.
+
+    Raises:
+        CheckpointError: adapters of something else than `PERPRetraining`, or of a kind that cannot be merged.
+    """
+    names = checkpoint.names()
+    if not has_adapters(names) or _state_of(checkpoint.callbacks) is None:
+        return checkpoint
+    adapters = _Adapters(checkpoint.path, checkpoint.callbacks)
+    kept = [name for name in names if not _is_adapter(name)]
+    return dataclasses.replace(
+        checkpoint,
+        count=len(kept),
+        entries=lambda: adapters.merged(dict(checkpoint.entries())),
+        callbacks=_renamed_masks(checkpoint.callbacks, plain_name),
+        ties={plain_name(name): plain_name(first) for name, first in checkpoint.ties.items()},
+    )
+
+
+def merged_state(state: Mapping[str, Tensor], callbacks: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
+    """A state dict with its adapters merged, under the names of the plain model.
+
+    Args:
+        state: Of a checkpoint.
+        callbacks: States of its callbacks.
+        path: What errors call the checkpoint.
+
+    Raises:
+        CheckpointError: see `merged_checkpoint`.
+    """
+    if _state_of(callbacks) is None:
+        fail(
+            Path(path),
+            "holds adapters that PERPRetraining did not make; merge them with the program that did, and save again",
+        )
+    loads: dict[str, _Load] = {name: tensor.detach for name, tensor in state.items()}
+    return {name: load() for name, load in _Adapters(Path(path), callbacks).merged(loads)}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the LightningModule without what PEFT puts into it.
+
+    >>> plain_name("model.base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.model.layers.0.mlp.up_proj.weight'
+    """
+    return clean_name(name).replace("base_model.model.", "", 1).replace(".base_layer.", ".")
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def _state_of(callbacks: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    states = (state for key, state in callbacks.items() if str(key).startswith(_RETRAINING))
+    return next((state for state in states if isinstance(state, Mapping) and state), None)
+
+
+def _renamed_masks(callbacks: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """States of callbacks, in which masks are those of parameters by other names."""
+    return {
+        key: {**state, "masks": {rename(name): mask for name, mask in state["masks"].items()}}
+        if isinstance(state, Mapping) and isinstance(state.get("masks"), Mapping)
+        else state
+        for key, state in callbacks.items()
+    }
+
+
+class _Adapters:
+    """What the callback's state says of adapters, and the masks of `WeightPruning` or of its own."""
+
+    def __init__(self, path: Path, callbacks: Mapping[str, Any]) -> None:
+        self._path = path
+        state = _state_of(callbacks) or {}
+        settings, layers = state.get("settings"), state.get("layers")
+        if not isinstance(settings, Mapping) or not isinstance(layers, Mapping):
+            fail(path, f"the state of its {_RETRAINING} callback is damaged, or of another version")
+        self._layers, adapter = layers, settings.get("adapter")
+        try:
+            self._variant = find_variant(adapter)
+        except ValueError as error:
+            fail(path, f"its adapters are of another program, or damaged: {error}")
+        if not self._variant.mergeable:
+            fail(
+                path,
+                f"its adapters are adapter={adapter!r}, whose product is dense and cannot be merged into pruned "
+                "weights: resume with PERPRetraining(merge=False), and keep them apart with "
+                "lightning_prune.perp.save_adapter",
+            )
+        packed = dict(state.get("masks") or {})
+        for key, other in _renamed_masks(callbacks, plain_name).items():
+            if str(key).startswith("WeightPruning") and isinstance(other, Mapping):
+                packed.update(other.get("masks") or {})
+        self._masks = StoredMasks(path, packed, None)
+
+    def merged(self, loads: Mapping[str, _Load]) -> Iterator[tuple[str, _Load]]:
+        """Plain names, and functions that load what the weights are after the merge."""
+        for name, load in loads.items():
+            if _is_adapter(name):
+                continue
+            parts = self._parts_of(name, loads)
+            plain = plain_name(name)
+            yield plain, load if parts is None else self._merging(plain, load, *parts)
+
+    def _parts_of(self, name: str, loads: Mapping[str, _Load]) -> tuple[_Load, _Load] | None:
+        """How to load A and B of a base layer's weight; None for any other tensor."""
+        module, found, parameter = name.rpartition(".base_layer.")
+        if not found or parameter != "weight":
+            return None
+        pair = []
+        for matrix in ("lora_A", "lora_B"):
+            own = [load for other, load in loads.items() if other.startswith(f"{module}.{matrix}.")]
+            if len(own) != 1:
+                fail(self._path, f"{module!r} has {len(own)} matrices {matrix}; one was expected")
+            pair.extend(own)
+        return pair[0], pair[1]
+
+    def _merging(self, name: str, base: _Load, first: _Load, second: _Load) -> _Load:
+        tails = (value for key, value in self._layers.items() if f".{name}".endswith(f".{key}.weight"))
+        layer = next(tails, None)
+        if not isinstance(layer, Mapping):
+            fail(self._path, f"the state of its {_RETRAINING} callback knows no adapter of {name!r}; it is damaged")
+        scaling, transposed = float(layer["scaling"]), bool(layer["transposed"])
+
+        @torch.no_grad()
+        def load() -> Tensor:
+            weight, a, b = base(), first(), second()
+            mask = self._masks.take(name, tuple(weight.shape))
+            kept = to_bytes(weight != 0 if mask is None else mask, weight.device)
+            factors = self._variant.factors_of(a, b, scaling, transposed)
+            return self._variant.combination()(weight, kept, *factors, None)
+
+        return load

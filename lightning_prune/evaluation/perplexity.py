@@ -1,0 +1,273 @@
+"""Perplexity of causal language models, weighted by tokens.
+
+Letters: B windows in a batch, T tokens, V vocabulary.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_prune.progress import progress_bar
+from lightning_prune.pruning.running import IGNORE_INDEX, next_token_losses
+
+
+class NextTokenLoss(Metric):
+    """Mean negative log-likelihood over all tokens seen, in nats, or its exponential.
+
+    torchmetrics' own classes do not fit. `torchmetrics.text.Perplexity` takes the logarithm of a softmax,
+    which is infinite for a token that underflows to zero probability, as happens in badly pruned models; and
+    `MeanMetric` drops NaN values, or drops the weights. Here the losses come from a log-softmax, and a NaN
+    shows.
+
+    Args:
+        perplexity: Return the perplexity, exp(mean), in place of the mean.
+        kwargs: Arguments of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = NextTokenLoss()
+        >>> metric.update(torch.tensor([[1.0, 2.0, 0.0]]), 2)
+        >>> metric.update(torch.tensor([[6.0]]), 1)
+        >>> metric.compute()
+        tensor(3.)
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    is_differentiable = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self, perplexity: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.perplexity = perplexity
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor, tokens: int | Tensor) -> None:
+        """Add the losses of one batch.
+
+        Args:
+            losses: Losses of single tokens, any shape, zero where nothing is predicted.
+            tokens: Number of predicted tokens.
+        """
+        # not in place: the states may be inference tensors, after a validation before the training
+        self.total = self.total + losses.detach().sum(dtype=self.total.dtype)
+        self.tokens = self.tokens + tokens
+
+    def compute(self) -> Tensor:
+        """Mean loss or perplexity of everything seen so far."""
+        mean = self.total / self.tokens
+        return mean.exp() if self.perplexity else mean
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """What `perplexity` measured.
+
+    Attributes:
+        perplexity: exp(nll).
+        nll: Mean negative log-likelihood of a predicted token, in nats.
+        tokens: Number of predicted tokens.
+        seq_len: Longest window in tokens; the first token of a window is not predicted.
+        windows: Number of windows.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    seq_len: int
+    windows: int
+
+
+def perplexity(
+    model: nn.Module,
+    data: Tensor | Sequence[Any],
+    *,
+    seq_len: int = 512,
+    stride: int | None = None,
+    max_windows: int | None = None,
+    spread: bool = True,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> PerplexityResult:
+    """Perplexity of a causal language model on a token stream or on ready-made windows.
+
+    A stream is cut into windows of `seq_len` tokens; a rest shorter than a window is left out. Every token
+    counts the same. Sums are kept in float64. The train or eval mode of each module is restored afterwards.
+
+    Args:
+        model: Returns logits (B, T, V), or an object that has them as `.logits`: a transformers model or a
+            `CausalLM`.
+        data: Token ids as one stream, shape (T,) or (1, T), or as a list of integers; or a sequence of
+            windows: a dataset whose items are tensors or lists, or dicts with "input_ids" (and
+            "attention_mask": masked tokens are left out), used as they are.
+        seq_len: Tokens in a window of a stream, at least 2.
+        stride: Distance between the starts of windows. Default `seq_len`: windows do not overlap. With a
+            smaller stride a window predicts only the tokens that no window before it has predicted.
+        max_windows: Use at most this many windows. Default all.
+        spread: Choose the `max_windows` windows evenly over the text, not from its beginning.
+        batch_size: Windows in one forward pass.
+        progress: Show a bar where stderr is a terminal.
+
+    Returns:
+        The perplexity with the counts it rests on.
+
+    Raises:
+        ValueError: If an argument is out of range, or the text is shorter than one window.
+    """
+    windows = _windows(data, seq_len, stride)
+    if max_windows is not None:
+        windows = _select(windows, max_windows, spread)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    metric = NextTokenLoss()
+    metric.set_dtype(torch.float64)
+    device = next(model.parameters()).device
+    longest = 0
+    batches = math.ceil(len(windows) / batch_size)
+    bar = progress_bar("Perplexity", batches, enabled=progress)
+    with evaluating(model), torch.no_grad(), bar as advance:
+        for input_ids, labels in _batches(windows, batch_size):
+            labels = labels.to(device)
+            losses = next_token_losses(_logits(model, input_ids.to(device)), labels)
+            # float64 does not exist on every accelerator: add up on the CPU
+            metric.update(losses.cpu(), int((labels[:, 1:] != IGNORE_INDEX).sum()))
+            longest = max(longest, labels.shape[1])
+            advance()
+    nll, tokens = float(metric.compute()), int(metric.tokens.item())
+    return PerplexityResult(
+        perplexity=math.exp(nll) if nll < 700 else nll * math.inf,  # math.exp raises where torch says inf
+        nll=nll,
+        tokens=tokens,
+        seq_len=longest,
+        windows=len(windows),
+    )
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Windows by index, without copying the text.
+
+    The first `overlap` tokens of every window but the first of the text are context, and not predicted.
+    """
+
+    items: Any
+    starts: Sequence[int]
+    length: int | None  # None: items are windows themselves
+    overlap: int = 0
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def window(self, index: int) -> tuple[Tensor, Tensor]:
+        """Token ids and labels, both of shape (T,)."""
+        start = self.starts[index]
+        if self.length is None:
+            ids = _window_ids(self.items[start])
+            return ids, ids
+        ids = self.items[start : start + self.length]
+        labels = ids.clone()
+        if start > 0:
+            labels[: self.overlap] = IGNORE_INDEX
+        return ids, labels
+
+
+def _windows(data: Tensor | Sequence[Any], seq_len: int, stride: int | None) -> _Windows:
+    stream = _as_stream(data)
+    if stream is None:
+        if stride is not None:
+            raise ValueError(f"stride={stride} needs a token stream; the data is a sequence of windows.")
+        if len(data) == 0:
+            raise ValueError("data is an empty sequence of windows. Pass at least one window.")
+        return _Windows(data, range(len(data)), None)
+    step = seq_len if stride is None else stride
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len} must be at least 2: the first token of a window is not predicted.")
+    if not 1 <= step <= seq_len:
+        raise ValueError(f"stride={stride} must lie between 1 and seq_len={seq_len}.")
+    if len(stream) < seq_len:
+        raise ValueError(
+            f"data has {len(stream)} tokens, fewer than one window of seq_len={seq_len}. Pass a smaller "
+            "seq_len or more text."
+        )
+    return _Windows(stream, range(0, len(stream) - seq_len + 1, step), seq_len, seq_len - step)
+
+
+def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
+    """The data as one stream of shape (T,), or None when it is a sequence of windows."""
+    if isinstance(data, Tensor):
+        if data.is_floating_point() or data.ndim not in (1, 2):
+            raise ValueError(
+                f"data must hold integer token ids of shape (T,) or (N, T); received {data.dtype} of shape "
+                f"{tuple(data.shape)}."
+            )
+        if data.ndim == 1:
+            return data
+        return data[0] if len(data) == 1 else None
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, (str, Mapping)):
+        raise ValueError(
+            f"data must be a tensor, a list of token ids or a dataset with a length; received "
+            f"{type(data).__name__}. Tokenize text first, e.g. tokenizer(text)['input_ids']."
+        )
+    if len(data) and isinstance(data[0], int):
+        return torch.as_tensor(data)
+    return None
+
+
+def _window_ids(item: Any) -> Tensor:
+    """Token ids (T,) of one item of a dataset, without the masked ones."""
+    if not isinstance(item, Mapping):
+        return torch.as_tensor(item)
+    ids = torch.as_tensor(item["input_ids"])
+    if "attention_mask" in item:
+        ids = ids[torch.as_tensor(item["attention_mask"]).bool()]
+    return ids
+
+
+def _select(windows: _Windows, max_windows: int, spread: bool) -> _Windows:
+    if max_windows < 1:
+        raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all windows.")
+    count = len(windows)
+    if max_windows >= count:
+        return windows
+    chosen = [i * count // max_windows for i in range(max_windows)] if spread else range(max_windows)
+    return _Windows(windows.items, [windows.starts[i] for i in chosen], windows.length, windows.overlap)
+
+
+def _batches(windows: _Windows, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and labels of shape (B, T), padded on the right, which a causal model cannot see from the left."""
+    indices = iter(range(len(windows)))
+    while chunk := list(islice(indices, batch_size)):
+        ids, labels = zip(*(windows.window(i) for i in chunk), strict=True)
+        yield (
+            nn.utils.rnn.pad_sequence(list(ids), batch_first=True).long(),
+            nn.utils.rnn.pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX).long(),
+        )
+
+
+def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    # a cache of keys and values would only cost memory here
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    output = model(input_ids, use_cache=False) if takes_cache else model(input_ids)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode; afterwards give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

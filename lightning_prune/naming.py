@@ -1,0 +1,163 @@
+"""Say what a parameter is called: names without wrappers, patterns of names, and what a name tells of its tensor.
+
+Dimensions: O outputs, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+HEADS = (
+    *("lm_head", "embed_out", "output_projection", "vocab_projector", "generator_lm_head", "text_lm_head"),
+    *("predictions.decoder", "lm_loss", "pred_layer", "ctc_head", "seq_relationship", "sop_classifier"),
+    *("classifier", "cls_classifier", "distillation_classifier", "classification_head", "class_labels_classifier"),
+    *("class_predictor", "class_embed", "score", "qa_outputs", "logits_proj", "head"),
+)
+"""What output layers are called in transformers, and in most models of one's own."""
+
+_HEADS = tuple(tuple(head.split(".")) for head in HEADS)
+
+# What wrappers put behind the name of a layer; it says nothing of what the layer is.
+_WRAPPED = frozenset({"weight", "base_layer", "original_module", "modules_to_save", "default", "parametrizations"})
+# Last components of names. Not ancestors: patch_embeddings.projection and shared_expert.up_proj are layers.
+_NO_MATRIX = re.compile(
+    r"(\w+_)?(embed(ding)?s?|embd|emb|wte|wpe|shared|bias)|embed_(tokens|positions|in)|"
+    r"\w*(pos|position)_(embed|embd|enc|bias|encoding)\w*|positions?(_ids)?|rotary\w*|(tokens|positions)_embed|"
+    r"(cls|mask|class|dist|distillation|register|reg)_tokens?|\w*norm\d*|ln(_\w+)?"
+)
+_ADAPTER = re.compile(r"(^|[._])lora_\w+([._]|$)")
+# Families whose linear layers are transformers' Conv1D, stored (in, out).
+_CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+_CONV1D_NAME = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+def is_head(name: str) -> bool:
+    """Whether a layer or tensor belongs to an output layer, by its name.
+
+    Inside of numbered blocks these names mean something else (``layers.0.attention.score``), but for ``lm_head``; and
+    what has layers of layers is a model, not its head (``classifier.encoder.layers.0.fc1``).
+
+    >>> is_head("model.lm_head.weight"), is_head("classifier.out_proj"), is_head("layers.0.attention.score")
+    (True, True, False)
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPED]
+    if "lm_head" in parts:
+        return True
+    numbers = [i for i, part in enumerate(parts) if i and part.isdigit()]
+    outside = parts[: numbers[0]] if numbers else parts
+    ends = (
+        start + len(head)
+        for head in _HEADS
+        for start in range(len(outside))
+        if tuple(outside[start : start + len(head)]) == head
+    )
+    return any(len(parts) - end <= 2 for end in ends)
+
+
+def is_prunable(name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a tensor counts as a weight that a user would prune: a matrix outside embeddings and heads.
+
+    Convolutions, recurrent weights and the 3-D parameters of experts count too, whether they can be pruned or not:
+    this is the denominator of every share of pruned weights (`inspect`, model cards, summaries of `WeightPruning`).
+
+    >>> is_prunable("model.layers.0.self_attn.q_proj.weight", (64, 64), torch.float32)
+    True
+    >>> is_prunable("model.embed_tokens.weight", (1000, 64), torch.float32)
+    False
+    """
+    if len(shape) < 2 or min(shape) < 1 or not dtype.is_floating_point or is_head(name) or _ADAPTER.search(name):
+        return False
+    parts = name.split(".")
+    while len(parts) > 1 and parts[-1] in _WRAPPED:
+        parts.pop()
+    # The embedding of an image's patches is a convolution.
+    return len(shape) >= 4 or _NO_MATRIX.fullmatch(parts[-1]) is None
+
+
+def place(name: str) -> tuple[str, str]:
+    """Block and kind of layer of a parameter; the block is empty outside of numbered ones.
+
+    >>> place("model.layers.3.self_attn.q_proj.weight")
+    ('model.layers.3', 'q_proj')
+    """
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    words = [part for part in parts if part != "weight" and not part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else "", words[-1] if words else "weight"
+
+
+# Files list tensors by alphabet; tables and pictures list them in the order a token meets them.
+_KINDS = (
+    *("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "o_proj", "out_proj", "dense"),
+    *("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "dense_h_to_4h", "down_proj", "fc2", "dense_4h_to_h"),
+)
+
+
+def order_kinds(kinds: Iterable[str]) -> list[str]:
+    """Kinds of layers without duplicates, attention before MLP where the names are known, others behind.
+
+    >>> order_kinds(["down_proj", "q_proj", "router", "q_proj"])
+    ['q_proj', 'down_proj', 'router']
+    """
+    return sorted(dict.fromkeys(kinds), key=lambda k: _KINDS.index(k) if k in _KINDS else len(_KINDS))
+
+
+def block_order(name: str) -> tuple[bool, list[tuple[bool, int | str]]]:
+    """Sort key that puts ``layers.2`` before ``layers.10`` and what is in no block last."""
+    parts: list[tuple[bool, int | str]] = [(p.isdigit(), int(p) if p.isdigit() else p) for p in name.split(".")]
+    return name == "", parts
+
+
+def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tensor:
+    """A tensor of any shape to ``(O, I)``, with the inputs that form N:M groups next to each other.
+
+    Args:
+        name: Its name.
+        tensor: A weight, or its mask.
+        model_type: Family of the transformers model: some store layers as ``(I, O)``.
+    """
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    if model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None:
+        return tensor.t()
+    if tensor.dim() == 4:  # a Conv2d: groups run along the input channels
+        tensor = tensor.movedim(1, -1)
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+
+
+def clean_name(name: str) -> str:
+    """A parameter or module name without what ``torch.compile`` and checkpoint wrappers put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether a module name, one of its ancestors, or the tail of either matches a shell-style pattern.
+
+    >>> name_matches("model.layers.0.mlp.up_proj", "up_proj")
+    True
+    >>> name_matches("model.layers.0.mlp.up_proj", "layers.0")
+    True
+    >>> name_matches("model.layers.10.mlp.up_proj", "layers.1")
+    False
+    """
+    parts = name.split(".")
+    return any(
+        fnmatchcase(".".join(parts[start:end]), pattern) for end in range(1, len(parts) + 1) for start in range(end)
+    )
+
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without what PEFT and ``torch.compile`` put into it.
+
+    >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return clean_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer", "")

@@ -1,0 +1,100 @@
+"""Give adapters their masks: checked against the weights, and held as a rank's parts where FSDP2 shards them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.naming import plain_name
+from lightning_prune.perp.effective import kept_by_sign
+from lightning_prune.perp.layers import SparseLinear, sparse_layers
+from lightning_prune.pruning.enforcement import to_bytes
+from lightning_prune.pruning.masks import part_of
+from lightning_prune.sharding import (
+    as_shard_of,
+    count_over_ranks,
+    gather_whole,
+    gathered_dtypes,
+    is_sharded,
+    local,
+    reshard,
+)
+
+
+@torch.no_grad()
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+    """Give the adapters of a model their masks.
+
+    Where FSDP2 shards the model every rank must call; each holds its part of the masks from then on.
+
+    Args:
+        model: A model of `add_adapters`.
+        masks: Bool, True = kept, of the weights' shapes, by parameter name, with or without the names that PEFT puts
+            in between; whole, or sharded as the weights are. A layer without a mask here takes its weight's exact
+            zeros, and so do all with None. Masks of weights without an adapter are passed over.
+
+    Raises:
+        ValueError: a mask of another shape or dtype, or one that does not hold: a pruned weight is not zero. Nothing
+            is changed then.
+    """
+    given = {plain_name(name): mask for name, mask in (masks or {}).items()}
+    layers = dict(sparse_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no sparse adapters to give masks to; call add_adapters first")
+    reshard(model)
+    new = {}
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"the adapter of {name!r} is merged, and its mask cannot change; unmerge it first")
+        layer.check_sharded_with_adapter()
+        weight = layer.base_weight.detach()
+        mask = given.get(f"{name}.weight")
+        new[name] = (local(weight) != 0) if mask is None else checked_mask(f"{name}.weight", mask, weight)
+    for name, layer in layers.items():
+        if not is_sharded(layer.base_weight):
+            layer.kept.copy_(to_bytes(new[name], layer.kept.device))
+    sharded = {name: layer for name, layer in layers.items() if is_sharded(layer.base_weight)}
+    if sharded:
+        _set_sharded_masks(model, sharded, new)
+
+
+def _set_sharded_masks(model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor]) -> None:
+    """Hold a rank's parts of masks, and write them into the zeros of the weights."""
+    dtypes = gathered_dtypes(model)
+    for name, layer in layers.items():
+        weight, part, kept = layer.base_weight, layer.base_part, masks[name]
+        zero = part == 0
+        part.masked_fill_(zero, 0.0).masked_fill_(zero & kept, -0.0)
+        layer.kept = to_bytes(kept, part.device)
+        dtype = dtypes.get(layer, part.dtype)
+        if dtype == part.dtype:
+            continue
+        # Weights too small for the dtype that FSDP2 gathers in would become +0.0, as if pruned. Such a layer holds its
+        # mask whole: float32 weights have none of them in bfloat16 (below 1e-40), but may in float16 (3e-8).
+        lost = as_shard_of(weight, kept & (kept_by_sign(part.to(dtype)) == 0))
+        if count_over_ranks({name: lost}, lambda part: int(part.sum())):
+            layer.kept = to_bytes(gather_whole(as_shard_of(weight, kept.to(torch.uint8))).bool(), part.device)
+
+
+def checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
+    """A mask on the device of its weight; refused if it is of another shape or dtype, or does not hold.
+
+    Of a sharded weight it is this rank's part of the mask, and every rank must call.
+    """
+    if mask.shape != weight.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}; it must be torch.bool of the weight's shape "
+            f"{tuple(weight.shape)}, True = kept"
+        )
+    own = local(weight)
+    mask = part_of(weight, mask).to(own.device)
+    alive = as_shard_of(weight, (own != 0) & ~mask)
+    filled = count_over_ranks({name: alive}, lambda part: int(part.sum()))
+    if filled:
+        raise ValueError(
+            f"{filled} weights of {name!r} are pruned by the mask but are not zero: the masks belong to another model, "
+            "or were not applied; call apply_masks(model, masks) first"
+        )
+    return mask

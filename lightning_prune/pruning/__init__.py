@@ -1,0 +1,1 @@
+"""Make masks: targets, statistics, calibration, scores, allocation, patterns, masks; and hold them."""

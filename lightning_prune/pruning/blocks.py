@@ -1,0 +1,297 @@
+"""Walk a model block by block: each block meets the outputs of the already pruned blocks before it.
+
+A model with several stacks of blocks (encoder and decoder, image encoder and language model) is walked stack by
+stack, in the order in which they run: the inputs of a stack are recorded when those before it are done, so all that
+it receives, such as the encoder's output, comes from pruned weights.
+
+Only the inputs of one block are held at a time, for all samples. What else a block receives (attention mask,
+positions, rotary embeddings, whatever the architecture passes) is recorded by a forward pass in which every block is
+a pass-through, so nothing here depends on a family; blocks that return more than hidden states are run, for the next
+one may need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.batches import batch_size, samples
+from lightning_prune.pruning.padding import Padding, PaddingFinder
+from lightning_prune.pruning.targets import type_name
+from lightning_prune.ranks import Ranks, in_step, no_sample, synchronized_errors
+from lightning_prune.sharding import reshard
+
+
+class _AllRecordedError(Exception):
+    """Every block has been recorded."""
+
+
+@dataclass
+class _Call:
+    """What one block receives beside the hidden states, for one batch."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    by_keyword: bool
+
+
+@dataclass
+class BlockBatch:
+    """One batch on its way through the blocks.
+
+    Attributes:
+        hidden: Input of the next block, ``[B, T, D]``.
+        padding: Of the batch, or None.
+        block: One of the blocks.
+        samples: B.
+        calls: What each block receives beside the hidden states.
+        device: Where the blocks run.
+        counting: False for a batch that only keeps other ranks company.
+    """
+
+    hidden: Tensor
+    padding: Padding | None
+    block: nn.Module
+    samples: int
+    calls: list[_Call]
+    device: torch.device
+    counting: bool = True
+
+    @property
+    def keep(self) -> Tensor | None:
+        """``[B, T]`` bool, True where a row of the hidden states is real, or None: all are."""
+        if self.padding is None or self.hidden.dim() != 3:
+            return None
+        keep = self.padding.keep(type_name(self.block), self.block, self.hidden, self.hidden.shape)
+        return None if keep is None else keep.reshape(self.hidden.shape[:2])
+
+
+class BlockWalk:
+    """Record the inputs of the first block, then run block after block.
+
+    Args:
+        model: The model.
+        blocks: A stack of its blocks, in the order they run.
+        batches: Calibration batches.
+        num_samples: Samples to use.
+        run: ``run(model, batch)`` starts a forward pass.
+        forward_context: Makes the context that forward passes run in (autocast).
+        ranks: Whose parameters are sharded, so that they run in lock step; or None.
+        offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
+        optional: Pass over batches that do not reach the blocks.
+
+    Raises:
+        CalibrationError: no sample, or the model does not pass its blocks one tensor of hidden states.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        batches: Iterable[Any],
+        num_samples: int,
+        run: Callable[[nn.Module, Any], Any],
+        forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        ranks: Ranks | None = None,
+        offload: torch.device | None = None,
+        optional: bool = False,
+    ) -> None:
+        self.blocks = list(blocks)
+        self.offload = offload
+        self.forward_context = forward_context
+        self.returns: int | None = None  # length of the tuple that a block returns, 0 for a tensor
+        self.to_the_end = ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
+        self.optional = optional and ranks is None
+        self.padding = PaddingFinder(model)
+        self.batches = []
+        seen = False
+        for (batch, size), counting in in_step(samples(batches, num_samples), ranks):
+            seen = True
+            if (recorded := self._record(model, batch, size, run)) is not None:
+                recorded.counting = counting
+                self.batches.append(recorded)
+        reshard(model)
+        if not seen:
+            raise no_sample()
+        if not self.batches:
+            raise CalibrationError(
+                f"no calibration sample reached the {len(self.blocks)} {type_name(self.blocks[0])} blocks; add them to "
+                "`ignore`, or use other samples"
+            )
+
+    @torch.no_grad()
+    def run(self, index: int, keep_output: bool = False) -> Iterator[BlockBatch]:
+        """Run every batch through block `index`; each is yielded before it runs.
+
+        With `keep_output`, the outputs become the inputs of the next block.
+        """
+        for batch in self.batches:
+            yield batch
+            output = self.forward(index, batch, batch.hidden)
+            if keep_output:
+                batch.hidden = self.put_by(output)
+
+    def forward(
+        self, index: int, batch: BlockBatch, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What block `index` makes of hidden states ``[B, T, D]``, with what else it receives for this batch.
+
+        Args:
+            index: The block.
+            batch: Whose masks and positions it receives.
+            hidden: Its input, wherever it is.
+            weights: Parameters to run the block with in place of its own, by their names in the block.
+        """
+        call = batch.calls[index]
+        hidden = hidden.to(batch.device)
+        args, kwargs = (hidden, *call.args), call.kwargs
+        if call.by_keyword:
+            args, kwargs = (), {**call.kwargs, "hidden_states": hidden}
+        with self.forward_context():
+            if weights is None:
+                output = self.blocks[index](*args, **kwargs)
+            else:
+                output = torch.func.functional_call(self.blocks[index], dict(weights), args, kwargs)
+        whole: Tensor = output[0] if isinstance(output, tuple) else output
+        return whole
+
+    def put_by(self, hidden: Tensor) -> Tensor:
+        """Hidden states where they wait until they are needed."""
+        return hidden if self.offload is None else hidden.to(self.offload)
+
+    @torch.no_grad()
+    def _record(
+        self, model: nn.Module, batch: Any, size: int, run: Callable[[nn.Module, Any], Any]
+    ) -> BlockBatch | None:
+        calls: list[_Call] = []
+        first: list[Tensor] = []
+        forwards = [block.forward for block in self.blocks]
+
+        def recorder(index: int) -> Callable[..., Any]:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                if len(calls) != index:
+                    raise CalibrationError(
+                        f"decoder block {index} ran out of order: block-by-block mode needs blocks that run once "
+                        "each, one after the other; use sequential=False"
+                    )
+                by_keyword = not args
+                hidden = kwargs.pop("hidden_states") if by_keyword else args[0]
+                if not isinstance(hidden, Tensor):
+                    raise CalibrationError(f"decoder block {index} takes no tensor of hidden states first")
+                if index == 0:
+                    first.append(hidden)
+                calls.append(_Call(args[1:], kwargs, by_keyword))
+                if len(calls) == len(self.blocks) and not self.to_the_end:
+                    raise _AllRecordedError
+                output: Any = hidden
+                if self.returns is None or self.returns > 1:
+                    given = {**kwargs, "hidden_states": hidden} if by_keyword else kwargs
+                    output = forwards[index](*args, **given)
+                    self.returns = len(output) if isinstance(output, tuple) else 0
+                if self.returns > 1:
+                    return output
+                return (hidden,) if self.returns else hidden
+
+            return record
+
+        # A forward may have been set on the block itself (device maps of accelerate, torch.compile).
+        own = [block.__dict__.get("forward") for block in self.blocks]
+        padding = self.padding.find(batch)
+        try:
+            for index, block in enumerate(self.blocks):
+                block.__dict__["forward"] = recorder(index)
+            with self.padding.watching(), self.forward_context(), contextlib.suppress(_AllRecordedError):
+                run(model, batch)
+        finally:
+            for block, forward in zip(self.blocks, own, strict=True):
+                if forward is None:
+                    block.__dict__.pop("forward", None)  # back to the class's method
+                else:
+                    block.__dict__["forward"] = forward
+        if self.optional and not calls:
+            return None
+        if len(calls) != len(self.blocks):
+            raise CalibrationError(f"only {len(calls)} of {len(self.blocks)} decoder blocks ran; use sequential=False")
+        if batch_size(batch) is None:
+            size = first[0].shape[0]
+        hidden = first[0].detach()
+        return BlockBatch(self.put_by(hidden), padding, self.blocks[0], size, calls, hidden.device)
+
+
+def walk_stacks(
+    model: nn.Module,
+    stacks: Sequence[Sequence[nn.Module]],
+    batches: Iterable[Any],
+    num_samples: int,
+    run: Callable[[nn.Module, Any], Any],
+    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ranks: Ranks | None = None,
+    offload: torch.device | None = None,
+    errors: Ranks | None = None,
+) -> Iterator[tuple[int, BlockWalk]]:
+    """Walk several stacks of blocks in the order in which they run.
+
+    A stack is recorded when its walk is asked for, so it meets what has become of the stacks before it.
+
+    Args:
+        model: See `BlockWalk`, as for the other arguments.
+        stacks: Blocks of each stack.
+        batches: Held until the end if there are several stacks.
+        num_samples: See `BlockWalk`.
+        run: See `BlockWalk`.
+        forward_context: See `BlockWalk`.
+        ranks: See `BlockWalk`.
+        offload: See `BlockWalk`.
+        errors: Processes that do not run in lock step: an error of one while it records is the error of all.
+
+    Yields:
+        The position of a stack in `stacks`, and its walk.
+    """
+    several, order = len(stacks) > 1, [0]
+    if several:
+        with synchronized_errors(errors):
+            batches = [batch for batch, _ in samples(batches, num_samples)]
+            order = _running_order(model, stacks, batches, run, forward_context, ranks)
+    unplaced: PaddingFinder | None = None
+    for position in order:
+        with synchronized_errors(errors):
+            walk = BlockWalk(
+                model, stacks[position], batches, num_samples, run, forward_context, ranks, offload, several
+            )
+        if unplaced is not None:
+            walk.padding.unplaced.update(unplaced.unplaced)
+        unplaced = walk.padding
+        yield position, walk
+    if unplaced is not None:
+        unplaced.warn()
+
+
+def _running_order(
+    model: nn.Module,
+    stacks: Sequence[Sequence[nn.Module]],
+    batches: Sequence[Any],
+    run: Callable[[nn.Module, Any], Any],
+    forward_context: Callable[[], AbstractContextManager[Any]],
+    ranks: Ranks | None,
+) -> list[int]:
+    """Positions of stacks as the first batch runs through them; as they are in the model where it misses one."""
+    ran: dict[int, None] = {}
+    handles = [
+        stack[0].register_forward_pre_hook(lambda *_, position=position: ran.setdefault(position))
+        for position, stack in enumerate(stacks)
+    ]
+    try:
+        with torch.no_grad(), forward_context():
+            for batch, _ in in_step(batches[:1], ranks):
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(ran) if len(ran) == len(stacks) else list(range(len(stacks)))

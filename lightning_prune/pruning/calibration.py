@@ -1,0 +1,390 @@
+"""Collect statistics of layers while samples run through the model.
+
+Forward statistics (input norms, Hessians) cost one forward a sample. Gradient statistics cost one forward and one
+backward: the parameters are frozen meanwhile, so that autograd makes no weight gradient at all, and hooks form each
+layer's own (see `hooks`). So a batch of B samples gives the aggregate of B batches of one, and no full
+set of gradients ever exists.
+
+Where parameters are sharded, forward and backward passes hold collectives, so the ranks run in lock step: each meets
+the others before and after every forward pass, one whose samples have ended repeats its last without counting it,
+and an error of one is the error of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import CalibrationError
+from lightning_prune.progress import progress_bar
+from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
+from lightning_prune.pruning.hooks import Taps
+from lightning_prune.pruning.padding import Padding, PaddingFinder
+from lightning_prune.pruning.running import forward, model_loss, quiet_model, without_label
+from lightning_prune.pruning.statistics import (
+    ALL_STATISTICS,
+    BACKWARD_STATISTICS,
+    GRADIENTS,
+    HESSIAN,
+    INPUT_NORM,
+    OUTPUT_GRAD_NORM,
+    LayerStatistics,
+    check_finite,
+)
+from lightning_prune.pruning.taking_apart import Decision, How, loss_of
+from lightning_prune.pruning.targets import Target
+from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
+from lightning_prune.sharding import reshard, settle
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+# Loss scale for float16 models: output gradients are of the order 1/T, near the smallest float16.
+_HALF_SCALE = 2.0**14
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Sequence[Target],
+    statistics: Iterable[str],
+    *,
+    num_samples: int = 128,
+    loss_fn: LossFn | None = None,
+    gradient_dtype: torch.dtype = torch.float32,
+    gradient_device: torch.device | str | None = None,
+    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ranks: Ranks | None = None,
+    progress: bool = True,
+) -> dict[str, LayerStatistics]:
+    """Run calibration samples through the model once and return the statistics of every target.
+
+    The model runs in evaluation mode; its mode, its ``requires_grad`` flags, its ``.grad`` and the global random
+    state are afterwards what they were.
+
+    Args:
+        model: The model that holds the targets.
+        batches: Iterable of batches (see `lightning_prune.prune`).
+        targets: From `find_targets`.
+        statistics: Names out of `lightning_prune.pruning.statistics.ALL_STATISTICS`.
+        num_samples: Samples to use in this process; the last batch is cut to fit, unless batches stay whole. A batch
+            that is one sample to its gradient counts as all its samples here and in ``LayerStatistics.samples``.
+        loss_fn: ``loss_fn(model, batch)`` returns one loss a sample, ``[B]``, or a scalar. With a scalar, batches
+            of more than one sample are run sample by sample, which gives the same statistics; unless the first batch
+            shows that its loss is not made of losses of its samples (contrastive, preference pairs, statistics of the
+            batch): then each batch, whole, is one sample with one gradient, and a warning says so. Samples whose
+            labels are all -100 are passed over. Default: the model's own (see `running.model_loss`).
+        gradient_dtype: dtype of gradient aggregates (one buffer of the weight's size a target).
+        gradient_device: Their device; default that of the weight.
+        forward_context: Makes the context that forward passes run in (autocast).
+        ranks: The processes that calibrate together, each on samples of its own; every rank must call.
+        progress: Show a progress bar.
+
+    Returns:
+        Statistics by parameter name.
+
+    Raises:
+        CalibrationError: no sample; NaN or infinity; a target that the samples never reached, or a loss that gives
+            none a gradient; a layout of inputs whose samples cannot be told apart; a layer whose statistics hooks
+            cannot see (it returns no tensor, scales its output, or its weight is used elsewhere too). With `ranks`,
+            on every rank.
+    """
+    wanted = frozenset(statistics)
+    if unknown := wanted - ALL_STATISTICS:
+        raise ValueError(f"statistics {sorted(unknown)} are unknown; choose from {sorted(ALL_STATISTICS)}")
+    if not wanted:
+        return {}
+    taps = Taps(targets, wanted, gradient_dtype, gradient_device, ranks)
+    sweep = _Sweep(model, taps, loss_fn, forward_context, ranks)
+    # In lock step errors meet inside; an error elsewhere must not start a collective that no other rank is in.
+    outside = None if sweep.lockstep is not None else ranks
+    settle(model)
+    with synchronized_errors(outside), quiet_model(model, freeze=taps.backward):
+        try:
+            sweep.run(batches, num_samples, progress)
+        finally:
+            reshard(model)
+    sweep.padding.warn()
+    return _finish(taps, sweep.samples, ranks, sweep.unlabelled)
+
+
+def collect_forward(
+    targets: Sequence[Target],
+    statistics: Iterable[str],
+    steps: Iterable[tuple[Padding | None, int, bool]],
+    ranks: Ranks | None = None,
+) -> dict[str, LayerStatistics]:
+    """Forward statistics of some layers while somebody else runs them.
+
+    Args:
+        targets: The layers.
+        statistics: Out of ``FORWARD_STATISTICS``.
+        steps: Yields, *before* each forward pass, its padding (or None), the number of its samples, and whether they
+            count.
+        ranks: See `collect`.
+
+    Returns:
+        Statistics by parameter name; empty if there are no targets.
+    """
+    if not targets:
+        return {}
+    taps, seen = Taps(targets, frozenset(statistics), ranks=ranks), 0
+    error: CalibrationError | None = None
+    outside = None if ranks is None or ranks.lockstep else ranks
+    with synchronized_errors(outside), taps.hooks(), taps.watching():
+        for padding, size, counting in steps:
+            error = error or taps.failure
+            taps.begin(size, padding, counting=counting)
+            seen += size if counting else 0
+    with synchronized_errors(ranks):
+        if error := error or taps.failure:
+            raise error
+    return _finish(taps, seen, ranks)
+
+
+class _Sweep:
+    """One pass over the samples."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Taps,
+        loss_fn: LossFn | None,
+        forward_context: Callable[[], AbstractContextManager[Any]],
+        ranks: Ranks | None,
+    ) -> None:
+        self.model, self.taps, self.loss_fn, self.forward_context = model, taps, loss_fn, forward_context
+        self.ranks = ranks
+        self.lockstep = ranks if ranks is not None and ranks.lockstep else None
+        self.device = taps.all[0].target.weight.device
+        self.padding = PaddingFinder(model)
+        self.samples = 0
+        self.unlabelled = 0  # samples without a label, which are passed over
+        self.how = How.UNKNOWN
+        self.one_by_one = False
+        self.queue: deque[tuple[Any, int]] = deque()  # batches taken apart, or to be run again
+        if taps.backward and self._runs_in_half():
+            taps.scale = _HALF_SCALE
+
+    def _runs_in_half(self) -> bool:
+        """Whether output gradients are float16: by the weights, or by autocast."""
+        if any(tap.target.weight.dtype == torch.float16 for tap in self.taps.all):
+            return True
+        with self.forward_context():
+            kind = self.device.type
+            return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+
+    def run(self, batches: Iterable[Any], num_samples: int, progress: bool) -> None:
+        """Take in up to `num_samples` samples."""
+        kind = "forward + backward" if self.taps.backward else "forward"
+        with (
+            self.taps.hooks(),
+            self.padding.watching(),
+            progress_bar(f"Calibrating ({kind})", num_samples, progress) as advance,
+            torch.set_grad_enabled(self.taps.backward),
+        ):
+            if self.taps.backward:
+                batches = self._look_at_first(batches if num_samples > 0 else ())
+            for (batch, count), counting in in_step(self._units(batches, num_samples), self.lockstep):
+                advance(self._run_batch(batch, count, counting))
+        drawn = self.samples + self.unlabelled
+        if 0 < drawn < num_samples:
+            warnings.warn(f"calibration data ended after {drawn} of num_samples={num_samples}", stacklevel=3)
+        if self.samples and self.unlabelled:
+            warnings.warn(
+                f"{self.unlabelled} of {drawn} calibration samples have no label (all are -100) and so no gradient; "
+                "they were passed over",
+                stacklevel=3,
+            )
+
+    def _look_at_first(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """Settle on how batches are run, alike on every rank, by the first of them; returns all of them."""
+        iterator, batch, error = iter(batches), None, None
+        chosen, reason = How.UNKNOWN, ""
+        decision = Decision(self.model, self.taps, self.loss_fn or model_loss, self.forward_context, self.lockstep)
+        try:
+            batch = next((item for item in iterator if batch_size(item) != 0), None)
+            if self.lockstep is None and batch is not None:
+                chosen, reason = decision.make(batch)
+        except Exception as caught:
+            error = caught
+        if self.lockstep is not None:
+            if error is None and batch is None:
+                error = no_sample(" on this rank")
+            meet(self.lockstep, error, [])
+            chosen, reason = decision.make(batch)
+        self.how = How(max(how for (how,) in meet(self.ranks, error, [chosen])))
+        self.one_by_one = self.how is How.ONE_BY_ONE
+        if self.how is How.WHOLE:
+            warnings.warn(
+                "the loss of a calibration batch cannot be taken apart into losses of its samples"
+                f"{': ' + reason if reason else ''}. So each batch is one sample with one gradient; for gradients per "
+                "sample pass a loss_fn (or give the LightningModule a method calibration_loss(batch)) that returns one "
+                "loss a sample",
+                stacklevel=4,
+            )
+        return iterator if batch is None else itertools.chain([batch], iterator)
+
+    def _units(self, batches: Iterable[Any], num_samples: int) -> Iterator[tuple[Any, int]]:
+        """Batches to run and the number of their samples; taken apart once that has proved necessary."""
+        source = samples(batches, num_samples, cut=lambda: self.how is not How.WHOLE)
+        while (unit := self.queue.popleft() if self.queue else next(source, None)) is not None:
+            if self.one_by_one and (size := batch_size(unit[0]) or 1) > 1:
+                self.queue.extendleft((take(unit[0], i, i + 1), 1) for i in reversed(range(size)))
+            else:
+                yield unit
+
+    # -- one batch -----------------------------------------------------------------------------------------------
+
+    def _run_batch(self, batch: Any, count: int, counting: bool) -> int:
+        """Run a batch; returns the number of samples dealt with."""
+        taps, size = self.taps, batch_size(batch)
+        if self.one_by_one and size is not None and size > 1:  # a repeated batch
+            batch, size = take(batch, 0, 1), 1
+        whole = self.how is How.WHOLE or size is None
+        taps.begin(size, self.padding.find(batch), is_sequences(batch), counting, whole)
+        with taps.watching():
+            if not taps.backward:
+                with self.forward_context():
+                    self._forward(batch)
+            else:
+                losses, problem = self._losses(batch, size, counting)
+                split = problem is None and losses is None
+                every = meet(self.lockstep, problem, [int(split), *(tap.uses for tap in taps.all)])
+                if any(flag for flag, *_ in every):
+                    # Nothing has been added yet: sums grow only in backward.
+                    if counting:
+                        self._again(batch, count, split)
+                    return 0
+                assert losses is not None
+                taps.run_backward(losses.sum() * taps.scale, [uses for _, *uses in every])
+        meet(self.lockstep, taps.failure, [])
+        if taps.counting:
+            self.samples += count
+        elif counting:
+            self.unlabelled += count
+        return count if counting else 0
+
+    def _again(self, batch: Any, count: int, split: bool) -> None:
+        """Put a batch first in the queue, taken apart if its samples have to run one by one."""
+        if split and self.taps.not_per_sample:
+            self.one_by_one = True  # by the model's layout: so do all that follow
+        parts = [(take(batch, i, i + 1), 1) for i in range(count)] if split else [(batch, count)]
+        self.queue.extendleft(reversed(parts))
+
+    def _losses(self, batch: Any, size: int | None, counting: bool) -> tuple[Tensor | None, CalibrationError | None]:
+        """One loss a sample, ``[B]``, or a scalar; None if the batch must be taken apart; or what is wrong with it."""
+        with self.forward_context():
+            losses, problem = loss_of((self.loss_fn or model_loss)(self.model, batch), self.taps)
+        if losses is None:
+            return None, problem
+        if self.taps.whole:
+            losses = losses.mean()
+        elif losses.dim() == 1 and losses.shape[0] != size:
+            return None, CalibrationError(
+                f"loss_fn returned {losses.shape[0]} losses for {size} samples; return one a sample, or a scalar"
+            )
+        elif self.taps.not_per_sample or (losses.dim() == 0 and size != 1):
+            return None, None
+        if counting and not bool(torch.isfinite(losses).all()):
+            alone = self.taps.whole or size == 1
+            bad = [batch] if alone else [take(batch, i, i + 1) for i in (~torch.isfinite(losses)).nonzero().flatten()]
+            if not bool(losses.isinf().any()) and all(without_label(part) for part in bad):
+                self.taps.counting = not alone  # passed over; a rank that skipped the backward would leave others alone
+                return (losses, None) if alone else (None, None)
+            return None, CalibrationError(
+                f"the loss of a calibration sample is not finite ({losses.detach().flatten().tolist()}); the "
+                "weights are unchanged"
+            )
+        return losses, None
+
+    def _forward(self, batch: Any) -> None:
+        if self.loss_fn is not None:
+            self.loss_fn(self.model, batch)
+        else:
+            forward(self.model, batch, [tap.target for tap in self.taps.all])
+
+
+def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabelled: int = 0) -> dict[str, LayerStatistics]:
+    """Check, sum over ranks, and return the statistics."""
+    with synchronized_errors(ranks):
+        if not total and unlabelled:
+            raise CalibrationError(
+                f"none of the {unlabelled} calibration samples has a label (all are -100), so there is no loss to "
+                "calibrate on; the weights are unchanged"
+            )
+        if not total:
+            raise no_sample()
+    _check_reached(taps, ranks)
+    if ranks is not None:
+        total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64)))
+        _sum_over_ranks(taps, ranks)
+    _check_gradients(taps, ranks)
+    results: dict[str, LayerStatistics] = {}
+    with synchronized_errors(ranks):
+        for tap in taps.all:
+            results[tap.name] = tap.accumulator.result(total)
+            check_finite(tap.name, results[tap.name])
+    return results
+
+
+def _check_reached(taps: Taps, ranks: Ranks | None) -> None:
+    """Refuse targets that no sample of any rank reached; where another rank's did, the sums here are zero."""
+    device = taps.all[0].target.weight.device
+    missing = [len(taps.statistics - set(tap.accumulator.sums)) for tap in taps.all]
+    every = [missing] if ranks is None else ranks.gather(missing)
+    for tap, counts in zip(taps.all, zip(*every, strict=True), strict=True):
+        absent = sorted(taps.statistics - set(tap.accumulator.sums))
+        if all(counts):
+            raise CalibrationError(
+                f"no calibration sample reached {tap.name!r} ({', '.join(absent) or 'on other ranks'}): the layer "
+                "is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use more samples"
+            )
+        for name in absent:
+            inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]
+            tap.accumulator.fill(name, (tap.forward_shape[0], inputs), device)
+
+
+def _check_gradients(taps: Taps, ranks: Ranks | None) -> None:
+    """Refuse gradients that are zero in every layer; warn of layers where they are."""
+    asked = sorted(taps.statistics & BACKWARD_STATISTICS)
+    if not asked:
+        return
+    mine = [int(any(bool(tap.accumulator.sums[name].any()) for name in asked)) for tap in taps.all]
+    every = [mine] if ranks is None else ranks.gather(mine)
+    zero = [tap.name for tap, flags in zip(taps.all, zip(*every, strict=True), strict=True) if not any(flags)]
+    if not zero:
+        return
+    message = (
+        f"the gradient of the calibration loss is zero in {len(zero)} of {len(taps.all)} layers "
+        f"({', '.join(zero[:8])}{', ...' if len(zero) > 8 else ''})"
+    )
+    if len(zero) == len(taps.all):
+        raise CalibrationError(
+            f"{message}: no weight could be told from another; the weights are unchanged. Does the loss of a sample "
+            "need the others of its batch, or does the loss not depend on the model? Pass loss_fn=f(model, batch)"
+        )
+    warnings.warn(
+        f"{message}: nothing is known of their weights' effect on it, and they are pruned by what else their score "
+        "knows. Put layers that the loss does not depend on into `ignore`",
+        stacklevel=4,
+    )
+
+
+def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:
+    for tap in taps.all:
+        sums = tap.accumulator.sums
+        for name in sorted(taps.statistics):
+            if name in GRADIENTS and tap.layout is not None:
+                continue  # summed with every backward
+            sums[name] = ranks.sum_samples(sums[name])
+            if tap.layout is not None and name in (INPUT_NORM, OUTPUT_GRAD_NORM):
+                dim = 1 if name == INPUT_NORM else 0
+                sums[name] = tap.layout.whole_vector(sums[name], dim, ranks.data_ranks())

@@ -1,0 +1,162 @@
+"""The Hessian solver: select weights and update the rest so that a layer's outputs change least.
+
+Minimises ``||X W^T - X W'^T||^2`` column by column (Optimal Brain Surgeon, Hassibi & Stork 1993; in this form
+SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1). It serves SparseGPT, which selects as it goes, and
+the weight update on a mask that any other score has chosen.
+
+Dimensions: O outputs, I inputs, C columns of one block. The weight is worked on transposed, ``[I, O]``, so that each
+column of W is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.patterns import NM, lowest_in_layer, nm_mask
+from lightning_prune.pruning.precision import full_precision
+
+DAMPING = 0.01
+BLOCK = 128
+
+
+@full_precision()
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """Upper triangular U with ``U^T U = (H + damping * mean(diag H) * 1)^-1``.
+
+    Inputs that were always zero get a unit diagonal. If the matrix is not positive definite to working precision,
+    damping grows tenfold, three times at most.
+
+    Args:
+        hessian: ``X^T X``, ``[I, I]``, symmetric; not changed.
+        damping: Share of the mean diagonal; 0.01 in the reference.
+
+    Returns:
+        ``[I, I]``, float32 (or float64, as given).
+
+    Raises:
+        CalibrationError: the matrix stays indefinite.
+    """
+    hessian = hessian.clone()
+    diagonal = hessian.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    for _ in range(4):
+        damped = hessian + damping * diagonal.mean() * torch.eye(len(hessian)).to(hessian)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            factor: Tensor
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed) and bool(torch.isfinite(factor).all()):
+                return factor
+        damping *= 10
+    raise CalibrationError(
+        "the layer's Hessian X^T X is not positive definite even when damped; use more calibration samples"
+    )
+
+
+@full_precision()
+def prune_with_hessian(
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    mask: Tensor | None = None,
+    count: int = 0,
+    pattern: NM | None = None,
+    damping: float = DAMPING,
+    select: Callable[[Tensor, int], Tensor] = lowest_in_layer,
+) -> tuple[Tensor, Tensor]:
+    """Prune a matrix and update what remains.
+
+    Args:
+        weight: ``[O, I]``; not changed.
+        hessian: ``X^T X`` of the layer's inputs, ``[I, I]``, up to a factor.
+        mask: Bool ``[O, I]``, True = kept: update on this mask. Default: select as SparseGPT does.
+        count: Weights to prune when selecting; spread evenly over blocks of 128 columns.
+        pattern: Select N of every M inputs instead.
+        damping: See `inverse_factor`.
+        select: Scores ``[O, C]`` of a block and a count to its mask. Rows are independent but for this choice, so
+            `weight` may be some rows of a matrix if `select` compares with the others.
+
+    Returns:
+        The new weight (exact zeros where pruned) and its mask, ``[O, I]`` each, weight in the Hessian's dtype.
+
+    Raises:
+        CalibrationError: see `inverse_factor`.
+    """
+    inputs = weight.shape[1]
+    dead = hessian.diagonal() == 0
+    upper = inverse_factor(hessian, damping)
+    columns = weight.t().to(upper.dtype, copy=True).contiguous()  # [I, O]
+    kept = torch.empty_like(columns, dtype=torch.bool) if mask is None else mask.t().contiguous()
+    size = BLOCK if pattern is None else max(BLOCK // pattern.m, 1) * pattern.m
+    for start in range(0, inputs, size):
+        stop = min(start + size, inputs)
+        block, factor = columns[start:stop], upper[start:stop, start:stop]  # [C, O], [C, C]
+        diagonal = factor.diagonal()
+        if mask is None and pattern is None:
+            scores = block.square() / diagonal.square()[:, None]
+            scores[dead[start:stop]] = 0.0
+            # Whole blocks add up to `count` exactly, whatever its remainder.
+            share = count * stop // inputs - count * start // inputs
+            kept[start:stop] = select(scores.t(), share).t()
+        errors = torch.empty_like(block)
+        for i in range(stop - start):
+            if mask is None and pattern is not None and i % pattern.m == 0:
+                group = slice(i, i + pattern.m)
+                scores = block[group].square() / diagonal[group].square()[:, None]  # [M, O]
+                scores[dead[start:stop][group]] = 0.0
+                kept[start + i : start + i + pattern.m] = nm_mask(scores.t().contiguous(), pattern).t()
+            error = block[i].masked_fill(kept[start + i], 0.0).div_(diagonal[i])  # [O]
+            errors[i] = error
+            block[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    columns.masked_fill_(~kept, 0.0)
+    return columns.t(), kept.t()
+
+
+@full_precision()
+def compensated(weight: Tensor, hessian: Tensor, lost: Tensor, damping: float = DAMPING) -> Tensor:
+    """A weight that does without some of its inputs.
+
+    Args:
+        weight: ``[O, I]``; not changed.
+        hessian: ``X^T X`` of the layer's inputs, ``[I, I]``, up to a factor; not changed. Solved in float64 (float32
+            on MPS).
+        lost: Indices of inputs that go, or are gone already.
+        damping: Share of the mean diagonal (of inputs that were not always zero) that is added to it; grows tenfold,
+            three times at most, if the matrix is not positive definite to working precision.
+
+    Returns:
+        ``[O, I]`` in the weight's dtype, zero in the lost columns.
+
+    Raises:
+        CalibrationError: the matrix stays indefinite, or the result is not finite.
+    """
+    dtype = torch.float32 if hessian.device.type == "mps" else torch.float64
+    stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
+    stays[lost.to(hessian.device)] = False
+    kept, lost = stays.nonzero().flatten(), (~stays).nonzero().flatten()
+    diagonal = hessian.diagonal().to(dtype).clone()
+    alive = diagonal != 0  # units that are masked already must not count in the mean
+    scale = diagonal[alive].mean() if bool(alive.any()) else torch.ones((), dtype=dtype, device=diagonal.device)
+    diagonal[~alive] = scale
+    qq = hessian[kept][:, kept].to(dtype)  # [q, q]
+    qp = hessian[kept][:, lost].to(dtype)  # [q, p]
+    for attempt in range(4):
+        qq.diagonal().copy_(diagonal[kept] + damping * 10**attempt * scale)
+        factor, failed = torch.linalg.cholesky_ex(qq)
+        if not int(failed):
+            fit = torch.cholesky_solve(qp, factor)  # [q, p]: lost inputs as sums of kept ones
+            wide = weight.to(device=hessian.device, dtype=dtype)
+            result = torch.zeros_like(wide)
+            result[:, kept] = wide[:, kept] + wide[:, lost] @ fit.t()
+            result = result.to(weight)
+            if bool(torch.isfinite(result).all()):
+                return result
+    raise CalibrationError(
+        "the layer's Hessian X^T X is not positive definite even when damped; use more calibration samples"
+    )

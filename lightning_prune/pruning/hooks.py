@@ -1,0 +1,439 @@
+"""Hooks on layers that see what passes through them: each layer's input X, its output gradient delta, their product.
+
+Autograd makes no weight gradient meanwhile; a layer's own per-sample gradient ``G_b = delta_b^T X_b`` is formed in
+the backward of its input and added to the aggregate at once. Of sharded weights the hooks see the local samples'
+inputs and output gradients, before any reduction; a layer's contribution is summed over ranks and cut to this rank's
+part of the aggregate before the next layer's is formed.
+
+Dimensions: B samples, T rows of a sample (tokens), I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.padding import Padding
+from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.statistics import (
+    BACKWARD_STATISTICS,
+    FORWARD_STATISTICS,
+    GRADIENTS,
+    HESSIAN,
+    Accumulator,
+    wide_dtype,
+)
+from lightning_prune.pruning.targets import LayerKind, Target
+from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
+from lightning_prune.ranks import Ranks
+from lightning_prune.sharding import Layout, gather_whole, local
+
+# Share of a sample's gradient that rounding may leave in another's rows; in layouts with samples first it is none.
+_LEAK = 1e-3
+
+
+@dataclass
+class Tap:
+    """One target's accumulator, and what passes through its layers during one forward pass."""
+
+    target: Target
+    accumulator: Accumulator
+    layout: Layout | None
+    forward_shape: tuple[int, int]  # of the matrix that this rank's forward pass multiplies with
+    uses: int = 0
+    at_once: bool = True  # used once by every rank: its gradient is complete when the backward of its input runs
+    pending: list[Tensor] = field(default_factory=list)  # [B, O, I], the sum over uses, until the backward is done
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return self.target.name
+
+
+@dataclass
+class _Increments:
+    """What the last input seen adds to forward statistics; valid while the tensor is unchanged."""
+
+    x: Tensor
+    version: int
+    kind: LayerKind
+    values: dict[str, Tensor]
+
+
+class _Record:
+    """One use of a layer: its output gradient, from the output's hook until the input's backward."""
+
+    __slots__ = ("delta", "doubtful", "layer", "tap")
+
+    def __init__(self, tap: Tap, layer: nn.Module) -> None:
+        self.tap, self.layer = tap, layer  # tied layers may have geometries of their own
+        self.delta: Tensor | None = None
+        self.doubtful = False  # whether the layer returns the product with its weight as it is
+
+
+class _SaveInput(torch.autograd.Function):
+    """Identity on a layer's input that sees, in backward, that input beside the layer's output gradient.
+
+    The input is saved through autograd, so checkpointed blocks recompute it instead of holding it, and each use of
+    a layer is counted exactly once however often its forward is repeated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, record: _Record, taps: Taps) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.record, ctx.taps = record, taps
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        if ctx.taps.in_backward:
+            ctx.taps.take_gradient(ctx.record, x)
+        elif torch.is_grad_enabled():
+            ctx.taps.fail(
+                f"loss_fn differentiates through {ctx.record.tap.name!r} with create_graph=True (a gradient penalty?): "
+                "gradients of gradients cannot be calibrated on; pass a loss_fn without that term, or choose a score "
+                "without gradients (wanda, sparsegpt, magnitude)"
+            )
+        return (grads[0] if ctx.needs_input_grad[0] else None), None, None, None
+
+
+class Taps:
+    """Hooks on every target, and the sums they feed.
+
+    Args:
+        targets: The layers.
+        statistics: What to collect of each.
+        gradient_dtype: dtype of gradient aggregates.
+        gradient_device: Their device; default the weight's.
+        ranks: Who calibrates together, or None.
+
+    Attributes:
+        failure: What went wrong inside a forward pass. Raised by the caller after it: where parameters are sharded,
+            a rank that left a forward pass alone would leave the others waiting.
+        not_per_sample: The inputs of some layer did not come sample by sample.
+        calls: The layers that are running, the innermost last.
+        seen: Names of weights whose use has been found sound.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        statistics: frozenset[str],
+        gradient_dtype: torch.dtype = torch.float32,
+        gradient_device: torch.device | str | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.statistics = statistics
+        self.backward = bool(statistics & BACKWARD_STATISTICS)
+        self.group = None if ranks is None else ranks.data_group
+        self.data_ranks = frozenset[int]() if ranks is None else ranks.data_ranks()
+        device = None if gradient_device is None else torch.device(gradient_device)
+        self.all = [self._tap(target, gradient_dtype, device) for target in targets]
+        self.scale = 1.0
+        self.device = torch.device("cpu")  # where the pass computes
+        self.size: int | None = None
+        self.padding: Padding | None = None
+        self.counting = True
+        self.of_sequences = False
+        self.in_backward = False
+        self.whole = False
+        self.probed: int | None = None
+        self.leaks: list[Tensor] = []
+        self.calls: list[LayerCall] = []
+        self.seen: set[str] = set()
+        self.of_weights = bool(statistics & GRADIENTS)
+        self.uses = WeightUses(self, [(target.name, target.modules) for target in targets])
+        self.watched = False
+        self.failure: CalibrationError | None = None
+        self.not_per_sample = False
+        self.last_input: _Increments | None = None
+        # Makes the graph start at the first target although every parameter is frozen.
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
+        layout = target.layout
+        shape = target.shape
+        if layout is not None:
+            (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
+            shape = row_end - row, column_end - column
+        own = target.matrix().shape
+        wide = wide_dtype(target.weight.dtype)
+        # Gradient aggregates are as exact as the weights, unless less was asked for.
+        gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
+        accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
+        return Tap(target, accumulator, layout, shape)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks on every target, while the block runs."""
+        handles: list[RemovableHandle] = []
+        try:
+            for tap in self.all:
+                for module in tap.target.modules:
+                    handles.extend(self._hook(tap, module))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.last_input = None
+            self.calls, self.leaks = [], []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch for uses of weights that hooks do not see, until every layer has been seen once."""
+        self.watched = len(self.seen) < len(self.all)
+        mode: AbstractContextManager[Any] = self.uses if self.watched else nullcontext()
+        try:
+            with mode:
+                yield
+        finally:
+            self.watched = False
+
+    def fail(self, message: str) -> None:
+        """Note what is wrong; the first message stays."""
+        self.failure = self.failure or CalibrationError(message)
+
+    def begin(
+        self,
+        size: int | None,
+        padding: Padding | None,
+        of_sequences: bool = False,
+        counting: bool = True,
+        whole: bool = False,
+    ) -> None:
+        """A forward pass over `size` samples is about to run.
+
+        Unless `counting`, it must leave no trace in the sums. With `whole`, the batch has one gradient.
+        """
+        self.size, self.padding, self.of_sequences, self.counting = size, padding, of_sequences, counting
+        self.whole, self.calls = whole, []
+        self.uses.begin()
+        self.last_input, self.failure, self.not_per_sample = None, None, False
+        for tap in self.all:
+            tap.uses, tap.pending, tap.at_once = 0, [], True
+
+    def run_backward(self, loss: Tensor, everywhere: Sequence[Sequence[int]]) -> None:
+        """Backward of a loss, and the sums it feeds.
+
+        Args:
+            loss: Already multiplied by `scale`.
+            everywhere: Of each rank, how often its forward pass used each target.
+        """
+        for tap, uses in zip(self.all, zip(*everywhere, strict=True), strict=True):
+            tap.at_once = all(n == 1 for n in uses)
+        self._backward(loss)
+        self.uses.check_gradients()
+        for tap, uses in zip(self.all, zip(*everywhere, strict=True), strict=True):
+            if not tap.at_once and any(uses) and self.statistics & GRADIENTS:
+                self._add_gradients(tap, tap.pending[0] if tap.pending else ())
+            tap.pending = []
+
+    def probe(self, losses: Tensor, sample: int) -> bool:
+        """Run the backward of one of two samples' losses; returns whether it reached the other's rows of some layer.
+
+        Nothing is added to the sums. Sound layouts have their samples first: of any other, or where the loss of a
+        sample depends on the other one, the gradients of both would be mixed up.
+        """
+        self.probed, self.leaks = sample, []
+        try:
+            self._backward(losses[sample] if losses.dim() else losses)
+        finally:
+            self.probed = None
+        leaks, self.leaks = self.leaks, []
+        return any(bool(leak) for leak in leaks)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.device, self.in_backward = loss.device, True
+        try:
+            torch.autograd.backward(loss)  # the method would end the watch over weights meanwhile
+        finally:
+            self.in_backward = False
+
+    # -- hooks ---------------------------------------------------------------------------------------------------
+
+    def _hook(self, tap: Tap, module: nn.Module) -> Iterator[RemovableHandle]:
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            key = "input" if "input" in kwargs else next(iter(kwargs), "")
+            x = args[0] if args else kwargs.get(key)
+            if not isinstance(x, Tensor):
+                name = tap.name.removesuffix(".weight")
+                raise CalibrationError(f"{name!r} receives {type(x).__name__}, not a tensor; add it to `ignore`")
+            if not self.backward:
+                self._enter(tap, layer, x, None)
+                self._take_input(tap, layer, x)
+                return None
+            if not self.in_backward:
+                tap.uses += 1
+                self._check_per_sample(tap, layer, x)
+            if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
+                self._enter(tap, layer, x, None)
+                return None
+            record = _Record(tap, layer)
+            saved = _SaveInput.apply(x, self.anchor.to(x.device), record, self)  # type: ignore[no-untyped-call]
+            self._enter(tap, layer, saved, record)
+            return ((saved, *args[1:]), kwargs) if args else (args, {**kwargs, key: saved})
+
+        def after(layer: nn.Module, _: Any, output: Any) -> None:
+            call = self.calls.pop()
+            while call.layer is not layer:  # a layer inside failed, and the model went on
+                call = self.calls.pop()
+            if not isinstance(output, Tensor):
+                if self.backward:
+                    self.fail(
+                        f"{tap.name.removesuffix('.weight')!r} returns {type(output).__name__}, not a tensor, so its "
+                        "gradient cannot be told; add it to `ignore` (routers of experts are best left dense)"
+                    )
+                return
+            if self.watched:
+                self.seen.add(tap.name)
+            doubtful = self.watched and self.backward and not call.returns_product(output)
+            if doubtful and call.record is None:  # recomputed later by a re-entrant checkpoint, out of sight
+                self._refuse_changed(tap.name)
+            if call.record is not None:
+                record = call.record
+                record.doubtful = doubtful
+                on_gradient(output, lambda delta: setattr(record, "delta", delta))
+
+        # Next to the layer, inside the hooks of others: these may change what it receives and returns.
+        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_hook(after, prepend=True)
+
+    def _enter(self, tap: Tap, layer: nn.Module, x: Tensor, record: _Record | None) -> None:
+        self.calls.append(LayerCall(tap.name, layer, x, record))
+        if self.watched:
+            self.uses.add(tap.name, layer)
+
+    def made_product(self, call: LayerCall, product: Tensor) -> None:
+        """Compare, in backward, the gradient of the product with a weight to that of the layer's output, if need be."""
+        record, name = call.record, call.name
+        if record is None or not product.requires_grad:
+            return
+
+        def compare(delta: Tensor) -> None:
+            if record.doubtful and (record.delta is None or not same_gradient(record.delta, delta)):
+                self._refuse_changed(name)
+
+        on_gradient(product, compare)
+
+    def _refuse_changed(self, name: str) -> None:
+        self.fail(
+            f"{name.removesuffix('.weight')!r} changes the product with its weight before it returns it (it is "
+            "scaled?), so its gradient cannot be told; add it to `ignore`"
+        )
+
+    def _take_input(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:
+        """Forward statistics; layers called one after the other on the same tensor (q, k, v) compute them once."""
+        if self.failure is not None or not (self.counting or HESSIAN in self.statistics):
+            return
+        known = self.last_input
+        if known is None or known.x is not x or known.version != x._version or known.kind is not tap.target.kind:
+            rows = self._input_rows(tap, layer, x.detach())
+            increments = tap.accumulator.input_increments(rows, self._keep_for(tap, layer, x, rows))
+            # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
+            known = _Increments(x, x._version, tap.target.kind, increments)
+            self.last_input = None if isinstance(layer, nn.Conv2d) else known
+        if self.counting:
+            tap.accumulator.add(known.values)
+
+    def _input_rows(self, tap: Tap, layer: nn.Module, x: Tensor) -> Tensor:
+        """``[B, T, I]``; with tensor parallelism the inputs of the forward's part, unless products of all are asked."""
+        return tap.target.kind.input_rows(layer, gather_whole(x) if HESSIAN in self.statistics else local(x))
+
+    def _check_per_sample(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:
+        if self.size is not None and self.size > 1 and self.statistics & GRADIENTS:
+            if self.whole:
+                return
+            # Two dimensions then are tokens of all samples put together (experts), whatever their number.
+            least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_sequences else 2
+            if x.dim() < least or x.shape[0] != self.size:
+                self.not_per_sample = True
+
+    def _keep_for(self, tap: Tap, layer: nn.Module, x: Tensor, rows: Tensor) -> Tensor | None:
+        """Which of a layer's rows ``[B, T, I]``, made of its input x, are real; None where all are."""
+        return None if self.padding is None else self.padding.keep(tap.name, layer, local(x), rows.shape)
+
+    def take_gradient(self, record: _Record, x: Tensor) -> None:
+        """Backward of a layer's input: add the layer's statistics for one use."""
+        tap, delta, record.delta = record.tap, record.delta, None
+        if delta is None:
+            return
+        if self.probed is not None:
+            self._look_for_leak(tap.target.kind.output_rows(local(delta.detach())))
+            return
+        with torch.no_grad(), full_precision():
+            kind, accumulator = tap.target.kind, tap.accumulator
+            rows = kind.input_rows(record.layer, local(x))  # [B, T, I]
+            deltas = kind.output_rows(local(delta))  # [B, T, O]
+            self._check_layout(tap, rows, deltas)
+            if self.statistics & FORWARD_STATISTICS:
+                seen = self._input_rows(tap, record.layer, x) if HESSIAN in self.statistics else rows
+                if self.counting:
+                    keep = self._keep_for(tap, record.layer, x, seen)
+                    accumulator.add(accumulator.input_increments(seen, keep))
+            if self.counting:
+                accumulator.add_output_gradient(deltas, self.scale)
+            if not self.statistics & GRADIENTS:
+                return
+            # Wide, so that a product of many tokens is rounded, or overflows, no earlier than its sum.
+            wide = torch.promote_types(torch.promote_types(rows.dtype, deltas.dtype), torch.float32)
+            rows, deltas = rows.to(wide), deltas.to(wide)
+            if self.size == 1 or self.whole:  # all rows belong to the one sample, in whatever layout
+                rows, deltas = rows.reshape(1, -1, rows.shape[-1]), deltas.reshape(1, -1, deltas.shape[-1])
+            if not tap.at_once:  # abs and squares are of the sum over uses
+                gradients = torch.bmm(deltas.transpose(1, 2), rows)  # [B, O, I]
+                tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
+                return
+            self._add_gradients(tap, (delta_b.t() @ x_b for x_b, delta_b in zip(rows, deltas, strict=True)))
+
+    def _look_for_leak(self, deltas: Tensor) -> None:
+        assert self.probed is not None
+        if deltas.shape[0] != 2:
+            self.leaks.append(torch.tensor(True))
+            return
+        own, other = deltas[self.probed].abs().amax(), deltas[1 - self.probed].abs().amax()
+        self.leaks.append(~(other <= own * _LEAK))  # NaN is one
+
+    def _check_layout(self, tap: Tap, rows: Tensor, deltas: Tensor) -> None:
+        outputs, inputs = tap.forward_shape
+        alike = rows.shape[:2].numel() == deltas.shape[:2].numel()
+        if alike and (deltas.shape[-1], rows.shape[-1]) == (outputs, inputs):
+            return
+        raise CalibrationError(
+            f"{tap.name!r} met inputs {tuple(rows.shape)} and output gradients {tuple(deltas.shape)} on this rank, "
+            f"which do not belong to its part ({outputs}, {inputs}) of the weight: sequence parallelism is not "
+            "supported in calibration; use ColwiseParallel and RowwiseParallel with their default layouts"
+        )
+
+    def _add_gradients(self, tap: Tap, gradients: Iterable[Tensor]) -> None:
+        """Add per-sample gradients ``[o, i]`` of the forward's part to the aggregate."""
+        if tap.layout is None:
+            for gradient in gradients if self.counting else ():
+                tap.accumulator.add_gradient(gradient, self.scale)
+            return
+        wide = tap.accumulator.dtype
+        step = Accumulator(self.statistics & GRADIENTS, tap.forward_shape, wide, dtype=wide)
+        for gradient in gradients if self.counting else ():
+            step.add_gradient(gradient, self.scale)
+        for name in sorted(step.statistics):
+            part = step.sums.pop(name, None)
+            part = torch.zeros(tap.forward_shape, dtype=wide, device=self.device) if part is None else part
+            tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
+
+
+def on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
+    """Call `take` with the gradient of a layer's output as it is now, before anyone changes it in place."""
+    base = output._base
+    if base is not None and base.numel() == output.numel() and base.requires_grad:
+        # A linear layer returns a view; an in-place change of a view replaces its history, not that of its base.
+        shape = output.shape  # not the output, whose graph would stay alive in a circle of references
+        base.register_hook(lambda delta: take(delta.reshape(shape)))  # type: ignore[no-untyped-call]
+    else:
+        output.register_hook(take)  # type: ignore[no-untyped-call]

@@ -1,0 +1,248 @@
+"""Masks by parameter name: apply, count, and store as packed bits with a check sum."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_prune.naming import clean_name
+from lightning_prune.pruning.targets import Target
+from lightning_prune.safety import is_stored_whole, uninterrupted
+from lightning_prune.sharding import (
+    as_shard_of,
+    count_over_ranks,
+    counts_over_ranks,
+    gather_whole,
+    is_sharded,
+    local,
+    take_shard,
+)
+
+Masks = dict[str, Tensor]
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by clean name, as they are now."""
+    return {clean_name(name): parameter for name, parameter in model.named_parameters()}
+
+
+def follow_names(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
+    """Masks by the names that their parameters have now: adapters may have been put on or taken off since.
+
+    A name that no parameter has, with PEFT's parts in it or without, stays.
+    """
+    names = named_weights(model)
+    if masks.keys() <= names.keys():
+        return dict(masks)
+    now: dict[str, str | None] = {}
+    for name in names:
+        key = _without_adapters(name)
+        now[key] = None if key in now else name
+    return {name if name in names else now.get(_without_adapters(name)) or name: mask for name, mask in masks.items()}
+
+
+def _without_adapters(name: str) -> str:
+    """What a parameter's name has in common with and without PEFT's parts in it."""
+    while "base_model.model." in name:  # a module of the user's may be called so too
+        name = name.replace("base_model.model.", "")
+    return name.replace(".base_layer.", ".")
+
+
+def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters that `masks` belong to.
+
+    Raises:
+        ValueError: a mask whose parameter does not exist or has another shape, or that is not bool.
+    """
+    weights = named_weights(model)
+    chosen = {}
+    for name, mask in masks.items():
+        if name not in weights:
+            raise ValueError(
+                f"there is a mask for {name!r}, but {type(model).__name__} has no such parameter: the masks "
+                "belong to another model"
+            )
+        if mask.shape != weights[name].shape:
+            raise ValueError(
+                f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(weights[name].shape)}"
+            )
+        if mask.dtype != torch.bool:
+            raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
+        chosen[name] = weights[name]
+    return chosen
+
+
+def current_weight(model: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter of a clean name as it is now, without a list of all others; None if there is none."""
+    module: nn.Module | None = model
+    *path, last = name.split(".")
+    for part in path:
+        module = _unwrapped(module, part)
+        module = None if module is None else module._modules.get(part)
+    module = _unwrapped(module, last)
+    return None if module is None else module._parameters.get(last)
+
+
+def _unwrapped(module: nn.Module | None, part: str) -> nn.Module | None:
+    """What a compiled or checkpointed module has inside, if that is where a part of a clean name is."""
+    while module is not None and part not in module._modules and part not in module._parameters:
+        module = module._modules.get("_orig_mod", module._modules.get("_checkpoint_wrapped_module"))
+    return module
+
+
+def masks_hold(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
+    """Whether masks are those of a model: of its parameters, whose pruned weights are zero.
+
+    Where parameters are sharded every rank must call.
+    """
+    weights = named_weights(model)
+    if any(name not in weights or weights[name].shape != mask.shape for name, mask in masks.items()):
+        return False
+    alive = {}
+    for name, mask in masks.items():
+        own = local(weights[name].detach())
+        alive[name] = as_shard_of(weights[name], (own != 0) & ~part_of(weights[name], mask).to(own.device))
+    return not count_over_ranks(alive, lambda part: int(part.sum()))
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set the pruned weights of `model` to zero (+0.0), in place.
+
+    Interrupts wait until every layer is done, so the model is never half pruned.
+
+    Raises:
+        ValueError: see `check_masks`; nothing is changed then.
+    """
+    weights = check_masks(model, masks)
+    parts = {name: part_of(weight, masks[name]) for name, weight in weights.items()}
+    with uninterrupted():
+        for name, weight in weights.items():
+            own = local(weight)
+            own.masked_fill_(~parts[name].to(own.device), 0.0)
+
+
+def part_of(weight: Tensor, mask: Tensor) -> Tensor:
+    """This rank's part of a mask, which may be whole where the weight is sharded."""
+    return local(mask) if is_sharded(mask) else take_shard(weight, mask)
+
+
+def shard_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
+    """Masks laid out over ranks as their parameters are; whole masks are cut, where the parameters are sharded.
+
+    Raises:
+        ValueError: see `check_masks`.
+    """
+    weights = check_masks(model, masks)
+    return {n: as_shard_of(weight, part_of(weight, masks[n]).contiguous()) for n, weight in weights.items()}
+
+
+def masks_from_zeros(targets: Sequence[Target]) -> Masks:
+    """Masks of the weights that are not exactly zero.
+
+    Raises:
+        ValueError: no weight is zero.
+    """
+    masks = {t.name: as_shard_of(t.weight, local(t.weight.detach()) != 0) for t in targets}
+    if not pruned_count(masks):
+        raise ValueError(
+            f"score='keep' takes the masks from the zeros of the loaded weights, but none of the {len(masks)} "
+            "layers has one; load the pruned model, or choose another score"
+        )
+    return masks
+
+
+def mask_sparsity(masks: Mapping[str, Tensor]) -> float:
+    """Share of pruned weights over all masks; see `pruned_count`."""
+    total = sum(mask.numel() for mask in masks.values())
+    return pruned_count(masks) / total if total else 0.0
+
+
+def pruned_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Number of pruned weights of each mask; where they are sharded, over all ranks, which must all call."""
+    return counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
+
+
+def pruned_count(masks: Mapping[str, Tensor]) -> int:
+    """Number of pruned weights over all masks; where they are sharded, over all ranks, which must all call."""
+    return sum(pruned_counts(masks).values())
+
+
+# -- storage ---------------------------------------------------------------------------------------------------------
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Bool mask to bits, uint8 ``[ceil(numel / 8)]``, first element in the highest bit of the first byte.
+
+    >>> pack_mask(torch.tensor([True, False, False, False, False, False, False, True, True])).tolist()
+    [129, 128]
+    """
+    flat = mask.detach().reshape(-1).to(torch.uint8)
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    packed = torch.zeros(flat.shape[0], dtype=torch.uint8, device=flat.device)
+    for bit in range(8):
+        packed |= flat[:, bit] << (7 - bit)
+    return packed.cpu()
+
+
+def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack_mask`."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    flat = ((packed[:, None] >> shifts) & 1).bool().view(-1)
+    size = torch.Size(shape)
+    return flat[: size.numel()].view(size)
+
+
+def _check_sum(bits: Tensor, shape: Sequence[int]) -> int:
+    return zlib.crc32(bits.contiguous().cpu().numpy().tobytes(), zlib.crc32(repr(tuple(shape)).encode()))
+
+
+def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """A state of tensors, lists and numbers only, loadable with ``torch.load(weights_only=True)``.
+
+    Sharded masks are gathered one after the other; every rank must call, and rank 0 alone gets them.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    for name, mask in masks.items():
+        if is_sharded(mask):  # gathered one by one, and kept by the rank that writes checkpoints
+            mask = gather_whole(mask.to(torch.uint8))
+            if dist.get_rank():
+                continue
+        bits = pack_mask(mask)
+        state[name] = {"bits": bits, "shape": list(mask.shape), "crc32": _check_sum(bits, mask.shape)}
+    return state
+
+
+def unpack_masks(state: Mapping[str, Any]) -> Masks:
+    """The inverse of `pack_masks`.
+
+    Raises:
+        ValueError: naming the parameter whose mask is damaged.
+    """
+    masks: Masks = {}
+    for name, entry in state.items():
+        try:
+            bits, shape, crc32 = entry["bits"], torch.Size(entry["shape"]), entry["crc32"]
+            sound = (
+                isinstance(bits, Tensor)
+                and bits.dtype == torch.uint8
+                and all(size >= 0 for size in shape)
+                and bits.shape == ((math.prod(shape) + 7) // 8,)  # numel() of a torch.Size overflows
+                and is_stored_whole(bits)  # before memory is taken for an expanded one
+                and _check_sum(bits, shape) == crc32
+            )
+        except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
+            raise ValueError(f"the saved mask of {name!r} is damaged: {error!r}") from error
+        if not sound:
+            raise ValueError(
+                f"the saved mask of {name!r} is damaged (length or check sum); take another checkpoint, or start "
+                "from its weights with score='keep'"
+            )
+        masks[name] = unpack_mask(bits.cpu(), shape)
+    return masks

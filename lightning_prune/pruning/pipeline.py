@@ -1,0 +1,517 @@
+"""Prune a model without a Trainer: targets, calibration, scores, masks, and the weight update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import CalibrationError
+from lightning_prune.progress import progress_bar
+from lightning_prune.pruning.allocation import (
+    Allocation,
+    KFACAllocation,
+    OWLAllocation,
+    exact_counts,
+    global_counts,
+    kfac_sparsities,
+    mapping_counts,
+    owl_sparsities,
+    uniform_counts,
+)
+from lightning_prune.pruning.batches import check_repeatable
+from lightning_prune.pruning.blocks import walk_stacks
+from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
+from lightning_prune.pruning.hessian import prune_with_hessian
+from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
+from lightning_prune.pruning.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
+from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
+from lightning_prune.pruning.running import forward, on_device, quiet_model
+from lightning_prune.pruning.score_histograms import ScoreSummary
+from lightning_prune.pruning.scores import Keep, Score, SparseGPT, make_score
+from lightning_prune.pruning.statistics import FORWARD_STATISTICS, HESSIAN, LayerStatistics, wide_dtype
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target
+from lightning_prune.ranks import Ranks, synchronized_errors
+from lightning_prune.safety import Keeper, restored_on_failure
+from lightning_prune.schedules import Share, count_of, exact_share
+from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
+
+_log = logging.getLogger("lightning_prune")
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    score: str | Score = "gblm",
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    group: str | None = None,
+    allocation: Allocation | None = None,
+    update: str | None = None,
+    num_samples: int = 128,
+    alpha: float = 100.0,
+    gamma: float = 0.7,
+    grad_norm: str = "l2",
+    sequential: bool = False,
+    loss_fn: LossFn | None = None,
+    targets: Sequence[str | type[nn.Module]] | None = None,
+    ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
+    seed: int = 0,
+    gradient_dtype: str | torch.dtype = "float32",
+    gradient_device: torch.device | str | None = None,
+    progress: bool = True,
+    ranks: Ranks | None = None,
+) -> Masks:
+    """Prune a model in place and return its masks.
+
+    What is left out is said: a warning if less than 90 % of the matrices outside embeddings and heads are pruned (see
+    `lightning_prune.pruning.coverage`), else a log entry of ``lightning_prune``.
+
+    Everything is validated first; if calibration fails or is interrupted, the weights are bit-identical to before.
+
+    Args:
+        model: Any module; a transformers model needs nothing more, others need `loss_fn` for scores with gradients.
+        batches: Calibration data, an iterable of what the model takes: dicts with input_ids and optionally
+            attention_mask and labels, tensors, or tuples whose first part is the input. A causal language model
+            predicts each next token; any other transformers model is scored by its own loss, so its batches need
+            labels; an encoder-decoder's always do, or decoder_input_ids. Tensors are moved to the model's device. Not
+            needed for magnitude, random and keep. With `sequential` and a score that also needs gradients or an
+            allocation from data, it is iterated twice (a list or a DataLoader, no generator).
+        score: ``"magnitude"``, ``"random"``, ``"wanda"``, ``"gradient"``, ``"gblm"``, ``"sparsegpt"``, ``"kfac"``,
+            ``"keep"`` (the zeros that are there), or an object (see `lightning_prune.pruning.scores.Score`).
+        sparsity: Share of the weights to prune, in [0, 1]; default 0.5, or what an N:M pattern or a complete
+            `allocation` mapping implies.
+        pattern: ``"unstructured"`` or ``"N:M"``: N *kept* of every M consecutive inputs (NVIDIA's 2:4).
+        group: What weights are compared within: ``"row"``, ``"layer"`` or ``"global"``; default the score's own.
+            Exactly ``floor(sparsity * group size)`` are pruned in each, of the decimal that was written: 29 of 100
+            at 0.29.
+        allocation: Layer sparsities: ``"uniform"``, ``"owl"``, ``"kfac"``, an `OWLAllocation` or `KFACAllocation`,
+            or a mapping from name patterns to sparsities; default the score's own. The total is exact,
+            ``floor(sparsity * number of weights)``.
+        update: ``"obs"`` updates the remaining weights with each layer's Hessian, on the mask of any score.
+        num_samples: Calibration samples (sequences).
+        alpha: Weight of gblm's gradient term.
+        gamma: Power of kfac's output-gradient norm.
+        grad_norm: ``"l1"`` or ``"l2"`` over per-sample gradients (gradient, gblm).
+        sequential: Block by block, each on the outputs of the pruned blocks before it, through every stack in the
+            order they run (encoder, decoder); holds one block's activations. For wanda, gblm, sparsegpt and every
+            `update`; other scores' masks need the whole model at once. Without it all statistics come from the dense
+            model in one sweep.
+        loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``; also drives the forward pass of
+            scores without gradients.
+        targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d but frozen
+            ones, routers and output layers; a selector that matches nothing else names those too.
+        ignore: The same, left out; default output layers, by transformers' names for them.
+        seed: Of ``"random"``.
+        gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate, one
+            buffer a pruned weight. Sums in bfloat16 stop growing after some 256 samples of equal size.
+        gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
+        progress: Show progress bars in a terminal.
+        ranks: The processes that prune together, each with batches and `num_samples` of its own (see
+            `lightning_prune.Ranks`); every one must call. Where parameters are sharded over one mesh dimension it is
+            found from the model.
+
+    Returns:
+        Bool masks of the parameters' shapes by parameter name, True = kept; laid out over ranks as the parameters are.
+
+    Raises:
+        ValueError: an argument or a combination that is not supported; the message names value and choices.
+        TypeError: an argument of the wrong type.
+        CalibrationError: calibration could not give finite statistics of every layer.
+    """
+    plan = make_plan(
+        model,
+        score=make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed),
+        sparsity=sparsity,
+        pattern=pattern,
+        group=group,
+        allocation=allocation,
+        update=update,
+        num_samples=num_samples,
+        sequential=sequential,
+        targets=targets,
+        ignore=ignore,
+        gradient_dtype=gradient_dtype,
+        gradient_device=gradient_device,
+        progress=progress,
+    )
+    if plan.needs_data and batches is None:
+        raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
+    check_repeatable(batches, plan.passes, "batches")
+    if plan.coverage.worrying:
+        warnings.warn(f"prune: {plan.coverage}", stacklevel=2)
+    else:
+        _log.info("prune: %s", plan.coverage)
+    moved = None if batches is None else _Moved(model, batches)
+    return run_plan(plan, model, moved, loss_fn, ranks=ranks or _ranks_of(model, plan.targets))
+
+
+def _ranks_of(model: nn.Module, targets: Sequence[Target]) -> Ranks | None:
+    """The ranks that a sharded model is spread over; None where no parameter is sharded."""
+    if not has_sharded_parameters(model):
+        return None
+    meshes = {layout.parameter.device_mesh for t in targets if (layout := t.layout) is not None}
+    if any(mesh.ndim > 1 for mesh in meshes):
+        raise ValueError(
+            "the model is sharded over a device mesh of several dimensions: say over which of them samples differ, "
+            "with ranks=Ranks(data_group=mesh['data_parallel'].get_group(), lockstep=True)"
+        )
+    return Ranks(lockstep=True)
+
+
+class _Moved:
+    """Batches on the model's device; can be iterated as often as the batches can."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        self.model, self.batches = model, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return on_device(self.model, self.batches)
+
+
+# -- running ---------------------------------------------------------------------------------------------------------
+
+
+def run_plan(
+    plan: PruningPlan,
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    loss_fn: LossFn | None = None,
+    *,
+    fraction: Share = 1.0,
+    previous: Mapping[str, Tensor] | None = None,
+    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ranks: Ranks | None = None,
+    summary: ScoreSummary | None = None,
+) -> Masks:
+    """Carry out a plan. `prune` and the callbacks both end here.
+
+    Args:
+        plan: From `make_plan`, for this model.
+        model: The model.
+        batches: Calibration batches on the model's device (of this rank, if distributed).
+        loss_fn: See `prune`.
+        fraction: Share of the plan's sparsity to reach, for a step of a schedule.
+        previous: Masks whose pruned weights stay pruned.
+        forward_context: Makes the context that forward passes run in.
+        ranks: The processes that prune together; every one must call. Needed where parameters are sharded.
+        summary: Filled with what the scores looked like; stays empty where there are none (keep, sparsegpt).
+
+    Returns:
+        Masks by parameter name.
+    """
+    if isinstance(plan.score, Keep):
+        masks = masks_from_zeros(plan.targets)
+        apply_masks(model, masks)  # -0.0 to 0.0
+        return masks
+    run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, ranks, summary)
+    with memory_advice(plan):
+        masks = run.masks()
+    if summary is not None and run.parts is not None:
+        summary.sum_over(run.parts)
+    return masks
+
+
+def planned_count(plan: PruningPlan) -> int | None:
+    """How many weights a plan prunes in all; None where the weights themselves decide (score="keep")."""
+    targets = plan.targets
+    if isinstance(plan.score, Keep):
+        return None
+    if plan.pattern is not None:
+        return sum(t.numel // plan.pattern.m * (plan.pattern.m - plan.pattern.n) for t in targets)
+    if isinstance(plan.allocation, Mapping):
+        return sum(mapping_counts(targets, *_mapped(plan, Fraction(1)), {}).values())
+    if plan.group == "global" or isinstance(plan.allocation, (KFACAllocation, OWLAllocation)):
+        return count_of(_sparsity(plan), sum(t.numel for t in targets))
+    return sum(uniform_counts(targets, _sparsity(plan), plan.group).values())
+
+
+def _sparsity(plan: PruningPlan) -> Fraction:
+    return exact_share(0.5 if plan.sparsity is None else plan.sparsity)
+
+
+def _mapped(plan: PruningPlan, fraction: Fraction) -> tuple[dict[str, Share], Share | None]:
+    """Sparsities by name pattern, and that of the whole, at a fraction of the way there."""
+    assert isinstance(plan.allocation, Mapping)
+    mapping: dict[str, Share] = {name: exact_share(value) * fraction for name, value in plan.allocation.items()}
+    return mapping, None if plan.sparsity is None else exact_share(plan.sparsity) * fraction
+
+
+class _Run:
+    """One pruning in progress."""
+
+    def __init__(
+        self,
+        plan: PruningPlan,
+        model: nn.Module,
+        batches: Iterable[Any] | None,
+        loss_fn: LossFn | None,
+        fraction: Share,
+        previous: Mapping[str, Tensor],
+        forward_context: Callable[[], AbstractContextManager[Any]],
+        ranks: Ranks | None,
+        summary: ScoreSummary | None,
+    ) -> None:
+        self.plan = plan
+        self.summary = summary
+        self.model = model
+        self.batches = batches
+        self.loss_fn = loss_fn
+        self.fraction = exact_share(fraction)
+        self.previous = previous
+        self.forward_context = forward_context
+        self.ranks = ranks
+        # Whose parts make up the whole, where weights are sharded.
+        self.parts = ranks if ranks is not None and ranks.lockstep else None
+        self.statistics: dict[str, LayerStatistics] = {}
+        self.counts: dict[str, int] = {}
+
+    def masks(self) -> Masks:
+        """Calibrate, select, update; then change the model."""
+        plan = self.plan
+        if plan.dense_statistics:
+            assert self.batches is not None
+            self.statistics = collect(
+                self.model,
+                self.batches,
+                plan.targets,
+                plan.dense_statistics,
+                num_samples=plan.num_samples,
+                loss_fn=self.loss_fn,
+                gradient_dtype=plan.gradient_dtype,
+                gradient_device=plan.gradient_device,
+                forward_context=self.forward_context,
+                ranks=self.ranks,
+                progress=plan.progress,
+            )
+        with torch.no_grad():
+            self.counts = self._allocate()
+            if not plan.sequential and not plan.updates_weights:
+                masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
+                apply_masks(self.model, masks)
+                return masks
+            with restored_on_failure() as originals:
+                masks = self._walk(originals.keep) if plan.sequential else self._update_all(originals.keep)
+                return masks
+
+    def _tracked(self, description: str) -> Iterator[Target]:
+        with progress_bar(description, len(self.plan.targets), self.plan.progress) as advance:
+            for target in self.plan.targets:
+                yield target
+                advance()
+
+    # -- selection -----------------------------------------------------------------------------------------------
+
+    def _allocate(self) -> dict[str, int]:
+        """Number of weights to prune in each layer; empty for N:M."""
+        plan, targets = self.plan, self.plan.targets
+        if plan.pattern is not None:
+            return {}
+        lower = {t.name: pruned_count({t.name: m}) for t in targets if (m := self.previous.get(t.name)) is not None}
+        if isinstance(plan.allocation, Mapping):
+            counts = mapping_counts(targets, *_mapped(plan, self.fraction), lower)
+            return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
+        exact = _sparsity(plan) * self.fraction
+        # What is pruned stays pruned, also where less is asked for now (by other settings, or in a second fit).
+        total, sparsity = max(count_of(exact, sum(t.numel for t in targets)), sum(lower.values())), float(exact)
+        if plan.group == "global":
+            return global_counts(targets, lambda t: self._scores(t, self.statistics.get(t.name)), total, self.parts)
+        if isinstance(plan.allocation, KFACAllocation):
+            wanted = kfac_sparsities(targets, self._here(), sparsity, plan.allocation, self.parts)
+            return exact_counts(targets, wanted, total, lower)
+        if isinstance(plan.allocation, OWLAllocation):
+            blocks = self._blocks_of_targets()
+            wanted = owl_sparsities(targets, self._here(), sparsity, plan.allocation, blocks, self.parts)
+            return exact_counts(targets, wanted, total, lower)
+        counts = uniform_counts(targets, exact, plan.group)
+        return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
+
+    def _here(self) -> dict[str, LayerStatistics]:
+        """Statistics cut to the part of each matrix that is here."""
+        return {
+            t.name: self.statistics[t.name] if t.layout is None else self.statistics[t.name].part(t.layout.bounds)
+            for t in self.plan.targets
+        }
+
+    def _blocks_of_targets(self) -> dict[str, str]:
+        blocks = {id(m): name for name, block in self.plan.blocks for m in block.modules()}
+        return {t.name: blocks.get(id(t.module), t.name) for t in self.plan.targets}
+
+    def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
+        """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
+        statistics, layout = statistics or LayerStatistics(samples=0), target.layout
+        if layout is None:
+            scores = self._scored(target, target.matrix(), statistics)
+        elif getattr(self.plan.score, "elementwise", False):
+            scores = self._scored(target, target.matrix(), statistics.part(layout.bounds))
+        else:
+            scores = self._scored(target, _whole(target, target.matrix()), _whole_gradients(target, statistics))
+            (row, row_end), (column, column_end) = layout.bounds
+            scores = scores[row:row_end, column:column_end]
+        previous = self.previous.get(target.name)
+        if previous is not None:
+            scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
+        return scores
+
+    def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+        """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
+        score = self.plan.score
+        with synchronized_errors(self.parts):
+            # A copy: a user's score may work in place.
+            scores = score(weight.to(wide_dtype(weight.dtype), copy=True), statistics, target.name)
+            if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+                raise ValueError(f"score {score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}")
+            return check_scores(scores if scores.is_floating_point() else scores.float(), target.name)
+
+    def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
+        """The mask of one layer, in the parameter's shape."""
+        own, layout = self._scores(target, statistics).contiguous(), target.layout
+        scores = own if layout is None else layout.to_rows(own)  # whole rows
+        first_row, all_rows = (0, None) if layout is None else (layout.row_bounds[0], layout.shape[0])
+        if self.plan.pattern is not None:
+            mask = nm_mask(scores, self.plan.pattern)
+        elif self.plan.group == "row":
+            mask = lowest_in_rows(scores, self.counts[target.name], first_row, all_rows)
+        else:
+            mask = self._lowest_in_layer(layout)(scores, self.counts[target.name])
+        mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
+        if (previous := self.previous.get(target.name)) is not None:
+            mask &= target.part(previous).to(mask.device)  # counts may be spread over rows in another way than before
+        if self.summary is not None:
+            if layout is None or layout.counted:
+                self.summary.add(target.name, own, mask, target.numel)
+            else:
+                self.summary.leave_out(target.name)
+        return target.to_parameter(mask)
+
+    def _lowest_in_layer(self, layout: Layout | None) -> Callable[[Tensor, int], Tensor]:
+        """Selection within a whole matrix from the rows of it that are here."""
+        if layout is None:
+            return lowest_in_layer
+        assert self.parts is not None
+        first_row, ranks = layout.row_bounds[0], self.parts
+        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, layout.counted)
+
+    # -- weight updates ------------------------------------------------------------------------------------------
+
+    def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
+        """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
+        mask = None if isinstance(self.plan.score, SparseGPT) else self._select(target, statistics)
+        own, layout = local(target.weight), target.layout
+        if not self.plan.updates_weights:
+            assert mask is not None
+            own.masked_fill_(~local(mask), 0.0)
+            return mask
+        kept_here = None if mask is None else target.part(mask)
+        if layout is not None and kept_here is not None:
+            kept_here = layout.to_rows(kept_here.to(torch.uint8)).bool()
+        weight, kept = prune_with_hessian(
+            target.matrix() if layout is None else layout.to_rows(target.matrix()),
+            statistics.get(HESSIAN),
+            mask=kept_here,
+            count=self.counts.get(target.name, 0),
+            pattern=self.plan.pattern,
+            select=self._lowest_in_layer(layout),
+        )
+        with synchronized_errors(self.parts):
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
+        if layout is not None:
+            weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
+        if mask is None and (previous := self.previous.get(target.name)) is not None:
+            kept = kept & target.part(previous).to(kept.device)
+            weight = weight.masked_fill(~kept, 0.0)
+        own.copy_(target.kind.from_matrix(weight, own.shape))
+        return target.to_parameter(kept)
+
+    def _update_all(self, keep: Keeper) -> Masks:
+        """Every layer with the Hessian of its dense inputs."""
+        masks: Masks = {}
+        for target in self._tracked("Updating weights"):
+            keep(target.weight)
+            masks[target.name] = self._prune_layer(target, self.statistics[target.name])
+        return masks
+
+    def _walk(self, keep: Keeper) -> Masks:
+        """Block by block, each on the outputs of the pruned blocks before it."""
+        plan = self.plan
+        masks: Masks = {}
+        by_module = {id(t.module): t for t in plan.targets}
+        assert self.batches is not None
+
+        def run(model: nn.Module, batch: Any) -> None:
+            if self.loss_fn is not None:
+                self.loss_fn(model, batch)
+            else:
+                forward(model, batch, plan.targets)
+
+        stacks = [[block for _, block in stack] for stack in plan.stacks]
+        stacks = [s for s in stacks if any(id(m) in by_module for block in s for m in block.modules())]
+        with (
+            quiet_model(self.model, freeze=False),
+            progress_bar("Pruning blocks", sum(map(len, stacks)), plan.progress) as advance,
+        ):
+            for _, walk in walk_stacks(
+                self.model,
+                stacks,
+                self.batches,
+                plan.num_samples,
+                run,
+                self.forward_context,
+                self.parts,
+                errors=None if self.parts else self.ranks,
+            ):
+                for index, block in enumerate(walk.blocks):
+                    layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
+                    with gathered_around(self.model, block):
+                        statistics = collect_forward(
+                            layers,
+                            plan.block_statistics,
+                            ((b.padding, b.samples, b.counting) for b in walk.run(index)) if layers else (),
+                            self.ranks,
+                        )
+                    for target in layers:
+                        keep(target.weight)
+                        masks[target.name] = self._prune_layer(
+                            target, _merge(statistics[target.name], self.statistics.get(target.name))
+                        )
+                    if index + 1 < len(walk.blocks):
+                        with gathered_around(self.model, block):
+                            for _ in walk.run(index, keep_output=True):
+                                pass
+                    advance()
+        return {t.name: masks[t.name] for t in plan.targets}
+
+
+def _whole(target: Target, part: Tensor) -> Tensor:
+    """The whole matrix of one layer, from this rank's part of it."""
+    whole: Tensor = gather_whole(target.to_parameter(part))
+    return target.kind.to_matrix(whole)
+
+
+def _whole_gradients(target: Target, statistics: LayerStatistics) -> LayerStatistics:
+    """Statistics with the gradient aggregates of the whole matrix."""
+    l1, l2 = statistics.gradient_l1, statistics.gradient_l2
+    return replace(
+        statistics,
+        gradient_l1=None if l1 is None else _whole(target, l1),
+        gradient_l2=None if l2 is None else _whole(target, l2),
+    )
+
+
+def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:
+    """Forward statistics of the walk, gradient statistics of the dense sweep."""
+    if dense is None:
+        return block
+    seen = {name: getattr(block, name) for name in FORWARD_STATISTICS}
+    return replace(dense, **{name: value for name, value in seen.items() if value is not None})

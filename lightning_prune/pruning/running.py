@@ -1,0 +1,370 @@
+"""Run a model for calibration: its inputs, its loss, and everything about it as before afterwards.
+
+Letters: B samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
+from lightning_prune.pruning.targets import Target, block_classes, type_name
+
+# What only a loss needs: the forward pass of a model without its head takes none of it.
+_LOSS_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
+
+
+def model_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The loss that a batch has without a `loss_fn`: one a sample ``[B]``, or a scalar.
+
+    Of a transformers model it is the model's own, ``model(**batch).loss``. Causal language models predict each next
+    token (`causal_lm_loss`), which gives one loss a sample; they, and modules that are not of transformers, need no
+    labels for it.
+
+    Raises:
+        ValueError: the model makes no loss of the batch; the message says what to add.
+    """
+    inner = unwrapped(model)
+    if not _is_pretrained(inner) or not isinstance(batch, Mapping):
+        return causal_lm_loss(model, batch)
+    labelled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
+    if _is_causal_lm(inner) and (_shifts_labels(inner) or not labelled):
+        return causal_lm_loss(model, batch)
+    inputs = _cast(model, dict(batch))
+    if _accepts(inner, "return_loss"):
+        inputs.setdefault("return_loss", True)
+    output = _run_encoder_decoder(model, inputs)
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        needed = [n for n in _LOSS_INPUTS if n != "return_loss" and _accepts(inner, n)]
+        add = f"add {' and '.join(map(repr, needed))} to the batches, or " if needed else ""
+        raise ValueError(
+            f"this score needs a loss, and {type_name(inner)} makes none of a batch of {sorted(map(str, batch))}: "
+            f"{add}pass loss_fn=f(model, batch)"
+        )
+    return loss
+
+
+def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Next-token cross-entropy of each sample, ``[B]``, of a causal language model; NaN of one without any label.
+
+    Labels are those of `lightning_prune.pruning.running.next_token_labels`.
+
+    Raises:
+        ValueError: the batch or the model's output is not that of a language model.
+    """
+    inputs = _model_inputs(batch)
+    if not isinstance(inputs, dict) or "input_ids" not in inputs:
+        raise ValueError(
+            f"this score needs a loss: give a dict with input_ids for a causal language model (got "
+            f"{type(batch).__name__}), or pass loss_fn=f(model, batch)"
+        )
+    logits = getattr(model(**_cast(model, inputs)), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")
+    labels = next_token_labels(batch if isinstance(batch, Mapping) else inputs)
+    return causal_lm_losses(logits, labels, allow_empty=True)
+
+
+def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
+    """Run the model for its layers' inputs alone: a language model without its head if no target is there.
+
+    An encoder-decoder gets its labels too, of which it makes the decoder's inputs.
+    """
+    inputs, inner = _model_inputs(batch), unwrapped(model)
+    if isinstance(inputs, dict) and _is_pretrained(inner):
+        if _is_encoder_decoder(inner):
+            labels = {n: batch[n] for n in ("labels",) if n in batch and _accepts(inner, n)}
+            _run_encoder_decoder(model, _cast(model, {**inputs, **labels}))
+            return
+        inputs = {name: value for name, value in inputs.items() if name not in _LOSS_INPUTS}
+    inputs = _cast(model, inputs)
+    body = getattr(model, "base_model", None)
+    if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict):
+        inside = set(body.modules())
+        known = all(name not in inputs or _accepts(body, name) for name in ("input_ids", "inputs_embeds"))
+        if known and all(module in inside for target in targets for module in target.modules):
+            model = body
+    if isinstance(inputs, dict):
+        model(**inputs)
+    else:
+        model(inputs)
+
+
+def _run_encoder_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """The model's output; where its decoder has no inputs, an error that says how to give it some."""
+    try:
+        return model(**inputs)
+    except ValueError as error:
+        fed = any(inputs.get(name) is not None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
+        if fed or not any(part in str(error) for part in ("decoder_input", "input_ids")):
+            raise
+        raise ValueError(
+            f"{type_name(unwrapped(model))} is an encoder-decoder whose decoder gets no inputs from a batch of "
+            f"{sorted(inputs)}: add 'labels' (of which it makes them) or 'decoder_input_ids' to the batches"
+        ) from error
+
+
+# -- what a model is -------------------------------------------------------------------------------------------------
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile, DistributedDataParallel and PEFT."""
+    while True:
+        base = getattr(model, "get_base_model", None)
+        inner: Any = model._modules.get("_orig_mod")
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None and callable(base):
+            inner = base()
+        if inner is None or inner is model:
+            return model
+        model = inner
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    """Whether the model is one of transformers; if it is, transformers has been imported."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    """Whether the model's head predicts the next token of its input."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    names = {name for entry in CAUSAL.values() for name in ([entry] if isinstance(entry, str) else entry)}
+    # Those that transformers gives the loss of one: own code from the hub, language models that also take images.
+    kind = getattr(model, "loss_type", None)
+    like_one = kind == "ForCausalLM" or (kind == "ForConditionalGeneration" and not _is_encoder_decoder(model))
+    return type_name(model) in names or like_one
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether a causal model's own loss compares each position with the next label; a few compare it with its own."""
+    function = inspect.unwrap(type(model).forward)
+    return "loss_function" in getattr(getattr(function, "__code__", None), "co_names", ())
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def _cast(model: nn.Module, inputs: Any) -> Any:
+    """Floating-point inputs (images, speech, embeddings) in the model's dtype, as its layers need them."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if dtype is None or not isinstance(inputs, (dict, Tensor)):
+        return inputs
+
+    def cast(name: str, value: Any) -> Any:
+        apart = "mask" in name or "label" in name
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and not apart else value
+
+    return cast("", inputs) if isinstance(inputs, Tensor) else {k: cast(str(k), v) for k, v in inputs.items()}
+
+
+def _model_inputs(batch: Any) -> Any:
+    """What the model's forward takes: keyword arguments of a dict, the first part of a tuple, or a tensor."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != "labels"}
+    if isinstance(batch, (list, tuple)):
+        return batch[0]
+    if isinstance(batch, Tensor) and not batch.is_floating_point() and batch.dim() == 2:
+        return {"input_ids": batch}
+    return batch
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, moved to the model's device one by one."""
+    device = model_device(model)
+    for batch in batches:
+        yield to_device(batch, device)
+
+
+@contextmanager
+def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
+    """Evaluation mode, no cache of keys and values, eager execution, random state forked; undone at the end.
+
+    With `freeze`, no parameter requires a gradient meanwhile, so backward makes none and existing ``.grad`` stay.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    caches = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    trainable = [p for p in model.parameters() if p.requires_grad] if freeze else []
+    device = model_device(model)
+    devices = [device] if device.type == "cuda" else []
+    # A compiled model would not see hooks that were added after it was compiled.
+    stance = torch.compiler.set_stance("force_eager")
+    with torch.random.fork_rng(devices=devices), stance:
+        try:
+            checkpointed = _checkpointed_layers(model) if freeze else set()
+            for module, _ in modes:
+                module.training = module in checkpointed
+            for config in caches:
+                config.use_cache = False
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for config in caches:
+                config.use_cache = True
+            for module, mode in modes:
+                module.training = mode
+
+
+def _checkpointed_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers that must stay in training mode, alone, so that transformers goes on checkpointing them.
+
+    It checkpoints only layers in training mode, and a batch that fits in training may not fit without. Their parts
+    are in evaluation mode all the same; a layer that applies dropout by itself is left out.
+    """
+    classes, layers = block_classes(model), set()
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        if not (module.training and getattr(module, "gradient_checkpointing", False) and function is not None):
+            continue
+        # Re-entrant checkpoints give no gradient unless an input requires one, and here all parameters are frozen.
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
+        drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
+        if not reentrant and not drops and type_name(module) in classes:
+            layers.add(module)
+    return layers
+
+
+IGNORE_INDEX = -100
+
+
+def next_token_labels(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Choose the labels of a batch for next-token prediction: ``batch["labels"]``, else the input ids.
+
+    A token is predicted from the one before it, so both must be real: padding is never predicted, nor is the first
+    token after it, whoever made the labels. Nor is the first token of a text in a packed row (where ``position_ids``
+    begin again at 0, or ``cu_seq_lens_q`` says so).
+
+    Args:
+        batch: "input_ids" of shape (B, T); "labels" of the same, not shifted; a mask (see
+            `lightning_prune.pruning.batches.padding_mask`).
+
+    Returns:
+        Labels (B, T), not shifted, `IGNORE_INDEX` where nothing is predicted.
+
+    Raises:
+        ValueError: the mask has another shape than the labels.
+    """
+    labels: torch.Tensor = batch["input_ids"] if batch.get("labels") is None else batch["labels"]
+    real = padding_mask(batch)
+    if real is not None:
+        if real.shape != labels.shape:
+            raise ValueError(f"the attention mask has shape {tuple(real.shape)}, the labels {tuple(labels.shape)}")
+        predicted = real.clone()
+        predicted[:, 1:] &= real[:, :-1]
+        labels = labels.masked_fill(~predicted.to(labels.device), IGNORE_INDEX)
+    if (starts := _text_starts(batch, labels)) is not None:
+        labels = labels.masked_fill(starts.to(labels.device), IGNORE_INDEX)
+    return labels
+
+
+def _text_starts(batch: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor | None:
+    """Where texts of packed rows begin, in a shape that fits the labels (B, T)."""
+    places, ends = batch.get("position_ids"), batch.get("cu_seq_lens_q")
+    if isinstance(places, torch.Tensor) and places.shape in (labels.shape, (1, labels.shape[1])):
+        return places == 0 if bool(places.any()) else None
+    if isinstance(ends, torch.Tensor):
+        starts = torch.zeros(1, labels.shape[1] + 1, dtype=torch.bool, device=ends.device)
+        starts[:, ends.long()] = True
+        return starts[:, :-1]
+    return None
+
+
+def causal_lm_losses(
+    logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX, allow_empty: bool = False
+) -> torch.Tensor:
+    """Mean next-token cross-entropy of each sample.
+
+    The shift is done here: the logits at position t are compared with the label at position t + 1; `labels`
+    is `input_ids` with ignored positions replaced by `ignore_index`.
+
+    Args:
+        logits: Scores of shape (B, T, V), any floating dtype; the loss is computed in float32
+            (float64 stays as it is).
+        labels: Token ids of shape (B, T).
+        ignore_index: Label that is not predicted (padding, prompts).
+        allow_empty: Give samples without a label to predict a loss of NaN (and no gradient), in place of an error.
+
+    Returns:
+        Losses in nats per predicted token, of shape (B,).
+
+    Raises:
+        ValueError: If the shapes do not agree, or a sample has no label to predict.
+
+    Example:
+        >>> logits, labels = torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [3, 1, -100]])
+        >>> [round(loss, 4) for loss in causal_lm_losses(logits, labels).tolist()]  # log(4)
+        [1.3863, 1.3863]
+    """
+    losses = next_token_losses(logits, labels, ignore_index)  # [B, T - 1]
+    counts = (labels[:, 1:] != ignore_index).sum(dim=1)  # [B]
+    if allow_empty:
+        return (losses.sum(dim=1) / counts.clamp(min=1)).masked_fill(counts == 0, float("nan"))
+    if bool((counts == 0).any()):
+        empty = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"labels of sample(s) {empty} leave no token to predict: after the first position all are "
+            f"{ignore_index} (ignore_index). Pass samples with at least two tokens that are not padding."
+        )
+    return losses.sum(dim=1) / counts
+
+
+def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
+    """Cross-entropy of every next token.
+
+    Args:
+        logits: Scores of shape (B, T, V).
+        labels: Token ids of shape (B, T), not shifted.
+        ignore_index: Label that is not predicted.
+
+    Returns:
+        Losses in nats, of shape (B, T - 1), in float32 or wider; zero where the label is `ignore_index`.
+
+    Raises:
+        ValueError: If the shapes do not agree.
+    """
+    if logits.ndim != 3 or labels.shape != logits.shape[:2]:
+        raise ValueError(
+            f"logits must have shape (B, T, V) and labels (B, T); received {tuple(logits.shape)} and "
+            f"{tuple(labels.shape)}. Pass the labels unshifted, one for each position of the input."
+        )
+    # The labels are shifted, not the logits: a slice of them would be copied, forward and backward.
+    targets = torch.full_like(labels, ignore_index)
+    targets[:, :-1] = labels[:, 1:]
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # the sum over V loses too much in half precision
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
+    return losses.view(targets.shape)[:, :-1]
+
+
+def without_label(batch: Any) -> bool:
+    """Whether a batch holds labels and all are -100, so that no loss can be computed from it.
+
+    The first position of a sequence does not count: a causal model predicts no token there.
+    """
+    labels = [t for t in tensors_of(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
+    return any(bool((t[:, 1:] if t.dim() > 1 and t.shape[1] > 1 else t).eq(IGNORE_INDEX).all()) for t in labels)

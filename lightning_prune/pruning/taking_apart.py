@@ -1,0 +1,199 @@
+"""Decide, on the first batch, whether the loss of a batch is made of losses of its samples.
+
+Gradient statistics are of one gradient a sample. A contrastive loss, one over pairs, or one with statistics of the
+batch has no samples in that sense: run alone, each gives no gradient or a wrong one. Then the batch is one sample.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.batches import batch_size, is_sequences, take
+from lightning_prune.pruning.hooks import Taps
+from lightning_prune.pruning.running import without_label
+from lightning_prune.ranks import Ranks, meet
+
+# Samples that are compared with the batch they make up; the cost is some passes over them, once a run.
+_SAMPLES = 8
+# Half precision moves a loss by about a hundredth; a loss that needs its batch is moved far more.
+_TOLERANCE = 1e-2
+
+
+class How(enum.IntEnum):
+    """How batches are run; of ranks that differ, the last of these holds."""
+
+    UNKNOWN = 0
+    TOGETHER = 1
+    ONE_BY_ONE = 2
+    WHOLE = 3
+
+
+class _Kind(enum.IntEnum):
+    """What a loss function returned for two samples."""
+
+    SINGLE = 0
+    VECTOR = 1
+    SCALAR = 2
+    FAILED = 3
+
+
+def loss_of(losses: Any, taps: Taps) -> tuple[Tensor | None, CalibrationError | None]:
+    """What a loss function returned, a scalar or a vector of losses; or what is wrong with it."""
+    if taps.failure is not None:
+        return None, taps.failure
+    if not isinstance(losses, Tensor) or losses.dim() > 1:
+        got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+        return None, CalibrationError(f"loss_fn must return a scalar or one loss a sample, got {got}")
+    if not losses.requires_grad:
+        return None, CalibrationError("the calibration loss does not depend on any layer to prune (is it detached?)")
+    return losses[0] if losses.dim() == 1 and losses.shape[0] == 1 else losses, None
+
+
+class Decision:
+    """The passes that tell, and what they tell.
+
+    Args:
+        model: The model.
+        taps: Hooks on its targets; nothing is added to their sums.
+        loss_fn: The loss.
+        forward_context: Makes the context that forward passes run in.
+        lockstep: Ranks whose passes hold collectives: each makes as many passes as the others, and all decide alike.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Taps,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        forward_context: Callable[[], AbstractContextManager[Any]],
+        lockstep: Ranks | None,
+    ) -> None:
+        self.model, self.taps, self.loss_fn = model, taps, loss_fn
+        self.forward_context, self.lockstep = forward_context, lockstep
+
+    def make(self, batch: Any) -> tuple[How, str]:
+        """How batches like this one are to be run, and why.
+
+        Raises:
+            CalibrationError: the loss of the batch is no loss at all.
+        """
+        size = batch_size(batch)
+        sizes = [own for (own,) in meet(self.lockstep, None, [size or 0])]
+        if 0 in sizes:
+            return How.WHOLE, "its tensors do not share a first dimension"
+        if max(sizes) == 1:
+            return How.UNKNOWN, ""
+        assert size is not None
+        pair = batch if size <= 2 else take(batch, 0, 2)
+        losses, failure = self._loss(pair)
+        problem = failure if batch_size(pair) == size else None  # only a part of the batch may be impossible
+        kind = _Kind.SINGLE
+        if losses is None:
+            kind = _Kind.FAILED
+        elif size != 1:
+            kind = _Kind.VECTOR if losses.dim() else _Kind.SCALAR
+        kind = _Kind(max(own for (own,) in meet(self.lockstep, problem, [kind])))
+        if kind is _Kind.VECTOR:
+            assert losses is not None
+            return self._of_vector(losses, pair)
+        del losses  # and its graph
+        if kind is _Kind.FAILED:
+            return self._of_whole(batch, failure)
+        return self._of_scalar(batch, max(sizes))
+
+    def _loss(self, batch: Any) -> tuple[Tensor | None, Exception | None]:
+        """The loss of a batch, or why it has none."""
+        self.taps.begin(
+            batch_size(batch), None, is_sequences(batch), counting=False
+        )  # nothing is summed, so no padding
+        try:
+            with self.forward_context():
+                return loss_of(self.loss_fn(self.model, batch), self.taps)
+        except Exception as error:
+            return None, error
+
+    def _of_whole(self, batch: Any, failure: Exception | None) -> tuple[How, str]:
+        """A batch whose first two samples cannot run alone."""
+        losses, problem = self._loss(batch)
+        vector = losses is not None and losses.dim() == 1
+        every = meet(self.lockstep, problem, [int(vector)])
+        if all(own for (own,) in every):
+            return How.TOGETHER, ""
+        return How.WHOLE, "" if failure is None else f"two samples of it alone raise {_said(failure)}"
+
+    def _of_vector(self, losses: Tensor, pair: Any) -> tuple[How, str]:
+        """Two losses of two samples: does each depend on its own rows alone?"""
+        taps = self.taps
+        if losses.dim() and losses.shape[0] != batch_size(pair):
+            return How.UNKNOWN, ""  # the run itself says what is wrong
+        if not taps.of_weights:
+            return How.TOGETHER, ""  # sums over all samples and tokens, in any order
+        finite = torch.isfinite(losses.detach()).flatten().tolist()
+        if not any(value for (value,) in meet(self.lockstep, None, [int(any(finite))])):
+            return How.UNKNOWN, ""
+        chosen = finite.index(True) if any(finite) else 0
+        value = float(losses.detach().flatten()[chosen])
+        mixed = taps.not_per_sample
+        mixed = (taps.probe(losses, chosen) and any(finite) and losses.dim() == 1) or mixed
+        if not any(flag for (flag,) in meet(self.lockstep, taps.failure, [int(mixed)])):
+            return How.TOGETHER, ""
+        # Either the layout is another, which running samples alone mends, or the losses need each other.
+        alone, problem = self._loss(take(pair, chosen, chosen + 1))
+        depends = problem is not None or alone is None or (any(finite) and not _close(float(alone.detach()), value))
+        if any(flag for (flag,) in meet(self.lockstep, None, [int(depends)])):
+            return How.WHOLE, "the loss of a sample changes with the other samples of its batch"
+        return How.ONE_BY_ONE, ""
+
+    def _of_scalar(self, batch: Any, largest: int) -> tuple[How, str]:
+        """One loss of a batch: is it a mean or a sum of those of its samples?"""
+        size = batch_size(batch)
+        assert size is not None
+        count = min(size, _SAMPLES)
+        whole, failure = self._loss(batch if count == size else take(batch, 0, count))
+        total = None if whole is None else float(whole.detach().mean())
+        del whole
+        found: list[float] = []
+        reason = ""
+        for i in range(min(largest, _SAMPLES)):
+            sample = take(batch, i % count, i % count + 1)
+            loss, problem = self._loss(sample)
+            if i >= count:
+                continue  # keeps other ranks company
+            value = float("nan") if loss is None else float(loss.detach().mean())
+            if value != value and without_label(sample):
+                continue
+            if problem is not None:
+                reason = reason or f"a sample of it alone raises {_said(problem)}"
+            elif not abs(value) < float("inf"):
+                reason = reason or f"that of a sample of it alone is {value}"
+            found.append(value)
+        if total is None:
+            reason = reason or f"a part of it alone raises {_said(failure)}"
+        elif found and not reason and not _made_of(total, found):
+            reason = (
+                f"it is {total:.4g} for {count} samples, which alone have losses of {min(found):.4g} to "
+                f"{max(found):.4g}: neither a mean nor a sum of them"
+            )
+        whole_anywhere = any(flag for (flag,) in meet(self.lockstep, None, [int(bool(reason) and size > 1)]))
+        return (How.WHOLE, reason) if whole_anywhere else (How.ONE_BY_ONE, "")
+
+
+def _said(error: Exception | None) -> str:
+    return f"{type(error).__name__} ({error})"
+
+
+def _close(one: float, other: float) -> bool:
+    return abs(one - other) <= _TOLERANCE * max(abs(one), abs(other))
+
+
+def _made_of(total: float, parts: list[float]) -> bool:
+    """Whether a loss is between the smallest and the largest of its samples' losses, or their sum, up to rounding."""
+    slack = _TOLERANCE * max(map(abs, [total, *parts]))
+    return min(parts) - slack <= total <= max(parts) + slack or abs(total - sum(parts)) <= slack

@@ -1,0 +1,555 @@
+"""Which weights are pruned: the layers, their parameter names, and their view as a matrix ``(out, in)``.
+
+Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
+from lightning_prune.sharding import Layout, as_shard_of, local
+
+DEFAULT_IGNORE = HEADS
+"""Output layers, left alone unless `targets` names them; see `lightning_prune.naming.is_head`."""
+
+# Why layers that could be pruned are left alone by default.
+HEAD, ROUTER, FROZEN, FUNCTIONAL = "head", "router", "frozen", "used functionally"
+# Why others are left alone.
+IGNORED, NOT_NAMED = "in ignore", "not in targets"
+
+RETRAINING = "_lightning_prune_perp"
+"""Attribute of a model, or of one inside a PEFT model, that is retrained while its weights are frozen."""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How one type of layer stores its weight and meets its inputs.
+
+    Attributes:
+        name: Name shown in messages.
+        to_matrix: Weight-shaped tensor to a view or copy of shape ``(O, I)``.
+        from_matrix: ``(O, I)`` and the parameter's shape to a weight-shaped tensor.
+        input_rows: Layer and its input to ``(B, T, I)``, columns in the order of ``to_matrix``.
+        output_rows: A tensor shaped like the layer's output to ``(B, T, O)``.
+    """
+
+    name: str
+    to_matrix: Callable[[Tensor], Tensor]
+    from_matrix: Callable[[Tensor, torch.Size], Tensor]
+    input_rows: Callable[[nn.Module, Tensor], Tensor]
+    output_rows: Callable[[Tensor], Tensor]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(B, ..., C)`` to ``(B, T, C)``; a 2-D input is one row a sample."""
+    if x.dim() == 1:
+        return x[None, None]
+    return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
+
+
+def _conv2d_patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """The patches a Conv2d multiplies with its weight, ``(B, C, H, W)`` to ``(B, T, kh*kw*C)``."""
+    assert isinstance(layer, nn.Conv2d)
+    x = x[None] if x.dim() == 3 else x
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    kernel = (layer.kernel_size[0], layer.kernel_size[1])
+    stride = (layer.stride[0], layer.stride[1])
+    dilation = (layer.dilation[0], layer.dilation[1])
+    patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
+    b, _, t = patches.shape
+    return patches.view(b, x.shape[1], -1, t).permute(0, 3, 2, 1).reshape(b, t, -1)
+
+
+def _conv2d_outputs(y: Tensor) -> Tensor:
+    y = y[None] if y.dim() == 3 else y
+    return y.flatten(2).transpose(1, 2)
+
+
+LINEAR = LayerKind(
+    "Linear",
+    to_matrix=lambda w: w,
+    from_matrix=lambda m, _: m,
+    input_rows=lambda _, x: _rows(x),
+    output_rows=_rows,
+)
+# transformers' Conv1D (GPT-2) is a linear layer that stores its weight transposed.
+CONV1D = LayerKind(
+    "Conv1D",
+    to_matrix=lambda w: w.t(),
+    from_matrix=lambda m, _: m.t(),
+    input_rows=lambda _, x: _rows(x),
+    output_rows=_rows,
+)
+# Channels last, so that N:M groups run along the input channels, as sparse convolution kernels want them.
+CONV2D = LayerKind(
+    "Conv2d",
+    to_matrix=lambda w: w.permute(0, 2, 3, 1).reshape(w.shape[0], w.shape[1:].numel()),
+    from_matrix=lambda m, s: m.view(s[0], s[2], s[3], s[1]).permute(0, 3, 1, 2),
+    input_rows=_conv2d_patches,
+    output_rows=_conv2d_outputs,
+)
+
+
+def layer_kind(module: nn.Module) -> LayerKind | None:
+    """The kind of a layer that can be pruned, or None for any other module."""
+    if isinstance(module, nn.Linear):
+        return LINEAR
+    if isinstance(module, nn.Conv2d):
+        return CONV2D
+    # By name, so that the functional core needs no import of transformers.
+    if type_name(module) == "Conv1D" and hasattr(module, "nf"):
+        return CONV1D
+    return None
+
+
+def type_name(module: nn.Module) -> str:
+    """Name of a module's class; of one that FSDP2 shards, by making a subclass of it, that of the original class."""
+    cls = type(module)
+    return (cls.__bases__[-1] if issubclass(cls, FSDPModule) and len(cls.__bases__) > 1 else cls).__name__
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to prune.
+
+    Attributes:
+        name: The parameter's name in the model, without the prefixes of ``torch.compile``.
+        module: The layer. The weight is read from it each time: a parameter may be replaced (sharding).
+        kind: How the layer stores its weight.
+        modules: All layers that use this one parameter (more than one where layers are tied).
+
+    Of a sharded parameter (DTensor), `matrix` is this rank's part; `shape` and `numel` are of the whole.
+    """
+
+    name: str
+    module: nn.Module
+    kind: LayerKind
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as it is now."""
+        weight = self.module.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)`` of the matrix."""
+        size = self.weight.shape
+        if self.kind is CONV1D:
+            return size[1], size[0]
+        return size[0], size[1:].numel()
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.weight.numel()
+
+    @property
+    def layout(self) -> Layout | None:
+        """How the parameter is sharded, or None."""
+        weight = self.weight
+        return Layout(weight, transposed=self.kind is CONV1D) if isinstance(weight, DTensor) else None
+
+    def matrix(self) -> Tensor:
+        """The weight as ``(O, I)``, detached, in its own dtype."""
+        return self.kind.to_matrix(local(self.weight.detach()))
+
+    def to_parameter(self, matrix: Tensor) -> Tensor:
+        """A matrix, shaped as `matrix` gives it, back to the parameter's shape and layout."""
+        weight = self.weight
+        return as_shard_of(weight, self.kind.from_matrix(matrix, local(weight).shape).contiguous())
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
+        return self.kind.to_matrix(local(tensor))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers of a model, divided.
+
+    Attributes:
+        targets: One entry a parameter to prune, in the model's order; layers that share one share the entry.
+        left_out: Layers that could be pruned and are left alone, by clean name, and why.
+        adapters: Modules of adapters beside a PEFT ``base_layer``.
+    """
+
+    targets: list[Target]
+    left_out: dict[str, str] = field(default_factory=dict)
+    adapters: frozenset[nn.Module] = frozenset()
+
+
+def find_targets(
+    model: nn.Module,
+    targets: Sequence[str | type[nn.Module]] | None = None,
+    ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
+    frozen: bool = False,
+) -> list[Target]:
+    """Find the weights to prune.
+
+    Left alone by default are output layers, also those tied to embeddings; routers of experts; and frozen layers. A
+    layer is frozen if its weight requires no gradient while another parameter of the model does, and it is not the
+    base of an adapter. What is named in `targets` is pruned all the same: by a selector that matches nothing but
+    heads, or routers, or frozen layers. Where heads are all there is, they are pruned.
+
+    Args:
+        model: Any module.
+        targets: Layer types, type names, or patterns of module names (``"q_proj"``, ``"layers.0.*"``).
+            Default: every Linear, Conv1D (transformers) and Conv2d.
+        ignore: The same, left out. Default: output layers by the names that transformers gives them
+            (`DEFAULT_IGNORE`). Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
+        frozen: Whether to take frozen layers like others, for what trains them by adapters.
+
+    Returns:
+        One entry a parameter, in the model's order; layers that share a parameter share the entry. Layers without any
+        weights, such as ``Linear(16, 0)``, have none.
+
+    Raises:
+        ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
+            that is not a target (tied embeddings), is quantised, parametrised, or has no data (meta device).
+    """
+    return select_layers(model, targets, ignore, frozen=frozen).targets
+
+
+def select_layers(
+    model: nn.Module,
+    targets: Sequence[str | type[nn.Module]] | None = None,
+    ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
+    called: bool = False,
+    frozen: bool = False,
+) -> Selection:
+    """Divide the layers of a model as `find_targets` does, and say why the others are left alone.
+
+    Args:
+        model: Any module.
+        targets: See `find_targets`.
+        ignore: See `find_targets`.
+        called: Whether layers must run as modules, because statistics are read from their inputs and outputs.
+        frozen: See `find_targets`.
+
+    Raises:
+        ValueError, TypeError: see `find_targets`.
+    """
+    _reject_bare_string("targets", targets)
+    _reject_bare_string("ignore", ignore)
+    adapters = adapter_modules(model)
+    layers = {
+        clean_name(name): module
+        for name, module in model.named_modules()
+        if module not in adapters and layer_kind(module) is not None
+    }
+    if targets is not None:
+        _require_matches("targets", targets, layers)
+    without_heads = set(DEFAULT_IGNORE) <= set(ignore)
+    ignored = [s for s in ignore if not (without_heads and s in DEFAULT_IGNORE)]
+    # A default name that a user repeats need not be there.
+    _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], dict(model.named_modules()))
+
+    reasons = _reasons(model, layers, without_heads, called)
+    if frozen:
+        reasons = {name: reasons[name] - {FROZEN} for name in layers}
+    if targets is None:
+        if layers and all(HEAD in reasons[name] for name in layers) and not _packed_layers(model):
+            reasons = {name: reasons[name] - {HEAD} for name in layers}
+    else:
+        for selector in targets:
+            matched = [name for name, module in layers.items() if _selected(name, module, [selector])]
+            # A selector that matches other layers too names none of these: "q_proj" is no word for a frozen teacher.
+            named = frozenset.intersection(*(reasons[name] for name in matched))
+            reasons |= {name: reasons[name] - named for name in matched}
+    left_out = {}
+    for name, module in layers.items():
+        if targets is not None and not _selected(name, module, targets):
+            left_out[name] = sorted(reasons[name])[0] if reasons[name] else NOT_NAMED
+        elif _selected(name, module, ignored):
+            left_out[name] = IGNORED
+        elif reasons[name]:
+            left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, FROZEN) if r in reasons[name])
+    chosen = {name: module for name, module in layers.items() if name not in left_out and not _is_empty(module)}
+    if not chosen:
+        raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
+    return Selection(_group_by_parameter(model, chosen), left_out, frozenset(adapters))
+
+
+def _nothing_to_prune(
+    model: nn.Module, targets: object, ignore: Sequence[str | type[nn.Module]], left_out: dict[str, str]
+) -> str:
+    ignored = "the default" if ignore == DEFAULT_IGNORE else repr(ignore)
+    text = (
+        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} Linear, Conv1D and "
+        f"Conv2d layers of {type(model).__name__}"
+    )
+    for reason in dict.fromkeys(left_out.values()):
+        names = [name for name, why in left_out.items() if why == reason]
+        text += f"; {reason}: {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}"
+    packed = _packed_layers(model)
+    if packed:
+        return f"{text}. {len(packed)} layers such as {packed[0]!r} are quantised: prune before quantising"
+    return (
+        f"{text}. Widen `targets` or shorten `ignore`; heads, routers and frozen layers are pruned if `targets` names "
+        "them"
+    )
+
+
+# -- what is left alone by default ------------------------------------------------------------------------------------
+
+
+def _reasons(
+    model: nn.Module, layers: dict[str, nn.Module], without_heads: bool, called: bool
+) -> dict[str, frozenset[str]]:
+    """Why each layer is to be left alone by default; mostly for no reason."""
+    users = _users(model)
+    inside = {id(module) for module in layers.values()}
+    routers, frozen = _routers(model, layers), _frozen(model, layers)
+    # Their parent reads their weights, and never calls them.
+    functional = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)} if called else set()
+
+    def tied(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        return weight is not None and any(
+            id(m) not in inside and (isinstance(m, nn.Embedding) or "Embed" in type_name(m))
+            for _, m in users[id(weight)]
+        )
+
+    return {
+        name: frozenset(
+            reason
+            for reason, holds in (
+                (HEAD, without_heads and (is_head(name) or tied(module))),
+                (ROUTER, name in routers),
+                (FROZEN, name in frozen),
+                (FUNCTIONAL, module in functional),
+            )
+            if holds
+        )
+        for name, module in layers.items()
+    }
+
+
+_ROUTER_NAME = re.compile(r"gate|gating|router|\w+_gate|\w+_router|gate_network")
+_ROUTER_TYPE = re.compile(r"Router|Gat(e|ing)(?![a-z])")
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether the type of a module says that it chooses experts."""
+    return type(module) is not nn.Linear and _ROUTER_TYPE.search(type_name(module)) is not None
+
+
+def _routers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """Layers that choose experts: by their type, or by their name beside a module or parameter named ``experts``."""
+    beside: set[nn.Module] = set()
+    for parent in model.modules():
+        own = (*parent._modules, *parent._parameters)
+        if any("experts" in name for name in own):
+            beside.update(
+                part
+                for name, child in parent._modules.items()
+                if child is not None and _ROUTER_NAME.fullmatch(name)
+                for part in child.modules()
+            )
+    return {name for name, module in layers.items() if module in beside or is_router(module)}
+
+
+def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """Layers whose weight requires no gradient, in a model that trains something else."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return set()  # loaded for inference: it says nothing
+    # PEFT, and PERP without an adapter, freeze what they retrain by other means.
+    retrained = {
+        module
+        for parent in model.modules()
+        if (hasattr(parent, "peft_config") or RETRAINING in parent.__dict__)
+        and any(parameter.requires_grad for parameter in parent.parameters())
+        for module in parent.modules()
+    }
+    # A quantised weight never requires a gradient: what counts is whether more than such layers is frozen around it.
+    weights = {id(p) for module in layers.values() for p in module.parameters()}
+    around = {
+        module
+        for parent in model.modules()
+        if not any(p.requires_grad for p in parent.parameters())
+        and any(id(p) not in weights for p in parent.parameters())
+        for module in parent.modules()
+    }
+
+    def holds(module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if n != "bias"):
+            return False
+        return weight is None or _packed_form(weight) is None or module in around
+
+    return {name for name, module in layers.items() if holds(module)}
+
+
+# Layers of other packages that keep quantised weights in buffers or under other names.
+_PACKED = ("qweight", "W_q", "weight_packed", "qzeros")
+
+
+def _packed_layers(model: nn.Module) -> list[str]:
+    """Names of layers without a weight of their own, which hold it packed."""
+    return [
+        clean_name(name)
+        for name, module in model.named_modules()
+        if any(key in module._buffers or key in module._parameters for key in _PACKED)
+    ]
+
+
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules of adapters beside a PEFT ``base_layer``."""
+    adapters: set[nn.Module] = set()
+    for parent in model.modules():
+        if isinstance(parent, AveragedModel) and parent is not model:
+            adapters.update(parent.modules())
+        base = getattr(parent, "base_layer", None)
+        if isinstance(base, nn.Module):
+            inside = set(base.modules())
+            adapters.update(m for m in parent.modules() if m not in inside and m is not parent)
+    return adapters
+
+
+def _is_empty(module: nn.Module) -> bool:
+    """Whether a layer has no weights at all, as ``Linear(16, 0)``: nothing to prune, and no samples reach it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and not weight.numel() and not weight.is_meta
+
+
+def _reject_bare_string(argument: str, value: object) -> None:
+    if isinstance(value, str):
+        raise TypeError(f"{argument} must be a sequence, got the string {value!r}; write {argument}=[{value!r}]")
+
+
+def _selected(name: str, module: nn.Module, selectors: Sequence[str | type[nn.Module]]) -> bool:
+    return any(
+        (name_matches(name, s) or type_name(module) == s) if isinstance(s, str) else isinstance(module, s)
+        for s in selectors
+    )
+
+
+def _require_matches(argument: str, selectors: Sequence[str | type[nn.Module]], layers: dict[str, nn.Module]) -> None:
+    for selector in selectors:
+        if not isinstance(selector, (str, type)):
+            raise TypeError(f"{argument} takes module types and name patterns, got {selector!r}")
+        if not any(_selected(clean_name(name), module, [selector]) for name, module in layers.items()):
+            tails = {n.rsplit(".", 1)[-1] for n in layers}
+            near = difflib.get_close_matches(str(selector), tails, n=3) or sorted(tails)[:8]
+            raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
+
+
+def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Clean names and modules that hold each parameter, by its id."""
+    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append((clean_name(name), module))
+    return users
+
+
+def _group_by_parameter(model: nn.Module, chosen: dict[str, nn.Module]) -> list[Target]:
+    names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
+    users = _users(model)
+    grouped: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in chosen.items():
+        grouped.setdefault(id(_checked_weight(name, module)), []).append((name, module))
+
+    found = []
+    for key, layers in grouped.items():
+        inside = {id(module) for _, module in layers}
+        outside = [name for name, module in users[key] if id(module) not in inside]
+        if outside:
+            raise ValueError(
+                f"the weight of {layers[0][0]!r} is tied to {', '.join(map(repr, outside))}, which is not a "
+                f"target: pruning one would prune both; add {layers[0][0]!r} to `ignore`, or untie them"
+            )
+        kinds = {layer_kind(module) for _, module in layers}
+        kind = kinds.pop()
+        if kinds or kind is None:
+            raise ValueError(f"tied layers of different types cannot be pruned: {[n for n, _ in layers]}")
+        modules = tuple(module for _, module in layers)
+        found.append(Target(names[key], modules[0], kind, modules))
+    return found
+
+
+def _checked_weight(name: str, module: nn.Module) -> nn.Parameter:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); "
+            "make it permanent first (prune.remove, remove_parametrizations), or ignore the layer"
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"the weight of {name!r} has no shape yet (lazy layer); run the model once first")
+    form = _packed_form(weight)
+    if form is not None:
+        raise ValueError(f"the weight of {name!r} is quantised ({form}); prune before quantising, or ignore the layer")
+    if weight.layout is not torch.strided:
+        raise ValueError(
+            f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"
+        )
+    if weight.is_meta:
+        raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialise the model first")
+    return weight
+
+
+# Parameters of other packages that are packed when they are moved to a GPU.
+_PACKED_TYPES = ("Params4bit", "Int8Params", "GGUFParameter")
+
+
+def _packed_form(weight: Tensor) -> str | None:
+    """In which form a weight holds something else than one plain number an element, or None."""
+    if isinstance(weight, DTensor):
+        weight = weight._local_tensor
+    if isinstance(weight, AsyncCollectiveTensor):
+        return None
+    kind = type(weight)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__name__ in _PACKED_TYPES:
+        return f"{kind.__name__}, {weight.dtype}"
+    return None if weight.is_floating_point() and weight.dtype.itemsize > 1 else str(weight.dtype)
+
+
+def block_classes(model: nn.Module) -> set[str]:
+    """Names of the decoder block classes of the transformers models inside `model` (``_no_split_modules``)."""
+    return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+
+
+def find_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    """The stacks of blocks of the transformers models inside `model`, found by ``_no_split_modules``.
+
+    Encoder-decoders and models that also take images or speech have several.
+
+    Returns:
+        Clean name and module of each block, in order, a list for each stack; empty if there are none.
+    """
+    stacks: list[list[tuple[str, nn.Module]]] = []
+    classes, inside = block_classes(model), set[nn.Module]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            blocks = [
+                (clean_name(f"{name}.{i}"), child)
+                for i, child in enumerate(module)
+                if type_name(getattr(child, "_orig_mod", child)) in classes
+            ]
+            if blocks and len(blocks) == len(module):
+                stacks.append(blocks)
+                inside.update(m for _, block in blocks for m in block.modules())
+    return stacks
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of all stacks (see `find_stacks`), one stack after the other."""
+    return [block for stack in find_stacks(model) for block in stack]

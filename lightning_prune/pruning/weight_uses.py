@@ -1,0 +1,195 @@
+"""Find uses of a weight that hooks on its layer do not see, while the first batches run.
+
+A layer's statistics are right if its weight meets its input once a call, and nowhere else. A loss that holds a penalty
+on weights, `F.linear(x, layer.weight)` in another module, or a layer whose forward scales its input or output: each
+would be wrong in silence. So the functions of torch that receive a weight are watched until every layer has been seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from lightning_prune.pruning.targets import type_name
+from lightning_prune.sharding import local
+
+_PRODUCTS = frozenset(
+    (
+        *("linear", "conv2d", "conv_transpose2d", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "bilinear"),
+        *("__matmul__", "__rmatmul__", "multi_head_attention_forward"),
+    )
+)
+# What they return is the weight in another form.
+_SAME_VALUES = frozenset(
+    (
+        *("t", "transpose", "permute", "view", "reshape", "flatten", "contiguous", "clone", "cpu", "cuda"),
+        *("to", "type", "type_as", "float", "double", "half", "bfloat16"),
+    )
+)
+# What they return gives the weight no gradient.
+_WITHOUT_GRADIENT = frozenset(("detach", "__setitem__", "__len__", "__repr__", "__format__", "tolist", "numpy", "item"))
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+class LayerCall:
+    """One call of a layer while it runs: its input as it enters, and what its weight made of it."""
+
+    def __init__(self, name: str, layer: nn.Module, x: Tensor, record: Any) -> None:
+        self.name, self.layer, self.x, self.record = name, layer, x, record
+        self.product: Tensor | None = None
+        self.version = 0
+
+    def returns_product(self, output: Tensor) -> bool:
+        """Whether the layer returns what its weight made as it is."""
+        product = self.product
+        return product is None or (_same_memory(output, product) and product._version == self.version)
+
+
+class Watched(Protocol):
+    """What the watch needs of the hooks: `lightning_prune.pruning.hooks.Taps`."""
+
+    backward: bool
+    of_weights: bool
+    calls: list[LayerCall]
+
+    def fail(self, message: str) -> None: ...  # noqa: D102
+
+    def made_product(self, call: LayerCall, product: Tensor) -> None: ...  # noqa: D102
+
+
+class WeightUses(TorchFunctionMode):
+    """Watches where weights are used.
+
+    Args:
+        taps: The hooks, which know the layers that are running.
+        layers: Names of weights and the layers that use them.
+    """
+
+    def __init__(self, taps: Watched, layers: Sequence[tuple[str, Sequence[nn.Module]]]) -> None:
+        super().__init__()
+        self.taps, self.layers = taps, layers
+        self.known: dict[int, tuple[Tensor, str]] = {}
+        self.stand_ins: list[tuple[str, str, Tensor]] = []
+
+    def begin(self) -> None:
+        """Forget the last forward pass; parameters may have been replaced since."""
+        self.stand_ins = []
+        self.known = {id(m.weight): (m.weight, name) for name, modules in self.layers for m in modules}  # type: ignore[misc]
+
+    def add(self, name: str, layer: nn.Module) -> None:
+        """Know the weight that a layer is called with: a shard is another tensor while its layer runs."""
+        self.known[id(layer.weight)] = layer.weight, name  # type: ignore[assignment]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the function; where it is a use that hooks do not see, with a stand-in for the weight."""
+        kwargs = kwargs or {}
+        names = {self.known[id(leaf)][1] for leaf in _leaves((*args, *kwargs.values())) if id(leaf) in self.known}
+        function = getattr(func, "__name__", "")
+        if not names or function in _WITHOUT_GRADIENT or func == _DATA:
+            return func(*args, **kwargs)
+        call = self.taps.calls[-1] if self.taps.calls else None
+        if call is not None and names == {call.name} and function in _PRODUCTS:
+            return self._product(call, func, args, kwargs)
+        if function == "__get__" or function in _SAME_VALUES:
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and (function != "__get__" or _same_memory(result, args[0])):  # weight.T
+                self.known[id(result)] = result, min(names)
+            return result
+        if not torch.is_grad_enabled() or (function.endswith("_") and not function.endswith("__")):
+            if not self.taps.backward and function in _PRODUCTS and self._with_data(args, kwargs):
+                self._refuse(min(names), function)
+            return func(*args, **kwargs)
+        return func(*self._replaced(args, function), **self._replaced(kwargs, function))
+
+    def _with_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a product is of a weight with data, not of weights with each other."""
+        matrices = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, Tensor) and leaf.dim() > 1]
+        return any(id(leaf) not in self.known for leaf in matrices)
+
+    def _replaced(self, arguments: Any, function: str) -> Any:
+        """Arguments with a leaf in a weight's place, whose gradient tells whether the loss depends on this use."""
+
+        def replace(leaf: Any) -> Any:
+            if id(leaf) not in self.known:
+                return leaf
+            weight, name = self.known[id(leaf)]
+            stand_in = weight.detach().requires_grad_()
+            self.stand_ins.append((name, function, stand_in))
+            return stand_in
+
+        return tree_map(replace, arguments)
+
+    def _product(self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        matrices = [a for a in _leaves((*args, *kwargs.values())) if isinstance(a, Tensor) and a.dim() > 1]
+        inputs = [a for a in matrices if id(a) not in self.known]
+        plain = type(call.layer).forward in (nn.Linear.forward, nn.Conv2d.forward) or type_name(call.layer) == "Conv1D"
+        if call.product is not None or not isinstance(result, Tensor):
+            self.taps.fail(f"{_layer(call.name)} multiplies its weight more than once a call; add it to `ignore`")
+        elif not (plain and "forward" not in vars(call.layer)) and not any(_alike(x, call.x) for x in inputs):
+            self.taps.fail(
+                f"{_layer(call.name)} ({type_name(call.layer)}) multiplies its weight with something other than its "
+                "input, so its statistics cannot be told; add it to `ignore`"
+            )
+        else:
+            call.product, call.version = result, result._version
+            self.taps.made_product(call, result)
+        return result
+
+    def check_gradients(self) -> None:
+        """After backward: refuse weights whose gradient is not all in their layers."""
+        for name, function, stand_in in self.stand_ins:
+            matters = self.taps.of_weights or function in _PRODUCTS
+            if matters and stand_in.grad is not None and bool((local(stand_in.grad) != 0).any()):
+                self._refuse(name, function)
+        self.stand_ins = []
+
+    def _refuse(self, name: str, function: str) -> None:
+        self.taps.fail(
+            f"the weight {name!r} is also used outside its layer's forward pass ({function!r}: a penalty on weights, "
+            f"or a function such as F.linear(x, layer.weight)), which calibration cannot see; add {_layer(name)} to "
+            "`ignore`, pass a loss_fn without that use, or choose a score without statistics (magnitude)"
+        )
+
+
+def same_gradient(one: Tensor, other: Tensor) -> bool:
+    """Whether two gradients agree up to rounding."""
+    if one.numel() != other.numel():
+        return False
+    a, b = one.detach().reshape(-1).float(), other.detach().reshape(-1).float()
+    tolerance = max(_TOLERANCE.get(t.dtype, 1e-4) for t in (one, other))
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors hold the same values, in whatever shape and precision."""
+    if x.numel() != y.numel():
+        return False
+    return _same_memory(x, y) or same_gradient(local(x), local(y))
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    if x is y:
+        return True
+    x, y = local(x), local(y)
+    return x.numel() == y.numel() and x.dtype == y.dtype and x.device == y.device and x.data_ptr() == y.data_ptr()
+
+
+def _leaves(arguments: Sequence[Any]) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from _leaves(argument)
+        else:
+            yield argument
+
+
+def _layer(name: str) -> str:
+    return repr(name.removesuffix(".weight"))

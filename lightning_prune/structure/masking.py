@@ -1,0 +1,214 @@
+"""Units as masks: zero everything a unit occupies, so that the model computes what it will after their removal.
+
+A zero unit stays zero in training, without anything being enforced: the gradients of all its weights vanish, since
+each is a product with another of them. Only what an optimizer remembers of it has to be cleared. Channels of an RMS
+norm's input that are zero leave its divisor the number of all channels, which slicing makes up for. LayerNorm
+subtracts a mean, so a masked one computes over the kept channels alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_prune.pruning.masks import Masks
+from lightning_prune.safety import uninterrupted
+from lightning_prune.sharding import local, shard_bounds
+from lightning_prune.structure.sizes import AttentionUnit
+from lightning_prune.structure.units import KeptIndices, Structure, check_removal, kept_indices, read_structure
+
+Extra = MutableMapping[str, Tensor]
+"""Copies of parameters by name, such as an average of the weights; names as in the module or the transformers model."""
+
+
+class KeptChannelsNorm(nn.LayerNorm):
+    """LayerNorm over some of its channels; the others become zero.
+
+    Attributes:
+        kept_channels: Indices, int64, a buffer that is not saved.
+    """
+
+    kept_channels: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., C]`` to ``[..., C]``."""
+        kept = self.kept_channels
+        weight = None if self.weight is None else self.weight[kept]
+        bias = None if self.bias is None else self.bias[kept]
+        y = F.layer_norm(x[..., kept], (len(kept),), weight, bias, self.eps)
+        # Under autocast the norm computes in float32, whatever x is.
+        return torch.zeros_like(x, dtype=y.dtype).index_copy(-1, kept, y)
+
+
+def unit_masks(model: nn.Module, removal: Mapping[str, Any], attention_unit: AttentionUnit = "group") -> Masks:
+    """Bool masks of the parameters' shapes by name (of the transformers model), False where a unit is removed.
+
+    Whole tensors, also of sharded parameters; `lightning_prune.pruning.masks.apply_masks` cuts them.
+
+    Raises:
+        ValueError: see `lightning_prune.structure.units.check_removal`.
+    """
+    structure = read_structure(model, attention_unit)
+    return dict(_masks(structure, check_removal(structure, removal)))
+
+
+def _masks(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    for name, kept in kept_indices(structure, removal).items():
+        mask = torch.ones(structure.lengths[name], dtype=torch.bool)
+        for entry in kept:
+            mask.index_fill_(entry.dim, entry.gone, False)
+        yield name, mask
+    for name in _removed_layers(structure, removal):
+        yield name, torch.zeros(structure.lengths[name], dtype=torch.bool)
+
+
+def _removed_layers(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> list[str]:
+    indices = removal["layer"][0].tolist() if "layer" in removal else []
+    return [name for i in indices for name in structure.in_layer(i)]
+
+
+@torch.no_grad()
+def mask_units(
+    model: nn.Module,
+    removal: Mapping[str, Any],
+    optimizers: Sequence[Optimizer] = (),
+    extra: Sequence[Extra] = (),
+    attention_unit: AttentionUnit = "group",
+) -> None:
+    """Set units to zero, in place: weights, gradients, optimizer states and copies of the weights.
+
+    The model then computes what `remove_units` with the same removal leaves. Calling it again, with the same units or
+    more of them, is cheap: it writes only the rows and columns of the units. Sharded parameters are masked where
+    they are (their gradients and states too).
+
+    Args:
+        model: A causal language model of a known family, or a module that holds one.
+        removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
+        optimizers: Whose states of the parameters' shapes (momentum, variance) are to be cleared.
+        extra: Copies of parameters by name.
+        attention_unit: See `read_structure`.
+
+    Raises:
+        ValueError: see `check_removal` and `read_structure`; nothing is changed then.
+    """
+    structure = read_structure(model, attention_unit)
+    checked = check_removal(structure, removal)
+    kept = kept_indices(structure, checked)
+    removed = set(_removed_layers(structure, checked))
+    norms = _layer_norms(structure) if structure.family.norm == "layernorm" and "stem" in checked else {}
+    parameters = structure.parameters()
+    copies = copies_of(structure, extra)
+    with uninterrupted():
+        for name in kept.keys() | removed:
+            p = parameters[name]
+            for tensor in [p.data, p.grad, *state_tensors(p, optimizers), *copies.get(name, ())]:
+                if tensor is None:
+                    continue
+                if name in removed:
+                    local(tensor).zero_()
+                else:
+                    for entry in kept[name]:
+                        _zero(tensor, entry)
+        if norms:
+            _mask_norms(norms, checked["stem"][0], structure.sizes.hidden_size)
+
+
+def _zero(tensor: Tensor, entry: KeptIndices) -> None:
+    """Zero what goes along a dimension; of a shard, what this rank has of it."""
+    gone = entry.gone
+    if isinstance(tensor, DTensor):
+        start, stop = shard_bounds(tensor)[entry.dim]
+        gone = gone[(gone >= start) & (gone < stop)] - start
+    local(tensor).index_fill_(entry.dim, gone.to(tensor.device), 0.0)
+
+
+def _layer_norms(structure: Structure) -> dict[str, nn.LayerNorm]:
+    """The LayerNorms over the hidden channels, by name."""
+    modules, found = structure.modules(), {}
+    for name in structure.norm_names():
+        norm = modules.get(name)
+        if not isinstance(norm, nn.LayerNorm) or type(norm) not in (nn.LayerNorm, KeptChannelsNorm):
+            raise ValueError(
+                f"{name!r} is a {type(norm).__name__}, not a plain torch.nn.LayerNorm: hidden channels (stem) cannot "
+                "be masked there"
+            )
+        found[name] = norm
+    return found
+
+
+def _mask_norms(norms: Mapping[str, nn.LayerNorm], gone: Tensor, hidden: int) -> None:
+    for norm in norms.values():
+        stays = torch.ones(hidden, dtype=torch.bool)
+        stays[gone] = False
+        if isinstance(norm, KeptChannelsNorm):
+            before = torch.zeros(hidden, dtype=torch.bool)
+            before[norm.kept_channels.cpu()] = True
+            stays &= before
+        norm.__class__ = KeptChannelsNorm
+        device = next((p.device for p in norm.parameters()), torch.device("cpu"))
+        norm.register_buffer("kept_channels", stays.nonzero().flatten().to(device), persistent=False)
+
+
+def masked_channels(structure: Structure) -> Tensor:
+    """Hidden channels that the model's LayerNorms leave out, sorted; empty where none is masked."""
+    for name, module in structure.modules().items():
+        if isinstance(module, KeptChannelsNorm) and name in set(structure.norm_names()):
+            stays = torch.zeros(structure.sizes.hidden_size, dtype=torch.bool)
+            stays[module.kept_channels.cpu()] = True
+            return (~stays).nonzero().flatten()
+    return torch.empty(0, dtype=torch.int64)
+
+
+def unmask_norms(model: nn.Module) -> None:
+    """Make LayerNorms that `mask_units` changed plain ones again."""
+    for module in model.modules():
+        if isinstance(module, KeptChannelsNorm):
+            del module.kept_channels
+            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
+
+
+def state_tensors(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """Optimizer states of a parameter's shape."""
+    return [
+        value
+        for optimizer in optimizers
+        for value in getattr(optimizer, "optimizer", optimizer).state.get(parameter, {}).values()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+    ]
+
+
+def copies_of(structure: Structure, extra: Sequence[Extra]) -> dict[str, list[Tensor]]:
+    """Tensors of `extra` by the name of the parameter they are a copy of; other entries are left out."""
+    return {name: [mapping[key] for mapping, key in places] for name, places in copy_places(structure, extra).items()}
+
+
+def copy_places(structure: Structure, extra: Sequence[Extra]) -> dict[str, list[tuple[Extra, str]]]:
+    """Where `extra` holds copies of each parameter.
+
+    Raises:
+        ValueError: a copy of another shape than its parameter.
+    """
+    names = {id(p): name for name, p in structure.parameters().items()}
+    # Tied parameters have several names in a state dict.
+    aliases = {n: names[id(p)] for n, p in structure.model.named_parameters(remove_duplicate=False)}
+    aliases |= {name: name for name in names.values()}
+    aliases |= {f"{structure.prefix}{alias}": name for alias, name in aliases.items()}
+    places: dict[str, list[tuple[Extra, str]]] = {}
+    for mapping in extra:
+        for key in mapping:
+            name = aliases.get(key)
+            if name is None:
+                continue
+            if mapping[key].shape != structure.lengths[name]:
+                raise ValueError(
+                    f"extra[{key!r}] has shape {tuple(mapping[key].shape)}, the parameter "
+                    f"{tuple(structure.lengths[name])}: pass copies of this model's parameters"
+                )
+            places.setdefault(name, []).append((mapping, key))
+    return places

@@ -1,0 +1,483 @@
+"""A causal language model of transformers as a LightningModule.
+
+Letters: B samples, T tokens, V vocabulary.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lightning_prune.checkpoints.reading import check_checkpoint_of, check_no_kernel, read_resumable
+from lightning_prune.checkpoints.sources import (
+    existing_path,
+    has_tokenizer,
+    load_pretrained,
+    load_tokenizer,
+    looks_like_path,
+)
+from lightning_prune.checkpoints.states import units_in
+from lightning_prune.errors import CheckpointError
+from lightning_prune.evaluation.perplexity import NextTokenLoss
+from lightning_prune.pruning.running import IGNORE_INDEX, causal_lm_losses, next_token_labels, next_token_losses
+from lightning_prune.safety import add_check_sums
+from lightning_prune.schedules import LearningRateSchedule as Schedule
+from lightning_prune.schedules import learning_rate_factor
+from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.structure import known_families, plain_model
+from lightning_prune.structure.saving import note_masked_units, whole_state, without_masked_units
+from lightning_prune.text.parallelize import parallelize
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CausalLM(L.LightningModule):
+    """Train, evaluate and calibrate a causal language model.
+
+    The transformers model is `self.model`. Checkpoints carry its configuration in their hyper-parameters, so
+    `CausalLM.load_from_checkpoint(path, weights_only=True)` neither reads the original weights again nor asks
+    the hub.
+
+    Logged values: `train_loss` (this batch, this process), `train_loss_epoch`, `val_loss`, `val_perplexity`,
+    `test_loss` and `test_perplexity`. All but the first are means over every predicted token of every process,
+    not over batches.
+
+    Args:
+        model: Pretrained weights: a hub id, a local folder, or a `.gguf` file (dequantized on loading).
+        gguf_file: Name of a GGUF file inside the folder or hub repository `model` (without `model`, inside
+            `tokenizer`).
+        config: In place of `model`, the architecture to train from random weights: a dictionary with
+            "model_type" and further fields of that configuration (`config.to_dict()` of transformers), a folder
+            or configuration file, or a hub id. Seed before, e.g. `L.seed_everything(0)`.
+        revision: Branch, tag or commit of a hub repository.
+        tokenizer: Where to load the tokenizer from; default `model`, and without it the tokenizer of the
+            Trainer's data module. It is saved with the model.
+        dtype: Of the weights: "float32", "bfloat16" or "float16".
+        attn_implementation: Passed to transformers, e.g. "sdpa" or "eager". Default its choice.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Of weights with two or more dimensions other than embeddings (and an output head tied to
+            them). Biases, norms and embeddings are never decayed.
+        betas: Of AdamW.
+        warmup_steps: Optimizer steps of linear warm-up.
+        warmup_ratio: In place of `warmup_steps`, their share of all steps, in [0, 1).
+        lr_schedule: After the warm-up "constant", or "linear" or "cosine" down to `min_lr_ratio`.
+        min_lr_ratio: Final learning rate as a share of `learning_rate`, in [0, 1].
+        fused: Use the fused AdamW kernel.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        reshard_after_forward: With `ModelParallelStrategy` (FSDP2): gather a block's weights again for its backward.
+        cpu_offload: With `ModelParallelStrategy`: keep shards of weights and optimizer states in main memory.
+
+    Raises:
+        ValueError: If an argument is out of range, or not exactly one of `model` and `config` is given.
+        FileNotFoundError: If a local path does not exist.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        gguf_file: str | None = None,
+        config: dict[str, Any] | str | None = None,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        attn_implementation: str | None = None,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        warmup_ratio: float | None = None,
+        lr_schedule: Schedule = "cosine",
+        min_lr_ratio: float = 0.0,
+        fused: bool = False,
+        gradient_checkpointing: bool = False,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_source(model, config)
+        if gguf_file is not None and model is None and tokenizer is None:
+            raise ValueError(f"gguf_file={gguf_file!r} needs model, the folder or hub repository that holds it.")
+        _check_choice("dtype", dtype, tuple(_DTYPES))
+        _check_choice("lr_schedule", lr_schedule, ("constant", "linear", "cosine"))
+        _check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
+        _check_range("weight_decay", weight_decay, weight_decay >= 0, "0 or above")
+        _check_range("warmup_steps", warmup_steps, warmup_steps >= 0, "0 or above")
+        _check_range("min_lr_ratio", min_lr_ratio, 0 <= min_lr_ratio <= 1, "in [0, 1]")
+        _check_range("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two values in [0, 1)")
+        if warmup_ratio is not None:
+            _check_range("warmup_ratio", warmup_ratio, 0 <= warmup_ratio < 1, "in [0, 1)")
+            if warmup_steps:
+                raise ValueError(
+                    f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio} exclude each other. Pass one."
+                )
+        self.save_hyperparameters()
+
+        options: dict[str, Any] = {"dtype": _DTYPES[dtype]}
+        if attn_implementation is not None:
+            options["attn_implementation"] = attn_implementation
+        self.model: Any = (
+            load_pretrained(model, gguf_file, revision, options)
+            if model is not None
+            else _from_config(config, revision, options)
+        )
+        # from_pretrained returns the model in eval mode, which the Trainer keeps: no dropout, no checkpointing
+        self.model.train()
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._tokenizer_source, self._tokenizer_gguf = _tokenizer_origin(model, gguf_file, tokenizer)
+        self._train_loss = NextTokenLoss()
+        self._val_loss, self._val_perplexity = NextTokenLoss(), NextTokenLoss(perplexity=True)
+        self._test_loss, self._test_perplexity = NextTokenLoss(), NextTokenLoss(perplexity=True)
+
+    # ---- forward and losses
+
+    def configure_model(self) -> None:
+        """Shard the model where the strategy is `ModelParallelStrategy`; do nothing under any other."""
+        if self.device_mesh is not None:
+            hp = self.hparams
+            parallelize(
+                self.model,
+                self.device_mesh,
+                reshard_after_forward=hp["reshard_after_forward"],
+                cpu_offload=hp["cpu_offload"],
+            )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits of shape (B, T, V) for token ids of shape (B, T)."""
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss over the predicted tokens of the batch, in nats."""
+        losses, tokens = self._token_losses(batch)
+        loss = losses.sum() / tokens
+        self._train_loss.update(losses, tokens)
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=False)
+        self.log("train_loss_epoch", self._train_loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log `val_loss` and `val_perplexity`."""
+        self._evaluate(batch, "val", self._val_loss, self._val_perplexity)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log `test_loss` and `test_perplexity`."""
+        self._evaluate(batch, "test", self._test_loss, self._test_perplexity)
+
+    def calibration_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean next-token loss of each sample, of shape (B,): what gradient-based scores differentiate.
+
+        Args:
+            batch: "input_ids" (B, T), optionally "attention_mask" and "labels" of the same shape.
+
+        Returns:
+            Losses in nats per predicted token.
+
+        Raises:
+            ValueError: If a sample has no token to predict, or the batch is of another kind.
+        """
+        labels = _labels(batch)
+        return causal_lm_losses(self(batch["input_ids"], batch.get("attention_mask")), labels)
+
+    def _token_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Losses (B, T - 1) of the batch's tokens, and how many of them count."""
+        labels = _labels(batch)
+        losses = next_token_losses(self(batch["input_ids"], batch.get("attention_mask")), labels)
+        return losses, (labels[:, 1:] != IGNORE_INDEX).sum()
+
+    def _evaluate(
+        self, batch: Mapping[str, Tensor], stage: str, mean: NextTokenLoss, perplexity: NextTokenLoss
+    ) -> None:
+        losses, tokens = self._token_losses(batch)
+        for name, metric in ((f"{stage}_loss", mean), (f"{stage}_perplexity", perplexity)):
+            metric.update(losses, tokens)
+            self.log(name, metric, prog_bar=True, on_step=False, on_epoch=True)
+
+    # ---- optimization
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW on the trainable parameters, and a schedule that is stepped with it."""
+        hp = self.hparams
+        optimizer = torch.optim.AdamW(
+            decay_groups(self.model, hp["weight_decay"]),
+            lr=hp["learning_rate"],
+            betas=tuple(hp["betas"]),
+            fused=hp["fused"],
+        )
+        steps = self._total_steps()
+        warmup = hp["warmup_steps"] if hp["warmup_ratio"] is None else round(hp["warmup_ratio"] * steps)
+        factor = partial(
+            learning_rate_factor,
+            steps=steps,
+            warmup_steps=warmup,
+            schedule=hp["lr_schedule"],
+            min_ratio=hp["min_lr_ratio"],
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if math.isfinite(steps) and steps >= 0:
+            return int(steps)
+        if self.hparams["lr_schedule"] == "constant" and self.hparams["warmup_ratio"] is None:
+            return 0  # not needed
+        raise ValueError(
+            f"lr_schedule={self.hparams['lr_schedule']!r} with warmup_ratio={self.hparams['warmup_ratio']} needs "
+            "the number of training steps, which is unlimited here. Set max_steps of the Trainer, or use "
+            "lr_schedule='constant' with warmup_steps."
+        )
+
+    # ---- tokenizer, checkpoints, saving
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, loaded on first use; None if the model has none yet."""
+        if self._tokenizer is None and self._tokenizer_source is not None:
+            self._tokenizer = load_tokenizer(
+                self._tokenizer_source, gguf_file=self._tokenizer_gguf, revision=self.hparams["revision"]
+            )
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._check_vocabulary(tokenizer)
+        self._tokenizer = tokenizer
+        self._tokenizer_source, self._tokenizer_gguf = tokenizer.name_or_path or None, None
+
+    def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        embeddings = self.model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, more than the model's {embeddings} embeddings. Set "
+                f"vocab_size in config to at least {len(tokenizer)}, or use the model's own tokenizer."
+            )
+
+    def setup(self, stage: str) -> None:
+        """Check that the data module fits the model, and take its tokenizer if the model has none."""
+        check_checkpoint_of(self.trainer)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        tokenizer = getattr(datamodule, "tokenizer", None)
+        if tokenizer is not None:
+            self._check_vocabulary(tokenizer)
+            if self._tokenizer is None and self._tokenizer_source is None:
+                self.tokenizer = tokenizer
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        block_size = getattr(datamodule, "block_size", None)
+        if positions is not None and block_size is not None and block_size > positions:
+            raise ValueError(
+                f"block_size={block_size} of the data module exceeds the model's {positions} positions "
+                "(max_position_embeddings). Use shorter blocks."
+            )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build the module of a checkpoint; nothing in it is run.
+
+        Args:
+            checkpoint_path: A Lightning ``.ckpt``; its check sums are compared.
+            args: See Lightning's method of this name.
+            kwargs: See there; ``weights_only`` is True unless it is given.
+
+        Raises:
+            CheckpointError: it is missing, damaged, a folder, or names a class that is not this one.
+        """
+        if isinstance(checkpoint_path, (str, Path)):
+            if Path(checkpoint_path).is_dir():
+                raise CheckpointError(
+                    f"{checkpoint_path} is the folder of a distributed checkpoint: turn it into a model first "
+                    f"(lightning-prune export {checkpoint_path} model), and take CausalLM('model')"
+                )
+            if kwargs.get("weights_only") is not False:
+                _check_origin(cls, checkpoint_path, read_resumable(checkpoint_path).get("hyper_parameters") or {})
+        kwargs.setdefault("weights_only", True)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write the architecture as it is now into the hyper-parameters, in place of where it came from."""
+        checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(
+            model=None,
+            config=json.loads(_ordinary(self.model).config.to_json_string(use_diff=False)),
+            tokenizer=self._tokenizer_source,
+            gguf_file=self._tokenizer_gguf,
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Merge adapters of `PERPRetraining` that a checkpoint holds and this module does not.
+
+        Where nothing else does, note which units `PruningAwarePretraining` had masked in shards, so that
+        `save_pretrained` leaves them out.
+
+        Raises:
+            ValueError: training is to be resumed from it, without that callback; or a damaged state.
+            CheckpointError: the adapters cannot be merged.
+        """
+        units = units_in(checkpoint.get("callbacks", {}), sharded=True)
+        # In one piece, and in a Trainer, the callback slices them off.
+        if units is not None and (self._trainer is None or has_sharded_parameters(self.model)):
+            note_masked_units(self.model, units.removal, units.attention_unit)
+        state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
+        unmerged = any(".lora_A." in name for name in state)
+        beside = any("unmerged" in held for held in checkpoint.get("callbacks", {}).values() if isinstance(held, dict))
+        if not (unmerged or beside) or any(".lora_A." in n for n, _ in self.named_parameters()):
+            return
+
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            raise ValueError(
+                "the checkpoint was written while adapters were trained: put PERPRetraining(...), with the settings it "
+                "was made with, into this Trainer too; or start from CausalLM.load_from_checkpoint, which merges them"
+            )
+        if unmerged:
+            from lightning_prune.checkpoints.states import merged_state  # takes peft with it, which few need here
+
+            checkpoint["state_dict"] = merged_state(state, checkpoint.get("callbacks", {}), "the checkpoint")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save model and tokenizer as a plain transformers folder with safetensors.
+
+        The first process writes. Where parameters are sharded every process must call, and the whole weights are
+        gathered in the main memory of the first; units that `PruningAwarePretraining` has masked are left out. A model
+        without a tokenizer is saved without one.
+
+        Args:
+            folder: Created if it does not exist.
+
+        Raises:
+            ValueError: masked units are not zero any more.
+        """
+        self._save_pretrained(folder, whole_state(self.model) if has_sharded_parameters(self.model) else None)
+
+    @rank_zero_only
+    def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
+        small = without_masked_units(self.model, state)
+        _ordinary(small).save_pretrained(str(folder), state_dict=state if small is self.model else None)
+        add_check_sums(sorted(Path(folder).glob("model*.safetensors")))  # as an export has them
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))
+
+
+def _check_origin(cls: type[CausalLM], path: str | Path, stored: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters by which Lightning would import what this program has not."""
+    instantiator, class_path = stored.get("_instantiator"), stored.get("_class_path")
+    module, _, name = str(class_path).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)  # nothing is imported on the word of a file
+    ours = class_path is None or (isinstance(found, type) and issubclass(found, cls))
+    if instantiator not in (None, "lightning.pytorch.cli.instantiate_module") or not ours:
+        raise CheckpointError(
+            f"{path} was written by {class_path or instantiator!r}, which is not imported on the word of a file; call "
+            "load_from_checkpoint of that class"
+        )
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those with and those without weight decay.
+
+    Args:
+        model: Any module.
+        weight_decay: Of the first group: parameters with two or more dimensions that are not embeddings.
+
+    Returns:
+        Parameter groups of an optimizer, empty ones left out.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+    kept = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _labels(batch: Mapping[str, Tensor]) -> Tensor:
+    """Labels (B, T) of a batch."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        raise ValueError(f"batch is a {type(batch).__name__}; CausalLM takes dicts with 'input_ids' of shape (B, T)")
+    return next_token_labels(batch)
+
+
+def _ordinary(model: Any) -> Any:
+    """The model in a class whose configuration takes its sizes: Llama's refuses some that shrinking leads to."""
+    hidden, heads = (getattr(model.config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    if model.config.model_type in known_families() and hidden and heads and hidden % heads:
+        return plain_model(model)
+    return model
+
+
+def _from_config(config: dict[str, Any] | str | None, revision: str | None, options: dict[str, Any]) -> Any:
+    built = _config_of(config, revision)
+    if built.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"config has model_type={built.model_type!r}, which is no causal language model of transformers. Use "
+            "one such as 'llama', 'mistral', 'qwen2' or 'gpt2'."
+        )
+    return AutoModelForCausalLM.from_config(built, trust_remote_code=False, **options)
+
+
+def _config_of(config: dict[str, Any] | str | None, revision: str | None) -> PretrainedConfig:
+    if isinstance(config, str):
+        name = str(existing_path(config, "config")) if looks_like_path(config) else config
+        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+    fields = dict(config or {})
+    check_no_kernel("config", fields)  # it may come from a checkpoint
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError(
+            f"config={config!r} lacks the field 'model_type', which names the architecture. Add e.g. "
+            "'model_type': 'llama', or pass config.to_dict() of a transformers configuration."
+        )
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        raise ValueError(f"config={config!r} is not a configuration of transformers: {error}") from error
+
+
+def _tokenizer_origin(model: str | None, gguf_file: str | None, tokenizer: str | None) -> tuple[str | None, str | None]:
+    """Source and GGUF file name of the tokenizer; (None, None) if there is none yet."""
+    if tokenizer is not None:
+        return tokenizer, gguf_file if model is None else None
+    if model is None or gguf_file is not None or model.endswith(".gguf") or not looks_like_path(model):
+        return model, gguf_file
+    folder = existing_path(model, "model")
+    return (model if has_tokenizer(folder) else None), None
+
+
+def _check_source(model: str | None, config: dict[str, Any] | str | None) -> None:
+    if (model is None) == (config is None):
+        raise ValueError(
+            f"Exactly one of model and config must be given; received model={model!r} and config={config!r}. "
+            "model loads pretrained weights, config trains from random ones."
+        )
+    if isinstance(config, Mapping):
+        try:
+            json.dumps(config)
+        except TypeError as error:
+            raise ValueError(
+                f"config must hold plain values only, so that checkpoints load safely: {error}. Pass numbers, "
+                "strings, lists and dictionaries."
+            ) from error
+    elif config is not None and not isinstance(config, str):
+        raise ValueError(
+            f"config must be a dictionary or a string, received {type(config).__name__}. Pass config.to_dict()."
+        )
+
+
+def _check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, accepted))}.")
+
+
+def _check_range(name: str, value: object, valid: bool, accepted: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value!r} is out of range: it must be {accepted}.")
