@@ -1,4 +1,4 @@
-"""Tiny models and their data, for all tests."""
+"""What every test takes as given: one thread a process, and fixtures of tiny models."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import naive
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import LAYERS, Reference, make_llama, make_tokens
 from torch import Tensor, nn
 
 # The tests run in as many processes as there are cores; processes started by tests inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
 torch.set_num_threads(1)
+
+
 # Started in the background (nohup, some CI systems), a process inherits that Ctrl-C is ignored; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,42 +32,6 @@ def no_group_outlives_a_test() -> Iterator[None]:
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-# A Llama for CausalLM(config=...), of which a training step takes no time.
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def make_llama(seed: int = 0, **changes: Any) -> nn.Module:
-    """A Llama of two blocks with grouped-query attention, weights large enough that nothing is nearly linear."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 128,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.1,
-    }
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
-
-
-def make_tokens(samples: int, length: int, vocab: int = 128, seed: int = 1) -> Tensor:
-    return torch.randint(vocab, (samples, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture
@@ -82,35 +49,6 @@ def tokens() -> Callable[..., Tensor]:
     return make_tokens
 
 
-def snapshot(model: nn.Module) -> dict[str, bytes]:
-    """The bits of every parameter and buffer."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {n: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in tensors.items()}
-
-
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-BLOCKS = [[f"model.layers.{i}.{p}" for p in PROJECTIONS] for i in range(2)]
-LAYERS = {f"{name}.weight": name for block in BLOCKS for name in block}
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A Llama in float64 (so that only the package's own rounding is left), its data, and naive results."""
-
-    model: nn.Module
-    ids: Tensor
-    statistics: dict[str, dict[str, Any]]
-    weights: dict[str, Any]
-
-
 @pytest.fixture(scope="session")
 def reference() -> Reference:
     """Not to be changed: copy the model."""
@@ -118,9 +56,3 @@ def reference() -> Reference:
     statistics = naive.statistics(model, [{"input_ids": row[None]} for row in ids], LAYERS)
     weights = {name: model.get_parameter(name).detach().numpy().copy() for name in LAYERS}
     return Reference(model, ids, statistics, weights)
-
-
-def clean_environment() -> dict[str, str]:
-    """For processes that form a group of their own: nothing of an earlier group in this process, such as its port."""
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in group}

@@ -20,8 +20,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from conftest import TINY, make_llama, make_tokens, snapshot
 from measured_models import make_models
+from tiny import TINY, make_llama, make_tokens, snapshot
 
 import lightning_prune.checkpoints.export
 import lightning_prune.evaluation.evaluate

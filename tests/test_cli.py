@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from safetensors.torch import save_file
+from tiny import TINY
 
 from lightning_prune import CausalLM
 from lightning_prune.checkpoints.inspection import inspect

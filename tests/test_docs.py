@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import make_tokens
+from tiny import make_tokens
 from torch.utils.data import DataLoader
 
 import lightning_prune

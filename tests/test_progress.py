@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import clean_environment
+from tiny import clean_environment
 
 from lightning_prune.progress import is_main_process, progress_bar
 
 pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
-WORKER = Path(__file__).parent / "progress_worker.py"
+WORKER = Path(__file__).parent / "helpers" / "progress_worker.py"
 SHOWN = (
     "Calibrating (forward + backward)", "Calibrating (forward)", "Selecting", "Pruning blocks", "Reconstructing blocks",
     "Compensating", "Perplexity", "Reading weights", "Checking what was written", "Counting zeros",

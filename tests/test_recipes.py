@@ -8,8 +8,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from jsonargparse import ArgumentParser
+from tiny import TINY
 
 from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot
 from lightning_prune.checkpoints.inspection import inspect

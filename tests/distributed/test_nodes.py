@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY, clean_environment
+from tiny import TINY, clean_environment
 from transformers import AutoModelForCausalLM
 
 from lightning_prune.checkpoints.inspection import inspect

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -12,9 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_per_sample_gradients import autograd, data, in_batch_negatives, penalty, squares, two_layers
+from per_sample_losses import autograd, data, in_batch_negatives, penalty, squares, two_layers
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.calibration import collect

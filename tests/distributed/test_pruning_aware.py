@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import shrinking_worker
 import torch
-from conftest import clean_environment
 from safetensors.torch import load_file
+from tiny import clean_environment
 
 pytestmark = pytest.mark.distributed
 

@@ -1,0 +1,581 @@
+"""Where calibration batches come from, and that neither the training data nor the module shows that it happened."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import io
+import itertools
+import queue
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from tiny import make_llama
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torchmetrics import MeanMetric
+
+from lightning_prune import LinearSchedule, OneShot, WeightPruning, prune
+from lightning_prune.callbacks import traces
+
+warnings.filterwarnings("ignore", module="lightning")
+
+SAMPLES = 24
+
+
+class Numbered(L.LightningModule):
+    """Notes the samples that training steps see; a sample's first feature is its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+class Watch(L.Callback):
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Tensor, batch_idx: int) -> None:
+        self.batches.append(copy.deepcopy(batch))
+
+
+def rows(count: int = SAMPLES) -> Tensor:
+    values = torch.rand(count, 4, generator=torch.Generator().manual_seed(2))
+    values[:, 0] = torch.arange(count)
+    return values
+
+
+def fit(data: Any, *callbacks: L.Callback, module: L.LightningModule | None = None, **options: Any) -> list[Tensor]:
+    """Train; returns the batches that training saw."""
+    watch = Watch()
+    settings = {"max_epochs": 2, "limit_train_batches": 5, **options}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*callbacks, watch],
+        **settings,
+    )
+    L.seed_everything(3, verbose=False)
+    trainer.fit(Numbered() if module is None else module, data)
+    return watch.batches
+
+
+def pruning(seen: list[Tensor] | None = None, **options: Any) -> WeightPruning:
+    """Prunes nothing, and notes the batches that it calibrates on."""
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        if seen is not None:
+            seen.append(batch.clone())
+        return module.net(batch).square().sum(-1).reshape(-1)
+
+    settings = {"score": "gblm", "sparsity": 0.0, "num_samples": 8, "loss_fn": loss, "progress": False, **options}
+    return WeightPruning(**settings)
+
+
+def numbers(batches: list[Tensor]) -> list[int]:
+    return [int(n) for batch in batches for n in batch[..., 0].reshape(-1)]
+
+
+class Fresh(IterableDataset):
+    """Starts anew with every iterator."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from rows()
+
+
+class Onwards(IterableDataset):
+    """Goes on where it was left, as a reader of a long text does."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.buffer: collections.deque[Tensor] = collections.deque()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            if not self.buffer:
+                self.buffer.extend(rows()[[self.position % SAMPLES, (self.position + 1) % SAMPLES]])
+                self.position += 2
+            yield self.buffer.popleft()
+
+
+class Chunks(Onwards):
+    """Makes its batches itself."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        samples = super().__iter__()
+        while True:
+            yield torch.stack([next(samples), next(samples)])
+
+
+class Reader(IterableDataset):
+    """Cannot be copied, but says where it is."""
+
+    def __init__(self) -> None:
+        self.file = io.TextIOWrapper(io.BytesIO("".join(f"{i}\n" for i in range(SAMPLES)).encode()))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while line := self.file.readline():
+            yield rows()[int(line)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.file.tell()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.file.seek(state["at"])
+
+
+class Noisy(Dataset):
+    """Augments with a random generator of its own, and counts."""
+
+    def __init__(self) -> None:
+        self.random, self.numpy, self.torch = random.Random(1), np.random.default_rng(1), torch.Generator()
+        self.served, self.order = 0, []
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.served += 1
+        self.order.append(index)
+        noise = self.random.random() + float(self.numpy.random()) + torch.rand((), generator=self.torch)
+        return rows()[index] + torch.tensor([0.0, float(noise), self.served, len(self.order)])
+
+
+class Rows(Dataset):
+    """Takes an index, or a list of them."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return rows()[index]
+
+
+class EveryThird(Sampler):
+    """A user's own, with a state: each epoch begins elsewhere."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.epoch += 1
+        yield from range(self.epoch % 2 * 3, SAMPLES, 3)
+
+    def __len__(self) -> int:
+        return SAMPLES // 3
+
+
+class Pairs(Sampler):
+    """Batches of a sample and its partner; has no length, and no end."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(4)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            first = int(torch.randint(SAMPLES // 2, (), generator=self.generator))
+            yield [first, first + SAMPLES // 2]
+
+
+class Batches:
+    """No DataLoader, but Lightning takes it."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        return iter((rows() + torch.tensor([0.0, self.passes, 0, 0])).split(4))
+
+    def __len__(self) -> int:
+        return SAMPLES // 4
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(9)
+
+
+LOADERS: dict[str, Callable[[], Any]] = {
+    "shuffled": lambda: DataLoader(rows(), 4, shuffle=True),
+    "with a generator": lambda: DataLoader(rows(), 4, shuffle=True, generator=seeded()),
+    "noisy": lambda: DataLoader(Noisy(), 4, shuffle=True),
+    "subset": lambda: DataLoader(rows(), 4, sampler=SubsetRandomSampler(range(12), generator=seeded())),
+    "weighted": lambda: DataLoader(rows(), 4, sampler=WeightedRandomSampler([1.0] * 12 + [0.0] * 12, 20)),
+    "own sampler": lambda: DataLoader(rows(), 4, sampler=EveryThird()),
+    "own batches": lambda: DataLoader(rows(), batch_sampler=Pairs()),
+    "given batches": lambda: DataLoader(rows(), batch_sampler=BatchSampler(EveryThird(), 4, False)),
+    "dataset of batches": lambda: DataLoader(rows().split(4), batch_size=None, shuffle=True),
+    "sampler of batches": lambda: DataLoader(
+        Rows(), batch_size=None, sampler=BatchSampler(RandomSampler(Rows()), 4, False)
+    ),
+    "stream": lambda: DataLoader(Fresh(), 4),
+    "stream that goes on": lambda: DataLoader(Onwards(), 4),
+    "stream that says where it is": lambda: DataLoader(Reader(), 4),
+    "stream of batches": lambda: DataLoader(Chunks(), batch_size=None),
+    "no loader": Batches,
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_training_sees_the_batches_that_it_would_see_without(kind: str) -> None:
+    expected = fit(LOADERS[kind]())
+    seen: list[Tensor] = []
+    got = fit(LOADERS[kind](), pruning(seen))
+    assert len(expected) == len(got) > 1
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert seen
+    assert {batch.shape[1:] for batch in seen} == {batch.shape[1:] for batch in got}
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "noisy", "weighted", "stream that goes on", "no loader"])
+def test_updates_in_the_middle_of_training_take_nothing_from_it(kind: str) -> None:
+    expected = fit(LOADERS[kind]())
+    seen: list[Tensor] = []
+    got = fit(LOADERS[kind](), pruning(seen, schedule=LinearSchedule(0, 6, 3), score="wanda"))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert len(numbers(seen)) >= 2 * 8
+
+
+def test_the_draw_from_a_plain_loader_is_a_permutation_by_the_seed() -> None:
+    seen: list[Tensor] = []
+    for shuffle in (True, False):
+        seen.clear()
+        fit(DataLoader(rows(), 4, shuffle=shuffle), pruning(seen, seed=5, score="wanda"))
+        assert numbers(seen) == torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5))[:8].tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed"),
+    [
+        ("subset", range(12)),
+        ("weighted", range(12)),
+        ("own sampler", range(0, SAMPLES, 3)),
+        ("given batches", range(0, SAMPLES, 3)),
+    ],
+)
+def test_samples_that_training_leaves_out_are_not_calibrated_on(kind: str, allowed: range) -> None:
+    seen: list[Tensor] = []
+    fit(LOADERS[kind](), pruning(seen, num_samples=8, score="wanda"))
+    assert len(numbers(seen)) >= 5
+    assert set(numbers(seen)) <= set(allowed)
+    if kind == "subset":
+        assert len(set(numbers(seen))) == 8  # without replacement
+
+
+def test_batches_stay_as_the_batch_sampler_composes_them() -> None:
+    seen: list[Tensor] = []
+    fit(LOADERS["own batches"](), pruning(seen, score="wanda"))
+    assert [b - a for a, b in (numbers([batch]) for batch in seen)] == [SAMPLES // 2] * 4
+
+
+@pytest.mark.parametrize("kind", ["dataset of batches", "sampler of batches"])
+def test_batches_of_a_loader_without_batching_are_those_of_training(kind: str) -> None:
+    seen: list[Tensor] = []
+    fit(LOADERS[kind](), pruning(seen, score="wanda", num_samples=12))
+    assert [batch.shape for batch in seen] == [(4, 4)] * 3
+    assert len(set(numbers(seen))) == 12
+
+
+@pytest.mark.parametrize("kind", ["with a generator", "noisy", "stream that goes on", "stream that says where it is"])
+def test_the_training_loader_itself_can_be_given_for_calibration(kind: str) -> None:
+    expected = fit(LOADERS[kind]())
+    loader, seen = LOADERS[kind](), []
+    got = fit(loader, pruning(seen, calibration=loader))
+    assert seen
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+class Held(IterableDataset):
+    """Reads what nothing can read twice."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.source
+
+
+def test_streams_that_can_be_read_only_once_are_refused_before_a_sample_is_lost() -> None:
+    for wrap in (lambda stream: DataLoader(Held(stream), 4), lambda stream: stream):
+        stream = (row for row in rows())
+        with pytest.raises(
+            ValueError, match=r"generator.*training would miss what calibration reads: pass calibration="
+        ):
+            fit(wrap(stream), pruning())
+        assert int(next(stream)[0]) == 0
+    files = DataLoader(Reader(), 4)
+    with pytest.raises(ValueError, match=r"LinearSchedule.*while training reads its stream.*pass calibration="):
+        fit(files, pruning(schedule=LinearSchedule(0, 4, 2)))
+    assert files.dataset.file.tell() == 0
+
+
+def test_several_loaders_are_refused_with_advice() -> None:
+    for loaders in ([DataLoader(rows(), 4), DataLoader(rows(), 4)], {"a": DataLoader(rows(), 4)}):
+        with pytest.raises(ValueError, match=r"not one DataLoader: pass calibration="):
+            fit(loaders, pruning())
+
+
+def test_a_generator_that_would_run_dry_is_refused_before_it_is_read() -> None:
+    batches = iter(rows().split(4))
+    with pytest.raises(ValueError, match=r"can be read once.*more than one update.*pass a list or a DataLoader"):
+        fit(DataLoader(rows(), 4), pruning(calibration=batches, schedule=LinearSchedule(0, 4, 2)))
+    assert int(next(batches)[0, 0]) == 0
+    seen: list[Tensor] = []
+    fit(DataLoader(rows(), 4), pruning(seen, calibration=batches, score="wanda"))  # once is enough for one update
+    assert numbers(seen) == list(range(4, 12))
+
+    tokens = ({"input_ids": torch.randint(0, 128, (2, 8))} for _ in range(4))
+    model = make_llama()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"batches=generator can be read once.*sequential=True.*pass a list"):
+        prune(model, tokens, score="gblm", sequential=True, num_samples=4)
+    assert len(list(tokens)) == 4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# -- traces ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Meter:
+    total: float = 0.0
+    by_class: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Slotted:
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Traceful(Numbered):
+    """A training step that leaves traces of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nested = {"loss": [], "by": {"epoch": [[0.0]]}}
+        self.groups: Any = collections.defaultdict(list)
+        self.counter = collections.Counter(a=2)
+        self.last: Any = collections.deque([1, 2], maxlen=3)
+        self.running = torch.zeros(3)
+        self.pair = (torch.zeros(2), [1])
+        self.array = np.zeros(3)
+        self.meter, self.slotted = Meter(), Slotted()
+        self.loose = [MeanMetric()]
+        self.metric = MeanMetric()
+        self.seen = {1}
+        self.dice, self.numpy, self.legacy = random.Random(2), np.random.default_rng(2), np.random.RandomState(2)
+        self.torch_dice = torch.Generator().manual_seed(2)
+        self.register_buffer("queue", torch.zeros(4))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+        self.teacher = nn.Linear(4, 6).requires_grad_(False)
+        self.hidden = [nn.Linear(4, 6).requires_grad_(False)]
+        self.center = nn.Parameter(torch.zeros(3))
+        self.best: Any = None
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx) + (self.queue.sum() + self.pointer) * 0
+        self.nested["loss"].append(1.0)
+        self.nested["by"]["epoch"][0].append(2.0)
+        self.nested["new"] = {}
+        self.groups["x"].append(1)
+        self.counter["b"] += 1
+        self.last.append(3)
+        self.running += 1
+        self.pair[0].add_(1)
+        self.pair[1].append(2)
+        self.array[0] += 1
+        self.meter.total += 1
+        self.meter.by_class.setdefault("a", []).append(1.0)
+        self.slotted.count += 1
+        self.loose[0].update(1.0)
+        self.metric.update(1.0)
+        self.seen.add(2)
+        self.dice.random(), self.numpy.random(), self.legacy.rand()
+        torch.rand(1, generator=self.torch_dice)
+        torch.rand(1), random.random(), np.random.rand()
+        self.queue = torch.cat([self.queue[1:], torch.ones(1)])  # another tensor under the same name
+        self.pointer += 1
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.net[0].weight, 0.5)
+            self.teacher.bias.data = self.teacher.bias.data * 0.5 + 1
+            own, other = [p.data for p in self.hidden[0].parameters()], list(self.net[0].parameters())
+            torch._foreach_lerp_(own, other, 0.5)
+            self.center[0] = 5.0
+        self.best = loss.detach()
+        self.late = 1
+        return loss
+
+
+def described(module: Traceful) -> dict[str, Any]:
+    tensors = [*module.state_dict().values(), module.running, module.pair[0]]
+    tensors += list(module.hidden[0].parameters()) + list(module.loose[0].metric_state.values())
+    return {
+        "tensors": [t.detach().clone().tolist() for t in [*tensors, *module.metric.metric_state.values()]],
+        "plain": copy.deepcopy([module.nested, module.counter, module.last, module.seen, module.pair[1], module.best]),
+        "groups": dict(module.groups),
+        "objects": [copy.deepcopy(module.meter), module.slotted.count, module.array.tolist()],
+        "updates": [module.metric._update_count, module.loose[0]._update_count],
+        "dice": [copy.deepcopy(d).random() for d in (module.dice, module.numpy)]
+        + [copy.deepcopy(module.legacy).rand(), module.torch_dice.get_state().tolist()],
+        "late": hasattr(module, "late"),
+        "storages": [p.data_ptr() for p in module.parameters()] + [module.queue.data_ptr()],
+    }
+
+
+@pytest.mark.parametrize("score", ["wanda", "gblm"])
+def test_nothing_of_a_training_step_stays(score: str) -> None:
+    module = Traceful()
+    before = described(module)
+    found: dict[str, Any] = {}
+    global_states: list[Any] = []
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            found.update(described(module))
+            global_states.append((torch.rand(1).item(), random.random(), np.random.rand()))
+
+    options = {"loss_fn": None, "num_samples": 4, "score": score, "ignore": ["teacher"]}
+    fit(DataLoader(rows(), 4), pruning(**options), Look(), module=module)
+    for name, value in before.items():
+        assert found[name] == value, name
+    assert described(module) != before  # training itself does leave them
+    fit(DataLoader(rows(), 4), Look(), module=Traceful())
+    assert global_states[0] == global_states[1]
+
+
+def test_what_cannot_be_put_back_is_named() -> None:
+    class Drawing(Numbered):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turns = itertools.cycle([1.0, 2.0])
+            self.sources = {"unlabelled": (row for row in rows())}
+            self.outbox = queue.Queue()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * next(self.turns)
+
+    with pytest.warns(UserWarning, match=r"cannot be undone") as caught:
+        fit(DataLoader(rows(), 4), pruning(loss_fn=None), module=Drawing())
+    text = next(str(w.message) for w in caught if "cannot be undone" in str(w.message))
+    assert all(
+        re.search(part, text) for part in (r"Drawing\.turns \(cycle\)", r"sources \(generator\)", r"outbox \(Queue\)")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", module="lightning")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        fit(DataLoader(rows(), 4), pruning(loss_fn=None), module=Numbered())
+
+
+def test_what_is_too_large_to_remember_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_MOST_ITEMS", 50)
+    module = Numbered()
+    module.table, module.few = list(range(60)), [1]
+    state = traces.State({"Numbered": module})
+    assert state.unknown == {"Numbered.table": "more than 50 items"}
+    module.few.append(2)
+    state.put_back()
+    assert module.few == [1]
+
+
+def test_a_loss_that_writes_to_a_pruned_weight_is_refused_and_the_weight_is_as_it_was() -> None:
+    class Clipped(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for parameter in self.net.parameters():
+                parameter.data.clamp_(-0.01, 0.01)
+            return super().training_step(batch, batch_idx)
+
+    module = Clipped()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"writes to Clipped\.net\.0\.weight.*being pruned.*hook"):
+        fit(DataLoader(rows(), 4), pruning(loss_fn=None), module=module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+# -- what a training step meets --------------------------------------------------------------------------------------
+
+
+class Prepared(Numbered):
+    """Needs what a hook makes."""
+
+    hook = "on_train_start"
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * self.factor
+
+
+def _make_factor(self: Prepared, *args: Any) -> None:
+    self.factor = 2.0
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"])
+def test_a_step_that_needs_what_hooks_make_is_told_so_and_what_to_do(hook: str) -> None:
+    module = type("Hooked", (Prepared,), {hook: _make_factor})()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match=r"AttributeError.*'factor'.*before.*on_train_start.*OneShot\(1\)"):
+        fit(DataLoader(rows(), 4), pruning(loss_fn=None), module=module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    later = pruning(loss_fn=None, sparsity=0.5, schedule=OneShot(1))
+    fit(DataLoader(rows(), 4), later, module=type("Hooked", (Prepared,), {hook: _make_factor})())
+    assert later.sparsity == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_step_finds_what_it_finds_in_training() -> None:
+    found: list[Any] = []
+
+    class Curious(Numbered):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {"x": batch["x"] * 2, "by": ["before"]}
+
+        def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+            return {"x": batch["x"] * 3, "by": [*batch["by"], "transfer"]}
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {"x": batch["x"] * 5, "by": [*batch["by"], "after"]}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log("a", 1.0), self.log_dict({"b": 2.0})
+            rates = self.optimizers().param_groups[0]["lr"], self.lr_schedulers().get_last_lr()
+            found.append((batch["by"], self.current_epoch, self.trainer.training, rates))
+            return super().training_step(batch["x"], batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+
+    data = [{"x": row} for row in rows()]
+    fit(
+        DataLoader(data, 4), pruning(loss_fn=None, score="wanda"), module=Curious(), max_epochs=1, limit_train_batches=1
+    )
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]
+    assert found[0][0] == ["before", "transfer", "after"]

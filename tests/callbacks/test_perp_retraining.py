@@ -1,0 +1,281 @@
+"""PERPRetraining in a Trainer: prune, retrain and merge in one fit, alone and beside WeightPruning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from perp_models import halve, zeros
+from perp_trainers import GPT2, LLAMA, Losses, loader, make_module, make_trainer, pruning
+from tiny import snapshot
+from torch import Tensor
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+from lightning_prune import CausalLM, CubicSchedule, WeightPruning
+from lightning_prune.callbacks.perp_retraining import PERPRetraining
+from lightning_prune.perp import SparsePeftModel, trainable_share
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16-mixed": {"trainer": {"precision": "bf16-mixed"}},
+    "bf16-true": {"trainer": {"precision": "bf16-true"}},
+    "accumulate": {"trainer": {"accumulate_grad_batches": 2}},
+    "clip": {"trainer": {"gradient_clip_val": 0.1}},
+    "checkpointing": {"module": {"gradient_checkpointing": True}},
+    "gpt2": {"config": GPT2},
+    "scale_lora": {"perp": {"adapter": "scale_lora"}},
+    "lora_prune": {"perp": {"adapter": "lora_prune"}},
+    "norms only": {"perp": {"adapter": None}},
+    "gblm": {"pruning": {"score": "gblm"}},
+    "kfac": {"pruning": {"score": "kfac"}},
+    "wanda 2:4": {"pruning": {"score": "wanda", "sparsity": None, "pattern": "2:4"}},
+    "sequential": {"pruning": {"score": "wanda", "sequential": True}},
+    "sparsegpt": {"pruning": {"score": "sparsegpt"}},
+    "some layers": {"pruning": {"targets": ["up_proj", "q_proj"]}},
+}
+
+
+@pytest.mark.parametrize("first", ["pruning", "perp"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_prune_retrain_and_merge_in_one_fit(name: str, first: str, tmp_path: Path) -> None:
+    setting = SETTINGS[name]
+    module = make_module(setting.get("config", LLAMA), **setting.get("module", {}))
+    names = [n for n, _ in module.named_parameters()]
+    pruner, perp, losses = pruning(**setting.get("pruning", {})), PERPRetraining(**setting.get("perp", {})), Losses()
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            optimizer = trainer.optimizers[0]
+            for p in pl_module.parameters():
+                if not p.requires_grad:
+                    assert p.grad is None
+                    assert p not in optimizer.state
+
+    callbacks = [pruner, perp] if first == "pruning" else [perp, pruner]
+    make_trainer(tmp_path, *callbacks, losses, Watch(), **setting.get("trainer", {})).fit(module, loader())
+    assert sum(losses.values[-6:]) < sum(losses.values[:6])
+    assert isinstance(module.model, GPT2LMHeadModel if name == "gpt2" else LlamaForCausalLM)
+    assert [n for n, _ in module.named_parameters()] == names
+    assert all(p.requires_grad for p in module.parameters())
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.01)
+    assert pruner.masks.keys() <= set(names)
+    for weight, mask in pruner.masks.items():
+        value = module.get_parameter(weight).detach()
+        assert not value.contiguous().view(torch.int32 if value.element_size() == 4 else torch.int16)[~mask].any()
+        assert value[mask].count_nonzero() > 0.97 * int(mask.sum())
+
+
+def test_order_of_callbacks_makes_no_difference(tmp_path: Path) -> None:
+    def run(first: str) -> dict[str, bytes]:
+        module, callbacks = make_module(), [pruning(score="gblm"), PERPRetraining()]
+        make_trainer(tmp_path, *(callbacks if first == "pruning" else callbacks[::-1])).fit(module, loader())
+        return snapshot(module.model)
+
+    assert run("pruning") == run("perp")
+
+
+def test_masks_of_gblm_are_those_without_adapters(tmp_path: Path) -> None:
+    def masks(*others: L.Callback) -> dict[str, Tensor]:
+        pruner = pruning(score="gblm")
+        make_trainer(tmp_path, pruner, *others, max_epochs=1).fit(make_module(), loader())
+        return pruner.masks
+
+    alone, beside = masks(), masks(PERPRetraining())
+    assert alone.keys() == beside.keys()
+    assert all(torch.equal(mask, beside[name]) for name, mask in alone.items())
+
+
+def test_model_pruned_before_needs_no_pruner(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, losses = make_module(), Losses()
+    masks = halve(module.model)
+    before = zeros(module.model)
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, PERPRetraining(masks=masks), losses).fit(module, loader())
+    assert "% of the model's (mask_lora, bias, norm, on weights of which 49.65% are pruned)" in caplog.text
+    assert losses.values[-1] < losses.values[0]
+    assert all(torch.equal(z, before[n]) for n, z in zeros(module.model).items())
+
+
+@pytest.mark.parametrize("pruner", [True, False])
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", None])
+def test_resume_is_bit_identical(adapter: str | None, pruner: bool, tmp_path: Path) -> None:
+    def run(path: Path, epochs: int, resume: Any = None) -> dict[str, bytes]:
+        module = make_module(seed=0 if resume is None else 7)  # a resumed model starts from other weights
+        if not pruner and resume is None:
+            halve(module.model)
+        perp = PERPRetraining(adapter=adapter, seed=0 if resume is None else 5)
+        save = ModelCheckpoint(dirpath=path, filename="{epoch}", save_top_k=-1)
+        callbacks = [perp, save, *([pruning(score="gblm")] if pruner else [])]
+        make_trainer(path, *callbacks, max_epochs=epochs).fit(module, loader(), ckpt_path=resume, weights_only=True)
+        return snapshot(module.model)
+
+    uninterrupted = run(tmp_path / "a", 4)
+    checkpoint = tmp_path / "a" / "epoch=1.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["state_dict"].keys() == make_module().state_dict().keys()
+    assert run(tmp_path / "b", 4, checkpoint) == uninterrupted
+
+
+def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
+    save = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    make_trainer(tmp_path, PERPRetraining(), pruning(), save, max_epochs=1).fit(make_module(), loader())
+    for changes, message in (({"adapter": "scale_lora"}, "adapter='mask_lora'"), ({"lora_alpha": 8}, "lora_alpha=32")):
+        trainer = make_trainer(tmp_path, PERPRetraining(**changes), pruning(), max_epochs=2)
+        with pytest.raises(ValueError, match=f"made with {message}"):
+            trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+
+
+def test_unmerged_fit_can_go_on_and_be_merged_later(tmp_path: Path) -> None:
+    module, pruner = make_module(), pruning()
+    make_trainer(tmp_path, pruner, PERPRetraining(merge=False)).fit(module, loader())
+    assert isinstance(module.model, SparsePeftModel)
+    assert 0 < trainable_share(module.model) < 1
+    with pytest.raises(ValueError, match="made with r=16"):
+        make_trainer(tmp_path, pruner, PERPRetraining(r=4)).fit(module, loader())
+    masks = pruner.masks
+    make_trainer(tmp_path, pruner, PERPRetraining()).fit(module, loader())
+    assert isinstance(module.model, LlamaForCausalLM)
+    assert [torch.equal(a, b) for a, b in zip(masks.values(), pruner.masks.values(), strict=True)] == [True] * 14
+
+
+def test_two_fits_with_the_same_callbacks(tmp_path: Path) -> None:
+    module, pruner, perp = make_module(), pruning(), PERPRetraining()
+    for _ in range(2):
+        make_trainer(tmp_path, perp, pruner, max_epochs=1).fit(module, loader())
+        assert isinstance(module.model, LlamaForCausalLM)
+        assert all(not module.get_parameter(n)[~m].any() for n, m in pruner.masks.items())
+
+
+def test_interrupted_fit_leaves_the_adapters_on(tmp_path: Path) -> None:
+    class Fail(L.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("power cut")
+
+    module, pruner = make_module(), pruning()
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(tmp_path, pruner, PERPRetraining(), Fail()).fit(module, loader())
+    assert isinstance(module.model, SparsePeftModel)
+    make_trainer(tmp_path, pruner, PERPRetraining()).fit(module, loader())
+    assert isinstance(module.model, LlamaForCausalLM)
+
+
+def test_adapters_leave_the_random_state_alone(tmp_path: Path) -> None:
+    class State(L.Callback):
+        def on_fit_start(self, *args: Any) -> None:
+            self.state = torch.get_rng_state()
+
+    states = []
+    for others in ([PERPRetraining()], []):
+        state = State()
+        module = make_module()
+        halve(module.model)
+        make_trainer(tmp_path, state, *others, max_epochs=1).fit(module, loader())
+        states.append(state.state)
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"adapter": "lora"}, "pass merge=False"),
+        ({"adapter": "x"}, "must be one of"),
+        ({"train": ("x",)}, "unknown part"),
+        ({"r": 0}, "r=0"),
+        ({"adapter": None, "target_modules": ["q_proj"]}, "leave them out"),
+        ({"adapter": None, "train": ()}, "leaves nothing to train"),
+        ({"lora_options": {"use_dora": True}}, "use_dora=True is not supported"),
+        ({"adapter": "scale_lora", "lora_alpha": 8}, "has no effect"),
+        ({"reconstruct": {"step": 3}}, "unknown option 'step'"),
+        ({"reconstruct": {"steps": 0}}, "steps=0"),
+        ({"reconstruct": {"num_samples": 0}}, "num_samples=0"),
+        ({"reconstruct": 3}, "must be True, False, or a mapping"),
+        ({"adapter": "lora", "merge": False, "reconstruct": True}, "cannot be merged"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        PERPRetraining(**arguments)
+
+
+def model_parallel(tensor: int) -> ModelParallelStrategy:
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: tensor)}  # type: ignore[assignment]
+    return strategy
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "message"),
+    [
+        (
+            FSDPStrategy(),
+            {},
+            r"does not support FSDPStrategy.*use strategy=ModelParallelStrategy\(tensor_parallel_size=1",
+        ),
+        # Made without its constructor, which needs the deepspeed package.
+        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), {}, r"does not support DeepSpeedStrategy"),
+        (model_parallel(2), {}, r"ModelParallelStrategy\(tensor_parallel_size=2\).*use tensor_parallel_size=1"),
+        (model_parallel(1), {"reconstruct": True}, r"which ModelParallelStrategy shards: pass reconstruct=False"),
+    ],
+)
+def test_strategies_that_adapters_cannot_follow_are_refused(
+    strategy: Strategy, arguments: dict[str, Any], message: str
+) -> None:
+    module = make_module()
+    before = snapshot(module)
+    with pytest.raises(ValueError, match=message):
+        PERPRetraining(**arguments).setup(SimpleNamespace(strategy=strategy, callbacks=[]), module, "fit")  # type: ignore[arg-type]
+    assert snapshot(module) == before
+    assert isinstance(module.model, LlamaForCausalLM)
+    assert "configure_model" not in module.__dict__
+
+
+def test_a_model_made_in_configure_model_is_refused() -> None:
+    class Module(CausalLM):
+        def configure_model(self) -> None:
+            self.model = LlamaForCausalLM(self.model.config)
+
+    module, perp = Module(config=LLAMA), PERPRetraining()
+    halve(module.model)
+    perp.setup(SimpleNamespace(strategy=model_parallel(1), callbacks=[]), module, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"configure_model of Module puts another module.*make the model in __init__"):
+        module.configure_model()
+    assert isinstance(module.model, SparsePeftModel)
+    assert "configure_model" not in module.__dict__
+
+
+def test_a_configuration_file_can_say_it() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(PERPRetraining, "perp")
+    values = {"adapter": "scale_lora", "train": ["norm", "head"], "r": 8, "lora_options": {"init_lora_weights": True}}
+    perp = parser.instantiate_classes(parser.parse_object({"perp": values})).perp
+    assert (perp.adapter, perp.train, perp.options["r"]) == ("scale_lora", ("norm", "head"), 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pruner", "message"),
+    [
+        ({}, None, "load a pruned model"),
+        ({"attribute": "network"}, pruning(), "name the attribute"),
+        ({"reconstruct": True}, pruning(schedule=CubicSchedule(start=0, end=4, every=1)), "comes before training"),
+        ({"reconstruct": True}, None, "needs the weights from before pruning"),
+        ({"reconstruct": True}, pruning(score="keep", sparsity=None), "never has the dense weights"),
+        ({"masks": {}}, pruning(), "leave masks out"),
+        ({"target_modules": ["qq_proj"]}, pruning(), "did you mean 'q_proj'"),
+    ],
+)
+def test_what_does_not_fit_the_module_is_refused_before_anything_changes(
+    arguments: dict[str, Any], pruner: WeightPruning | None, message: str, tmp_path: Path
+) -> None:
+    module = make_module()
+    before = snapshot(module)
+    callbacks = [PERPRetraining(**arguments), *([] if pruner is None else [pruner])]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, *callbacks).fit(module, loader())
+    assert snapshot(module) == before
+    assert isinstance(module.model, LlamaForCausalLM)

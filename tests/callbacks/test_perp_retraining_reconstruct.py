@@ -1,0 +1,108 @@
+"""PERPRetraining(reconstruct=...): block by block before training, on the dense weights that WeightPruning found."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from perp_models import halve
+from perp_trainers import Losses, loader, make_module, make_trainer, pruning
+from tiny import snapshot
+from transformers import LlamaForCausalLM
+
+from lightning_prune import PERPRetraining, prune
+from lightning_prune.perp import reconstruct
+
+OPTIONS: dict[str, Any] = {"steps": 6, "learning_rate": 1e-2, "num_samples": 8}
+
+
+class AtStart(L.Callback):
+    """The plain weights when the first batch begins, and what the optimizer holds then."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 0:
+            named = pl_module.model.named_parameters()
+            self.weights = {n: p.detach().clone() for n, p in named if "lora_" not in n}
+            held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+            self.same = all(id(p) in held for p in pl_module.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("first", ["pruning", "perp"])
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", None])
+def test_is_the_function_before_training(adapter: str | None, first: str, tmp_path: Path) -> None:
+    samples = [{"input_ids": row["input_ids"][None]} for row in loader().dataset][:8]
+    module, start, losses = make_module(), AtStart(), Losses()
+    dense = copy.deepcopy(module.model)
+    expected = copy.deepcopy(module.model)
+    masks = prune(expected, samples, score="wanda", sparsity=0.5, num_samples=8, progress=False)
+    calibration = list(loader())[:2]
+    r = {} if adapter is None else {"r": 4}
+    report = reconstruct(expected, calibration, dense, masks, adapter=adapter, **OPTIONS, **r)
+
+    pruner = pruning(score="wanda", calibration=samples)
+    perp = PERPRetraining(adapter=adapter, reconstruct={**OPTIONS, "calibration": calibration}, r=4)
+    callbacks = [pruner, perp] if first == "pruning" else [perp, pruner]
+    make_trainer(tmp_path, *callbacks, start, losses).fit(module, loader())
+    assert perp.reconstruction == report
+    found = {n.replace("base_model.model.", "", 1).replace(".base_layer", ""): w for n, w in start.weights.items()}
+    assert found.keys() == dict(expected.named_parameters()).keys()
+    assert all(torch.equal(found[n], p) for n, p in expected.named_parameters())
+    assert start.same  # training goes on with the adapters that the optimizer knows
+    assert sum(losses.values[-6:]) < sum(losses.values[:6])
+    assert isinstance(module.model, LlamaForCausalLM)
+    assert all(not module.get_parameter(n)[~m].view(torch.int32).any() for n, m in pruner.masks.items())
+    assert pruner.take_dense_weights() == {}
+
+
+def test_of_a_model_pruned_before_and_a_folder(tmp_path: Path) -> None:
+    module = make_module()
+    module.save_pretrained(tmp_path / "dense")
+    halve(module.model)
+    perp = PERPRetraining(reconstruct={**OPTIONS, "dense": str(tmp_path / "dense"), "offload": "cpu"})
+    trainer = make_trainer(tmp_path, perp, max_epochs=1, precision="bf16-mixed")
+    trainer.fit(module, loader())
+    assert perp.reconstruction is not None
+    assert perp.reconstruction.after < perp.reconstruction.before
+
+
+def test_resume_does_not_reconstruct_again(tmp_path: Path) -> None:
+    def run(path: Path, epochs: int, resume: Any = None) -> tuple[dict[str, bytes], PERPRetraining]:
+        module, perp = make_module(seed=0 if resume is None else 7), PERPRetraining(reconstruct=OPTIONS)
+        save = ModelCheckpoint(dirpath=path, filename="{epoch}", save_top_k=-1)
+        trainer = make_trainer(path, perp, pruning(score="wanda"), save, max_epochs=epochs)
+        trainer.fit(module, loader(), ckpt_path=resume, weights_only=True)
+        return snapshot(module.model), perp
+
+    whole, _ = run(tmp_path / "a", 2)
+    resumed, perp = run(tmp_path / "b", 2, tmp_path / "a" / "epoch=0.ckpt")
+    assert resumed == whole
+    assert perp.reconstruction is None
+
+
+def test_a_second_fit_has_no_dense_weights(tmp_path: Path) -> None:
+    module, pruner, perp = make_module(), pruning(), PERPRetraining(reconstruct=OPTIONS)
+    make_trainer(tmp_path, perp, pruner, max_epochs=1).fit(module, loader())
+    with pytest.raises(ValueError, match="pruned before this fit"):
+        make_trainer(tmp_path, perp, pruner, max_epochs=1).fit(module, loader())
+
+
+def test_interrupted_reconstruction_leaves_pruned_weights_and_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise RuntimeError("power cut")
+
+    module, pruner = make_module(), pruning()
+    monkeypatch.setattr(torch.optim.AdamW, "step", stop)
+    with pytest.raises(RuntimeError, match="power cut"):
+        make_trainer(tmp_path, PERPRetraining(reconstruct=OPTIONS), pruner).fit(module, loader())
+    monkeypatch.undo()
+    assert pruner.masks
+    make_trainer(tmp_path, pruner, PERPRetraining()).fit(module, loader())  # takes the adapters up
+    assert isinstance(module.model, LlamaForCausalLM)
+    assert all(not module.get_parameter(n)[~m].any() for n, m in pruner.masks.items())

@@ -1,0 +1,367 @@
+"""`PruningAwarePretraining` in a Trainer: targets, exactness of compaction, what training goes through, refusals."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from gpt2_config import GPT2
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from pruning_aware_models import SMALL, batches, count, fit, make_module, make_trainer, weights
+from structure_models import exact_rms_norms
+from tiny import make_tokens
+from transformers import AutoModelForCausalLM
+
+from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
+from lightning_prune.callbacks.checks import check_trainer, units_stay
+from lightning_prune.structure import read_structure
+
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+ALL = ("attention", "ffn", "stem")
+
+
+def sizes_of(module: Any) -> dict[str, int]:
+    return {name: getattr(module.model.config, name) for name in SIZES}
+
+
+@pytest.mark.parametrize(
+    ("target", "types"), [(0.6, ALL), (0.7, ("ffn",)), (14_000, ("ffn", "stem")), (0.5, ("ffn", "layer"))]
+)
+def test_the_target_is_reached_and_the_model_is_ordinary(target: Any, types: tuple[str, ...], tmp_path: Path) -> None:
+    before = count(make_module())
+    callback = PruningAwarePretraining(target, types, end=10, compact_every=3, picture=str(tmp_path / "p.png"))
+    module = fit(callback)
+    wanted = target * before if isinstance(target, float) else target
+    assert count(module.model) <= wanted
+    assert "layer" in types or count(module.model) > wanted - 2000  # not further below than the last unit
+    assert callback.history[-1].parameters == count(module.model)
+    assert callback.history[-1].step <= 10
+    assert callback.history[-1].tokens == callback.history[-1].step * 4 * 16
+    assert (tmp_path / "p.png").exists()
+
+    ids = make_tokens(2, 9, vocab=64)
+    module.save_pretrained(tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(loaded(ids).logits, module.eval()(ids), rtol=1e-5, atol=1e-5)
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert sizes_of(module) == {name: getattr(loaded.config, name) for name in SIZES}
+
+
+def test_sizes_by_name() -> None:
+    wanted = {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 1}
+    module = fit(PruningAwarePretraining(wanted, end=8))
+    assert sizes_of(module) == {**wanted, "num_attention_heads": 2, "num_hidden_layers": 2}
+
+
+def test_units_per_pruning_and_rounding() -> None:
+    callback = PruningAwarePretraining(0.8, ("ffn",), units_per_pruning=2, round_to=4, every_n_steps=2, start=1)
+    module = fit(callback, max_steps=4)  # one pruning, after step 3
+    assert [record.step for record in callback.history] == [0, 3]
+    assert module.model.config.intermediate_size == 48 - 2 * 4
+
+
+class Checked(PruningAwarePretraining):
+    """Compares the logits before and after each compaction."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.differences: list[float] = []
+        self.removed: set[str] = set()
+
+    def _compact(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._shrinking.pending:
+            ids = make_tokens(3, 11, vocab=64)
+            self.removed |= set(self._shrinking.pending)
+            with torch.no_grad():
+                before = module.model(ids).logits
+                super()._compact(trainer, module)
+                self.differences.append(float((module.model(ids).logits - before).abs().max()))
+
+
+GPT2 |= {"bos_token_id": 0, "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FAMILIES: dict[str, Any] = {
+    "llama": SMALL,
+    "qwen3": {**SMALL, "model_type": "qwen3", "head_dim": 8},
+    "gemma": {**SMALL, "model_type": "gemma", "head_dim": 8},
+    "gpt2": GPT2,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compaction_changes_nothing_in_float64_after_real_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After training steps with masks, momentum and weight decay: masked units must have stayed exactly zero."""
+    exact_rms_norms(monkeypatch)
+    module = make_module(config=FAMILIES[family]).double()
+    types = ("ffn",) if family == "gpt2" else ALL
+    wanted: Any = 0.8 if family == "gpt2" else {"hidden_size": 24, "intermediate_size": 40, "num_key_value_heads": 1}
+    callback = Checked(wanted, types, end=10, compact_every=4)
+    fit(callback, module, max_steps=11, precision="64-true")
+    assert len(callback.differences) >= 2
+    assert max(callback.differences) < 1e-9
+    assert callback.removed == set(types)
+
+
+def test_kfac_hooks_keep_no_graph_that_knows_the_old_shapes() -> None:
+    """GPT-2's layers return views, whose history was held in a circle of references until it was collected."""
+    gc.disable()
+    try:
+        callback = PruningAwarePretraining(0.8, ("ffn",), saliency="kfac", end=6, compact_every=2)
+        module = fit(callback, make_module(config=GPT2), max_steps=8)
+    finally:
+        gc.enable()
+    assert count(module) == callback.history[-1].parameters < 0.81 * callback.history[0].parameters
+
+
+def test_training_is_that_of_a_model_masked_by_hand() -> None:
+    """Against an independent loop: float64, taylor2 of FFN channels written out, AdamW, clipping, accumulation."""
+    callback = PruningAwarePretraining({"intermediate_size": 46}, ("ffn",), every_n_steps=2, compact_every=1)
+    module = make_module(lr_schedule="constant").double()
+    twin: Any = copy.deepcopy(module.model)
+    fit(callback, module, max_steps=5, precision="64-true", accumulate_grad_batches=2, gradient_clip_val=0.1)
+
+    decayed = [p for n, p in twin.named_parameters() if p.dim() > 1 and "embed" not in n]
+    others = [p for n, p in twin.named_parameters() if p.dim() == 1 or "embed" in n]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    loader = list(batches())
+    saliency = [torch.zeros(48, dtype=torch.float64) for _ in range(2)]
+    gone: list[list[int]] = [[], []]
+    for step in range(5):
+        optimizer.zero_grad()
+        for batch in loader[2 * step : 2 * step + 2]:
+            logits = twin(batch["input_ids"]).logits[:, :-1]
+            (
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten()) / 2
+            ).backward()
+        for place, layer in enumerate(twin.model.layers):
+            for name, p in layer.mlp.named_parameters():
+                term = (p.grad * p - 0.5 * p.grad**2 * p**2).abs().detach()
+                saliency[place] += term.sum(0) if name == "down_proj.weight" else term.sum(1)
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        optimizer.step()
+        if step in (1, 3):  # prunings after steps 2 and 4
+            for place, layer in enumerate(twin.model.layers):
+                order = [int(u) for u in saliency[place].argsort() if int(u) not in gone[place]]
+                gone[place].append(order[0])
+                for name, p in layer.mlp.named_parameters():
+                    states = [optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]]
+                    for tensor in (p.data, *states):
+                        tensor.t()[gone[place]] = 0 if name == "down_proj.weight" else tensor.t()[gone[place]]
+                        if name != "down_proj.weight":
+                            tensor[gone[place]] = 0
+                saliency[place].zero_()
+    assert sizes_of(module)["intermediate_size"] == 46
+    for place, layer in enumerate(twin.model.layers):
+        kept = [u for u in range(48) if u not in gone[place]]
+        mine = module.model.model.layers[place].mlp
+        torch.testing.assert_close(mine.gate_proj.weight, layer.mlp.gate_proj.weight[kept], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(mine.down_proj.weight, layer.mlp.down_proj.weight[:, kept], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        module.model.model.embed_tokens.weight, twin.model.embed_tokens.weight, rtol=1e-9, atol=1e-12
+    )
+
+
+def test_a_second_fit_goes_on_and_leaves_a_reached_target_alone() -> None:
+    module, callback = make_module(), PruningAwarePretraining(0.7, ALL, units_per_pruning=2)
+    fit(callback, module, max_steps=2)
+    halfway = count(module.model)
+    assert halfway > 0.7 * count(make_module().model)
+    fit(callback, module, max_steps=40)
+    small, records = count(module.model), len(callback.history)
+    assert small <= 0.7 * count(make_module().model) < halfway  # of the first model, not of the half-way one
+    fit(callback, module, max_steps=3)
+    assert count(module.model) == small
+    assert len(callback.history) == records
+    fit(callback, other := make_module(seed=2), max_steps=2)  # another module begins anew
+    assert callback.history[0].parameters == count(make_module().model) > count(other.model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2},
+        {"checkpointing": True},
+    ],
+    ids=["bf16-mixed", "bf16-true", "clipping and accumulation", "gradient checkpointing"],
+)
+def test_trains_under(settings: dict[str, Any]) -> None:
+    module = make_module(gradient_checkpointing=settings.pop("checkpointing", False))
+    callback = PruningAwarePretraining(0.6, ALL, end=6, compact_every=2)
+    fit(callback, module, max_steps=7, **settings)
+    assert count(module.model) == callback.history[-1].parameters <= 0.6 * count(make_module().model)
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    found = []
+    for checkpointing in (False, True):
+        module = make_module(gradient_checkpointing=checkpointing)
+        fit(PruningAwarePretraining(0.7, ALL, end=5), module, max_steps=6)
+        found.append(weights(module))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_averaged_weights_shrink_too() -> None:
+    class Kept(EMAWeightAveraging):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            self.average = self._average_model.module
+            super().on_train_end(trainer, pl_module)
+
+    averaging = Kept(decay=0.5)
+    callback = PruningAwarePretraining(0.6, ALL, end=6, compact_every=2)
+    module = fit(callback, None, averaging, max_steps=8)
+    assert {n: p.shape for n, p in averaging.average.named_parameters()} == {
+        n: p.shape for n, p in module.named_parameters()
+    }
+    for name, p in averaging.average.named_parameters():  # what ends in the module is the average
+        assert torch.equal(p, module.get_parameter(name)), name
+    assert averaging.average.model.config.hidden_size == module.model.config.hidden_size
+
+
+def test_logged_to_the_logger_and_the_progress_bar(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callback = PruningAwarePretraining(0.6, ALL, end=6)
+    trainer = make_trainer(callback, max_steps=7, logger=logger, log_every_n_steps=1)
+    trainer.fit(make_module(), batches())
+    text = (Path(logger.log_dir) / "metrics.csv").read_text()
+    header = text.splitlines()[0].split(",")
+    for name in ("parameters", "tokens", "hidden_size", "intermediate_size", "saliency_ffn", "pruned_attention"):
+        assert f"shrink/{name}" in header
+    assert str(callback.history[-1].parameters) in text
+    assert trainer.progress_bar_metrics["parameters_M"] == pytest.approx(callback.history[-1].parameters / 1e6)
+
+
+def test_distillation_comes_from_the_source_and_stays_outside(tmp_path: Path) -> None:
+    source = make_module(seed=4)
+    source.save_pretrained(tmp_path / "source")
+    callback = PruningAwarePretraining(0.7, end=4, distill_from=str(tmp_path / "source"), distill_weight=1.0)
+    module = make_module()
+    trainer = make_trainer(callback, max_steps=20)
+    trainer.fit(module, batches())
+    assert trainer.progress_bar_metrics["distillation"] > 0
+    assert "training_step" not in module.__dict__
+    assert not any("source" in name for name in module.state_dict())
+    assert count(source.model) == count(make_module().model)
+
+
+def test_training_that_is_too_short_ends_as_a_small_model_and_says_so() -> None:
+    module = make_module()
+    with pytest.warns(UserWarning, match="before the target"):
+        fit(PruningAwarePretraining(0.5), module, max_steps=2)
+    config = make_module().model.config.to_dict()
+    now = module.model.config.to_dict()
+    assert sum(config[name] != now[name] for name in SIZES) >= 1
+    assert all(p.shape == q.shape for p, q in zip(module.parameters(), CausalLM(config=now).parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "0.5"}, "target='0.5'"),
+        ({"target": 0.5, "types": "ffn"}, "types must be a sequence"),
+        ({"target": 0.5, "types": ["heads"]}, "types="),
+        ({"target": 0.5, "saliency": "wanda"}, "saliency='wanda'"),
+        ({"target": 0.5, "compact_every": 0}, "compact_every=0"),
+        ({"target": 0.5, "round_to": 0}, "round_to=0"),
+        ({"target": 0.5, "end": 5, "units_per_pruning": 2}, "exclude each other"),
+        ({"target": 0.5, "attention_unit": "row"}, "attention_unit='row'"),
+        ({"target": 0.5, "distill_from": "x", "distill_weight": 0.0}, "distill_weight=0.0"),
+        ({"target": 0.5, "temperature": 0.0}, "temperature=0.0"),
+        ({"target": 0.5, "second_order_decay": 1.0}, "second_order_decay=1.0"),
+    ],
+)
+def test_arguments_that_no_model_could_take(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        PruningAwarePretraining(**arguments)
+
+
+class Manual(CausalLM):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.automatic_optimization = False
+
+
+class Factored(CausalLM):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adafactor(self.parameters())
+
+
+REFUSALS: dict[str, tuple[Any, str]] = {
+    "manual": (lambda: (Manual(config=SMALL), [], {}), "manual optimization"),
+    "WeightPruning": (lambda: (make_module(), [WeightPruning()], {}), "WeightPruning keeps tensors"),
+    "SWA": (lambda: (make_module(), [StochasticWeightAveraging(1e-3)], {}), "StochasticWeightAveraging"),
+    "optimizer": (lambda: (Factored(config=SMALL), [], {}), "Adafactor keeps the state"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_shrink_is_refused_before_anything_changes(case: str) -> None:
+    make, message = REFUSALS[case]
+    module, callbacks, settings = make()
+    shapes = {n: p.shape for n, p in module.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        fit(PruningAwarePretraining(0.5), module, *callbacks, **settings)
+    assert {n: p.shape for n, p in module.named_parameters()} == shapes
+    assert "on_load_checkpoint" not in module.__dict__
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_flat_shards_are_refused(strategy: type) -> None:
+    trainer: Any = SimpleNamespace(strategy=strategy.__new__(strategy), callbacks=[], precision_plugin=None)
+    with pytest.raises(ValueError, match=f"does not support {strategy.__name__}, whose shards hide the units"):
+        check_trainer(trainer, PruningAwarePretraining(0.5))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "scaler", "message"), [(2, None, "tensor_parallel_size=2"), (1, object(), "scaler")]
+)
+def test_shards_that_cannot_be_masked_are_refused(tensor: int, scaler: Any, message: str) -> None:
+    strategy = ModelParallelStrategy()
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: tensor)}  # type: ignore[assignment]
+    plugin = SimpleNamespace(scaler=scaler)
+    trainer: Any = SimpleNamespace(strategy=strategy, callbacks=[], precision_plugin=plugin, precision="16-mixed")
+    with pytest.raises(ValueError, match=message):
+        check_trainer(trainer, PruningAwarePretraining(0.5))
+
+
+def test_a_strategy_of_shards_without_shards_is_refused() -> None:
+    structure = read_structure(make_module())
+    assert units_stay(structure, SimpleNamespace()) is False
+    with pytest.raises(ValueError, match="call fully_shard in configure_model"):
+        units_stay(structure, ModelParallelStrategy())
+
+
+def test_frozen_and_compiled_models_are_refused() -> None:
+    module = make_module()
+    module.model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"1 parameters are frozen \(model.norm.weight"):
+        fit(PruningAwarePretraining(0.5), module)
+    fit(PruningAwarePretraining(0.9, ("ffn",), saliency="magnitude"), module)
+    module = make_module()
+    module.model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"is compiled \(torch.compile\)"):
+        fit(PruningAwarePretraining(0.5), module)
+    module = make_module()
+    module.model = torch.compile(module.model, backend="eager")
+    with pytest.raises(ValueError, match=r"is compiled \(torch.compile\)"):
+        fit(PruningAwarePretraining(0.5), module)
+
+
+def test_distilling_from_the_model_itself_or_another_vocabulary_is_refused() -> None:
+    module = make_module()
+    with pytest.raises(ValueError, match="is the model that shrinks"):
+        fit(PruningAwarePretraining(0.5, distill_from=module.model), module)
+    other = make_module(config={**SMALL, "vocab_size": 65}).model
+    with pytest.raises(ValueError, match="vocabulary of 65"):
+        fit(PruningAwarePretraining(0.5, distill_from=other), module)

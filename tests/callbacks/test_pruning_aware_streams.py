@@ -1,0 +1,159 @@
+"""Statistics streamed from training: kfac saliency and input moments, against float64 written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from pruning_aware_models import count, fit, make_module
+from tiny import make_llama, make_tokens
+from torch import Tensor
+
+from lightning_prune import PruningAwarePretraining
+from lightning_prune.structure.compensation import StreamedMoments
+from lightning_prune.structure.saliency import StreamedKFAC
+from lightning_prune.structure.units import merge_removals, read_structure
+
+ALL = ("attention", "ffn", "stem")
+
+
+def passes(model: Any, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and output gradients of every linear layer in one forward and backward."""
+    found: dict[str, list[Tensor]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            found[name] = []
+
+            def hook(_: Any, args: Any, output: Tensor, name: str = name) -> None:
+                found[name].append(args[0].detach().flatten(0, -2).double())
+                output.retain_grad()
+                found[name].append(output)
+
+            handles.append(module.register_forward_hook(hook))
+    model(ids, labels=ids).loss.backward()
+    for handle in handles:
+        handle.remove()
+    return {name: (x, output.grad.flatten(0, -2).double()) for name, (x, output) in found.items()}
+
+
+def test_kfac_of_two_steps_is_the_formula() -> None:
+    model = make_llama(tie_word_embeddings=True)
+    structure = read_structure(model)
+    stream = StreamedKFAC(structure, ALL)
+    stream.watch()
+    expected = {"ffn": torch.zeros(2, 96).double(), "stem": torch.zeros(1, 64).double()}
+    for step in range(2):
+        ids = make_tokens(3, 6, seed=step)
+        stream.listening = True
+        model(ids, labels=ids).loss.backward()
+        stream.listening = False
+        stream.add()
+        for name, (x, delta) in passes(model, ids).items():
+            weight = model.get_submodule(name).weight.detach().double()
+            score = torch.zeros(weight.shape[1]).double()
+            for i in range(weight.shape[0]):
+                score += weight[i] ** 2 * delta[:, i].square().sum() * x.square().sum(0)
+            if name.endswith("down_proj"):
+                expected["ffn"][int(name.split(".")[2])] += score
+            elif not name.endswith("o_proj"):
+                expected["stem"][0] += score
+    assert stream.steps == 2
+    for unit_type, sums in expected.items():
+        torch.testing.assert_close(stream.sums(unit_type), sums, rtol=1e-4, atol=0)
+
+
+def test_moments_weigh_steps_by_their_age_and_leave_padding_out() -> None:
+    model = make_llama()
+    structure = read_structure(model)
+    stream = StreamedMoments(structure, ALL, decay=0.75)
+    stream.watch(structure)
+    products = []
+    for step in range(3):
+        ids = make_tokens(2, 6, seed=step)
+        stream.keep = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        stream.listening = True
+        model(ids)
+        model(ids)  # two batches of one optimizer step
+        stream.listening = False
+        model(ids)
+        stream.end_step()
+        x = passes(model, ids)["model.layers.1.mlp.down_proj"][0][stream.keep.flatten()]
+        products.append(x.t() @ x / len(x))
+    ages = [0.75**2, 0.75, 1.0]
+    expected = sum(a * p for a, p in zip(ages, products, strict=True)) / sum(ages)
+    torch.testing.assert_close(stream.hessians["model.layers.1.mlp.down_proj"].double(), expected, rtol=1e-4, atol=1e-7)
+    assert stream.ready
+    by_layer = stream.by_layer()
+    assert by_layer["model.layers.0.self_attn.q_proj"] is by_layer["model.layers.0.self_attn.v_proj"]
+    assert "lm_head" in by_layer
+
+    removal = merge_removals(
+        structure,
+        {
+            "ffn": [
+                torch.tensor([3]),
+                torch.tensor(
+                    [
+                        5,
+                    ]
+                ),
+            ]
+        },
+    )
+    stream.mask(structure, removal)
+    assert not stream.hessians["model.layers.1.mlp.down_proj"][5].any()
+    assert not stream.hessians["model.layers.1.mlp.down_proj"][:, 5].any()
+    assert stream.hessians["model.layers.0.mlp.down_proj"][5].any()
+
+
+def hooks(module: torch.nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"second_order": True}], ids=["variant A", "variant B"])
+def test_kfac_shrinks_a_model(settings: dict[str, Any]) -> None:
+    module = make_module(gradient_checkpointing=True)
+    before = hooks(module)
+    callback = PruningAwarePretraining(0.6, ALL, saliency="kfac", end=6, compact_every=2, **settings)
+    fit(callback, module, max_steps=7)
+    assert count(module.model) == callback.history[-1].parameters <= 0.6 * count(make_module().model)
+    assert hooks(module) == before
+
+
+def test_gradient_checkpointing_counts_a_pass_once() -> None:
+    histories = []
+    for checkpointing in (False, True):
+        callback = PruningAwarePretraining(0.8, ALL, saliency="kfac", second_order=True, end=4)
+        fit(callback, make_module(gradient_checkpointing=checkpointing), max_steps=5)
+        histories.append(callback.history)
+    for one, other in zip(*histories, strict=True):
+        assert one.units == other.units
+        for unit_type, value in one.saliency.items():
+            assert other.saliency[unit_type] == pytest.approx(value, rel=1e-3)
+
+
+def test_the_second_order_update_lowers_the_loss_right_after_a_pruning() -> None:
+    """What variant B is for: the same units go, the loss rises less."""
+    losses = {}
+    for second_order in (False, True):
+        module = make_module(learning_rate=3e-3)
+        fit(PruningAwarePretraining(0.99, ("ffn",), start=10**6), module, max_steps=40)  # trained, nothing pruned
+
+        class Measure(PruningAwarePretraining):
+            def _prune(self, trainer: Any, step: int) -> None:
+                super()._prune(trainer, step)
+                ids = make_tokens(64, 8, vocab=64).repeat(1, 2)
+                with torch.no_grad():
+                    self.after = float(trainer.lightning_module.model(ids, labels=ids).loss)
+
+        # Half the channels at once, so that there is much to make up for.
+        callback = Measure(
+            {"intermediate_size": 24}, ("ffn",), saliency="magnitude", end=4, every_n_steps=4,
+            second_order=second_order, second_order_every=1,
+        )  # fmt: skip
+        module.hparams["learning_rate"] = 1e-6
+        fit(callback, module, max_steps=4)
+        losses[second_order] = callback.after
+    assert losses[True] < losses[False]

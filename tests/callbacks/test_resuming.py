@@ -1,0 +1,161 @@
+"""Checkpoints of a shrinking model: resumed at any point = uninterrupted; loaded without the callback = ordinary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pruning_aware_models import SMALL, batches, make_module, make_trainer, weights
+from tiny import make_tokens
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
+
+from lightning_prune import CausalLM, PruningAwarePretraining
+from lightning_prune.checkpoints.export import export
+
+# Epochs of three steps; prunings at 2, 4, ...: the checkpoints lie before the first, between two, after a compaction.
+SETTINGS: dict[str, Any] = {"target": {"hidden_size": 27, "intermediate_size": 40}, "types": ("ffn", "stem")}
+SETTINGS |= {"every_n_steps": 2, "start": 3, "compact_every": 2, "units_per_pruning": 3}
+EPOCHS = 6
+
+
+def run(folder: Path, epochs: int, resume: Path | None = None, *others: L.Callback, **settings: Any) -> Any:
+    callback = PruningAwarePretraining(**{**SETTINGS, **settings})
+    saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    module = make_module(seed=0 if resume is None else 9)  # other weights, as large as at first
+    trainer = make_trainer(callback, saver, *others, max_steps=-1, max_epochs=epochs, enable_checkpointing=True)
+    trainer.fit(module, batches(samples=12), ckpt_path=resume)
+    return module, callback
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"second_order": True, "second_order_every": 2},
+        {"target": {"num_hidden_layers": 1, "intermediate_size": 40}, "types": ("ffn", "layer"), "second_order": True},
+        {"target": 0.7, "types": ("attention", "ffn", "stem"), "end": 12, "units_per_pruning": 1},
+        {"saliency_decay": 0.8},
+        {"saliency_decay": 0.8, "saliency": "kfac", "second_order": True},
+    ],
+    ids=["variant A", "variant B", "layers, variant B", "along a line", "running mean", "running kfac, variant B"],
+)
+def test_resume_is_bit_identical_before_between_and_after_compactions(settings: dict[str, Any], tmp_path: Path) -> None:
+    whole, first = run(tmp_path, EPOCHS, **settings)
+    seen = set()
+    for epoch in (0, 1, 2, 4):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        state = torch.load(path, weights_only=True)["callbacks"]["PruningAwarePretraining"]["shrinking"]
+        small = state["sizes"] != state["first"]
+        seen.add((bool(state["history"][1:]), small, bool(state["pending"])))
+        resumed, second = run(tmp_path / f"from-{epoch}", EPOCHS, path, **settings)
+        assert weights(resumed).keys() == weights(whole).keys()
+        for name, value in weights(whole).items():
+            assert torch.equal(value, weights(resumed)[name]), (epoch, name)
+        assert second.history == first.history
+        assert second.tokens == first.tokens
+    assert (False, False, False) in seen  # nothing pruned yet
+    assert any(small for _, small, _ in seen)
+
+
+def test_the_checkpoints_of_a_run_cover_masked_units(tmp_path: Path) -> None:
+    """The test above is worth what its checkpoints are."""
+    run(tmp_path, 3)
+    states = [torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=True)["callbacks"] for epoch in range(3)]
+    found = [state["PruningAwarePretraining"]["shrinking"] for state in states]
+    assert [bool(state["pending"]) for state in found] == [False, True, True]
+    assert found[1]["sizes"] == found[1]["first"] != found[2]["sizes"]
+
+
+def test_averaged_weights_resume_too(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path, 4, None, EMAWeightAveraging(decay=0.5))
+    resumed, _ = run(tmp_path / "rest", 4, tmp_path / "epoch=2.ckpt", EMAWeightAveraging(decay=0.5))
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+
+
+def test_a_checkpoint_loads_without_the_callback_with_its_sizes(tmp_path: Path) -> None:
+    """27 hidden channels and 4 heads: no configuration of Llama, so a Mistral of the same weights."""
+    whole, _ = run(tmp_path, EPOCHS)
+    assert whole.model.config.hidden_size == 27
+    ids = make_tokens(2, 9, vocab=64)
+    loaded = CausalLM.load_from_checkpoint(tmp_path / f"epoch={EPOCHS - 1}.ckpt", weights_only=True)
+    assert isinstance(loaded.model, MistralForCausalLM)
+    torch.testing.assert_close(loaded.eval()(ids), whole.eval()(ids), rtol=0, atol=0)
+    loaded.save_pretrained(tmp_path / "loaded")
+    whole.save_pretrained(tmp_path / "whole")
+    export(tmp_path / f"epoch={EPOCHS - 1}.ckpt", tmp_path / "exported")
+    for folder in ("loaded", "whole", "exported"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(model(ids).logits, whole(ids), rtol=1e-6, atol=1e-6)
+    # and with masks in it
+    half = CausalLM.load_from_checkpoint(tmp_path / "epoch=2.ckpt", weights_only=True)
+    assert half.model.config.hidden_size * half.model.config.intermediate_size < 32 * 48
+    # one can go on training it as it is
+    make_trainer(max_steps=2).fit(loaded, batches())
+
+
+def test_a_shrunk_module_resumes_and_evaluates(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path, EPOCHS)
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "epoch=2.ckpt", weights_only=True)
+    trainer = make_trainer(PruningAwarePretraining(**SETTINGS), max_steps=-1, max_epochs=EPOCHS)
+    trainer.fit(loaded, batches(samples=12), ckpt_path=tmp_path / "epoch=2.ckpt")
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(loaded)[name]), name
+    module = make_module(seed=9)
+    validator = make_trainer(PruningAwarePretraining(**SETTINGS))
+    (measured,) = validator.validate(module, batches(), ckpt_path=tmp_path / "epoch=5.ckpt", verbose=False)
+    (expected,) = make_trainer().validate(whole, batches(), verbose=False)
+    assert measured["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+
+
+class WithSizes(L.LightningModule):
+    """A module that is no CausalLM: sizes as hyper-parameters."""
+
+    def __init__(self, hidden_size: int = 32, intermediate_size: int = 48, rms_norm_eps: float = 1e-6, heads: int = 2):
+        super().__init__()
+        self.save_hyperparameters()
+        self.language_model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=64, hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=1,
+                num_attention_heads=heads, num_key_value_heads=1, rms_norm_eps=rms_norm_eps, head_dim=16,
+            )
+        )  # fmt: skip
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.language_model(batch["input_ids"], labels=batch["input_ids"]).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_hyper_parameters_of_any_module_are_kept_up_to_date(tmp_path: Path) -> None:
+    module = WithSizes()
+    callback = PruningAwarePretraining({"hidden_size": 20, "intermediate_size": 41}, ("ffn", "stem"), end=4)
+    trainer = make_trainer(callback, max_steps=5, accumulate_grad_batches=2)
+    trainer.fit(module, batches())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loaded = WithSizes.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+    epsilon = module.language_model.config.rms_norm_eps
+    assert dict(loaded.hparams) == {
+        "hidden_size": 20,
+        "intermediate_size": 41,
+        "heads": 2,
+        "rms_norm_eps": epsilon,
+    }
+    ids = make_tokens(1, 6, vocab=64)
+    torch.testing.assert_close(loaded.language_model(ids).logits, module.language_model(ids).logits, rtol=0, atol=0)
+
+
+def test_other_settings_and_other_models_are_refused(tmp_path: Path) -> None:
+    run(tmp_path, 3)
+    with pytest.raises(ValueError, match="made with saliency='taylor2'"):
+        run(tmp_path / "a", 4, tmp_path / "epoch=1.ckpt", saliency="taylor1")
+    module = make_module(config={**SMALL, "intermediate_size": 20})
+    with pytest.raises(ValueError, match="cannot shrink to"):
+        make_trainer(PruningAwarePretraining(**SETTINGS), max_steps=20).fit(
+            module, batches(), ckpt_path=tmp_path / "epoch=2.ckpt"
+        )

@@ -1,0 +1,405 @@
+"""Adapters on a pruned model and their merge: one table of variants, models and dtypes, the same checks for all."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from perp_models import halve, make_gpt2, pruned, train, zeros
+from tiny import make_llama, make_tokens, snapshot
+from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
+
+from lightning_prune import prune
+from lightning_prune.perp import (
+    SparsePeftModel,
+    adapter_masks,
+    add_adapters,
+    merge,
+    remove_adapters,
+    set_masks,
+    trainable_share,
+)
+from lightning_prune.perp.layers import sparse_layers
+
+MERGED = ["mask_lora", "scale_lora", "lora_prune"]
+FAMILIES = ["llama", "gpt2"]
+DTYPES = [torch.float32, torch.bfloat16]
+IDS = make_tokens(4, 16)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return y
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", MERGED)
+def test_merge_keeps_zeros_and_logits(adapter: str, family: str, dtype: torch.dtype) -> None:
+    plain = pruned(family, dtype)
+    before, weights = zeros(plain), {n: p.detach().clone() for n, p in plain.named_parameters()}
+    model = add_adapters(plain, adapter)
+    assert isinstance(model, SparsePeftModel)
+    losses = train(model, IDS)
+    assert losses[-1] < losses[0]
+    y = logits(model)
+    merged = merge(model)
+    assert merged is plain
+    assert type(merged).__module__.startswith("transformers.")
+    assert {n for n, _ in merged.named_parameters()} == weights.keys()
+    assert all(p.requires_grad for p in merged.parameters())
+    assert not hasattr(merged, "peft_config")
+    for name, zero in zeros(merged).items():
+        # A kept weight may round to zero, a pruned one may not come back.
+        assert bool((zero | ~before[name]).all()), name
+        assert float(zero.float().mean()) == pytest.approx(float(before[name].float().mean()), abs=0.01)
+        assert not torch.equal(merged.get_parameter(name), weights[name])
+    if adapter != "lora_prune":
+        assert torch.equal(logits(merged), y)
+    else:
+        assert not torch.equal(logits(merged), y)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", [*MERGED, "lora"])
+def test_adapters_change_nothing_at_the_start(adapter: str, family: str) -> None:
+    model = pruned(family)
+    y = logits(model)
+    torch.testing.assert_close(logits(add_adapters(model, adapter)), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", [True, "gaussian"])
+def test_scale_lora_starts_at_one_and_gains_rank_only_without_symmetry(init: bool | str) -> None:
+    model = add_adapters(pruned(), "scale_lora", r=4, init_lora_weights=init)
+    train(model, IDS)
+    for _, layer in sparse_layers(model):
+        a, b = layer.matrices()
+        assert torch.linalg.matrix_rank((b @ a).double(), rtol=1e-4) == (1 if init is True else 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora"])
+def test_training_step_is_that_of_float64_written_out(adapter: str, family: str) -> None:
+    plain = pruned(family).double()
+    exact = copy.deepcopy(plain)
+    scaling = {"lora_alpha": 12} if adapter == "mask_lora" else {}
+    model = add_adapters(plain, adapter, r=4, init_lora_weights="gaussian", **scaling)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    leaves, weights = {}, {}
+    for name, layer in sparse_layers(model):
+        a, b = (m.detach().double().requires_grad_() for m in layer.matrices())
+        w = layer.base_weight.detach()
+        product = (b @ a).t() if family == "gpt2" else b @ a
+        weights[f"{name}.weight"] = w + 3 * (w != 0) * product if adapter == "mask_lora" else w * product
+        leaves[name] = (a, b, layer)
+    out = torch.func.functional_call(exact, weights, kwargs={"input_ids": IDS, "labels": IDS})
+    out.loss.backward()
+    assert leaves
+    for name, (a, b, layer) in leaves.items():
+        for own, reference in zip(layer.matrices(), (a, b), strict=True):
+            torch.testing.assert_close(own.grad.double(), reference.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("adapter", MERGED)
+def test_merge_in_place_and_unmerge_give_the_bits_back(adapter: str, safe: bool, dtype: torch.dtype) -> None:
+    plain = pruned(dtype=dtype)
+    model = add_adapters(plain, adapter)
+    train(model, IDS)
+    bits, y = snapshot_bits(model), logits(model)
+    model.merge_adapter(safe_merge=safe)
+    if adapter != "lora_prune":
+        assert torch.equal(logits(model), y)
+    masks = adapter_masks(model)
+    for name, layer in sparse_layers(model):
+        assert not layer.base_weight[~masks[f"{name}.weight"]].any()
+    model.unmerge_adapter()
+    assert snapshot_bits(model) == bits
+    assert torch.equal(logits(model), y)
+    with model.disable_adapter():
+        assert not torch.equal(logits(model), y)
+
+
+def snapshot_bits(model: nn.Module) -> dict[str, bytes]:
+    return {n: p.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("family", "train_parts", "expected"),
+    [
+        ("llama", (), set()),
+        ("llama", ("bias", "norm"), {"norm"}),
+        ("llama", ("head",), {"lm_head"}),
+        ("llama", ("embedding",), {"embed_tokens"}),
+        ("gpt2", ("norm",), {"ln_1", "ln_2", "ln_f"}),
+        ("gpt2", ("bias",), {"bias"}),
+        ("gpt2", ("head",), {"wte"}),  # tied
+        ("gpt2", ("embedding",), {"wte", "wpe"}),
+    ],
+)
+def test_only_adapters_and_the_chosen_parts_train(
+    family: str, train_parts: tuple[str, ...], expected: set[str]
+) -> None:
+    model = add_adapters(pruned(family), train=train_parts)
+    own = [name for name in trainable(model) if ".lora_" not in name]
+    assert all(any(part in name for part in expected) for name in own)
+    assert all(any(part in name for name in own) for part in expected)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    stepped = {name for name, p in model.named_parameters() if p in optimizer.state}
+    assert stepped == set(trainable(model))
+    assert trainable_share(model) == pytest.approx(
+        sum(p.numel() for p in optimizer.state)
+        / sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
+    )
+
+
+def test_without_adapters_the_parts_train_alone() -> None:
+    plain = pruned()
+    before = zeros(plain)
+    model = add_adapters(plain, None, train=("norm",))
+    assert model is plain
+    assert all("norm" in name for name in trainable(model))
+    train(model, IDS)
+    assert merge(model) is plain
+    assert all(torch.equal(z, before[n]) for n, z in zeros(plain).items())
+    assert len(trainable(plain)) == len(list(plain.parameters()))
+
+
+def test_percentage_is_the_papers_on_a_known_shape() -> None:
+    # Of a 64-wide Llama block: r (in + out) for each of seven layers, and two norms; plus the last norm.
+    model = add_adapters(pruned(), r=2)
+    adapters = 2 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 96))
+    own = sum(p.numel() for p in make_llama().parameters())
+    assert trainable_share(model) == pytest.approx((adapters + 5 * 64) / own)
+
+
+def test_masks_of_prune_are_taken_and_kept_zeros_are_not_pruned() -> None:
+    model = make_llama()
+    masks = prune(model, None, score="magnitude", sparsity=0.5, progress=False)
+    name = "model.layers.0.mlp.up_proj.weight"
+    position = masks[name].nonzero()[0].tolist()
+    with torch.no_grad():
+        model.get_parameter(name)[tuple(position)] = 0.0  # kept, and zero by chance
+    wrapped = add_adapters(model, masks=masks)
+    assert all(torch.equal(mask, masks[n]) for n, mask in adapter_masks(wrapped).items())
+    train(wrapped, IDS)
+    assert merge(wrapped).get_parameter(name)[tuple(position)] != 0
+
+
+def test_set_masks_takes_names_with_and_without_peft() -> None:
+    model = make_llama()
+    masks = halve(model)
+    wrapped = add_adapters(model)
+    long = {"base_model.model." + n.replace(".weight", ".base_layer.weight"): m for n, m in masks.items()}
+    for given in (masks, long, None):
+        set_masks(wrapped, given)
+        assert all(torch.equal(mask, masks[n]) for n, mask in adapter_masks(wrapped).items())
+    before = snapshot(wrapped)
+    with pytest.raises(ValueError, match="not zero"):
+        set_masks(wrapped, {n: ~m for n, m in masks.items()})
+    with pytest.raises(ValueError, match=r"torch\.bool"):
+        set_masks(wrapped, {n: m.float() for n, m in masks.items()})
+    assert snapshot(wrapped) == before
+
+
+def test_layers_without_a_pruned_weight_get_no_adapter() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0] = 0.0
+    assert [name for name, _ in sparse_layers(add_adapters(model))] == ["model.layers.1.mlp.up_proj"]
+
+
+def test_peft_selects_layers_ranks_and_scaling() -> None:
+    options: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "use_rslora": True}
+    model = add_adapters(pruned(), r=4, rank_pattern={"up_proj": 2}, **options)
+    layers = dict(sparse_layers(model))
+    assert sorted(layers) == ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert [layers[n].matrices()[0].shape[0] for n in sorted(layers)] == [2, 4]
+    assert layers["model.layers.1.self_attn.q_proj"].scaling["default"] == 8 / 2
+    train(model, IDS)
+    y = logits(model)
+    assert torch.equal(logits(merge(model)), y)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_trains_the_same(reentrant: bool) -> None:
+    def run(checkpointing: bool) -> list[float]:
+        plain = pruned()
+        if checkpointing:
+            plain.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        hooks = list(plain.get_input_embeddings()._forward_hooks)
+        torch.manual_seed(3)
+        model = add_adapters(plain.train(), train=())
+        losses = train(model, IDS)
+        assert list(merge(model).get_input_embeddings()._forward_hooks) == hooks  # what PEFT adds is gone
+        return losses
+
+    assert run(True) == run(False)
+
+
+def test_compiled_model_trains_the_same() -> None:
+    def run(compiled: bool) -> list[float]:
+        torch.manual_seed(3)
+        model = add_adapters(pruned())
+        return train(torch.compile(model, backend="aot_eager") if compiled else model, IDS, steps=3)
+
+    assert run(True) == pytest.approx(run(False), rel=1e-5)
+
+
+def test_hooks_on_base_layers_see_the_effective_layer() -> None:
+    model = add_adapters(pruned())
+    train(model, IDS)
+    y, seen = logits(model), []
+    handles = [
+        layer.get_base_layer().register_forward_hook(lambda m, i, o: seen.append(o))
+        for _, layer in sparse_layers(model)
+    ]
+    assert torch.equal(logits(model), y)
+    assert len(seen) == len(handles) == 14
+
+
+def test_remove_adapters_gives_the_old_weights_back() -> None:
+    plain = pruned()
+    before = snapshot(plain)
+    model = add_adapters(plain, train=())
+    train(model, IDS)
+    model.merge_adapter()
+    assert remove_adapters(model) is plain
+    assert snapshot(plain) == before
+
+
+def test_lora_stays_apart() -> None:
+    model = add_adapters(pruned(), "lora", lora_dropout=0.1)
+    assert train(model, IDS)
+    before = snapshot(model)
+    for attempt in (lambda: merge(model), model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="would fill the zeros"):
+            attempt()
+    assert snapshot(model) == before
+
+
+def test_a_diverged_adapter_is_not_merged() -> None:
+    model = add_adapters(pruned())
+    *_, (name, layer) = sparse_layers(model)
+    with torch.no_grad():
+        layer.matrices()[1][0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=rf"'{name}' has values that are not finite"):
+        merge(model)
+    assert snapshot(model) == before
+
+
+def quantised() -> nn.Module:
+    class Quantised(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(64, 96, bias=False)
+            self.weight = nn.Parameter(torch.zeros(96, 64, dtype=torch.int8), requires_grad=False)
+
+    model = pruned()
+    model.model.layers[0].mlp.up_proj = Quantised()
+    return model
+
+
+def parametrised() -> nn.Module:
+    model = pruned()
+    l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 3)
+    return model
+
+
+BAD: list[tuple[Any, dict[str, Any], str]] = [
+    (pruned, {"adapter": "mask"}, "adapter='mask' must be one of"),
+    (pruned, {"train": "norm"}, r"write train=\('norm',\)"),
+    (pruned, {"train": ["norms"]}, "unknown part 'norms'"),
+    (pruned, {"rank": 4}, "rank=4 is no option of LoRA"),
+    (pruned, {"r": 0}, "r=0 must be an integer"),
+    (pruned, {"lora_dropout": 0.1}, "adapter and weight are one matrix"),
+    (pruned, {"use_dora": True}, "use_dora=True is not supported"),
+    (pruned, {"bias": "all"}, r"use train=\('bias',\)"),
+    (pruned, {"modules_to_save": ["norm"]}, "use train, any of"),
+    (pruned, {"init_lora_weights": "pissa"}, "would fill their zeros"),
+    (pruned, {"adapter": "scale_lora", "lora_alpha": 8}, "has no effect on adapter='scale_lora'"),
+    (pruned, {"adapter": None, "r": 4}, "adapter=None takes no LoRA options"),
+    (pruned, {"adapter": None, "train": ()}, "leaves nothing to train"),
+    (pruned, {"target_modules": ["up_pro"]}, "did you mean 'up_proj'"),
+    (pruned, {"target_modules": "(("}, "is no regular expression"),
+    (pruned, {"target_modules": ["embed_tokens"]}, "is a Embedding"),
+    (pruned, {"target_modules": ["up_proj"], "exclude_modules": ["up_proj"]}, "matches no module"),
+    (make_llama, {}, "prune the model first"),
+    (make_llama, {"target_modules": ["up_proj"]}, "prune the model first"),
+    (make_llama, {"masks": {"model.layers.0.mlp.up_proj.weight": torch.eye(96, 64) > 0}}, "call apply_masks"),
+    (pruned, {"masks": {"nothing.weight": torch.ones(2, 2).bool()}}, "belong to another model"),
+    (quantised, {}, "is quantised"),
+    (parametrised, {}, "is not a plain parameter"),
+    (lambda: pruned().to("meta"), {}, "no data"),
+    (lambda: get_peft_model(pruned(), LoraConfig(target_modules=["q_proj"])), {}, "has adapters already"),
+    (lambda: add_adapters(pruned()), {}, "has adapters already"),
+]
+
+
+@pytest.mark.parametrize(("build", "arguments", "message"), BAD, ids=[b[2][:30] for b in BAD])
+def test_what_does_not_fit_is_refused_and_nothing_changes(build: Any, arguments: dict[str, Any], message: str) -> None:
+    model = build()
+    meta = any(p.is_meta for p in model.parameters())
+    modules, flags = [type(m) for m in model.modules()], trainable(model)
+    before = None if meta else snapshot(model)
+    with pytest.raises((TypeError, ValueError), match=message):
+        add_adapters(model, **arguments)
+    assert [type(m) for m in model.modules()] == modules
+    assert trainable(model) == flags
+    assert meta or snapshot(model) == before
+    if build is pruned:  # and it can be tried again
+        add_adapters(model)
+
+
+def test_failure_inside_peft_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned()
+    before, modules = snapshot(model), [type(m) for m in model.modules()]
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("lightning_prune.perp.adapters.set_masks", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        add_adapters(model)
+    assert snapshot(model) == before
+    assert [type(m) for m in model.modules()] == modules
+    assert len(trainable(model)) == len(list(model.parameters()))
+    assert not hasattr(model, "peft_config")
+
+
+def test_tied_layers_and_second_adapters_are_refused() -> None:
+    model = make_gpt2()
+    halve(model)
+    model.transformer.h[1].mlp.c_fc.weight = model.transformer.h[0].mlp.c_fc.weight
+    with pytest.raises(ValueError, match="is also that of others"):
+        add_adapters(model, target_modules=["c_fc"])
+    wrapped = add_adapters(pruned())
+    with pytest.raises(ValueError, match="only one adapter"):
+        wrapped.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+
+
+def test_merging_needs_adapters() -> None:
+    with pytest.raises(ValueError, match="call model = add_adapters"):
+        merge(pruned())
+
+
+def test_a_model_dequantised_from_gguf_is_taken() -> None:
+    """transformers goes on calling it quantised."""
+    model = pruned()
+    model.is_quantized = True
+    model.config.quantization_config = {"quant_method": "gguf"}
+    before = zeros(model)
+    merged = merge(add_adapters(model))
+    assert all(torch.equal(before[name], now) for name, now in zeros(merged).items())

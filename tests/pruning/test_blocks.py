@@ -1,0 +1,351 @@
+"""Block by block, against a naive loop that runs the whole, partly pruned model for every block."""
+
+import copy
+import math
+
+import naive
+import numpy as np
+import pytest
+import torch
+from tiny import BLOCKS, LAYERS, make_llama, make_tokens, snapshot
+from torch import nn
+
+from lightning_prune import CalibrationError, prune
+from lightning_prune.pruning.blocks import BlockWalk
+
+
+def select(score, group, sparsity, nm):
+    if nm is not None:
+        return naive.nm_mask(score, *nm)
+    return next(iter(naive.masks({"w": score}, sparsity, group).values()))
+
+
+def close_masks(found, expected):
+    total = sum(m.size for m in expected.values())
+    differ = sum(int((found[n].numpy() != expected[n]).sum()) for n in expected)
+    assert all(int(found[n].sum()) == expected[n].sum() for n in expected)
+    assert differ <= 2e-4 * total, differ
+
+
+@pytest.mark.parametrize("name", ["wanda", "gblm", "kfac"])
+@pytest.mark.parametrize("nm", [None, (2, 4)])
+def test_scores_see_the_outputs_of_pruned_blocks(reference, name, nm):
+    group = "row" if name != "kfac" else "layer"
+
+    def prune_layer(layer, weight, statistics):
+        dense = reference.statistics[layer + ".weight"]
+        both = {**dense, **statistics}  # gradients from the dense model, activations from the pruned one
+        mask = select(naive.score(name, weight, both), group, 0.6, nm)
+        return weight * mask, mask
+
+    samples = [{"input_ids": row[None]} for row in reference.ids]
+    _, expected = naive.sequential(reference.model, samples, BLOCKS, prune_layer)
+    model = copy.deepcopy(reference.model)
+    how = {"pattern": "2:4"} if nm else {"sparsity": 0.6, "allocation": "uniform"}
+    batches = [{"input_ids": reference.ids[:2]}, {"input_ids": reference.ids[2:]}]
+    found = prune(model, batches, name, sequential=True, num_samples=5, **how)
+    close_masks(found, expected)
+    assert list(found) == list(LAYERS)
+    for layer in LAYERS:
+        mask = found[layer]
+        assert torch.equal(model.get_parameter(layer), torch.from_numpy(reference.weights[layer]) * mask)
+    # The second block must have seen the first one pruned.
+    if name == "wanda":
+        single = prune(copy.deepcopy(reference.model), batches, name, num_samples=5, **how)
+        assert all(torch.equal(single[n], found[n]) for n in list(LAYERS)[:3])
+        assert not all(torch.equal(single[n], found[n]) for n in list(LAYERS)[7:])
+
+
+@pytest.mark.parametrize("nm", [None, (2, 4), (1, 4)])
+def test_sparsegpt(reference, nm):
+    def prune_layer(layer, weight, statistics):
+        return naive.sparsegpt(weight, statistics["hessian"], sparsity=0.5, nm=nm)
+
+    samples = [{"input_ids": row[None]} for row in reference.ids]
+    expected_model, expected = naive.sequential(reference.model, samples, BLOCKS, prune_layer)
+    model = copy.deepcopy(reference.model)
+    how = {"pattern": "{}:{}".format(*nm)} if nm else {"sparsity": 0.5}
+    found = prune(model, [reference.ids], "sparsegpt", sequential=True, num_samples=5, **how)
+    close_masks(found, expected)
+    for layer in LAYERS:
+        weight, wanted = model.get_parameter(layer), expected_model.get_parameter(layer)
+        same = torch.from_numpy(expected[layer]) == found[layer]
+        difference = (weight - wanted)[same].abs().max() / wanted.abs().max()
+        assert difference < 2e-2, (layer, float(difference))  # float32 Hessians of few tokens
+        assert (weight[~found[layer]].view(torch.int64) == 0).all()
+    assert error_of(reference, model) < 1.001 * error_of(reference, expected_model)
+
+
+def error_of(reference, model):
+    with torch.no_grad():
+        return float((model(reference.ids).logits - reference.model(reference.ids).logits).square().mean())
+
+
+@pytest.mark.parametrize("name", ["wanda", "magnitude", "kfac"])
+def test_update_on_the_mask_of_any_score(reference, name):
+    masks = {}
+
+    def prune_layer(layer, weight, statistics):
+        both = {**reference.statistics[layer + ".weight"], **statistics}
+        group = "row" if name == "wanda" else "layer"
+        masks[layer] = select(naive.score(name, weight, both), group, 0.5, None)
+        return naive.sparsegpt(weight, statistics["hessian"], mask=masks[layer])
+
+    samples = [{"input_ids": row[None]} for row in reference.ids]
+    expected_model, expected = naive.sequential(reference.model, samples, BLOCKS, prune_layer)
+    model, masked = copy.deepcopy(reference.model), copy.deepcopy(reference.model)
+    how = {"score": name, "sparsity": 0.5, "allocation": "uniform", "sequential": True, "num_samples": 5}
+    found = prune(model, [reference.ids], update="obs", **how)
+    close_masks(found, expected)
+    assert error_of(reference, model) == pytest.approx(error_of(reference, expected_model), rel=0.05)
+    with torch.no_grad():
+        for layer, mask in found.items():
+            masked.get_parameter(layer).mul_(mask)
+    assert error_of(reference, model) < error_of(reference, masked)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_does_not_count(side):
+    model = make_llama().double()
+    lengths = [10, 4, 7]
+    ids, mask, samples = torch.full((3, 10), 5), torch.zeros(3, 10, dtype=torch.long), []
+    for i, length in enumerate(lengths):
+        row = make_tokens(1, length, seed=i)
+        where = slice(0, length) if side == "right" else slice(10 - length, 10)
+        ids[i, where], mask[i, where] = row[0], 1
+        samples.append({"input_ids": row})
+
+    def prune_layer(layer, weight, statistics):
+        kept = naive.row_mask(naive.score("wanda", weight, statistics), weight.shape[0] * (weight.shape[1] // 2))
+        return weight * kept, kept
+
+    _, expected = naive.sequential(model, samples, BLOCKS, prune_layer)
+    found = prune(model, [{"input_ids": ids, "attention_mask": mask}], "wanda", sequential=True, num_samples=3)
+    close_masks(found, expected)
+
+
+@pytest.mark.parametrize("update", [None, "obs"])
+@pytest.mark.parametrize("split", [[5], [1, 1, 1, 1, 1], [2, 3]])
+def test_batch_sizes_do_not_matter(reference, split, update):
+    whole, parts = copy.deepcopy(reference.model), copy.deepcopy(reference.model)
+    how = {"score": "wanda", "sequential": True, "num_samples": 5, "update": update}
+    first = prune(whole, [reference.ids], **how)
+    second = prune(parts, list(reference.ids.split(split)), **how)
+    close_masks(first, {n: m.numpy() for n, m in second.items()})
+
+
+def test_generators_serve_scores_that_need_one_walk(reference):
+    found = prune(
+        copy.deepcopy(reference.model), (b for b in reference.ids.split(1)), "wanda", sequential=True, num_samples=5
+    )
+    again = prune(copy.deepcopy(reference.model), reference.ids.split(1), "wanda", sequential=True, num_samples=5)
+    assert all(torch.equal(found[n], again[n]) for n in found)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "qwen3", "pythia"])
+def test_other_families(family):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+    }
+    name, settings = {
+        "gpt2": ("gpt2", {"vocab_size": 64, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+        "opt": ("opt", {**small, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 32}),
+        "gemma2": ("gemma2", {**small, "num_key_value_heads": 2, "head_dim": 8}),
+        "qwen3": ("qwen3", {**small, "num_key_value_heads": 2, "head_dim": 8}),
+        "pythia": ("gpt_neox", small),
+    }[family]
+    settings = {**settings, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.2}
+    torch.manual_seed(1)  # no near tie whose side rounding decides
+    config = CONFIG_MAPPING[name](**{k: v for k, v in settings.items() if k != "initializer_range" or family != "opt"})
+    model, ids = AutoModelForCausalLM.from_config(config).double(), make_tokens(3, 9, 60) + 2
+    layers = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    layers = [n for n in layers if n != "lm_head"]
+    blocks = [[n for n in layers if f".{i}." in n] for i in range(2)]
+    assert sum(map(len, blocks)) == len(layers)
+
+    def prune_layer(layer, weight, statistics):
+        module = model.get_submodule(layer)
+        values = naive.matrix(module, torch.from_numpy(weight))
+        kept = naive.row_mask(naive.score("wanda", values, statistics), values.shape[0] * (values.shape[1] // 2))
+        kept = kept.T if type(module).__name__ == "Conv1D" else kept
+        return weight * kept, kept
+
+    before = copy.deepcopy(model)
+    _, expected = naive.sequential(before, [{"input_ids": row[None]} for row in ids], blocks, prune_layer)
+    found = prune(model, [ids], "wanda", sequential=True, num_samples=3)
+    close_masks(found, expected)
+
+
+# -- what stays as it was --------------------
+
+
+def test_a_forward_that_was_set_on_a_block_stays():
+    """accelerate's hooks (device_map) replace the forward of module instances."""
+    model, calls = make_llama(), []
+    for i, block in enumerate(model.model.layers):
+
+        def wrapped(*args, original=block.forward, index=i, **kwargs):
+            calls.append(index)
+            return original(*args, **kwargs)
+
+        block.forward = wrapped
+    own = [block.forward for block in model.model.layers]
+    prune(model, [make_tokens(2, 8)], "wanda", sequential=True, num_samples=2)
+    assert [block.forward for block in model.model.layers] == own
+    assert set(calls) == {0, 1}
+    calls.clear()
+    model(make_tokens(1, 4))
+    assert calls == [0, 1]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_models(whole):
+    model, ids = make_llama(), make_tokens(2, 8)
+    expected = prune(copy.deepcopy(model), [ids], "wanda", sequential=True, num_samples=2)
+    if whole:
+        compiled = torch.compile(model, backend="eager")
+    else:
+        compiled = model
+        for i in range(2):
+            model.model.layers[i] = torch.compile(model.model.layers[i], backend="eager")
+    found = prune(compiled, [ids], "wanda", sequential=True, num_samples=2)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+    assert torch.isfinite(compiled(ids).logits).all()
+
+
+# Of two batches, block 0 runs once to be recorded, twice to be seen, twice when it is pruned; block 1 twice.
+@pytest.mark.parametrize(
+    "where", [(0, 1, False), (0, 2, False), (0, 5, True), (1, 1, True), (1, 2, True), "loader"], ids=str
+)
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
+def test_an_interrupt_during_the_walk_restores_everything(where, score):
+    model, ids = make_llama().train(), make_tokens(4, 8)
+    before, state = snapshot(model), torch.get_rng_state()
+    calls, pruned = [], []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == where[1]:
+            pruned.append(bool((model.model.layers[0].mlp.up_proj.weight == 0).any()))
+            raise KeyboardInterrupt
+
+    def batches():
+        yield ids[:2]
+        if where == "loader":
+            raise KeyboardInterrupt
+        yield ids[2:]
+
+    handle = None if where == "loader" else model.model.layers[where[0]].mlp.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, batches(), score, sequential=True, num_samples=4)
+    if handle is not None:
+        handle.remove()
+        assert pruned == [where[2]]
+    assert snapshot(model) == before
+    assert model.training
+    assert all(m.training for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert "forward" not in model.model.layers[0].__dict__
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+# -- what is refused --------------------
+
+
+class Blocks(nn.Module):
+    """A model of blocks that run in a given order."""
+
+    _no_split_modules = ("Block",)
+
+    def __init__(self, order):
+        super().__init__()
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(6, 6)
+
+            def forward(self, hidden_states):
+                return torch.tanh(self.linear(hidden_states))
+
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.order = order
+
+    def forward(self, x):
+        for i in self.order:
+            x = self.blocks[i](hidden_states=x) if i else self.blocks[i](x)
+        return x
+
+
+def test_blocks_called_by_keyword():
+    torch.manual_seed(0)
+    model, data = Blocks([0, 1, 2]), torch.randn(4, 3, 6)
+    weights = [b.linear.weight.detach().clone() for b in model.blocks]
+    found = prune(model, [data[:1], data[1:]], "wanda", sequential=True, num_samples=4)
+    x = data.double()
+    for i, weight in enumerate(weights):
+        norm = (x.flatten(0, 1).square().sum(0) / 4).sqrt().numpy()
+        expected = naive.row_mask(naive.score("wanda", weight.double().numpy(), {"input_norm": norm}), 18)
+        np.testing.assert_array_equal(found[f"blocks.{i}.linear.weight"].numpy(), expected)
+        linear = model.blocks[i].linear
+        assert torch.equal(linear.weight, weight * found[f"blocks.{i}.linear.weight"])
+        x = torch.tanh(x @ linear.weight.detach().double().t() + linear.bias.detach().double())
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 2, 1], "decoder block 2 ran out of order"),
+        ([0, 0, 1, 2], "decoder block 0 ran out of order"),
+        ([0, 1], "only 2 of 3 decoder blocks ran"),
+        ([], "only 0 of 3 decoder blocks ran"),
+    ],
+)
+def test_blocks_that_do_not_run_once_each_in_order(order, message):
+    model = Blocks(order)
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=message):
+        prune(model, [torch.randn(2, 3, 6)], "wanda", sequential=True, num_samples=2)
+    assert snapshot(model) == before
+    assert all("forward" not in block.__dict__ for block in model.blocks)
+
+
+def test_a_block_that_takes_no_tensor():
+    model = Blocks([0, 1, 2])
+    with pytest.raises(CalibrationError, match="decoder block 0 takes no tensor of hidden states first"):
+        prune(model, [(["a"],)], "wanda", sequential=True, num_samples=1)
+
+
+@pytest.mark.parametrize("batches", [[], iter(())])
+def test_empty_batches(llama, batches):
+    before = snapshot(llama)
+    with pytest.raises(CalibrationError, match="calibration saw no sample"):
+        prune(llama, batches, "wanda", sequential=True)
+    assert snapshot(llama) == before
+
+
+def test_the_walk_yields_before_it_runs_and_passes_outputs_on():
+    torch.manual_seed(0)
+    model = Blocks([0, 1, 2])
+    data = torch.randn(5, 3, 6)
+    walk = BlockWalk(model, list(model.blocks), data.split(2), 4, lambda m, b: m(b))
+    assert [batch.samples for batch in walk.batches] == [2, 2]
+    ran = []
+    model.blocks[0].register_forward_hook(lambda *_: ran.append(1))
+    steps = walk.run(0, keep_output=True)
+    first = next(steps)
+    assert torch.equal(first.hidden, data[:2])
+    assert ran == []
+    next(steps)
+    assert ran == [1]
+    list(steps)
+    torch.testing.assert_close(walk.batches[1].hidden, model.blocks[0](data[2:4]))
+    assert math.isfinite(float(walk.batches[0].hidden.sum()))
+    assert not walk.batches[0].hidden.requires_grad

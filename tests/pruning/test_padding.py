@@ -1,0 +1,356 @@
+"""Batches of transformers models that are no plain causal language model: their loss, their padding, their stacks."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as tr
+from batch_models import MODELS, build, mask_of, normal, one_by_one, own_loss, padded, samples_of, tokens
+from tiny import make_llama, make_tokens, snapshot
+from torch import nn
+
+from lightning_prune import prune
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.targets import find_targets
+
+LENGTHS = [9, 5, 9, 3]
+
+
+def text(lengths=LENGTHS, seed=0, **more):
+    rows = [tokens(n, seed=seed + i) for i, n in enumerate(lengths)]
+    return {"input_ids": padded(rows, 1), "attention_mask": mask_of(lengths), **more}
+
+
+def targets_text(lengths, seed=7):
+    return padded([tokens(n, seed=seed + i) for i, n in enumerate(lengths)], -100)
+
+
+CLASSES = torch.tensor([0, 2, 1, 0])
+
+
+def batch_of(name):
+    """A padded batch for a model, and the lengths of its parts."""
+    short = {"input_ids": LENGTHS, "attention_mask": LENGTHS}
+    if name.endswith("classifier") and name != "vit classifier":
+        return text(labels=CLASSES), short
+    if name == "bert tagger":
+        return text(labels=targets_text(LENGTHS) % 5 * (mask_of(LENGTHS)) - 100 * (1 - mask_of(LENGTHS))), {
+            **short,
+            "labels": LENGTHS,
+        }
+    if name == "bert masked lm":
+        labels = targets_text(LENGTHS).masked_fill(tokens(4, 9, seed=5) > 60, -100)
+        labels[:, 1] = 7
+        return text(labels=labels), {**short, "labels": LENGTHS}
+    if name == "bert question answering":
+        return text(start_positions=CLASSES, end_positions=torch.tensor([3, 2, 2, 1])), short
+    if name in ("bart", "t5", "encoder decoder"):  # source and target of one length, padded differently
+        target = [4, 9, 2, 7]
+        return text(labels=targets_text(target)), {**short, "labels": target}
+    if name == "vit classifier":
+        return {"pixel_values": normal(4, 3, 16, 16).double(), "labels": CLASSES}, {"pixel_values": [3] * 4}
+    if name == "image captioner":
+        target = [4, 9, 2, 7]
+        return {"pixel_values": normal(4, 3, 16, 16).double(), "labels": targets_text(target)}, {"labels": target}
+    if name == "whisper":
+        target = [4, 9, 2, 7]
+        return {"input_features": normal(4, 8, 40).double(), "labels": targets_text(target)}, {"labels": target}
+    assert name == "wav2vec2"
+    lengths = [800, 490, 800, 310]
+    waves = padded([normal(n, seed=i).double() for i, n in enumerate(lengths)], 0.0)
+    batch = {"input_values": waves, "attention_mask": mask_of(lengths), "labels": tokens(4, 3) % 19 + 1}
+    return batch, {"input_values": lengths, "attention_mask": lengths}
+
+
+def statistics(model, batches, loss_fn=None, wanted=("input_norm", "gradient_l2")):
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    ignore = [
+        f"*{n}"
+        for n in ("lm_head", "proj_out", "encoder.pooler.dense", "predictions.decoder")
+        if any(name.endswith(n) for name in names)
+    ]
+    found = find_targets(model, targets=[nn.Linear], ignore=ignore)
+    size = sum(len(next(iter(b.values()))) for b in batches)
+    return collect(model, batches, found, wanted, num_samples=size, loss_fn=loss_fn, progress=False)
+
+
+def close(found, expected):
+    for name, entry in found.items():
+        norm, gradient = expected[name]
+        torch.testing.assert_close(entry.input_norm.double(), norm, rtol=1e-4, atol=1e-6, msg=name)
+        if entry.gradient_l2 is not None:
+            scale = float(gradient.max())
+            torch.testing.assert_close(entry.gradient_l2.double(), gradient, rtol=1e-3, atol=1e-4 * scale, msg=name)
+
+
+# -- padding, against samples without any --------------------
+
+PADDED = [
+    n
+    for n in MODELS
+    if n not in ("bert multiple choice", "bert question answering", "clip", "llava", "blip", "image captioner")
+]
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_padded_batch_counts_as_its_samples_do(name):
+    model = build(name)
+    batch, lengths = batch_of(name)
+    expected = one_by_one(model, samples_of(batch, lengths))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # no layer's padding is unknown
+        close(statistics(model, [batch]), expected)
+        close(statistics(model, [batch], own_loss), expected)
+        close(statistics(model, [batch], wanted=("input_norm",)), expected)
+
+
+def test_question_answering():
+    """Its loss compares all positions of a padded row, so gradients are those of the padded samples."""
+    model = build("bert question answering")
+    batch, lengths = batch_of("bert question answering")
+    gradients = one_by_one(model, [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)])
+    norms = one_by_one(model, samples_of(batch, lengths))
+    close(statistics(model, [batch]), {n: (norms[n][0], gradients[n][1]) for n in norms})
+
+
+def test_multiple_choice():
+    model = build("bert multiple choice")
+    lengths = [9, 4, 5, 6, 7, 8, 3, 2]
+    batch = {k: v.view(4, 2, 9) for k, v in text(lengths).items()} | {"labels": torch.tensor([0, 1, 1, 0])}
+    samples = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)]
+    gradients = {n: g for n, (_, g) in one_by_one(model, samples).items()}
+    # What is counted: the choices without padding; their forward pass is that of any sequence.
+    choices = [{"input_ids": text(lengths)["input_ids"][i : i + 1, :n]} for i, n in enumerate(lengths)]
+    norms = one_by_one(model.bert, choices, lambda m, b: m(**b).pooler_output.sum())
+    found = statistics(model, [batch])
+    for name, entry in found.items():
+        if name != "classifier.weight":
+            expected = norms[name.removeprefix("bert.")][0] * 2**0.5  # two choices a sample
+            torch.testing.assert_close(entry.input_norm.double(), expected, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(entry.gradient_l2.double(), gradients[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("lengths", [[4, 9, 2, 7], [6, 4, 5, 2], [12, 3, 1, 12]])
+def test_a_decoder_of_any_length_has_its_own_padding(lengths):
+    model = build("t5")
+    batch = text(labels=targets_text(lengths))
+    short = {"input_ids": LENGTHS, "attention_mask": LENGTHS, "labels": lengths}
+    expected = one_by_one(model, samples_of(batch, short))
+    close(statistics(model, [batch]), expected)
+    shifted = torch.cat([torch.zeros(4, 1, dtype=torch.long), batch["labels"][:, :-1].clamp(min=0)], 1)
+    given = {**batch, "decoder_input_ids": shifted, "decoder_attention_mask": mask_of(lengths)}
+    close(statistics(model, [given]), expected)
+    del given["labels"]
+    close(statistics(model, [given], wanted=("input_norm",)), expected)
+
+
+def test_an_unpadded_source_with_a_padded_target():
+    model = build("bart")
+    batch = {"input_ids": tokens(3, 8), "labels": targets_text([8, 3, 5])}
+    expected = one_by_one(model, samples_of(batch, {"labels": [8, 3, 5]}))
+    close(statistics(model, [batch]), expected)
+
+
+def test_an_encoder_decoder_that_makes_its_target_of_the_source():
+    """BART's classifier reads the state of the last token that ends a text."""
+    torch.manual_seed(0)
+    from batch_models import BART
+
+    model = tr.BartForSequenceClassification(tr.BartConfig(**BART, num_labels=3)).double().eval()
+    batch = text(labels=CLASSES)
+    batch["input_ids"][torch.arange(4), torch.tensor(LENGTHS) - 1] = 2
+    expected = one_by_one(model, samples_of(batch, {"input_ids": LENGTHS, "attention_mask": LENGTHS}))
+    close(statistics(model, [batch]), expected)
+
+
+def test_gradient_checkpointing_keeps_source_and_target_apart():
+    model = build("bart").train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "activation_dropout", "attention_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch, lengths = batch_of("bart")
+    expected = one_by_one(build("bart"), samples_of(batch, lengths))
+    close(statistics(model, [batch]), expected)
+
+
+IMAGE_LAYERS = {
+    "llava": ("model.vision_tower.encoder.layers.0.mlp.fc1", "model.language_model.layers.0.mlp.up_proj"),
+    # Cross-attention of the text to the image.
+    "blip": (
+        "text_decoder.bert.encoder.layer.0.crossattention.self.key",
+        "text_decoder.bert.encoder.layer.0.crossattention.self.query",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_images_are_not_padded(name):
+    """As many rows of an image (four patches and a class) as tokens: the mask of the text must not touch them."""
+    model = build(name)
+    ids = torch.tensor([[99, 99, 99, 99, 7], [99, 99, 99, 99, 1]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": normal(2, 3, 16, 16).double()}
+    rows = {}
+    vision, words = (model.get_submodule(layer) for layer in IMAGE_LAYERS[name])
+    handles = [m.register_forward_pre_hook(lambda m, args: rows.update({m: args[0].detach()})) for m in (vision, words)]
+    model(**batch)
+    for handle in handles:
+        handle.remove()
+    assert rows[vision].shape[:2] == ids.shape
+    found = statistics(model, [batch], wanted=("input_norm",))
+    for layer, real in ((vision, rows[vision].flatten(0, 1)), (words, rows[words].flatten(0, 1)[:-1])):
+        key = next(f"{n}.weight" for n, m in model.named_modules() if m is layer)
+        expected = (real.square().sum(0) / 2).sqrt()
+        torch.testing.assert_close(found[key].input_norm.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+# -- in a Trainer --------------------
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "gradient", "gblm", "kfac", "sparsegpt"])
+def test_a_padded_classifier_in_a_trainer_and_as_a_function(score, tmp_path):
+    import lightning as L
+
+    from lightning_prune import WeightPruning
+
+    class Classifier(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = build("bert classifier").float()
+
+        def training_step(self, batch, batch_idx):
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    batches = [text(seed=i, labels=CLASSES) for i in range(2)]
+    # The pooler and the classifier get one row a sample.
+    how = {"score": score, "num_samples": 8, "ignore": ["embeddings"]}
+    pruning = WeightPruning(**how, calibration=batches)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(
+        max_steps=2, accelerator="cpu", callbacks=[pruning], default_root_dir=tmp_path, **options, barebones=False
+    )
+    module = Classifier()
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    found = {n.removeprefix("model."): m for n, m in pruning.masks.items()}
+    expected = prune(build("bert classifier").float(), batches, progress=False, **how)
+    assert "bert.pooler.dense.weight" in expected
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+# -- the model's own loss --------------------
+
+
+@pytest.mark.parametrize("name", ["bert tagger", "bert masked lm", "wav2vec2", "image captioner", "bart"])
+def test_a_model_is_scored_by_its_own_loss(name):
+    model = build(name)
+    batch, _ = batch_of(name)
+    samples = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)]
+    gradients = one_by_one(model, samples)
+    for given in (None, own_loss):
+        found = statistics(model, [batch], given, wanted=("gradient_l2",)) if name != "image captioner" else {}
+        for layer, entry in found.items():
+            expected = gradients[layer][1]
+            torch.testing.assert_close(
+                entry.gradient_l2.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.max()), msg=layer
+            )
+
+
+def test_clip_runs_with_its_contrastive_loss():
+    from lightning_prune.pruning.running import model_loss
+
+    model = build("clip")
+    batch = text(pixel_values=normal(4, 3, 16, 16).double())
+    torch.testing.assert_close(model_loss(model, batch), model(**batch, return_loss=True).loss)
+
+
+@pytest.mark.parametrize("name", ["bert tagger", "bert masked lm", "bart", "t5", "bert question answering"])
+def test_masks_are_those_of_a_loss_fn(name):
+    batch, _ = batch_of(name)
+    for score in ("wanda", "gblm", "kfac"):
+        own = prune(build(name), [batch], score, num_samples=4, loss_fn=own_loss, progress=False)
+        found = prune(build(name), [batch], score, num_samples=4, progress=False)
+        assert all(torch.equal(found[n], own[n]) for n in own)
+
+
+@pytest.mark.parametrize("wrapper", ["peft", "compile"])
+def test_wrapped_models_keep_their_loss(wrapper):
+    from lightning_prune.pruning.running import model_loss
+
+    for name in ("bert tagger", "causal") if wrapper == "peft" else ("causal",):
+        model = build(name) if name != "causal" else make_llama().double().eval()
+        batch, _ = batch_of("bert tagger")
+        if name == "causal":
+            batch = {"input_ids": make_tokens(3, 7), "labels": make_tokens(3, 7, seed=2)}
+        expected = own_loss(model, batch)
+        if wrapper == "peft":
+            from peft import LoraConfig, get_peft_model
+
+            layers = ["query"] if name != "causal" else ["q_proj"]
+            wrapped = get_peft_model(model, LoraConfig(target_modules=layers)).eval()
+        else:
+            wrapped = torch.compile(model, backend="eager")
+        with torch.compiler.set_stance("force_eager"):
+            loss = model_loss(wrapped, batch)
+        assert loss.shape == ((3,) if name == "causal" else ())
+        torch.testing.assert_close(loss.mean().float(), expected.float())
+
+
+def test_a_causal_model_that_compares_without_a_shift():
+    """BartForCausalLM's own loss takes labels as they are; without labels each next token is predicted."""
+    from batch_models import BART
+
+    from lightning_prune.pruning.running import model_loss
+
+    torch.manual_seed(0)
+    model, ids = tr.BartForCausalLM(tr.BartConfig(**BART)).eval(), tokens(2, 6)
+    labels = tokens(2, 6, seed=3)
+    logits = model(input_ids=ids).logits
+    same_place = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(model_loss(model, {"input_ids": ids, "labels": labels}), same_place)
+    shifted = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(model_loss(model, {"input_ids": ids}), shifted.mean(1))
+
+
+def test_what_is_missing_is_said_before_anything_changes():
+    t5 = build("t5")
+    before = snapshot(t5)
+    for score in ("wanda", "gradient"):
+        with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder whose decoder gets no"):
+            prune(t5, [{"input_ids": tokens(2, 5)}], score, num_samples=2, progress=False)
+    assert snapshot(t5) == before
+    images = {"pixel_values": normal(2, 3, 16, 16).double()}
+    for name, batch, missing in (
+        ("bert tagger", text(), "add 'labels' to the batches, or pass loss_fn"),
+        (
+            "vit classifier",
+            images,
+            "ViTForImageClassification makes none of a batch",
+        ),
+        ("bert question answering", text(), "add 'start_positions' and 'end_positions' to the batches"),
+    ):
+        model = build(name)
+        with pytest.raises(ValueError, match=missing):
+            prune(model, [batch], "gradient", num_samples=2, progress=False)
+
+
+@pytest.mark.parametrize("score", ["wanda", "gradient"])
+@pytest.mark.parametrize("name", ["whisper", "vit classifier"])
+def test_images_and_speech_take_the_models_dtype(name, score):
+    batch, _ = batch_of(name)
+    model = build(name).to(torch.bfloat16)
+    heads = ["proj_out"] if name == "whisper" else ["classifier"]
+    masks = prune(model, [batch], score, num_samples=4, ignore=heads, progress=False)
+    assert all(0.4 < float(mask.float().mean()) < 0.6 for mask in masks.values())
+
+
+def test_inputs_of_plain_modules_take_the_models_dtype():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).to(torch.bfloat16)
+    prune(model, [normal(4, 8)], "wanda", num_samples=4, progress=False)
+    assert (model[0].weight == 0).sum() == 24

@@ -1,0 +1,437 @@
+"""Which weights are found, under which names, and what is refused."""
+
+import naive
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from tiny import LAYERS
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lightning_prune import prune
+from lightning_prune.naming import clean_name, name_matches
+from lightning_prune.pruning.targets import (
+    CONV1D,
+    CONV2D,
+    DEFAULT_IGNORE,
+    LINEAR,
+    find_blocks,
+    find_targets,
+    layer_kind,
+    select_layers,
+)
+
+LLAMA_NAMES = list(LAYERS)
+
+
+def tiny_gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+def test_llama_targets_are_the_projections_in_order(llama):
+    found = find_targets(llama)
+    assert [t.name for t in found] == LLAMA_NAMES
+    for target in found:
+        assert target.weight is llama.get_parameter(target.name)
+        assert target.shape == tuple(target.weight.shape)
+        assert target.numel == target.weight.numel()
+        assert target.kind is LINEAR
+        assert target.modules == (target.module,)
+
+
+def test_gpt2_targets_are_conv1d_with_a_transposed_matrix():
+    model = tiny_gpt2()
+    found = {t.name: t for t in find_targets(model)}
+    assert len(found) == 8
+    target = found["transformer.h.0.attn.c_attn.weight"]
+    assert target.kind is CONV1D
+    assert target.shape == (48, 16)
+    assert torch.equal(target.matrix(), model.transformer.h[0].attn.c_attn.weight.t())
+    assert torch.equal(target.to_parameter(target.matrix()), target.weight)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_conv2d_matrix_runs_along_the_channels(groups):
+    layer = nn.Conv2d(4, 6, (3, 2), groups=groups)
+    (target,) = find_targets(nn.Sequential(layer))
+    assert target.kind is CONV2D
+    assert target.shape == (6, 4 // groups * 6)
+    np.testing.assert_array_equal(target.matrix().double().numpy(), naive.matrix(layer, layer.weight))
+    assert torch.equal(target.to_parameter(target.matrix()), target.weight)
+
+
+def test_other_modules_are_no_layers():
+    for module in (nn.Embedding(3, 3), nn.LayerNorm(3), nn.Conv1d(3, 3, 1), nn.ReLU(), nn.Bilinear(2, 2, 2)):
+        assert layer_kind(module) is None
+
+
+def test_a_bare_layer_is_a_model():
+    (target,) = find_targets(nn.Linear(3, 2))
+    assert target.name == "weight"
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "expected"),
+    [
+        (["q_proj"], ["lm_head"], [n for n in LLAMA_NAMES if "q_proj" in n]),
+        (["model.layers.1.mlp"], ["lm_head"], [n for n in LLAMA_NAMES if "layers.1.mlp" in n]),
+        (["layers.0.*"], ["lm_head"], [n for n in LLAMA_NAMES if "layers.0" in n]),
+        (["*_proj"], ["self_attn"], [n for n in LLAMA_NAMES if "mlp" in n]),
+        ([nn.Linear], ["lm_head", "layers.0", "up_proj"], [n for n in LLAMA_NAMES if ".1." in n and "up" not in n]),
+        (["Linear"], ["LlamaMLP", "lm_head"], [n for n in LLAMA_NAMES if "self_attn" in n or "mlp" in n]),
+        (None, [], [*LLAMA_NAMES, "lm_head.weight"]),
+        (["lm_head"], [], ["lm_head.weight"]),
+    ],
+)
+def test_selection(llama, targets, ignore, expected):
+    assert [t.name for t in find_targets(llama, targets, ignore)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "matches"),
+    [
+        ("model.layers.1.mlp.up_proj", "layers.1", True),
+        ("model.layers.10.mlp.up_proj", "layers.1", False),
+        ("model.layers.10.mlp.up_proj", "layers.1*", True),
+        ("model.layers.1.mlp.up_proj", "up", False),
+        ("model.layers.1.mlp.up_proj", "up_*", True),
+        ("model.layers.1.mlp.up_proj", "model", True),
+        ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", True),
+        ("model.layers.1.mlp.up_proj", "MLP", False),
+        ("lm_head", "head", False),
+    ],
+)
+def test_name_matches(name, pattern, matches):
+    assert name_matches(name, pattern) is matches
+
+
+@pytest.mark.parametrize("argument", ["targets", "ignore"])
+def test_patterns_that_match_nothing_are_refused_with_a_suggestion(llama, argument):
+    with pytest.raises(ValueError, match=rf"{argument}='q_prj' matches no layer; did you mean 'q_proj'"):
+        find_targets(llama, **{argument: ["q_prj"]})
+
+
+@pytest.mark.parametrize("argument", ["targets", "ignore"])
+def test_bare_strings_and_other_types_are_refused(llama, argument):
+    with pytest.raises(TypeError, match=rf"{argument} must be a sequence, got the string 'q_proj'"):
+        find_targets(llama, **{argument: "q_proj"})
+    with pytest.raises(TypeError, match=rf"{argument} takes module types and name patterns, got 3"):
+        find_targets(llama, **{argument: [3]})
+
+
+def test_nothing_left_to_prune_is_refused(llama):
+    with pytest.raises(ValueError, match="nothing to prune"):
+        find_targets(llama, targets=["q_proj"], ignore=["self_attn"])
+    with pytest.raises(ValueError, match="nothing to prune"):
+        find_targets(nn.Embedding(4, 4))
+
+
+def test_tied_embeddings_are_refused_unless_ignored(llama_factory):
+    model = llama_factory(tie_word_embeddings=True)
+    assert [t.name for t in find_targets(model)] == LLAMA_NAMES
+    with pytest.raises(ValueError, match=r"'lm_head' is tied to 'model\.embed_tokens', which is not a target"):
+        find_targets(model, ignore=[])
+
+
+def test_tied_layers_are_one_target_under_the_first_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    found = find_targets(model)
+    assert [t.name for t in found] == ["0.weight", "1.weight"]
+    assert found[0].modules == (model[0], model[2])
+    with pytest.raises(ValueError, match="'0' is tied to '2'"):
+        find_targets(model, targets=["0", "1"])
+
+
+def test_tied_layers_of_different_types_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="tied layers of different types"):
+        find_targets(model)
+
+
+def test_weights_that_cannot_be_pruned_are_refused():
+    from torch.nn.utils import parametrizations, prune
+
+    pruned = nn.Linear(3, 3)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    normed = parametrizations.weight_norm(nn.Linear(3, 3))
+    for layer in (pruned, normed):
+        with pytest.raises(ValueError, match="weight of '0' is not a plain parameter"):
+            find_targets(nn.Sequential(layer))
+    quantised = nn.Linear(3, 3)
+    quantised.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"weight of '0' is quantised \(torch\.int8\)"):
+        find_targets(nn.Sequential(quantised))
+    with pytest.raises(ValueError, match="weight of '0' has no data"):
+        find_targets(nn.Sequential(nn.Linear(3, 3, device="meta")))
+
+
+@pytest.mark.parametrize("part", ["whole", "blocks"])
+def test_compiled_models_have_clean_names(llama, part):
+    model = llama
+    if part == "whole":
+        model = torch.compile(model, backend="eager")
+    else:
+        for i in range(2):
+            llama.model.layers[i] = torch.compile(llama.model.layers[i], backend="eager")
+    assert [t.name for t in find_targets(model)] == LLAMA_NAMES
+    assert [name for name, _ in find_blocks(model)] == ["model.layers.0", "model.layers.1"]
+    assert clean_name("_orig_mod.a._orig_mod.b._checkpoint_wrapped_module.weight") == "a.b.weight"
+
+
+def test_only_the_base_layers_of_a_lora_model_are_targets(llama):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(llama, config)
+    names = [t.name for t in find_targets(model)]
+    assert len(names) == 14
+    assert not any("lora" in name for name in names)
+    assert sum(name.endswith(".base_layer.weight") for name in names) == 4
+    assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" in names
+    chosen = [t.name for t in find_targets(model, targets=["q_proj"])]
+    assert chosen == [n for n in names if "q_proj" in n]
+
+
+def test_targets_read_the_parameter_anew():
+    model = nn.Sequential(nn.Linear(3, 3))
+    (target,) = find_targets(model)
+    model[0].weight = nn.Parameter(torch.zeros(3, 3))
+    assert target.weight is model[0].weight
+    assert not target.matrix().requires_grad
+
+
+def test_find_blocks(llama):
+    assert find_blocks(llama) == [("model.layers.0", llama.model.layers[0]), ("model.layers.1", llama.model.layers[1])]
+    assert [name for name, _ in find_blocks(tiny_gpt2())] == ["transformer.h.0", "transformer.h.1"]
+    assert find_blocks(nn.Sequential(nn.Linear(2, 2))) == []
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = llama
+
+    assert [name for name, _ in find_blocks(Wrapper())] == ["model.model.layers.0", "model.model.layers.1"]
+
+
+# -- what is left alone unless it is named ----------------------------------------------------------------------------
+
+
+def names_of(model, *args, **kwargs):
+    return [t.name.removesuffix(".weight") for t in find_targets(model, *args, **kwargs)]
+
+
+def body_and(**parts):
+    """Two layers, and beside them others."""
+    return nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), **parts})
+
+
+BODY = ["body.0", "body.1"]
+
+
+@pytest.mark.parametrize("head", ["lm_head", "classifier", "score", "qa_outputs", "head", "logits_proj", "ctc_head"])
+def test_heads_are_left_alone_unless_named(head):
+    model = body_and(**{head: nn.Linear(4, 2)})
+    assert names_of(model) == BODY
+    assert names_of(model, targets=[nn.Linear]) == BODY  # names everything, and so no head
+    assert names_of(model, targets=["*"]) == BODY
+    assert names_of(model, targets=[head]) == [head]
+    assert names_of(model, targets=["body", head]) == [*BODY, head]
+    assert names_of(model, ignore=[]) == [*BODY, head]
+    assert names_of(model, ignore=[*DEFAULT_IGNORE, "body.0"]) == ["body.1"]
+    assert names_of(model, targets=[nn.Linear], ignore=["body"]) == [head]
+    with pytest.raises(ValueError, match="nothing to prune"):
+        names_of(model, targets=[head], ignore=[head])
+
+
+@pytest.mark.parametrize(
+    ("make", "heads"),
+    [
+        (
+            lambda c: tf.RobertaForSequenceClassification(c(tf.RobertaConfig)),
+            {"classifier.dense", "classifier.out_proj"},
+        ),
+        (lambda c: tf.DistilBertForSequenceClassification(c(tf.DistilBertConfig)), {"classifier"}),
+        (lambda c: tf.BertForQuestionAnswering(c(tf.BertConfig)), {"qa_outputs"}),
+        (lambda c: tf.BertForMaskedLM(c(tf.BertConfig)), {"cls.predictions.decoder"}),
+        (lambda c: tf.LlamaForSequenceClassification(c(tf.LlamaConfig, pad_token_id=0)), {"score"}),
+        (lambda c: tf.ElectraForMaskedLM(c(tf.ElectraConfig)), {"generator_lm_head"}),
+        (lambda c: tf.WhisperForConditionalGeneration(tf.WhisperConfig(
+            vocab_size=60, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=4,
+            decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, pad_token_id=1, eos_token_id=2,
+            bos_token_id=2, decoder_start_token_id=2)), {"proj_out"}),
+    ],
+)  # fmt: skip
+def test_heads_of_transformers(make, heads):
+    sizes = {
+        "vocab_size": 60, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12,
+        "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12, "embedding_size": 8, "num_key_value_heads": 2,
+    }  # fmt: skip
+    model = make(lambda config, **more: config(**{k: v for k, v in sizes.items() if k in vars(config())}, **more))
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert heads <= linear
+    assert set(names_of(model)) == linear - heads
+
+
+def test_names_of_heads_mean_something_else_inside_blocks_and_around_models(llama):
+    attention = nn.ModuleDict({"score": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"layers": nn.ModuleList([attention])})
+    assert names_of(model) == ["layers.0.score", "layers.0.head"]
+    whole = nn.ModuleDict({"classifier": llama})
+    assert names_of(whole) == [f"classifier.{name.removesuffix('.weight')}" for name in LLAMA_NAMES]
+
+
+def test_heads_are_pruned_where_nothing_else_can_be():
+    assert names_of(nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 4)})) == ["head"]
+    tied = nn.ModuleDict({"embedding": nn.Embedding(4, 4), "head": nn.Linear(4, 4)})
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(ValueError, match="'head' is tied to 'embedding'"):
+        find_targets(tied)
+    frozen = nn.ModuleDict({"body": nn.Linear(4, 4).requires_grad_(False), "head": nn.Linear(4, 4)})
+    with pytest.raises(ValueError, match=r"nothing to prune.*frozen: 'body'; head: 'head'.*targets"):
+        find_targets(frozen)
+
+
+def test_frozen_layers_are_left_alone_unless_named():
+    teacher = nn.ModuleDict({"up": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    model = body_and(teacher=teacher.requires_grad_(False), up=nn.Linear(4, 4))
+    assert names_of(model) == [*BODY, "up"]
+    assert names_of(model, targets=["up"]) == ["up"]  # no word for the teacher's alone
+    assert names_of(model, targets=["teacher"]) == ["teacher.up"]
+    assert names_of(model, targets=["body", "teacher.*"]) == [*BODY, "teacher.up"]
+    # Lower layers frozen for fine-tuning; then everything, as after loading for inference.
+    model.requires_grad_(True)
+    model["body"][0].requires_grad_(False)
+    assert names_of(model) == ["body.1", "teacher.up", "up"]
+    assert names_of(model, frozen=True) == [*BODY, "teacher.up", "up"]
+    model.requires_grad_(False)
+    assert names_of(model) == [*BODY, "teacher.up", "up"]
+
+
+def test_the_frozen_base_of_adapters_is_pruned(llama, llama_factory):
+    from peft import LoraConfig, get_peft_model
+
+    from lightning_prune.perp import add_adapters
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(llama, config)
+    assert len(find_targets(model)) == 14
+    beside = nn.ModuleDict({"student": nn.Linear(4, 4), "teacher": model.requires_grad_(False)})
+    assert names_of(beside) == ["student"]
+    pruned = llama_factory()
+    with torch.no_grad():
+        for target in find_targets(pruned):
+            target.weight[:, ::2] = 0
+    without = add_adapters(pruned, adapter=None, train=("norm",))
+    assert not any(t.weight.requires_grad for t in find_targets(without))
+    assert [t.name for t in find_targets(without)] == LLAMA_NAMES
+
+
+class Tuples(nn.Linear):
+    """A linear layer as a router, which returns no tensor."""
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class TopKRouter(Tuples):
+    pass
+
+
+class GatedLinear(nn.Linear):
+    pass
+
+
+def test_routers_are_left_alone_unless_named():
+    experts = nn.ModuleList([nn.Linear(4, 4)])
+    moe = nn.ModuleDict({"gate": nn.Linear(4, 2), "experts": experts, "shared_expert_gate": nn.Linear(4, 1)})
+    switch = nn.ModuleDict({"router": nn.ModuleDict({"classifier": nn.Linear(4, 2)}), "experts": experts})
+    model = nn.ModuleList([moe, switch, TopKRouter(4, 2), GatedLinear(4, 4), nn.ModuleDict({"gate": nn.Linear(4, 4)})])
+    assert names_of(model) == ["0.experts.0", "3", "4.gate"]
+    assert names_of(model, targets=["shared_expert_gate", TopKRouter, "router"]) == [
+        "0.shared_expert_gate", "1.router.classifier", "2",
+    ]  # fmt: skip
+    left = select_layers(model).left_out
+    assert left == dict.fromkeys(["0.gate", "0.shared_expert_gate", "1.router.classifier", "2"], "router")
+
+
+def test_a_layer_whose_weight_is_read_by_its_parent_is_pruned_where_nothing_must_be_seen():
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    assert names_of(model) == ["self_attn.out_proj", "linear1", "linear2"]
+    selection = select_layers(model, called=True)
+    assert selection.left_out == {"self_attn.out_proj": "used functionally"}
+    before = model.self_attn.out_proj.weight.clone()
+    batches = [torch.randn(2, 5, 8)]
+    with pytest.warns(UserWarning, match=r"self_attn\.out_proj\.weight \(1 tensor, .*\): used functionally"):
+        masks = prune(model, batches, score="wanda", num_samples=2, progress=False)
+    assert list(masks) == ["linear1.weight", "linear2.weight"]
+    assert torch.equal(model.self_attn.out_proj.weight, before)
+
+
+class Packed(torch.Tensor):
+    """Integers and a scale that show themselves as a float tensor, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return Packed(args[0].values, args[0].scale)
+        raise NotImplementedError(f"{func} of Packed")
+
+
+class OwnParameter(nn.Parameter):
+    """A plain parameter of a user's own class."""
+
+
+def packed(layer):
+    weight = Packed(torch.ones(layer.weight.shape, dtype=torch.int8), torch.ones(1))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+@pytest.mark.parametrize("part", ["all", "mlp", "one"])
+def test_quantised_weights_are_refused_before_calibration(llama, part):
+    for name, layer in llama.named_modules():
+        chosen = {"all": "_proj", "mlp": "mlp", "one": "1.mlp.up_proj"}[part]
+        if isinstance(layer, nn.Linear) and chosen in name:
+            packed(layer)
+    with pytest.raises(ValueError, match=r"weight of '.*' is quantised \(Packed, torch.float32\)"):
+        find_targets(llama)
+    if part != "all":
+        assert len(names_of(llama, ignore=["lm_head", "mlp"])) == 8
+
+
+def test_other_forms_of_weights(llama):
+    own = nn.Linear(3, 3)
+    own.weight = OwnParameter(torch.randn(3, 3))
+    assert names_of(nn.Sequential(own)) == ["0"]
+    eight = nn.Linear(3, 3)
+    eight.weight = nn.Parameter(torch.ones(3, 3).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"is quantised \(torch\.float8_e4m3fn\)"):
+        find_targets(nn.Sequential(eight))
+    with pytest.raises(ValueError, match="weight of '0' has no shape yet"):
+        find_targets(nn.Sequential(nn.LazyLinear(3)))
+    sparse = nn.Linear(3, 3)
+    sparse.weight = nn.Parameter(torch.eye(3).to_sparse())
+    with pytest.raises(ValueError, match=r"stored as torch\.sparse_coo"):
+        find_targets(nn.Sequential(sparse))
+    # Packed layers of other packages are no Linear at all.
+    gptq = nn.Module()
+    gptq.register_buffer("qweight", torch.ones(2, 2, dtype=torch.int32))
+    with pytest.raises(ValueError, match="1 layers such as 'body' are quantised"):
+        find_targets(nn.ModuleDict({"body": gptq, "lm_head": nn.Linear(3, 3)}))
+
+
+def test_a_quantised_teacher_is_a_frozen_teacher(llama):
+    for layer in llama.modules():
+        if isinstance(layer, nn.Linear):
+            packed(layer)
+    model = body_and(teacher=llama.requires_grad_(False))
+    assert names_of(model) == BODY

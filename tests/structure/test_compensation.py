@@ -1,0 +1,113 @@
+"""Variant B against least squares in float64 and against the formula with the inverse Hessian."""
+
+import naive
+import numpy as np
+import pytest
+import structure_models as zoo
+import torch
+from tiny import snapshot
+
+from lightning_prune import CalibrationError
+from lightning_prune.pruning.hessian import compensated
+from lightning_prune.structure import read_structure
+from lightning_prune.structure.compensation import compensate, compensation, observed_layers
+from lightning_prune.structure.units import check_removal
+
+DAMPING = 0.01
+
+
+def problem(outputs=5, inputs=9, tokens=40, seed=0):
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((inputs, inputs))
+    return rng.standard_normal((tokens, inputs)) @ mixing, rng.standard_normal((outputs, inputs))
+
+
+def least_squares(x, w, lost):
+    """The change of the kept weights that fits what the lost ones gave, with the damping as a ridge."""
+    kept = [i for i in range(x.shape[1]) if i not in lost]
+    ridge = DAMPING * np.mean(np.diag(x.T @ x))
+    design = np.vstack([x[:, kept], np.sqrt(ridge) * np.eye(len(kept))])
+    answer = np.vstack([x[:, lost] @ w[:, lost].T, np.zeros((len(kept), len(w)))])
+    result = np.zeros_like(w)
+    result[:, kept] = w[:, kept] + np.linalg.lstsq(design, answer, rcond=None)[0].T
+    return result
+
+
+@pytest.mark.parametrize("lost", [[3], [0, 4, 8], [1, 2, 3, 4, 5, 6, 7, 8]])
+def test_both_forms_of_the_update(lost):
+    x, w = problem()
+    got = compensated(torch.from_numpy(w), torch.from_numpy(x.T @ x), torch.tensor(lost)).numpy()
+    np.testing.assert_allclose(got, least_squares(x, w, lost), atol=1e-9)
+    # W[:, q] - W[:, p] inv(Hinv[p, p]) Hinv[p, q]
+    h = x.T @ x
+    inverse = np.linalg.inv(h + DAMPING * np.mean(np.diag(h)) * np.eye(len(h)))
+    kept = [i for i in range(9) if i not in lost]
+    expected = np.zeros_like(w)
+    expected[:, kept] = (
+        w[:, kept] - w[:, lost] @ np.linalg.inv(inverse[np.ix_(lost, lost)]) @ inverse[np.ix_(lost, kept)]
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-9)
+
+
+def test_inputs_that_were_always_zero_change_nothing():
+    x, w = problem()
+    h = x.T @ x
+    padded, wide = np.zeros((12, 12)), np.concatenate([w, np.ones((5, 3))], axis=1)
+    padded[:9, :9] = h
+    got = compensated(torch.from_numpy(wide), torch.from_numpy(padded), torch.tensor([2, 5])).numpy()
+    np.testing.assert_allclose(got[:, :9], least_squares(x, w, [2, 5]), atol=1e-9)
+    assert (got[:, 9:] == 1).all()
+
+
+def test_matrices_that_cannot_be_solved_are_refused():
+    bad = -torch.eye(4)
+    with pytest.raises(CalibrationError, match="positive definite"):
+        compensated(torch.ones(2, 4), bad, torch.tensor([0]))
+
+
+REMOVAL = {"attention": [[0], [1], [2]], "ffn": [[1, 5]] * 3, "stem": [0, 7, 30]}
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt2", "llama"])
+def test_every_layer_that_loses_inputs_is_fitted(name):
+    model = zoo.make(name).double()
+    structure = read_structure(model)
+    removal = {**REMOVAL, "attention": [[0, 1], [2, 3], [4, 5]]} if name == "gpt2" else REMOVAL
+    gone = {"attention": [range(i * 2 * 8, (i + 1) * 2 * 8) for i in range(3)], "ffn": [[1, 5]] * 3}
+    if name == "gpt2":
+        layers, attention, ffn, stem = "transformer.h", "attn.c_proj", "mlp.c_proj", ("attn.c_attn", "mlp.c_fc")
+    else:
+        layers, attention, ffn, stem = "model.layers", "self_attn.o_proj", "mlp.down_proj", zoo.LLAMA_READERS
+    lost = {f"{layers}.{i}.{n}": [0, 7, 30] for i in range(3) for n in stem}
+    lost |= {f"{layers}.{i}.{attention}": list(gone["attention"][i]) for i in range(3)}
+    lost |= {f"{layers}.{i}.{ffn}": [1, 5] for i in range(3)}
+    if name == "mistral":
+        lost["lm_head"] = [0, 7, 30]  # those of the others are tied to the embedding
+    inputs = {}
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: inputs.update({n: args[0].flatten(0, 1)}))
+        for n in lost
+    ]
+    ids = torch.randint(61, (9, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    observed = observed_layers(structure, ("attention", "ffn", "stem"))
+    assert set(observed) == set(lost)
+    for n, seen in observed.items():  # layers that share a Hessian do see the same inputs
+        assert torch.equal(inputs[n], inputs[seen])
+    assert len(set(observed.values())) == (3 * 4 + (name == "mistral"))
+    moments = {n: inputs[seen].t() @ inputs[seen] for n, seen in observed.items()}
+    before = snapshot(model)
+    old = {n: naive.matrix(model.get_submodule(n), model.get_submodule(n).weight).copy() for n in lost}
+    checked = check_removal(structure, removal)
+    weights = compensation(structure, checked, moments)
+    assert snapshot(model) == before
+    assert set(weights) == {f"{n}.weight" for n in lost}
+    compensate(structure, checked, moments)
+    for n, columns in lost.items():
+        linear = model.get_submodule(n)
+        expected = least_squares(inputs[n].numpy(), old[n], columns)
+        np.testing.assert_allclose(naive.matrix(linear, linear.weight), expected, atol=1e-8, err_msg=n)
+        assert torch.equal(weights[f"{n}.weight"], linear.weight)

@@ -1,0 +1,252 @@
+"""`prune_structured`: targets are met, the better methods are better, and failures leave no trace."""
+
+import copy
+import os
+import signal
+
+import naive
+import numpy as np
+import pytest
+import structure_models as zoo
+import torch
+from tiny import snapshot
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import lightning_prune
+from lightning_prune import CalibrationError, prune_structured
+from lightning_prune.structure import oneshot, read_structure, save_plain
+
+
+def data(batches=4, size=2):
+    return [{"input_ids": zoo.tokens(seed)[:size]} for seed in range(batches)]
+
+
+def learned(name="llama", steps=60):
+    """A model that has learned something, so that its units differ in use."""
+    model = zoo.make(name).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    ids = torch.arange(64).remainder(61).reshape(4, 16)
+    for step in range(steps):
+        model(input_ids=ids + 0 * step, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval(), [{"input_ids": ids}]
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+@pytest.mark.parametrize("saliency", ["kfac", "taylor2", "magnitude"])
+def test_every_family(name, saliency, tmp_path):
+    model = zoo.make(name)
+    total = sum(p.numel() for p in model.parameters())
+    types = ("ffn",) if name in ("gpt2", "opt", "llama-biases") else ("attention", "ffn", "stem")
+    report = prune_structured(model, data(2), 0.85, types, saliency, num_samples=4, progress=False)
+    assert report.parameters == sum(p.numel() for p in model.parameters()) <= int(0.85 * total)
+    assert report.parameters_before == total
+    assert report.share > 0.8
+    assert report.sizes == read_structure(model).sizes
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    save_plain(model, tmp_path)
+    torch.testing.assert_close(zoo.logits(AutoModelForCausalLM.from_pretrained(tmp_path)), zoo.logits(model))
+
+
+def test_the_default_is_kfac_with_compensation_of_ffn_channels():
+    """Against the formulas in float64: the channels, and the down projections."""
+    model, ids = zoo.make("mistral"), [d["input_ids"] for d in data()]
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    samples = [{"input_ids": row[None]} for batch in ids for row in batch]
+    found = naive.statistics(model, samples, {f"{n}.weight": n for n in names})
+    before = {n: naive.matrix(m, m.weight).copy() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    report = prune_structured(model, [{"input_ids": i} for i in ids], 0.9, progress=False, num_samples=8)
+    assert list(report.removal) == ["ffn"]
+    per_channel = 3 * 48 * 3
+    count = -(-(report.parameters_before - int(0.9 * report.parameters_before)) // per_channel)
+    assert report.sizes.intermediate_size == 28 - count
+    for i, n in enumerate(names):
+        w, s = before[n], found[f"{n}.weight"]
+        saliency = (s["output_grad_norm"][:, None] ** 2 * w**2).sum(0) * s["input_norm"] ** 2
+        gone = sorted(np.argsort(saliency)[:count])
+        assert report.removal["ffn"][i].tolist() == gone
+        kept = [f for f in range(28) if f not in gone]
+        h = s["hessian"]
+        damped = h[np.ix_(kept, kept)] + 0.01 * np.mean(np.diag(h)) * np.eye(len(kept))
+        expected = w[:, kept] + w[:, gone] @ h[np.ix_(gone, kept)] @ np.linalg.inv(damped)
+        np.testing.assert_allclose(model.get_submodule(n).weight.detach().numpy(), expected, atol=2e-4)
+        gate = f"model.layers.{i}.mlp.gate_proj"
+        np.testing.assert_array_equal(model.get_submodule(gate).weight.detach().double().numpy(), before[gate][kept])
+
+
+def test_compensation_helps_and_every_saliency_beats_the_worst_channels():
+    model, batches = learned()
+
+    def loss(net):
+        with torch.no_grad():
+            return float(net(input_ids=batches[0]["input_ids"], labels=batches[0]["input_ids"]).loss)
+
+    losses = {}
+    for saliency in ("kfac", "taylor1", "taylor2", "magnitude"):
+        for compensate in (False, True):
+            net = copy.deepcopy(model)
+            prune_structured(net, batches, {"intermediate_size": 16}, saliency=saliency, compensate=compensate)
+            losses[saliency, compensate] = loss(net)
+    for saliency in ("kfac", "taylor1", "taylor2", "magnitude"):
+        assert losses[saliency, True] < losses[saliency, False]
+    assert losses["kfac", True] < losses["magnitude", True]
+    assert loss(model) < losses["kfac", True]
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes"),
+    [
+        ({"hidden_size": 40, "intermediate_size": 16}, (40, 16, 6, 3, 3)),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, (48, 28, 3, 3, 3)),  # a query head of every group
+        ({"num_key_value_heads": 2, "num_hidden_layers": 2}, (48, 28, 4, 2, 2)),
+    ],
+)
+@pytest.mark.parametrize("saliency", ["kfac", "taylor1"])
+def test_sizes_as_target(target, sizes, saliency):
+    model = zoo.make("qwen3")
+    types = ("attention", "ffn", "stem", "layer")
+    report = prune_structured(model, data(), target, types, saliency)
+    assert tuple(report.sizes.as_dict().values())[:5] == sizes
+    assert "->" in str(report)
+    zoo.logits(model)
+
+
+def test_heads_and_channels_of_gpt2_together():
+    model = zoo.make("gpt2")
+    report = prune_structured(
+        model, data(), {"num_attention_heads": 5, "hidden_size": 40}, ("attention", "stem"), compensate=True
+    )
+    assert report.sizes.num_attention_heads == report.sizes.num_key_value_heads == 5
+    assert model.config.n_embd == 40
+    zoo.logits(model)
+
+
+def test_numbers_and_multiples():
+    model = zoo.make("llama")
+    total = sum(p.numel() for p in model.parameters())
+    report = prune_structured(model, data(), total - 1, round_to=8)
+    assert report.sizes.intermediate_size == 24
+    assert prune_structured(model, data(), 1.0).removal == {}
+    assert prune_structured(model, saliency="magnitude", compensate=False, target=0.9).parameters < report.parameters
+
+
+def test_taylor_gradients_leave_no_trace():
+    model = zoo.make("llama")
+    kept = torch.randn_like(model.model.norm.weight)
+    model.model.norm.weight.grad = kept
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.train()
+    state = torch.get_rng_state()
+    prune_structured(model, data(), 0.9, saliency="taylor2", compensate=False)
+    assert model.model.norm.weight.grad is kept
+    assert not model.model.embed_tokens.weight.requires_grad
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "model.norm.weight")
+
+
+def test_a_module_that_holds_the_model_and_a_loss_of_ones_own():
+    holder = nn.Module()
+    holder.model = zoo.make("mistral")
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(model)
+        return model(input_ids=batch, labels=batch).loss
+
+    for saliency in ("taylor1", "kfac"):
+        prune_structured(holder, [d["input_ids"] for d in data()], 0.95, saliency=saliency, loss_fn=loss_fn)
+    assert all(m is holder.model for m in calls)
+    assert holder.model.config.intermediate_size < 28
+
+
+def test_data_that_can_be_read_only_once():
+    twice = zoo.make("mistral"), zoo.make("mistral")
+    prune_structured(twice[0], iter(data()), 0.8, ("ffn", "stem"))
+    prune_structured(twice[1], data(), 0.8, ("ffn", "stem"))
+    assert snapshot(twice[0]) == snapshot(twice[1])
+
+
+# -- failures ----------------------------------------------------------------------------------------------------
+
+
+def interrupted(batches):
+    yield batches[0]
+    raise KeyboardInterrupt
+
+
+def nothing(_):
+    return iter(())
+
+
+@pytest.mark.parametrize("saliency", ["kfac", "taylor2"])
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [(interrupted, KeyboardInterrupt), (nothing, CalibrationError)],
+)
+def test_failures_leave_the_model_bit_identical(saliency, source, error):
+    model = zoo.make("llama")
+    before, config = snapshot(model), model.config.to_dict()
+    with pytest.raises(error):
+        prune_structured(model, source(data()), 0.8, saliency=saliency)
+    assert snapshot(model) == before
+    assert model.config.to_dict() == config
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("saliency", ["kfac", "taylor2"])
+def test_nan_in_the_loss(saliency):
+    model = zoo.make("llama")
+    before = snapshot(model)
+
+    def loss_fn(net, batch):
+        return net(**batch, labels=batch["input_ids"]).loss * float("nan")
+
+    with pytest.raises(CalibrationError, match="not finite"):
+        prune_structured(model, data(), 0.8, saliency=saliency, loss_fn=loss_fn)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("how", ["error", "Ctrl-C"])
+def test_a_failing_removal_undoes_the_compensation(how, monkeypatch):
+    model = zoo.make("llama")
+    before = snapshot(model)
+
+    def broken(*args, **kwargs):
+        if how == "Ctrl-C":
+            os.kill(os.getpid(), signal.SIGINT)
+        raise MemoryError
+
+    monkeypatch.setattr(oneshot, "remove_units", broken)
+    with pytest.raises((MemoryError, KeyboardInterrupt)):
+        prune_structured(model, data(), 0.8)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 1.5}, "target=1.5"),
+        ({"target": 0.01}, "leave at least"),
+        ({"types": ("head",)}, "types="),
+        ({"saliency": "wanda"}, "saliency='wanda'"),
+        ({"round_to": -1}, "round_to=-1"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"attention_unit": "pair"}, "attention_unit='pair'"),
+        ({"batches": None}, "pass batches"),
+    ],
+)
+def test_bad_arguments_are_refused_before_data_is_read(arguments, message):
+    def unread():
+        raise AssertionError
+        yield
+
+    with pytest.raises(ValueError, match=message):
+        prune_structured(zoo.make("llama"), **{"batches": unread(), **arguments})
+
+
+def test_it_is_a_public_name():
+    assert lightning_prune.prune_structured is prune_structured
+    assert "prune_structured" in lightning_prune.__all__

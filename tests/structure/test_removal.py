@@ -1,0 +1,353 @@
+"""A masked unit and a removed one give the same function, for every family and type; and nothing else changes."""
+
+import copy
+import math
+
+import pytest
+import structure_models as zoo
+import torch
+from tiny import snapshot
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_prune.structure import mask_units, plain_model, read_structure, remove_units, save_plain
+from lightning_prune.structure.masking import KeptChannelsNorm, unit_masks, unmask_norms
+from lightning_prune.structure.units import check_removal, sizes_after
+
+
+@pytest.mark.parametrize(("name", "which"), zoo.CASES)
+def test_masked_is_sliced_in_float64(name, which, monkeypatch):
+    zoo.exact_rms_norms(monkeypatch)
+    model, removal = zoo.make(name).double(), zoo.removals(name)[which]
+    dense = zoo.logits(model)
+    structure = read_structure(model)
+    expected = sizes_after(structure, check_removal(structure, removal))
+    count = structure.shapes().count(expected)
+    mask_units(model, removal)
+    masked = zoo.logits(model)
+    assert (masked - dense).abs().max() > 1e-3  # the units do matter
+    assert remove_units(model, removal) == expected
+    torch.testing.assert_close(zoo.logits(model), masked, atol=1e-9, rtol=0)
+    assert read_structure(model).sizes == expected
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(("name", "which"), zoo.CASES)
+def test_removed_saved_and_loaded_is_an_ordinary_model(name, which, tmp_path):
+    model, removal = zoo.make(name), zoo.removals(name)[which]
+    masked = copy.deepcopy(model)
+    mask_units(masked, removal)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    remove_units(model, removal)
+    sliced = zoo.logits(model)
+    torch.testing.assert_close(sliced, zoo.logits(masked), atol=3e-4, rtol=3e-4)
+    save_plain(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    torch.testing.assert_close(zoo.logits(loaded), sliced, atol=1e-5, rtol=1e-5)
+    assert {n: tuple(p.shape) for n, p in loaded.named_parameters()} == {
+        n: tuple(p.shape) for n, p in model.named_parameters()
+    }
+    for net in (model, loaded):
+        assert (net.get_output_embeddings().weight is net.get_input_embeddings().weight) == tied
+    model_type = name.partition("-")[0]
+    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
+    assert loaded.config.model_type == ("mistral" if model_type == "llama" and hidden % heads else model_type)
+    for field in ("vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings", "rope_parameters"):
+        assert getattr(loaded.config, field, None) == getattr(model.config, field, None)
+    generated = [net.generate(zoo.tokens()[:1], max_new_tokens=4, do_sample=False) for net in (model, loaded)]
+    assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_removal_in_steps_is_removal_at_once(name, monkeypatch):
+    """Epsilon, norms and embeddings are rescaled step after step."""
+    zoo.exact_rms_norms(monkeypatch)
+    at_once, in_steps = zoo.make(name).double(), zoo.make(name).double()
+    attention, channels = [[5]] * 3 if name in ("gpt2", "opt") else [[2]] * 3, [*range(20, 28)]
+    remove_units(at_once, {"attention": attention, "stem": channels, "ffn": [[0, 27]] * 3})
+    remove_units(in_steps, {"ffn": [[27]] * 3})
+    if name in ("gpt2", "opt", "llama-biases"):
+        remove_units(in_steps, {"attention": attention, "stem": channels})
+    else:
+        remove_units(in_steps, {"stem": channels[:3]})
+        remove_units(in_steps, {"attention": attention, "stem": [20, 21, 22, 23, 24]})
+    remove_units(in_steps, {"ffn": [[0]] * 3})
+    torch.testing.assert_close(zoo.logits(in_steps), zoo.logits(at_once), atol=1e-9, rtol=0)
+    for (n, p), q in zip(in_steps.named_parameters(), at_once.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=n)
+
+
+def test_masks_are_zeros_written_by_hand(monkeypatch):
+    """Of a Llama with grouped queries, head by head and channel by channel."""
+    model = zoo.make("llama-biases", attention_dropout=0.0)
+    by_hand = copy.deepcopy(model)
+    attention, ffn, stem = [[1], [0], [2]], [[3, 4], [5, 27], [0, 1]], [7, 40]
+    e = 8
+    with torch.no_grad():
+        for layer, heads, channels in zip(by_hand.model.layers, attention, ffn, strict=True):
+            for kv in heads:
+                for head in (2 * kv, 2 * kv + 1):
+                    layer.self_attn.q_proj.weight[head * e : (head + 1) * e] = 0
+                    layer.self_attn.q_proj.bias[head * e : (head + 1) * e] = 0
+                    layer.self_attn.o_proj.weight[:, head * e : (head + 1) * e] = 0
+                for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                    projection.weight[kv * e : (kv + 1) * e] = 0
+                    projection.bias[kv * e : (kv + 1) * e] = 0
+            for f in channels:
+                for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                    projection.weight[f] = 0
+                    projection.bias[f] = 0
+                layer.mlp.down_proj.weight[:, f] = 0
+            for d in stem:
+                for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                    norm.weight[d] = 0
+                for p in ("q_proj", "k_proj", "v_proj"):
+                    getattr(layer.self_attn, p).weight[:, d] = 0
+                for p in ("gate_proj", "up_proj"):
+                    getattr(layer.mlp, p).weight[:, d] = 0
+                for p in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    p.weight[d] = 0
+                    p.bias[d] = 0
+        for d in stem:
+            by_hand.model.embed_tokens.weight[:, d] = 0
+            by_hand.model.norm.weight[d] = 0
+            by_hand.lm_head.weight[:, d] = 0
+    removal = {"attention": attention, "ffn": ffn, "stem": stem}
+    masks = unit_masks(model, removal)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    mask_units(model, removal)
+    for (name, p), q in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        assert torch.equal(p, before[name] * masks.get(name, torch.ones(())))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_masked_layer_norm_is_that_of_the_kept_channels(name):
+    """Also with the embedding and all else unchanged: the norm itself leaves the others out."""
+    model = zoo.make(name).double()
+    norm = model.transformer.ln_f if name == "gpt2" else model.model.decoder.final_layer_norm
+    weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
+    mask_units(model, {"stem": [0, 5]})
+    x = torch.randn(2, 3, 48, dtype=torch.float64)
+    kept = [i for i in range(48) if i not in (0, 5)]
+    mean = x[..., kept].mean(-1, keepdim=True)
+    variance = (x[..., kept] - mean).square().mean(-1, keepdim=True)
+    expected = torch.zeros_like(x)
+    expected[..., kept] = (x[..., kept] - mean) / (variance + 1e-5).sqrt() * weight[kept] + bias[kept]
+    torch.testing.assert_close(norm(x), expected, atol=1e-12, rtol=0)
+    assert isinstance(norm, KeptChannelsNorm)
+    mask_units(model, {"stem": [9]})  # adds to what is masked
+    assert 48 - len(norm.kept_channels) == 3
+    assert "kept_channels" not in "".join(model.state_dict())
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(zoo.logits(twin), zoo.logits(model))
+    with pytest.raises(ValueError, match=r"\[0, 5\] are masked but not removed"):
+        remove_units(model, {"attention": [[0]] * 3, "stem": range(9, 17)})
+    unmask_norms(model)
+    assert type(norm) is nn.LayerNorm
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_masked_units_stay_zero_in_training(name):
+    """Weight decay, momentum and all: the gradients of a whole unit vanish, so nothing has to be enforced."""
+    model, removal = zoo.make(name), zoo.removals(name)["all"]
+    removal = {k: v for k, v in removal.items() if k != "layer"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    masks = unit_masks(model, removal)
+    for step in range(4):
+        if step == 2:
+            mask_units(model, removal, [optimizer])
+        model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = dict(model.named_parameters())
+    assert all(bool((parameters[n][~mask] == 0).all()) for n, mask in masks.items())
+    assert all(bool((optimizer.state[parameters[n]]["exp_avg_sq"][~mask] == 0).all()) for n, mask in masks.items())
+
+
+# -- optimizers and copies ---------------------------------------------------------------------------------------
+
+
+def trained(model, optimizer, steps=3, seed=0):
+    for step in range(steps):
+        ids = zoo.tokens(seed + step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.1),
+    "adam-amsgrad-fused": lambda p: torch.optim.Adam(p, lr=1e-4, amsgrad=True, foreach=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-4, centered=True, momentum=0.5),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", k) for k in OPTIMIZERS] + [(n, "adamw") for n in zoo.FAMILIES if n != "llama"]
+)
+def test_training_goes_on_as_with_masks(name, kind):
+    """Masked and sliced models take the same steps; without hidden channels to the last digits."""
+    removal = {k: v for k, v in zoo.removals(name)["all"].items() if k == "ffn"}
+    losses = []
+    for slicing in (False, True):
+        model = zoo.make(name)
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        trained(model, optimizer)
+        mask_units(model, removal, [optimizer])
+        if slicing:
+            remove_units(model, removal, [optimizer])
+        trained(model, optimizer, seed=10)
+        losses.append(model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=2e-6)
+
+
+@pytest.mark.parametrize("name", zoo.FAMILIES)
+def test_states_are_those_of_the_sliced_model(name, monkeypatch):
+    """Adam's states after slicing are what the sliced model's own gradients would have made them."""
+    zoo.exact_rms_norms(monkeypatch)
+    removal = zoo.removals(name)["all"]
+    masked = zoo.make(name).double()
+    mask_units(masked, removal)
+    sliced = copy.deepcopy(masked)
+    remove_units(sliced, removal)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.0) for m in (masked, sliced)]
+    for model, optimizer in zip((masked, sliced), optimizers, strict=True):
+        trained(model.train(), optimizer) if name not in ("gpt2", "opt") else trained(model, optimizer)
+    remove_units(masked, removal, optimizers[:1])
+    groups = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
+    assert [p.shape for p in groups[0]] == [p.shape for p in groups[1]]
+    assert len(optimizers[0].state) == len(optimizers[1].state)
+    for p, q in zip(*groups, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-12, rtol=1e-9)
+        for key, value in optimizers[1].state[q].items():
+            torch.testing.assert_close(optimizers[0].state[p][key], value, atol=1e-12, rtol=1e-7, msg=key)
+
+
+def test_parameters_keep_identity_and_lose_gradients():
+    model = zoo.make("qwen3")
+    before = {n: id(p) for n, p in model.named_parameters()}
+    model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
+    remove_units(model, zoo.removals("qwen3")["stem"])
+    assert {n: id(p) for n, p in model.named_parameters()} == before
+    sliced = [p for p in model.parameters() if p.grad is not None]
+    assert all(p.grad.shape == p.shape for p in sliced)
+    model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
+
+
+def test_a_removed_layer_leaves_the_optimizer():
+    model = zoo.make("smollm3")
+    optimizer = torch.optim.AdamW([{"params": list(model.parameters())}])
+    trained(model, optimizer)
+    remove_units(model, {"layer": [1]}, [optimizer])
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    assert set(map(id, optimizer.state)) == {id(p) for p in model.parameters()}
+    assert model.config.no_rope_layers == [1, 1]  # those of layers 0 and 2
+    assert len(model.config.layer_types) == 2
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
+    trained(model, optimizer)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "qwen3", "gpt2"])
+def test_copies_are_sliced_as_the_weights_are(name):
+    model, removal = zoo.make(name), zoo.removals(name)["all"]
+    holder = nn.Module()
+    holder.net = model
+    by_module = {n: v.clone() for n, v in holder.state_dict().items()}  # tied twice, with the module's names
+    by_model = {n: p.detach().clone() for n, p in model.named_parameters()} | {"other": torch.ones(3)}
+    mask_units(holder, removal, extra=[by_model])
+    assert all(bool((by_model[n][~m] == 0).all()) for n, m in unit_masks(model, removal).items())
+    by_model = {n: by_module[f"net.{n}"].clone() for n, _ in model.named_parameters()} | {"other": torch.ones(3)}
+    remove_units(holder, removal, extra=[by_module, by_model])
+    state = holder.state_dict()
+    assert list(by_module) == list(state)
+    for n, value in state.items():  # layer 0 is gone, so layer 1 of the copy is layer 0 now
+        torch.testing.assert_close(by_module[n], value, msg=n)
+    names = {n for n, _ in model.named_parameters()}
+    assert set(by_model) == names | {"other"}
+    assert all(torch.equal(by_model[n], state[f"net.{n}"]) for n in names)
+    assert by_model["other"].shape == (3,)
+    with pytest.raises(ValueError, match="extra"):
+        remove_units(model, {"ffn": [[0]] * 2}, extra=[{next(iter(names)): torch.ones(2)}])
+
+
+# -- the rest ----------------------------------------------------------------------------------------------------
+
+
+def test_epsilon_and_weights_of_rms_norms():
+    model = zoo.make("llama")
+    weight = model.model.norm.weight.detach().clone()
+    remove_units(model, {"stem": range(12)})
+    assert model.config.rms_norm_eps == pytest.approx(0.05 * 48 / 36)
+    assert model.model.layers[0].input_layernorm.variance_epsilon == model.config.rms_norm_eps
+    torch.testing.assert_close(model.model.norm.weight.detach(), weight[12:] * math.sqrt(48 / 36))
+
+
+def test_one_query_head_of_every_group(tmp_path):
+    model = zoo.make("qwen2")
+    masked = copy.deepcopy(model)
+    removal = {"attention": [[1], [0], [1]]}
+    mask_units(masked, removal, attention_unit="head")
+    remove_units(model, removal, attention_unit="head")
+    assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (3, 3)
+    torch.testing.assert_close(zoo.logits(model), zoo.logits(masked), atol=1e-4, rtol=1e-4)
+    save_plain(model, tmp_path)
+    torch.testing.assert_close(zoo.logits(AutoModelForCausalLM.from_pretrained(tmp_path)), zoo.logits(model))
+    with pytest.raises(ValueError, match="several query heads"):
+        read_structure(zoo.make("gpt2"), "head")
+    with pytest.raises(ValueError, match="attention_unit"):
+        read_structure(model, "pair")
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "unknown"])
+def test_optimizers_that_cannot_be_sliced_are_refused_before_anything_changes(kind):
+    model = zoo.make("llama")
+    if kind == "adafactor":
+        optimizer = torch.optim.Adafactor(model.parameters())
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trained(model, optimizer, steps=1)
+    if kind == "unknown":
+        optimizer.state[model.model.norm.weight]["curvature"] = torch.ones(48)
+    before, config = snapshot(model), model.config.to_dict()
+    with pytest.raises(ValueError, match=r"Adafactor keeps the state|'curvature'"):
+        remove_units(model, {"stem": [1], "ffn": [[0]] * 3}, [optimizer])
+    assert snapshot(model) == before
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("removal", [{"attention": [[0]] * 3}, {"stem": [1]}, {"ffn": [[99]] * 3}])
+def test_a_refused_removal_changes_nothing(removal):
+    model = zoo.make("gpt2")
+    before, config = snapshot(model), model.config.to_dict()
+    with pytest.raises(ValueError, match=r"gpt2|removal"):
+        remove_units(model, removal)
+    assert snapshot(model) == before
+    assert model.config.to_dict() == config
+
+
+def test_layers_that_depend_on_their_number_stay():
+    model = zoo.make("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx"):
+        remove_units(model, {"layer": [1]})
+
+
+def test_plain_model_shares_parameters_and_saves_a_tokenizer(tmp_path):
+    model = zoo.make("llama")
+    assert plain_model(model) is model
+    remove_units(model, {"stem": [1]})
+    plain = plain_model(model)
+    assert plain.config.model_type == "mistral"
+    assert plain.config.sliding_window is None
+    assert [id(p) for p in plain.parameters()] == [id(p) for p in model.parameters()]
+    assert torch.equal(zoo.logits(plain), zoo.logits(model))
+
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    save_plain(model, tmp_path, tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == {"a": 0, "b": 1}
