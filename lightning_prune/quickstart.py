@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import WeightPruning
+from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.pruning.masks import Masks
