@@ -53,7 +53,9 @@ for _label, _sparsity, _pattern in (("50", 0.5, "unstructured"), ("2:4", 0.5, "2
         f"sparsegpt-{_label}": Row("sparsegpt", _sparsity, _pattern),
     }
 for _percent in (60, 70):
-    ROWS[f"wanda-{_percent}"] = Row("wanda", _percent / 100)
+    ROWS |= {f"{_score}-{_percent}": Row(_score, _percent / 100) for _score in ("magnitude", "wanda")}
+    ROWS[f"gblm-{_percent}"] = Row("gblm", _percent / 100, options=GBLM)
+    ROWS[f"sparsegpt-{_percent}-sequential"] = Row("sparsegpt", _percent / 100, options=BLOCKS)
 for _percent in (50, 60, 70):
     ROWS[f"kfac-{_percent}"] = Row("kfac", _percent / 100)
     ROWS[f"kfac-obs-{_percent}-sequential"] = Row("kfac", _percent / 100, options={"update": "obs"} | BLOCKS)

@@ -1,0 +1,72 @@
+"""Draw perplexity over sparsity, ours and the peers', from the table "Other sparsities" of the page of figures.
+
+    python tests/benchmarks/picture.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "notebooks" / "docs" / "pages" / "figures.md"
+PICTURE = PAGE.parent / "images" / "perplexity.svg"
+# Our own methods are drawn in strong lines, the published ones thin.
+OURS = {"kfac", 'kfac, update="obs"'}
+
+
+def first_number(cell: str) -> float | None:
+    """The WikiText-2 figure of a cell, which comes first."""
+    found = re.search(r"\d+(\.\d+)?", cell)
+    return float(found.group()) if found else None
+
+
+def read_table() -> tuple[float, dict[str, dict[int, float]]]:
+    """The dense perplexity, and those of each method by percent of zeros."""
+    text = PAGE.read_text(encoding="utf-8").split("### Other sparsities")[1]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.split("\n") if line.startswith("|")]
+    names = [re.sub(r"[*`]", "", cell).removesuffix(", block by block") for cell in rows[0]]
+    curves: dict[str, dict[int, float]] = {name: {} for name in names[2:]}
+    dense = first_number(rows[2][1])
+    assert dense is not None
+    for row in rows[2:]:
+        percent = re.match(r"(\d+) %", row[0])
+        if percent is None:  # the row of 2:4, or the next table
+            break
+        for name, cell in zip(names[2:], row[2:], strict=True):
+            if (value := first_number(cell)) is not None:
+                curves[name][int(percent.group(1))] = value
+    return dense, curves
+
+
+def main() -> None:
+    dense, curves = read_table()
+    plt.rcParams["svg.hashsalt"] = "perplexity"  # the same file from the same figures
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    colors = iter(("#9a9a9a", "#c26a2d", "#8a5fb0", "#1f77b4", "#0b3d91"))
+    for name, points in curves.items():
+        strong = name in OURS
+        axes.plot(
+            list(points), list(points.values()), marker="o", label=name, color=next(colors),
+            linewidth=2.4 if strong else 1.2, linestyle="-" if strong else "--",
+        )  # fmt: skip
+    axes.axhline(dense, color="black", linewidth=0.8)
+    axes.text(70, dense * 1.05, f"dense {dense:g}", ha="right", va="bottom", fontsize=9)
+    axes.set(yscale="log", xlabel="zeros, % of the decoder's weights", ylabel="perplexity, WikiText-2")
+    axes.set_xticks(sorted({percent for points in curves.values() for percent in points}))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", which="major", alpha=0.3)
+    axes.set_title("SmolLM2-135M, nothing retrained: lower is better", loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=9)
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
