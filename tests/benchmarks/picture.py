@@ -1,6 +1,6 @@
 """Draw perplexity over sparsity, ours and the peers', from the table "Other sparsities" of the page of figures.
 
-    python tests/benchmarks/picture.py
+python tests/benchmarks/picture.py
 """
 
 from __future__ import annotations

@@ -8,21 +8,12 @@ from typing import Any
 
 import torch
 import yaml
+from tiny import TINY
 
 from lightning_prune import CausalLM, TextDataModule
 from lightning_prune.cli import main
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-TINY = {
-    "model_type": "llama",
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 _TALKS = (("Who?", "He.", "And?", "She."), ("Is it?", "No.", "So?", "A."))
 _TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] + ':' + m.content + eos_token }}{% endfor %}"
