@@ -30,6 +30,7 @@ from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.checkpoints.mask_files import load_masks
 from lightning_prune.checkpoints.sources import existing_path
 from lightning_prune.cli import main
+from lightning_prune.errors import CalibrationError
 from lightning_prune.evaluation.tasks import read_tasks
 from lightning_prune.quickstart import quickstart
 
@@ -176,7 +177,7 @@ def test_calibration_on_one_token_is_refused(files):
     """A sample of one token predicts nothing, so there is no gradient."""
     model = make_llama()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="predict"):
+    with pytest.raises(CalibrationError, match="predict"):
         prune(model, [{"input_ids": torch.tensor([[3]])}], score="gblm", num_samples=1, progress=False)
     assert snapshot(model) == before
 

@@ -362,9 +362,12 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
 
 
 def without_label(batch: Any) -> bool:
-    """Whether a batch holds labels and all are -100, so that no loss can be computed from it.
+    """Whether a batch holds labels and all are -100, or single tokens, so that no loss can be computed from it.
 
     The first position of a sequence does not count: a causal model predicts no token there.
     """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] == 1:
+        return True
     labels = [t for t in tensors_of(batch) if t.dim() > 0 and not t.is_floating_point() and t.dtype != torch.bool]
     return any(bool((t[:, 1:] if t.dim() > 1 and t.shape[1] > 1 else t).eq(IGNORE_INDEX).all()) for t in labels)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
@@ -425,7 +426,7 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
 def _is_empty(module: nn.Module) -> bool:
     """Whether a layer has no weights at all, as ``Linear(16, 0)``: nothing to prune, and no samples reach it."""
     weight = module._parameters.get("weight")
-    return weight is not None and not weight.numel() and not weight.is_meta
+    return weight is not None and not is_lazy(weight) and not weight.numel() and not weight.is_meta
 
 
 def _reject_bare_string(argument: str, value: object) -> None:

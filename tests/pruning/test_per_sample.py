@@ -434,10 +434,18 @@ def of_kind(kind):
     return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), kind(6, 5), First())
 
 
-@pytest.mark.parametrize("kind", [Scaled, ScaledInPlace, ScaledInput, ScaledWeight, Twice, Router])
+@pytest.mark.parametrize("kind", [Scaled, ScaledInPlace, ScaledInput, ScaledWeight, Twice])
 @pytest.mark.parametrize("size", [1, 3])
 def test_layers_whose_forward_is_another_are_refused_by_name(kind, size):
     assert_refused(of_kind(kind), data(size, 4, 6), squares, r"'2'.*`ignore`")
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_named_router_that_returns_a_tuple_is_refused(size):
+    model, batches = of_kind(Router), data(size, 4, 6)
+    assert [t.name for t in find_targets(model)] == ["0.weight"]
+    with pytest.raises(CalibrationError, match=r"'2' returns tuple, not a tensor.*`ignore`"):
+        collect(model, batches, find_targets(model, ["0", "2"]), GRADIENTS, loss_fn=squares, progress=False)
 
 
 @pytest.mark.parametrize("kind", [ScaledInput, Twice])
