@@ -317,7 +317,7 @@ def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabelled: int = 0) ->
     with synchronized_errors(ranks):
         if not total and unlabelled:
             raise CalibrationError(
-                f"none of the {unlabelled} calibration samples has a label to predict (all are -100, or the sample is a "
+                f"none of the {unlabelled} calibration samples has a label to predict (all are -100, or it is a "
                 "single token), so there is no loss to calibrate on; the weights are unchanged"
             )
         if not total:
