@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "notebooks" / "docs" / "pages" / "figures.md"
@@ -59,7 +60,8 @@ def main() -> None:
     axes.text(70, dense * 1.05, f"dense {dense:g}", ha="right", va="bottom", fontsize=9)
     axes.set(yscale="log", xlabel="zeros, % of the decoder's weights", ylabel="perplexity, WikiText-2")
     axes.set_xticks(sorted({percent for points in curves.values() for percent in points}))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks([25, 50, 100, 200, 400], ["25", "50", "100", "200", "400"])
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", which="major", alpha=0.3)
     axes.set_title("SmolLM2-135M, nothing retrained: lower is better", loc="left", fontsize=10)
