@@ -16,16 +16,20 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lightning_prune import (
+    CausalLM,
     CubicSchedule,
     PERPRetraining,
     PruningAwarePretraining,
     SparsityMonitor,
+    TextDataModule,
     WeightPruning,
+    benchmark,
+    evaluate,
+    export,
+    perplexity,
     prune,
     prune_structured,
 )
-from lightning_prune.evaluation.latency import benchmark
-from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.structure import save_plain
 
 ACCELERATOR = os.environ.get("GPU_TESTS_ON", "cuda")
@@ -215,6 +219,29 @@ def test_prune_structured() -> None:
     batch = {"input_ids": IDS[:16].to(ACCELERATOR), "labels": IDS[:16].to(ACCELERATOR)}
     prune_structured(model, [batch], target=0.8)
     assert model(input_ids=batch["input_ids"]).logits.isfinite().all()
+
+
+def test_a_checkpoint_of_the_device_is_exported_and_evaluated(tmp_path: Path) -> None:
+    """`fit`, `export`, `evaluate`: the zeros of the device's weights are in the folder, and it is measured there."""
+    text = tmp_path / "text.txt"
+    text.write_text("it is a truth universally acknowledged. " * 400, encoding="utf-8")
+    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    data = TextDataModule(str(text), vocab_size=300, block_size=32, batch_size=4, cache_dir=str(tmp_path / "cache"))
+    module, pruning = CausalLM(config=config), WeightPruning(score="kfac", num_samples=8, progress=False)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        accelerator=ACCELERATOR, devices=1, max_steps=2, callbacks=[pruning], enable_checkpointing=False,
+        limit_val_batches=0, **quiet,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    inspection = export(tmp_path / "last.ckpt", tmp_path / "model", progress=False)
+    assert inspection.sparsity == pytest.approx(pruning.sparsity)
+    results = evaluate(tmp_path / "model", [text], seq_len=32, max_windows=4, device=ACCELERATOR, progress=False)
+    on_cpu = evaluate(tmp_path / "model", [text], seq_len=32, max_windows=4, device="cpu", progress=False)
+    measured = [r.models[0].texts[0].perplexity for r in (results, on_cpu)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-3)
 
 
 def test_evaluate_and_benchmark(tmp_path: Path) -> None:
