@@ -240,8 +240,16 @@ class Toy(L.LightningModule):
 """
 
 
-def test_any_module_and_no_data_module(tmp_path, monkeypatch):
-    (tmp_path / "toy_module_of_the_test.py").write_text(MODULE)
+VALIDATION = """
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.fc(batch).square().mean())
+"""
+
+
+@pytest.mark.parametrize("validation", ["", VALIDATION], ids=["no validation", "no data for validation"])
+def test_any_module_and_no_data_module(validation, tmp_path, monkeypatch):
+    (tmp_path / "toy_module_of_the_test.py").write_text(MODULE + validation)
+    monkeypatch.delitem(sys.modules, "toy_module_of_the_test", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     options = [

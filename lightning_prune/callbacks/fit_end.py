@@ -14,13 +14,13 @@ def finish_fit(trainer: L.Trainer, module: L.LightningModule, datamodule: L.Ligh
 
     A schedule of validation or checkpoints by batches may name a batch that a short run never reaches. Nothing is done
     that the Trainer was told to leave out (``limit_val_batches=0``, ``enable_checkpointing=False``), and no validation
-    is added on several processes.
+    is added on several processes, or to a module that has no validation step or no data for it.
     """
     if getattr(trainer, "fast_dev_run", False):
         return
     path = _checkpoint_of(trainer)  # before a validation, which would be a run of its own
     measured = any(name.startswith("val_") for name in trainer.callback_metrics)
-    if not measured and trainer.limit_val_batches and trainer.world_size == 1:
+    if not measured and trainer.enable_validation and trainer.world_size == 1:
         trainer.validate(module, datamodule=datamodule)
     if path is not None:
         _say(path)

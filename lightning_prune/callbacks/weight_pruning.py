@@ -302,6 +302,7 @@ class WeightPruning(L.Callback):
             self._keep({})  # another module's; a loaded checkpoint's have no owner yet
         self._copied = False
         self._check_data(trainer, plan)
+        (rank_zero_warn if plan.coverage.worrying else rank_zero_info)(f"WeightPruning: {plan.coverage}")
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
             self._begin(trainer, pl_module)
@@ -345,9 +346,6 @@ class WeightPruning(L.Callback):
                 warn_of_choice_by_score(trainer, self.schedule)
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        assert self._plan is not None
-        coverage = self._plan.coverage
-        (rank_zero_warn if coverage.worrying else rank_zero_info)(f"WeightPruning: {coverage}")
         if self._masks:
             self._bind(trainer, module, self._masks)
         elif any(self._due(step) for step in range(trainer.global_step + 1)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from lightning_prune.checkpoints.reading import Checkpoint, fail, open_checkpoint
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import clean_name
-from lightning_prune.perp.layers import SparseLinear, find_variant
 from lightning_prune.pruning.enforcement import to_bytes
 from lightning_prune.pruning.masks import unpack_masks
 from lightning_prune.safety import is_stored_whole
 from lightning_prune.structure.saving import MaskedUnits
 from lightning_prune.structure.sizes import ATTENTION_UNITS
+
+if TYPE_CHECKING:
+    from lightning_prune.perp.layers import SparseLinear
 
 
 class StoredMasks:
@@ -183,7 +185,7 @@ def save_merged(checkpoint: dict[str, Any], module: nn.Module, attribute: str, s
         state_key: Of the callback.
     """
     state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
-    layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLinear)}
+    layers = _adapted_layers(module)
     parts = {name: _part_names(name, layer) for name, layer in layers.items()}
     if not all(layer.mergeable for layer in layers.values()):
         return
@@ -222,7 +224,7 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
         CheckpointError: see `merged_state`.
     """
     state = checkpoint.get("state_dict", {})
-    adapted = any(isinstance(layer, SparseLinear) for layer in module.modules())
+    adapted = bool(_adapted_layers(module))
     if has_adapters(state) == adapted:
         return
     callbacks = checkpoint.get("callbacks") or {}
@@ -263,6 +265,14 @@ def load_merged_state(path: str | Path) -> dict[str, Tensor]:
         module.load_state_dict(load_merged_state("last.ckpt"))
     """
     return dict(merged_checkpoint(open_checkpoint(path)).tensors())
+
+
+def _adapted_layers(module: nn.Module) -> dict[str, SparseLinear]:
+    """The layers with adapters, by name."""
+    # Imported here, since it takes peft and transformers with it, which reading a plain checkpoint has no need of.
+    from lightning_prune.perp.layers import SparseLinear
+
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLinear)}
 
 
 def _part_names(name: str, layer: SparseLinear) -> tuple[str, str, str]:
@@ -365,6 +375,8 @@ class _Adapters:
             fail(path, f"the state of its {_RETRAINING} callback is damaged, or of another version")
         self._layers, adapter = layers, settings.get("adapter")
         try:
+            from lightning_prune.perp.layers import find_variant  # takes peft with it
+
             self._variant = find_variant(adapter)
         except ValueError as error:
             fail(path, f"its adapters are of another program, or damaged: {error}")

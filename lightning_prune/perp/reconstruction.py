@@ -114,8 +114,8 @@ def reconstruct(
         model: A transformers model with pruned weights, changed in place.
         batches: Calibration data as in `lightning_prune.prune`. One batch is one step, so their size matters.
         dense: What the model was before it was pruned: a second model, its weights by parameter name (those that are
-            not pruned may be missing), or the path of a transformers folder, safetensors file or checkpoint, read
-            block by block.
+            not pruned may be missing), or what `lightning_prune.open_checkpoint` has opened (a transformers folder,
+            a safetensors file, a checkpoint), read block by block.
         masks: Bool masks by parameter name, True = kept; a weight without one takes its exact zeros.
         adapter: ``"mask_lora"``, ``"scale_lora"``, ``"lora_prune"``, or None to train `train` alone.
         train: Any of ``"bias"`` and ``"norm"``, of the blocks.
@@ -497,7 +497,7 @@ class DenseBlocks:
 
     Args:
         dense: The dense model; its weights by parameter name, of which those that are not pruned may be missing; or
-            the path of a transformers folder, safetensors file or checkpoint of it, read block by block.
+            an opened checkpoint of it, read block by block.
         model: The pruned model.
         blocks: Clean names and modules of its decoder blocks.
         pruned: Names of its parameters that are pruned.
@@ -505,7 +505,7 @@ class DenseBlocks:
     Raises:
         TypeError: `dense` is none of these.
         ValueError: a weight is missing.
-        CheckpointError: the path cannot be read.
+        CheckpointError: the checkpoint cannot be read.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune import CubicSchedule, LinearSchedule, OneShot, WeightPruning
+from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.schedules import Schedule
 
 
@@ -44,7 +45,7 @@ CHANGES: list[tuple[dict[str, Any], list[str]]] = [
     ({"schedule": OneShot(3)}, ["schedule='OneShot(step=0)' (here 'OneShot(step=3)')"]),
     ({"targets": ["net.0", "net.3"]}, ["targets=None (here \"['net.0', 'net.3']\")"]),
     ({"targets": [nn.Linear]}, ["targets=None (here \"['Linear']\")"]),
-    ({"ignore": ["net.5"]}, ["ignore=\"['lm_head']\" (here \"['net.5']\")"]),
+    ({"ignore": ["net.5"]}, [f"ignore={str(list(DEFAULT_IGNORE))!r} (here \"['net.5']\")"]),
     ({"alpha": 10.0, "grad_norm": "l1"}, ["alpha=100.0 (here 10.0)", "grad_norm='l2' (here 'l1')"]),
     ({"seed": 4, "num_samples": 8}, ["seed=0 (here 4)", "num_samples=16 (here 8)"]),
 ]

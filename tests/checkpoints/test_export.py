@@ -17,6 +17,7 @@ from tiny import TINY, make_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from lightning_prune import CausalLM, WeightPruning
+from lightning_prune.checkpoints import export as export_module
 from lightning_prune.checkpoints.export import ExportError, export
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.checkpoints.sources import trained_tokenizer
@@ -94,6 +95,15 @@ def logits(model):
 
 def files_of(folder):
     return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def stored_tensors(file):
+    """Names, types and places of a safetensors file's tensors, and their bytes; metadata may differ."""
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    del header["__metadata__"]
+    return header, content[start:]
 
 
 def state_of(folder):
@@ -191,9 +201,8 @@ def test_folders_with_other_names_than_the_model(trained, tmp_path):
     mixtral = MixtralForCausalLM(MixtralConfig(**fields, num_local_experts=3))
     mixtral.save_pretrained(tmp_path / "mixtral")
     export(tmp_path / "mixtral", tmp_path / "mixtral-out")
-    assert (
-        files_of(tmp_path / "mixtral")["model.safetensors"] == files_of(tmp_path / "mixtral-out")["model.safetensors"]
-    )
+    tensors = [stored_tensors(tmp_path / name / "model.safetensors") for name in ("mixtral", "mixtral-out")]
+    assert tensors[0] == tensors[1]
     assert all(torch.equal(t, mixtral.state_dict()[n]) for n, t in state_of(tmp_path / "mixtral-out").items())
 
 
@@ -448,6 +457,8 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
             replace(old, new)
 
         monkeypatch.setattr("lightning_prune.checkpoints.export.os.replace", fail)
+        # As on a file system that cannot exchange two folders in one step.
+        monkeypatch.setattr("lightning_prune.checkpoints.export._exchange", lambda *_: False)
     with pytest.raises((ExportError, OSError) if isinstance(error, OSError) else KeyboardInterrupt):
         export(source, tmp_path / "out", overwrite=True)
     assert seen
@@ -455,6 +466,25 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
         assert json.loads(files_of(tmp_path / "out")["config.json"])["model_type"] == "llama"
     else:
         assert files_of(tmp_path / "out") == old
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_while_folders_are_exchanged_waits_for_the_new_one(old, trained, tmp_path, monkeypatch):
+    _, source = trained()
+    exchange, done = export_module._exchange, []
+
+    def interrupted(*paths):
+        signal.raise_signal(signal.SIGINT)
+        done.append(exchange(*paths))
+        signal.raise_signal(signal.SIGINT)
+        return done[-1]
+
+    monkeypatch.setattr(export_module, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(source, tmp_path / "out", overwrite=True)
+    assert len(done) == 1
+    assert files_of(tmp_path / "out") != old
+    assert inspect(tmp_path / "out").sparsity == inspect(source).sparsity
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -126,10 +127,19 @@ def test_comes_back_from_its_folder_only_where_it_is_registered(tmp_path: Path) 
     assert snapshot(fresh) == before
 
 
+class Unmerged(L.Callback):
+    """Keeps what a checkpoint is that nobody merges when it is written, as under FSDP2."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks[:2]}  # type: ignore[attr-defined]
+        self.parts = copy.deepcopy({"state_dict": pl_module.state_dict(), "callbacks": states})
+
+
 @pytest.mark.usefixtures("_registered")
 def test_in_a_trainer(tmp_path: Path) -> None:
     module, save = make_module(), ModelCheckpoint(dirpath=tmp_path, filename="end")
-    callbacks = [pruning(), PERPRetraining(adapter="relative", r=1, train=()), save]
+    perp, trained = PERPRetraining(adapter="relative", r=1, train=()), Unmerged()
+    callbacks = [pruning(), perp, trained, save]
     start = snapshot(module.model)
     make_trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
     merged = snapshot(module.model)
@@ -137,12 +147,18 @@ def test_in_a_trainer(tmp_path: Path) -> None:
     assert type(module.model).__module__.startswith("transformers.")
     for name, mask in callbacks[0].masks.items():
         assert bool((module.get_parameter(name)[~mask].view(torch.int32) == 0).all()), name
-    # The checkpoint was written before the merge: it loads as the merged model, where the name means something.
+    # The checkpoint was written before the merge, as the merged model; others hold what is to be merged yet.
+    unmerged = torch.load(tmp_path / "end.ckpt", weights_only=True) | trained.parts
+    torch.save(unmerged, tmp_path / "unmerged.ckpt")
+    for name in ("end", "unmerged"):
+        loaded = CausalLM.load_from_checkpoint(tmp_path / f"{name}.ckpt", weights_only=True)
+        assert snapshot(loaded.model) == merged
+    del variants._VARIANTS["relative"]
     loaded = CausalLM.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
     assert snapshot(loaded.model) == merged
-    del variants._VARIANTS["relative"]
+    # The name means something only where it is registered.
     with pytest.raises(CheckpointError, match=r"adapter='relative' must be one of .* registered first"):
-        CausalLM.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
+        CausalLM.load_from_checkpoint(tmp_path / "unmerged.ckpt", weights_only=True)
 
 
 @pytest.mark.usefixtures("_registered")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import GgufConfig
 
-from lightning_prune import CalibrationError, prune
+from lightning_prune import CalibrationError, open_checkpoint, prune
 from lightning_prune.perp import add_adapters, reconstruct
 
 IDS = make_tokens(8, 12)
@@ -192,10 +192,11 @@ def test_dense_weights_from_anywhere(source: str, tmp_path: Path) -> None:
         given = {n: w for n, w in weights.items() if n in masks}
     elif source in ("folder", "file"):
         dense.save_pretrained(tmp_path)
-        given = tmp_path if source == "folder" else str(tmp_path / "model.safetensors")
+        given = open_checkpoint(tmp_path if source == "folder" else tmp_path / "model.safetensors")
     elif source == "checkpoint":  # as of a LightningModule
-        given = tmp_path / "dense.ckpt"
-        torch.save({"state_dict": {f"model.{n}": w for n, w in weights.items()}}, given)
+        path = tmp_path / "dense.ckpt"
+        torch.save({"state_dict": {f"model.{n}": w for n, w in weights.items()}}, path)
+        given = open_checkpoint(path)
     assert reconstruct(other, batches(), given, masks, steps=5) == expected
     assert snapshot(other) == snapshot(model)
 
@@ -320,7 +321,7 @@ def test_after_a_failure_every_bit_is_as_before(failure: str, monkeypatch: pytes
         ({"rank_pattern": {"q_proj": 4}}, ValueError, "not supported block by block"),
         ({"target_modules": ["qq_proj"]}, ValueError, "did you mean 'q_proj'"),
         ({"dense": 3}, TypeError, "dense=int"),
-        ({"dense": "nowhere"}, ValueError, "does not exist"),
+        ({"dense": "folder"}, TypeError, r"dense=str must be .*open_checkpoint\(path\)"),
         ({"dense": {}}, ValueError, "dense has no 'model.layers.0.self_attn.q_proj.weight'"),
         ({"dense": "model"}, ValueError, "is the pruned model itself"),
         ({"dense": "pruned"}, ValueError, "are zero in dense too"),
