@@ -16,6 +16,7 @@ from tiny import snapshot
 from transformers import LlamaForCausalLM
 
 from lightning_prune import PERPRetraining, prune
+from lightning_prune.errors import CheckpointError
 from lightning_prune.perp import reconstruct
 
 OPTIONS: dict[str, Any] = {"steps": 6, "learning_rate": 1e-2, "num_samples": 8}
@@ -68,6 +69,19 @@ def test_of_a_model_pruned_before_and_a_folder(tmp_path: Path) -> None:
     trainer.fit(module, loader())
     assert perp.reconstruction is not None
     assert perp.reconstruction.after < perp.reconstruction.before
+
+
+def test_a_folder_that_is_not_there_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    module = make_module()
+    halve(module.model)
+    before = snapshot(module.model)
+    perp = PERPRetraining(reconstruct={**OPTIONS, "dense": "nowhere"})
+    with pytest.raises(CheckpointError, match="dense='nowhere' does not exist"):
+        make_trainer(tmp_path, perp, max_epochs=1).fit(module, loader())
+    after = {
+        n.removeprefix("base_model.model.").replace(".base_layer.", "."): v for n, v in snapshot(module.model).items()
+    }
+    assert before == {name: after[name] for name in before}
 
 
 def test_resume_does_not_reconstruct_again(tmp_path: Path) -> None:

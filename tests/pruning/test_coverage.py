@@ -14,7 +14,7 @@ import transformers as hf
 from tiny import TINY, make_tokens
 from torch import nn
 
-from lightning_prune import CausalLM, PERPRetraining, SparsityMonitor, WeightPruning, prune
+from lightning_prune import CausalLM, OneShot, PERPRetraining, SparsityMonitor, WeightPruning, prune
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.pruning.coverage import Coverage, measure_coverage
 
@@ -189,6 +189,16 @@ def test_the_callback_file_and_monitor_have_the_same_figures(case, caplog, tmp_p
     assert (found.totals().zeros, found.totals().numel) == (zeros, candidates + left)
     assert found.totals(True).numel == everything + sum(b.numel() for b in persistent_buffers(model))
     assert seen["sparsity/countable"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("model", [nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8), nn.GRU(8, 8)])])
+def test_the_callback_says_it_once_a_fit_before_training_also_where_it_prunes_later(model, step, caplog):
+    with caplog.at_level(logging.INFO), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, WeightPruning(score="magnitude", sparsity=0.5, schedule=OneShot(step)))
+    said = [str(w.message) for w in caught] + [record.getMessage() for record in caplog.records]
+    assert sum("weights are candidates" in line for line in said) == 1
 
 
 def persistent_buffers(model):
