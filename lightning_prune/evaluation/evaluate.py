@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import platform
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from lightning_prune.checkpoints.model import LoadedModel, context_of, device_of
 from lightning_prune.checkpoints.sources import existing_path
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.evaluation.tasks import check_lm_eval, read_tasks, zero_shot
+from lightning_prune.history import versions
 from lightning_prune.results import EvaluationResults, ModelResult, TextResult
 
 _WINDOW = 512  # tokens, where the models take as many
@@ -192,14 +191,3 @@ def _perplexity(
         stride=seq_len if stride is None else stride,
         windows=found.windows,
     )
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of Python and of installed packages."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

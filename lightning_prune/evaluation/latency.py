@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from lightning_prune.checkpoints.inspection import Inspection
 from lightning_prune.checkpoints.model import context_of, device_of, load_model
-from lightning_prune.evaluation.evaluate import versions
 from lightning_prune.evaluation.perplexity import evaluating
+from lightning_prune.history import versions
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table
 
