@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lightning_prune.checkpoints.model import (
 from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint
 from lightning_prune.checkpoints.sources import looks_like_path
 from lightning_prune.errors import ExportError
+from lightning_prune.history import versions
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
 from lightning_prune.safety import add_check_sums, expanded, uninterrupted
@@ -329,7 +329,9 @@ def _pruning(read: ReadModel, found: Inspection) -> Table:
         rows.append(("masks", f"{read.masks.count}; every weight they remove is zero in these files"))
     sparsities = [t.sparsity for t in found.selected()]
     rows.append(("sparsest and densest layer", f"{max(sparsities):.2%}, {min(sparsities):.2%}"))
-    rows += [(package, _version(package)) for package in ("lightning-prune", "torch", "transformers")]
+    packages = ("lightning-prune", "torch", "transformers")
+    found_versions = versions(packages)
+    rows += [(package, found_versions.get(package, "not installed")) for package in packages]
     return Table("Pruning", ("", ""), rows, ["`sparsity.json` has the figures of every layer."])
 
 
@@ -355,10 +357,3 @@ def _limits(found: Inspection) -> str:
             "(`torch.sparse.to_sparse_semi_structured`); elsewhere they run as fast as dense ones."
         )
     return text + "Matrix products skip no zeros at random places, so the model runs as fast as the dense one."
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
