@@ -127,7 +127,9 @@ def test_two_ranks_choose_and_train_as_one_process(name: str, folder: Path, sing
     for key, value in expected.named_parameters():
         if key.endswith("c_attn.bias"):  # the keys' gradients are zero but for rounding, and Adam steps by their signs
             continue
-        torch.testing.assert_close(small.get_parameter(key), value, rtol=1e-4, atol=1e-5, msg=key)
+        # A solve amplifies what the order of sums rounds, by the condition of its system.
+        atol = 1e-4 if CASES[name].get("second_order") else 1e-5
+        torch.testing.assert_close(small.get_parameter(key), value, rtol=1e-4, atol=atol, msg=key)
 
 
 def same_config(model: Any) -> dict[str, Any]:
