@@ -382,9 +382,9 @@ def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:
     for tap in taps.all:
         sums = tap.accumulator.sums
         for name in sorted(taps.statistics):
-            if name in GRADIENTS and tap.layout is not None:
+            if name in GRADIENTS and tap.scattered:
                 continue  # summed with every backward
             sums[name] = ranks.sum_samples(sums[name])
-            if tap.layout is not None and name in (INPUT_NORM, OUTPUT_GRAD_NORM):
+            if name in (INPUT_NORM, OUTPUT_GRAD_NORM):
                 dim = 1 if name == INPUT_NORM else 0
-                sums[name] = tap.layout.whole_vector(sums[name], dim, ranks.data_ranks())
+                sums[name] = tap.target.layout.whole_vector(sums[name], dim, ranks.data_ranks())

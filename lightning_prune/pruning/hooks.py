@@ -33,7 +33,7 @@ from lightning_prune.pruning.statistics import (
 from lightning_prune.pruning.targets import LayerKind, Target
 from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
 from lightning_prune.ranks import Ranks
-from lightning_prune.sharding import Layout, gather_whole, local
+from lightning_prune.sharding import gather_whole, local
 
 # Share of a sample's gradient that rounding may leave in another's rows; in layouts with samples first it is none.
 _LEAK = 1e-3
@@ -45,7 +45,6 @@ class Tap:
 
     target: Target
     accumulator: Accumulator
-    layout: Layout | None
     forward_shape: tuple[int, int]  # of the matrix that this rank's forward pass multiplies with
     uses: int = 0
     at_once: bool = True  # used once by every rank: its gradient is complete when the backward of its input runs
@@ -55,6 +54,11 @@ class Tap:
     def name(self) -> str:
         """The parameter's name."""
         return self.target.name
+
+    @property
+    def scattered(self) -> bool:
+        """Whether each rank keeps a part of the gradients, which is summed over ranks with every backward."""
+        return self.target.layout.mesh is not None
 
 
 @dataclass
@@ -159,17 +163,13 @@ class Taps:
         self.anchor = torch.zeros((), requires_grad=True)
 
     def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
-        layout = target.layout
-        shape = target.shape
-        if layout is not None:
-            (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
-            shape = row_end - row, column_end - column
+        (row, row_end), (column, column_end) = target.layout.forward_bounds(self.data_ranks)
         own = target.matrix().shape
         wide = wide_dtype(target.weight.dtype)
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
         accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
-        return Tap(target, accumulator, layout, shape)
+        return Tap(target, accumulator, (row_end - row, column_end - column))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -414,7 +414,7 @@ class Taps:
 
     def _add_gradients(self, tap: Tap, gradients: Iterable[Tensor]) -> None:
         """Add per-sample gradients ``[o, i]`` of the forward's part to the aggregate."""
-        if tap.layout is None:
+        if not tap.scattered:
             for gradient in gradients if self.counting else ():
                 tap.accumulator.add_gradient(gradient, self.scale)
             return
@@ -425,7 +425,7 @@ class Taps:
         for name in sorted(step.statistics):
             part = step.sums.pop(name, None)
             part = torch.zeros(tap.forward_shape, dtype=wide, device=self.device) if part is None else part
-            tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
+            tap.accumulator.add_aggregate(name, tap.target.layout.sum_to_shard(part, self.group, self.data_ranks))
 
 
 def on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:

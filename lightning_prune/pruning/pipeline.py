@@ -32,7 +32,7 @@ from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
-from lightning_prune.pruning.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
+from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
@@ -44,7 +44,7 @@ from lightning_prune.pruning.updates import LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
-from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
+from lightning_prune.sharding import gathered_around, has_sharded_parameters
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 _log = logging.getLogger("lightning_prune")
@@ -148,7 +148,7 @@ def _ranks_of(model: nn.Module, targets: Sequence[Target]) -> Ranks | None:
     """The ranks that a sharded model is spread over; None where no parameter is sharded."""
     if not has_sharded_parameters(model):
         return None
-    meshes = {layout.parameter.device_mesh for t in targets if (layout := t.layout) is not None}
+    meshes = {mesh for t in targets if (mesh := t.layout.mesh) is not None}
     if any(mesh.ndim > 1 for mesh in meshes):
         raise ValueError(
             "the model is sharded over a device mesh of several dimensions: say over which of them samples differ, "
@@ -293,10 +293,7 @@ class _Run:
 
     def _here(self) -> dict[str, LayerStatistics]:
         """Statistics cut to the part of each matrix that is here."""
-        return {
-            t.name: self.statistics[t.name] if t.layout is None else self.statistics[t.name].part(t.layout.bounds)
-            for t in self.plan.targets
-        }
+        return {t.name: self.statistics[t.name].part(t.layout.bounds) for t in self.plan.targets}
 
     def _blocks_of_targets(self) -> dict[str, str]:
         blocks = {id(m): name for name, block in self.plan.blocks for m in block.modules()}
@@ -304,17 +301,13 @@ class _Run:
 
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
-        statistics, layout = statistics or LayerStatistics(samples=0), target.layout
-        if layout is None:
-            scores = self._scored(target, target.matrix(), statistics)
-        elif cast(Score, self.plan.score).elementwise:
-            scores = self._scored(target, target.matrix(), statistics.part(layout.bounds))
+        statistics, bounds = statistics or LayerStatistics(samples=0), target.layout.bounds
+        if cast(Score, self.plan.score).elementwise:
+            scores = self._scored(target, target.matrix(), statistics.part(bounds))
         else:
-            scores = self._scored(target, _whole(target, target.matrix()), _whole_gradients(target, statistics))
-            (row, row_end), (column, column_end) = layout.bounds
-            scores = scores[row:row_end, column:column_end]
-        previous = self.previous.get(target.name)
-        if previous is not None:
+            whole = self._scored(target, target.whole(target.matrix()), statistics.with_gradients(target.whole))
+            scores = whole[slice(*bounds[0]), slice(*bounds[1])]
+        if (previous := self.previous.get(target.name)) is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
 
@@ -332,11 +325,10 @@ class _Run:
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of one layer, in the parameter's shape."""
         own, layout = self._scores(target, statistics).contiguous(), target.layout
-        mask = self._choose(target, own if layout is None else layout.to_rows(own))
-        mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
+        mask = layout.from_rows(self._choose(target, target.rows(own)))
         mask = self._without_previous(target, mask)  # counts may be spread over rows in another way than before
         if self.summary is not None:
-            if layout is None or layout.counted:
+            if self.parts is None or layout.counted:
                 self.summary.add(target.name, own, mask, target.numel)
             else:
                 self.summary.leave_out(target.name)
@@ -348,17 +340,8 @@ class _Run:
         if plan.pattern is not None:
             return nm_mask(scores, plan.pattern)
         if plan.group == "row":
-            first_row, all_rows = (0, None) if layout is None else (layout.row_bounds[0], layout.shape[0])
-            return lowest_in_rows(scores, self.counts[target.name], first_row, all_rows)
-        return self._lowest_in_layer(layout)(scores, self.counts[target.name])
-
-    def _lowest_in_layer(self, layout: Layout | None) -> Callable[[Tensor, int], Tensor]:
-        """Selection within a whole matrix from the rows of it that are here."""
-        if layout is None:
-            return lowest_in_layer
-        assert self.parts is not None
-        first_row, ranks = layout.row_bounds[0], self.parts
-        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, layout.counted)
+            return lowest_in_rows(scores, self.counts[target.name], layout.row_bounds[0], layout.shape[0])
+        return target.lowest(self.parts)(scores, self.counts[target.name])
 
     def _without_previous(self, target: Target, mask: Tensor) -> Tensor:
         """A mask of the part that is here, without what is pruned already."""
@@ -369,28 +352,23 @@ class _Run:
 
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
         """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
-        settings, own, layout = self.plan.settings, local(target.weight), target.layout
+        settings, layout = self.plan.settings, target.layout
         mask = None if settings.selects_itself else self._select(target, statistics)
         if settings.solver is None:
             assert mask is not None
-            own.masked_fill_(~local(mask), 0.0)
+            target.mask(mask)
             return mask
-
-        def rows(part: Tensor) -> Tensor:
-            return part if layout is None else layout.to_rows(part)
-
-        chosen = None if mask is None else rows(target.part(mask).to(torch.uint8)).bool()
         previous = self.previous.get(target.name)
-        pruned = None if previous is None else ~rows(target.part(previous).to(own.device, torch.uint8)).bool()
+        pruned = None if previous is None else ~target.rows(target.part(previous).to(target.weight.device))
         weight, kept = settings.solver.solve(
             LayerRows(
                 name=target.name,
-                weight=rows(target.matrix()),
-                statistics=statistics if layout is None else statistics.part((layout.row_bounds, (0, layout.shape[1]))),
-                mask=chosen,
+                weight=target.rows(),
+                statistics=statistics.part((layout.row_bounds, (0, layout.shape[1]))),
+                mask=None if mask is None else target.rows(target.part(mask)),
                 count=self.counts.get(target.name, 0),
                 pattern=self.plan.pattern,
-                lowest=self._lowest_in_layer(layout),
+                lowest=target.lowest(self.parts),
                 choose=lambda scores: self._choose(
                     target, scores if pruned is None else scores.masked_fill(pruned, -math.inf)
                 ),
@@ -399,10 +377,8 @@ class _Run:
         with synchronized_errors(self.parts):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
-        if layout is not None:
-            weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
-        kept = self._without_previous(target, kept)
-        own.copy_(target.kind.from_matrix(weight.masked_fill(~kept, 0.0), own.shape))
+        kept = self._without_previous(target, layout.from_rows(kept))
+        target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
         return target.to_parameter(kept)
 
     def _update_all(self, keep: Keeper) -> Masks:
@@ -462,22 +438,6 @@ class _Run:
                                 pass
                     advance()
         return {t.name: masks[t.name] for t in plan.targets}
-
-
-def _whole(target: Target, part: Tensor) -> Tensor:
-    """The whole matrix of one layer, from this rank's part of it."""
-    whole: Tensor = gather_whole(target.to_parameter(part))
-    return target.kind.to_matrix(whole)
-
-
-def _whole_gradients(target: Target, statistics: LayerStatistics) -> LayerStatistics:
-    """Statistics with the gradient aggregates of the whole matrix."""
-    l1, l2 = statistics.gradient_l1, statistics.gradient_l2
-    return replace(
-        statistics,
-        gradient_l1=None if l1 is None else _whole(target, l1),
-        gradient_l2=None if l2 is None else _whole(target, l2),
-    )
 
 
 def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:
