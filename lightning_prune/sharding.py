@@ -6,7 +6,7 @@ A weight's matrix is ``(O, I)``. FSDP2 cuts a parameter along its first dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -70,15 +70,21 @@ def reshard(model: nn.Module) -> None:
 
 
 def gathered_dtypes(model: nn.Module) -> dict[nn.Module, torch.dtype]:
-    """What FSDP2's mixed precision casts the gathered parameters of each module to; modules without it are left out."""
+    """The dtype of each module's own parameters in its forward pass, which FSDP2's mixed precision may choose.
+
+    Modules without parameters are left out. Every group of parameters is gathered once, so every rank must call.
+    """
     dtypes: dict[nn.Module, torch.dtype] = {}
+
+    def note(modules: Iterable[nn.Module]) -> None:
+        dtypes.update((m, p.dtype) for m in modules for p in m.parameters(recurse=False))
+
+    note(model.modules())
     for outer in model.modules():  # outer modules first, so that the innermost has the last word
         if isinstance(outer, FSDPModule):
-            dtype = outer._get_fsdp_state()._mp_policy.param_dtype
-            for module in outer.modules():
-                dtypes.pop(module, None)
-                if dtype is not None:
-                    dtypes[module] = dtype
+            outer.unshard()
+            note(outer.modules())
+            outer.reshard()
     return dtypes
 
 
@@ -137,11 +143,6 @@ def shard_dim(placement: Placement) -> int | None:
     return int(dim)
 
 
-def _is_strided(placement: Placement) -> bool:
-    # Private in torch, and a subclass of Shard in some of its versions.
-    return type(placement).__name__ == "_StridedShard"
-
-
 def _chunk(start: int, stop: int, parts: int, index: int) -> tuple[int, int]:
     """The index-th of `parts` pieces of a range, cut as ``torch.chunk`` does: the last ones may be short or empty."""
     each = -(-(stop - start) // parts)
@@ -160,7 +161,7 @@ def _bounds(shape: Sequence[int], mesh: DeviceMesh | None, cuts: Sequence[tuple[
 def _cuts(parameter: DTensor) -> list[tuple[int, int]]:
     """Pairs of mesh and tensor dimension, in the order in which the parameter was cut."""
     found = [
-        (mesh_dim, dim, _is_strided(placement))
+        (mesh_dim, dim, isinstance(placement, _StridedShard))
         for mesh_dim, placement in enumerate(parameter.placements)
         if (dim := shard_dim(placement)) is not None and parameter.device_mesh.size(mesh_dim) > 1
     ]
