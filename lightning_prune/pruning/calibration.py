@@ -387,4 +387,4 @@ def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:
             sums[name] = ranks.sum_samples(sums[name])
             if name in (INPUT_NORM, OUTPUT_GRAD_NORM):
                 dim = 1 if name == INPUT_NORM else 0
-                sums[name] = tap.target.layout.whole_vector(sums[name], dim, ranks.data_ranks())
+                sums[name] = tap.layout.whole_vector(sums[name], dim, ranks.data_ranks())

@@ -45,6 +45,7 @@ class Tap:
 
     target: Target
     accumulator: Accumulator
+    layout: Layout  # as it is trained: in a forward pass FSDP2 has the parameter gathered
     forward_shape: tuple[int, int]  # of the matrix that this rank's forward pass multiplies with
     uses: int = 0
     at_once: bool = True  # used once by every rank: its gradient is complete when the backward of its input runs
@@ -58,7 +59,7 @@ class Tap:
     @property
     def scattered(self) -> bool:
         """Whether each rank keeps a part of the gradients, which is summed over ranks with every backward."""
-        return self.target.layout.mesh is not None
+        return self.layout.mesh is not None
 
 
 @dataclass
@@ -163,13 +164,14 @@ class Taps:
         self.anchor = torch.zeros((), requires_grad=True)
 
     def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
-        (row, row_end), (column, column_end) = target.layout.forward_bounds(self.data_ranks)
+        layout = target.layout
+        (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
         own = target.matrix().shape
         wide = wide_dtype(target.weight.dtype)
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
         accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
-        return Tap(target, accumulator, (row_end - row, column_end - column))
+        return Tap(target, accumulator, layout, (row_end - row, column_end - column))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -425,7 +427,7 @@ class Taps:
         for name in sorted(step.statistics):
             part = step.sums.pop(name, None)
             part = torch.zeros(tap.forward_shape, dtype=wide, device=self.device) if part is None else part
-            tap.accumulator.add_aggregate(name, tap.target.layout.sum_to_shard(part, self.group, self.data_ranks))
+            tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
 
 
 def on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:
