@@ -33,7 +33,7 @@ from lightning_prune.pruning.statistics import (
 from lightning_prune.pruning.targets import LayerKind, Target
 from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
 from lightning_prune.ranks import Ranks
-from lightning_prune.sharding import gather_whole, local
+from lightning_prune.sharding import Layout, gather_whole, local
 
 # Share of a sample's gradient that rounding may leave in another's rows; in layouts with samples first it is none.
 _LEAK = 1e-3
