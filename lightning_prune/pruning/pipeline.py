@@ -6,8 +6,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, cast
@@ -29,12 +28,12 @@ from lightning_prune.pruning.allocation import (
     uniform_counts,
 )
 from lightning_prune.pruning.batches import check_repeatable
-from lightning_prune.pruning.blocks import walk_stacks
+from lightning_prune.pruning.blocks import Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
 from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
-from lightning_prune.pruning.running import forward, on_device, quiet_model
+from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion, Score
 from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, make_score
@@ -46,7 +45,6 @@ from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
 from lightning_prune.sharding import gathered_around, has_sharded_parameters
 
-ForwardContext = Callable[[], AbstractContextManager[Any]]
 _log = logging.getLogger("lightning_prune")
 
 
@@ -408,16 +406,8 @@ class _Run:
             quiet_model(self.model, freeze=False),
             progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
         ):
-            for _, walk in walk_stacks(
-                self.model,
-                stacks,
-                self.batches,
-                plan.num_samples,
-                run,
-                self.forward_context,
-                self.parts,
-                errors=None if self.parts else self.ranks,
-            ):
+            samples = Samples(self.model, self.batches, plan.num_samples, run, self.forward_context, self.parts)
+            for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
                     layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
                     with gathered_around(self.model, block):
