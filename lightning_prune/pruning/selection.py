@@ -71,10 +71,11 @@ def _by_sample(parts: Parts, k: int, number: int) -> Threshold | None:
     sizes = []
     for part in parts():
         flat, count, inside = part.reshape(-1), torch.zeros((), dtype=torch.int64, device=part.device), []
-        for piece in flat.split(_CPU_PIECE if flat.device.type == "cpu" else max(flat.numel(), 1)):
-            over = piece > lower
+        low, high = lower.to(part.device), upper.to(part.device)
+        for piece in torch.split(flat, _CPU_PIECE if flat.device.type == "cpu" else max(flat.numel(), 1)):
+            over = piece > low
             count += torch.count_nonzero(over)
-            inside.append(piece[over.logical_and_(piece < upper)])
+            inside.append(piece[over.logical_and_(piece < high)])
         above.append(count)
         between.append(torch.cat(inside))
         sizes.append(flat.numel())
