@@ -241,8 +241,8 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     checkpoint = open_checkpoint(path)
     masks = StoredMasks.of(checkpoint)
     reports: list[TensorReport] = []
-    with progress_bar("Counting zeros", checkpoint.count, enabled=progress) as advance:
-        for name, tensor in checkpoint.tensors():
+    with progress_bar("Counting zeros", len(checkpoint), enabled=progress) as advance:
+        for name, tensor in checkpoint.items():
             mask = None if masks is None else masks.take(name, tuple(tensor.shape))
             counted = masks is None or masks.counts(name)
             with readable(checkpoint.path, name):  # of a kind that cannot be compared
@@ -257,7 +257,7 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     return Inspection(
         path=str(Path(path)),
         format=checkpoint.format,
-        bytes_on_disk=sum(file.stat().st_size for file in checkpoint.files),
+        bytes_on_disk=checkpoint.bytes_on_disk,
         tensors=reports,
         masks=None if masks is None else masks.count,
     )

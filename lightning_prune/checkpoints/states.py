@@ -22,6 +22,22 @@ from lightning_prune.structure.sizes import ATTENTION_UNITS
 if TYPE_CHECKING:
     from lightning_prune.perp.layers import SparseLinear
 
+_PRUNING, _SHRINKING, _RETRAINING = "WeightPruning", "PruningAwarePretraining", "PERPRetraining"
+
+
+def states_of(callbacks: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the states that callbacks of one class of this package, or of its subclasses, left in a checkpoint.
+
+    Args:
+        callbacks: States by key, as in a Lightning checkpoint.
+        kind: Name of the class.
+    """
+    return {
+        str(key): state
+        for key, state in callbacks.items()
+        if state and (str(key).startswith(kind) or (isinstance(state, Mapping) and state.get("callback") == kind))
+    }
+
 
 class StoredMasks:
     """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time.
@@ -59,9 +75,7 @@ class StoredMasks:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StoredMasks | None:
         """The masks of all `WeightPruning` callbacks, or None without such a callback."""
-        states = [
-            state for key, state in checkpoint.callbacks.items() if str(key).startswith("WeightPruning") and state
-        ]
+        states = states_of(checkpoint.callbacks, _PRUNING).values()
         if not states:
             return None
         packed: dict[str, Any] = {}
@@ -120,9 +134,6 @@ class StoredMasks:
         return mask
 
 
-_SHRINKING = "PruningAwarePretraining"
-
-
 def stored_units(checkpoint: Checkpoint) -> MaskedUnits | None:
     """The units that a `PruningAwarePretraining` callback had masked when it was saved; None where there are none.
 
@@ -145,9 +156,7 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
     Raises:
         ValueError: the callback's state is damaged.
     """
-    for key, state in callbacks.items():
-        if not str(key).startswith(_SHRINKING) or not state:
-            continue
+    for state in states_of(callbacks, _SHRINKING).values():
         try:
             pending, unit = state["shrinking"]["pending"], state["settings"]["attention_unit"]
             whole = all(isinstance(t, Tensor) and is_stored_whole(t) for places in pending.values() for t in places)
@@ -161,7 +170,6 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
     return None
 
 
-_RETRAINING = "PERPRetraining"
 UNMERGED = "unmerged"
 """Where the callback's state holds base weights and adapters, by the names of the module that trains them."""
 _Load = Callable[[], Tensor]
@@ -264,7 +272,7 @@ def load_merged_state(path: str | Path) -> dict[str, Tensor]:
 
         module.load_state_dict(load_merged_state("last.ckpt"))
     """
-    return dict(merged_checkpoint(open_checkpoint(path)).tensors())
+    return dict(merged_checkpoint(open_checkpoint(path)))
 
 
 def _adapted_layers(module: nn.Module) -> dict[str, SparseLinear]:
@@ -302,15 +310,12 @@ def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: adapters of something else than `PERPRetraining`, or of a kind that cannot be merged.
     """
-    names = checkpoint.names()
-    if not has_adapters(names) or _state_of(checkpoint.callbacks) is None:
+    if not has_adapters(checkpoint) or _state_of(checkpoint.callbacks) is None:
         return checkpoint
     adapters = _Adapters(checkpoint.path, checkpoint.callbacks)
-    kept = [name for name in names if not _is_adapter(name)]
     return dataclasses.replace(
         checkpoint,
-        count=len(kept),
-        entries=lambda: adapters.merged(dict(checkpoint.entries())),
+        loaders=dict(adapters.merged(checkpoint.loaders)),
         callbacks=_renamed_masks(checkpoint.callbacks, plain_name),
         ties={plain_name(name): plain_name(first) for name, first in checkpoint.ties.items()},
     )
@@ -350,8 +355,8 @@ def _is_adapter(name: str) -> bool:
 
 
 def _state_of(callbacks: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    states = (state for key, state in callbacks.items() if str(key).startswith(_RETRAINING))
-    return next((state for state in states if isinstance(state, Mapping) and state), None)
+    states = states_of(callbacks, _RETRAINING).values()
+    return next((state for state in states if isinstance(state, Mapping)), None)
 
 
 def _renamed_masks(callbacks: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
@@ -388,8 +393,8 @@ class _Adapters:
                 "lightning_prune.perp.save_adapter",
             )
         packed = dict(state.get("masks") or {})
-        for key, other in _renamed_masks(callbacks, plain_name).items():
-            if str(key).startswith("WeightPruning") and isinstance(other, Mapping):
+        for other in states_of(_renamed_masks(callbacks, plain_name), _PRUNING).values():
+            if isinstance(other, Mapping):
                 packed.update(other.get("masks") or {})
         self._masks = StoredMasks(path, packed, None)
 

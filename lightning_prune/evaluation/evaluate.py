@@ -98,8 +98,7 @@ def evaluate(
     streams = _streams(models, texts, seq_len)
     measured = []
     for (role, _), loaded in zip(sources, models, strict=True):
-        found = loaded.inspection()
-        totals, everything = found.totals(), found.totals(True)
+        facts = loaded.facts()
         with on(place, loaded.model):
             of_texts = [
                 _perplexity(loaded, name, content, streams[name], seq_len, stride, max_windows, batch_size, progress)
@@ -108,9 +107,7 @@ def evaluate(
             assert loaded.tokenizer is not None
             options: Any = {"batch_size": batch_size, "limit": limit, "progress": progress}
             of_tasks = zero_shot(loaded.model, loaded.tokenizer, tasks, **options) if tasks else []
-        kept = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-        counts = (everything.numel, totals.numel, totals.zeros, found.pattern, kept)
-        measured.append(ModelResult(loaded.source, role, *counts, of_texts, of_tasks))
+        measured.append(ModelResult(loaded.source, role, **facts, texts=of_texts, tasks=of_tasks))
         gc.collect()
     settings = {**asked, "seq_len": seq_len, "stride": stride or seq_len, "tasks": list(tasks)}
     return EvaluationResults(measured, settings, versions(_PACKAGES), str(place), time.monotonic() - started)

@@ -76,6 +76,13 @@ def test_results_of_an_evaluation(checkpoint, tmp_path, capsys):
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--results", str(file)]) == 0
     _, _, rows = read_card(tmp_path / "out")
     assert rows["text.txt"][1] == f"{results.models[0].texts[0].perplexity:,.2f}"
+    other = torch.load(checkpoint, weights_only=True)
+    name = next(name for name in other["state_dict"] if "embed" in name)
+    other["state_dict"][name][0, 0] += 1
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(ExportError, match=r"measured another model .*weights_crc32 is"):
+        export(tmp_path / "other.ckpt", tmp_path / "new", results=file)
+    export(checkpoint, tmp_path / "rounded", dtype="bfloat16", results=file)  # the same model, rounded
     capsys.readouterr()
     for wrong in ("{}", "[]", "[", '{"kind": "lightning-prune evaluate", "models": [{}]}'):
         file.write_text(wrong)
@@ -116,7 +123,7 @@ def test_names_and_settings_of_strangers_stay_text(checkpoint, tmp_path):
     (key,) = [key for key in stored["callbacks"] if key.startswith("WeightPruning")]
     stored["callbacks"][key]["score"] = "a | b\n---\n# c"
     torch.save(stored, tmp_path / "changed.ckpt")
-    assert open_checkpoint(tmp_path / "changed.ckpt").count
+    assert len(open_checkpoint(tmp_path / "changed.ckpt"))
     export(tmp_path / "changed.ckpt", tmp_path / "out")
     head, text, _ = read_card(tmp_path / "out")
     assert "license" not in head

@@ -149,7 +149,7 @@ def test_missing_weights_are_refused(files, tmp_path):
 
 def test_infinite_perplexity_is_valid_json_and_a_cell():
     text = TextResult("t", "", math.inf, math.inf, 5, 4, 4, 1)
-    model = ModelResult("m", "model", 10, 8, 2, None, "float32", [text])
+    model = ModelResult("m", "model", 10, 8, 2, None, "float32", "", [text])
     results = EvaluationResults([model], {}, {}, "cpu", 1.0).to_dict()
     json.loads(json.dumps(results), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert "| t | 5 | inf |" in evaluation_tables(results)[0].markdown()
