@@ -185,7 +185,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     command = COMMANDS[name]
     function = command.load()
     texts = docstring_parser.parse(inspect.getdoc(function) or "")
-    helps = {p.arg_name: " ".join((p.description or "").replace("``", "").split()) for p in texts.params}
+    helps = _helps_of(function)
     parser = _Parser(prog=f"lightning-prune {name}", description=texts.short_description, allow_abbrev=False)
     for parameter in inspect.signature(function).parameters.values():
         kinds = set(re.findall(r"\w+", str(parameter.annotation)))
@@ -196,14 +196,16 @@ def parser_of(name: str) -> argparse.ArgumentParser:
             continue
         short = [command.short[parameter.name]] if parameter.name in command.short else []
         text = helps[parameter.name].replace("%", "%%")
-        if "default" not in text.lower() and parameter.default not in (parameter.empty, None, False, ()):
-            text += f" Default {parameter.default}."
+        if "default" not in text.lower() and parameter.default not in (parameter.empty, None, False, True, ()):
+            default = parameter.default
+            text += f" Default {' '.join(default) if isinstance(default, tuple) else default}."
         options: dict[str, Any] = {"help": text}
         if parameter.default is parameter.empty:
             parser.add_argument(parameter.name, type=kind, **options)
             continue
         if kind is bool:
-            options["action"] = "store_true"
+            options["action"] = argparse.BooleanOptionalAction if parameter.default else "store_true"
+            options["default"] = parameter.default
         else:
             options |= {"type": kind, "default": parameter.default}
             if kinds & {"Sequence", "list"}:
@@ -212,6 +214,16 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     for option, settings in command.more.items():
         parser.add_argument(f"--{option}", **settings)
     return parser
+
+
+def _helps_of(function: Callable[..., Any]) -> dict[str, str]:
+    """What a docstring says of each argument; where it points to another function of the module, what that one says."""
+    texts = docstring_parser.parse(inspect.getdoc(function) or "")
+    found = {p.arg_name: " ".join((p.description or "").replace("``", "").split()) for p in texts.params}
+    for name, text in found.items():
+        if other := re.fullmatch(r"See `(\w+)`\.", text):
+            found[name] = _helps_of(getattr(sys.modules[function.__module__], other[1]))[name]
+    return found
 
 
 def _run_own(arguments: list[str]) -> int:
@@ -289,7 +301,7 @@ def _measure(function: Callable[..., Any], options: dict[str, Any]) -> int:
         console.print(table.rich())
         for note in table.notes:
             console.print(note, highlight=False, markup=False)
-    write_results(outputs, results.to_dict(), f"lightning-prune {function.__name__} {options['model']}", tables)
+    write_results(outputs, results.to_dict(), f"{function.__name__.capitalize()} {options['model']}", tables)
     for path in outputs:
         console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -305,6 +317,16 @@ _OUTPUT = {
 }
 
 COMMANDS: Mapping[str, _Command] = {
+    "prune": _Command(
+        "Prune a model into a folder, without training; perplexity before and after.",
+        "text.compress:compress",
+        _call,
+    ),
+    "shrink": _Command(
+        "Remove heads, channels or layers of a model at once, into a smaller one.",
+        "text.compress:shrink",
+        _call,
+    ),
     "inspect": _Command(
         "Count the zeros of a checkpoint: sparsity, N:M structure, agreement with masks.",
         "checkpoints.inspection:inspect",

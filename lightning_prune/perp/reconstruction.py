@@ -507,11 +507,12 @@ class DenseBlocks:
     ) -> None:
         self._blocks = blocks
         self._dense = _weights_of(dense, model)
+        names = set(self._dense)  # asking a mapping whether it has a name may load the tensor
         self._sources: dict[str, str] = {}
         for block, module in blocks:
             for name in named_weights(module):
                 whole = f"{block}.{name}"
-                source = _find(whole, self._dense, getattr(model, "base_model_prefix", ""))
+                source = _find(whole, names, getattr(model, "base_model_prefix", ""))
                 if source is not None:
                     self._sources[whole] = source
                 elif whole in pruned or not isinstance(dense, Mapping):

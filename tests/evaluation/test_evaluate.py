@@ -79,7 +79,7 @@ def test_command(files, tmp_path, capsys):
     assert (code, out.err) == (0, "")
     results = json.loads((tmp_path / "results.json").read_text())
     document = (tmp_path / "results.md").read_text()
-    assert document == f"# Evaluation of {files.pruned}\n\n" + (
+    assert document == f"# Evaluate {files.pruned}\n\n" + (
         "\n\n".join(table.markdown() for table in evaluation_tables(results)) + "\n"
     )
     dense, pruned = results["models"]
