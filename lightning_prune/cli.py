@@ -387,7 +387,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
         WeightPruning,
     )
     from lightning_prune.callbacks.checks import CheckpointCheck
-    from lightning_prune.callbacks.fit_end import finish_fit
+    from lightning_prune.callbacks.fit_end import check_saving, finish_fit
     from lightning_prune.checkpoints.reading import read_resumable
     from lightning_prune.errors import CheckpointError
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
@@ -407,9 +407,20 @@ def _run_trainer(arguments: list[str] | None) -> int:
                 }
             )
 
+            parser.add_argument(
+                "--save_pretrained",
+                type=str | None,
+                default=None,
+                help="folder to save the model to at the end of a fit, as transformers loads it",
+            )
+
+        def before_fit(self) -> None:
+            """Refuse a folder that nothing can be saved to."""
+            check_saving(self.model, self.config["fit"]["save_pretrained"])
+
         def after_fit(self) -> None:
-            """Measure what was trained if nothing has yet, and say where it is."""
-            finish_fit(self.trainer, self.model, self.datamodule)
+            """Measure what was trained if nothing has yet, save it where it was asked for, and say where it is."""
+            finish_fit(self.trainer, self.model, self.datamodule, self.config["fit"]["save_pretrained"])
 
         def _parse_ckpt_path(self) -> None:
             """Take the architecture from a checkpoint, also from one that no command line wrote."""

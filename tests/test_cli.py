@@ -180,10 +180,15 @@ def test_version_and_help(capsys):
 
 
 def test_fit_validate_and_export(config, tmp_path, capsys):
-    assert main(["fit", "--config", str(config)]) == 0
+    assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "model")]) == 0
     (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
     inspection = inspect(checkpoint)
     assert (inspection.sparsity, inspection.masks, inspection.resurrected) == (0.5, 14, 0)
+    assert f"lightning-prune evaluate {tmp_path / 'model'} --text FILE" in capsys.readouterr().out
+    assert inspect(tmp_path / "model").sparsity == 0.5
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| score | magnitude |" in card
+    assert "| val_perplexity | " in card
 
     capsys.readouterr()
     # The architecture comes from the checkpoint.
@@ -264,10 +269,19 @@ def test_any_module_and_no_data_module(validation, tmp_path, monkeypatch):
         "--trainer.callbacks.num_samples=4",
         "--trainer.logger=false",
     ]
+    assert main(["fit", *options, "--save_pretrained", "model"]) == 2  # it has no such method
     assert main(["fit", *options]) == 0
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert inspect(checkpoint).resurrected == 0
     assert inspect(checkpoint).sparsity == 0.5
+
+
+def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "thesis")]) == 2
+    assert "holds other things than a model" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
 @pytest.mark.slow

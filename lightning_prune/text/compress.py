@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from lightning_prune.checkpoints.export import check_replaceable, write_model
 from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
 from lightning_prune.evaluation.perplexity import evaluating, perplexity
-from lightning_prune.history import plain
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.pipeline import prune
 from lightning_prune.results import Table
@@ -30,6 +30,35 @@ _WINDOW = 512  # tokens, where the model takes as many
 _PLENTY = 16  # times the text that is needed is read, to take samples from different parts of it
 _HELD_OUT = 10  # one part in so many is kept for the perplexities
 _WRITTEN = 24  # tokens that the models write
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How `compress` prunes; the arguments are those of `lightning_prune.prune`."""
+
+    score: str
+    num_samples: int
+    update: str | None = None
+    sequential: bool = False
+
+    def __str__(self) -> str:
+        update = "" if self.update is None else f" with update {self.update}"
+        return f"{self.score}{update}{', block by block' if self.sequential else ''}, {self.num_samples} samples"
+
+
+# Best first, by the perplexities on the page of figures. What each costs was measured on SmolLM2-135M (hidden size 576,
+# CPU), in forward passes of one window of text: for each sample, and once for the whole model.
+_RECIPES: tuple[tuple[Recipe, float, float], ...] = (
+    (Recipe("kfac", 32, "obs", True), 6.0, 300.0),
+    (Recipe("kfac", 8, "obs", True), 6.0, 300.0),
+    (Recipe("sparsegpt", 32, sequential=True), 6.0, 300.0),
+    (Recipe("sparsegpt", 8, sequential=True), 6.0, 300.0),
+    (Recipe("kfac", 32), 6.0, 300.0),
+    (Recipe("kfac", 4), 6.0, 300.0),
+    (Recipe("wanda", 32), 6.0, 300.0),
+    (Recipe("wanda", 4), 6.0, 300.0),
+)
+_WIDTH = 576
 
 
 @dataclass(frozen=True)
@@ -70,6 +99,7 @@ def compress(
     update: str | None = None,
     sequential: bool = False,
     num_samples: int = 16,
+    minutes: float | None = None,
     text_name: str | None = None,
     text_split: str = "train",
     text_field: str = "text",
@@ -101,6 +131,8 @@ def compress(
         update: "obs" updates the remaining weights with each layer's Hessian.
         sequential: Block by block, each on the outputs of the pruned blocks before it.
         num_samples: Calibration samples of `seq_len` tokens, spread over the text.
+        minutes: In place of `score`, `update`, `sequential` and `num_samples`: take the best of a measured table that
+            the command can do in about so many minutes on this device.
         text_name: Configuration of a hub dataset, such as wikitext-2-raw-v1.
         text_split: Split of a hub dataset.
         text_field: Field that holds the text.
@@ -125,22 +157,26 @@ def compress(
 
         compress("HuggingFaceTB/SmolLM2-135M", "pruned", "train.txt", sparsity=0.5)
     """
-    settings: dict[str, Any] = {
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "score": score,
-        "update": update,
-        "sequential": sequential,
-    }
+    recipe = Recipe(score, num_samples, update, sequential)
+    if minutes is not None and (minutes <= 0 or recipe != Recipe("kfac", 16)):
+        raise ValueError(
+            f"minutes={minutes} must be above 0, and stands in place of score, update, sequential and num_samples, "
+            f"which are {recipe}; remove minutes, or these"
+        )
     job = _Job(model, output, console, overwrite, progress)
     job.open(tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch": batch_size})
-    job.read(text, text_name, text_split, text_field, num_samples, windows, prompt)
+    most = num_samples if minutes is None else max(known.num_samples for known, *_ in _RECIPES)
+    job.read(text, text_name, text_split, text_field, most, windows, prompt)
     job.measure("dense")
-    job.say(f"Pruning by {score} on {len(job.samples)} samples of {job.seq_len} tokens")
-    masks = prune(job.model, job.batches(batch_size), **settings, num_samples=len(job.samples), progress=progress)
+    if minutes is not None:
+        recipe = job.recipe_for(60 * minutes, pattern)
+        job.samples = _spread(job.samples, recipe.num_samples)
+    settings: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, **asdict(recipe)}
+    settings["num_samples"] = len(job.samples)
+    job.say(f"Pruning by {recipe}, of {job.seq_len} tokens")
+    masks = prune(job.model, job.batches(batch_size), **settings, progress=progress)
     job.measure("pruned")
-    described = {**{name: plain(value) for name, value in settings.items()}, "num_samples": len(job.samples)}
-    return job.write(job.model, Making(score, [described], len(masks)), described, masks)
+    return job.write(job.model, Making(recipe.score, [settings], len(masks)), settings, masks)
 
 
 def shrink(
@@ -235,6 +271,7 @@ class _Job:
             raise ValueError(f"output={str(output)!r} is or holds the model, which would be lost; name another folder")
         self.console = console or Console()
         self.measured: list[tuple[str, float, str]] = []
+        self.started, self.loading, self.measuring = time.monotonic(), 0.0, 0.0
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -249,6 +286,7 @@ class _Job:
         place = device_of(device)
         self.say(f"Loading {self.source}")
         self.loaded = load_model(self.source, tokenizer, dtype, "model", self.progress)
+        self.loading = time.monotonic() - self.started
         if self.loaded.tokenizer is None:
             raise ValueError(f"{self.source} has no tokenizer; give one (--tokenizer)")
         context = context_of(self.loaded)
@@ -291,6 +329,30 @@ class _Job:
         # It may begin inside a word.
         self.prompt = prompt or self.tokenizer.decode(start, skip_special_tokens=True).split(maxsplit=1)[-1]
 
+    def recipe_for(self, seconds: float, pattern: str) -> Recipe:
+        """The best recipe that fits into what is left of so many seconds since the job began.
+
+        Raises:
+            ValueError: none does.
+        """
+        window = self.measuring / len(self.windows)
+        # The pruned model is measured too, and writing takes about as long as loading.
+        left = seconds - (time.monotonic() - self.started) - self.measuring - self.loading
+        width = getattr(self.model.config, "hidden_size", _WIDTH) / _WIDTH
+        costs = {}
+        for recipe, sample, once in _RECIPES:
+            # kfac's masks under N:M are Wanda's, and it is SparseGPT that is better there.
+            if (recipe.score == "kfac") == (pattern != "unstructured"):
+                continue
+            solves = recipe.update is not None or recipe.score == "sparsegpt"  # in time that grows with the width
+            costs[recipe] = window * (recipe.num_samples * sample + once * (width if solves else 1))
+        fitting = next((recipe for recipe, cost in costs.items() if cost <= left), None)
+        if fitting is None:
+            needed = (seconds - left + min(costs.values())) / 60
+            raise ValueError(f"minutes={seconds / 60:g} are too few on this device; the quickest takes {needed:.1f}")
+        self.say(f"Within {seconds / 60:g} minutes: {fitting} (about {costs[fitting] / 60:.1f} of them)")
+        return fitting
+
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """The samples as batches of whole sequences, [B, T] each."""
         return [{"input_ids": rows} for rows in torch.split(self.samples, size)]
@@ -298,7 +360,9 @@ class _Job:
     def measure(self, name: str) -> None:
         """Measure perplexity, have the model write, and say both."""
         with quiet_transformers():
+            begin = time.monotonic()
             found = perplexity(self.model, list(self.windows), batch_size=4, progress=self.progress).perplexity
+            self.measuring = time.monotonic() - begin
             written = self._written()
         self.measured.append((name, found, written))
         self.say(f"{name}: perplexity {found:,.2f} on held-out text\n   {self.prompt!r} ...\n   {written!r}")

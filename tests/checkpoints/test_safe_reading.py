@@ -331,7 +331,7 @@ def test_a_flipped_bit_in_a_torch_file(command, checkpoint, tmp_path):
 
 def test_a_flipped_bit_in_a_distributed_checkpoint(tmp_path):
     weight = torch.arange(16.0).view(4, 4)
-    folder = distributed(tmp_path / "d", model={"v": weight})
+    folder = distributed(tmp_path / "d", state_dict={"v": weight})
     flip_weight(next(folder.glob("*.distcp")), weight)
     with pytest.raises(CheckpointError, match="CRC"):
         dict(open_checkpoint(folder))
