@@ -14,12 +14,13 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_prune.checkpoints.cards import Making
-from lightning_prune.checkpoints.export import check_replaceable, write_model
+from lightning_prune.checkpoints.export import check_apart, check_replaceable, write_model
 from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
 from lightning_prune.evaluation.perplexity import evaluating, perplexity
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.pipeline import prune
+from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.results import Table
 from lightning_prune.safety import expanded
 from lightning_prune.structure.oneshot import prune_structured
@@ -163,6 +164,8 @@ def compress(
             f"minutes={minutes} must be above 0, and stands in place of score, update, sequential and num_samples, "
             f"which are {recipe}; remove minutes, or these"
         )
+    # For its checks, before anything long begins.
+    PruningSettings(make_score(score), sparsity, pattern, update=update, num_samples=num_samples, sequential=sequential)
     job = _Job(model, output, console, overwrite, progress)
     job.open(tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch": batch_size})
     most = num_samples if minutes is None else max(known.num_samples for known, *_ in _RECIPES)
@@ -266,9 +269,8 @@ class _Job:
     ) -> None:
         self.source, self.overwrite, self.progress = str(model), overwrite, progress
         self.target = expanded(output, "output").resolve()
+        check_apart(expanded(model, "model"), self.target)
         check_replaceable(self.target, overwrite)
-        if Path(model).exists() and Path(model).resolve().is_relative_to(self.target):
-            raise ValueError(f"output={str(output)!r} is or holds the model, which would be lost; name another folder")
         self.console = console or Console()
         self.measured: list[tuple[str, float, str]] = []
         self.started, self.loading, self.measuring = time.monotonic(), 0.0, 0.0

@@ -129,7 +129,7 @@ def test_a_failure_leaves_the_old_folder(files, tmp_path, capsys, options, messa
 
 
 def test_the_model_itself_is_no_output(files, tmp_path):
-    with pytest.raises(ValueError, match="is or holds the model"):
+    with pytest.raises(ValueError, match="is or holds the checkpoint"):
         compress(files.dense, files.dense, overwrite=True)
     with pytest.raises(ValueError, match="is not empty; choose another folder"):
         compress(files.dense, files.pruned)
