@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,38 +40,33 @@ def states_of(callbacks: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
 class StoredMasks:
     """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time.
 
     Attributes:
+        path: Of the checkpoint, for errors.
+        packed: Masks as they are stored, by name.
         score: Name of the score that made them; of several callbacks, all names.
         settings: What else each callback says of how it pruned, in plain values.
         uncounted: Names of embeddings that their names do not show to be such; see `lightning_prune.pruning.coverage`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        packed: dict[str, Any],
-        score: str | None,
-        settings: list[dict[str, Any]] | None = None,
-        uncounted: frozenset[str] = frozenset(),
-    ) -> None:
-        self._path = path
-        self._packed = packed
-        self.score = score
-        self.settings = settings or []
-        self.uncounted = uncounted
+    path: Path
+    packed: Mapping[str, Any]
+    score: str | None = None
+    settings: Sequence[dict[str, Any]] = ()
+    uncounted: frozenset[str] = frozenset()
 
     @property
     def names(self) -> set[str]:
         """Names of the masks."""
-        return set(self._packed)
+        return set(self.packed)
 
     @property
     def count(self) -> int:
         """Number of masks."""
-        return len(self._packed)
+        return len(self.packed)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StoredMasks | None:
@@ -106,15 +102,15 @@ class StoredMasks:
             CheckpointError: a mask is damaged.
         """
         try:
-            return unpack_masks(self._packed)
+            return unpack_masks(self.packed)
         except ValueError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def find(self, name: str) -> str | None:
         """Name of a tensor's mask, or None. Masks may be named from further inside the model than the tensor."""
         parts = clean_name(name).split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
-        return next((tail for tail in tails if tail in self._packed), None)
+        return next((tail for tail in tails if tail in self.packed), None)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The mask of a tensor, or None.
@@ -126,11 +122,11 @@ class StoredMasks:
         if found is None:
             return None
         try:
-            mask = unpack_masks({found: self._packed[found]})[found]
+            mask = unpack_masks({found: self.packed[found]})[found]
         except ValueError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
+            raise CheckpointError(f"{self.path}: {error}") from error
         if tuple(mask.shape) != shape:
-            fail(self._path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
+            fail(self.path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
         return mask
 
 
@@ -396,7 +392,7 @@ class _Adapters:
         for other in states_of(_renamed_masks(callbacks, plain_name), _PRUNING).values():
             if isinstance(other, Mapping):
                 packed.update(other.get("masks") or {})
-        self._masks = StoredMasks(path, packed, None)
+        self._masks = StoredMasks(path, packed)
 
     def merged(self, loads: Mapping[str, _Load]) -> Iterator[tuple[str, _Load]]:
         """Plain names, and functions that load what the weights are after the merge."""

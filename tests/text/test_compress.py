@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_prune_is_prune_of_the_samples(files, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id is not None
     assert {f.name: f.read_bytes() for f in files.dense.iterdir()} == before
     shown = capsys.readouterr().out
-    assert shown.index("dense: perplexity") < shown.index("Pruning by kfac on 4 samples") < shown.index("Written:")
+    assert shown.index("dense: perplexity") < shown.index("Pruning by kfac, 4 samples of 32 tokens") < shown.index("Written:")
     assert repr(done.prompt) in shown
     assert repr(done.written) in shown
 
@@ -99,6 +100,40 @@ def test_the_commands(files, tmp_path, capsys):
     # The pruned model is a model like any other.
     assert main(["prune", out, str(tmp_path / "twice"), "--score", "magnitude", "--prompt", "It was", *options]) == 0
     assert "'It was' ..." in capsys.readouterr().out
+
+
+def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
+    """Costs by hand: passes of the table times the seconds that a window took, of what is left."""
+    from lightning_prune.text import compress as command
+
+    clock = iter(range(0, 10_000, 2))  # each look at it takes two seconds
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    table = {"kfac-obs": ("kfac", 8, 5.0, 20.0), "kfac": ("kfac", 4, 3.0, 8.0), "wanda": ("wanda", 4, 1.0, 1.0)}
+    recipes = tuple(
+        (command.Recipe(score, samples, *(("obs", True) if name == "kfac-obs" else ())), sample, once)
+        for name, (score, samples, sample, once) in table.items()
+    )
+    monkeypatch.setattr(command, "_RECIPES", recipes)
+    monkeypatch.setattr(command, "_WIDTH", 64)
+    width = AutoModelForCausalLM.from_pretrained(files.dense).config.hidden_size / 64
+    # Two seconds a measurement, of three windows; two of loading; ten have gone by when it is asked.
+    costs = [2 / 3 * (8 * 5 + 20 * width), 2 / 3 * (4 * 3 + 8), 2 / 3 * (4 + 1)]
+    spent = 8 + 2 + 2
+    small = {name: value for name, value in SMALL.items() if name != "num_samples"}
+    for cost, score in zip(costs, ("kfac with update obs, block by block, 8", "kfac, 4", "wanda, 4"), strict=True):
+        clock = iter(range(0, 10_000, 2))
+        done = compress(
+            files.dense, tmp_path / "out", str(files.text), minutes=(spent + cost + 0.1) / 60, overwrite=True, **small
+        )
+        assert f"{score} samples" in capsys.readouterr().out
+        assert done.settings["num_samples"] == int(score.split()[-1])
+    clock = iter(range(0, 10_000, 2))
+    with pytest.raises(ValueError, match="are too few on this device; the quickest takes"):
+        compress(files.dense, tmp_path / "new", str(files.text), minutes=spent / 60, **small)
+    assert not (tmp_path / "new").exists()
+    for wrong in ({"minutes": -1}, {"minutes": 5, "score": "wanda"}, {"minutes": 5, "num_samples": 4}):
+        with pytest.raises(ValueError, match="stands in place of score"):
+            compress(files.dense, tmp_path / "new", **wrong)
 
 
 @pytest.mark.parametrize(
