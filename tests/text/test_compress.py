@@ -73,7 +73,11 @@ def test_prune_is_prune_of_the_samples(files, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id is not None
     assert {f.name: f.read_bytes() for f in files.dense.iterdir()} == before
     shown = capsys.readouterr().out
-    assert shown.index("dense: perplexity") < shown.index("Pruning by kfac, 4 samples of 32 tokens") < shown.index("Written:")
+    assert (
+        shown.index("dense: perplexity")
+        < shown.index("Pruning by kfac, 4 samples of 32 tokens")
+        < shown.index("Written:")
+    )
     assert repr(done.prompt) in shown
     assert repr(done.written) in shown
 
