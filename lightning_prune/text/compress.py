@@ -267,7 +267,7 @@ class _Job:
     def __init__(
         self, model: str | Path, output: str | Path, console: Console | None, overwrite: bool, progress: bool
     ) -> None:
-        self.source, self.overwrite, self.progress = str(model), overwrite, progress
+        self.source, self.output, self.overwrite, self.progress = str(model), str(output), overwrite, progress
         self.target = expanded(output, "output").resolve()
         check_apart(expanded(model, "model"), self.target)
         check_replaceable(self.target, overwrite)
@@ -407,7 +407,7 @@ class _Job:
         total = found.totals()
         self.say(
             f"{total.zeros:,} of {total.numel:,} weights in {total.tensors} layers are exact zeros "
-            f"({total.sparsity:.2%}); {found.totals(True).numel:,} parameters. Written: {self.target}"
+            f"({total.sparsity:.2%}); {found.totals(True).numel:,} parameters. Written: {self.output}"
         )
         return Compressed(self.target, before, after, self.prompt, first, second, found, settings, table)
 
