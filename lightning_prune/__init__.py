@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from lightning_prune.schedules import LinearSchedule as LinearSchedule
     from lightning_prune.schedules import OneShot as OneShot
     from lightning_prune.structure.oneshot import prune_structured as prune_structured
+    from lightning_prune.text.compress import compress as compress
+    from lightning_prune.text.compress import shrink as shrink
     from lightning_prune.text.data import TextDataModule as TextDataModule
     from lightning_prune.text.module import CausalLM as CausalLM
 
@@ -57,6 +59,7 @@ _HOMES = {
     "WeightPruning": "callbacks.weight_pruning",
     "apply_masks": "pruning.masks",
     "benchmark": "evaluation.latency",
+    "compress": "text.compress",
     "evaluate": "evaluation.evaluate",
     "export": "checkpoints.export",
     "inspect": "checkpoints.inspection",
@@ -69,6 +72,7 @@ _HOMES = {
     "prune": "pruning.pipeline",
     "prune_structured": "structure.oneshot",
     "save_masks": "checkpoints.mask_files",
+    "shrink": "text.compress",
 }
 
 __all__ = sorted(_HOMES)

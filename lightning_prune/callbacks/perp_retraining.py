@@ -368,7 +368,8 @@ class PERPRetraining(L.Callback):
         What is written also has the base weights and adapters, see `lightning_prune.checkpoints.states.save_merged`.
         """
         module = None if self._module is None else self._module()
-        state: dict[str, Any] = {"version": _STATE_VERSION, "settings": _settings_of(self), "masks": {}, "layers": {}}
+        state: dict[str, Any] = {"version": _STATE_VERSION, "callback": "PERPRetraining", "masks": {}, "layers": {}}
+        state["settings"] = _settings_of(self)
         if module is not None and self.adapter is not None:
             model = self._model(module)
             state["layers"] = {name: layer.combining() for name, layer in sparse_layers(model)}

@@ -421,6 +421,7 @@ class PruningAwarePretraining(L.Callback):
             return {}
         return {
             "version": _STATE_VERSION,
+            "callback": "PruningAwarePretraining",
             "settings": self._settings(),
             "tokens": self.tokens,
             "sharded": shrinking.compact_every is None,

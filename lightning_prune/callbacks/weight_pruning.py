@@ -591,6 +591,7 @@ class WeightPruning(L.Callback):
         """
         return {
             "version": _STATE_VERSION,
+            "callback": "WeightPruning",  # also of a subclass, which its key does not say
             "score": self.settings.score.name,
             "pattern": self.settings.pattern,
             "masks": pack_masks(self.masks),
@@ -598,6 +599,11 @@ class WeightPruning(L.Callback):
             "uncounted": list(self._uncounted),
             "settings": self._described(),
         }
+
+    def describe_masks(self) -> dict[str, Any]:
+        """Return score, settings and number of the masks in plain values, for a model card."""
+        masks = len(self._masks)
+        return {"score": self.settings.score.name, "settings": self._described(), "masks": masks}
 
     def _described(self) -> dict[str, Any]:
         """The settings that say how the masks came about, in plain values, for model cards and for a resumed run."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -470,17 +470,7 @@ class BlockFitter:
         return float(self.ranks.sum_samples(total))
 
 
-class StoredWeights(Protocol):
-    """Weights in a file, such as `lightning_prune.open_checkpoint` opens."""
-
-    def names(self) -> list[str]:
-        """Names of all weights."""
-
-    def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Some of them."""
-
-
-DenseSource = nn.Module | Mapping[str, Tensor] | StoredWeights
+DenseSource = nn.Module | Mapping[str, Tensor]
 
 
 class DenseBlocks:
@@ -507,7 +497,8 @@ class DenseBlocks:
         pruned: Collection[str],
     ) -> None:
         self._blocks = blocks
-        names, self._load = _opened(dense, model)
+        self._dense = _weights_of(dense, model)
+        names = set(self._dense)  # asking a mapping whether it has a name may load the tensor
         self._sources: dict[str, str] = {}
         for block, module in blocks:
             for name in named_weights(module):
@@ -530,8 +521,10 @@ class DenseBlocks:
         block, module = self._blocks[index]
         wanted = {self._sources.get(f"{block}.{clean_name(name)}"): (name, p) for name, p in module.named_parameters()}
         found = {}
-        for source, tensor in self._load([name for name in wanted if name is not None]).items():
-            name, own = wanted[source]
+        for source, (name, own) in wanted.items():
+            if source is None:
+                continue
+            tensor = self._dense[source]
             if tensor.shape != own.shape:
                 raise ValueError(
                     f"{source!r} of dense has shape {tuple(tensor.shape)}, but {tuple(own.shape)} in the pruned model: "
@@ -541,24 +534,18 @@ class DenseBlocks:
         return found
 
 
-def _opened(
-    dense: DenseSource, model: nn.Module
-) -> tuple[Collection[str], Callable[[Collection[str]], Mapping[str, Tensor]]]:
-    """The names of all weights, and a function that loads some of them."""
+def _weights_of(dense: DenseSource, model: nn.Module) -> Mapping[str, Tensor]:
+    """All weights by name; of an opened checkpoint each is read when it is asked for."""
+    if dense is model:
+        raise ValueError("dense is the pruned model itself; give a copy of the model from before it was pruned")
     if isinstance(dense, nn.Module):
-        if dense is model:
-            raise ValueError("dense is the pruned model itself; give a copy of the model from before it was pruned")
-        weights: Mapping[str, Tensor] = named_weights(dense)
-    elif isinstance(dense, Mapping):
-        weights = dense
-    elif hasattr(dense, "names") and hasattr(dense, "load"):
-        return set(dense.names()), dense.load
-    else:
+        return named_weights(dense)
+    if not isinstance(dense, Mapping):
         raise TypeError(
             f"dense={type(dense).__name__} must be the dense model, its weights by name, or a checkpoint that "
             "lightning_prune.open_checkpoint(path) has opened"
         )
-    return set(weights), lambda names: {name: weights[name] for name in names}
+    return dense
 
 
 def _find(name: str, names: Collection[str], prefix: str) -> str | None:
