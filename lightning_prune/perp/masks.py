@@ -51,7 +51,10 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
         layer.check_sharded_with_adapter()
         weight = layer.base_weight.detach()
         mask = given.get(f"{name}.weight")
-        new[name] = (local(weight) != 0) if mask is None else checked_mask(f"{name}.weight", mask, weight)
+        if mask is not None:
+            new[name] = checked_mask(f"{name}.weight", mask, weight)
+        else:
+            new[name] = (local(weight) != 0) | layer.stays_dense
     for name, layer in layers.items():
         if not is_sharded(layer.base_weight):
             layer.kept.copy_(to_bytes(new[name], layer.kept.device))

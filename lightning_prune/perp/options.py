@@ -17,7 +17,7 @@ from lightning_prune.pruning.targets import type_name
 
 # Section 4 and the published settings of arXiv 2312.15230: rank 16, alpha twice the rank.
 DEFAULT_RANK = 16
-_PASSED = (
+OPTIONS = (
     "r",
     "lora_alpha",
     "target_modules",
@@ -74,12 +74,12 @@ def check_options(adapter: str | None, options: Mapping[str, Any]) -> None:
     if adapter is None and options:
         raise ValueError(f"adapter=None takes no LoRA options, got {sorted(options)}; leave them out")
     for name, value in options.items():
-        if name in _PASSED:
+        if name in OPTIONS:
             continue
         if name not in LoraConfig.__dataclass_fields__:
-            near = difflib.get_close_matches(name, _PASSED, n=1) or [", ".join(_PASSED)]
+            near = difflib.get_close_matches(name, OPTIONS, n=1) or [", ".join(OPTIONS)]
             raise TypeError(f"{name}={value!r} is no option of LoRA; did you mean {near[0]}?")
-        instead = f"use {_INSTEAD[name]}" if name in _INSTEAD else f"the options are {', '.join(_PASSED)}"
+        instead = f"use {_INSTEAD[name]}" if name in _INSTEAD else f"the options are {', '.join(OPTIONS)}"
         raise ValueError(f"{name}={value!r} is not supported for adapters of a pruned model; {instead}")
     if adapter is None:
         return
