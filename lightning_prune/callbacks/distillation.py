@@ -100,16 +100,16 @@ class Distillation:
                 "lightning_prune.callbacks.distillation.logits_divergence to the loss yourself"
             )
         _, student = find_language_model(module)
-        if not isinstance(self.source, nn.Module):
-            self.source = load_pretrained(self.source)
-        mine, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, self.source))
+        source: nn.Module = self.source if isinstance(self.source, nn.Module) else load_pretrained(self.source)
+        self.source = source
+        mine, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, source))
         if mine != theirs:
             raise ValueError(
                 f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it "
                 "began as"
             )
         trained = set(student.parameters())
-        if any(parameter in trained for parameter in self.source.parameters()):
+        if any(parameter in trained for parameter in source.parameters()):
             raise ValueError(
                 "distill_from is the model that is trained: pass a copy of it (copy.deepcopy), or where to load it"
             )

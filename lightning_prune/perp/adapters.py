@@ -260,7 +260,7 @@ def _head_name(model: nn.Module, adapter: str | None) -> str:
     if adapter is None:
         raise ValueError("adapt_head=True with adapter=None has no adapter to put on the head; name one, or remove it")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    name = next((name for name, module in model.named_modules() if module is head), None)
+    name: str | None = next((name for name, module in model.named_modules() if module is head), None)
     if name is None:
         raise ValueError(f"adapt_head=True, but {type(model).__name__} has no output embeddings; remove it")
     return name

@@ -358,6 +358,7 @@ class CombinedLinear(SparseLinear):
 
     def _effective(self, x: Tensor) -> Tensor:
         weight, bias = self.base_weight, self.get_base_layer().bias
+        assert bias is None or isinstance(bias, Tensor)
         left, right = self.factors()
         mask = self._mask_of_forward()
         return effective_linear(x, weight, mask, left, right, bias, self.combination(), self.fan_in_fan_out)

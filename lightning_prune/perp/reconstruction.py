@@ -260,7 +260,8 @@ def reconstruct(
             f"{type(model).__name__} names no decoder blocks (_no_split_modules), so there is nothing to go through "
             "block by block; train the whole model with add_adapters"
         )
-    training: _Training = (_KeptWeights if settings.train == "all" else _Adapters)(settings, masks, model, blocks)
+    kind = _KeptWeights if settings.train == "all" else _Adapters
+    training: _Training = kind(settings, masks, model, blocks)
     if not any(training.fits(name, block) for name, block in blocks):
         raise ValueError(
             f"adapter={settings.adapter!r} with train={settings.train!r} leaves nothing to fit in the decoder blocks "
@@ -372,13 +373,11 @@ _Changing = tuple[list[nn.Parameter], Callable[[], None]]
 
 
 class _Training(Protocol):
-    """What a window is fitted with.
+    """What a window is fitted with."""
 
-    Attributes:
-        weights: Names in a block of its pruned weights that are retrained, by the block's name.
-    """
-
-    weights: Mapping[str, list[str]]
+    @property
+    def weights(self) -> Mapping[str, list[str]]:
+        """Names in a block of its pruned weights that are retrained, by the block's name."""
 
     def fits(self, name: str, block: nn.Module, within: Collection[str] | None = None) -> bool:
         """Return whether a block, or those of its parameters, has pruned weights and something to train."""

@@ -68,7 +68,7 @@ class Window:
         try:
             walk.forward(self.index, batch, hidden, weights)
         except _ReachedError as end:
-            return end.hidden.reshape(hidden.shape)  # some families put all tokens of a batch in one dimension
+            return end.hidden.reshape(hidden.shape)
         finally:
             handle.remove()
         raise RuntimeError(f"{self.block!r} did not run {self.end!r}, which it ran before")
@@ -114,6 +114,9 @@ def _calls(walk: BlockWalk, index: int) -> list[tuple[str, bool]]:
     order: list[tuple[str, bool]] = []
     known: list[Tensor] = []  # held, so that no memory is used twice
 
+    def is_alike(tensor: Tensor) -> bool:  # some families put all tokens of a batch in one dimension
+        return tensor.numel() == batch.hidden.numel() and tensor.shape[-1] == batch.hidden.shape[-1]
+
     def is_known(tensor: Tensor) -> bool:
         return any(tensor.data_ptr() == other.data_ptr() for other in known)
 
@@ -125,9 +128,7 @@ def _calls(walk: BlockWalk, index: int) -> list[tuple[str, bool]]:
     def before(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = _input_of(args, kwargs)
-            size, width = batch.hidden.numel(), batch.hidden.shape[-1]
-            alike = hidden is not None and hidden.numel() == size and hidden.shape[-1] == width
-            order.append((name, alike and not is_known(hidden)))
+            order.append((name, hidden is not None and is_alike(hidden) and not is_known(hidden)))
 
         return note
 
