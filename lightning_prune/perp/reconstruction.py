@@ -717,14 +717,20 @@ class DenseBlocks:
                     )
 
     def weights(self, index: int) -> dict[str, Tensor]:
-        """Weights of one block by their names in it, of its own dtype and device.
+        """Return the weights of one block by their names in it, of its own dtype and device.
+
+        What is missing is the block's own, copied: fitting a first half must not change what the second is to do.
 
         Raises:
             ValueError: a weight has another shape than the pruned model's.
         """
         block, module = self._blocks[index]
         wanted = {self._sources.get(f"{block}.{clean_name(name)}"): (name, p) for name, p in module.named_parameters()}
-        found = {}
+        found = {
+            name: p.detach().clone()
+            for name, p in module.named_parameters()
+            if f"{block}.{clean_name(name)}" not in self._sources
+        }
         for source, tensor in self._load([name for name in wanted if name is not None]).items():
             name, own = wanted[source]
             if tensor.shape != own.shape:
