@@ -30,10 +30,10 @@ from lightning_prune.perp.record import find_retraining
 from lightning_prune.perp.windows import Window, cut
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, samples, take
-from lightning_prune.pruning.blocks import BlockWalk, walk_stacks
+from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.enforcement import Enforcer
 from lightning_prune.pruning.masks import check_masks, named_weights
-from lightning_prune.pruning.running import forward, on_device, quiet_model
+from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
 from lightning_prune.pruning.targets import find_stacks, find_targets
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals, restored_on_failure, uninterrupted
@@ -202,7 +202,7 @@ def reconstruct(
     *,
     seed: int = 0,
     progress: bool = True,
-    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     **options: Any,
 ) -> Reconstruction:
@@ -276,16 +276,9 @@ def reconstruct(
         device = None if settings.offload is None else torch.device(settings.offload)
         stacks = [stack for stack in find_stacks(model) if any(training.fits(name, block) for name, block in stack)]
         places = {name: place for place, (name, _) in enumerate(blocks)}
-        walks = walk_stacks(
-            model,
-            [[block for _, block in stack] for stack in stacks],
-            _taken_apart(on_device(model, batches), settings),
-            settings.num_samples,
-            _run_body,
-            forward_context,
-            offload=device,
-            errors=ranks,
-        )
+        taken = _taken_apart(on_device(model, batches), settings)
+        calibrating = Samples(model, taken, settings.num_samples, _run_body, forward_context, offload=device)
+        walks = walk_stacks(calibrating, [[block for _, block in stack] for stack in stacks], errors=ranks)
         errors = []
         with progress_bar("Reconstructing blocks", sum(map(len, stacks)), progress) as advance:
             for position, walk in walks:
