@@ -85,6 +85,11 @@ class Distillation:
         self._undo: list[Callable[[], None]] = []
         self._paused = False
 
+    @classmethod
+    def of(cls, source: str | nn.Module | None, weight: float, temperature: float) -> Distillation | None:
+        """Return the distillation that a callback's arguments ask for, or None without a source."""
+        return None if source is None else cls(source, weight, temperature)
+
     def load(self, module: L.LightningModule) -> None:
         """Load the source, and check it against the language model in a module.
 

@@ -37,8 +37,8 @@ from lightning_prune.perp.adapters import (
 )
 from lightning_prune.perp.layers import find_variant, sparse_layers
 from lightning_prune.perp.masks import set_masks
-from lightning_prune.perp.options import check_adapter, check_options, check_parts
-from lightning_prune.perp.reconstruction import Reconstruction, ReconstructSettings, reconstruct
+from lightning_prune.perp.options import ReconstructSettings, check_adapter, check_options, check_parts
+from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
 from lightning_prune.pruning.targets import find_targets
@@ -162,7 +162,7 @@ class PERPRetraining(L.Callback):
         self.distill_from = distill_from
         self.distill_weight = distill_weight
         self.temperature = temperature
-        self._distillation = self._make_distillation()
+        self._distillation = Distillation.of(distill_from, distill_weight, temperature)
         self.seed = seed
         self.attribute = attribute
         self._loaded_masks: Masks = {}
@@ -175,11 +175,6 @@ class PERPRetraining(L.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and loaded masks, nothing of a module or of a fit that runs."""
         return copied_state(self, _module=None, _started=False, _end=None, _distillation=None)
-
-    def _make_distillation(self) -> Distillation | None:
-        if self.distill_from is None:
-            return None
-        return Distillation(self.distill_from, self.distill_weight, self.temperature)
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 
@@ -200,7 +195,9 @@ class PERPRetraining(L.Callback):
             check_dense_is_known(self.reconstruct, pruner)
         if pruner is not None:
             check_pruner(pruner, self)
-        self._distillation = self._distillation or self._make_distillation()
+        self._distillation = self._distillation or Distillation.of(
+            self.distill_from, self.distill_weight, self.temperature
+        )
         if self._distillation is not None:
             self._distillation.load(pl_module)
         if found is None:

@@ -1,4 +1,4 @@
-"""The weight that a linear layer with a sparse adapter multiplies with, as one matrix.
+"""Combine a pruned weight and its adapter into the one matrix that the layer multiplies with.
 
 PERP (Zimmer et al. 2023, arXiv 2312.15230, section 3.2) trains, beside a frozen pruned weight W with mask M, a
 product of two thin matrices:

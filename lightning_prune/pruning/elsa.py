@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.pruning.masks import pack_masks, part_of, unpack_masks
+from lightning_prune.pruning.scores import Score
 from lightning_prune.pruning.statistics import LayerStatistics
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import as_shard_of, gather_whole, local, take_shard
@@ -65,7 +66,7 @@ class ELSA(OneShot):
 
 
 @dataclass(frozen=True)
-class SparseCopyScore:
+class SparseCopyScore(Score):
     """The score ``v (x + u)^2`` of weights that an `ADMM` holds, in their layers' own shapes.
 
     Attributes:
@@ -73,11 +74,8 @@ class SparseCopyScore:
     """
 
     values: Callable[[str], Tensor]
-    name: ClassVar[str] = "elsa"
-    statistics: ClassVar[frozenset[str]] = frozenset()
-    group: ClassVar[str] = "layer"
-    allocation: ClassVar[str] = "uniform"
-    elementwise: ClassVar[bool] = True
+    name = "elsa"
+    elementwise = True
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
         """Return the scores of the part of the matrix that is here."""
