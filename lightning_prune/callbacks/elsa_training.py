@@ -97,22 +97,10 @@ class ELSATraining:
         self._admm = ADMM({target.name: target.weight for target in plan.targets}, schedule.penalty)
         if state:
             self._admm.load_state_dict(state)
-        self._pulled = False  # in the step that runs now
 
     def pull(self, optimizer: Optimizer) -> None:
-        """Add the pull to the gradients of an optimizer, once a step."""
-        if not self._pulled:
-            self._pulled = True
-            self._admm.pull(p for group in optimizer.param_groups for p in group["params"])
-
-    def pull_unwrapped(self, optimizer: Optimizer) -> None:
-        """`pull` right before a step, whose gradients are there already in manual optimization alone."""
-        if not self._module.automatic_optimization:
-            self.pull(optimizer)
-
-    def stepped(self) -> None:
-        """Expect another step."""
-        self._pulled = False
+        """Add the pull to the gradients that an optimizer is about to step on."""
+        self._admm.pull(p for group in optimizer.param_groups for p in group["params"])
 
     def choose(self, seen: int, step: int) -> None:
         """Choose what is kept, if the schedule says so for a step after `seen` up to `step`."""

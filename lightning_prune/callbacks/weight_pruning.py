@@ -613,14 +613,10 @@ class WeightPruning(L.Callback):
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Whatever the hooks above saw: manual optimization may step an optimizer that Lightning has not wrapped, after
         # a plain loss.backward() that came before or after a manual_backward.
-        if self._elsa is not None:
-            self._elsa.pull_unwrapped(optimizer)
         if self._enforcer is not None:
             self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._elsa is not None:
-            self._elsa.stepped()
         if self._enforcer is not None:
             self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
 
