@@ -14,7 +14,7 @@ from perp_trainers import LLAMA, loader, make_trainer, pruning
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor
 
-from lightning_prune import CausalLM, LinearSchedule, PERPRetraining
+from lightning_prune import CausalLM, LinearSchedule, OneShot, PERPRetraining
 from lightning_prune.callbacks.distillation import Distillation, logits_divergence
 from lightning_prune.schedules import ShrinkSchedule
 
@@ -107,10 +107,13 @@ def retrained(kind: str, distilled: bool, path: Path, **trainer: Any) -> tuple[d
     L.seed_everything(0, verbose=False)
     module = (CausalLM if distilled else Distilled)(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
     options = {"distill_from": copy.deepcopy(SOURCE), "distill_weight": 0.25, "temperature": 2.0} if distilled else {}
-    perp = PERPRetraining(**options)
-    # Later updates score by the module's own loss: magnitudes need none, so that both runs have the same masks.
-    schedule = LinearSchedule(0, 4, 2) if kind == "perp with a schedule" else None
-    fitter = make_trainer(path, perp, pruning(schedule=schedule), max_epochs=1, **trainer)
+    schedule = LinearSchedule(0, 2, 2) if "schedule" in kind else None
+    if kind.startswith("masked"):
+        # A later update scores by the module's own loss, which Distilled has not: by weights alone both are the same.
+        callbacks: list[L.Callback] = [pruning(schedule=schedule, **options)]
+    else:
+        callbacks = [PERPRetraining(**options), pruning(schedule=schedule)]
+    fitter = make_trainer(path, *callbacks, max_epochs=1, **trainer)
     fitter.fit(module, loader())
     assert "training_step" not in module.__dict__
     assert not module.model._forward_hooks
@@ -126,6 +129,8 @@ SOURCE = make_llama(seed=3, **{name: value for name, value in LLAMA.items() if n
         ("perp", {}),
         ("perp with a schedule", {"accumulate_grad_batches": 2}),
         ("perp", {"precision": "bf16-mixed"}),
+        ("masked", {}),
+        ("masked with a schedule", {"accumulate_grad_batches": 2}),
     ],
     ids=str,
 )
@@ -137,6 +142,24 @@ def test_distill_from_is_a_step_that_mixes_the_losses(kind: str, trainer: dict[s
         if "inv_freq" not in name:
             own, reference = (torch.frombuffer(bytearray(v), dtype=torch.float32) for v in (found[name], value))
             torch.testing.assert_close(own, reference, rtol=1e-2, atol=2e-3 if trainer.get("precision") else 1e-5)
+
+
+def test_scores_are_those_of_the_modules_own_loss(tmp_path: Path) -> None:
+    found = []
+    for source in (None, copy.deepcopy(SOURCE)):
+        L.seed_everything(0, verbose=False)
+        module = CausalLM(config=LLAMA, learning_rate=0.0, lr_schedule="constant")
+        pruner = pruning(score="gblm", schedule=OneShot(2), distill_from=source, distill_weight=1.0)
+        make_trainer(tmp_path, pruner, max_steps=3).fit(module, loader())
+        found.append(pruner.masks)
+    assert all(torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+
+
+def test_two_callbacks_do_not_distill_at_once(tmp_path: Path) -> None:
+    source = copy.deepcopy(SOURCE)
+    callbacks = (PERPRetraining(distill_from=source), pruning(distill_from=source))
+    with pytest.raises(ValueError, match="give it to one of them"):
+        make_trainer(tmp_path, *callbacks).fit(CausalLM(config=LLAMA), loader())
 
 
 class Manual(CausalLM):

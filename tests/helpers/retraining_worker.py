@@ -110,6 +110,8 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     if settings.pop("refused", False):
         refused(out, module)
         return
+    if settings.pop("distilled", False):
+        settings["distill_from"] = make_module({}, "single").model
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
     trainer_settings, resume = settings.pop("trainer", {}), settings.pop("resume", None)
