@@ -62,9 +62,9 @@ def check_elsa_fit(trainer: L.Trainer, plan: PruningPlan, schedule: ELSA) -> Non
         inner = getattr(optimizer, "optimizer", optimizer)
         stepped.update({id(p): inner for group in inner.param_groups for p in group["params"]})
     for target in plan.targets:
-        optimizer = stepped.get(id(target.weight))
-        if not isinstance(optimizer, _ADAM):
-            what = "no optimizer" if optimizer is None else type(optimizer).__name__
+        found = stepped.get(id(target.weight))
+        if not isinstance(found, _ADAM):
+            what = "no optimizer" if found is None else type(found).__name__
             raise ValueError(
                 f"{target.name!r} is trained by {what}, but ELSA chooses by Adam's second moments: train it with Adam "
                 "or AdamW, or leave it out (ignore)"

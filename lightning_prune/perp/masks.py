@@ -20,6 +20,7 @@ from lightning_prune.sharding import (
     is_sharded,
     local,
     reshard,
+    settle,
 )
 
 
@@ -65,6 +66,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
 
 def _set_sharded_masks(model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor]) -> None:
     """Hold a rank's parts of masks, and write them into the zeros of the weights."""
+    settle(model)  # nothing may have run yet, and before FSDP2 knows its parameters' dtypes it gathers wrongly
     dtypes = gathered_dtypes(model)
     for name, layer in layers.items():
         weight, part, kept = layer.base_weight, layer.base_part, masks[name]

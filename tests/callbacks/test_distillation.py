@@ -141,14 +141,14 @@ def test_distill_from_is_a_step_that_mixes_the_losses(kind: str, trainer: dict[s
     for name, value in expected.items():
         if "inv_freq" not in name:
             own, reference = (torch.frombuffer(bytearray(v), dtype=torch.float32) for v in (found[name], value))
-            torch.testing.assert_close(own, reference, rtol=1e-2, atol=2e-3 if trainer.get("precision") else 1e-5)
+            torch.testing.assert_close(own, reference, rtol=1e-2, atol=5e-3 if trainer.get("precision") else 1e-5)
 
 
 def test_scores_are_those_of_the_modules_own_loss(tmp_path: Path) -> None:
     found = []
     for source in (None, copy.deepcopy(SOURCE)):
         L.seed_everything(0, verbose=False)
-        module = CausalLM(config=LLAMA, learning_rate=0.0, lr_schedule="constant")
+        module = CausalLM(config=LLAMA, learning_rate=1e-12, lr_schedule="constant")
         pruner = pruning(score="gblm", schedule=OneShot(2), distill_from=source, distill_weight=1.0)
         make_trainer(tmp_path, pruner, max_steps=3).fit(module, loader())
         found.append(pruner.masks)
