@@ -256,8 +256,7 @@ class ReconstructSettings:
     def of(cls, options: Mapping[str, Any], argument: str = "reconstruct") -> ReconstructSettings:
         """Complete and check options by name, where those of LoRA stand beside the others.
 
-        With ``train="all"`` the defaults are half blocks, and one pass with 2 samples a step at a learning rate of
-        3e-4.
+        With ``train="all"`` the defaults are half blocks, and one pass with 2 samples a step.
         """
         own = {f.name for f in fields(cls)} - {"lora_options"}
         given = {name: value for name, value in options.items() if name in own}
@@ -268,7 +267,7 @@ class ReconstructSettings:
             hint = f"did you mean {near[0]!r}?" if near else f"it takes any of {', '.join(sorted(own))}"
             raise TypeError(f"{argument} has the unknown option {unknown[0]!r}; {hint}")
         if given.get("train") == "all":
-            everything = {"adapter": None, "window": "half", "epochs": 1, "batch_size": 2, "learning_rate": 3e-4}
+            everything = {"adapter": None, "window": "half", "epochs": 1, "batch_size": 2}
             given = {**everything, **given}
         if given.get("steps") is not None and "epochs" not in options:
             given["epochs"] = None
