@@ -10,14 +10,14 @@ from launching import assert_enforced, assert_same_on_all_ranks, launch, results
 
 pytestmark = pytest.mark.distributed
 
-SETTINGS = {"score": "magnitude", "sparsity": 0.8, "elsa": [9, 2]}
+SETTINGS = {"score": "magnitude", "sparsity": 0.8, "elsa": [9, 2], "max_steps": -1}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks ended with, all fits in one launch."""
     out = tmp_path_factory.mktemp("elsa")
-    whole, half = {**SETTINGS, "max_steps": 12}, {**SETTINGS, "max_steps": 6}  # of 6 an epoch
+    half, whole = ({**SETTINGS, "trainer": {"max_epochs": epochs}} for epochs in (1, 2))  # of 6 steps
     cases = [
         *((out / strategy, strategy, whole) for strategy in ("ddp", "fsdp2")),
         *((out / f"{strategy} half", strategy, half) for strategy in ("ddp", "fsdp2")),
