@@ -253,7 +253,9 @@ class PERPRetraining(L.Callback):
             finally:
                 setattr(module, self.attribute, model)
             if self.adapter is not None:
-                set_masks(model, adapter_masks(model))  # from here on no rank holds whole masks
+                # From here on no rank holds whole masks. A module of bfloat16 is converted only after this hook, and
+                # FSDP2 would go on gathering in the dtype that it saw first.
+                set_masks(model, adapter_masks(model), gather=False)
 
         module.__dict__["configure_model"] = configure_model
 

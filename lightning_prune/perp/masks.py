@@ -20,12 +20,11 @@ from lightning_prune.sharding import (
     is_sharded,
     local,
     reshard,
-    settle,
 )
 
 
 @torch.no_grad()
-def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None, gather: bool = True) -> None:
     """Give the adapters of a model their masks.
 
     Where FSDP2 shards the model every rank must call; each holds its part of the masks from then on.
@@ -35,6 +34,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
         masks: Bool, True = kept, of the weights' shapes, by parameter name, with or without the names that PEFT puts
             in between; whole, or sharded as the weights are. A layer without a mask here takes its weight's exact
             zeros, and so do all with None. Masks of weights without an adapter are passed over.
+        gather: Gather parameters that FSDP2 shards, to see the dtype that they are gathered in. False where that is
+            not known yet, since the model is about to be converted: then call it again after.
 
     Raises:
         ValueError: a mask of another shape or dtype, or one that does not hold: a pruned weight is not zero. Nothing
@@ -61,13 +62,14 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
             layer.kept.copy_(to_bytes(new[name], layer.kept.device))
     sharded = {name: layer for name, layer in layers.items() if is_sharded(layer.base_weight)}
     if sharded:
-        _set_sharded_masks(model, sharded, new)
+        _set_sharded_masks(model, sharded, new, gather)
 
 
-def _set_sharded_masks(model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor]) -> None:
+def _set_sharded_masks(
+    model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor], gather: bool
+) -> None:
     """Hold a rank's parts of masks, and write them into the zeros of the weights."""
-    settle(model)  # nothing may have run yet, and before FSDP2 knows its parameters' dtypes it gathers wrongly
-    dtypes = gathered_dtypes(model)
+    dtypes = gathered_dtypes(model) if gather else {}
     for name, layer in layers.items():
         weight, part, kept = layer.base_weight, layer.base_part, masks[name]
         zero = part == 0
