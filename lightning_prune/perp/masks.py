@@ -75,7 +75,7 @@ def _set_sharded_masks(
         zero = part == 0
         part.masked_fill_(zero, 0.0).masked_fill_(zero & kept, -0.0)
         layer.kept = to_bytes(kept, part.device)
-        dtype = dtypes.get(layer, part.dtype)
+        dtype = dtypes.get(layer.get_base_layer(), part.dtype)
         if dtype == part.dtype:
             continue
         # Weights too small for the dtype that FSDP2 gathers in would become +0.0, as if pruned. Such a layer holds its
