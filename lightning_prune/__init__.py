@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.allocation import KFACAllocation as KFACAllocation
     from lightning_prune.pruning.allocation import OWLAllocation as OWLAllocation
     from lightning_prune.pruning.coverage import measure_coverage as measure_coverage
+    from lightning_prune.pruning.elsa import ELSA as ELSA
     from lightning_prune.pruning.masks import apply_masks as apply_masks
     from lightning_prune.pruning.masks import mask_sparsity as mask_sparsity
     from lightning_prune.pruning.pipeline import prune as prune
@@ -45,6 +46,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "CausalLM": "text.module",
     "CubicSchedule": "schedules",
+    "ELSA": "pruning.elsa",
     "KFACAllocation": "pruning.allocation",
     "LayerStatistics": "pruning.statistics",
     "LinearSchedule": "schedules",
