@@ -196,13 +196,13 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
         "let it prune when the model has its size: PruningAwarePretraining(end=STEP) and "
         "WeightPruning(schedule=OneShot(STEP + 1))"
     )
-    nm = parse_pattern(settings["pattern"])
-    if nm is None and (settings["update"] or settings["score"].name == "sparsegpt"):
+    nm = parse_pattern(settings.pattern)
+    if nm is None and (settings.update or settings.score.name == "sparsegpt"):
         raise ValueError(
-            f"WeightPruning(score={settings['score'].name!r}, update={settings['update']!r}) prunes once, and a model "
+            f"WeightPruning(score={settings.score.name!r}, update={settings.update!r}) prunes once, and a model "
             f"that shrinks afterwards would have another sparsity: use another score without update, or {later}"
         )
-    if "layer" in callback.types and (isinstance(settings["allocation"], Mapping) or pruner.targets is not None):
+    if "layer" in callback.types and (isinstance(settings.allocation, Mapping) or settings.targets is not None):
         raise ValueError(
             "WeightPruning names layers (allocation or targets), whose numbers change when types=('layer', ...) "
             f"removes some: leave the names out, or {later}"
@@ -214,13 +214,13 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
         size = getattr(structure.sizes, name)
         if unit_type in callback.types and (rounded.get(name, 1) % nm.m or size % nm.m):
             raise ValueError(
-                f"pattern={settings['pattern']!r} has groups of {nm.m} inputs, which stay whole only if "
+                f"pattern={settings.pattern!r} has groups of {nm.m} inputs, which stay whole only if "
                 f"round_to={callback.round_to!r} and {name}={size} are multiples of {nm.m}: use round_to={nm.m}, or "
                 f"{later}"
             )
     if "attention" in callback.types and structure.sizes.head_dim % nm.m:
         raise ValueError(
-            f"pattern={settings['pattern']!r} has groups of {nm.m} inputs, which heads of {structure.sizes.head_dim} "
+            f"pattern={settings.pattern!r} has groups of {nm.m} inputs, which heads of {structure.sizes.head_dim} "
             f"dimensions do not keep whole: leave 'attention' out of types, or {later}"
         )
     return {"ffn": nm.m, "hidden": nm.m}
