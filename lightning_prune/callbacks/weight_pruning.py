@@ -276,6 +276,26 @@ class WeightPruning(L.Callback):
         dense, self._dense = self._dense or {}, None
         return dense
 
+    def change_masks(self, trainer: L.Trainer, module: L.LightningModule, masks: Masks, complete: bool) -> None:
+        """Follow parameters whose shapes have changed.
+
+        Args:
+            trainer: In its fit.
+            module: Its module, as it is now.
+            masks: By parameter name, of the new shapes.
+            complete: Whether to prune further where, by now, more of the weights were to be pruned.
+        """
+        self._plan = self._make_plan(module)
+        if masks:
+            self._bind(trainer, module, masks)
+            if complete and not self.finished:
+                self._prune(trainer, module)
+
+    def hold_masks(self) -> None:
+        """Set pruned weights to zero again, which somebody has changed who knows of it."""
+        if self._enforcer is not None:
+            self._enforcer.mask_weights()
+
     # -- life of a fit -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
