@@ -48,7 +48,7 @@ from lightning_prune.pruning.pipeline import planned_count, run_plan
 from lightning_prune.pruning.plan import PruningPlan, check_settings, make_plan
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Keep, Score, make_score
-from lightning_prune.pruning.targets import DEFAULT_IGNORE
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, parameters_of
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
@@ -312,7 +312,7 @@ class WeightPruning(L.Callback):
 
     def _make_plan(self, module: L.LightningModule) -> PruningPlan:
         plan = make_plan(module, **self.settings, targets=self.targets, ignore=self.ignore)
-        self._planned, self._target_names = planned_count(plan), tuple(t.name for t in plan.targets)
+        self._planned, self._target_names = planned_count(plan), tuple(parameters_of(plan.targets))
         return plan
 
     def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
@@ -463,7 +463,10 @@ class WeightPruning(L.Callback):
         loss_fn, data, summary, previous = None, None, ScoreSummary(), self.masks
         reshard(module)
         if self._dense is not None:
-            self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
+            self._dense = {
+                name: local(weight.detach()).to("cpu", copy=True)
+                for name, weight in parameters_of(plan.targets).items()
+            }
         with ExitStack() as stack:
             if plan.needs_data:
                 parameters = stack.enter_context(no_trace(trainer, module))
@@ -471,7 +474,7 @@ class WeightPruning(L.Callback):
                 loss_fn = watched_loss(
                     self.loss_fn or calibration_loss(module),
                     parameters,
-                    [target.weight for target in plan.targets],
+                    list(parameters_of(plan.targets).values()),
                     before_hooks=epochs.ready == epochs.completed,
                 )
                 data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)

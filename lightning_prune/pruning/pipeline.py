@@ -26,24 +26,25 @@ from lightning_prune.pruning.allocation import (
     kfac_sparsities,
     mapping_counts,
     owl_sparsities,
+    speaks_for,
     uniform_counts,
 )
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.hessian import prune_with_hessian
-from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
+from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros
 from lightning_prune.pruning.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Keep, Score, SparseGPT, make_score
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, HESSIAN, LayerStatistics, wide_dtype
-from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, join_slices
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
-from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
+from lightning_prune.sharding import Layout, gathered_around, has_sharded_parameters, local
 
 _log = logging.getLogger("lightning_prune")
 
@@ -296,7 +297,8 @@ class _Run:
         with torch.no_grad():
             self.counts = self._allocate()
             if not plan.sequential and not plan.updates_weights:
-                masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
+                chosen = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
+                masks = join_slices(plan.targets, chosen)
                 apply_masks(self.model, masks)
                 return masks
             with restored_on_failure() as originals:
@@ -316,7 +318,7 @@ class _Run:
         plan, targets = self.plan, self.plan.targets
         if plan.pattern is not None:
             return {}
-        lower = {t.name: pruned_count({t.name: m}) for t in targets if (m := self.previous.get(t.name)) is not None}
+        lower = self._pruned_before()
         if isinstance(plan.allocation, Mapping):
             counts = mapping_counts(targets, *_mapped(plan, self.fraction), lower)
             return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
@@ -334,6 +336,16 @@ class _Run:
             return exact_counts(targets, wanted, total, lower)
         counts = uniform_counts(targets, exact, plan.group)
         return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
+
+    def _pruned_before(self) -> dict[str, int]:
+        """How many weights of each target are pruned already; none of targets without a mask."""
+        before = [(t, m) for t in self.plan.targets if (m := self.previous.get(t.parameter)) is not None]
+        if not before:
+            return {}
+        here = [int((~t.part(m)).sum()) if self.parts is None or speaks_for(t) else 0 for t, m in before]
+        counts = torch.tensor(here, dtype=torch.int64)
+        counts = counts if self.parts is None else self.parts.sum_parts(counts)
+        return {t.name: n for (t, _), n in zip(before, counts.tolist(), strict=True)}
 
     def _here(self) -> dict[str, LayerStatistics]:
         """Statistics cut to the part of each matrix that is here."""
@@ -354,10 +366,10 @@ class _Run:
         elif getattr(self.plan.score, "elementwise", False):
             scores = self._scored(target, target.matrix(), statistics.part(layout.bounds))
         else:
-            scores = self._scored(target, _whole(target, target.matrix()), _whole_gradients(target, statistics))
+            scores = self._scored(target, target.whole(target.matrix()), _whole_gradients(target, statistics))
             (row, row_end), (column, column_end) = layout.bounds
             scores = scores[row:row_end, column:column_end]
-        previous = self.previous.get(target.name)
+        previous = self.previous.get(target.parameter)
         if previous is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
@@ -385,7 +397,7 @@ class _Run:
         else:
             mask = self._lowest_in_layer(layout)(scores, self.counts[target.name])
         mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
-        if (previous := self.previous.get(target.name)) is not None:
+        if (previous := self.previous.get(target.parameter)) is not None:
             mask &= target.part(previous).to(mask.device)  # counts may be spread over rows in another way than before
         if self.summary is not None:
             if layout is None or layout.counted:
@@ -407,7 +419,7 @@ class _Run:
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
         """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
         mask = None if isinstance(self.plan.score, SparseGPT) else self._select(target, statistics)
-        own, layout = local(target.weight), target.layout
+        own, layout = target.stored(), target.layout
         if not self.plan.updates_weights:
             assert mask is not None
             own.masked_fill_(~local(mask), 0.0)
@@ -428,7 +440,7 @@ class _Run:
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
         if layout is not None:
             weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
-        if mask is None and (previous := self.previous.get(target.name)) is not None:
+        if mask is None and (previous := self.previous.get(target.parameter)) is not None:
             kept = kept & target.part(previous).to(kept.device)
             weight = weight.masked_fill(~kept, 0.0)
         own.copy_(target.kind.from_matrix(weight, own.shape))
@@ -440,13 +452,15 @@ class _Run:
         for target in self._tracked("Updating weights"):
             keep(target.weight)
             masks[target.name] = self._prune_layer(target, self.statistics[target.name])
-        return masks
+        return join_slices(self.plan.targets, masks)
 
     def _walk(self, keep: Keeper) -> Masks:
         """Block by block, each on the outputs of the pruned blocks before it."""
         plan = self.plan
         masks: Masks = {}
-        by_module = {id(t.module): t for t in plan.targets}
+        by_module: dict[int, list[Target]] = {}
+        for target in plan.targets:
+            by_module.setdefault(id(target.module), []).append(target)
         assert self.batches is not None
 
         def run(model: nn.Module, batch: Any) -> None:
@@ -472,7 +486,7 @@ class _Run:
                 errors=None if self.parts else self.ranks,
             ):
                 for index, block in enumerate(walk.blocks):
-                    layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
+                    layers = [target for m in block.modules() for target in by_module.get(id(m), ())]
                     with gathered_around(self.model, block):
                         statistics = collect_forward(
                             layers,
@@ -490,13 +504,7 @@ class _Run:
                             for _ in walk.run(index, keep_output=True):
                                 pass
                     advance()
-        return {t.name: masks[t.name] for t in plan.targets}
-
-
-def _whole(target: Target, part: Tensor) -> Tensor:
-    """The whole matrix of one layer, from this rank's part of it."""
-    whole: Tensor = gather_whole(target.to_parameter(part))
-    return target.kind.to_matrix(whole)
+        return join_slices(plan.targets, masks)
 
 
 def _whole_gradients(target: Target, statistics: LayerStatistics) -> LayerStatistics:
@@ -504,8 +512,8 @@ def _whole_gradients(target: Target, statistics: LayerStatistics) -> LayerStatis
     l1, l2 = statistics.gradient_l1, statistics.gradient_l2
     return replace(
         statistics,
-        gradient_l1=None if l1 is None else _whole(target, l1),
-        gradient_l2=None if l2 is None else _whole(target, l2),
+        gradient_l1=None if l1 is None else target.whole(l1),
+        gradient_l2=None if l2 is None else target.whole(l2),
     )
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
-from lightning_prune.sharding import Layout, as_shard_of, local
+from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
+from lightning_prune.sharding import Layout, SliceLayout, as_shard_of, gather_whole, local
 
 DEFAULT_IGNORE = HEADS
 """Output layers, left alone unless `targets` names them; see `lightning_prune.naming.is_head`."""
@@ -103,6 +105,16 @@ CONV2D = LayerKind(
     output_rows=_conv2d_outputs,
 )
 
+# One expert's slice of a 3-D parameter, `[O, I]` or `[I, O]`; all its tokens come in one list.
+EXPERT = LayerKind(
+    "expert",
+    to_matrix=lambda w: w,
+    from_matrix=lambda m, _: m,
+    input_rows=lambda _, x: x[None],
+    output_rows=lambda y: y[None],
+)
+EXPERT_TRANSPOSED = replace(EXPERT, to_matrix=lambda w: w.t(), from_matrix=lambda m, _: m.t())
+
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
     """The kind of a layer that can be pruned, or None for any other module."""
@@ -166,9 +178,23 @@ class Target:
         weight = self.weight
         return Layout(weight, transposed=self.kind is CONV1D) if isinstance(weight, DTensor) else None
 
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter, by which its mask is kept."""
+        return self.name
+
+    @property
+    def holders(self) -> tuple[nn.Module, ...]:
+        """The modules of the model that hold the parameter."""
+        return self.modules
+
+    def stored(self) -> Tensor:
+        """The weight as the parameter stores it, detached; of a sharded one, this rank's part."""
+        return local(self.weight.detach())
+
     def matrix(self) -> Tensor:
         """The weight as ``(O, I)``, detached, in its own dtype."""
-        return self.kind.to_matrix(local(self.weight.detach()))
+        return self.kind.to_matrix(self.stored())
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
         """A matrix, shaped as `matrix` gives it, back to the parameter's shape and layout."""
@@ -178,6 +204,143 @@ class Target:
     def part(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
         return self.kind.to_matrix(local(tensor))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The whole matrix, on every rank, from a part as `matrix` gives it."""
+        whole: Tensor = gather_whole(self.to_parameter(part))
+        return self.kind.to_matrix(whole)
+
+
+@dataclass(frozen=True)
+class ExpertTarget(Target):
+    """One expert's slice of a 3-D parameter, to prune like the weight of a layer.
+
+    Its mask is a slice of the parameter's mask (`join_slices`). Of a parameter that is sharded along its experts, a rank
+    has the whole matrix or no row of it.
+    """
+
+    @cached_property
+    def slice(self) -> ExpertMatrix:
+        """The matrix as a layer."""
+        first = self.modules[0]
+        assert isinstance(first, ExpertMatrix)
+        return first
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter of all experts, as it is now."""
+        return self.slice.weight
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter of all experts."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def holders(self) -> tuple[nn.Module, ...]:
+        """The modules of the model that hold the parameter."""
+        return tuple(m.experts for m in self.modules if isinstance(m, ExpertMatrix))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)`` of the expert's matrix."""
+        _, first, second = self.weight.shape
+        return (second, first) if self.slice.transposed else (first, second)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of the expert."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def layout(self) -> SliceLayout | None:
+        """How the matrix is sharded, or None."""
+        weight, own = self.weight, self.slice
+        return SliceLayout(weight, own.transposed, own.index) if isinstance(weight, DTensor) else None
+
+    def stored(self) -> Tensor:
+        """The slice as the parameter stores it, detached; of a sharded one, this rank's part."""
+        return self._cut(local(self.weight.detach()))
+
+    def to_parameter(self, matrix: Tensor) -> Tensor:
+        """A matrix, shaped as `matrix` gives it, as the parameter stores its slice; what `join_slices` takes."""
+        return self.kind.from_matrix(matrix, matrix.shape).contiguous()
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The expert's slice of a tensor of the parameter's shape and layout, as a matrix."""
+        return self.kind.to_matrix(self._cut(local(tensor)))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The whole matrix, on every rank, from a part as `matrix` gives it."""
+        return part if self.layout is None else self.layout.gather(part)
+
+    def _cut(self, stack: Tensor) -> Tensor:
+        layout = self.layout
+        place = self.slice.index if layout is None else layout.place
+        if place is not None:
+            return stack[place]
+        first, second = stack.shape[1:]
+        return stack.new_empty((first, 0) if self.slice.transposed else (0, second))  # no row of it is here
+
+
+def parameters_of(targets: Sequence[Target]) -> dict[str, nn.Parameter]:
+    """The parameters that some targets are, or are slices of, by name, each once."""
+    return {name: target.weight for name, target in {t.parameter: t for t in targets}.items()}
+
+
+def join_slices(targets: Sequence[Target], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the parameters' shapes and layouts, by parameter, from one for each target's name.
+
+    Args:
+        targets: All targets of the parameters.
+        tensors: From `Target.to_parameter`, by `Target.name`.
+    """
+    joined: dict[str, Tensor] = {}
+    slices: dict[str, list[ExpertTarget]] = {}
+    for target in targets:
+        if isinstance(target, ExpertTarget):
+            slices.setdefault(target.parameter, []).append(target)
+            joined.setdefault(target.parameter, torch.empty(0))  # in the order of the targets
+        else:
+            joined[target.name] = tensors[target.name]
+    for name, experts in slices.items():
+        weight = experts[0].weight
+        here = [tensors[t.name] for t in experts if t.layout is None or t.layout.place is not None]
+        own = torch.stack(here) if here else torch.empty_like(local(weight), dtype=tensors[experts[0].name].dtype)
+        joined[name] = as_shard_of(weight, own)
+    return joined
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A weight that could be pruned.
+
+    Attributes:
+        module: What holds it.
+        parameter: Its name there.
+    """
+
+    module: nn.Module
+    parameter: str = "weight"
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The parameter; None where a layer keeps it in another form."""
+        return self.module._parameters.get(self.parameter)
+
+
+def _candidates(model: nn.Module, adapters: Collection[nn.Module]) -> dict[str, _Candidate]:
+    """The weights of a model that could be pruned: by the clean name of their layer, or of the parameter of experts."""
+    found = {}
+    for path, module in model.named_modules():
+        name = clean_name(path)
+        if module in adapters:
+            continue
+        if layer_kind(module) is not None:
+            found[name] = _Candidate(module)
+        for parameter in expert_parameters(module):
+            found[f"{name}.{parameter}" if name else parameter] = _Candidate(module, parameter)
+    return found
 
 
 @dataclass(frozen=True)
@@ -249,17 +412,14 @@ def select_layers(
     _reject_bare_string("targets", targets)
     _reject_bare_string("ignore", ignore)
     adapters = adapter_modules(model)
-    layers = {
-        clean_name(name): module
-        for name, module in model.named_modules()
-        if module not in adapters and layer_kind(module) is not None
-    }
+    layers = _candidates(model, adapters)
     if targets is not None:
         _require_matches("targets", targets, layers)
     without_heads = set(DEFAULT_IGNORE) <= set(ignore)
     ignored = [s for s in ignore if not (without_heads and s in DEFAULT_IGNORE)]
     # A default name that a user repeats need not be there.
-    _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], dict(model.named_modules()))
+    everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
+    _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], everything | layers)
 
     reasons = _reasons(model, layers, without_heads, called)
     if frozen:
@@ -269,19 +429,19 @@ def select_layers(
             reasons = {name: reasons[name] - {HEAD} for name in layers}
     else:
         for selector in targets:
-            matched = [name for name, module in layers.items() if _selected(name, module, [selector])]
+            matched = [name for name, layer in layers.items() if _selected(name, layer.module, [selector])]
             # A selector that matches other layers too names none of these: "q_proj" is no word for a frozen teacher.
             named = frozenset.intersection(*(reasons[name] for name in matched))
             reasons |= {name: reasons[name] - named for name in matched}
     left_out = {}
-    for name, module in layers.items():
-        if targets is not None and not _selected(name, module, targets):
+    for name, layer in layers.items():
+        if targets is not None and not _selected(name, layer.module, targets):
             left_out[name] = sorted(reasons[name])[0] if reasons[name] else NOT_NAMED
-        elif _selected(name, module, ignored):
+        elif _selected(name, layer.module, ignored):
             left_out[name] = IGNORED
         elif reasons[name]:
             left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, FROZEN) if r in reasons[name])
-    chosen = {name: module for name, module in layers.items() if name not in left_out and not _is_empty(module)}
+    chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
     return Selection(_group_by_parameter(model, chosen), left_out, frozenset(adapters))
@@ -292,8 +452,8 @@ def _nothing_to_prune(
 ) -> str:
     ignored = "the default" if ignore == DEFAULT_IGNORE else repr(ignore)
     text = (
-        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} Linear, Conv1D and "
-        f"Conv2d layers of {type(model).__name__}"
+        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} Linear, Conv1D, "
+        f"Conv2d and expert weights of {type(model).__name__}"
     )
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, why in left_out.items() if why == reason]
@@ -311,17 +471,16 @@ def _nothing_to_prune(
 
 
 def _reasons(
-    model: nn.Module, layers: dict[str, nn.Module], without_heads: bool, called: bool
+    model: nn.Module, layers: dict[str, _Candidate], without_heads: bool, called: bool
 ) -> dict[str, frozenset[str]]:
     """Why each layer is to be left alone by default; mostly for no reason."""
     users = _users(model)
-    inside = {id(module) for module in layers.values()}
+    inside = {id(layer.module) for layer in layers.values()}
     routers, frozen = _routers(model, layers), _frozen(model, layers)
     # Their parent reads their weights, and never calls them.
     functional = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)} if called else set()
 
-    def tied(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
+    def tied(weight: nn.Parameter | None) -> bool:
         return weight is not None and any(
             id(m) not in inside and (isinstance(m, nn.Embedding) or "Embed" in type_name(m))
             for _, m in users[id(weight)]
@@ -331,14 +490,14 @@ def _reasons(
         name: frozenset(
             reason
             for reason, holds in (
-                (HEAD, without_heads and (is_head(name) or tied(module))),
+                (HEAD, without_heads and (is_head(name) or tied(layer.weight))),
                 (ROUTER, name in routers),
                 (FROZEN, name in frozen),
-                (FUNCTIONAL, module in functional),
+                (FUNCTIONAL, layer.module in functional),
             )
             if holds
         )
-        for name, module in layers.items()
+        for name, layer in layers.items()
     }
 
 
@@ -351,7 +510,7 @@ def is_router(module: nn.Module) -> bool:
     return type(module) is not nn.Linear and _ROUTER_TYPE.search(type_name(module)) is not None
 
 
-def _routers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+def _routers(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     """Layers that choose experts: by their type, or by their name beside a module or parameter named ``experts``."""
     beside: set[nn.Module] = set()
     for parent in model.modules():
@@ -363,10 +522,10 @@ def _routers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
                 if child is not None and _ROUTER_NAME.fullmatch(name)
                 for part in child.modules()
             )
-    return {name for name, module in layers.items() if module in beside or is_router(module)}
+    return {name for name, layer in layers.items() if layer.module in beside or is_router(layer.module)}
 
 
-def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     """Layers whose weight requires no gradient, in a model that trains something else."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return set()  # loaded for inference: it says nothing
@@ -379,7 +538,7 @@ def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
         for module in parent.modules()
     }
     # A quantised weight never requires a gradient: what counts is whether more than such layers is frozen around it.
-    weights = {id(p) for module in layers.values() for p in module.parameters()}
+    weights = {id(p) for layer in layers.values() for p in layer.module.parameters()}
     around = {
         module
         for parent in model.modules()
@@ -388,13 +547,13 @@ def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
         for module in parent.modules()
     }
 
-    def holds(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if n != "bias"):
+    def holds(layer: _Candidate) -> bool:
+        module, weight = layer.module, layer.weight
+        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if "bias" not in n):
             return False
         return weight is None or _packed_form(weight) is None or module in around
 
-    return {name for name, module in layers.items() if holds(module)}
+    return {name for name, layer in layers.items() if holds(layer)}
 
 
 # Layers of other packages that keep quantised weights in buffers or under other names.
@@ -423,9 +582,9 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
     return adapters
 
 
-def _is_empty(module: nn.Module) -> bool:
+def _is_empty(layer: _Candidate) -> bool:
     """Whether a layer has no weights at all, as ``Linear(16, 0)``: nothing to prune, and no samples reach it."""
-    weight = module._parameters.get("weight")
+    weight = layer.weight
     return weight is not None and not is_lazy(weight) and not weight.numel() and not weight.is_meta
 
 
@@ -441,11 +600,13 @@ def _selected(name: str, module: nn.Module, selectors: Sequence[str | type[nn.Mo
     )
 
 
-def _require_matches(argument: str, selectors: Sequence[str | type[nn.Module]], layers: dict[str, nn.Module]) -> None:
+def _require_matches(
+    argument: str, selectors: Sequence[str | type[nn.Module]], layers: Mapping[str, _Candidate]
+) -> None:
     for selector in selectors:
         if not isinstance(selector, (str, type)):
             raise TypeError(f"{argument} takes module types and name patterns, got {selector!r}")
-        if not any(_selected(clean_name(name), module, [selector]) for name, module in layers.items()):
+        if not any(_selected(name, layer.module, [selector]) for name, layer in layers.items()):
             tails = {n.rsplit(".", 1)[-1] for n in layers}
             near = difflib.get_close_matches(str(selector), tails, n=3) or sorted(tails)[:8]
             raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
@@ -461,33 +622,48 @@ def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return users
 
 
-def _group_by_parameter(model: nn.Module, chosen: dict[str, nn.Module]) -> list[Target]:
+def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate]) -> list[Target]:
     names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
     users = _users(model)
-    grouped: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in chosen.items():
-        grouped.setdefault(id(_checked_weight(name, module)), []).append((name, module))
+    grouped: dict[int, list[tuple[str, _Candidate]]] = {}
+    for name, layer in chosen.items():
+        grouped.setdefault(id(_checked_weight(name, layer)), []).append((name, layer))
 
-    found = []
+    found: list[Target] = []
     for key, layers in grouped.items():
-        inside = {id(module) for _, module in layers}
+        inside = {id(layer.module) for _, layer in layers}
         outside = [name for name, module in users[key] if id(module) not in inside]
         if outside:
             raise ValueError(
                 f"the weight of {layers[0][0]!r} is tied to {', '.join(map(repr, outside))}, which is not a "
                 f"target: pruning one would prune both; add {layers[0][0]!r} to `ignore`, or untie them"
             )
-        kinds = {layer_kind(module) for _, module in layers}
-        kind = kinds.pop()
-        if kinds or kind is None:
+        made = _targets_of(names[key], [layer for _, layer in layers])
+        if not made:
             raise ValueError(f"tied layers of different types cannot be pruned: {[n for n, _ in layers]}")
-        modules = tuple(module for _, module in layers)
-        found.append(Target(names[key], modules[0], kind, modules))
+        found.extend(made)
     return found
 
 
-def _checked_weight(name: str, module: nn.Module) -> nn.Parameter:
-    weight = module._parameters.get("weight")
+def _targets_of(name: str, users: Sequence[_Candidate]) -> Sequence[Target]:
+    """The targets that one parameter makes; none, if its users do not store it alike."""
+    first = users[0]
+    layouts = {(layer.parameter != "weight", expert_parameters(layer.module).get(layer.parameter)) for layer in users}
+    if len(layouts) == 1 and (transposed := layouts.pop()[1]) is not None:
+        assert first.weight is not None
+        kind = EXPERT_TRANSPOSED if transposed else EXPERT
+        matrices = [
+            tuple(ExpertMatrix(user.module, user.parameter, index, transposed) for user in users)
+            for index in range(len(first.weight))
+        ]
+        return [ExpertTarget(f"{name}.{i}", first.module, kind, slices) for i, slices in enumerate(matrices)]
+    kinds = {layer_kind(layer.module) for layer in users}
+    whole = kinds.pop()
+    return [] if kinds or whole is None else [Target(name, first.module, whole, tuple(u.module for u in users))]
+
+
+def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
+    weight = layer.weight
     if weight is None:
         raise ValueError(
             f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); "
