@@ -17,7 +17,6 @@ import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +28,10 @@ from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Tap, Taps
 from lightning_prune.pruning.padding import Padding, PaddingFinder
-from lightning_prune.pruning.running import forward, model_loss, quiet_model, without_label
+from lightning_prune.pruning.running import ForwardContext, forward, model_loss, quiet_model, without_label
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     BACKWARD_STATISTICS,
-    GRADIENT_L1,
     GRADIENTS,
     HESSIAN,
     INPUT_NORM,
@@ -62,7 +60,7 @@ def collect(
     loss_fn: LossFn | None = None,
     gradient_dtype: torch.dtype = torch.float32,
     gradient_device: torch.device | str | None = None,
-    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -159,7 +157,7 @@ class _Sweep:
         model: nn.Module,
         taps: Taps,
         loss_fn: LossFn | None,
-        forward_context: Callable[[], AbstractContextManager[Any]],
+        forward_context: ForwardContext,
         ranks: Ranks | None,
     ) -> None:
         self.model, self.taps, self.loss_fn, self.forward_context = model, taps, loss_fn, forward_context
@@ -357,9 +355,9 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
             unreached.append(tap)
         elif nothing:
             raise CalibrationError(
-                f"no calibration sample reached {tap.target.parameter!r} ({', '.join(absent) or 'on other ranks'}): the "
-                "layer is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use more "
-                "samples"
+                f"no calibration sample reached {tap.target.parameter!r} ({', '.join(absent) or 'on other ranks'}): "
+                "the layer is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use "
+                "more samples"
             )
         for name in absent:
             inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]
@@ -370,34 +368,33 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
 def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerStatistics], ranks: Ranks | None) -> None:
     """Give experts without any token statistics by which their weights are compared by magnitude.
 
-    Each is as large everywhere as it is on average in the expert of the layer where that is least: all that is known of
-    these experts is that they are used less than any other.
+    Each is as large everywhere as it is on average in the expert of the layer where that is least: all that is known
+    of these experts is that they are used less than any other.
     """
     names = [tap.name for tap in unreached]
     warnings.warn(
         f"no calibration token was routed to {len(names)} of the experts' matrices ({', '.join(names[:4])}"
-        f"{', ...' if len(names) > 4 else ''}): their weights are compared by magnitude, and with other layers as if they "
-        "mattered as little as those of the least used expert. Use more samples for statistics of their own",
+        f"{', ...' if len(names) > 4 else ''}): their weights are compared by magnitude, and with other layers' as if "
+        "they mattered as little as those of the least used expert. Use more samples for statistics of their own",
         stacklevel=4,
     )
     parts = ranks if ranks is not None and ranks.lockstep else None
+
+    def mean_squares(name: str, values: Sequence[Tensor]) -> Tensor:
+        """Mean of the squares in each tensor, over the parts of all ranks; of a Hessian, mean of its diagonal."""
+        flat = [(v.diagonal() if name == HESSIAN else v.square()).double() for v in values]
+        sums = torch.stack([torch.stack([v.sum(), v.new_tensor(v.numel())]) for v in flat])
+        sums = sums if parts is None else parts.sum_parts(sums)
+        return sums[:, 0] / sums[:, 1]
+
     for tap in unreached:
         others = [t for t in taps.all if t.target.parameter == tap.target.parameter and t not in unreached]
         found: dict[str, Tensor] = {}
-        for statistic in sorted(taps.statistics):
-            own = results[tap.name].get(statistic)
-            known = [results[other.name].get(statistic) for other in others]
-            known = [v.diagonal() if statistic == HESSIAN else v for v in known]
-            power = 1 if statistic in (HESSIAN, GRADIENT_L1) else 2
-            sums = torch.stack(
-                [torch.stack([v.double().pow(power).sum(), v.new_tensor(v.numel()).double()]) for v in known]
-            )
-            if parts is not None:
-                sums = parts.sum_parts(sums)
-            least = float((sums[:, 0] / sums[:, 1]).min()) ** (1 / power)
-            found[statistic] = (
-                torch.eye(len(own)).to(own) * least if statistic == HESSIAN else torch.full_like(own, least)
-            )
+        for name in sorted(taps.statistics):
+            own = results[tap.name].get(name)
+            least = float(mean_squares(name, [results[other.name].get(name) for other in others]).min())
+            same = torch.full_like(own, least**0.5)
+            found[name] = torch.eye(len(own)).to(own) * least if name == HESSIAN else same
         results[tap.name] = replace(results[tap.name], **found)
 
 
@@ -431,9 +428,9 @@ def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:
     for tap in taps.all:
         sums = tap.accumulator.sums
         for name in sorted(taps.statistics):
-            if name in GRADIENTS and tap.layout is not None:
+            if name in GRADIENTS and tap.scattered:
                 continue  # summed with every backward
             sums[name] = ranks.sum_samples(sums[name])
-            if tap.layout is not None and name in (INPUT_NORM, OUTPUT_GRAD_NORM):
+            if name in (INPUT_NORM, OUTPUT_GRAD_NORM):
                 dim = 1 if name == INPUT_NORM else 0
                 sums[name] = tap.layout.whole_vector(sums[name], dim, ranks.data_ranks())

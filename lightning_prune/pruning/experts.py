@@ -1,16 +1,16 @@
 """Experts whose weights are 3-D parameters, as transformers keeps them: one matrix an expert, each a layer of its own.
 
-A statistic of an expert is made of the tokens routed to it, so while samples run the experts of a layer are computed one
-after the other, and each product ``x @ W[e]`` passes through a module (`ExpertMatrix`) that hooks can be put on. This is
-what every ``experts_implementation`` of transformers computes, so statistics do not depend on which one a model uses.
+A statistic of an expert is made of the tokens routed to it. So while samples run, the experts of a layer are computed
+one after the other, and each product ``x @ W[e]`` passes through a module (`ExpertMatrix`) that hooks can be put on.
+It is what every ``experts_implementation`` of transformers computes, so statistics do not depend on which one is set.
 
-Dimensions: E experts, N tokens of a batch (of B samples, one after the other), K experts a token, R tokens routed to one
-expert, F channels between its two products, I inputs and O outputs of a matrix.
+Dimensions: E experts, N tokens of a batch (of B samples, one after the other), K experts a token, R tokens routed to
+one expert, F channels between its two products, I inputs and O outputs of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +98,7 @@ class ExpertMatrix(nn.Module):
 def expert_parameters(module: nn.Module) -> dict[str, bool]:
     """Names of the 3-D parameters of a layer's experts, and whether each is ``[E, I, O]``; empty for other modules.
 
-    Experts are known by what transformers gives them to run under any ``experts_implementation``, and Llama 4's by name.
+    Experts are known by what transformers gives them to run under any ``experts_implementation``; Llama 4's by name.
     """
     names = [name for name in (*_UP, _DOWN) if _is_stack(module._parameters.get(name))]
     if len(names) != 2 or names[1] != _DOWN:

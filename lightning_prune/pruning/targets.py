@@ -9,19 +9,18 @@ import difflib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
 from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
+from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
+from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, SliceLayout, as_shard_of, gather_whole, local
 
 DEFAULT_IGNORE = HEADS
@@ -42,6 +41,7 @@ class LayerKind:
 
     Attributes:
         name: Name shown in messages.
+        transposed: Whether the parameter stores ``(I, O)``.
         to_matrix: Weight-shaped tensor to a view or copy of shape ``(O, I)``.
         from_matrix: ``(O, I)`` and the parameter's shape to a weight-shaped tensor.
         input_rows: Layer and its input to ``(B, T, I)``, columns in the order of ``to_matrix``.
@@ -49,6 +49,7 @@ class LayerKind:
     """
 
     name: str
+    transposed: bool
     to_matrix: Callable[[Tensor], Tensor]
     from_matrix: Callable[[Tensor, torch.Size], Tensor]
     input_rows: Callable[[nn.Module, Tensor], Tensor]
@@ -83,6 +84,7 @@ def _conv2d_outputs(y: Tensor) -> Tensor:
 
 LINEAR = LayerKind(
     "Linear",
+    transposed=False,
     to_matrix=lambda w: w,
     from_matrix=lambda m, _: m,
     input_rows=lambda _, x: _rows(x),
@@ -91,6 +93,7 @@ LINEAR = LayerKind(
 # transformers' Conv1D (GPT-2) is a linear layer that stores its weight transposed.
 CONV1D = LayerKind(
     "Conv1D",
+    transposed=True,
     to_matrix=lambda w: w.t(),
     from_matrix=lambda m, _: m.t(),
     input_rows=lambda _, x: _rows(x),
@@ -99,6 +102,7 @@ CONV1D = LayerKind(
 # Channels last, so that N:M groups run along the input channels, as sparse convolution kernels want them.
 CONV2D = LayerKind(
     "Conv2d",
+    transposed=False,
     to_matrix=lambda w: w.permute(0, 2, 3, 1).reshape(w.shape[0], w.shape[1:].numel()),
     from_matrix=lambda m, s: m.view(s[0], s[2], s[3], s[1]).permute(0, 3, 1, 2),
     input_rows=_conv2d_patches,
@@ -108,12 +112,13 @@ CONV2D = LayerKind(
 # One expert's slice of a 3-D parameter, `[O, I]` or `[I, O]`; all its tokens come in one list.
 EXPERT = LayerKind(
     "expert",
+    transposed=False,
     to_matrix=lambda w: w,
     from_matrix=lambda m, _: m,
     input_rows=lambda _, x: x[None],
     output_rows=lambda y: y[None],
 )
-EXPERT_TRANSPOSED = replace(EXPERT, to_matrix=lambda w: w.t(), from_matrix=lambda m, _: m.t())
+EXPERT_TRANSPOSED = replace(EXPERT, transposed=True, to_matrix=lambda w: w.t(), from_matrix=lambda m, _: m.t())
 
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
@@ -162,10 +167,7 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """``(O, I)`` of the matrix."""
-        size = self.weight.shape
-        if self.kind is CONV1D:
-            return size[1], size[0]
-        return size[0], size[1:].numel()
+        return self.layout.shape
 
     @property
     def numel(self) -> int:
@@ -173,10 +175,9 @@ class Target:
         return self.weight.numel()
 
     @property
-    def layout(self) -> Layout | None:
-        """How the parameter is sharded, or None."""
-        weight = self.weight
-        return Layout(weight, transposed=self.kind is CONV1D) if isinstance(weight, DTensor) else None
+    def layout(self) -> Layout:
+        """Where the parts of the matrix are."""
+        return Layout(self.weight, self.kind.transposed)
 
     @property
     def parameter(self) -> str:
@@ -188,38 +189,58 @@ class Target:
         """The modules of the model that hold the parameter."""
         return self.modules
 
-    def stored(self) -> Tensor:
-        """The weight as the parameter stores it, detached; of a sharded one, this rank's part."""
-        return local(self.weight.detach())
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What is here of the weight in a tensor of the parameter's shape and layout, as the parameter stores it."""
+        return local(tensor)
 
     def matrix(self) -> Tensor:
-        """The weight as ``(O, I)``, detached, in its own dtype."""
-        return self.kind.to_matrix(self.stored())
+        """The weight as ``(O, I)``, or this rank's part of it; detached, in its own dtype."""
+        return self.part(self.weight.detach())
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
+        return self.kind.to_matrix(self.stored(tensor))
+
+    def rows(self, part: Tensor | None = None) -> Tensor:
+        """Whole rows ``[r, I]`` of the weight, or of what has the form of `matrix`; parts change ranks if need be."""
+        return self.layout.to_rows(self.matrix() if part is None else part)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All of a matrix on every rank, ``[O, I]``, from this rank's part of it."""
+        return part if self.layout.mesh is None else self.kind.to_matrix(gather_whole(self.to_parameter(part)))
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
         """A matrix, shaped as `matrix` gives it, back to the parameter's shape and layout."""
         weight = self.weight
         return as_shard_of(weight, self.kind.from_matrix(matrix, local(weight).shape).contiguous())
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
-        return self.kind.to_matrix(local(tensor))
+    def write(self, matrix: Tensor) -> None:
+        """Overwrite the weight, or this rank's part of it."""
+        own = self.stored(self.weight.detach())
+        own.copy_(self.kind.from_matrix(matrix, own.shape))
 
-    def whole(self, part: Tensor) -> Tensor:
-        """The whole matrix, on every rank, from a part as `matrix` gives it."""
-        whole: Tensor = gather_whole(self.to_parameter(part))
-        return self.kind.to_matrix(whole)
+    def mask(self, kept: Tensor) -> None:
+        """Set weights to zero where a mask, shaped as `matrix` gives the weight, is False."""
+        own = self.stored(self.weight.detach())
+        own.masked_fill_(~self.kind.from_matrix(kept, own.shape), 0.0)
+
+    def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
+        """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
+        layout = self.layout
+        if layout.mesh is None or ranks is None:
+            return lowest_in_layer
+        first_row, counted = layout.row_bounds[0], layout.counted
+        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, counted)
 
 
 @dataclass(frozen=True)
 class ExpertTarget(Target):
     """One expert's slice of a 3-D parameter, to prune like the weight of a layer.
 
-    Its mask is a slice of the parameter's mask (`join_slices`). Of a parameter that is sharded along its experts, a rank
-    has the whole matrix or no row of it.
+    Of a parameter that is sharded along its experts, a rank has the whole matrix or no row of it.
     """
 
-    @cached_property
+    @property
     def slice(self) -> ExpertMatrix:
         """The matrix as a layer."""
         first = self.modules[0]
@@ -232,6 +253,16 @@ class ExpertTarget(Target):
         return self.slice.weight
 
     @property
+    def numel(self) -> int:
+        """Number of weights of the expert."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def layout(self) -> SliceLayout:
+        """Where the parts of the matrix are."""
+        return SliceLayout(self.weight, self.kind.transposed, self.slice.index)
+
+    @property
     def parameter(self) -> str:
         """The name of the parameter of all experts."""
         return self.name.rpartition(".")[0]
@@ -241,46 +272,25 @@ class ExpertTarget(Target):
         """The modules of the model that hold the parameter."""
         return tuple(m.experts for m in self.modules if isinstance(m, ExpertMatrix))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(O, I)`` of the expert's matrix."""
-        _, first, second = self.weight.shape
-        return (second, first) if self.slice.transposed else (first, second)
-
-    @property
-    def numel(self) -> int:
-        """Number of weights of the expert."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def layout(self) -> SliceLayout | None:
-        """How the matrix is sharded, or None."""
-        weight, own = self.weight, self.slice
-        return SliceLayout(weight, own.transposed, own.index) if isinstance(weight, DTensor) else None
-
-    def stored(self) -> Tensor:
-        """The slice as the parameter stores it, detached; of a sharded one, this rank's part."""
-        return self._cut(local(self.weight.detach()))
-
-    def to_parameter(self, matrix: Tensor) -> Tensor:
-        """A matrix, shaped as `matrix` gives it, as the parameter stores its slice; what `join_slices` takes."""
-        return self.kind.from_matrix(matrix, matrix.shape).contiguous()
-
-    def part(self, tensor: Tensor) -> Tensor:
-        """The expert's slice of a tensor of the parameter's shape and layout, as a matrix."""
-        return self.kind.to_matrix(self._cut(local(tensor)))
-
-    def whole(self, part: Tensor) -> Tensor:
-        """The whole matrix, on every rank, from a part as `matrix` gives it."""
-        return part if self.layout is None else self.layout.gather(part)
-
-    def _cut(self, stack: Tensor) -> Tensor:
-        layout = self.layout
-        place = self.slice.index if layout is None else layout.place
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What is here of the expert's slice, in a tensor of the parameter's shape and layout."""
+        place, stack = self.layout.place, local(tensor)
         if place is not None:
             return stack[place]
         first, second = stack.shape[1:]
-        return stack.new_empty((first, 0) if self.slice.transposed else (0, second))  # no row of it is here
+        return stack.new_empty((first, 0) if self.kind.transposed else (0, second))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All of the expert's matrix on every rank, ``[O, I]``, from this rank's part of it."""
+        return self.layout.gather(part)
+
+    def to_parameter(self, matrix: Tensor) -> Tensor:
+        """The parameter's other slices are other targets': see `join_masks`.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{self.name!r} is a slice of a parameter; join_masks makes one mask of all of them")
 
 
 def parameters_of(targets: Sequence[Target]) -> dict[str, nn.Parameter]:
@@ -288,27 +298,28 @@ def parameters_of(targets: Sequence[Target]) -> dict[str, nn.Parameter]:
     return {name: target.weight for name, target in {t.parameter: t for t in targets}.items()}
 
 
-def join_slices(targets: Sequence[Target], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the parameters' shapes and layouts, by parameter, from one for each target's name.
+def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the parameters' shapes and layouts, by parameter.
 
     Args:
         targets: All targets of the parameters.
-        tensors: From `Target.to_parameter`, by `Target.name`.
+        parts: The mask of each by its name, shaped as `Target.matrix` gives the weight.
     """
-    joined: dict[str, Tensor] = {}
-    slices: dict[str, list[ExpertTarget]] = {}
+    users: dict[str, list[Target]] = {}
     for target in targets:
-        if isinstance(target, ExpertTarget):
-            slices.setdefault(target.parameter, []).append(target)
-            joined.setdefault(target.parameter, torch.empty(0))  # in the order of the targets
-        else:
-            joined[target.name] = tensors[target.name]
-    for name, experts in slices.items():
-        weight = experts[0].weight
-        here = [tensors[t.name] for t in experts if t.layout is None or t.layout.place is not None]
-        own = torch.stack(here) if here else torch.empty_like(local(weight), dtype=tensors[experts[0].name].dtype)
-        joined[name] = as_shard_of(weight, own)
-    return joined
+        users.setdefault(target.parameter, []).append(target)
+    masks = {}
+    for name, (first, *others) in users.items():
+        if not isinstance(first, ExpertTarget):
+            masks[name] = first.to_parameter(parts[name])
+            continue
+        weight = first.weight
+        own = torch.ones(local(weight).shape, dtype=torch.bool, device=weight.device)
+        for target in (first, *others):
+            slice_ = target.stored(own)
+            slice_.copy_(target.kind.from_matrix(parts[target.name], slice_.shape))
+        masks[name] = as_shard_of(weight, own)
+    return masks
 
 
 @dataclass(frozen=True)
@@ -689,10 +700,7 @@ _PACKED_TYPES = ("Params4bit", "Int8Params", "GGUFParameter")
 
 def _packed_form(weight: Tensor) -> str | None:
     """In which form a weight holds something else than one plain number an element, or None."""
-    if isinstance(weight, DTensor):
-        weight = weight._local_tensor
-    if isinstance(weight, AsyncCollectiveTensor):
-        return None
+    weight = local(weight)
     kind = type(weight)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__name__ in _PACKED_TYPES:
         return f"{kind.__name__}, {weight.dtype}"

@@ -1,4 +1,4 @@
-"""Tiny mixture-of-experts models of transformers, and the same models with every expert written out as Linear layers."""
+"""Tiny mixture-of-experts models of transformers, and copies whose experts are written out as Linear layers."""
 
 import copy
 
@@ -98,7 +98,9 @@ class WrittenOut(nn.Module):
             return torch.stack(rows)
         rows = []
         for token, (chosen, shares) in enumerate(zip(index.tolist(), weights, strict=True)):
-            terms = [share * self.expert(e, hidden[token : token + 1])[0] for e, share in zip(chosen, shares)]
+            terms = [
+                share * self.expert(e, hidden[token : token + 1])[0] for e, share in zip(chosen, shares, strict=True)
+            ]
             rows.append(torch.stack(terms).sum(0))
         return torch.stack(rows)
 

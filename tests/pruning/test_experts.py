@@ -43,7 +43,7 @@ def naive_statistics(model: nn.Module, family: str) -> dict[str, dict[str, torch
 
             def see(_, args, output, name=name, rows=rows):
                 rows[name][0].append(args[0].detach())
-                output.register_hook(lambda delta: rows[name][1].append(delta))
+                output.register_hook(rows[name][1].append)
 
             handles.append(layer.register_forward_hook(see))
         written.zero_grad()
@@ -85,7 +85,9 @@ def test_statistics_are_those_of_written_out_experts(family: str, size: int) -> 
     for target in targets:
         known = expected[linear_of(target.name)]
         for key, value in known.items():
-            torch.testing.assert_close(found[target.name].get(key), value, rtol=1e-6, atol=1e-9)  # routers use float32
+            # Llama 4's router rounds to float32, whatever the model's dtype.
+            close = {"rtol": 1e-4, "atol": 1e-6} if family == "llama4" else {"rtol": 1e-9, "atol": 1e-12}
+            torch.testing.assert_close(found[target.name].get(key), value, **close)
             reached += 1
     assert reached > 0.7 * 5 * len(targets)
 
@@ -93,7 +95,7 @@ def test_statistics_are_those_of_written_out_experts(family: str, size: int) -> 
 def reference_mask(scores: torch.Tensor, sparsity: float, group: str) -> torch.Tensor:
     rows = scores if group == "row" else scores.reshape(1, -1)
     kept = torch.ones_like(rows, dtype=torch.bool)
-    lowest = rows.argsort(1, stable=True)[:, : int(sparsity * rows.shape[1])]
+    lowest = rows.argsort(dim=1, stable=True)[:, : int(sparsity * rows.shape[1])]
     return kept.scatter_(1, lowest, False).view(scores.shape)
 
 
@@ -105,7 +107,7 @@ def test_masks_are_those_of_written_out_experts(family: str, score: str) -> None
     statistics = naive_statistics(model, family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        masks = prune(model, padded_batches(2), score, 0.5, allocation="uniform", alpha=10.0, num_samples=4, progress=False)
+        masks = prune(model, padded_batches(2), score, 0.5, allocation="uniform", alpha=10.0, progress=False)
     compared = 0
     for name, mask in masks.items():
         if "experts" not in name:
@@ -193,6 +195,11 @@ def test_selection_by_name_and_type() -> None:
     model = make_moe("mixtral")
     everything = {t.parameter for t in find_targets(model)}
     assert len(everything) == 2 * (4 + 2)
-    assert {t.parameter for t in find_targets(model, ignore=["experts"])} == {n for n in everything if "experts" not in n}
-    assert {t.parameter for t in find_targets(model, ["gate_up_proj"])} == {n for n in everything if "gate_up" in n}
-    assert {t.parameter for t in find_targets(model, ["MixtralExperts"])} == {n for n in everything if "experts" in n}
+
+    def chosen(*selection, **options) -> set[str]:
+        return {t.parameter for t in find_targets(model, *selection, **options)}
+
+    experts = {n for n in everything if "experts" in n}
+    assert chosen(ignore=["experts", "lm_head"]) == everything - experts
+    assert chosen(["gate_up_proj"]) == {n for n in everything if "gate_up" in n}
+    assert chosen(["MixtralExperts"]) == chosen(["experts"]) == experts
