@@ -389,7 +389,7 @@ def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerSta
 
     for tap in unreached:
         others = [t for t in taps.all if t.target.parameter == tap.target.parameter and t not in unreached]
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         for name in sorted(taps.statistics):
             own = results[tap.name].get(name)
             least = float(mean_squares(name, [results[other.name].get(name) for other in others]).min())

@@ -173,7 +173,7 @@ def _run_routed(
     # Summed in the wider dtype of the two, as transformers' batched and grouped products are.
     wide = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
     output = torch.zeros_like(hidden_states, dtype=wide)
-    for index, places in enumerate(order.split(counts)[:number]):
+    for index, places in enumerate(torch.split(order, counts)[:number]):
         if len(places):
             tokens = places // chosen
             made = _run_expert(experts, first(index), second(index), hidden_states[tokens], tokens, len(hidden_states))
