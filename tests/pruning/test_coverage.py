@@ -74,7 +74,7 @@ CASES = {
     "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), r"_proj\.weight", None, []),
     "mixtral": (
         mixtral,
-        r"self_attn\..*_proj\.weight|mlp\.experts\.",
+        r"self_attn\..*_proj\.weight|mlp\.experts\..*",
         r"mlp\.gate\.weight",
         [r"mlp\.gate\.weight \(2 tensors, \d+\.\d%\): router"],
     ),
