@@ -464,7 +464,7 @@ class PERPRetraining(L.Callback):
         prefix = f"{self.attribute}."
         # Once adapters are on, the layers that the user froze are pruned like the others.
         found = find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=True)
-        names = [t.name for t in found if t.kind.name != "Conv2d"]
+        names = [t.name for t in found if t.kind.name in ("Linear", "Conv1D")]
         return [n.removeprefix(prefix).removesuffix(".weight") for n in names if n.startswith(prefix)]
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:

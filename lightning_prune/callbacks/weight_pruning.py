@@ -51,7 +51,7 @@ from lightning_prune.pruning.plan import PruningPlan, make_plan
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings, make_score
-from lightning_prune.pruning.targets import DEFAULT_IGNORE
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, parameters_of
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
@@ -342,7 +342,7 @@ class WeightPruning(L.Callback):
 
     def _make_plan(self, module: L.LightningModule) -> PruningPlan:
         plan = make_plan(module, self.settings)
-        self._planned, self._target_names = plan.planned_count, tuple(t.name for t in plan.targets)
+        self._planned, self._target_names = plan.planned_count, tuple(parameters_of(plan.targets))
         return plan
 
     def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
@@ -511,7 +511,10 @@ class WeightPruning(L.Callback):
         loss_fn, data, summary, previous = None, None, ScoreSummary(), self.masks
         reshard(module)
         if self._dense is not None:
-            self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
+            self._dense = {
+                name: local(weight.detach()).to("cpu", copy=True)
+                for name, weight in parameters_of(plan.targets).items()
+            }
         if isinstance(self.schedule, ELSA):
             elsa, self._elsa = self._elsa or self._elsa_of(trainer, module), None
             return elsa.settle()
@@ -524,7 +527,7 @@ class WeightPruning(L.Callback):
                 loss_fn = watched_loss(
                     self.loss_fn or calibration_loss(module),
                     parameters,
-                    [target.weight for target in plan.targets],
+                    list(parameters_of(plan.targets).values()),
                     before_hooks=epochs.ready == epochs.completed,
                 )
                 data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
