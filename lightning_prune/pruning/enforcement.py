@@ -56,6 +56,11 @@ class Enforcer:
         return own.device == mask.device and own.shape == mask.shape
 
     @property
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """The masked parameters by name."""
+        return self._weights
+
+    @property
     def names(self) -> Iterable[str]:
         """The names of the masked parameters."""
         return self._weights.keys()
