@@ -29,9 +29,7 @@ from lightning_prune.sharding import reshard
 _STATE_VERSION = 1
 
 
-def hold_masks(
-    model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | Iterable[Optimizer]
-) -> MaskHold:
+def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | Iterable[Optimizer]) -> MaskHold:
     """Set pruned weights to zero now, and keep them there whatever loop trains the model.
 
     Works in a loop of one's own, and with Fabric, accelerate and transformers' ``Trainer``: on one device, under DDP,
@@ -251,7 +249,8 @@ class MaskHold:
             self._gradient_hooks.pop(gone).remove()
         for key, weight in weights.items():
             if weight.requires_grad and key not in self._gradient_hooks:
-                self._gradient_hooks[key] = weight.register_post_accumulate_grad_hook(self._after_gradient)
+                hook: Any = weight.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+                self._gradient_hooks[key] = hook
 
     def _after_gradient(self, parameter: nn.Parameter) -> None:
         self._enforcer.mask_gradients((parameter,))
@@ -297,8 +296,8 @@ class MaskHold:
         """
         if state_dict.get("version") != _STATE_VERSION or not isinstance(state_dict.get("masks"), Mapping):
             raise ValueError(
-                f"state_dict has version {state_dict.get('version')!r} and keys {sorted(map(str, state_dict))}; it must "
-                f"be what MaskHold.state_dict gave (version {_STATE_VERSION}, masks)"
+                f"state_dict has version {state_dict.get('version')!r} and keys {sorted(map(str, state_dict))}; it "
+                f"must be what MaskHold.state_dict gave (version {_STATE_VERSION}, masks)"
             )
         if not state_dict["masks"]:
             raise ValueError(

@@ -17,7 +17,7 @@ from lightning_prune.perp.effective import (
     masked_sum,
     zero_pruned_,
 )
-from lightning_prune.pruning.enforcement import to_bytes
+from lightning_prune.pruning.clearing import to_bytes
 
 COMBINATIONS = [masked_sum, masked_product]
 

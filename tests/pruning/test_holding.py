@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune import apply_masks, hold_masks, prune
+from lightning_prune import hold_masks, prune
 from lightning_prune.pruning.holding import MaskHold
 from lightning_prune.sharding import gather_whole
 
@@ -72,7 +72,8 @@ def naive_training(masks, data, clip=0.01, lr=0.05, decay=0.1):
     optimizer, norms = torch.optim.AdamW(free, lr=lr, weight_decay=decay), []
 
     def whole():
-        return {n: torch.zeros(k.shape, dtype=torch.float64).masked_scatter(k, f) for (n, k), f in zip(places, free)}
+        pairs = zip(places, free, strict=True)
+        return {n: torch.zeros(k.shape, dtype=torch.float64).masked_scatter(k, f) for (n, k), f in pairs}
 
     for x in data.double():
         torch.func.functional_call(model, whole(), x).square().sum().backward()
