@@ -11,13 +11,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.calibration_data import CalibrationData
 from lightning_prune.callbacks.checks import check_order, check_pruner, check_strategy
 from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning, ranks_of
@@ -204,7 +204,7 @@ class PERPRetraining(L.Callback):
         self._module, self._beside_pruner = weakref.ref(pl_module), pruner is not None
         self._resumed = self._started = False
         self._left_on = found is not None
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if is_kind(trainer.strategy, "ModelParallelStrategy"):
             self._shard_plain_model(pl_module)
 
     def _shard_plain_model(self, module: L.LightningModule) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -394,7 +393,8 @@ class PruningAwarePretraining(L.Callback):
                 observer.release()
 
     def _compact(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        shrinking, strategy = self._shrinking, trainer.strategy
+        shrinking = self._shrinking
+        strategy: Any = trainer.strategy
         assert shrinking is not None
         if not shrinking.pending or shrinking.compact_every is None:
             return
@@ -408,7 +408,6 @@ class PruningAwarePretraining(L.Callback):
             shrinking.compact(trainer.optimizers, averages(trainer))
         finally:
             if wrapped:
-                assert isinstance(strategy, DDPStrategy)
                 strategy.configure_ddp()
         write_hyper_parameters(module, before, shrinking.structure.config.to_dict())
 

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace, watched_loss
 from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.pruning_notices import (
     described,
     last_step,
@@ -279,7 +279,7 @@ class WeightPruning(L.Callback):
         """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
         check_checkpoint_of(trainer)
         self._stage = stage
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        if stage == "fit" and is_kind(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), which shards with FSDP2 (fully_shard in "
@@ -291,7 +291,7 @@ class WeightPruning(L.Callback):
         plan = self._make_plan(pl_module)
         self._handles.append(BeforeTeardown(trainer.strategy, lambda: self._finish(trainer)))
         sharded = has_sharded_parameters(pl_module)
-        if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
+        if sharded and not is_kind(trainer.strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
                 "ranks see the same samples; use strategy=ModelParallelStrategy()"
@@ -644,6 +644,7 @@ class WeightPruning(L.Callback):
 
 def ranks_of(trainer: L.Trainer) -> Ranks | None:
     """The ranks that prune together under a strategy."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        return Ranks(trainer.strategy.device_mesh["data_parallel"].get_group(), lockstep=True)
+    strategy: Any = trainer.strategy
+    if is_kind(strategy, "ModelParallelStrategy"):
+        return Ranks(strategy.device_mesh["data_parallel"].get_group(), lockstep=True)
     return Ranks() if trainer.world_size > 1 else None
