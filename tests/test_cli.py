@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forking import start
 from safetensors.torch import save_file
 from tiny import TINY
 
@@ -284,23 +285,26 @@ def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
-@pytest.mark.slow
+def interruptible(*args):
+    """The command line in a process whose parent may have been told to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(list(args)))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_exits_130(config, tmp_path):
     content = yaml.safe_load(config.read_text())
     content["trainer"] |= {"max_steps": 1_000_000, "limit_val_batches": 0}
     content["model"]["init_args"]["lr_schedule"] = "constant"
     config.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-c", "import sys; from lightning_prune.cli import main; sys.exit(main())"]
-    process = subprocess.Popen(
-        [*command, "fit", "--config", str(config)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    process = start(interruptible, "fit", "--config", str(config), environment=ENVIRONMENT, log=tmp_path / "log")
     saved = Path(tmp_path / "run" / "config.yaml")
     deadline = time.monotonic() + 240
-    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not saved.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.2)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, error
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    error = (tmp_path / "log").read_text()
+    assert process.exitcode == 130, error
     assert "Traceback" not in error

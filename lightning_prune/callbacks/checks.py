@@ -6,19 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
 )
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.pruning.elsa import ELSA
@@ -72,16 +67,16 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
         ValueError: naming it, and what to use.
     """
     strategy: Any = trainer.strategy
-    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
-    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is one of DDP to Lightning
+    known = is_kind(strategy, "SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+    if not known or is_kind(strategy, "DeepSpeedStrategy"):  # which is one of DDP to Lightning
         raise ValueError(
             f"PruningAwarePretraining does not support {type(strategy).__name__}, whose shards hide the units; use one "
             "device, strategy='ddp', or strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with "
             "FSDP2 (fully_shard in configure_model)"
         )
-    if isinstance(strategy, ModelParallelStrategy):
+    if is_kind(strategy, "ModelParallelStrategy"):
         _check_sharding(strategy, trainer)
-    if isinstance(strategy, DDPStrategy):
+    if is_kind(strategy, "DDPStrategy"):
         if strategy._start_method != "popen":
             raise ValueError(
                 f"PruningAwarePretraining does not support DDP with start_method={strategy._start_method!r}, which "
@@ -101,7 +96,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
     for other in callbacks:
         if other is callback:
             continue
-        if isinstance(other, (StochasticWeightAveraging, ModelPruning)):
+        if is_kind(other, "StochasticWeightAveraging", "ModelPruning"):
             raise ValueError(
                 f"{type(other).__name__} keeps tensors of the weights' shapes, which change here: run it in a fit of "
                 "its own, after the model has shrunk"
@@ -130,7 +125,7 @@ def _check_sharding(strategy: ModelParallelStrategy, trainer: L.Trainer) -> None
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks:
-        if isinstance(other, WeightAveraging):
+        if is_kind(other, "WeightAveraging"):
             raise ValueError(
                 f"{type(other).__name__} keeps a copy of the model in which no units are masked where parameters are "
                 "sharded; use strategy='ddp', or leave it out"
@@ -156,7 +151,7 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
         )
-    if has_sharded_parameters(module) and not isinstance(strategy, ModelParallelStrategy):
+    if has_sharded_parameters(module) and not is_kind(strategy, "ModelParallelStrategy"):
         raise ValueError(
             f"parameters are sharded (DTensor) under {type(strategy).__name__} and cannot be sliced; use the "
             "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained"
@@ -234,7 +229,7 @@ def units_stay(structure: Structure, strategy: Any) -> bool:
         ValueError: a strategy of shards without shards, or parameters of which only some are.
     """
     sharded = shard_group(structure.parameters()) is not None
-    if isinstance(strategy, ModelParallelStrategy) and not sharded:
+    if is_kind(strategy, "ModelParallelStrategy") and not sharded:
         raise ValueError(
             "no parameter is sharded under ModelParallelStrategy, so processes would train apart: call fully_shard in "
             "configure_model, as CausalLM does"
@@ -292,7 +287,7 @@ def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
                     )
 
 
-def check_strategy(strategy: Strategy, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:
+def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:
     """Whether adapters can be trained, and merged, under a strategy.
 
     Args:
@@ -304,13 +299,13 @@ def check_strategy(strategy: Strategy, module: L.LightningModule, has_adapters: 
     Raises:
         ValueError: naming what to use instead.
     """
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    if is_kind(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(
             f"PERPRetraining does not support {type(strategy).__name__}, whose flat shards hide the weights; use "
             "strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with FSDP2 (fully_shard in "
             "configure_model), or 'ddp'"
         )
-    if isinstance(strategy, ModelParallelStrategy):
+    if is_kind(strategy, "ModelParallelStrategy"):
         tensor = strategy.device_mesh["tensor_parallel"].size()
         if tensor > 1:
             raise ValueError(
@@ -352,7 +347,7 @@ def check_order(callbacks: Sequence[Any], retraining: _Retraining) -> None:
         ValueError: naming the one to put later.
     """
     for callback in callbacks[: callbacks.index(retraining)]:
-        if retraining.adapter is not None and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        if retraining.adapter is not None and is_kind(callback, "WeightAveraging", "StochasticWeightAveraging"):
             raise ValueError(
                 f"{type(callback).__name__} copies the module before PERPRetraining has put adapters on it: put "
                 "PERPRetraining before it in Trainer(callbacks=[...])"
@@ -424,7 +419,8 @@ def check_after_shrinking(
             "the module has adapters of an earlier fit, and PruningAwarePretraining needs the plain model: merge them "
             "(lightning_prune.perp.merge), or take PruningAwarePretraining out"
         )
-    if (average := neighbor(trainer, WeightAveraging)) is not None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if (average := next((c for c in callbacks if is_kind(c, "WeightAveraging")), None)) is not None:
         raise ValueError(
             f"{type(average).__name__} averages the weights that the module has at fit start, and adapters come later: "
             "leave it out, or run PERPRetraining in a fit of its own"

@@ -12,7 +12,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -26,9 +25,10 @@ from lightning_prune.callbacks.checks import (
 )
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
 from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
-from lightning_prune.callbacks.rewrapping import put_in_place, unwrapped
+from lightning_prune.callbacks.rewrapping import put_in_place, without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning, ranks_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
@@ -235,7 +235,7 @@ class PERPRetraining(L.Callback):
             if self.reconstruct is not None and self.reconstruct.dense is None:
                 pruner.keep_dense_weights()
         self._module = weakref.ref(pl_module)
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        if is_kind(trainer.strategy, "ModelParallelStrategy"):
             self._shard_plain_model(pl_module)
 
     def _put_on(self, pruner: WeightPruning | None, module: L.LightningModule) -> None:
@@ -268,7 +268,7 @@ class PERPRetraining(L.Callback):
         """Put the adapters on while training runs; they take the place of the weights that are frozen now."""
         pruner = _pruner_of(trainer)
         assert pruner is not None
-        with unwrapped(trainer, module):
+        with without_wrapper(trainer, module):
             self._put_on(pruner, module)
             model = self._model(module)
             for _, layer in sparse_layers(model):

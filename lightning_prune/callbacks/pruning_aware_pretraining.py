@@ -35,7 +35,7 @@ from lightning_prune.callbacks.resuming import (
     take_saved_shapes,
     write_hyper_parameters,
 )
-from lightning_prune.callbacks.rewrapping import unwrapped
+from lightning_prune.callbacks.rewrapping import without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
@@ -408,7 +408,7 @@ class PruningAwarePretraining(L.Callback):
         before = shrinking.structure.config.to_dict()
         pruner = neighbor(trainer, WeightPruning)
         masks = {} if pruner is None else sliced_masks(shrinking.structure, shrinking.pending, pruner.masks)
-        with unwrapped(trainer, module):
+        with without_wrapper(trainer, module):
             shrinking.compact(trainer.optimizers, averages(trainer))
         if pruner is not None:
             pruner.change_masks(trainer, module, masks, complete=shrinking.reached)

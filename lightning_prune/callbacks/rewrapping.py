@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 
 @contextmanager
-def unwrapped(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+def without_wrapper(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Take DDP off the module while the block changes shapes or flags of parameters, and wrap it anew after."""
     strategy: Any = trainer.strategy
     wrapped = isinstance(strategy.model, DistributedDataParallel)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
@@ -92,7 +92,7 @@ class SparsityMonitor(L.Callback):
         check_checkpoint_of(trainer)
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        if is_kind(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"SparsityMonitor does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), or 'ddp'"

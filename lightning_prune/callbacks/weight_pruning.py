@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,6 +19,7 @@ from lightning_prune.callbacks.calibration_data import CalibrationData, calibrat
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.elsa_training import ELSATraining, check_elsa_fit, check_elsa_settings
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.pruning_notices import (
     last_step,
     warn_of_a_schedule_that_ends_too_late,
@@ -302,7 +302,7 @@ class WeightPruning(L.Callback):
         """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
         check_checkpoint_of(trainer)
         self._stage = stage
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        if stage == "fit" and is_kind(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), which shards with FSDP2 (fully_shard in "
@@ -314,7 +314,7 @@ class WeightPruning(L.Callback):
         plan = self._make_plan(pl_module)
         self._handles.append(BeforeTeardown(trainer.strategy, lambda: self._finish(trainer)))
         sharded = has_sharded_parameters(pl_module)
-        if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
+        if sharded and not is_kind(trainer.strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
                 "ranks see the same samples; use strategy=ModelParallelStrategy()"
@@ -708,6 +708,7 @@ class WeightPruning(L.Callback):
 
 def ranks_of(trainer: L.Trainer) -> Ranks | None:
     """The ranks that prune together under a strategy."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        return Ranks(trainer.strategy.device_mesh["data_parallel"].get_group(), lockstep=True)
+    strategy: Any = trainer.strategy
+    if is_kind(strategy, "ModelParallelStrategy"):
+        return Ranks(strategy.device_mesh["data_parallel"].get_group(), lockstep=True)
     return Ranks() if trainer.world_size > 1 else None

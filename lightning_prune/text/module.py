@@ -10,13 +10,12 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
 from huggingface_hub import HfApi
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -43,6 +42,9 @@ from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure import known_families, plain_model
 from lightning_prune.structure.saving import note_masked_units, whole_state, without_masked_units
 from lightning_prune.text.parallelize import parallelize
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -213,7 +215,7 @@ class CausalLM(L.LightningModule):
 
     # ---- optimization
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> "OptimizerLRSchedulerConfig":
         """AdamW on the trainable parameters, and a schedule that is stepped with it."""
         hp = self.hparams
         optimizer = torch.optim.AdamW(

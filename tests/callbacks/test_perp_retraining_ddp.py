@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import perp_worker
 import pytest
 import torch
+from launching import launch_calls
 from safetensors.torch import load_file
-from tiny import clean_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -22,10 +20,7 @@ CASES = ("one shot", "reconstruct", "kept weights", "distilled", "schedule")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks ended with, all cases in one launch."""
     out = tmp_path_factory.mktemp("ddp")
-    environment = clean_environment()
-    command = [sys.executable, str(Path(perp_worker.__file__)), str(out), "2", *CASES]
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = launch_calls(2, perp_worker.run, [(out, 2, case) for case in CASES])
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

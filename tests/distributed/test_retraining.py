@@ -67,7 +67,7 @@ def with_steps(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(devices: int, *cases: tuple[Path, str, dict[str, Any]]) -> None:
-    done = launch(devices, *cases, script=Path(retraining_worker.__file__))
+    done = launch(devices, *cases, run=retraining_worker.run)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_right_is_refused_on_every_rank(folder: Path) -> None:
 
 
 def test_tensor_parallelism_is_refused_before_training(tmp_path: Path) -> None:
-    done = launch(2, (tmp_path, "tp", {}), script=Path(retraining_worker.__file__))
+    done = launch(2, (tmp_path, "tp", {}), run=retraining_worker.run)
     assert done.returncode != 0
     assert "does not support ModelParallelStrategy(tensor_parallel_size=2)" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))

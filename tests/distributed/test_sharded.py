@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,19 @@ def outcome(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
     return results(folder / name, devices)
 
 
+# How a model is spread or run, which one process on the same samples knows nothing of.
+_SPREAD = ("parallel", "compiled", "checkpointing", "twice")
+
+
+def of_one_process(folder: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What one process ends with, which cases share that differ in how the model is spread."""
+    plain = {key: value for key, value in settings.items() if key not in _SPREAD}
+    out = folder / f"one process {json.dumps(plain)}"
+    return results(out, 1)[0] if out.exists() else fit(out, 1, "single", max_steps=1, **plain)[0]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path) -> None:
+def test_masks_are_those_of_one_process(name: str, folder: Path) -> None:
     settings = CASES[name][2]
     ranks = outcome(folder, name)
     assert_same_on_all_ranks(ranks)
@@ -142,8 +154,7 @@ def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path)
         held = [int(rank["held." + weight.removeprefix("mask.")]) for rank in ranks]
         assert sum(held) == ranks[0][weight].numel() * replicas, weight
         assert max(held) < ranks[0][weight].numel(), weight
-    plain = {key: value for key, value in settings.items() if key != "compiled"}
-    (one,) = fit(tmp_path / "one", 1, "single", **{"max_steps": 2, **plain})
+    one = of_one_process(folder, settings)
     pruned = {n: int((~m).sum()) for n, m in masks(ranks[0]).items()}
     if settings.get("group") == "global" or settings["score"] == "kfac" or "allocation" in settings:
         assert sum(pruned.values()) == sum(int((~m).sum()) for m in masks(one).values())

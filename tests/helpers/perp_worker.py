@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +57,3 @@ def run(out: Path, devices: int, case: str = "one shot") -> None:
         state["errors"] = torch.tensor([[b.before, b.after] for b in perp.reconstruction.blocks])
     state |= {f"mask.{n}": mask for n, mask in pruner.masks.items()}
     save_file(state, out / f"{case}-{devices}-{trainer.global_rank}.safetensors")
-
-
-if __name__ == "__main__":
-    for name in sys.argv[3:]:
-        run(Path(sys.argv[1]), int(sys.argv[2]), name)

@@ -7,7 +7,6 @@ other.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -266,9 +265,3 @@ def refused(out: Path, module: Model) -> None:
 
 def mesh_of_one() -> Any:
     return SimpleNamespace(size=lambda: 1)
-
-
-if __name__ == "__main__":
-    for folder, strategy_name, case in json.loads(sys.argv[2]):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        run(Path(folder), int(sys.argv[1]), strategy_name, case)

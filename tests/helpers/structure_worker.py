@@ -1,7 +1,6 @@
 """One of several processes that shard a model with FSDP2: saliencies, masks, and what is refused."""
 
 import os
-import sys
 from pathlib import Path
 
 import structure_models as zoo
@@ -54,9 +53,9 @@ def run(name: str, sharded: bool) -> dict[str, torch.Tensor]:
     return {n: t.contiguous() for n, t in state.items()}
 
 
-if __name__ == "__main__":
-    names, rank, world, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+def run_sharded(names: tuple[str, ...], world: int, folder: Path) -> None:
+    """Write what `run` returns on each of several processes."""
+    rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     for name in names:
         save_file(run(name, sharded=True), folder / f"{name}{rank}.safetensors")
