@@ -10,7 +10,9 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +175,10 @@ def settings_of(callback: Any) -> dict[str, Any]:
     """Arguments of a callback as it keeps them: as attributes, or in its ``settings`` or ``options``."""
     kept: dict[str, Any] = {}
     for name in inspect.signature(type(callback).__init__).parameters:
-        for place in (getattr(callback, "settings", None), getattr(callback, "options", None), vars(callback)):
-            if isinstance(place, Mapping) and name in place:
-                kept[name] = plain(place[name])
+        for place in (getattr(callback, "settings", None), getattr(callback, "options", None), callback):
+            held = place if isinstance(place, Mapping) else getattr(place, "__dict__", {})
+            if name in held:
+                kept[name] = plain(held[name])
                 break
     return kept
 
@@ -198,3 +201,11 @@ def plain(value: Any) -> Any:
         return value.__name__
     # Scores, schedules and allocations print themselves as they are written; other objects as their type alone.
     return plain(repr(value)) if dataclasses.is_dataclass(value) else type(value).__name__
+
+
+def described(value: Any) -> Any:
+    """A setting in plain values: the same for two callbacks that were made alike."""
+    if type(value) is not bool and isinstance(value, Real):  # numpy's numbers are no plain values
+        return int(value) if isinstance(value, Integral) else float(Fraction(str(value)))
+    words = plain(value)
+    return words if isinstance(words, (str, int, bool, type(None))) else repr(words)

@@ -348,7 +348,7 @@ class PERPRetraining(L.Callback):
         """Modules, as the transformers model names them, that the pruner will prune."""
         prefix = f"{self.attribute}."
         # Once adapters are on, the layers that the user froze are pruned like the others.
-        found = find_targets(module, pruner.targets, pruner.ignore, frozen=True)
+        found = find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=True)
         names = [t.name for t in found if t.kind.name != "Conv2d"]
         return [n.removeprefix(prefix).removesuffix(".weight") for n in names if n.startswith(prefix)]
 
@@ -476,7 +476,7 @@ def check_dense_is_known(options: Mapping[str, Any], pruner: WeightPruning | Non
             "reconstruct needs the weights from before pruning: pass reconstruct={'dense': FOLDER} (or a model, or "
             "weights by name), or prune in the same Trainer with WeightPruning(...)"
         )
-    if pruner.settings["score"].name == "keep":
+    if pruner.settings.keeps_zeros:
         raise ValueError(
             "WeightPruning(score='keep') prunes nothing, so it never has the dense weights that reconstruct needs: "
             "pass reconstruct={'dense': FOLDER}"

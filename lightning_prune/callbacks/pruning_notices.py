@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from fractions import Fraction
-from numbers import Integral, Real
 from typing import Any
 
 import lightning as L
@@ -13,19 +11,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_prune.history import plain
 from lightning_prune.pruning.patterns import parse_pattern
-from lightning_prune.pruning.scores import Score
+from lightning_prune.pruning.scores import Criterion
 from lightning_prune.schedules import Schedule
 
 
-def score_options(score: Score) -> dict[str, Any]:
-    """The fields of a score that is a dataclass, such as alpha, in plain values."""
-    names = getattr(score, "__dataclass_fields__", {})
-    return {name: described(getattr(score, name)) for name in names}
-
-
-def warn_of_other_settings(saved: Mapping[str, Any], mine: Mapping[str, Any], score: Score) -> None:
+def warn_of_other_settings(saved: Mapping[str, Any], mine: Mapping[str, Any], score: Criterion) -> None:
     """Warn if a checkpoint's masks were made with other settings than the callback has, naming each.
 
     Args:
@@ -46,7 +37,7 @@ def warn_of_other_settings(saved: Mapping[str, Any], mine: Mapping[str, Any], sc
         )
 
 
-def _with_defaults(settings: Mapping[str, Any], score: Score) -> dict[str, Any]:
+def _with_defaults(settings: Mapping[str, Any], score: Criterion) -> dict[str, Any]:
     values = dict(settings)
     for name, default in (("group", score.group), ("allocation", score.allocation)):
         if name in values and values[name] is None:
@@ -112,11 +103,3 @@ def warn_of_choice_by_score(trainer: L.Trainer, schedule: Schedule) -> None:
             "check_finite=False in EarlyStopping; 'Choosing the best checkpoint' in the documentation of WeightPruning "
             "has the code"
         )
-
-
-def described(value: Any) -> Any:
-    """A setting in plain values: the same for two callbacks that were made alike."""
-    if type(value) is not bool and isinstance(value, Real):  # numpy's numbers are no plain values
-        return int(value) if isinstance(value, Integral) else float(Fraction(str(value)))
-    words = plain(value)
-    return words if isinstance(words, (str, int, bool, type(None))) else repr(words)

@@ -124,9 +124,9 @@ class SparsityMonitor(L.Callback):
         pruner = next((c for c in callbacks if isinstance(c, WeightPruning)), None)
         targets, ignore = self.targets, self.ignore
         if pruner is not None and targets is None:
-            targets = pruner.targets
+            targets = pruner.settings.targets
         if ignore is None:
-            ignore = DEFAULT_IGNORE if pruner is None else pruner.ignore
+            ignore = DEFAULT_IGNORE if pruner is None else pruner.settings.ignore
         return [(layer_name(t.name), t.weight.detach()) for t in find_targets(module, targets, ignore)]
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:

@@ -19,9 +19,7 @@ from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace, watched_loss
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.pruning_notices import (
-    described,
     last_step,
-    score_options,
     warn_of_a_schedule_that_ends_too_late,
     warn_of_choice_by_score,
     warn_of_missing_sparsity,
@@ -29,6 +27,7 @@ from lightning_prune.callbacks.pruning_notices import (
 )
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.history import described
 from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.enforcement import Enforcer
@@ -44,17 +43,17 @@ from lightning_prune.pruning.masks import (
     shard_masks,
     unpack_masks,
 )
-from lightning_prune.pruning.pipeline import planned_count, run_plan
-from lightning_prune.pruning.plan import PruningPlan, check_settings, make_plan
+from lightning_prune.pruning.pipeline import run_plan
+from lightning_prune.pruning.plan import PruningPlan, make_plan
 from lightning_prune.pruning.score_histograms import ScoreSummary
-from lightning_prune.pruning.scores import Keep, Score, make_score
+from lightning_prune.pruning.scores import Criterion
+from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
 
 _STATE_VERSION = 1
-_DESCRIBED = ("sparsity", "pattern", "group", "allocation", "update", "num_samples", "sequential")
 
 
 class WeightPruning(L.Callback):
@@ -124,7 +123,7 @@ class WeightPruning(L.Callback):
 
     def __init__(
         self,
-        score: str | Score = "gblm",
+        score: str | Criterion = "gblm",
         sparsity: float | None = None,
         pattern: str = "unstructured",
         group: str | None = None,
@@ -147,24 +146,12 @@ class WeightPruning(L.Callback):
     ) -> None:
         super().__init__()
         self.schedule = check_schedule(schedule)
-        self.settings: dict[str, Any] = {
-            "score": make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed),
-            "sparsity": sparsity,
-            "pattern": pattern,
-            "group": group,
-            "allocation": allocation,
-            "update": update,
-            "num_samples": num_samples,
-            "sequential": sequential,
-            "gradient_dtype": gradient_dtype,
-            "gradient_device": gradient_device,
-            "progress": progress,
-        }
-        check_settings(**self.settings)
+        chosen = make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed)
+        how = (sparsity, pattern, group, allocation, update, num_samples, sequential)
+        which = (targets, ignore if isinstance(ignore, str) else tuple(ignore))
+        self.settings = PruningSettings(chosen, *how, *which, gradient_dtype, gradient_device, progress)
         self._check_schedule_fits()
         self.loss_fn = loss_fn
-        self.targets = targets
-        self.ignore = ignore if isinstance(ignore, str) else tuple(ignore)
         self.calibration = calibration
         self.seed = seed
         self._masks: Masks = {}
@@ -188,18 +175,17 @@ class WeightPruning(L.Callback):
         self._dense: dict[str, Tensor] | None = None  # not None: weights are to be copied before they are pruned
 
     def _check_schedule_fits(self) -> None:
-        gradual = not isinstance(self.schedule, OneShot)
-        if gradual and self.settings["pattern"] != "unstructured":
+        gradual, how = not isinstance(self.schedule, OneShot), self.settings
+        if gradual and how.nm is not None:
             raise ValueError(
-                f"pattern={self.settings['pattern']!r} has one sparsity: use schedule=None or OneShot(step), not "
-                f"{self.schedule!r}"
+                f"pattern={how.pattern!r} has one sparsity: use schedule=None or OneShot(step), not {self.schedule!r}"
             )
-        if gradual and (self.settings["update"] or self.settings["score"].name in ("sparsegpt", "keep")):
+        if gradual and (how.solver is not None or how.keeps_zeros):
             raise ValueError(
-                f"score={self.settings['score'].name!r} with update={self.settings['update']!r} prunes once: use "
-                f"schedule=None or OneShot(step), not {self.schedule!r}"
+                f"score={how.score.name!r} with update={how.update!r} prunes once: use schedule=None or OneShot(step), "
+                f"not {self.schedule!r}"
             )
-        if isinstance(self.settings["score"], Keep) and self.schedule.start:
+        if how.keeps_zeros and self.schedule.start:
             raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
 
     @property
@@ -311,8 +297,8 @@ class WeightPruning(L.Callback):
         self._hook_optimizers(trainer)
 
     def _make_plan(self, module: L.LightningModule) -> PruningPlan:
-        plan = make_plan(module, **self.settings, targets=self.targets, ignore=self.ignore)
-        self._planned, self._target_names = planned_count(plan), tuple(t.name for t in plan.targets)
+        plan = make_plan(module, self.settings)
+        self._planned, self._target_names = plan.planned_count, tuple(t.name for t in plan.targets)
         return plan
 
     def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
@@ -605,8 +591,8 @@ class WeightPruning(L.Callback):
         """
         return {
             "version": _STATE_VERSION,
-            "score": self.settings["score"].name,
-            "pattern": self.settings["pattern"],
+            "score": self.settings.score.name,
+            "pattern": self.settings.pattern,
             "masks": pack_masks(self.masks),
             "scores": self._scores.state_dict(),
             "uncounted": list(self._uncounted),
@@ -615,9 +601,7 @@ class WeightPruning(L.Callback):
 
     def _described(self) -> dict[str, Any]:
         """The settings that say how the masks came about, in plain values, for model cards and for a resumed run."""
-        values = {name: self.settings[name] for name in _DESCRIBED}
-        values |= {name: getattr(self, name) for name in ("targets", "ignore", "seed", "schedule")}
-        return {**score_options(self.settings["score"]), **{name: described(value) for name, value in values.items()}}
+        return {**self.settings.describe(), "seed": described(self.seed), "schedule": described(self.schedule)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take masks from a checkpoint; they are bound to the parameters at fit start.
@@ -630,8 +614,8 @@ class WeightPruning(L.Callback):
             raise ValueError(f"the checkpoint's WeightPruning state has version {version!r}, not {_STATE_VERSION}")
         masks = unpack_masks(state_dict["masks"])
         if masks and self._stage in (None, "fit"):
-            score = self.settings["score"]
-            own = {"score": score.name, "pattern": self.settings["pattern"]}
+            score = self.settings.score
+            own = {"score": score.name, "pattern": self.settings.pattern}
             saved = {**(state_dict.get("settings") or {}), **{name: state_dict.get(name) for name in own}}
             warn_of_other_settings(saved, {**own, **self._described()}, score)
         self._keep(masks)

@@ -8,9 +8,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +31,29 @@ from lightning_prune.pruning.allocation import (
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
-from lightning_prune.pruning.hessian import prune_with_hessian
 from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
 from lightning_prune.pruning.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
-from lightning_prune.pruning.scores import Keep, Score, SparseGPT, make_score
-from lightning_prune.pruning.statistics import FORWARD_STATISTICS, HESSIAN, LayerStatistics, wide_dtype
+from lightning_prune.pruning.scores import Criterion, Score
+from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, make_score
+from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatistics, wide_dtype
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target
+from lightning_prune.pruning.updates import LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
 from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
 
+ForwardContext = Callable[[], AbstractContextManager[Any]]
 _log = logging.getLogger("lightning_prune")
 
 
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    score: str | Score = "gblm",
+    score: str | Criterion = "gblm",
     sparsity: float | None = None,
     pattern: str = "unstructured",
     group: str | None = None,
@@ -128,22 +130,9 @@ def prune(
         TypeError: an argument of the wrong type.
         CalibrationError: calibration could not give finite statistics of every layer.
     """
-    plan = make_plan(
-        model,
-        score=make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed),
-        sparsity=sparsity,
-        pattern=pattern,
-        group=group,
-        allocation=allocation,
-        update=update,
-        num_samples=num_samples,
-        sequential=sequential,
-        targets=targets,
-        ignore=ignore,
-        gradient_dtype=gradient_dtype,
-        gradient_device=gradient_device,
-        progress=progress,
-    )
+    chosen = make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed)
+    how = (sparsity, pattern, group, allocation, update, num_samples, sequential)
+    plan = make_plan(model, PruningSettings(chosen, *how, targets, ignore, gradient_dtype, gradient_device, progress))
     if plan.needs_data and batches is None:
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
     check_repeatable(batches, plan.passes, "batches")
@@ -189,7 +178,7 @@ def run_plan(
     *,
     fraction: Share = 1.0,
     previous: Mapping[str, Tensor] | None = None,
-    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     summary: ScoreSummary | None = None,
 ) -> Masks:
@@ -209,11 +198,11 @@ def run_plan(
     Returns:
         Masks by parameter name.
     """
-    if isinstance(plan.score, Keep):
+    if plan.settings.keeps_zeros:
         masks = masks_from_zeros(plan.targets)
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
-    run = _Run(plan, model, batches, loss_fn, fraction, previous or {}, forward_context, ranks, summary)
+    run = _Run(plan, model, batches, loss_fn, exact_share(fraction), previous or {}, forward_context, ranks, summary)
     with memory_advice(plan):
         masks = run.masks()
     if summary is not None and run.parts is not None:
@@ -221,59 +210,26 @@ def run_plan(
     return masks
 
 
-def planned_count(plan: PruningPlan) -> int | None:
-    """How many weights a plan prunes in all; None where the weights themselves decide (score="keep")."""
-    targets = plan.targets
-    if isinstance(plan.score, Keep):
-        return None
-    if plan.pattern is not None:
-        return sum(t.numel // plan.pattern.m * (plan.pattern.m - plan.pattern.n) for t in targets)
-    if isinstance(plan.allocation, Mapping):
-        return sum(mapping_counts(targets, *_mapped(plan, Fraction(1)), {}).values())
-    if plan.group == "global" or isinstance(plan.allocation, (KFACAllocation, OWLAllocation)):
-        return count_of(_sparsity(plan), sum(t.numel for t in targets))
-    return sum(uniform_counts(targets, _sparsity(plan), plan.group).values())
-
-
-def _sparsity(plan: PruningPlan) -> Fraction:
-    return exact_share(0.5 if plan.sparsity is None else plan.sparsity)
-
-
-def _mapped(plan: PruningPlan, fraction: Fraction) -> tuple[dict[str, Share], Share | None]:
-    """Sparsities by name pattern, and that of the whole, at a fraction of the way there."""
-    assert isinstance(plan.allocation, Mapping)
-    mapping: dict[str, Share] = {name: exact_share(value) * fraction for name, value in plan.allocation.items()}
-    return mapping, None if plan.sparsity is None else exact_share(plan.sparsity) * fraction
-
-
+@dataclass
 class _Run:
-    """One pruning in progress."""
+    """One pruning in progress; for the arguments see `run_plan`."""
 
-    def __init__(
-        self,
-        plan: PruningPlan,
-        model: nn.Module,
-        batches: Iterable[Any] | None,
-        loss_fn: LossFn | None,
-        fraction: Share,
-        previous: Mapping[str, Tensor],
-        forward_context: Callable[[], AbstractContextManager[Any]],
-        ranks: Ranks | None,
-        summary: ScoreSummary | None,
-    ) -> None:
-        self.plan = plan
-        self.summary = summary
-        self.model = model
-        self.batches = batches
-        self.loss_fn = loss_fn
-        self.fraction = exact_share(fraction)
-        self.previous = previous
-        self.forward_context = forward_context
-        self.ranks = ranks
-        # Whose parts make up the whole, where weights are sharded.
-        self.parts = ranks if ranks is not None and ranks.lockstep else None
-        self.statistics: dict[str, LayerStatistics] = {}
-        self.counts: dict[str, int] = {}
+    plan: PruningPlan
+    model: nn.Module
+    batches: Iterable[Any] | None
+    loss_fn: LossFn | None
+    fraction: Fraction
+    previous: Mapping[str, Tensor]
+    forward_context: ForwardContext
+    ranks: Ranks | None
+    summary: ScoreSummary | None
+    statistics: dict[str, LayerStatistics] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> Ranks | None:
+        """Whose parts make up the whole, where weights are sharded."""
+        return self.ranks if self.ranks is not None and self.ranks.lockstep else None
 
     def masks(self) -> Masks:
         """Calibrate, select, update; then change the model."""
@@ -287,15 +243,15 @@ class _Run:
                 plan.dense_statistics,
                 num_samples=plan.num_samples,
                 loss_fn=self.loss_fn,
-                gradient_dtype=plan.gradient_dtype,
-                gradient_device=plan.gradient_device,
+                gradient_dtype=GRADIENT_DTYPES[plan.settings.gradient_dtype],
+                gradient_device=plan.settings.gradient_device,
                 forward_context=self.forward_context,
                 ranks=self.ranks,
-                progress=plan.progress,
+                progress=plan.settings.progress,
             )
         with torch.no_grad():
             self.counts = self._allocate()
-            if not plan.sequential and not plan.updates_weights:
+            if not plan.sequential and plan.settings.solver is None:
                 masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
                 apply_masks(self.model, masks)
                 return masks
@@ -304,7 +260,7 @@ class _Run:
                 return masks
 
     def _tracked(self, description: str) -> Iterator[Target]:
-        with progress_bar(description, len(self.plan.targets), self.plan.progress) as advance:
+        with progress_bar(description, len(self.plan.targets), self.plan.settings.progress) as advance:
             for target in self.plan.targets:
                 yield target
                 advance()
@@ -318,9 +274,9 @@ class _Run:
             return {}
         lower = {t.name: pruned_count({t.name: m}) for t in targets if (m := self.previous.get(t.name)) is not None}
         if isinstance(plan.allocation, Mapping):
-            counts = mapping_counts(targets, *_mapped(plan, self.fraction), lower)
+            counts = mapping_counts(targets, *plan.mapped(self.fraction), lower)
             return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
-        exact = _sparsity(plan) * self.fraction
+        exact = plan.sparsity * self.fraction
         # What is pruned stays pruned, also where less is asked for now (by other settings, or in a second fit).
         total, sparsity = max(count_of(exact, sum(t.numel for t in targets)), sum(lower.values())), float(exact)
         if plan.group == "global":
@@ -351,7 +307,7 @@ class _Run:
         statistics, layout = statistics or LayerStatistics(samples=0), target.layout
         if layout is None:
             scores = self._scored(target, target.matrix(), statistics)
-        elif getattr(self.plan.score, "elementwise", False):
+        elif cast(Score, self.plan.score).elementwise:
             scores = self._scored(target, target.matrix(), statistics.part(layout.bounds))
         else:
             scores = self._scored(target, _whole(target, target.matrix()), _whole_gradients(target, statistics))
@@ -364,7 +320,7 @@ class _Run:
 
     def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
-        score = self.plan.score
+        score = cast(Score, self.plan.score)
         with synchronized_errors(self.parts):
             # A copy: a user's score may work in place.
             scores = score(weight.to(wide_dtype(weight.dtype), copy=True), statistics, target.name)
@@ -376,23 +332,25 @@ class _Run:
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of one layer, in the parameter's shape."""
         own, layout = self._scores(target, statistics).contiguous(), target.layout
-        scores = own if layout is None else layout.to_rows(own)  # whole rows
-        first_row, all_rows = (0, None) if layout is None else (layout.row_bounds[0], layout.shape[0])
-        if self.plan.pattern is not None:
-            mask = nm_mask(scores, self.plan.pattern)
-        elif self.plan.group == "row":
-            mask = lowest_in_rows(scores, self.counts[target.name], first_row, all_rows)
-        else:
-            mask = self._lowest_in_layer(layout)(scores, self.counts[target.name])
+        mask = self._choose(target, own if layout is None else layout.to_rows(own))
         mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
-        if (previous := self.previous.get(target.name)) is not None:
-            mask &= target.part(previous).to(mask.device)  # counts may be spread over rows in another way than before
+        mask = self._without_previous(target, mask)  # counts may be spread over rows in another way than before
         if self.summary is not None:
             if layout is None or layout.counted:
                 self.summary.add(target.name, own, mask, target.numel)
             else:
                 self.summary.leave_out(target.name)
         return target.to_parameter(mask)
+
+    def _choose(self, target: Target, scores: Tensor) -> Tensor:
+        """The mask of whole rows from their scores, ``[r, I]``."""
+        plan, layout = self.plan, target.layout
+        if plan.pattern is not None:
+            return nm_mask(scores, plan.pattern)
+        if plan.group == "row":
+            first_row, all_rows = (0, None) if layout is None else (layout.row_bounds[0], layout.shape[0])
+            return lowest_in_rows(scores, self.counts[target.name], first_row, all_rows)
+        return self._lowest_in_layer(layout)(scores, self.counts[target.name])
 
     def _lowest_in_layer(self, layout: Layout | None) -> Callable[[Tensor, int], Tensor]:
         """Selection within a whole matrix from the rows of it that are here."""
@@ -402,36 +360,49 @@ class _Run:
         first_row, ranks = layout.row_bounds[0], self.parts
         return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, layout.counted)
 
+    def _without_previous(self, target: Target, mask: Tensor) -> Tensor:
+        """A mask of the part that is here, without what is pruned already."""
+        previous = self.previous.get(target.name)
+        return mask if previous is None else mask & target.part(previous).to(mask.device)
+
     # -- weight updates ------------------------------------------------------------------------------------------
 
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
         """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
-        mask = None if isinstance(self.plan.score, SparseGPT) else self._select(target, statistics)
-        own, layout = local(target.weight), target.layout
-        if not self.plan.updates_weights:
+        settings, own, layout = self.plan.settings, local(target.weight), target.layout
+        mask = None if settings.selects_itself else self._select(target, statistics)
+        if settings.solver is None:
             assert mask is not None
             own.masked_fill_(~local(mask), 0.0)
             return mask
-        kept_here = None if mask is None else target.part(mask)
-        if layout is not None and kept_here is not None:
-            kept_here = layout.to_rows(kept_here.to(torch.uint8)).bool()
-        weight, kept = prune_with_hessian(
-            target.matrix() if layout is None else layout.to_rows(target.matrix()),
-            statistics.get(HESSIAN),
-            mask=kept_here,
-            count=self.counts.get(target.name, 0),
-            pattern=self.plan.pattern,
-            select=self._lowest_in_layer(layout),
+
+        def rows(part: Tensor) -> Tensor:
+            return part if layout is None else layout.to_rows(part)
+
+        chosen = None if mask is None else rows(target.part(mask).to(torch.uint8)).bool()
+        previous = self.previous.get(target.name)
+        pruned = None if previous is None else ~rows(target.part(previous).to(own.device, torch.uint8)).bool()
+        weight, kept = settings.solver.solve(
+            LayerRows(
+                name=target.name,
+                weight=rows(target.matrix()),
+                statistics=statistics if layout is None else statistics.part((layout.row_bounds, (0, layout.shape[1]))),
+                mask=chosen,
+                count=self.counts.get(target.name, 0),
+                pattern=self.plan.pattern,
+                lowest=self._lowest_in_layer(layout),
+                choose=lambda scores: self._choose(
+                    target, scores if pruned is None else scores.masked_fill(pruned, -math.inf)
+                ),
+            )
         )
         with synchronized_errors(self.parts):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
         if layout is not None:
             weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
-        if mask is None and (previous := self.previous.get(target.name)) is not None:
-            kept = kept & target.part(previous).to(kept.device)
-            weight = weight.masked_fill(~kept, 0.0)
-        own.copy_(target.kind.from_matrix(weight, own.shape))
+        kept = self._without_previous(target, kept)
+        own.copy_(target.kind.from_matrix(weight.masked_fill(~kept, 0.0), own.shape))
         return target.to_parameter(kept)
 
     def _update_all(self, keep: Keeper) -> Masks:
@@ -459,7 +430,7 @@ class _Run:
         stacks = [s for s in stacks if any(id(m) in by_module for block in s for m in block.modules())]
         with (
             quiet_model(self.model, freeze=False),
-            progress_bar("Pruning blocks", sum(map(len, stacks)), plan.progress) as advance,
+            progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
         ):
             for _, walk in walk_stacks(
                 self.model,

@@ -40,6 +40,7 @@ class LayerKind:
 
     Attributes:
         name: Name shown in messages.
+        transposed: Whether the parameter stores ``(I, O)``.
         to_matrix: Weight-shaped tensor to a view or copy of shape ``(O, I)``.
         from_matrix: ``(O, I)`` and the parameter's shape to a weight-shaped tensor.
         input_rows: Layer and its input to ``(B, T, I)``, columns in the order of ``to_matrix``.
@@ -47,6 +48,7 @@ class LayerKind:
     """
 
     name: str
+    transposed: bool
     to_matrix: Callable[[Tensor], Tensor]
     from_matrix: Callable[[Tensor, torch.Size], Tensor]
     input_rows: Callable[[nn.Module, Tensor], Tensor]
@@ -81,6 +83,7 @@ def _conv2d_outputs(y: Tensor) -> Tensor:
 
 LINEAR = LayerKind(
     "Linear",
+    transposed=False,
     to_matrix=lambda w: w,
     from_matrix=lambda m, _: m,
     input_rows=lambda _, x: _rows(x),
@@ -89,6 +92,7 @@ LINEAR = LayerKind(
 # transformers' Conv1D (GPT-2) is a linear layer that stores its weight transposed.
 CONV1D = LayerKind(
     "Conv1D",
+    transposed=True,
     to_matrix=lambda w: w.t(),
     from_matrix=lambda m, _: m.t(),
     input_rows=lambda _, x: _rows(x),
@@ -97,6 +101,7 @@ CONV1D = LayerKind(
 # Channels last, so that N:M groups run along the input channels, as sparse convolution kernels want them.
 CONV2D = LayerKind(
     "Conv2d",
+    transposed=False,
     to_matrix=lambda w: w.permute(0, 2, 3, 1).reshape(w.shape[0], w.shape[1:].numel()),
     from_matrix=lambda m, s: m.view(s[0], s[2], s[3], s[1]).permute(0, 3, 1, 2),
     input_rows=_conv2d_patches,
@@ -151,7 +156,7 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """``(O, I)`` of the matrix."""
         size = self.weight.shape
-        if self.kind is CONV1D:
+        if self.kind.transposed:
             return size[1], size[0]
         return size[0], size[1:].numel()
 
@@ -164,7 +169,7 @@ class Target:
     def layout(self) -> Layout | None:
         """How the parameter is sharded, or None."""
         weight = self.weight
-        return Layout(weight, transposed=self.kind is CONV1D) if isinstance(weight, DTensor) else None
+        return Layout(weight, self.kind.transposed) if isinstance(weight, DTensor) else None
 
     def matrix(self) -> Tensor:
         """The weight as ``(O, I)``, detached, in its own dtype."""

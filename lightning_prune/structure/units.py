@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name
-from lightning_prune.pruning.targets import CONV1D, LINEAR, layer_kind
+from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.structure.families import Family, find_family
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
 
@@ -152,7 +152,7 @@ class Structure:
             for s in slices:
                 name, _, tail = s.name.rpartition(".")
                 kind = layer_kind(modules[name]) if tail == "weight" else None
-                if (kind is LINEAR and s.dim == 1) or (kind is CONV1D and s.dim == 0):
+                if kind is not None and s.dim == (0 if kind.transposed else 1):
                     names.append(name)
             found.append(names)
         head = self.model.get_output_embeddings()  # type: ignore[operator]

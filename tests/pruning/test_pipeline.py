@@ -17,7 +17,7 @@ from lightning_prune import CalibrationError, apply_masks, prune
 from lightning_prune.pruning.pipeline import run_plan
 from lightning_prune.pruning.plan import make_plan
 from lightning_prune.pruning.running import causal_lm_loss
-from lightning_prune.pruning.scores import make_score
+from lightning_prune.pruning.settings import PruningSettings, make_score
 
 SCORES = ["magnitude", "random", "wanda", "gradient", "gblm", "kfac"]
 
@@ -268,22 +268,10 @@ def test_masks_of_growing_sparsity_are_nested(score, update, tokens):
     if score == "sparsegpt" and update:
         pytest.skip("updates by itself")
     model = make_llama()
-    plan = make_plan(
-        model,
-        score=make_score(score),
-        sparsity=0.6,
-        pattern="unstructured",
-        group=None,
-        allocation=None,
-        update=update,
-        num_samples=3,
-        sequential=False,
-        targets=None,
-        ignore=("lm_head",),
-        gradient_dtype="float32",
-        gradient_device=None,
-        progress=False,
+    settings = PruningSettings(
+        make_score(score), sparsity=0.6, update=update, num_samples=3, ignore=("lm_head",), progress=False
     )
+    plan = make_plan(model, settings)
     masks = None
     for fraction in (0.2, 0.7, 1.0):
         new = run_plan(plan, model, [tokens(3, 8)], fraction=fraction, previous=masks)
@@ -467,6 +455,7 @@ def test_activations_that_turn_nan_change_nothing(llama, tokens, plan):
 def test_an_interrupt_in_a_score_after_some_layers_are_pruned(llama, tokens, how):
     class Interrupting:
         name, statistics, group, allocation = "mine", frozenset({"input_norm"}), "row", "uniform"
+        elementwise = False
         left = 9
 
         def __call__(self, weight, statistics, name):

@@ -15,16 +15,13 @@ from lightning_prune.pruning.scores import (
     GBLM,
     GROUPS,
     KFAC,
-    SCORES,
     Gradient,
-    Keep,
     Magnitude,
     Random,
     Score,
-    SparseGPT,
     Wanda,
-    make_score,
 )
+from lightning_prune.pruning.settings import SCORES, make_score
 from lightning_prune.pruning.statistics import ALL_STATISTICS, LayerStatistics
 
 CASES = {
@@ -77,7 +74,6 @@ def test_scores_follow_their_formula_and_read_only_what_they_name(case):
 @pytest.mark.parametrize("name", SCORES)
 def test_built_in_scores_have_what_the_protocol_asks_for(name):
     score = make_score(name)
-    assert isinstance(score, Score)
     assert score.name == name
     assert score.statistics <= ALL_STATISTICS
     assert score.group in GROUPS
@@ -95,11 +91,38 @@ def test_arguments_reach_the_scores():
     assert make_score(own) is own
 
 
-def test_keep_and_sparsegpt():
-    weight = torch.tensor([[1.0, 0.0, -0.0, -2.0]])
-    assert Keep()(weight, LayerStatistics(0), "w").tolist() == [[1.0, 0.0, 0.0, 1.0]]
-    with pytest.raises(NotImplementedError, match="solver"):
-        SparseGPT()(weight, LayerStatistics(0), "w")
+def test_an_object_without_the_members_is_told_which_class_has_them():
+    class Bare:
+        name, statistics, group, allocation = "bare", frozenset(), "row", "uniform"
+
+        def __call__(self, weight, statistics, name):
+            return weight
+
+    class Inherits(Score):
+        name = "inherits"
+
+        def __call__(self, weight, statistics, name):
+            return weight
+
+    with pytest.raises(TypeError, match=r"elementwise and __call__.*inherits from lightning_prune\.Score"):
+        make_score(Bare())
+    own = make_score(Inherits())
+    assert (own.statistics, own.group, own.allocation, own.elementwise) == (frozenset(), "row", "uniform", False)
+
+
+def test_properties_of_a_score_do_not_run_to_see_whether_it_is_one():
+    class Costly(Score):
+        name = "costly"
+
+        @property
+        def statistics(self):
+            raise RuntimeError("ran")
+
+        def __call__(self, weight, statistics, name):
+            return weight
+
+    own = Costly()
+    assert make_score(own) is own
 
 
 def test_random_scores_depend_on_seed_and_name_alone():
@@ -186,6 +209,8 @@ def test_masks_are_those_of_the_naive_scores(reference, case, where):
 
 class SquaredNorm:
     """A user's own score, without a base class."""
+
+    elementwise = False
 
     name = "squared"
     statistics = frozenset({"input_norm", "output_grad_norm"})
