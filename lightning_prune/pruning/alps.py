@@ -9,7 +9,6 @@ says which are the largest. With the factors of kfac, output rows that matter mo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,27 +18,9 @@ from lightning_prune.pruning.exact import normalized
 from lightning_prune.pruning.hessian import DAMPING
 from lightning_prune.pruning.precision import full_precision
 
+RHO, EVERY, ITERATIONS = 0.1, 3, 300
 # By how much the penalty grows if at least this share of the kept weights has changed.
 _GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-
-
-@dataclass(frozen=True)
-class ALPS:
-    """Settings of ``update="alps"``: a support by ADMM, then the exact weights on it.
-
-    Args:
-        rho: Penalty at the start, on the scale of inputs with norm 1; it grows by 10 to 30 % at each look.
-        every: Iterations between two looks at how many weights have entered or left the support.
-        iterations: At most. It ends at the first look that finds no change, usually after 30 to 40.
-    """
-
-    rho: float = 0.1
-    every: int = 3
-    iterations: int = 300
-
-    def __post_init__(self) -> None:
-        if not (0 < self.rho < float("inf") and self.every >= 1 and self.iterations >= 1):
-            raise ValueError(f"{self!r}: rho must be a finite number > 0, every and iterations >= 1")
 
 
 @full_precision()
@@ -48,14 +29,16 @@ def alps_support(
     hessian: Tensor,
     factors: Tensor,
     select: Callable[[Tensor], Tensor],
+    rho: float = RHO,
+    every: int = EVERY,
+    iterations: int = ITERATIONS,
     *,
-    settings: ALPS | None = None,
     damping: float = DAMPING,
     total: Callable[[Tensor], Tensor] = lambda count: count,
 ) -> Tensor:
     """The mask of a matrix.
 
-    The host waits for the device once in `ALPS.every` iterations.
+    The host waits for the device once in `every` iterations.
 
     Args:
         weight: ``[O, I]``, the dense weight, any float dtype; not changed.
@@ -63,7 +46,9 @@ def alps_support(
         factors: Importance of a weight of one, ``[O, I]`` or what broadcasts to it: a weight is worth its absolute
             value times this.
         select: Scores ``[O, I]`` to the mask, True = kept; as many at every call.
-        settings: Of the iteration.
+        rho: Penalty at the start, on the scale of inputs with norm 1; it grows by 10 to 30 % at each look.
+        every: Iterations between two looks at how many weights have entered or left the support.
+        iterations: At most. It ends at the first look that finds no change, usually after 30 to 40.
         damping: Share of the mean diagonal (of inputs that were not always zero) that is added to it.
         total: Sums a count over the ranks that hold the other rows, if `weight` is some rows of a matrix.
 
@@ -73,21 +58,20 @@ def alps_support(
     Raises:
         CalibrationError: the Hessian is not finite.
     """
-    settings = settings or ALPS()
     dead = hessian.diagonal() == 0
     hessian, norms = normalized(hessian, damping)
     dense = (weight.to(hessian.dtype) * norms).masked_fill_(dead, 0.0)  # inputs that were always zero go first
     factors = factors / norms
     fixed = dense @ hessian
-    rho, inverse = settings.rho, _inverse(hessian, settings.rho)
+    inverse = _inverse(hessian, rho)
     # Where kept, the sparse weight D; where pruned, the scaled multiplier V / rho. One of the two is always zero.
     state, mask = dense, torch.ones_like(dense, dtype=torch.bool)
     seen = mask
-    for iteration in range(1, settings.iterations + 1):
+    for iteration in range(1, iterations + 1):
         fitted = torch.where(mask, state, -state).mul_(rho).add_(fixed) @ inverse
         state = fitted.add_(state.masked_fill(mask, 0.0))
         mask = select((state * factors).abs_())
-        if iteration % settings.every:
+        if iteration % every:
             continue
         changed, kept = total(torch.stack([(mask != seen).sum(), mask.sum()])).tolist()
         if changed == 0:

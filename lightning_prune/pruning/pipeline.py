@@ -40,7 +40,7 @@ from lightning_prune.pruning.scores import Criterion, Score
 from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, make_score
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatistics, wide_dtype
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target
-from lightning_prune.pruning.updates import LayerRows
+from lightning_prune.pruning.updates import ALPS, LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
@@ -58,7 +58,7 @@ def prune(
     pattern: str = "unstructured",
     group: str | None = None,
     allocation: Allocation | None = None,
-    update: str | None = None,
+    update: str | ALPS | None = None,
     num_samples: int = 128,
     alpha: float = 100.0,
     gamma: float = 0.7,
@@ -99,7 +99,10 @@ def prune(
         allocation: Layer sparsities: ``"uniform"``, ``"owl"``, ``"kfac"``, an `OWLAllocation` or `KFACAllocation`,
             or a mapping from name patterns to sparsities; default the score's own. The total is exact,
             ``floor(sparsity * number of weights)``.
-        update: ``"obs"`` updates the remaining weights with each layer's Hessian, on the mask of any score.
+        update: How the remaining weights make up for the others, with each layer's Hessian: ``"exact"`` as well as
+            they can, on the mask of any score; ``"alps"``, or an `ALPS`, by choosing the mask with the Hessian too
+            (scores that are ``abs(W)`` times a factor: all built-in ones but random); ``"obs"`` column by column, as
+            SparseGPT does, on the mask of any score.
         num_samples: Calibration samples (sequences).
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
@@ -304,19 +307,22 @@ class _Run:
 
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
-        statistics, layout = statistics or LayerStatistics(samples=0), target.layout
-        if layout is None:
-            scores = self._scored(target, target.matrix(), statistics)
-        elif cast(Score, self.plan.score).elementwise:
-            scores = self._scored(target, target.matrix(), statistics.part(layout.bounds))
-        else:
-            scores = self._scored(target, _whole(target, target.matrix()), _whole_gradients(target, statistics))
-            (row, row_end), (column, column_end) = layout.bounds
-            scores = scores[row:row_end, column:column_end]
+        scores = self._worth(target, target.matrix(), statistics or LayerStatistics(samples=0))
         previous = self.previous.get(target.name)
         if previous is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
+
+    def _worth(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+        """Scores of weights in the place of the part of the matrix that is here, ``[o, i]``."""
+        layout = target.layout
+        if layout is None:
+            return self._scored(target, weight, statistics)
+        if cast(Score, self.plan.score).elementwise:
+            return self._scored(target, weight, statistics.part(layout.bounds))
+        scores = self._scored(target, _whole(target, weight), _whole_gradients(target, statistics))
+        (row, row_end), (column, column_end) = layout.bounds
+        return scores[row:row_end, column:column_end]
 
     def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
@@ -335,12 +341,17 @@ class _Run:
         mask = self._choose(target, own if layout is None else layout.to_rows(own))
         mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
         mask = self._without_previous(target, mask)  # counts may be spread over rows in another way than before
-        if self.summary is not None:
-            if layout is None or layout.counted:
-                self.summary.add(target.name, own, mask, target.numel)
-            else:
-                self.summary.leave_out(target.name)
+        self._summarize(target, own, mask)
         return target.to_parameter(mask)
+
+    def _summarize(self, target: Target, own: Tensor, mask: Tensor) -> None:
+        """Note scores and mask of the part that is here, if anyone wants to know."""
+        if self.summary is None:
+            return
+        if target.layout is None or target.layout.counted:
+            self.summary.add(target.name, own, mask, target.numel)
+        else:
+            self.summary.leave_out(target.name)
 
     def _choose(self, target: Target, scores: Tensor) -> Tensor:
         """The mask of whole rows from their scores, ``[r, I]``."""
@@ -359,6 +370,13 @@ class _Run:
         assert self.parts is not None
         first_row, ranks = layout.row_bounds[0], self.parts
         return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, layout.counted)
+
+    def _total(self, layout: Layout | None, count: Tensor) -> Tensor:
+        """The sum of what every rank counts in the rows that it has; of copies, one counts."""
+        if layout is None:
+            return count
+        assert self.parts is not None
+        return self.parts.sum_parts(count if layout.counted else torch.zeros_like(count))
 
     def _without_previous(self, target: Target, mask: Tensor) -> Tensor:
         """A mask of the part that is here, without what is pruned already."""
@@ -380,6 +398,8 @@ class _Run:
             return part if layout is None else layout.to_rows(part)
 
         chosen = None if mask is None else rows(target.part(mask).to(torch.uint8)).bool()
+        told = mask is None and self.summary is not None and settings.solver is not self.plan.score
+        scores = self._scores(target, statistics) if told else None
         previous = self.previous.get(target.name)
         pruned = None if previous is None else ~rows(target.part(previous).to(own.device, torch.uint8)).bool()
         weight, kept = settings.solver.solve(
@@ -394,6 +414,10 @@ class _Run:
                 choose=lambda scores: self._choose(
                     target, scores if pruned is None else scores.masked_fill(pruned, -math.inf)
                 ),
+                factors=lambda norms: rows(
+                    self._worth(target, torch.ones_like(target.matrix()), replace(statistics, input_norm=norms))
+                ),
+                total=lambda count: self._total(layout, count),
             )
         )
         with synchronized_errors(self.parts):
@@ -402,6 +426,8 @@ class _Run:
         if layout is not None:
             weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
         kept = self._without_previous(target, kept)
+        if scores is not None:
+            self._summarize(target, scores, kept)
         own.copy_(target.kind.from_matrix(weight.masked_fill(~kept, 0.0), own.shape))
         return target.to_parameter(kept)
 
