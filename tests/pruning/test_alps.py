@@ -15,26 +15,8 @@ from lightning_prune.pruning.exact import exact_weights
 from lightning_prune.pruning.patterns import NM, lowest_in_layer, lowest_in_rows, nm_mask
 
 
-def by_the_formula(weight, hessian, factors, select, rho=0.1, most=300):
-    """Support and number of iterations."""
-    hessian, weight = damped(hessian).numpy(), weight.numpy()
-    scale = 1 / np.sqrt(np.diag(hessian))  # E
-    dense, hessian = weight / scale, scale[:, None] * hessian * scale
-    factors = factors.numpy() * scale
-    values, vectors = np.linalg.eigh(hessian)
-    d, v, seen = dense, np.zeros_like(dense), np.ones(dense.shape, dtype=bool)
-    for iteration in range(1, most + 1):
-        w = (dense @ hessian - v + rho * d) @ vectors @ np.diag(1 / (values + rho)) @ vectors.T
-        mask = select(np.abs(w + v / rho) * factors)
-        d = np.where(mask, w + v / rho, 0)
-        v = v + rho * (w - d)
-        if iteration % 3 == 0:
-            changed = (mask != seen).sum() / mask.sum()
-            if changed == 0:
-                break
-            rho *= 1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1
-            seen = mask
-    return mask, iteration
+def by_the_formula(weight, hessian, factors, select, **settings):
+    return naive.alps(weight.numpy(), damped(hessian).numpy(), factors.numpy(), select, **settings)
 
 
 SELECTIONS = {
@@ -88,7 +70,9 @@ def test_the_penalty_and_the_number_of_iterations_are_settings():
     factors, (ours, theirs) = damped(hessian).diagonal().sqrt(), SELECTIONS["layer"]
     for rho, most in ((0.5, 300), (0.1, 5)):
         mask = alps_support(weight, hessian, factors, ours, rho=rho, iterations=most)
-        np.testing.assert_array_equal(mask.numpy(), by_the_formula(weight, hessian, factors, theirs, rho, most)[0])
+        np.testing.assert_array_equal(
+            mask.numpy(), by_the_formula(weight, hessian, factors, theirs, rho=rho, most=most)[0]
+        )
 
 
 def test_inputs_that_are_always_zero_go_first():
