@@ -6,10 +6,9 @@ A weight's matrix is ``(O, I)``. FSDP2 cuts a parameter along its first dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -71,15 +70,21 @@ def reshard(model: nn.Module) -> None:
 
 
 def gathered_dtypes(model: nn.Module) -> dict[nn.Module, torch.dtype]:
-    """What FSDP2's mixed precision casts the gathered parameters of each module to; modules without it are left out."""
+    """The dtype of each module's own parameters in its forward pass, which FSDP2's mixed precision may choose.
+
+    Modules without parameters are left out. Every group of parameters is gathered once, so every rank must call.
+    """
     dtypes: dict[nn.Module, torch.dtype] = {}
+
+    def note(modules: Iterable[nn.Module]) -> None:
+        dtypes.update((m, p.dtype) for m in modules for p in m.parameters(recurse=False))
+
+    note(model.modules())
     for outer in model.modules():  # outer modules first, so that the innermost has the last word
         if isinstance(outer, FSDPModule):
-            dtype = outer._get_fsdp_state()._mp_policy.param_dtype
-            for module in outer.modules():
-                dtypes.pop(module, None)
-                if dtype is not None:
-                    dtypes[module] = dtype
+            outer.unshard()
+            note(outer.modules())
+            outer.reshard()
     return dtypes
 
 
@@ -119,9 +124,8 @@ def as_shard_of(parameter: Tensor, part: Tensor) -> Tensor:
 
 def take_shard(parameter: Tensor, whole: Tensor) -> Tensor:
     """The part of `whole`, of the parameter's full shape, that this rank's shard of the parameter covers."""
-    if isinstance(parameter, DTensor):
-        for dim, (start, stop) in enumerate(shard_bounds(parameter)):
-            whole = whole.narrow(dim, start, stop - start)
+    for dim, (start, stop) in enumerate(shard_bounds(parameter)):
+        whole = whole.narrow(dim, start, stop - start)
     return whole
 
 
@@ -139,21 +143,17 @@ def shard_dim(placement: Placement) -> int | None:
     return int(dim)
 
 
-def _is_strided(placement: Placement) -> bool:
-    # Private in torch, and a subclass of Shard in some of its versions.
-    return type(placement).__name__ == "_StridedShard"
-
-
 def _chunk(start: int, stop: int, parts: int, index: int) -> tuple[int, int]:
     """The index-th of `parts` pieces of a range, cut as ``torch.chunk`` does: the last ones may be short or empty."""
     each = -(-(stop - start) // parts)
     return min(start + index * each, stop), min(start + (index + 1) * each, stop)
 
 
-def _bounds(shape: Sequence[int], mesh: DeviceMesh, cuts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _bounds(shape: Sequence[int], mesh: DeviceMesh | None, cuts: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Start and stop in each dimension after cutting, in order, by pairs of mesh and tensor dimension."""
     bounds = [(0, size) for size in shape]
     for mesh_dim, dim in cuts:
+        assert mesh is not None
         bounds[dim] = _chunk(*bounds[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
     return bounds
 
@@ -161,7 +161,7 @@ def _bounds(shape: Sequence[int], mesh: DeviceMesh, cuts: Sequence[tuple[int, in
 def _cuts(parameter: DTensor) -> list[tuple[int, int]]:
     """Pairs of mesh and tensor dimension, in the order in which the parameter was cut."""
     found = [
-        (mesh_dim, dim, _is_strided(placement))
+        (mesh_dim, dim, isinstance(placement, _StridedShard))
         for mesh_dim, placement in enumerate(parameter.placements)
         if (dim := shard_dim(placement)) is not None and parameter.device_mesh.size(mesh_dim) > 1
     ]
@@ -169,62 +169,72 @@ def _cuts(parameter: DTensor) -> list[tuple[int, int]]:
     return [(m, dim) for m, dim, _ in sorted(found, key=lambda cut: cut[2])]
 
 
-def shard_bounds(parameter: DTensor) -> list[tuple[int, int]]:
-    """Start and stop of this rank's part in each dimension of the parameter."""
+def shard_bounds(parameter: Tensor) -> list[tuple[int, int]]:
+    """Start and stop of this rank's part in each dimension of a parameter: all of it, if it is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return _bounds(parameter.shape, None, ())
     return _bounds(parameter.shape, parameter.device_mesh, _cuts(parameter))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the matrix ``(O, I)`` of a sharded parameter lives.
+    """Where the matrix ``(O, I)`` of a parameter lives: over ranks if it is a DTensor, else all of it is here.
 
     Attributes:
-        parameter: The DTensor.
+        parameter: The parameter.
         transposed: The parameter stores ``(I, O)`` (transformers' Conv1D).
     """
 
-    parameter: DTensor
+    parameter: Tensor
     transposed: bool
 
-    @cached_property
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The devices that the parameter is laid out over; None if all of it is here."""
+        return self.parameter.device_mesh if isinstance(self.parameter, DTensor) else None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(O, I)`` of the whole matrix."""
         size = self.parameter.shape
         return (size[1], size[0]) if self.transposed else (size[0], size[1:].numel())
 
-    @cached_property
+    @property
     def _matrix_cuts(self) -> list[tuple[int, int]]:
         """Pairs of mesh and matrix dimension."""
-        cuts = _cuts(self.parameter)
+        cuts = _cuts(self.parameter) if isinstance(self.parameter, DTensor) else []
         if self.parameter.dim() > 2 and any(dim for _, dim in cuts):
             raise ValueError("a convolution cut along anything but its output channels cannot be pruned")
         return [(mesh_dim, 1 - dim if self.transposed else dim) for mesh_dim, dim in cuts]
 
-    @cached_property
+    @property
     def bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Start and stop of this rank's rows and columns."""
-        rows, columns = _bounds(self.shape, self.parameter.device_mesh, self._matrix_cuts)
+        return self._bounds(self._matrix_cuts)
+
+    def _bounds(self, cuts: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+        rows, columns = _bounds(self.shape, self.mesh, cuts)
         return rows, columns
 
-    @cached_property
+    @property
     def counted(self) -> bool:
         """Whether this rank speaks for its part: true on one of the ranks that hold copies of it."""
-        mesh = self.parameter.device_mesh
+        if not isinstance(self.parameter, DTensor):
+            return not dist.is_initialized() or dist.get_rank() == 0
         copies = [m for m, p in enumerate(self.parameter.placements) if shard_dim(p) is None]
-        return all(mesh.get_local_rank(m) == 0 for m in copies)
+        return all(self.parameter.device_mesh.get_local_rank(m) == 0 for m in copies)
 
     # -- what tensor parallelism leaves to the layer's forward, before FSDP2 cuts it -------------------------------
 
     def forward_bounds(self, data_ranks: frozenset[int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of the part that this rank's forward pass multiplies with."""
-        rows, columns = _bounds(self.shape, self.parameter.device_mesh, self._tensor_cuts(data_ranks))
-        return rows, columns
+        return self._bounds(self._tensor_cuts(data_ranks))
 
     def _tensor_cuts(self, data_ranks: frozenset[int]) -> list[tuple[int, int]]:
         return [cut for cut in self._matrix_cuts if not self._over_data(cut[0], data_ranks)]
 
     def _over_data(self, mesh_dim: int, data_ranks: frozenset[int]) -> bool:
-        ranks = dist.get_process_group_ranks(self.parameter.device_mesh.get_group(mesh_dim))
+        ranks = dist.get_process_group_ranks(self._group(mesh_dim))
         return data_ranks.issuperset(ranks)
 
     def sum_to_shard(self, part: Tensor, group: dist.ProcessGroup | None, data_ranks: frozenset[int]) -> Tensor:
@@ -235,14 +245,12 @@ class Layout:
             group: The data-parallel group.
             data_ranks: Its global ranks.
         """
-        mesh = self.parameter.device_mesh
         (row, row_end), (column, column_end) = self.bounds
         (row_0, _), (column_0, _) = self.forward_bounds(data_ranks)
         cuts = [cut for cut in self._matrix_cuts if self._over_data(cut[0], data_ranks)]
-        if len(cuts) == 1 and mesh.size(cuts[0][0]) == len(data_ranks):
+        if len(cuts) == 1 and dist.get_world_size(self._group(cuts[0][0])) == len(data_ranks):
             moved = part.movedim(cuts[0][1], 0)
-            own = reduce_scatter(moved, mesh.get_group(cuts[0][0])).movedim(0, cuts[0][1])
-            return own
+            return reduce_scatter(moved, self._group(cuts[0][0])).movedim(0, cuts[0][1])
         dist.all_reduce(part, group=group)
         return part[row - row_0 : row_end - row_0, column - column_0 : column_end - column_0].clone()
 
@@ -253,12 +261,15 @@ class Layout:
             return part
         if len(cuts) > 1:
             raise ValueError("a weight cut twice along one dimension by tensor parallelism cannot be pruned")
-        mesh, size = self.parameter.device_mesh, self.shape[dim]
-        return all_gather(part, size, mesh.get_group(cuts[0][0]))
+        return all_gather(part, self.shape[dim], self._group(cuts[0][0]))
+
+    def _group(self, mesh_dim: int) -> dist.ProcessGroup:
+        assert self.mesh is not None
+        return self.mesh.get_group(mesh_dim)
 
     # -- whole rows ----------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _column_cut(self) -> int | None:
         """The mesh dimension that cuts rows into pieces."""
         cuts = [mesh_dim for mesh_dim, dim in self._matrix_cuts if dim == 1]
@@ -266,14 +277,13 @@ class Layout:
             raise ValueError("a weight whose inputs are cut by two mesh dimensions cannot be pruned")
         return cuts[0] if cuts else None
 
-    @cached_property
+    @property
     def row_bounds(self) -> tuple[int, int]:
         """Start and stop of the rows that this rank has after `to_rows`."""
         rows = self.bounds[0]
-        if self._column_cut is None:
+        if self._column_cut is None or self.mesh is None:
             return rows
-        mesh = self.parameter.device_mesh
-        return _chunk(*rows, mesh.size(self._column_cut), mesh.get_local_rank(self._column_cut))
+        return _chunk(*rows, self.mesh.size(self._column_cut), self.mesh.get_local_rank(self._column_cut))
 
     def to_rows(self, part: Tensor) -> Tensor:
         """This rank's part ``[o, i]`` of a matrix to whole rows of it, ``[r, I]``: pieces change ranks if need be."""
@@ -288,8 +298,11 @@ class Layout:
         return self._exchanged(rows, Shard(0), Shard(1))
 
     def _exchanged(self, part: Tensor, source: Shard, target: Shard) -> Tensor:
+        mesh = self.mesh
+        assert mesh is not None
         assert self._column_cut is not None
-        mesh = self.parameter.device_mesh
+        if part.dtype == torch.bool:
+            return self._exchanged(part.to(torch.uint8), source, target).bool()
         names = mesh.mesh_dim_names
         line = mesh if mesh.ndim == 1 else mesh[names[self._column_cut]] if names else None
         if line is None:
@@ -329,7 +342,7 @@ def all_gather(part: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
 def counts_over_ranks(tensors: Mapping[str, Tensor], count: Callable[[Tensor], int]) -> dict[str, int]:
     """`count` of each tensor; of those that are shards, summed over all ranks, every part once, in one collective."""
     counts = {
-        name: count(local(tensor)) if not isinstance(tensor, DTensor) or Layout(tensor, False).counted else 0
+        name: count(local(tensor)) if not is_sharded(tensor) or Layout(tensor, False).counted else 0
         for name, tensor in tensors.items()
     }
     shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from lightning_prune.sharding import reshard, settle
+from lightning_prune.pruning.targets import type_name
+from lightning_prune.sharding import gathered_dtypes, reshard, settle, shard_dim
 
 
 @pytest.fixture
@@ -74,3 +76,46 @@ def test_forward_methods_of_shards_get_arguments(root: bool, mesh: DeviceMesh, m
     monkeypatch.setattr(FSDPState, "_root_pre_forward", moving)
     settle(sharded(mesh, root))
     assert passes
+
+
+def test_gathered_dtypes_are_those_of_each_forward_pass(mesh: DeviceMesh) -> None:
+    """The innermost policy counts; a module that is sharded as a part of another has that other's."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
+    half = MixedPrecisionPolicy(param_dtype=torch.float16)
+    fully_shard(model[0], mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(model[1], mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    fully_shard(model, mesh=mesh, mp_policy=half)
+    layers = {"bfloat16": model[0][0], "float32": model[1][0], "float16": model[2]}
+    settle(model)
+    found = gathered_dtypes(model)
+    assert {name: found[layer] for name, layer in layers.items()} == {n: getattr(torch, n) for n in layers}
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+    seen = {}
+
+    def note(layer: nn.Linear, args: tuple[torch.Tensor]) -> torch.Tensor:
+        seen[next(name for name, known in layers.items() if known is layer)] = str(layer.weight.dtype)
+        return args[0].to(layer.weight.dtype)
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(note)
+    model(torch.randn(3, 4))
+    assert seen == {n: f"torch.{n}" for n in layers}
+
+
+def test_a_class_that_fsdp_made_has_its_original_name(mesh: DeviceMesh) -> None:
+    class Router(nn.Linear):
+        pass
+
+    module = Router(4, 4)
+    fully_shard(module, mesh=mesh)
+    assert type(module) is not Router
+    assert type_name(module) == "Router"
+
+
+def test_what_fsdp_cut_after_tensor_parallelism_is_told_from_what_was_cut_before() -> None:
+    """The strided placement is private in torch: its name, and what it is made of, must be what they were."""
+    strided = _StridedShard(0, split_factor=2)
+    assert shard_dim(strided) == 0
+    assert isinstance(strided, _StridedShard)
+    assert not isinstance(Shard(0), _StridedShard)

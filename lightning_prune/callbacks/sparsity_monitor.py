@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,8 @@ class SparsityMonitor(L.Callback):
         """Names of layers, and their weights as they are now."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         pruner = next((c for c in callbacks if isinstance(c, WeightPruning)), None)
-        targets, ignore = self.targets, self.ignore
+        targets: Sequence[str | type[nn.Module]] | None = self.targets
+        ignore: Sequence[str | type[nn.Module]] | None = self.ignore
         if pruner is not None and targets is None:
             targets = pruner.settings.targets
         if ignore is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -27,9 +26,9 @@ from lightning_prune.perp.masks import checked_mask
 from lightning_prune.perp.options import check_adapter, check_options, check_parts, select_parameters
 from lightning_prune.perp.record import find_retraining
 from lightning_prune.progress import Advance, progress_bar
-from lightning_prune.pruning.blocks import BlockWalk, walk_stacks
+from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.masks import check_masks, named_weights
-from lightning_prune.pruning.running import forward, on_device, quiet_model
+from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
 from lightning_prune.pruning.targets import find_stacks
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals, restored_on_failure, uninterrupted
@@ -95,7 +94,7 @@ def reconstruct(
     offload: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
-    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     **lora_options: Any,
 ) -> Reconstruction:
@@ -178,16 +177,8 @@ def reconstruct(
         stacks = [stack for stack in find_stacks(model) if any(adapters.fits(name, block) for name, block in stack)]
         places = {name: place for place, (name, _) in enumerate(blocks)}
         moved = on_device(model, batches)
-        walks = walk_stacks(
-            model,
-            [[block for _, block in stack] for stack in stacks],
-            moved,
-            num_samples,
-            _run_body,
-            forward_context,
-            offload=device,
-            errors=ranks,
-        )
+        samples = Samples(model, moved, num_samples, _run_body, forward_context, offload=device)
+        walks = walk_stacks(samples, [[block for _, block in stack] for stack in stacks], errors=ranks)
         errors = []
         with progress_bar("Reconstructing blocks", sum(map(len, stacks)) * steps, progress) as advance:
             for position, walk in walks:

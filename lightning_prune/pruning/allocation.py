@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_prune.naming import name_matches
@@ -192,7 +191,7 @@ def global_counts(
 
     def counted(target: Target) -> Tensor:
         scores = score(target)
-        return scores if ranks is None or _speaks_for(target) else scores[:0]
+        return scores if ranks is None or target.layout.counted else scores[:0]
 
     threshold = kth_smallest(lambda: (counted(t) for t in targets), count, None if ranks is None else ranks.sum_parts)
     pairs = []
@@ -212,12 +211,6 @@ def global_counts(
     return below
 
 
-def _speaks_for(target: Target) -> bool:
-    """Whether this rank speaks for the part of a matrix it holds; of copies, one rank does."""
-    layout = target.layout
-    return dist.get_rank() == 0 if layout is None else layout.counted
-
-
 def owl_sparsities(
     targets: Sequence[Target],
     statistics: Statistics,
@@ -229,7 +222,7 @@ def owl_sparsities(
     """Layer sparsities of `OWLAllocation`; `blocks` gives each target's decoder block (its own name if none)."""
 
     def over_ranks(value: Callable[[Target], Tensor]) -> list[float]:
-        own = [value(t) if ranks is None or _speaks_for(t) else value(t) * 0 for t in targets]
+        own = [value(t) if ranks is None or t.layout.counted else value(t) * 0 for t in targets]
         whole = torch.stack(own).double()
         return (whole if ranks is None else ranks.sum_parts(whole)).tolist()
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
-from lightning_prune.pruning.batches import batch_size, samples
+from lightning_prune.pruning.batches import batch_size
+from lightning_prune.pruning.batches import samples as first_samples
 from lightning_prune.pruning.padding import Padding, PaddingFinder
+from lightning_prune.pruning.running import ForwardContext
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.ranks import Ranks, in_step, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard
@@ -73,51 +74,55 @@ class BlockBatch:
         return None if keep is None else keep.reshape(self.hidden.shape[:2])
 
 
-class BlockWalk:
-    """Record the inputs of the first block, then run block after block.
+@dataclass(frozen=True)
+class Samples:
+    """Calibration samples, and how they run through a model.
 
-    Args:
+    Attributes:
         model: The model.
-        blocks: A stack of its blocks, in the order they run.
         batches: Calibration batches.
-        num_samples: Samples to use.
+        number: Samples to use.
         run: ``run(model, batch)`` starts a forward pass.
         forward_context: Makes the context that forward passes run in (autocast).
         ranks: Whose parameters are sharded, so that they run in lock step; or None.
         offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    number: int
+    run: Callable[[nn.Module, Any], Any]
+    forward_context: ForwardContext = contextlib.nullcontext
+    ranks: Ranks | None = None
+    offload: torch.device | None = None
+
+
+class BlockWalk:
+    """Record the inputs of the first block, then run block after block.
+
+    Args:
+        samples: What runs through the model.
+        blocks: A stack of its blocks, in the order they run.
         optional: Pass over batches that do not reach the blocks.
 
     Raises:
         CalibrationError: no sample, or the model does not pass its blocks one tensor of hidden states.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Sequence[nn.Module],
-        batches: Iterable[Any],
-        num_samples: int,
-        run: Callable[[nn.Module, Any], Any],
-        forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-        ranks: Ranks | None = None,
-        offload: torch.device | None = None,
-        optional: bool = False,
-    ) -> None:
-        self.blocks = list(blocks)
-        self.offload = offload
-        self.forward_context = forward_context
+    def __init__(self, samples: Samples, blocks: Sequence[nn.Module], optional: bool = False) -> None:
+        self.blocks, self.samples = list(blocks), samples
         self.returns: int | None = None  # length of the tuple that a block returns, 0 for a tensor
-        self.to_the_end = ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
-        self.optional = optional and ranks is None
-        self.padding = PaddingFinder(model)
+        self.to_the_end = samples.ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
+        self.optional = optional and samples.ranks is None
+        self.padding = PaddingFinder(samples.model)
         self.batches = []
         seen = False
-        for (batch, size), counting in in_step(samples(batches, num_samples), ranks):
+        for (batch, size), counting in in_step(first_samples(samples.batches, samples.number), samples.ranks):
             seen = True
-            if (recorded := self._record(model, batch, size, run)) is not None:
+            if (recorded := self._record(batch, size)) is not None:
                 recorded.counting = counting
                 self.batches.append(recorded)
-        reshard(model)
+        reshard(samples.model)
         if not seen:
             raise no_sample()
         if not self.batches:
@@ -154,7 +159,7 @@ class BlockWalk:
         args, kwargs = (hidden, *call.args), call.kwargs
         if call.by_keyword:
             args, kwargs = (), {**call.kwargs, "hidden_states": hidden}
-        with self.forward_context():
+        with self.samples.forward_context():
             if weights is None:
                 output = self.blocks[index](*args, **kwargs)
             else:
@@ -164,12 +169,10 @@ class BlockWalk:
 
     def put_by(self, hidden: Tensor) -> Tensor:
         """Hidden states where they wait until they are needed."""
-        return hidden if self.offload is None else hidden.to(self.offload)
+        return hidden if self.samples.offload is None else hidden.to(self.samples.offload)
 
     @torch.no_grad()
-    def _record(
-        self, model: nn.Module, batch: Any, size: int, run: Callable[[nn.Module, Any], Any]
-    ) -> BlockBatch | None:
+    def _record(self, batch: Any, size: int) -> BlockBatch | None:
         calls: list[_Call] = []
         first: list[Tensor] = []
         forwards = [block.forward for block in self.blocks]
@@ -207,8 +210,8 @@ class BlockWalk:
         try:
             for index, block in enumerate(self.blocks):
                 block.__dict__["forward"] = recorder(index)
-            with self.padding.watching(), self.forward_context(), contextlib.suppress(_AllRecordedError):
-                run(model, batch)
+            with self.padding.watching(), self.samples.forward_context(), contextlib.suppress(_AllRecordedError):
+                self.samples.run(self.samples.model, batch)
         finally:
             for block, forward in zip(self.blocks, own, strict=True):
                 if forward is None:
@@ -226,29 +229,15 @@ class BlockWalk:
 
 
 def walk_stacks(
-    model: nn.Module,
-    stacks: Sequence[Sequence[nn.Module]],
-    batches: Iterable[Any],
-    num_samples: int,
-    run: Callable[[nn.Module, Any], Any],
-    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-    ranks: Ranks | None = None,
-    offload: torch.device | None = None,
-    errors: Ranks | None = None,
+    samples: Samples, stacks: Sequence[Sequence[nn.Module]], errors: Ranks | None = None
 ) -> Iterator[tuple[int, BlockWalk]]:
     """Walk several stacks of blocks in the order in which they run.
 
     A stack is recorded when its walk is asked for, so it meets what has become of the stacks before it.
 
     Args:
-        model: See `BlockWalk`, as for the other arguments.
+        samples: What runs through the model; its batches are held until the end if there are several stacks.
         stacks: Blocks of each stack.
-        batches: Held until the end if there are several stacks.
-        num_samples: See `BlockWalk`.
-        run: See `BlockWalk`.
-        forward_context: See `BlockWalk`.
-        ranks: See `BlockWalk`.
-        offload: See `BlockWalk`.
         errors: Processes that do not run in lock step: an error of one while it records is the error of all.
 
     Yields:
@@ -257,14 +246,13 @@ def walk_stacks(
     several, order = len(stacks) > 1, [0]
     if several:
         with synchronized_errors(errors):
-            batches = [batch for batch, _ in samples(batches, num_samples)]
-            order = _running_order(model, stacks, batches, run, forward_context, ranks)
+            held = [batch for batch, _ in first_samples(samples.batches, samples.number)]
+            samples = replace(samples, batches=held)
+            order = _running_order(samples, stacks, held[:1])
     unplaced: PaddingFinder | None = None
     for position in order:
         with synchronized_errors(errors):
-            walk = BlockWalk(
-                model, stacks[position], batches, num_samples, run, forward_context, ranks, offload, several
-            )
+            walk = BlockWalk(samples, stacks[position], several)
         if unplaced is not None:
             walk.padding.unplaced.update(unplaced.unplaced)
         unplaced = walk.padding
@@ -273,14 +261,7 @@ def walk_stacks(
         unplaced.warn()
 
 
-def _running_order(
-    model: nn.Module,
-    stacks: Sequence[Sequence[nn.Module]],
-    batches: Sequence[Any],
-    run: Callable[[nn.Module, Any], Any],
-    forward_context: Callable[[], AbstractContextManager[Any]],
-    ranks: Ranks | None,
-) -> list[int]:
+def _running_order(samples: Samples, stacks: Sequence[Sequence[nn.Module]], first: Sequence[Any]) -> list[int]:
     """Positions of stacks as the first batch runs through them; as they are in the model where it misses one."""
     ran: dict[int, None] = {}
     handles = [
@@ -288,9 +269,9 @@ def _running_order(
         for position, stack in enumerate(stacks)
     ]
     try:
-        with torch.no_grad(), forward_context():
-            for batch, _ in in_step(batches[:1], ranks):
-                run(model, batch)
+        with torch.no_grad(), samples.forward_context():
+            for batch, _ in in_step(first, samples.ranks):
+                samples.run(samples.model, batch)
     finally:
         for handle in handles:
             handle.remove()

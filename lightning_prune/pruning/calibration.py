@@ -17,7 +17,6 @@ import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Taps
 from lightning_prune.pruning.padding import Padding, PaddingFinder
-from lightning_prune.pruning.running import forward, model_loss, quiet_model, without_label
+from lightning_prune.pruning.running import ForwardContext, forward, model_loss, quiet_model, without_label
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     BACKWARD_STATISTICS,
@@ -60,7 +59,7 @@ def collect(
     loss_fn: LossFn | None = None,
     gradient_dtype: torch.dtype = torch.float32,
     gradient_device: torch.device | str | None = None,
-    forward_context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     progress: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -157,7 +156,7 @@ class _Sweep:
         model: nn.Module,
         taps: Taps,
         loss_fn: LossFn | None,
-        forward_context: Callable[[], AbstractContextManager[Any]],
+        forward_context: ForwardContext,
         ranks: Ranks | None,
     ) -> None:
         self.model, self.taps, self.loss_fn, self.forward_context = model, taps, loss_fn, forward_context
@@ -382,9 +381,9 @@ def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:
     for tap in taps.all:
         sums = tap.accumulator.sums
         for name in sorted(taps.statistics):
-            if name in GRADIENTS and tap.layout is not None:
+            if name in GRADIENTS and tap.scattered:
                 continue  # summed with every backward
             sums[name] = ranks.sum_samples(sums[name])
-            if tap.layout is not None and name in (INPUT_NORM, OUTPUT_GRAD_NORM):
+            if name in (INPUT_NORM, OUTPUT_GRAD_NORM):
                 dim = 1 if name == INPUT_NORM else 0
                 sums[name] = tap.layout.whole_vector(sums[name], dim, ranks.data_ranks())

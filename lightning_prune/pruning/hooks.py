@@ -45,7 +45,7 @@ class Tap:
 
     target: Target
     accumulator: Accumulator
-    layout: Layout | None
+    layout: Layout  # as it is trained: in a forward pass FSDP2 has the parameter gathered
     forward_shape: tuple[int, int]  # of the matrix that this rank's forward pass multiplies with
     uses: int = 0
     at_once: bool = True  # used once by every rank: its gradient is complete when the backward of its input runs
@@ -55,6 +55,11 @@ class Tap:
     def name(self) -> str:
         """The parameter's name."""
         return self.target.name
+
+    @property
+    def scattered(self) -> bool:
+        """Whether each rank keeps a part of the gradients, which is summed over ranks with every backward."""
+        return self.layout.mesh is not None
 
 
 @dataclass
@@ -160,16 +165,13 @@ class Taps:
 
     def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
         layout = target.layout
-        shape = target.shape
-        if layout is not None:
-            (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
-            shape = row_end - row, column_end - column
+        (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
         own = target.matrix().shape
         wide = wide_dtype(target.weight.dtype)
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
         accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
-        return Tap(target, accumulator, layout, shape)
+        return Tap(target, accumulator, layout, (row_end - row, column_end - column))
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -414,7 +416,7 @@ class Taps:
 
     def _add_gradients(self, tap: Tap, gradients: Iterable[Tensor]) -> None:
         """Add per-sample gradients ``[o, i]`` of the forward's part to the aggregate."""
-        if tap.layout is None:
+        if not tap.scattered:
             for gradient in gradients if self.counting else ():
                 tap.accumulator.add_gradient(gradient, self.scale)
             return

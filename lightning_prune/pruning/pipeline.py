@@ -6,8 +6,7 @@ import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, cast
@@ -29,12 +28,12 @@ from lightning_prune.pruning.allocation import (
     uniform_counts,
 )
 from lightning_prune.pruning.batches import check_repeatable
-from lightning_prune.pruning.blocks import walk_stacks
+from lightning_prune.pruning.blocks import Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
-from lightning_prune.pruning.patterns import check_scores, lowest_in_layer, lowest_in_rows, lowest_over_ranks, nm_mask
+from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
-from lightning_prune.pruning.running import forward, on_device, quiet_model
+from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion, Score
 from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, make_score
@@ -44,9 +43,8 @@ from lightning_prune.pruning.updates import ALPS, LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
-from lightning_prune.sharding import Layout, gather_whole, gathered_around, has_sharded_parameters, local
+from lightning_prune.sharding import gathered_around, has_sharded_parameters
 
-ForwardContext = Callable[[], AbstractContextManager[Any]]
 _log = logging.getLogger("lightning_prune")
 
 
@@ -151,7 +149,7 @@ def _ranks_of(model: nn.Module, targets: Sequence[Target]) -> Ranks | None:
     """The ranks that a sharded model is spread over; None where no parameter is sharded."""
     if not has_sharded_parameters(model):
         return None
-    meshes = {layout.parameter.device_mesh for t in targets if (layout := t.layout) is not None}
+    meshes = {mesh for t in targets if (mesh := t.layout.mesh) is not None}
     if any(mesh.ndim > 1 for mesh in meshes):
         raise ValueError(
             "the model is sharded over a device mesh of several dimensions: say over which of them samples differ, "
@@ -296,10 +294,7 @@ class _Run:
 
     def _here(self) -> dict[str, LayerStatistics]:
         """Statistics cut to the part of each matrix that is here."""
-        return {
-            t.name: self.statistics[t.name] if t.layout is None else self.statistics[t.name].part(t.layout.bounds)
-            for t in self.plan.targets
-        }
+        return {t.name: self.statistics[t.name].part(t.layout.bounds) for t in self.plan.targets}
 
     def _blocks_of_targets(self) -> dict[str, str]:
         blocks = {id(m): name for name, block in self.plan.blocks for m in block.modules()}
@@ -308,21 +303,17 @@ class _Run:
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
         scores = self._worth(target, target.matrix(), statistics or LayerStatistics(samples=0))
-        previous = self.previous.get(target.name)
-        if previous is not None:
+        if (previous := self.previous.get(target.name)) is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
 
     def _worth(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
-        """Scores of weights in the place of the part of the matrix that is here, ``[o, i]``."""
-        layout = target.layout
-        if layout is None:
-            return self._scored(target, weight, statistics)
+        """Scores of a weight in the place of the part of the matrix that is here, ``[o, i]``."""
+        bounds = target.layout.bounds
         if cast(Score, self.plan.score).elementwise:
-            return self._scored(target, weight, statistics.part(layout.bounds))
-        scores = self._scored(target, _whole(target, weight), _whole_gradients(target, statistics))
-        (row, row_end), (column, column_end) = layout.bounds
-        return scores[row:row_end, column:column_end]
+            return self._scored(target, weight, statistics.part(bounds))
+        whole = self._scored(target, target.whole(weight), statistics.with_gradients(target.whole))
+        return whole[slice(*bounds[0]), slice(*bounds[1])]
 
     def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
@@ -338,8 +329,7 @@ class _Run:
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of one layer, in the parameter's shape."""
         own, layout = self._scores(target, statistics).contiguous(), target.layout
-        mask = self._choose(target, own if layout is None else layout.to_rows(own))
-        mask = mask if layout is None else layout.from_rows(mask.to(torch.uint8)).bool()
+        mask = layout.from_rows(self._choose(target, target.rows(own)))
         mask = self._without_previous(target, mask)  # counts may be spread over rows in another way than before
         self._summarize(target, own, mask)
         return target.to_parameter(mask)
@@ -348,7 +338,7 @@ class _Run:
         """Note scores and mask of the part that is here, if anyone wants to know."""
         if self.summary is None:
             return
-        if target.layout is None or target.layout.counted:
+        if self.parts is None or target.layout.counted:
             self.summary.add(target.name, own, mask, target.numel)
         else:
             self.summary.leave_out(target.name)
@@ -359,24 +349,14 @@ class _Run:
         if plan.pattern is not None:
             return nm_mask(scores, plan.pattern)
         if plan.group == "row":
-            first_row, all_rows = (0, None) if layout is None else (layout.row_bounds[0], layout.shape[0])
-            return lowest_in_rows(scores, self.counts[target.name], first_row, all_rows)
-        return self._lowest_in_layer(layout)(scores, self.counts[target.name])
+            return lowest_in_rows(scores, self.counts[target.name], layout.row_bounds[0], layout.shape[0])
+        return target.lowest(self.parts)(scores, self.counts[target.name])
 
-    def _lowest_in_layer(self, layout: Layout | None) -> Callable[[Tensor, int], Tensor]:
-        """Selection within a whole matrix from the rows of it that are here."""
-        if layout is None:
-            return lowest_in_layer
-        assert self.parts is not None
-        first_row, ranks = layout.row_bounds[0], self.parts
-        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, layout.counted)
-
-    def _total(self, layout: Layout | None, count: Tensor) -> Tensor:
+    def _total(self, target: Target, count: Tensor) -> Tensor:
         """The sum of what every rank counts in the rows that it has; of copies, one counts."""
-        if layout is None:
+        if self.parts is None:
             return count
-        assert self.parts is not None
-        return self.parts.sum_parts(count if layout.counted else torch.zeros_like(count))
+        return self.parts.sum_parts(count if target.layout.counted else torch.zeros_like(count))
 
     def _without_previous(self, target: Target, mask: Tensor) -> Tensor:
         """A mask of the part that is here, without what is pruned already."""
@@ -387,48 +367,41 @@ class _Run:
 
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
         """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
-        settings, own, layout = self.plan.settings, local(target.weight), target.layout
+        settings, layout = self.plan.settings, target.layout
         mask = None if settings.selects_itself else self._select(target, statistics)
         if settings.solver is None:
             assert mask is not None
-            own.masked_fill_(~local(mask), 0.0)
+            target.mask(mask)
             return mask
-
-        def rows(part: Tensor) -> Tensor:
-            return part if layout is None else layout.to_rows(part)
-
-        chosen = None if mask is None else rows(target.part(mask).to(torch.uint8)).bool()
         told = mask is None and self.summary is not None and settings.solver is not self.plan.score
         scores = self._scores(target, statistics) if told else None
         previous = self.previous.get(target.name)
-        pruned = None if previous is None else ~rows(target.part(previous).to(own.device, torch.uint8)).bool()
+        pruned = None if previous is None else ~target.rows(target.part(previous).to(target.weight.device))
         weight, kept = settings.solver.solve(
             LayerRows(
                 name=target.name,
-                weight=rows(target.matrix()),
-                statistics=statistics if layout is None else statistics.part((layout.row_bounds, (0, layout.shape[1]))),
-                mask=chosen,
+                weight=target.rows(),
+                statistics=statistics.part((layout.row_bounds, (0, layout.shape[1]))),
+                mask=None if mask is None else target.rows(target.part(mask)),
                 count=self.counts.get(target.name, 0),
                 pattern=self.plan.pattern,
-                lowest=self._lowest_in_layer(layout),
+                lowest=target.lowest(self.parts),
                 choose=lambda scores: self._choose(
                     target, scores if pruned is None else scores.masked_fill(pruned, -math.inf)
                 ),
-                factors=lambda norms: rows(
+                factors=lambda norms: target.rows(
                     self._worth(target, torch.ones_like(target.matrix()), replace(statistics, input_norm=norms))
                 ),
-                total=lambda count: self._total(layout, count),
+                total=lambda count: self._total(target, count),
             )
         )
         with synchronized_errors(self.parts):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
-        if layout is not None:
-            weight, kept = layout.from_rows(weight), layout.from_rows(kept.to(torch.uint8)).bool()
-        kept = self._without_previous(target, kept)
+        kept = self._without_previous(target, layout.from_rows(kept))
         if scores is not None:
             self._summarize(target, scores, kept)
-        own.copy_(target.kind.from_matrix(weight.masked_fill(~kept, 0.0), own.shape))
+        target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
         return target.to_parameter(kept)
 
     def _update_all(self, keep: Keeper) -> Masks:
@@ -458,16 +431,8 @@ class _Run:
             quiet_model(self.model, freeze=False),
             progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
         ):
-            for _, walk in walk_stacks(
-                self.model,
-                stacks,
-                self.batches,
-                plan.num_samples,
-                run,
-                self.forward_context,
-                self.parts,
-                errors=None if self.parts else self.ranks,
-            ):
+            samples = Samples(self.model, self.batches, plan.num_samples, run, self.forward_context, self.parts)
+            for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
                     layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
                     with gathered_around(self.model, block):
@@ -488,22 +453,6 @@ class _Run:
                                 pass
                     advance()
         return {t.name: masks[t.name] for t in plan.targets}
-
-
-def _whole(target: Target, part: Tensor) -> Tensor:
-    """The whole matrix of one layer, from this rank's part of it."""
-    whole: Tensor = gather_whole(target.to_parameter(part))
-    return target.kind.to_matrix(whole)
-
-
-def _whole_gradients(target: Target, statistics: LayerStatistics) -> LayerStatistics:
-    """Statistics with the gradient aggregates of the whole matrix."""
-    l1, l2 = statistics.gradient_l1, statistics.gradient_l2
-    return replace(
-        statistics,
-        gradient_l1=None if l1 is None else _whole(target, l1),
-        gradient_l2=None if l2 is None else _whole(target, l2),
-    )
 
 
 def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:

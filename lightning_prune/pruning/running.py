@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.targets import Target, block_classes, type_name
+
+ForwardContext = Callable[[], AbstractContextManager[Any]]
+"""Makes the context that a forward pass runs in, such as autocast."""
 
 # What only a loss needs: the forward pass of a model without its head takes none of it.
 _LOSS_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")

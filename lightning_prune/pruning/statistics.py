@@ -6,7 +6,7 @@ Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O out
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -41,8 +41,7 @@ class LayerStatistics:
         gradient_l1: ``[O, I]``, ``sum over samples of abs(G)`` (GBLM, arXiv 2311.04902, sec. 3). Of a sharded
             weight, this rank's part of the matrix.
         gradient_l2: ``[O, I]``, ``sqrt(sum over samples of G^2)``; the same.
-        hessian: ``[I, I]``, ``X^T X`` over all tokens, divided by n; of a sharded weight, this rank's share of its
-            rows (see `lightning_prune.sharding.all_gather`).
+        hessian: ``[I, I]``, ``X^T X`` over all tokens, divided by n; whole on every rank.
     """
 
     samples: int
@@ -59,6 +58,15 @@ class LayerStatistics:
             self,
             input_norm=None if self.input_norm is None else self.input_norm[column:column_end],
             output_grad_norm=None if self.output_grad_norm is None else self.output_grad_norm[row:row_end],
+        )
+
+    def with_gradients(self, change: Callable[[Tensor], Tensor]) -> LayerStatistics:
+        """Those with their gradient aggregates changed."""
+        l1, l2 = self.gradient_l1, self.gradient_l2
+        return replace(
+            self,
+            gradient_l1=None if l1 is None else change(l1),
+            gradient_l2=None if l2 is None else change(l2),
         )
 
     def get(self, name: str) -> Tensor:

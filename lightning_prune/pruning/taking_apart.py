@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.batches import batch_size, is_sequences, take
 from lightning_prune.pruning.hooks import Taps
-from lightning_prune.pruning.running import without_label
+from lightning_prune.pruning.running import ForwardContext, without_label
 from lightning_prune.ranks import Ranks, meet
 
 # Samples that are compared with the batch they make up; the cost is some passes over them, once a run.
@@ -72,7 +71,7 @@ class Decision:
         model: nn.Module,
         taps: Taps,
         loss_fn: Callable[[nn.Module, Any], Tensor],
-        forward_context: Callable[[], AbstractContextManager[Any]],
+        forward_context: ForwardContext,
         lockstep: Ranks | None,
     ) -> None:
         self.model, self.taps, self.loss_fn = model, taps, loss_fn

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
-from lightning_prune.sharding import Layout, as_shard_of, local
+from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
+from lightning_prune.ranks import Ranks
+from lightning_prune.sharding import Layout, as_shard_of, gather_whole, local
 
 DEFAULT_IGNORE = HEADS
 """Output layers, left alone unless `targets` names them; see `lightning_prune.naming.is_head`."""
@@ -155,10 +155,7 @@ class Target:
     @property
     def shape(self) -> tuple[int, int]:
         """``(O, I)`` of the matrix."""
-        size = self.weight.shape
-        if self.kind.transposed:
-            return size[1], size[0]
-        return size[0], size[1:].numel()
+        return self.layout.shape
 
     @property
     def numel(self) -> int:
@@ -166,23 +163,47 @@ class Target:
         return self.weight.numel()
 
     @property
-    def layout(self) -> Layout | None:
-        """How the parameter is sharded, or None."""
-        weight = self.weight
-        return Layout(weight, self.kind.transposed) if isinstance(weight, DTensor) else None
+    def layout(self) -> Layout:
+        """Where the parts of the matrix are."""
+        return Layout(self.weight, self.kind.transposed)
 
     def matrix(self) -> Tensor:
-        """The weight as ``(O, I)``, detached, in its own dtype."""
-        return self.kind.to_matrix(local(self.weight.detach()))
+        """The weight as ``(O, I)``, or this rank's part of it; detached, in its own dtype."""
+        return self.part(self.weight.detach())
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
+        return self.kind.to_matrix(local(tensor))
+
+    def rows(self, part: Tensor | None = None) -> Tensor:
+        """Whole rows ``[r, I]`` of the weight, or of what has the form of `matrix`; parts change ranks if need be."""
+        return self.layout.to_rows(self.matrix() if part is None else part)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All of a matrix on every rank, ``[O, I]``, from this rank's part of it."""
+        return part if self.layout.mesh is None else self.kind.to_matrix(gather_whole(self.to_parameter(part)))
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
         """A matrix, shaped as `matrix` gives it, back to the parameter's shape and layout."""
         weight = self.weight
         return as_shard_of(weight, self.kind.from_matrix(matrix, local(weight).shape).contiguous())
 
-    def part(self, tensor: Tensor) -> Tensor:
-        """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
-        return self.kind.to_matrix(local(tensor))
+    def write(self, matrix: Tensor) -> None:
+        """Overwrite the weight, or this rank's part of it."""
+        own = local(self.weight.detach())
+        own.copy_(self.kind.from_matrix(matrix, own.shape))
+
+    def mask(self, mask: Tensor) -> None:
+        """Set weights to zero where a mask of the parameter's shape and layout is False."""
+        local(self.weight.detach()).masked_fill_(~local(mask), 0.0)
+
+    def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
+        """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
+        layout = self.layout
+        if layout.mesh is None or ranks is None:
+            return lowest_in_layer
+        first_row, counted = layout.row_bounds[0], layout.counted
+        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, counted)
 
 
 @dataclass(frozen=True)
@@ -518,10 +539,7 @@ _PACKED_TYPES = ("Params4bit", "Int8Params", "GGUFParameter")
 
 def _packed_form(weight: Tensor) -> str | None:
     """In which form a weight holds something else than one plain number an element, or None."""
-    if isinstance(weight, DTensor):
-        weight = weight._local_tensor
-    if isinstance(weight, AsyncCollectiveTensor):
-        return None
+    weight = local(weight)
     kind = type(weight)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__name__ in _PACKED_TYPES:
         return f"{kind.__name__}, {weight.dtype}"

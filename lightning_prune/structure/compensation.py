@@ -12,7 +12,6 @@ from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.hessian import DAMPING, compensated
 from lightning_prune.pruning.precision import full_precision
-from lightning_prune.pruning.targets import Target
 from lightning_prune.ranks import shard_group
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local
@@ -68,28 +67,18 @@ def compensation(
     with progress_bar("Compensating", len(lost), progress) as advance:
         for name, indices in lost.items():
             target = targets[f"{name}.weight"]
-            rows = _whole_rows(target)
+            rows = target.rows()
             try:
                 rows = compensated(rows, moments[name], indices, damping)
             except CalibrationError as error:
                 if shards is None:
                     raise
                 failure = error  # the other ranks wait in the exchange of rows
-            weights[target.name] = _from_rows(target, rows)
+            weights[target.name] = target.to_parameter(target.layout.from_rows(rows))
             advance()
     if shards is not None and int(shards.sum(torch.tensor(int(failure is not None)))):
         raise failure or CalibrationError("a layer's update failed on another rank; use more calibration samples")
     return weights
-
-
-def _whole_rows(target: Target) -> Tensor:
-    """The weight as ``[O, I]``; where it is sharded, some of its rows, ``[r, I]``."""
-    return target.matrix() if target.layout is None else target.layout.to_rows(target.matrix())
-
-
-def _from_rows(target: Target, rows: Tensor) -> Tensor:
-    """The inverse of `_whole_rows`, in the parameter's shape and layout."""
-    return target.to_parameter(rows if target.layout is None else target.layout.from_rows(rows))
 
 
 @torch.no_grad()

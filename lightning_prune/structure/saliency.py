@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_prune.pruning.hooks import on_gradient
 from lightning_prune.pruning.precision import full_precision
@@ -138,7 +137,7 @@ class SaliencyAccumulator:
     def _sum_over_others(self, p: nn.Parameter, dims: Sequence[int]) -> dict[int, Tensor]:
         """Saliencies of a parameter's weights, summed over all dimensions but one, for each of `dims`."""
         weight, grad = local(p.detach()), None if p.grad is None else local(p.grad)
-        bounds = shard_bounds(p) if isinstance(p, DTensor) else [(0, n) for n in p.shape]
+        bounds = shard_bounds(p)
         sums = {dim: torch.zeros(p.shape[dim], dtype=self._dtype, device=weight.device) for dim in dims}
         if not weight.numel():
             return sums
@@ -290,10 +289,7 @@ def _input_saliency(target: Target, statistics: LayerStatistics) -> Tensor:
     weight = weight.to(wide_dtype(weight.dtype))
     rows = statistics.get(OUTPUT_GRAD_NORM).square()  # [O]
     columns = statistics.get(INPUT_NORM).square()  # [I]
-    layout = target.layout
-    if layout is None:
-        return (rows.to(weight) @ weight.square()) * columns.to(weight)
-    (row, row_end), (column, column_end) = layout.bounds
+    (row, row_end), (column, column_end) = target.layout.bounds
     found = weight.new_zeros(len(columns))
     own = rows[row:row_end].to(weight) @ weight.square()
     found[column:column_end] = own * columns[column:column_end].to(weight.device)

@@ -11,7 +11,7 @@ from tiny import BLOCKS, LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 
 from lightning_prune import CalibrationError, prune
-from lightning_prune.pruning.blocks import BlockWalk
+from lightning_prune.pruning.blocks import BlockWalk, Samples
 
 
 def select(score, group, sparsity, nm):
@@ -335,7 +335,7 @@ def test_the_walk_yields_before_it_runs_and_passes_outputs_on():
     torch.manual_seed(0)
     model = Blocks([0, 1, 2])
     data = torch.randn(5, 3, 6)
-    walk = BlockWalk(model, list(model.blocks), data.split(2), 4, lambda m, b: m(b))
+    walk = BlockWalk(Samples(model, data.split(2), 4, lambda m, b: m(b)), list(model.blocks))
     assert [batch.samples for batch in walk.batches] == [2, 2]
     ran = []
     model.blocks[0].register_forward_hook(lambda *_: ran.append(1))
