@@ -373,7 +373,7 @@ class _Run:
             assert mask is not None
             target.mask(mask)
             return mask
-        told = mask is None and self.summary is not None and settings.solver is not self.plan.score
+        told = mask is None and settings.update is not None and self.summary is not None
         scores = self._scores(target, statistics) if told else None
         previous = self.previous.get(target.name)
         pruned = None if previous is None else ~target.rows(target.part(previous).to(target.weight.device))
