@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.allocation import KFACAllocation as KFACAllocation
     from lightning_prune.pruning.allocation import OWLAllocation as OWLAllocation
     from lightning_prune.pruning.coverage import measure_coverage as measure_coverage
+    from lightning_prune.pruning.elsa import ELSA as ELSA
     from lightning_prune.pruning.masks import apply_masks as apply_masks
     from lightning_prune.pruning.masks import mask_sparsity as mask_sparsity
     from lightning_prune.pruning.pipeline import prune as prune
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from lightning_prune.schedules import LinearSchedule as LinearSchedule
     from lightning_prune.schedules import OneShot as OneShot
     from lightning_prune.structure.oneshot import prune_structured as prune_structured
+    from lightning_prune.text.compress import compress as compress
+    from lightning_prune.text.compress import shrink as shrink
     from lightning_prune.text.data import TextDataModule as TextDataModule
     from lightning_prune.text.module import CausalLM as CausalLM
 
@@ -45,6 +48,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "CausalLM": "text.module",
     "CubicSchedule": "schedules",
+    "ELSA": "pruning.elsa",
     "KFACAllocation": "pruning.allocation",
     "LayerStatistics": "pruning.statistics",
     "LinearSchedule": "schedules",
@@ -59,6 +63,7 @@ _HOMES = {
     "WeightPruning": "callbacks.weight_pruning",
     "apply_masks": "pruning.masks",
     "benchmark": "evaluation.latency",
+    "compress": "text.compress",
     "evaluate": "evaluation.evaluate",
     "export": "checkpoints.export",
     "inspect": "checkpoints.inspection",
@@ -71,6 +76,7 @@ _HOMES = {
     "prune": "pruning.pipeline",
     "prune_structured": "structure.oneshot",
     "save_masks": "checkpoints.mask_files",
+    "shrink": "text.compress",
 }
 
 __all__ = sorted(_HOMES)

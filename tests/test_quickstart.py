@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_prune import quickstart as module
 from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.cli import main
 from lightning_prune.quickstart import SCORES, check_zeros, quickstart, unigram_perplexity
 from lightning_prune.text.data import TextDataModule
 
@@ -43,9 +45,28 @@ def test_results_are_those_on_disk(finished):
     assert set(names) == (
         {"dense", "dense-longer"} | {f"{s}-{z}" for z in slugs for s in SCORES} | {f"gblm-{z}-retrained" for z in slugs}
     )
-    assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("perplexity.png", "sparsity.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     for row in results["models"]:
         assert f"{row['perplexity']:.2f}" in text
+
+
+def test_the_command_it_names_last_writes_a_report(finished):
+    folder, _, text = finished
+    (command,) = [line for line in text.splitlines() if line.startswith("lightning-prune report")]
+    assert main(command.split()[1:]) == 0
+    assert (folder / "report.html").is_file()
+
+
+def test_curves_hold_what_the_table_says(finished):
+    _, results, _ = finished
+    owner = SimpleNamespace(rows=[module.Row(**row) for row in results["models"]])
+    curves = module._Quickstart.curves(owner)
+    assert set(curves) == {*SCORES, "gblm, retrained"}
+    for row in results["models"]:
+        if row["zeros"] in ("50 %", "75 %"):
+            assert curves[row["model"]][row["sparsity"]] == row["perplexity"]
+    assert all(len(points) == 2 for points in curves.values())
 
 
 def test_sparsity_of_every_folder(finished):

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.ranks import shard_group
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
@@ -268,6 +269,7 @@ class _Retraining(Protocol):
     masks: Any
     reconstruct: Any
     options: Any
+    distill_from: Any
 
 
 def check_order(callbacks: Sequence[Any], retraining: _Retraining) -> None:
@@ -292,6 +294,13 @@ def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
     """
     if retraining.masks is not None:
         raise ValueError("masks are those of the WeightPruning callback in the same Trainer; leave masks out")
+    if pruner.distill_from is not None and retraining.distill_from is not None:
+        raise ValueError("distill_from is given to WeightPruning and to PERPRetraining: give it to one of them")
+    if isinstance(pruner.schedule, ELSA):
+        raise ValueError(
+            f"WeightPruning(schedule={pruner.schedule!r}) trains the weights themselves into their sparsity, which "
+            "adapters would hold fixed: retrain in a fit of its own, after it"
+        )
     if isinstance(pruner.schedule, OneShot) and not pruner.schedule.start:
         return
     if retraining.reconstruct is not None:

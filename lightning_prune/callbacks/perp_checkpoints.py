@@ -63,7 +63,7 @@ def _follow_sharded(trainer: L.Trainer, states: Callable[[], Mapping[str, Mappin
 
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            stored = has_adapters(open_checkpoint(checkpoint_path).names())
+            stored = has_adapters(open_checkpoint(checkpoint_path))
         except CheckpointError:  # Lightning's to say, which may have been told to trust it
             stored = _has_adapters(trainer)
         if stored and not _has_adapters(trainer):

@@ -203,8 +203,8 @@ class PruningAwarePretraining(L.Callback):
             check_trainer(trainer, self)
             check_module(pl_module, trainer.strategy)
             if self.distill_from is not None and self._distillation is None:
-                source = load_source(self.distill_from, pl_module)
-                self._distillation = Distillation(source, self.distill_weight, self.temperature)
+                self._distillation = Distillation(self.distill_from, self.distill_weight, self.temperature)
+                self._distillation.load(pl_module)
 
         def prepare(checkpoint: dict[str, Any]) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -421,6 +421,7 @@ class PruningAwarePretraining(L.Callback):
             return {}
         return {
             "version": _STATE_VERSION,
+            "callback": "PruningAwarePretraining",
             "settings": self._settings(),
             "tokens": self.tokens,
             "sharded": shrinking.compact_every is None,
@@ -502,25 +503,3 @@ def count_tokens(batch: Any) -> int:
     elif isinstance(batch, (list, tuple)):
         batch = next((v for v in batch if isinstance(v, Tensor)), None)
     return batch.numel() if isinstance(batch, Tensor) else 0
-
-
-def load_source(source: str | nn.Module, module: L.LightningModule) -> nn.Module:
-    """The source model of distillation, checked against the module's.
-
-    Raises:
-        ValueError: another vocabulary, or the very model that shrinks.
-    """
-    from lightning_prune.checkpoints.sources import load_pretrained
-
-    model: nn.Module = source if isinstance(source, nn.Module) else load_pretrained(source)
-    _, student = find_language_model(module)
-    mine, theirs = student.config.vocab_size, getattr(getattr(model, "config", None), "vocab_size", None)  # type: ignore[union-attr]
-    if mine != theirs:
-        raise ValueError(
-            f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it began as"
-        )
-    if next(model.parameters()) is next(student.parameters()):
-        raise ValueError(
-            "distill_from is the model that shrinks: pass a copy of it (copy.deepcopy), or where to load it"
-        )
-    return model

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace, watched_loss
 from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.elsa_training import ELSATraining, check_elsa_fit, check_elsa_settings
 from lightning_prune.callbacks.pruning_notices import (
     last_step,
     warn_of_a_schedule_that_ends_too_late,
@@ -30,6 +32,7 @@ from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.history import described
 from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.pruning.batches import check_repeatable
+from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.enforcement import Enforcer
 from lightning_prune.pruning.masks import (
     Masks,
@@ -103,7 +106,7 @@ class WeightPruning(L.Callback):
         targets: Layers to prune.
         ignore: Layers to leave.
         schedule: None for one shot at fit start, or `OneShot`, `LinearSchedule`, `CubicSchedule`. Scores are computed
-            anew at each update; what is pruned stays pruned.
+            anew at each update; what is pruned stays pruned. Or `ELSA`: train into the sparsity, then prune.
         calibration: A DataLoader or iterable of batches; an iterator serves a single update. Default: samples drawn
             from the training data, as its sampler yields them, or read from a copy of a stream; the training data and
             its order are untouched.
@@ -111,6 +114,11 @@ class WeightPruning(L.Callback):
         gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
         progress: Show progress bars in a terminal.
+        distill_from: A dense source model whose logits to stay close to: a causal language model, or where to load
+            one from (folder, hub id, ``.gguf`` file). It takes part in training steps alone, in no score and in no
+            checkpoint.
+        distill_weight: Share of the divergence in the loss, above 0 and at most 1.
+        temperature: Of both distributions in the divergence.
 
     Raises:
         ValueError, TypeError: from the constructor for values that no model could take, and at fit start, before any
@@ -144,6 +152,9 @@ class WeightPruning(L.Callback):
         gradient_dtype: str = "float32",
         gradient_device: str | None = None,
         progress: bool = True,
+        distill_from: str | nn.Module | None = None,
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.schedule = check_schedule(schedule)
@@ -155,6 +166,10 @@ class WeightPruning(L.Callback):
         self.loss_fn = loss_fn
         self.calibration = calibration
         self.seed = seed
+        self.distill_from, self.distill_weight, self.temperature = distill_from, distill_weight, temperature
+        self._distillation = Distillation.of(distill_from, distill_weight, temperature)
+        self._elsa: ELSATraining | None = None  # until it has pruned
+        self._elsa_state: dict[str, Any] | None = None  # of a checkpoint
         self._masks: Masks = {}
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._enforcer: Enforcer | None = None
@@ -186,6 +201,8 @@ class WeightPruning(L.Callback):
                 f"score={how.score.name!r} with update={how.update!r} prunes once: use schedule=None or OneShot(step), "
                 f"not {self.schedule!r}"
             )
+        if isinstance(self.schedule, ELSA):
+            check_elsa_settings(how, self.schedule)
         if how.keeps_zeros and self.schedule.start:
             raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
 
@@ -289,6 +306,13 @@ class WeightPruning(L.Callback):
             self._keep({})  # another module's; a loaded checkpoint's have no owner yet
         self._copied = False
         self._check_data(trainer, plan)
+        if isinstance(self.schedule, ELSA) and not self._masks:
+            check_elsa_fit(trainer, plan, self.schedule)
+        self._distillation = self._distillation or Distillation.of(
+            self.distill_from, self.distill_weight, self.temperature
+        )
+        if self._distillation is not None:
+            self._distillation.load(pl_module)
         (rank_zero_warn if plan.coverage.worrying else rank_zero_info)(f"WeightPruning: {plan.coverage}")
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
@@ -326,11 +350,21 @@ class WeightPruning(L.Callback):
             for optimizer in trainer.optimizers:
                 self._enforcer.mask_states(optimizer)
             self._mask_averages(trainer, pl_module)  # a checkpoint may have brought them
+        if isinstance(self.schedule, ELSA) and self._enforcer is None:
+            self._elsa = self._elsa_of(trainer, pl_module)
+        if self._distillation is not None:
+            self._distillation.begin(pl_module)
         if not self.finished and self._planned is not None:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 warn_of_a_schedule_that_ends_too_late(self.schedule, last_step(trainer, pl_module))
             if trainer.global_step < self.schedule.end:
                 warn_of_choice_by_score(trainer, self.schedule)
+
+    def _elsa_of(self, trainer: L.Trainer, module: L.LightningModule) -> ELSATraining:
+        assert isinstance(self.schedule, ELSA)
+        assert self._plan is not None
+        state, self._elsa_state = self._elsa_state, None
+        return ELSATraining(trainer, module, self._plan, self.schedule, ranks_of(trainer), state)
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._masks:
@@ -352,6 +386,10 @@ class WeightPruning(L.Callback):
         self._follow(trainer, pl_module)
         step, seen = trainer.global_step, self._seen_step
         self._seen_step = step
+        if self._elsa is not None:
+            self._elsa.choose(seen, step)
+        if self._distillation is not None:
+            self._distillation.log(pl_module)
         # With several optimizers a batch makes several steps. A second fit begins with what the first has pruned.
         if not self.finished and any(self._due(s) for s in range(seen + 1, step + 1)):
             self._prune(trainer, pl_module)
@@ -407,7 +445,9 @@ class WeightPruning(L.Callback):
             handle.remove()
         self._handles, self._hooked = [], []
         self._masks = self._masks_at_rest()
-        self._enforcer = self._plan = self._data = None
+        self._enforcer = self._plan = self._data = self._elsa = None
+        if self._distillation is not None:
+            self._distillation.end()
 
     def _masks_at_rest(self) -> Masks:
         """The masks in main memory; shards stay on the devices of their mesh."""
@@ -427,6 +467,8 @@ class WeightPruning(L.Callback):
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
             _dense=None,
+            _elsa=None,
+            _distillation=None,
         )
 
     # -- pruning -------------------------------------------------------------------------------------------------
@@ -451,7 +493,12 @@ class WeightPruning(L.Callback):
         reshard(module)
         if self._dense is not None:
             self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
+        if isinstance(self.schedule, ELSA):
+            elsa, self._elsa = self._elsa or self._elsa_of(trainer, module), None
+            return elsa.settle()
         with ExitStack() as stack:
+            if self._distillation is not None:
+                stack.enter_context(self._distillation.paused())
             if plan.needs_data:
                 parameters = stack.enter_context(no_trace(trainer, module))
                 epochs = trainer.fit_loop.epoch_progress.current
@@ -553,7 +600,9 @@ class WeightPruning(L.Callback):
     # -- enforcement ---------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Mask gradients once a step, before they are clipped."""
+        """Mask gradients once a step, before they are clipped; of ELSA, add to them."""
+        if self._elsa is not None:
+            self._elsa.pull(optimizer)
         if self._enforcer is not None:
             self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
 
@@ -592,13 +641,20 @@ class WeightPruning(L.Callback):
         """
         return {
             "version": _STATE_VERSION,
+            "callback": "WeightPruning",  # also of a subclass, which its key does not say
             "score": self.settings.score.name,
             "pattern": self.settings.pattern,
             "masks": pack_masks(self.masks),
             "scores": self._scores.state_dict(),
             "uncounted": list(self._uncounted),
             "settings": self._described(),
+            **({} if self._elsa is None else {"elsa": self._elsa.state_dict()}),
         }
+
+    def describe_masks(self) -> dict[str, Any]:
+        """Return score, settings and number of the masks in plain values, for a model card."""
+        masks = len(self._masks)
+        return {"score": self.settings.score.name, "settings": self._described(), "masks": masks}
 
     def _described(self) -> dict[str, Any]:
         """The settings that say how the masks came about, in plain values, for model cards and for a resumed run."""
@@ -620,6 +676,7 @@ class WeightPruning(L.Callback):
             saved = {**(state_dict.get("settings") or {}), **{name: state_dict.get(name) for name in own}}
             warn_of_other_settings(saved, {**own, **self._described()}, score)
         self._keep(masks)
+        self._elsa_state = state_dict.get("elsa")
         self._scores = ScoreSummary.from_state(state_dict.get("scores"))
         self._uncounted = tuple(state_dict.get("uncounted", ()))
         self._owner = None

@@ -27,6 +27,41 @@ def to_bytes(mask: Tensor, device: torch.device) -> Tensor:
     return mask.to(device=device, dtype=torch.int8).neg_()
 
 
+def zero_pruned_(tensor: Tensor, mask: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Set the pruned entries of a tensor to +0.0, in place, and return it.
+
+    Args:
+        tensor: Any shape, dense.
+        mask: int8 of the same shape, see `to_bytes`.
+        buffer: Memory to widen the mask in, of `bits_of` the tensor's dtype, with at least as many elements as the
+            mask or `piece_of` its device; default new memory.
+    """
+    bits = bits_of(tensor)
+    if not (tensor.is_contiguous() and mask.is_contiguous()):  # channels-last convolutions, transposed views
+        tensor.view(bits).bitwise_and_(mask.to(bits))
+        return tensor
+    flat, flat_mask = tensor.view(-1).view(bits), mask.view(-1)
+    piece = piece_of(tensor.device)
+    if buffer is None and (piece >= flat.numel() or torch.compiler.is_compiling()):
+        flat.bitwise_and_(flat_mask.to(bits))
+        return tensor
+    buffer = torch.empty(piece, dtype=bits, device=tensor.device) if buffer is None else buffer
+    for start in range(0, flat.numel(), piece):
+        part = flat[start : start + piece]
+        part.bitwise_and_(buffer[: part.numel()].copy_(flat_mask[start : start + piece]))
+    return tensor
+
+
+def bits_of(tensor: Tensor) -> torch.dtype:
+    """Return the integer type as wide as a tensor's elements."""
+    return _INTEGER[tensor.element_size()]
+
+
+def piece_of(device: torch.device) -> int:
+    """Return how many elements are widened at a time."""
+    return _CPU_PIECE if device.type == "cpu" else _GPU_PIECE
+
+
 class Enforcer:
     """The masks of a model's parameters, ready to be applied every step.
 
@@ -99,18 +134,8 @@ class Enforcer:
     def _mask(self, tensor: Tensor, mask: Tensor) -> None:
         if tensor.layout != torch.strided:
             raise RuntimeError(f"cannot mask a {tensor.layout} tensor; use dense gradients")
-        bits = _INTEGER[tensor.element_size()]
-        if not (tensor.is_contiguous() and mask.is_contiguous()):  # channels-last convolutions, transposed views
-            tensor.view(bits).bitwise_and_(mask.to(bits))
-            return
-        flat, flat_mask = tensor.view(-1).view(bits), mask.view(-1)
-        piece = _CPU_PIECE if tensor.device.type == "cpu" else _GPU_PIECE
-        buffer = self._buffer(tensor.device, bits, min(piece, flat.numel()))
-        for start in range(0, flat.numel(), piece):
-            part = flat[start : start + piece]
-            wide = buffer[: part.numel()]
-            wide.copy_(flat_mask[start : start + piece])
-            part.bitwise_and_(wide)
+        size = min(piece_of(tensor.device), tensor.numel())
+        zero_pruned_(tensor, mask, self._buffer(tensor.device, bits_of(tensor), size))
 
     def _buffer(self, device: torch.device, dtype: torch.dtype, size: int) -> Tensor:
         buffer = self._buffers.get((device, dtype))

@@ -182,6 +182,7 @@ def run_plan(
     forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     summary: ScoreSummary | None = None,
+    apply: bool = True,
 ) -> Masks:
     """Carry out a plan. `prune` and the callbacks both end here.
 
@@ -195,6 +196,7 @@ def run_plan(
         forward_context: Makes the context that forward passes run in.
         ranks: The processes that prune together; every one must call. Needed where parameters are sharded.
         summary: Filled with what the scores looked like; stays empty where there are none (keep, sparsegpt).
+        apply: Zero the weights; False, of a plan that updates no weights, to choose only.
 
     Returns:
         Masks by parameter name.
@@ -203,7 +205,8 @@ def run_plan(
         masks = masks_from_zeros(plan.targets)
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
-    run = _Run(plan, model, batches, loss_fn, exact_share(fraction), previous or {}, forward_context, ranks, summary)
+    share, before = exact_share(fraction), previous or {}
+    run = _Run(plan, model, batches, loss_fn, share, before, forward_context, ranks, summary, apply)
     with memory_advice(plan):
         masks = run.masks()
     if summary is not None and run.parts is not None:
@@ -224,6 +227,7 @@ class _Run:
     forward_context: ForwardContext
     ranks: Ranks | None
     summary: ScoreSummary | None
+    apply: bool
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -254,7 +258,8 @@ class _Run:
             self.counts = self._allocate()
             if not plan.sequential and plan.settings.solver is None:
                 masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
-                apply_masks(self.model, masks)
+                if self.apply:
+                    apply_masks(self.model, masks)
                 return masks
             with restored_on_failure() as originals:
                 masks = self._walk(originals.keep) if plan.sequential else self._update_all(originals.keep)

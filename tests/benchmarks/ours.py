@@ -10,7 +10,7 @@ import common
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import prune
+from lightning_prune import open_checkpoint, prune
 from lightning_prune.evaluation.evaluate import evaluate
 from lightning_prune.perp import reconstruct
 from lightning_prune.pruning import pipeline
@@ -57,11 +57,12 @@ def ours_stages() -> dict[str, list[tuple[Any, str]]]:
 
 
 def ours_reconstruct(
-    model: nn.Module, sequences: Tensor, dense: Path, masks: dict[str, Tensor], batch_size: int, **options: Any
+    model: nn.Module, sequences: Tensor, dense: Path, masks: dict[str, Tensor], **options: Any
 ) -> dict[str, tuple[float, float]]:
     """`lightning_prune.perp.reconstruct` end to end: the error of each block before and after."""
-    batches = common.batched(sequences, batch_size)
-    done = reconstruct(model, batches, dense, masks, num_samples=len(sequences), progress=False, **options)
+    batches = common.batched(sequences, options["batch_size"])
+    source = open_checkpoint(dense)
+    done = reconstruct(model, batches, source, masks, num_samples=len(sequences), progress=False, **options)
     return {block.name: (block.before, block.after) for block in done.blocks}
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_prune import CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
+from lightning_prune import ELSA, CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
 from lightning_prune.pruning.running import causal_lm_losses
 from lightning_prune.sharding import gather_whole, local
 
@@ -205,7 +205,9 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         module = Model(parallel=parallel if strategy in SHARDED else None, **model_settings)
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
-    schedule = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
+    schedule: Any = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
+    if (steps := settings.pop("elsa", None)) is not None:
+        schedule = ELSA(*steps, penalty=1.0)
     twice, with_monitor = settings.pop("twice", False), settings.pop("monitor", False)
     read_alone = settings.pop("read_alone", False)
     resume, max_steps = settings.pop("resume", None), settings.pop("max_steps", 4)
