@@ -158,7 +158,9 @@ def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path)
     else:
         assert pruned == {n: int((~m).sum()) for n, m in masks(one).items()}
     # Sums over samples are taken in another order, so scores a rounding away from the threshold may swap.
-    assert share_of_other_masks(ranks[0], one) <= (2e-2 if "bf16" in name else 2e-4)
+    # The iterations of ALPS carry such a swap on, and so do the blocks after it.
+    tolerance = 2e-2 if "bf16" in name else 5e-3 if "alps" in name else 2e-4
+    assert share_of_other_masks(ranks[0], one) <= tolerance
 
 
 # Tensor parallelism over 2 ranks trains on the batches of one process, 2 x 2 on those of two. torch clips no gradients
