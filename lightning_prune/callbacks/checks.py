@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
@@ -22,13 +22,17 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.pruning.elsa import ELSA
+from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.structure.planning import check_round_to
 from lightning_prune.structure.saliency import check_saliency
 from lightning_prune.structure.saving import noted_units
-from lightning_prune.structure.sizes import ATTENTION_UNITS
+from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
 from lightning_prune.structure.units import Structure
+
+_C = TypeVar("_C")
 
 
 def check_settings(callback: Any) -> None:
@@ -97,13 +101,18 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
     for other in callbacks:
         if other is callback:
             continue
-        # By name too: importing the adapters' callback would load PEFT.
-        if isinstance(other, (WeightPruning, StochasticWeightAveraging, ModelPruning)) or (
-            type(other).__name__ == "PERPRetraining"
-        ):
+        if isinstance(other, (StochasticWeightAveraging, ModelPruning)):
             raise ValueError(
                 f"{type(other).__name__} keeps tensors of the weights' shapes, which change here: run it in a fit of "
                 "its own, after the model has shrunk"
+            )
+        # By name: importing the adapters' callback would load PEFT.
+        beside = isinstance(other, WeightPruning) or type(other).__name__ == "PERPRetraining"
+        if beside and isinstance(strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"{type(other).__name__} beside PruningAwarePretraining is not supported under ModelParallelStrategy, "
+                "where pruned units stay in the shards as zeros: use one device or strategy='ddp', or run it in a fit "
+                "of its own, on the small model that save_pretrained writes"
             )
 
 
@@ -152,6 +161,70 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             f"parameters are sharded (DTensor) under {type(strategy).__name__} and cannot be sliced; use the "
             "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained"
         )
+
+
+def neighbor(trainer: L.Trainer, kind: type[_C]) -> _C | None:
+    """Return the first callback of a kind in the Trainer, None without one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def masked_while_shrinking(trainer: L.Trainer, callback: Any) -> bool:
+    """Return whether a `WeightPruning` in the same Trainer prunes before a `PruningAwarePretraining` is done."""
+    pruner, end = neighbor(trainer, WeightPruning), callback.schedule.end
+    return pruner is not None and (end is None or pruner.schedule.start <= end)
+
+
+def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> dict[UnitType, int]:
+    """Refuse a `WeightPruning` in the same Trainer whose masks could not follow a model that shrinks.
+
+    Args:
+        trainer: With both callbacks.
+        callback: The `PruningAwarePretraining`.
+        structure: Of the model.
+
+    Returns:
+        How many units of a type, side by side, have to go together for N:M groups to stay whole.
+
+    Raises:
+        ValueError: naming the settings that exclude each other, and what to use.
+    """
+    pruner = neighbor(trainer, WeightPruning)
+    if pruner is None or not masked_while_shrinking(trainer, callback):
+        return {}
+    settings = pruner.settings
+    later = (
+        "let it prune when the model has its size: PruningAwarePretraining(end=STEP) and "
+        "WeightPruning(schedule=OneShot(STEP + 1))"
+    )
+    nm = parse_pattern(settings.pattern)
+    if nm is None and (settings.update or settings.score.name == "sparsegpt"):
+        raise ValueError(
+            f"WeightPruning(score={settings.score.name!r}, update={settings.update!r}) prunes once, and a model "
+            f"that shrinks afterwards would have another sparsity: use another score without update, or {later}"
+        )
+    if "layer" in callback.types and (isinstance(settings.allocation, Mapping) or settings.targets is not None):
+        raise ValueError(
+            "WeightPruning names layers (allocation or targets), whose numbers change when types=('layer', ...) "
+            f"removes some: leave the names out, or {later}"
+        )
+    if nm is None:
+        return {}
+    rounded = check_round_to(callback.round_to)
+    for unit_type, name in (("ffn", "intermediate_size"), ("hidden", "hidden_size")):
+        size = getattr(structure.sizes, name)
+        if unit_type in callback.types and (rounded.get(name, 1) % nm.m or size % nm.m):
+            raise ValueError(
+                f"pattern={settings.pattern!r} has groups of {nm.m} inputs, which stay whole only if "
+                f"round_to={callback.round_to!r} and {name}={size} are multiples of {nm.m}: use round_to={nm.m}, or "
+                f"{later}"
+            )
+    if "attention" in callback.types and structure.sizes.head_dim % nm.m:
+        raise ValueError(
+            f"pattern={settings.pattern!r} has groups of {nm.m} inputs, which heads of {structure.sizes.head_dim} "
+            f"dimensions do not keep whole: leave 'attention' out of types, or {later}"
+        )
+    return {"ffn": nm.m, "hidden": nm.m}
 
 
 def units_stay(structure: Structure, strategy: Any) -> bool:
@@ -314,6 +387,47 @@ def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
             f"WeightPruning(schedule={pruner.schedule!r}) prunes while the adapters train, and merges them first, "
             f"which adapter={retraining.adapter!r} with init_lora_weights={initial} cannot: use "
             "adapter='mask_lora', or schedule=None"
+        )
+
+
+def check_after_shrinking(
+    trainer: L.Trainer, pruner: WeightPruning | None, retraining: _Retraining, left_on: bool
+) -> None:
+    """Whether adapters can go on in the middle of a fit, after a model has shrunk and was pruned.
+
+    Raises:
+        ValueError: naming what cannot be beside each other.
+    """
+    if pruner is None:
+        raise ValueError(
+            "PERPRetraining beside PruningAwarePretraining needs the masks of a WeightPruning in the same Trainer, "
+            "since those of the large model do not fit the small one: add WeightPruning(...), or run it in another fit"
+        )
+    if retraining.reconstruct is not None or retraining.masks is not None:
+        name = "masks" if retraining.masks is not None else "reconstruct"
+        raise ValueError(
+            f"{name} of PERPRetraining is for weights of the shapes at fit start, which PruningAwarePretraining "
+            f"changes: leave {name} out, or run PERPRetraining in a fit of its own"
+        )
+    if retraining.distill_from is not None:
+        raise ValueError(
+            "distill_from of PERPRetraining beside PruningAwarePretraining: give distill_from to "
+            "PruningAwarePretraining, or run PERPRetraining in a fit of its own"
+        )
+    if retraining.adapter == "lora":
+        raise ValueError(
+            "adapter='lora' cannot be merged, so checkpoints of a model that has shrunk could not hold it: use "
+            "adapter='mask_lora', or run PERPRetraining in a fit of its own"
+        )
+    if left_on:
+        raise ValueError(
+            "the module has adapters of an earlier fit, and PruningAwarePretraining needs the plain model: merge them "
+            "(lightning_prune.perp.merge), or take PruningAwarePretraining out"
+        )
+    if (average := neighbor(trainer, WeightAveraging)) is not None:
+        raise ValueError(
+            f"{type(average).__name__} averages the weights that the module has at fit start, and adapters come later: "
+            "leave it out, or run PERPRetraining in a fit of its own"
         )
 
 

@@ -13,17 +13,26 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.calibration_data import CalibrationData
-from lightning_prune.callbacks.checks import check_order, check_pruner, check_strategy
+from lightning_prune.callbacks.checks import (
+    check_after_shrinking,
+    check_order,
+    check_pruner,
+    check_strategy,
+    neighbor,
+)
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
+from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
+from lightning_prune.callbacks.rewrapping import put_in_place, unwrapped
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning, ranks_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
+from lightning_prune.checkpoints.states import UNMERGED
 from lightning_prune.naming import plain_name
 from lightning_prune.perp.adapters import (
     adapter_masks,
@@ -75,6 +84,11 @@ class PERPRetraining(L.Callback):
     shards are loaded before anything could put them together. Tensor parallelism, `reconstruct` under shards,
     ``FSDPStrategy`` and DeepSpeed are refused; so are a module that makes its model in ``configure_model``, and one
     that an earlier fit has sharded and merged, since its layers can get no new adapters.
+
+    With `PruningAwarePretraining` and `WeightPruning` in the same Trainer, in any order, the adapters go on when the
+    model has its final size and its masks. In the optimizer they join the group of their layer's weight, which leaves
+    it; learning rates go on as they were. What cannot wait so long is refused: `reconstruct`, `masks`, averaged
+    weights.
 
     With a schedule of `WeightPruning` (IMP with PERP) every update of the masks first merges the adapters into the
     weights, scores the merged weights, and begins the adapters anew on the new masks, without optimizer states.
@@ -170,6 +184,9 @@ class PERPRetraining(L.Callback):
         self._beside_pruner = False
         self._resumed = self._started = False
         self._left_on = False  # adapters that were trained before this fit
+        self._waits = False  # for a model that shrinks first
+        self._goes_on = False  # from a checkpoint of the time after
+        self._unmerged: Mapping[str, Tensor] | None = None  # its base weights and adapters
         self._end: BeforeTeardown | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,42 +212,82 @@ class PERPRetraining(L.Callback):
             check_dense_is_known(self.reconstruct, pruner)
         if pruner is not None:
             check_pruner(pruner, self)
+        self._beside_pruner, self._unmerged = pruner is not None, None
+        self._resumed = self._started = self._goes_on = False
+        self._left_on = found is not None
+        self._waits = neighbor(trainer, PruningAwarePretraining) is not None
+        if self._waits:
+            check_after_shrinking(trainer, pruner, self, self._left_on)
+            self._module = None
+            return
         self._distillation = self._distillation or Distillation.of(
             self.distill_from, self.distill_weight, self.temperature
         )
         if self._distillation is not None:
             self._distillation.load(pl_module)
         if found is None:
-            options = dict(self.options)
-            if pruner is not None and self.adapter is not None and options.get("target_modules") is None:
-                options["target_modules"] = self._targets_of(pruner, pl_module)
-            # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
-            # loaded is not known in this hook.
-            pruned_later = pruner is not None or not (self.masks or _has_zeros(model))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                wrapped = attach(
-                    model, self.adapter, self.masks, self.train, options, pruned_later, adapt_head=self.adapt_head
-                )
-            try:  # the module may have more of the weights than the model has
-                check_unshared(pl_module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
-            except ValueError:
-                remove_adapters(wrapped)
-                raise
-            setattr(pl_module, self.attribute, wrapped)
+            self._put_on(pruner, pl_module)
         else:  # left on by an interrupted fit, or by merge=False
             _check_same(_settings(found), _settings_of(self), "the module's adapters were")
         if pruner is not None:
-            actual = {self._plain(name): name for name in named_weights(pl_module)}
-            pruner.rename_masks(lambda name: actual.get(self._plain(name), name))
+            self._rename_masks(pruner, pl_module)
             pruner.wrap_updates(partial(self._settled, trainer, pl_module))
             if self.reconstruct is not None and self.reconstruct.dense is None:
                 pruner.keep_dense_weights()
-        self._module, self._beside_pruner = weakref.ref(pl_module), pruner is not None
-        self._resumed = self._started = False
-        self._left_on = found is not None
+        self._module = weakref.ref(pl_module)
         if isinstance(trainer.strategy, ModelParallelStrategy):
             self._shard_plain_model(pl_module)
+
+    def _put_on(self, pruner: WeightPruning | None, module: L.LightningModule) -> None:
+        """Freeze the model and put the adapters on."""
+        model, options = self._model(module), dict(self.options)
+        if pruner is not None and self.adapter is not None and options.get("target_modules") is None:
+            options["target_modules"] = self._targets_of(pruner, module)
+        # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
+        # loaded is not known before.
+        pruned_later = pruner is not None or not (self.masks or _has_zeros(model))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            wrapped = attach(
+                model, self.adapter, self.masks, self.train, options, pruned_later, adapt_head=self.adapt_head
+            )
+        try:  # the module may have more of the weights than the model has
+            check_unshared(module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
+        except ValueError:
+            remove_adapters(wrapped)
+            raise
+        setattr(module, self.attribute, wrapped)
+
+    def _rename_masks(self, pruner: WeightPruning, module: L.LightningModule) -> None:
+        actual = {self._plain(name): name for name in named_weights(module)}
+        pruner.rename_masks(lambda name: actual.get(self._plain(name), name))
+
+    # -- after a model has shrunk ------------------------------------------------------------------------------------
+
+    def _begin_after_shrinking(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Put the adapters on while training runs; they take the place of the weights that are frozen now."""
+        pruner = _pruner_of(trainer)
+        assert pruner is not None
+        with unwrapped(trainer, module):
+            self._put_on(pruner, module)
+            model = self._model(module)
+            for _, layer in sparse_layers(model):
+                layer.to(layer.base_weight.device)
+            successors: dict[Tensor, tuple[Tensor, ...]] = {
+                layer.base_weight: layer.matrices() for _, layer in sparse_layers(model)
+            }
+            put_in_place(trainer.optimizers, successors)
+        self._rename_masks(pruner, module)
+        self._module, self._waits = weakref.ref(module), False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin once `PruningAwarePretraining` and `WeightPruning` in the same Trainer are done."""
+        shrinker, pruner = neighbor(trainer, PruningAwarePretraining), _pruner_of(trainer)
+        if self._waits and shrinker is not None and shrinker.finished and pruner is not None and pruner.finished:
+            self._begin_after_shrinking(trainer, pl_module)
+            self._take_masks(trainer, pl_module)
 
     def _shard_plain_model(self, module: L.LightningModule) -> None:
         """Have ``configure_model`` find the transformers model: it stays after the merge, and names are as it knows."""
@@ -281,9 +338,19 @@ class PERPRetraining(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have the adapters merged at the end, where it may not be reached by training."""
         self._end = BeforeTeardown(trainer.strategy, partial(self._finish, trainer, pl_module))
+        shrinker = neighbor(trainer, PruningAwarePretraining)
+        if self._goes_on and shrinker is not None:  # a checkpoint of the time after; optimizer states come next
+            shrinker.begin(trainer, pl_module)
+            self._begin_after_shrinking(trainer, pl_module)
+            pl_module.load_state_dict(self._unmerged or {}, strict=False)
+            self._unmerged = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks: every callback has pruned by now, and a checkpoint is restored."""
+        if not self._waits:
+            self._take_masks(trainer, pl_module)
+
+    def _take_masks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         reshard(pl_module)
         model, pruner = self._model(pl_module), _pruner_of(trainer)
         self._started = True
@@ -338,6 +405,12 @@ class PERPRetraining(L.Callback):
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters, and give the module its transformers model back."""
         self._let_go(trainer, pl_module)
+        if self._waits:
+            rank_zero_warn(
+                "PERPRetraining: training ended before the model had its size and its masks, so no adapters were "
+                "trained: let PruningAwarePretraining(end=...) and the schedule of WeightPruning end earlier"
+            )
+            return
         reshard(pl_module)
         if not self._started and self.adapter is not None:  # a fit that had nothing left to train
             set_masks(self._model(pl_module), self._masks_for(trainer))
@@ -391,7 +464,7 @@ class PERPRetraining(L.Callback):
         prefix = f"{self.attribute}."
         # Once adapters are on, the layers that the user froze are pruned like the others.
         found = find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=True)
-        names = [t.name for t in found if t.kind.name != "Conv2d"]
+        names = [t.name for t in found if t.kind.name in ("Linear", "Conv1D")]
         return [n.removeprefix(prefix).removesuffix(".weight") for n in names if n.startswith(prefix)]
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:
@@ -411,7 +484,7 @@ class PERPRetraining(L.Callback):
         """
         module = None if self._module is None else self._module()
         state: dict[str, Any] = {"version": _STATE_VERSION, "callback": "PERPRetraining", "masks": {}, "layers": {}}
-        state["settings"] = _settings_of(self)
+        state["settings"], state["begun"] = _settings_of(self), not self._waits
         if module is not None and self.adapter is not None:
             model = self._model(module)
             state["layers"] = {name: layer.combining() for name, layer in sparse_layers(model)}
@@ -439,6 +512,8 @@ class PERPRetraining(L.Callback):
         _check_same(state_dict["settings"], _settings_of(self), "the checkpoint's adapters were")
         self._loaded_masks = unpack_masks(state_dict["masks"])
         self._resumed = True
+        if self._waits and state_dict.get("begun", True):
+            self._goes_on, self._unmerged = True, state_dict.get(UNMERGED)
 
 
 def _settings_of(callback: PERPRetraining) -> dict[str, Any]:

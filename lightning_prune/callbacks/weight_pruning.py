@@ -51,7 +51,7 @@ from lightning_prune.pruning.plan import PruningPlan, make_plan
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings, make_score
-from lightning_prune.pruning.targets import DEFAULT_IGNORE
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, parameters_of
 from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
@@ -277,6 +277,26 @@ class WeightPruning(L.Callback):
         dense, self._dense = self._dense or {}, None
         return dense
 
+    def change_masks(self, trainer: L.Trainer, module: L.LightningModule, masks: Masks, complete: bool) -> None:
+        """Follow parameters whose shapes have changed.
+
+        Args:
+            trainer: In its fit.
+            module: Its module, as it is now.
+            masks: By parameter name, of the new shapes.
+            complete: Whether to prune further where, by now, more of the weights were to be pruned.
+        """
+        self._plan = self._make_plan(module)
+        if masks:
+            self._bind(trainer, module, masks)
+            if complete and not self.finished:
+                self._prune(trainer, module)
+
+    def hold_masks(self) -> None:
+        """Set pruned weights to zero again, which somebody has changed who knows of it."""
+        if self._enforcer is not None:
+            self._enforcer.mask_weights()
+
     # -- life of a fit -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -323,7 +343,7 @@ class WeightPruning(L.Callback):
 
     def _make_plan(self, module: L.LightningModule) -> PruningPlan:
         plan = make_plan(module, self.settings)
-        self._planned, self._target_names = plan.planned_count, tuple(t.name for t in plan.targets)
+        self._planned, self._target_names = plan.planned_count, tuple(parameters_of(plan.targets))
         return plan
 
     def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
@@ -492,7 +512,10 @@ class WeightPruning(L.Callback):
         loss_fn, data, summary, previous = None, None, ScoreSummary(), self.masks
         reshard(module)
         if self._dense is not None:
-            self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
+            self._dense = {
+                name: local(weight.detach()).to("cpu", copy=True)
+                for name, weight in parameters_of(plan.targets).items()
+            }
         if isinstance(self.schedule, ELSA):
             elsa, self._elsa = self._elsa or self._elsa_of(trainer, module), None
             return elsa.settle()
@@ -505,7 +528,7 @@ class WeightPruning(L.Callback):
                 loss_fn = watched_loss(
                     self.loss_fn or calibration_loss(module),
                     parameters,
-                    [target.weight for target in plan.targets],
+                    list(parameters_of(plan.targets).values()),
                     before_hooks=epochs.ready == epochs.completed,
                 )
                 data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)

@@ -267,7 +267,7 @@ def _head_name(model: nn.Module, adapter: str | None) -> str:
 
 
 def _linear_targets(model: nn.Module) -> list[Target]:
-    return [t for t in find_targets(model, frozen=True) if t.kind.name != "Conv2d"]
+    return [t for t in find_targets(model, frozen=True) if t.kind.name in ("Linear", "Conv1D")]
 
 
 def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool:

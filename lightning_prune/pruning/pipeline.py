@@ -30,7 +30,7 @@ from lightning_prune.pruning.allocation import (
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
-from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
+from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros
 from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
@@ -38,7 +38,7 @@ from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion, Score
 from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, make_score
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatistics, wide_dtype
-from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, join_masks
 from lightning_prune.pruning.updates import ALPS, LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
@@ -257,7 +257,8 @@ class _Run:
         with torch.no_grad():
             self.counts = self._allocate()
             if not plan.sequential and plan.settings.solver is None:
-                masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
+                parts = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
+                masks = join_masks(plan.targets, parts)
                 if self.apply:
                     apply_masks(self.model, masks)
                 return masks
@@ -278,7 +279,7 @@ class _Run:
         plan, targets = self.plan, self.plan.targets
         if plan.pattern is not None:
             return {}
-        lower = {t.name: pruned_count({t.name: m}) for t in targets if (m := self.previous.get(t.name)) is not None}
+        lower = self._pruned_before()
         if isinstance(plan.allocation, Mapping):
             counts = mapping_counts(targets, *plan.mapped(self.fraction), lower)
             return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
@@ -297,6 +298,16 @@ class _Run:
         counts = uniform_counts(targets, exact, plan.group)
         return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
 
+    def _pruned_before(self) -> dict[str, int]:
+        """How many weights of each target are pruned already; none of targets without a mask."""
+        before = [(t, m) for t in self.plan.targets if (m := self.previous.get(t.parameter)) is not None]
+        if not before:
+            return {}
+        here = [int((~t.part(m)).sum()) if self.parts is None or t.layout.counted else 0 for t, m in before]
+        counts = torch.tensor(here, dtype=torch.int64)
+        counts = counts if self.parts is None else self.parts.sum_parts(counts)
+        return {t.name: n for (t, _), n in zip(before, counts.tolist(), strict=True)}
+
     def _here(self) -> dict[str, LayerStatistics]:
         """Statistics cut to the part of each matrix that is here."""
         return {t.name: self.statistics[t.name].part(t.layout.bounds) for t in self.plan.targets}
@@ -308,7 +319,7 @@ class _Run:
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
         scores = self._worth(target, target.matrix(), statistics or LayerStatistics(samples=0))
-        if (previous := self.previous.get(target.name)) is not None:
+        if (previous := self.previous.get(target.parameter)) is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
 
@@ -332,12 +343,12 @@ class _Run:
             return check_scores(scores if scores.is_floating_point() else scores.float(), target.name)
 
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
-        """The mask of one layer, in the parameter's shape."""
+        """The mask of the part of one matrix that is here."""
         own, layout = self._scores(target, statistics).contiguous(), target.layout
         mask = layout.from_rows(self._choose(target, target.rows(own)))
         mask = self._without_previous(target, mask)  # counts may be spread over rows in another way than before
         self._summarize(target, own, mask)
-        return target.to_parameter(mask)
+        return mask
 
     def _summarize(self, target: Target, own: Tensor, mask: Tensor) -> None:
         """Note scores and mask of the part that is here, if anyone wants to know."""
@@ -365,13 +376,13 @@ class _Run:
 
     def _without_previous(self, target: Target, mask: Tensor) -> Tensor:
         """A mask of the part that is here, without what is pruned already."""
-        previous = self.previous.get(target.name)
+        previous = self.previous.get(target.parameter)
         return mask if previous is None else mask & target.part(previous).to(mask.device)
 
     # -- weight updates ------------------------------------------------------------------------------------------
 
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
-        """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
+        """Select, update if asked for, write the weight; returns the mask of the part that is here."""
         settings, layout = self.plan.settings, target.layout
         mask = None if settings.selects_itself else self._select(target, statistics)
         if settings.solver is None:
@@ -380,14 +391,14 @@ class _Run:
             return mask
         told = mask is None and settings.update is not None and self.summary is not None
         scores = self._scores(target, statistics) if told else None
-        previous = self.previous.get(target.name)
+        previous = self.previous.get(target.parameter)
         pruned = None if previous is None else ~target.rows(target.part(previous).to(target.weight.device))
         weight, kept = settings.solver.solve(
             LayerRows(
                 name=target.name,
                 weight=target.rows(),
                 statistics=statistics.part((layout.row_bounds, (0, layout.shape[1]))),
-                mask=None if mask is None else target.rows(target.part(mask)),
+                mask=None if mask is None else target.rows(mask),
                 count=self.counts.get(target.name, 0),
                 pattern=self.plan.pattern,
                 lowest=target.lowest(self.parts),
@@ -407,21 +418,23 @@ class _Run:
         if scores is not None:
             self._summarize(target, scores, kept)
         target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
-        return target.to_parameter(kept)
+        return kept
 
     def _update_all(self, keep: Keeper) -> Masks:
         """Every layer with the Hessian of its dense inputs."""
-        masks: Masks = {}
+        parts: dict[str, Tensor] = {}
         for target in self._tracked("Updating weights"):
             keep(target.weight)
-            masks[target.name] = self._prune_layer(target, self.statistics[target.name])
-        return masks
+            parts[target.name] = self._prune_layer(target, self.statistics[target.name])
+        return join_masks(self.plan.targets, parts)
 
     def _walk(self, keep: Keeper) -> Masks:
         """Block by block, each on the outputs of the pruned blocks before it."""
         plan = self.plan
-        masks: Masks = {}
-        by_module = {id(t.module): t for t in plan.targets}
+        parts: dict[str, Tensor] = {}
+        by_module: dict[int, list[Target]] = {}
+        for target in plan.targets:
+            by_module.setdefault(id(target.module), []).append(target)
         assert self.batches is not None
 
         def run(model: nn.Module, batch: Any) -> None:
@@ -439,7 +452,7 @@ class _Run:
             samples = Samples(self.model, self.batches, plan.num_samples, run, self.forward_context, self.parts)
             for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
-                    layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
+                    layers = [target for m in block.modules() for target in by_module.get(id(m), ())]
                     with gathered_around(self.model, block):
                         statistics = collect_forward(
                             layers,
@@ -449,7 +462,7 @@ class _Run:
                         )
                     for target in layers:
                         keep(target.weight)
-                        masks[target.name] = self._prune_layer(
+                        parts[target.name] = self._prune_layer(
                             target, _merge(statistics[target.name], self.statistics.get(target.name))
                         )
                     if index + 1 < len(walk.blocks):
@@ -457,7 +470,7 @@ class _Run:
                             for _ in walk.run(index, keep_output=True):
                                 pass
                     advance()
-        return {t.name: masks[t.name] for t in plan.targets}
+        return join_masks(plan.targets, parts)
 
 
 def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:

@@ -94,7 +94,7 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
     if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict):
         inside = set(body.modules())
         known = all(name not in inputs or _accepts(body, name) for name in ("input_ids", "inputs_embeds"))
-        if known and all(module in inside for target in targets for module in target.modules):
+        if known and all(module in inside for target in targets for module in target.holders):
             model = body
     if isinstance(inputs, dict):
         model(**inputs)

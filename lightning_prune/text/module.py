@@ -341,6 +341,9 @@ class CausalLM(L.LightningModule):
             return
 
         if self._trainer is not None and self._trainer.state.fn == "fit":
+            callbacks: list[Any] = self._trainer.callbacks  # type: ignore[attr-defined]
+            if any(type(callback).__name__ == "PERPRetraining" for callback in callbacks):  # puts them on later
+                return
             raise ValueError(
                 "the checkpoint was written while adapters were trained: put PERPRetraining(...), with the settings it "
                 "was made with, into this Trainer too; or start from CausalLM.load_from_checkpoint, which merges them"

@@ -56,11 +56,11 @@ def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]]) -> Tensor
             gone[..., units["ffn"][layer]] = True
         elif "mlp" in parts and len(shape) == 2:
             gone[units["ffn"][layer]] = True
-    if "stem" in units:
+    if "hidden" in units:
         if "o_proj" in parts or "down_proj" in parts or len(shape) == 1:
-            gone[units["stem"][0]] = True
+            gone[units["hidden"][0]] = True
         else:
-            gone[:, units["stem"][0]] = True
+            gone[:, units["hidden"][0]] = True
     return gone
 
 

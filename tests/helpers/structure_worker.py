@@ -15,8 +15,8 @@ from lightning_prune.sharding import gather_whole
 from lightning_prune.structure import mask_units, read_structure, remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
 
-TYPES = ("attention", "ffn", "stem", "layer")
-REMOVAL = {"attention": [[1], [0], [2]], "ffn": [[3, 20], [0, 27], [5, 6]], "stem": [0, 17, 47]}
+TYPES = ("attention", "ffn", "hidden", "layer")
+REMOVAL = {"attention": [[1], [0], [2]], "ffn": [[3, 20], [0, 27], [5, 6]], "hidden": [0, 17, 47]}
 
 
 def run(name: str, sharded: bool) -> dict[str, torch.Tensor]:
