@@ -85,7 +85,8 @@ def test_inputs_that_are_always_zero_go_first():
 def test_without_any_input_the_largest_weights_stay():
     weight, _, hessian = problem(6, 24)
     mask = alps_support(weight, 0 * hessian, torch.ones(24, dtype=torch.float64), partial(lowest_in_layer, count=72))
-    assert torch.equal(mask, lowest_in_layer(weight.abs(), 72))
+    best = lowest_in_layer(weight.abs(), 72)
+    assert (weight * mask).square().sum() > 0.999 * (weight * best).square().sum()
 
 
 @pytest.mark.parametrize("count", [0, 1, 143, 144])
