@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.allocation import OWLAllocation as OWLAllocation
     from lightning_prune.pruning.coverage import measure_coverage as measure_coverage
     from lightning_prune.pruning.elsa import ELSA as ELSA
+    from lightning_prune.pruning.holding import hold_masks as hold_masks
     from lightning_prune.pruning.masks import apply_masks as apply_masks
     from lightning_prune.pruning.masks import mask_sparsity as mask_sparsity
     from lightning_prune.pruning.pipeline import prune as prune
@@ -66,6 +67,7 @@ _HOMES = {
     "compress": "text.compress",
     "evaluate": "evaluation.evaluate",
     "export": "checkpoints.export",
+    "hold_masks": "pruning.holding",
     "inspect": "checkpoints.inspection",
     "load_masks": "checkpoints.mask_files",
     "load_merged_state": "checkpoints.states",

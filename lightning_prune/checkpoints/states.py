@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.checkpoints.reading import Checkpoint, fail, open_checkpoint
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import clean_name
-from lightning_prune.pruning.enforcement import to_bytes
+from lightning_prune.pruning.clearing import to_bytes
 from lightning_prune.pruning.masks import unpack_masks
 from lightning_prune.safety import is_stored_whole
 from lightning_prune.structure.saving import MaskedUnits

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_prune.pruning.enforcement import bits_of, zero_pruned_
+from lightning_prune.pruning.clearing import bits_of, zero_pruned_
 
 # (weight [P, Q], mask [P, Q] int8, left [P, r], right [r, Q], memory to work in) -> [P, Q] in the weight's dtype
 Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -32,7 +32,7 @@ from lightning_prune.perp.effective import (
     masked_sum,
     thin_product,
 )
-from lightning_prune.pruning.enforcement import to_bytes
+from lightning_prune.pruning.clearing import to_bytes
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.sharding import gather_whole, is_sharded, local, shard_bounds, take_shard

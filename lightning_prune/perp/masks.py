@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_prune.naming import plain_name
 from lightning_prune.perp.effective import kept_by_sign
 from lightning_prune.perp.layers import SparseLinear, sparse_layers
-from lightning_prune.pruning.enforcement import to_bytes
+from lightning_prune.pruning.clearing import to_bytes
 from lightning_prune.pruning.masks import part_of
 from lightning_prune.sharding import (
     as_shard_of,

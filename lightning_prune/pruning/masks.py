@@ -188,12 +188,12 @@ def pack_mask(mask: Tensor) -> Tensor:
     packed = torch.zeros(flat.shape[0], dtype=torch.uint8, device=flat.device)
     for bit in range(8):
         packed |= flat[:, bit] << (7 - bit)
-    return packed.cpu()
+    return packed
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `pack_mask`."""
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     flat = ((packed[:, None] >> shifts) & 1).bool().view(-1)
     size = torch.Size(shape)
     return flat[: size.numel()].view(size)
@@ -214,7 +214,7 @@ def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
             mask = gather_whole(mask.to(torch.uint8))
             if dist.get_rank():
                 continue
-        bits = pack_mask(mask)
+        bits = pack_mask(mask).cpu()
         state[name] = {"bits": bits, "shape": list(mask.shape), "crc32": _check_sum(bits, mask.shape)}
     return state
 

@@ -223,7 +223,7 @@ def measure_pairs(args: argparse.Namespace, model: nn.Module, batches: Tensor) -
 
 def measure_passes(model: nn.Module, rounds: int) -> list[dict[str, Any]]:
     """Medians of the two passes of a step, over all decoder linears, in turns."""
-    from lightning_prune.pruning import enforcement
+    from lightning_prune.pruning import clearing, enforcement
 
     torch.set_num_threads(1)
     weights = {name: layer.weight for name, layer in reference.all_linears(model).items()}
@@ -234,10 +234,10 @@ def measure_passes(model: nn.Module, rounds: int) -> list[dict[str, Any]]:
     tensors = [tensor.view(torch.int32) for w in weights.values() for tensor in (w.grad, w.detach())]
 
     def ours(piece: int) -> None:
-        default, enforcement._CPU_PIECE = enforcement._CPU_PIECE, piece
+        default, clearing._CPU_PIECE = clearing._CPU_PIECE, piece
         enforcer.mask_gradients()
         enforcer.mask_weights()
-        enforcement._CPU_PIECE = default
+        clearing._CPU_PIECE = default
 
     def floor() -> None:
         for tensor in tensors:
@@ -248,7 +248,7 @@ def measure_passes(model: nn.Module, rounds: int) -> list[dict[str, Any]]:
             tensor.bitwise_and_(mask)
 
     wide = [-mask.int() for mask in masks.values()]
-    functions = {"ours": lambda: ours(enforcement._CPU_PIECE)}
+    functions = {"ours": lambda: ours(clearing._CPU_PIECE)}
     functions |= {f"pieces of 2^{power}": lambda power=power: ours(1 << power) for power in (16, 18, 19, 20, 22)}
     functions |= {"masks at full width": full_width, "floor: read and write": floor}
     for function in functions.values():

@@ -17,8 +17,8 @@ from lightning_prune.perp.effective import (
     masked_product,
     masked_sum,
 )
-from lightning_prune.pruning import enforcement
-from lightning_prune.pruning.enforcement import to_bytes, zero_pruned_
+from lightning_prune.pruning import clearing
+from lightning_prune.pruning.clearing import to_bytes, zero_pruned_
 
 COMBINATIONS = [masked_sum, masked_product, masked_growth]
 
@@ -53,7 +53,7 @@ def make(shape: tuple[int, int], transposed: bool, dtype: torch.dtype = torch.fl
 def test_outputs_and_gradients_are_those_of_float64(
     combine: Combine, transposed: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(enforcement, "_CPU_PIECE", 1 << 17)
+    monkeypatch.setattr(clearing, "_CPU_PIECE", 1 << 17)
     made = make(shape, transposed)
     names = ("x", "weight", "left", "right", "bias")
     ours = {n: made[n].clone().requires_grad_() for n in names}

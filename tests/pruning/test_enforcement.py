@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import lightning_prune.pruning.enforcement as enforcement
-from lightning_prune.pruning.enforcement import Enforcer, to_bytes
+import lightning_prune.pruning.clearing as clearing
+from lightning_prune.pruning.clearing import to_bytes
+from lightning_prune.pruning.enforcement import Enforcer
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 BAD = [math.inf, -math.inf, math.nan, -math.nan, -1.5, -0.0, 3.0]
@@ -62,7 +63,7 @@ def test_every_dtype_and_layout(dtype, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pieces_cover_the_whole_tensor(dtype, monkeypatch):
-    monkeypatch.setattr(enforcement, "_CPU_PIECE", 10)
+    monkeypatch.setattr(clearing, "_CPU_PIECE", 10)
     small, large = (nn.Parameter(bad_values((n,), dtype, n)) for n in (7, 43))
     masks = {"small": torch.rand(7) < 0.5, "large": torch.rand(43) < 0.5}
     before = {"small": small.detach().clone(), "large": large.detach().clone()}
@@ -73,7 +74,7 @@ def test_pieces_cover_the_whole_tensor(dtype, monkeypatch):
 
 def test_a_tensor_of_more_than_one_real_piece():
     weight = nn.Parameter(torch.randn(3, 350_003))
-    assert weight.numel() > enforcement._CPU_PIECE
+    assert weight.numel() > clearing._CPU_PIECE
     mask = torch.rand(weight.shape) < 0.3
     before = weight.detach().clone()
     Enforcer({"w": weight}, {"w": mask}).mask_weights()

@@ -1,0 +1,204 @@
+"""Set the pruned elements of tensors to +0.0 by their bits: a byte a weight on CPUs, one bit a weight on CUDA.
+
+A product with 0 would turn infinity into NaN and negatives into -0.0. On a CPU a mask is int8, all bits set where kept,
+and widened in pieces to the tensor's integer type; unpacking bits there takes half as long again and more. On CUDA one
+Triton kernel reads bits, one launch a tensor, and no memory beside; without Triton it is bytes there too.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_prune.pruning.masks import pack_mask, unpack_mask
+
+_INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+# Elements widened at a time. Smaller pieces cost calls (2^16: half as much again), larger ones leave the processor's
+# cache; on a GPU kernel launches count instead. `tests/benchmarks/enforcement.py --passes` measures it.
+_CPU_PIECE = 1 << 20
+_GPU_PIECE = 1 << 24
+_BLOCK = 4096  # elements a program of the kernel masks
+
+
+def to_bytes(mask: Tensor, device: torch.device) -> Tensor:
+    """Bool mask to int8, -1 (all bits) where kept and 0 where pruned, on `device`."""
+    return mask.to(device=device, dtype=torch.int8).neg_()
+
+
+def zero_pruned_(tensor: Tensor, mask: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Set the pruned entries of a tensor to +0.0, in place, and return it.
+
+    Args:
+        tensor: Any shape, dense.
+        mask: int8 of the same shape, see `to_bytes`.
+        buffer: Memory to widen the mask in, of `bits_of` the tensor's dtype, with at least as many elements as the
+            mask or `piece_of` its device; default new memory.
+    """
+    bits = bits_of(tensor)
+    if not (tensor.is_contiguous() and mask.is_contiguous()):  # channels-last convolutions, transposed views
+        tensor.view(bits).bitwise_and_(mask.to(bits))
+        return tensor
+    flat, flat_mask = tensor.view(-1).view(bits), mask.view(-1)
+    piece = piece_of(tensor.device)
+    if buffer is None and (piece >= flat.numel() or torch.compiler.is_compiling()):
+        flat.bitwise_and_(flat_mask.to(bits))
+        return tensor
+    buffer = torch.empty(piece, dtype=bits, device=tensor.device) if buffer is None else buffer
+    for start in range(0, flat.numel(), piece):
+        part = flat[start : start + piece]
+        part.bitwise_and_(buffer[: part.numel()].copy_(flat_mask[start : start + piece]))
+    return tensor
+
+
+def bits_of(tensor: Tensor) -> torch.dtype:
+    """Return the integer type as wide as a tensor's elements."""
+    return _INTEGER[tensor.element_size()]
+
+
+def piece_of(device: torch.device) -> int:
+    """Return how many elements are widened at a time."""
+    return _CPU_PIECE if device.type == "cpu" else _GPU_PIECE
+
+
+class HeldMask(Protocol):
+    """A mask on its tensor's device."""
+
+    shape: torch.Size
+    device: torch.device
+
+    def bool(self) -> Tensor:
+        """The mask, True = kept."""
+
+    def clear(self, tensor: Tensor) -> None:
+        """Set the pruned elements of a tensor of the mask's shape to +0.0, in place."""
+
+
+def held(mask: Tensor, device: torch.device) -> HeldMask:
+    """A bool mask, True = kept, in the form that `device` applies quickest."""
+    return BitMask(mask, device) if device.type == "cuda" and kernel_runs(device) else ByteMask(mask, device)
+
+
+def _checked(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers."""
+    if tensor.layout != torch.strided:
+        raise RuntimeError(f"cannot mask a {tensor.layout} tensor; use dense gradients")
+    return tensor.view(_INTEGER[tensor.element_size()])
+
+
+class ByteMask:
+    """A mask of int8, one byte a weight.
+
+    Args:
+        mask: Bool, True = kept.
+        device: Where the tensors are that it is for.
+    """
+
+    def __init__(self, mask: Tensor, device: torch.device) -> None:
+        self._bytes = to_bytes(mask, device)
+        self.shape, self.device = self._bytes.shape, self._bytes.device
+
+    def bool(self) -> Tensor:
+        """The mask, True = kept."""
+        return self._bytes.bool()
+
+    def clear(self, tensor: Tensor) -> None:
+        """Set the pruned elements of a tensor of the mask's shape to +0.0, in place.
+
+        Raises:
+            RuntimeError: the tensor is sparse.
+        """
+        size = min(piece_of(self.device), tensor.numel())
+        zero_pruned_(_checked(tensor), self._bytes, _scratch(size, bits_of(tensor), self.device))
+
+
+_kept = threading.local()
+
+
+def _scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory to widen a piece into; on a CPU the same each time in a thread, since new memory is slow to write to."""
+    if device.type != "cpu":  # streams may run side by side, and torch keeps freed memory for each
+        return torch.empty(size, dtype=dtype, device=device)
+    found: Tensor | None = getattr(_kept, str(dtype), None)
+    if found is None or found.numel() < size:
+        found = torch.empty(size, dtype=dtype)
+        setattr(_kept, str(dtype), found)
+    return found
+
+
+class BitMask:
+    """A mask of packed bits, as `pack_mask` has them, for the Triton kernel.
+
+    Args:
+        mask: Bool, True = kept.
+        device: Where the tensors are that it is for.
+    """
+
+    def __init__(self, mask: Tensor, device: torch.device) -> None:
+        self.shape = mask.shape
+        self._bits = pack_mask(mask.to(device))
+        self.device = self._bits.device
+
+    def bool(self) -> Tensor:
+        """The mask, True = kept."""
+        return unpack_mask(self._bits, self.shape)
+
+    def clear(self, tensor: Tensor) -> None:
+        """Set the pruned elements of a tensor of the mask's shape to +0.0, in place.
+
+        Raises:
+            RuntimeError: the tensor is sparse.
+        """
+        bits = _checked(tensor)
+        if not bits.is_contiguous():
+            bits.bitwise_and_(to_bytes(self.bool(), bits.device).to(bits.dtype))
+        elif bits.numel():
+            _launch(bits, self._bits)
+
+
+def _launch(bits: Tensor, mask: Tensor) -> None:
+    grid = (-(-bits.numel() // _BLOCK),)
+    if bits.device.type == "cuda":
+        with torch.cuda.device(bits.device):
+            _kernel()[grid](bits, mask, bits.numel(), BLOCK=_BLOCK)
+    else:  # Triton's interpreter
+        _kernel()[grid](bits, mask, bits.numel(), BLOCK=_BLOCK)
+
+
+@cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def clear_pruned(values, mask, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < count
+        byte = tl.load(mask + at // 8, mask=inside, other=0).to(tl.int32)
+        kept = (byte >> (7 - at % 8).to(tl.int32)) & 1
+        value = tl.load(values + at, mask=inside, other=0)
+        tl.store(values + at, tl.where(kept != 0, value, 0), mask=inside)
+
+    return clear_pruned
+
+
+@cache
+def kernel_runs(device: torch.device) -> bool:
+    """Whether the Triton kernel can be compiled for a device, and does what it should there."""
+    try:
+        values = torch.full((13,), -1.5, device=device)
+        mask = torch.arange(13) % 3 == 0
+        BitMask(mask, device).clear(values)
+        right = torch.equal(values.cpu(), torch.where(mask, -1.5, 0.0))
+        reason = "" if right else "its kernel computes something else"
+    except ImportError:
+        return False
+    except Exception as error:  # Triton has many: no compiler, an unknown architecture, a driver too old
+        right, reason = False, f"{type(error).__name__}: {error}"
+    if not right:
+        warnings.warn(f"masks are held as bytes, not as bits, since Triton fails on {device}: {reason}", stacklevel=2)
+    return right

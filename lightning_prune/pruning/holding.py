@@ -1,0 +1,307 @@
+"""Keep a model's weights pruned in any training loop: `hold_masks`, on which `WeightPruning` stands too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lightning_prune.pruning.enforcement import Enforcer
+from lightning_prune.pruning.masks import (
+    Masks,
+    apply_masks,
+    check_masks,
+    current_weight,
+    follow_names,
+    named_weights,
+    pack_masks,
+    shard_masks,
+    unpack_masks,
+)
+from lightning_prune.sharding import reshard
+
+_STATE_VERSION = 1
+
+
+def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimizer | Iterable[Optimizer]) -> MaskHold:
+    """Set pruned weights to zero now, and keep them there whatever loop trains the model.
+
+    Works in a loop of one's own, and with Fabric, accelerate and transformers' ``Trainer``: on one device, under DDP,
+    and with parameters that FSDP2 (``fully_shard``) or tensor parallelism shards.
+
+    Args:
+        model: The model that is trained, as it is or wrapped in DDP; sharded first, where it is to be.
+        masks: Bool masks by parameter name, True = kept, of the parameters' shapes, as `prune` returns them; whole, or
+            sharded as the parameters are.
+        optimizer: The optimizer, or all of them, of the parameters as they are now; those that Fabric and accelerate
+            have wrapped too.
+
+    Returns:
+        The hold, which lasts until `MaskHold.remove`, or to the end of a ``with`` block.
+
+    Raises:
+        ValueError: there are no masks, one does not fit its parameter, a masked parameter that is trained belongs to
+            no optimizer given, or the model is sharded by FSDP1. Nothing is changed then.
+        TypeError: `optimizer` is none.
+
+    Example::
+
+        masks = prune(model, batches, sparsity=0.5)
+        with hold_masks(model, masks, optimizer):
+            for batch in batches:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    """
+    optimizers = [_bare(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
+    while isinstance(model, DistributedDataParallel):
+        model = model.module
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
+            "the weights; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or train under DDP"
+        )
+    masks = follow_names(model, masks)
+    _check_stepped(check_masks(model, masks), optimizers)
+    hold = MaskHold(model, masks)
+    hold.watch(optimizers)
+    return hold
+
+
+def _bare(optimizer: Any) -> Optimizer:
+    """An optimizer without what Fabric, accelerate and Lightning wrap around it."""
+    bare = optimizer
+    while isinstance(getattr(bare, "optimizer", None), Optimizer):
+        bare = bare.optimizer
+    if not isinstance(bare, Optimizer):
+        raise TypeError(
+            f"optimizer={optimizer!r:.80} is a {type(optimizer).__name__}; pass a torch.optim.Optimizer, or a list of "
+            "all that train the model"
+        )
+    return bare
+
+
+def _check_stepped(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Optimizer]) -> None:
+    """Refuse to hold a trained parameter that an optimizer would step which nobody has named."""
+    stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    strays = [name for name, weight in weights.items() if weight.requires_grad and id(weight) not in stepped]
+    if strays:
+        raise ValueError(
+            f"{len(strays)} of {len(weights)} masked parameters are trained (requires_grad) by no optimizer given, "
+            f"first {strays[0]!r}: pass every optimizer, made after the model was moved, wrapped or sharded; freeze "
+            "what is not trained (requires_grad_(False))"
+        )
+
+
+class MaskHold:
+    """The masks of a model in training, and the hooks that enforce them; `hold_masks` makes it.
+
+    Gradients of pruned weights are zeroed as soon as they are there, before anyone clips them, and again right before
+    an optimizer steps; weights right after. States of optimizers are zeroed when masks change. A parameter that was
+    replaced, moved or renamed since the last step is masked in turn.
+
+    Args:
+        model: The model.
+        masks: Bool masks by the names of its parameters.
+
+    Raises:
+        ValueError: see `hold_masks`.
+    """
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self._model = model
+        self._optimizers: list[Optimizer] = []
+        self._handles: list[Any] = []
+        self._gradient_hooks: dict[int, Any] = {}  # by the id of the parameter, which its enforcer keeps
+        self._enforcer: Enforcer
+        self.update(masks)
+
+    @property
+    def masks(self) -> Masks:
+        """Bool masks by parameter name, True = kept, sharded as the parameters are; made anew each time."""
+        return self._enforcer.masks()
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Hold to other masks from now on: weights are zeroed at once, and the optimizers' states with them.
+
+        Args:
+            masks: Bool masks by parameter name. A parameter without one is held no more.
+
+        Raises:
+            ValueError: there are none, or one does not fit its parameter; nothing is changed then.
+        """
+        reshard(self._model)  # FSDP2 leaves parameters gathered after a forward pass
+        masks = shard_masks(self._model, follow_names(self._model, masks))
+        if not masks:
+            raise ValueError("masks is empty: there is nothing to hold")
+        apply_masks(self._model, masks)
+        weights = named_weights(self._model)
+        self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
+        self._sharing = self._find_sharing()
+        for optimizer in self._optimizers:
+            self._enforcer.mask_states(optimizer)
+        self._hook_gradients()
+
+    def watch(self, optimizers: Iterable[Optimizer]) -> None:
+        """Enforce the masks around the steps of optimizers, those included that came later.
+
+        Args:
+            optimizers: Optimizers as torch has them; those that are known already are passed over.
+        """
+        for optimizer in optimizers:
+            if any(optimizer is known for known in self._optimizers):
+                continue
+            self._optimizers.append(optimizer)
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._enforcer.mask_states(optimizer)
+
+    def rename(self, rename: Callable[[str], str]) -> None:
+        """Call the parameters by other names, such as those of layers that adapters were put around."""
+        self._enforcer.rename(rename)
+
+    def follow(self) -> list[str]:
+        """Give the masks to the parameters that the model has now.
+
+        Returns:
+            Names of the parameters that had been replaced or moved; mostly empty.
+
+        Raises:
+            RuntimeError: a masked parameter is gone, has got another shape, or is no longer shared by layers that were
+                tied.
+        """
+        if not self._strangers():
+            self._hook_gradients()
+            return []
+        reshard(self._model)  # FSDP2 itself replaces parameters, for as long as they are gathered
+        if not (strange := self._strangers()):
+            return []
+        try:
+            if torn := self._torn():
+                raise ValueError(f"layers that shared {torn[0]!r} have parameters of their own now")
+            self.update(self.masks)
+        except ValueError as error:
+            raise RuntimeError(
+                f"the parameter {strange[0]!r} was replaced during training, and its mask cannot follow: {error}. "
+                "Replace layers before or after training, or leave them unpruned"
+            ) from error
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            warnings.warn(
+                f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced or moved during training; their "
+                "masks hold for the new ones from now on",
+                stacklevel=2,
+            )
+        return strange
+
+    def mask_gradients(self) -> None:
+        """Zero the gradients of pruned weights that came without a backward pass, before they are clipped."""
+        self._enforcer.mask_gradients()
+
+    def mask_weights(self) -> dict[str, int]:
+        """Set pruned weights to zero that something else than an optimizer has changed.
+
+        Returns:
+            How many there were of each parameter (of its part on this rank); empty if masks held.
+        """
+        revived = self._enforcer.resurrected()
+        if revived:
+            self._enforcer.mask_weights()
+        return revived
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def _find_sharing(self) -> dict[str, list[tuple[nn.Module, str]]]:
+        """Modules, and what they call it, that share a masked parameter; of those that more than one has."""
+        names = {id(weight): name for name, weight in self._enforcer.weights.items()}
+        found: dict[str, list[tuple[nn.Module, str]]] = {}
+        for module in self._model.modules():
+            for own, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) in names:
+                    found.setdefault(names[id(parameter)], []).append((module, own))
+        return {name: places for name, places in found.items() if len(places) > 1}
+
+    def _strangers(self) -> list[str]:
+        enforcer = self._enforcer
+        strange = [name for name in enforcer.weights if not enforcer.follows(name, current_weight(self._model, name))]
+        return strange or self._torn()
+
+    def _torn(self) -> list[str]:
+        """Names of weights that tied layers shared, and do not share any more."""
+        return [
+            name
+            for name, places in self._sharing.items()
+            if len({id(getattr(module, own, None)) for module, own in places}) > 1
+        ]
+
+    def _hook_gradients(self) -> None:
+        """Have every masked parameter that is trained zero its gradient when it is accumulated.
+
+        Under DDP that is before the gradients are reduced over ranks, under FSDP2 after it.
+        """
+        weights = {id(weight): weight for weight in self._enforcer.weights.values()}
+        for gone in self._gradient_hooks.keys() - weights.keys():
+            self._gradient_hooks.pop(gone).remove()
+        for key, weight in weights.items():
+            if weight.requires_grad and key not in self._gradient_hooks:
+                hook: Any = weight.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+                self._gradient_hooks[key] = hook
+
+    def _after_gradient(self, parameter: nn.Parameter) -> None:
+        self._enforcer.mask_gradients((parameter,))
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.follow()
+        # Gradients may have been written by hand, or changed since they were accumulated.
+        self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
+
+    def remove(self) -> None:
+        """Let go of the model and the optimizers: nothing is enforced from now on. Masks stay to be read."""
+        for handle in (*self._handles, *self._gradient_hooks.values()):
+            handle.remove()
+        self._handles, self._optimizers, self._gradient_hooks = [], [], {}
+
+    def __enter__(self) -> MaskHold:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks as bits (uint8 tensors) that load under ``weights_only=True``.
+
+        Where weights are sharded every rank must call, and rank 0 alone gets the bits.
+        """
+        return {"version": _STATE_VERSION, "masks": pack_masks(self.masks)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Hold to the masks of a checkpoint, after the model and the optimizers have taken their states from it.
+
+        Args:
+            state_dict: What `state_dict` gave; on every rank that of rank 0.
+
+        Raises:
+            ValueError: it is of another kind or version, is damaged, or its masks do not fit the model; nothing is
+                changed then.
+        """
+        if state_dict.get("version") != _STATE_VERSION or not isinstance(state_dict.get("masks"), Mapping):
+            raise ValueError(
+                f"state_dict has version {state_dict.get('version')!r} and keys {sorted(map(str, state_dict))}; it "
+                f"must be what MaskHold.state_dict gave (version {_STATE_VERSION}, masks)"
+            )
+        if not state_dict["masks"]:
+            raise ValueError(
+                "state_dict holds no masks: where weights are sharded rank 0 alone gets them; load its state on every "
+                "rank"
+            )
+        self.update(unpack_masks(state_dict["masks"]))
