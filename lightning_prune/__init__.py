@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.pipeline import prune as prune
     from lightning_prune.pruning.scores import Score as Score
     from lightning_prune.pruning.statistics import LayerStatistics as LayerStatistics
+    from lightning_prune.pruning.updates import ALPS as ALPS
     from lightning_prune.ranks import Ranks as Ranks
     from lightning_prune.schedules import CubicSchedule as CubicSchedule
     from lightning_prune.schedules import LinearSchedule as LinearSchedule
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from lightning_prune.text.module import CausalLM as CausalLM
 
 _HOMES = {
+    "ALPS": "pruning.updates",
     "CalibrationError": "errors",
     "CausalLM": "text.module",
     "CubicSchedule": "schedules",

@@ -52,6 +52,7 @@ from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, parameters_of
+from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
@@ -93,7 +94,7 @@ class WeightPruning(L.Callback):
         pattern: ``"unstructured"`` or ``"N:M"``.
         group: ``"row"``, ``"layer"``, ``"global"``, or None for the score's own.
         allocation: Layer sparsities.
-        update: None or ``"obs"``.
+        update: None, ``"exact"``, ``"alps"`` (or an `ALPS`), ``"obs"``.
         num_samples: Calibration samples over all ranks, at least one for each data-parallel rank.
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
@@ -136,7 +137,7 @@ class WeightPruning(L.Callback):
         pattern: str = "unstructured",
         group: str | None = None,
         allocation: str | dict[str, float] | KFACAllocation | OWLAllocation | None = None,
-        update: str | None = None,
+        update: str | ALPS | None = None,
         num_samples: int = 128,
         alpha: float = 100.0,
         gamma: float = 0.7,

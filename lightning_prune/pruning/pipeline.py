@@ -39,7 +39,7 @@ from lightning_prune.pruning.scores import Criterion, Score
 from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, make_score
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatistics, wide_dtype
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, join_masks
-from lightning_prune.pruning.updates import LayerRows
+from lightning_prune.pruning.updates import ALPS, LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
@@ -56,7 +56,7 @@ def prune(
     pattern: str = "unstructured",
     group: str | None = None,
     allocation: Allocation | None = None,
-    update: str | None = None,
+    update: str | ALPS | None = None,
     num_samples: int = 128,
     alpha: float = 100.0,
     gamma: float = 0.7,
@@ -97,7 +97,10 @@ def prune(
         allocation: Layer sparsities: ``"uniform"``, ``"owl"``, ``"kfac"``, an `OWLAllocation` or `KFACAllocation`,
             or a mapping from name patterns to sparsities; default the score's own. The total is exact,
             ``floor(sparsity * number of weights)``.
-        update: ``"obs"`` updates the remaining weights with each layer's Hessian, on the mask of any score.
+        update: How the remaining weights make up for the others, with each layer's Hessian: ``"exact"`` as well as
+            they can, on the mask of any score; ``"alps"``, or an `ALPS`, by choosing the mask with the Hessian too
+            (scores that are ``abs(W)`` times a factor: all built-in ones but random); ``"obs"`` column by column, as
+            SparseGPT does, on the mask of any score.
         num_samples: Calibration samples (sequences).
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
@@ -315,15 +318,18 @@ class _Run:
 
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
-        statistics, bounds = statistics or LayerStatistics(samples=0), target.layout.bounds
-        if cast(Score, self.plan.score).elementwise:
-            scores = self._scored(target, target.matrix(), statistics.part(bounds))
-        else:
-            whole = self._scored(target, target.whole(target.matrix()), statistics.with_gradients(target.whole))
-            scores = whole[slice(*bounds[0]), slice(*bounds[1])]
+        scores = self._worth(target, target.matrix(), statistics or LayerStatistics(samples=0))
         if (previous := self.previous.get(target.parameter)) is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
+
+    def _worth(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+        """Scores of a weight in the place of the part of the matrix that is here, ``[o, i]``."""
+        bounds = target.layout.bounds
+        if cast(Score, self.plan.score).elementwise:
+            return self._scored(target, weight, statistics.part(bounds))
+        whole = self._scored(target, target.whole(weight), statistics.with_gradients(target.whole))
+        return whole[slice(*bounds[0]), slice(*bounds[1])]
 
     def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
@@ -341,12 +347,17 @@ class _Run:
         own, layout = self._scores(target, statistics).contiguous(), target.layout
         mask = layout.from_rows(self._choose(target, target.rows(own)))
         mask = self._without_previous(target, mask)  # counts may be spread over rows in another way than before
-        if self.summary is not None:
-            if self.parts is None or layout.counted:
-                self.summary.add(target.name, own, mask, target.numel)
-            else:
-                self.summary.leave_out(target.name)
+        self._summarize(target, own, mask)
         return mask
+
+    def _summarize(self, target: Target, own: Tensor, mask: Tensor) -> None:
+        """Note scores and mask of the part that is here, if anyone wants to know."""
+        if self.summary is None:
+            return
+        if self.parts is None or target.layout.counted:
+            self.summary.add(target.name, own, mask, target.numel)
+        else:
+            self.summary.leave_out(target.name)
 
     def _choose(self, target: Target, scores: Tensor) -> Tensor:
         """The mask of whole rows from their scores, ``[r, I]``."""
@@ -356,6 +367,12 @@ class _Run:
         if plan.group == "row":
             return lowest_in_rows(scores, self.counts[target.name], layout.row_bounds[0], layout.shape[0])
         return target.lowest(self.parts)(scores, self.counts[target.name])
+
+    def _total(self, target: Target, count: Tensor) -> Tensor:
+        """The sum of what every rank counts in the rows that it has; of copies, one counts."""
+        if self.parts is None:
+            return count
+        return self.parts.sum_parts(count if target.layout.counted else torch.zeros_like(count))
 
     def _without_previous(self, target: Target, mask: Tensor) -> Tensor:
         """A mask of the part that is here, without what is pruned already."""
@@ -372,6 +389,8 @@ class _Run:
             assert mask is not None
             target.mask(mask)
             return mask
+        told = mask is None and settings.update is not None and self.summary is not None
+        scores = self._scores(target, statistics) if told else None
         previous = self.previous.get(target.parameter)
         pruned = None if previous is None else ~target.rows(target.part(previous).to(target.weight.device))
         weight, kept = settings.solver.solve(
@@ -386,12 +405,18 @@ class _Run:
                 choose=lambda scores: self._choose(
                     target, scores if pruned is None else scores.masked_fill(pruned, -math.inf)
                 ),
+                factors=lambda norms: target.rows(
+                    self._worth(target, torch.ones_like(target.matrix()), replace(statistics, input_norm=norms))
+                ),
+                total=lambda count: self._total(target, count),
             )
         )
         with synchronized_errors(self.parts):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
         kept = self._without_previous(target, layout.from_rows(kept))
+        if scores is not None:
+            self._summarize(target, scores, kept)
         target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
         return kept
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from lightning_prune import open_checkpoint, prune
 from lightning_prune.evaluation.evaluate import evaluate
 from lightning_prune.perp import reconstruct
+from lightning_prune.pruning import pipeline
 from lightning_prune.pruning.allocation import KFACAllocation, exact_counts, kfac_sparsities
 from lightning_prune.pruning.calibration import collect
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
 from lightning_prune.pruning.scores import kfac_score
+from lightning_prune.pruning.statistics import Accumulator
 from lightning_prune.pruning.targets import find_targets
 
 # What a sweep collects for each score.
@@ -47,6 +49,11 @@ def ours_prune(
         progress=False,
         **options,
     )
+
+
+def ours_stages() -> dict[str, list[tuple[Any, str]]]:
+    """Where a pruning spends its time besides the passes through the model: holders and names of functions."""
+    return {"hessians": [(Accumulator, "input_increments")], "solver": [(pipeline._Run, "_prune_layer")]}
 
 
 def ours_reconstruct(
