@@ -82,7 +82,7 @@ def changed(trained, tmp_path):
 def write_distributed(ckpt, folder):
     """The same in the format of ModelParallelStrategy: tensors in shards, and the rest in meta.pt."""
     rest = torch.load(ckpt, weights_only=True)
-    dcp.save({"state_dict": rest.pop("state_dict")}, checkpoint_id=folder, no_dist=True)
+    dcp.save({"state_dict": rest.pop("state_dict")}, checkpoint_id=folder)
     rest.pop("optimizer_states")
     torch.save(rest, folder / "meta.pt")
     return folder
