@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from versions import instantiate
 
 from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot
 from lightning_prune.checkpoints.inspection import inspect

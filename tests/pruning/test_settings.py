@@ -2,6 +2,7 @@
 
 import pytest
 from jsonargparse import ArgumentParser
+from versions import instantiate
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.pruning.scores import GBLM, KFAC, Wanda
