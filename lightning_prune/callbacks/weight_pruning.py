@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace, watched_loss
@@ -30,17 +29,13 @@ from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.history import described
 from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.pruning.batches import check_repeatable
-from lightning_prune.pruning.enforcement import Enforcer
+from lightning_prune.pruning.holding import MaskHold
 from lightning_prune.pruning.masks import (
     Masks,
-    apply_masks,
-    current_weight,
     follow_names,
     masks_hold,
-    named_weights,
     pack_masks,
     pruned_counts,
-    shard_masks,
     unpack_masks,
 )
 from lightning_prune.pruning.pipeline import run_plan
@@ -156,12 +151,11 @@ class WeightPruning(L.Callback):
         self.seed = seed
         self._masks: Masks = {}
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
-        self._enforcer: Enforcer | None = None
+        self._hold: MaskHold | None = None
         self._plan: PruningPlan | None = None
         self._uncounted: tuple[str, ...] = ()
         self._data: CalibrationData | None = None  # made when a fit starts; kept where it cannot be made again
-        self._handles: list[Any] = []
-        self._hooked: list[Optimizer] = []
+        self._teardown: BeforeTeardown | None = None
         self._copied = False  # masks of a copy, whose module is not known
         self._counts: dict[str, tuple[int, int]] = {}  # by parameter, over all ranks: weights pruned, weights
         self._target_names: tuple[str, ...] = ()
@@ -194,8 +188,8 @@ class WeightPruning(L.Callback):
 
         During a fit they are made anew each time, one byte a weight: keep them where they are needed often.
         """
-        if self._enforcer is not None:
-            return self._enforcer.masks()
+        if self._hold is not None:
+            return self._hold.masks
         module = None if self._owner is None else self._owner()
         return self._masks if module is None else follow_names(module, self._masks)
 
@@ -236,8 +230,8 @@ class WeightPruning(L.Callback):
         self._masks = {rename(name): mask for name, mask in self._masks.items()}
         self._counts = {rename(name): counts for name, counts in self._counts.items()}
         self._target_names = tuple(map(rename, self._target_names))
-        if self._enforcer is not None:
-            self._enforcer.rename(rename)
+        if self._hold is not None:
+            self._hold.rename(rename)
 
     def wrap_updates(self, around: Callable[[], AbstractContextManager[Any]] | None) -> None:
         """Have every computation of new masks happen within a context.
@@ -275,7 +269,7 @@ class WeightPruning(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
         plan = self._make_plan(pl_module)
-        self._handles.append(BeforeTeardown(trainer.strategy, lambda: self._finish(trainer)))
+        self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
         sharded = has_sharded_parameters(pl_module)
         if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
             raise ValueError(
@@ -294,7 +288,6 @@ class WeightPruning(L.Callback):
             self._begin(trainer, pl_module)
         if self._data is not None and not self._data.kept:
             self._data = None
-        self._hook_optimizers(trainer)
 
     def _make_plan(self, module: L.LightningModule) -> PruningPlan:
         plan = make_plan(module, self.settings)
@@ -319,11 +312,10 @@ class WeightPruning(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up with a checkpoint: steps and optimizer states are restored only now."""
         self._seen_step = trainer.global_step
-        if self._enforcer is None:
+        if self._hold is None:
             self._begin(trainer, pl_module)
         else:
-            for optimizer in trainer.optimizers:
-                self._enforcer.mask_states(optimizer)
+            self._hold.clear_states()
             self._mask_averages(trainer, pl_module)  # a checkpoint may have brought them
         if not self.finished and self._planned is not None:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -342,13 +334,13 @@ class WeightPruning(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Follow parameters that something has replaced since the last batch."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow replaced parameters, and prune further if the schedule says so."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
         step, seen = trainer.global_step, self._seen_step
         self._seen_step = step
         # With several optimizers a batch makes several steps. A second fit begins with what the first has pruned.
@@ -357,9 +349,8 @@ class WeightPruning(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the weights, or their average, as pruned as they are to be."""
-        if self._enforcer is not None:
-            self._follow(trainer, pl_module)
-            self._mask_averages(trainer, pl_module)
+        self._follow(trainer)
+        self._mask_averages(trainer, pl_module)
 
     def _due(self, step: int) -> bool:
         """Whether the schedule prunes something at a step."""
@@ -367,13 +358,13 @@ class WeightPruning(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never save a pruned weight that something else has revived, be it in an average."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
         self._repair()
         self._mask_averages(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold averages that become the final weights to the masks; say what was not reached."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
         self._repair()
         self._mask_averages(trainer, pl_module)
         self._report(trainer)
@@ -402,11 +393,12 @@ class WeightPruning(L.Callback):
         self._release()
 
     def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._hooked = [], []
+        if self._teardown is not None:
+            self._teardown.remove()
         self._masks = self._masks_at_rest()
-        self._enforcer = self._plan = self._data = None
+        if self._hold is not None:
+            self._hold.remove()
+        self._hold = self._plan = self._data = self._teardown = None
 
     def _masks_at_rest(self) -> Masks:
         """The masks in main memory; shards stay on the devices of their mesh."""
@@ -417,11 +409,10 @@ class WeightPruning(L.Callback):
         return copied_state(
             self,
             _masks=self._masks_at_rest(),
-            _enforcer=None,
+            _hold=None,
             _plan=None,
             _data=None,
-            _handles=[],
-            _hooked=[],
+            _teardown=None,
             _owner=None,
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
@@ -480,20 +471,20 @@ class WeightPruning(L.Callback):
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
-        masks = shard_masks(module, follow_names(module, masks))
-        apply_masks(module, masks)
-        weights = named_weights(module)
-        self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
-        self._keep(masks)
-        self._masks = {}  # the enforcer has them
-        for optimizer in trainer.optimizers:
-            self._enforcer.mask_states(optimizer)
+        if self._hold is None:
+            self._hold = MaskHold(module, masks)
+        else:
+            self._hold.update(masks)
+        self._hold.watch(trainer.optimizers)
+        self._keep(self._hold.masks)
+        self._masks = {}  # the hold has them
         self._mask_averages(trainer, module)
 
     def _mask_averages(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._enforcer is None:
+        hold = self._hold
+        if hold is None:
             return
-        for problem in mask_averages(trainer, module, self._enforcer.masks):
+        for problem in mask_averages(trainer, module, lambda: hold.masks):
             if problem not in self._said:
                 self._said.add(problem)
                 rank_zero_warn(problem)
@@ -504,83 +495,19 @@ class WeightPruning(L.Callback):
         pruned = counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
         self._counts = {name: (pruned[name], mask.numel()) for name, mask in masks.items()}
 
-    def _follow(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Give the masks to the parameters, and the hooks to the optimizers, that are there now.
-
-        Raises:
-            RuntimeError: a masked parameter is gone, has got another shape, or is no longer shared by layers that were
-                tied.
-        """
-        self._hook_optimizers(trainer)
-        enforcer = self._enforcer
-        if enforcer is None or not (strange := self._strangers(enforcer, module)):
-            return
-        reshard(module)  # FSDP2 itself replaces parameters, for as long as they are gathered
-        if not (strange := self._strangers(enforcer, module)):
-            return
-        try:
-            if torn := self._torn():
-                raise ValueError(f"layers that shared {torn[0]!r} have parameters of their own now")
-            self._bind(trainer, module, self.masks)
-        except ValueError as error:
-            raise RuntimeError(
-                f"the parameter {strange[0]!r} was replaced during training, and its mask cannot follow: {error}. "
-                "Replace layers between two fits, or leave them out (ignore)"
-            ) from error
-        rank_zero_warn(
-            f"WeightPruning: {len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their "
-            "masks hold for the new ones from now on"
-        )
-
-    def _strangers(self, enforcer: Enforcer, module: L.LightningModule) -> list[str]:
-        """Names of the masked parameters that are not those of the module now."""
-        strange = [name for name in enforcer.names if not enforcer.follows(name, current_weight(module, name))]
-        return strange or self._torn()
-
-    def _torn(self) -> list[str]:
-        """Names of weights that tied layers shared, and do not share any more."""
-        tied = [t for t in self._plan.targets if len(t.modules) > 1] if self._plan is not None else []
-        return [t.name for t in tied if len({id(m._parameters.get("weight")) for m in t.modules}) > 1]
-
-    def _hook_optimizers(self, trainer: L.Trainer) -> None:
-        for optimizer in trainer.optimizers:
-            if all(optimizer is not known for known in self._hooked):
-                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
-                self._hooked.append(optimizer)
-
-    # -- enforcement ---------------------------------------------------------------------------------------------
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Mask gradients once a step, before they are clipped."""
-        if self._enforcer is not None:
-            self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Manual optimization: mask gradients after each backward, since the user may clip at any time."""
-        if self._enforcer is not None and not pl_module.automatic_optimization:
-            self._enforcer.mask_gradients()
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Whatever the hooks above saw: manual optimization may step an optimizer that Lightning has not wrapped, after
-        # a plain loss.backward() that came before or after a manual_backward.
-        if self._enforcer is not None:
-            self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._enforcer is not None:
-            self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
+    def _follow(self, trainer: L.Trainer) -> None:
+        """Give the masks to the parameters, and to the optimizers, that are there now."""
+        if self._hold is not None:
+            self._hold.watch(trainer.optimizers)
+            self._hold.follow()
 
     def _repair(self) -> None:
-        if self._enforcer is None:
-            return
-        revived = self._enforcer.resurrected()
+        revived = {} if self._hold is None else self._hold.mask_weights()
         if revived:
             rank_zero_warn(
                 f"WeightPruning: {sum(revived.values())} pruned weights in {len(revived)} layers "
                 f"({next(iter(revived))}, ...) were changed outside optimizer steps, and have been set to zero again"
             )
-            self._enforcer.mask_weights()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -623,7 +550,9 @@ class WeightPruning(L.Callback):
         self._uncounted = tuple(state_dict.get("uncounted", ()))
         self._owner = None
         self._copied = False
-        self._enforcer = None
+        if self._hold is not None:
+            self._hold.remove()
+            self._hold = None
 
 
 def ranks_of(trainer: L.Trainer) -> Ranks | None:
