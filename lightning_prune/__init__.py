@@ -26,24 +26,30 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.allocation import KFACAllocation as KFACAllocation
     from lightning_prune.pruning.allocation import OWLAllocation as OWLAllocation
     from lightning_prune.pruning.coverage import measure_coverage as measure_coverage
+    from lightning_prune.pruning.elsa import ELSA as ELSA
     from lightning_prune.pruning.holding import hold_masks as hold_masks
     from lightning_prune.pruning.masks import apply_masks as apply_masks
     from lightning_prune.pruning.masks import mask_sparsity as mask_sparsity
     from lightning_prune.pruning.pipeline import prune as prune
     from lightning_prune.pruning.scores import Score as Score
     from lightning_prune.pruning.statistics import LayerStatistics as LayerStatistics
+    from lightning_prune.pruning.updates import ALPS as ALPS
     from lightning_prune.ranks import Ranks as Ranks
     from lightning_prune.schedules import CubicSchedule as CubicSchedule
     from lightning_prune.schedules import LinearSchedule as LinearSchedule
     from lightning_prune.schedules import OneShot as OneShot
     from lightning_prune.structure.oneshot import prune_structured as prune_structured
+    from lightning_prune.text.compress import compress as compress
+    from lightning_prune.text.compress import shrink as shrink
     from lightning_prune.text.data import TextDataModule as TextDataModule
     from lightning_prune.text.module import CausalLM as CausalLM
 
 _HOMES = {
+    "ALPS": "pruning.updates",
     "CalibrationError": "errors",
     "CausalLM": "text.module",
     "CubicSchedule": "schedules",
+    "ELSA": "pruning.elsa",
     "KFACAllocation": "pruning.allocation",
     "LayerStatistics": "pruning.statistics",
     "LinearSchedule": "schedules",
@@ -58,6 +64,7 @@ _HOMES = {
     "WeightPruning": "callbacks.weight_pruning",
     "apply_masks": "pruning.masks",
     "benchmark": "evaluation.latency",
+    "compress": "text.compress",
     "evaluate": "evaluation.evaluate",
     "export": "checkpoints.export",
     "hold_masks": "pruning.holding",
@@ -71,6 +78,7 @@ _HOMES = {
     "prune": "pruning.pipeline",
     "prune_structured": "structure.oneshot",
     "save_masks": "checkpoints.mask_files",
+    "shrink": "text.compress",
 }
 
 __all__ = sorted(_HOMES)

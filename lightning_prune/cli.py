@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
-    from lightning_prune.results import Table
-
+import docstring_parser
 
 TRAINER_COMMANDS = {
     "fit": "Train a model, with callbacks such as WeightPruning; takes --config FILE.yaml.",
@@ -28,9 +27,6 @@ TRAINER_COMMANDS = {
     "predict": "Run inference on the data.",
 }
 """Commands that Lightning's own command line answers."""
-
-OWN_COMMANDS = ("inspect", "report", "export", "evaluate", "benchmark", "quickstart")
-"""Commands of this package."""
 
 TRACEBACK_VARIABLE = "LIGHTNING_PRUNE_TRACEBACK"
 """Environment variable: 1 shows where an error came from, in place of the one line."""
@@ -97,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _is_for_trainer(arguments: Sequence[str]) -> bool:
     """Whether to hand over to Lightning: its commands may follow options (``--config a.yaml fit``)."""
-    if not arguments or arguments[0] in OWN_COMMANDS:
+    if not arguments or arguments[0] in COMMANDS:
         return False
     return arguments[0] in TRAINER_COMMANDS or (
         arguments[0].startswith("-") and any(argument in TRAINER_COMMANDS for argument in arguments)
@@ -149,92 +145,107 @@ def _one_line(error: Exception) -> str:
 # -- own commands ----------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would leave the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UserError(f"{message}; see {self.prog} --help")
+
+
+@dataclass(frozen=True)
+class _Command:
+    """A command whose options are the arguments of a function.
+
+    Attributes:
+        line: What it does, for the list of commands.
+        function: Where the function is, as ``module:name``; imported when the command is called.
+        run: Calls it with the options, shows what it returns, and gives the exit status.
+        more: Options that the function does not have, as arguments of ``add_argument`` by name.
+        short: Short names of options.
+    """
+
+    line: str
+    function: str
+    run: Callable[[Callable[..., Any], dict[str, Any]], int]
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    short: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function."""
+        module, _, name = self.function.partition(":")
+        return getattr(import_module(f"lightning_prune.{module}"), name)  # type: ignore[no-any-return]
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """Build the parser of one of the package's own commands from the signature and docstring of its function.
+
+    What has no default is positional, what is False by default a flag, and a sequence takes several values. What a
+    command line cannot say (``progress``, objects) is left out.
+    """
+    command = COMMANDS[name]
+    function = command.load()
+    texts = docstring_parser.parse(inspect.getdoc(function) or "")
+    helps = _helps_of(function)
+    parser = _Parser(prog=f"lightning-prune {name}", description=texts.short_description, allow_abbrev=False)
+    for parameter in inspect.signature(function).parameters.values():
+        kinds = set(re.findall(r"\w+", str(parameter.annotation)))
+        kind = next(
+            (k for k in (str, float, int, bool) if k.__name__ in kinds or (k is str and "Literal" in kinds)), None
+        )
+        if kind is None or parameter.name == "progress":
+            continue
+        short = [command.short[parameter.name]] if parameter.name in command.short else []
+        text = helps[parameter.name].replace("%", "%%")
+        if "default" not in text.lower() and parameter.default not in (parameter.empty, None, False, True, ()):
+            default = parameter.default
+            text += f" Default {' '.join(default) if isinstance(default, tuple) else default}."
+        options: dict[str, Any] = {"help": text}
+        if parameter.default is parameter.empty:
+            parser.add_argument(parameter.name, type=kind, **options)
+            continue
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction if parameter.default else "store_true"
+            options["default"] = parameter.default
+        else:
+            options |= {"type": kind, "default": parameter.default}
+            if kinds & {"Sequence", "list"}:
+                options |= {"nargs": "+", "metavar": "VALUE"}
+        parser.add_argument(*short, f"--{parameter.name}", **options)
+    for option, settings in command.more.items():
+        parser.add_argument(f"--{option}", **settings)
+    return parser
+
+
+def _helps_of(function: Callable[..., Any]) -> dict[str, str]:
+    """What a docstring says of each argument; where it points to another function of the module, what that one says."""
+    texts = docstring_parser.parse(inspect.getdoc(function) or "")
+    found = {p.arg_name: " ".join((p.description or "").replace("``", "").split()) for p in texts.params}
+    for name, text in found.items():
+        if other := re.fullmatch(r"See `(\w+)`\.", text):
+            found[name] = _helps_of(getattr(sys.modules[function.__module__], other[1]))[name]
+    return found
+
+
 def _run_own(arguments: list[str]) -> int:
-    parser = _own_parser()
+    if arguments and arguments[0] in COMMANDS:
+        command = COMMANDS[arguments[0]]
+        options = vars(parser_of(arguments[0]).parse_args(arguments[1:]))
+        return command.run(command.load(), options)
+    parser = _Parser(
+        prog="lightning-prune",
+        description="Prune language models, and any PyTorch Lightning module, and keep them sparse.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    # Here for the list in --help alone: Lightning's parsers take seconds to build.
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, line in {**{name: command.line for name, command in COMMANDS.items()}, **TRAINER_COMMANDS}.items():
+        commands.add_parser(name, help=line)
     if not arguments:
         parser.print_help(sys.stderr)
         return _USER_ERROR
-    config = parser.parse_args(arguments)
-    if config.subcommand == "inspect":
-        return _inspect(config.inspect)
-    if config.subcommand == "report":
-        return _report(config.report)
-    if config.subcommand == "export":
-        return _export(config.export)
-    if config.subcommand == "evaluate":
-        return run_evaluate(config.evaluate)
-    if config.subcommand == "benchmark":
-        return run_benchmark(config.benchmark)
-    if config.subcommand == "quickstart":
-        return _quickstart(config.quickstart)
-    raise _UserError(f"nothing to do for {config.subcommand!r}; see lightning-prune --help")
-
-
-def _own_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="lightning-prune",
-        description="Prune language models, and any PyTorch Lightning module, and keep them sparse.",
-        version=_version(),
-        exit_on_error=False,
-    )
-    commands = parser.add_subcommands(required=False)
-
-    inspect = ArgumentParser(
-        description="Count the zeros of a checkpoint: sparsity, N:M structure, agreement with masks."
-    )
-    inspect.add_argument(
-        "path",
-        type=str,
-        help="transformers folder, .safetensors, Lightning .ckpt, state dict, or folder of a distributed checkpoint",
-    )
-    inspect.add_argument("--json", action="store_true", help="print JSON in place of tables")
-    inspect.add_argument("--all", action="store_true", help="list every tensor, also those that are never pruned")
-    commands.add_subcommand("inspect", inspect, help="Count the zeros of a checkpoint.")
-
-    report = ArgumentParser(description="Write one HTML file about a pruned model or a run.")
-    report.add_argument("path", type=str, help="folder of a Lightning run, or a model: whatever inspect reads")
-    report.add_argument("-o", "--output", type=str, default="report.html", help="file to write")
-    report.add_argument("--dense", type=str, help="the model before it was pruned: shows what was pruned")
-    report.add_argument(
-        "--results", type=str, nargs="+", default=[], help="JSON files of quickstart, evaluate or tests/benchmarks"
-    )
-    report.add_argument(
-        "--layers", type=str, nargs="+", default=[], help="name patterns of the matrices to draw, such as layers.0"
-    )
-    commands.add_subcommand("report", report, help="Write one HTML file about a pruned model or a run.")
-
-    export = ArgumentParser(description="Turn a checkpoint into one ordinary transformers folder.")
-    export.add_argument(
-        "checkpoint", type=str, help="Lightning .ckpt, folder of a distributed checkpoint, or transformers folder"
-    )
-    export.add_argument("output", type=str, help="folder to write; a .safetensors file with --masks_only")
-    export.add_argument(
-        "--tokenizer",
-        type=str,
-        help="hub id, folder, .gguf, tokenizer.json, or none; default the one the checkpoint names",
-    )
-    export.add_argument("--dtype", type=str, help="float32, bfloat16 or float16; default as stored")
-    export.add_argument("--overwrite", action="store_true", help="replace the model that is in the folder")
-    export.add_argument("--results", type=str, help="results.json of lightning-prune evaluate, for the model card")
-    export.add_argument("--masks_only", action="store_true", help="write the masks alone, one bit a weight")
-    commands.add_subcommand("export", export, help="Turn a checkpoint into one ordinary transformers folder.")
-
-    commands.add_subcommand("evaluate", evaluate_parser(), help="Measure perplexity and zero-shot tasks.")
-    commands.add_subcommand("benchmark", benchmark_parser(), help="Measure latency, memory and size, dense and pruned.")
-
-    quickstart = ArgumentParser(
-        description="Train a small language model, prune it in several ways, retrain it; no downloads."
-    )
-    quickstart.add_argument("--output", type=str, default="quickstart", help="folder for models, results, picture")
-    quickstart.add_argument("--seed", type=int, default=0, help="of weights, data order and everything else")
-    quickstart.add_argument("--steps", type=int, default=600, help="training steps of the dense model")
-    quickstart.add_argument("--retrain_steps", type=int, default=120, help="training steps after pruning")
-    commands.add_subcommand("quickstart", quickstart, help="Train, prune and retrain a small model; no downloads.")
-
-    # Here for the list in --help alone: Lightning's parsers take seconds to build.
-    for name, line in TRAINER_COMMANDS.items():
-        commands.add_subcommand(name, ArgumentParser(description=line), help=line)
-    return parser
+    parser.parse_args(arguments)
+    raise _UserError(f"{arguments[0]!r} must follow the command; see lightning-prune --help")
 
 
 def _version() -> str:
@@ -244,41 +255,32 @@ def _version() -> str:
         return "unknown (not installed)"
 
 
-def _inspect(config: Namespace) -> int:
+def _inspect(inspect: Callable[..., Any], options: dict[str, Any]) -> int:
     import json
 
-    from lightning_prune.checkpoints.inspection import inspect, render
-
-    inspection = inspect(config.path)
-    if config.json:
-        print(json.dumps(inspection.to_dict(config.all), indent=2))
-    else:
-        render(inspection, all_tensors=config.all)
-    # For scripts: a checkpoint whose masked weights came back is not sound.
-    return 1 if inspection.resurrected else 0
-
-
-def _report(config: Namespace) -> int:
-    from lightning_prune.report import report
-
-    print(report(**config.as_dict()))
-    return 0
-
-
-def _export(config: Namespace) -> int:
-    options = config.as_dict()
-    if options.pop("masks_only"):
-        return _export_masks(options)
-    from lightning_prune.checkpoints.export import export
     from lightning_prune.checkpoints.inspection import render
 
-    render(export(**options))
+    found = inspect(options["path"])
+    if options["json"]:
+        print(json.dumps(found.to_dict(options["all"]), indent=2))
+    else:
+        render(found, all_tensors=options["all"])
+    # For scripts: a checkpoint whose masked weights came back is not sound.
+    return 1 if found.resurrected else 0
+
+
+def _report(report: Callable[..., Any], options: dict[str, Any]) -> int:
+    print(report(**options))
     return 0
 
 
-def _export_masks(options: dict[str, Any]) -> int:
+def _export(export: Callable[..., Any], options: dict[str, Any]) -> int:
+    from lightning_prune.checkpoints.inspection import render
     from lightning_prune.checkpoints.mask_files import export_masks
 
+    if not options.pop("masks_only"):
+        render(export(**options))
+        return 0
     unused = [name for name in ("tokenizer", "dtype", "results") if options.pop(name) is not None]
     if unused:
         raise _UserError(f"--{unused[0]} says how to write a model; leave it out with --masks_only")
@@ -286,11 +288,85 @@ def _export_masks(options: dict[str, Any]) -> int:
     return 0
 
 
-def _quickstart(config: Namespace) -> int:
-    from lightning_prune.quickstart import quickstart
+def _measure(function: Callable[..., Any], options: dict[str, Any]) -> int:
+    """Measure, print, write."""
+    from rich.console import Console
 
-    quickstart(**config.as_dict())
+    from lightning_prune.results import check_outputs, write_results
+
+    outputs = check_outputs(options.pop("output"))
+    results = function(**options)
+    console, tables = Console(), results.tables()
+    for table in tables:
+        console.print(table.rich())
+        for note in table.notes:
+            console.print(note, highlight=False, markup=False)
+    write_results(outputs, results.to_dict(), f"{function.__name__.capitalize()} {options['model']}", tables)
+    for path in outputs:
+        console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _call(function: Callable[..., Any], options: dict[str, Any]) -> int:
+    function(**options)
+    return 0
+
+
+_OUTPUT = {
+    "output": {"nargs": "+", "default": [], "metavar": "FILE", "help": "files to write: results.json, results.md"}
+}
+
+COMMANDS: Mapping[str, _Command] = {
+    "prune": _Command(
+        "Prune a model into a folder, without training; perplexity before and after.",
+        "text.compress:compress",
+        _call,
+    ),
+    "shrink": _Command(
+        "Remove heads, channels or layers of a model at once, into a smaller one.",
+        "text.compress:shrink",
+        _call,
+    ),
+    "inspect": _Command(
+        "Count the zeros of a checkpoint: sparsity, N:M structure, agreement with masks.",
+        "checkpoints.inspection:inspect",
+        _inspect,
+        {
+            "json": {"action": "store_true", "help": "print JSON in place of tables"},
+            "all": {"action": "store_true", "help": "list every tensor, also those that are never pruned"},
+        },
+    ),
+    "report": _Command(
+        "Write one HTML file about a pruned model or a run.",
+        "report:report",
+        _report,
+        short={"output": "-o"},
+    ),
+    "export": _Command(
+        "Turn a checkpoint into one ordinary transformers folder.",
+        "checkpoints.export:export",
+        _export,
+        {"masks_only": {"action": "store_true", "help": "write the masks alone, one bit a weight, to OUTPUT"}},
+    ),
+    "evaluate": _Command(
+        "Measure perplexity and zero-shot tasks, with the dense model beside it.",
+        "evaluation.evaluate:evaluate",
+        _measure,
+        _OUTPUT,
+    ),
+    "benchmark": _Command(
+        "Measure latency, memory and size of a pruned model beside the dense one.",
+        "evaluation.latency:benchmark",
+        _measure,
+        _OUTPUT,
+    ),
+    "quickstart": _Command(
+        "Train a small language model, prune it in several ways, retrain it; no downloads.",
+        "quickstart:quickstart",
+        _call,
+    ),
+}
+"""Commands of this package by name."""
 
 
 # -- Lightning's commands --------------------------------------------------------------------------------------------
@@ -311,7 +387,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
         WeightPruning,
     )
     from lightning_prune.callbacks.checks import CheckpointCheck
-    from lightning_prune.callbacks.fit_end import finish_fit
+    from lightning_prune.callbacks.fit_end import check_saving, finish_fit
     from lightning_prune.checkpoints.reading import read_resumable
     from lightning_prune.errors import CheckpointError
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
@@ -331,9 +407,20 @@ def _run_trainer(arguments: list[str] | None) -> int:
                 }
             )
 
+            parser.add_argument(
+                "--save_pretrained",
+                type=str | None,
+                default=None,
+                help="folder to save the model to at the end of a fit, as transformers loads it",
+            )
+
+        def before_fit(self) -> None:
+            """Refuse a folder that nothing can be saved to."""
+            check_saving(self.model, self.config["fit"]["save_pretrained"])
+
         def after_fit(self) -> None:
-            """Measure what was trained if nothing has yet, and say where it is."""
-            finish_fit(self.trainer, self.model, self.datamodule)
+            """Measure what was trained if nothing has yet, save it where it was asked for, and say where it is."""
+            finish_fit(self.trainer, self.model, self.datamodule, self.config["fit"]["save_pretrained"])
 
         def _parse_ckpt_path(self) -> None:
             """Take the architecture from a checkpoint, also from one that no command line wrote."""
@@ -380,92 +467,3 @@ def _class_paths(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _class_paths(item)
-
-
-_MODEL = "transformers folder, Lightning .ckpt, distributed checkpoint, .gguf file, or hub id"
-
-
-def evaluate_parser() -> ArgumentParser:
-    """Options of ``lightning-prune evaluate``."""
-    parser = ArgumentParser(description="Measure perplexity and zero-shot tasks, with the dense model beside it.")
-    parser.add_argument("model", type=str, help=_MODEL)
-    parser.add_argument("--text", type=str, nargs="+", default=[], help="text files for perplexity")
-    parser.add_argument(
-        "--tasks",
-        type=str,
-        nargs="+",
-        default=[],
-        help="tasks of lm-eval by name, .jsonl files or folders of them; blimp:PATH for minimal pairs",
-    )
-    parser.add_argument("--baseline", type=str, help="the dense model, measured beside it")
-    parser.add_argument("--output", type=str, nargs="+", default=[], help="files to write: results.json, results.md")
-    parser.add_argument("--seq_len", type=int, help="tokens in a window of text; default 512, less if they take less")
-    parser.add_argument("--stride", type=int, help="tokens between windows; default seq_len, no overlap")
-    parser.add_argument("--max_windows", type=int, help="at most so many windows a text, spread evenly; default all")
-    parser.add_argument("--limit", type=int, help="at most so many samples a task; default all")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences in one forward pass")
-    _add_common(parser)
-    parser.add_argument("--tokenizer", type=str, help="hub id, folder, .gguf or tokenizer.json; default the model's")
-    return parser
-
-
-def benchmark_parser() -> ArgumentParser:
-    """Options of ``lightning-prune benchmark``."""
-    parser = ArgumentParser(description="Measure latency, memory and size of a pruned model beside the dense one.")
-    parser.add_argument("model", type=str, help=_MODEL)
-    parser.add_argument("--dense", type=str, help="the dense model, measured in turns with it")
-    parser.add_argument("--output", type=str, nargs="+", default=[], help="files to write: results.json, results.md")
-    parser.add_argument("--batch_size", type=int, default=1, help="sequences")
-    parser.add_argument(
-        "--prompt_tokens", type=int, help="tokens of each prompt; default 128, less if the model takes less"
-    )
-    parser.add_argument("--new_tokens", type=int, default=16, help="tokens to decode after it")
-    parser.add_argument("--repeats", type=int, default=10, help="rounds that count")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before them")
-    _add_common(parser)
-    return parser
-
-
-def _add_common(parser: ArgumentParser) -> None:
-    parser.add_argument("--dtype", type=str, help="float32, bfloat16 or float16; default as stored")
-    parser.add_argument("--device", type=str, help="such as cuda or cpu; default CUDA where there is one")
-
-
-def run_evaluate(config: Namespace) -> int:
-    """Measure, print, write."""
-    from lightning_prune.evaluation.evaluate import evaluate
-    from lightning_prune.results import check_outputs
-
-    options = config.as_dict()
-    outputs = check_outputs(options.pop("output"))
-    results = evaluate(**options)
-    _show(results.to_dict(), results.tables(), outputs, f"Evaluation of {config.model}")
-    return 0
-
-
-def run_benchmark(config: Namespace) -> int:
-    """Measure, print, write."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, talks
-    from lightning_prune.evaluation.latency import benchmark
-    from lightning_prune.results import check_outputs
-
-    options = config.as_dict()
-    outputs = check_outputs(options.pop("output"))
-    results = benchmark(**options)
-    _show(results.to_dict(), results.tables(), outputs, f"Speed of {config.model}")
-    return 0
-
-
-def _show(results: dict[str, Any], tables: Sequence[Table], outputs: Sequence[Path], title: str) -> None:
-    from rich.console import Console
-
-    from lightning_prune.results import write_results
-
-    console = Console()
-    for table in tables:
-        console.print(table.rich())
-        for note in table.notes:
-            console.print(note, highlight=False, markup=False)
-    write_results(outputs, results, title, tables)
-    for path in outputs:
-        console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)

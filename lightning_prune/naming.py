@@ -33,6 +33,9 @@ _NO_MATRIX = re.compile(
 _ADAPTER = re.compile(r"(^|[._])lora_\w+([._]|$)")
 # Families whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+# Families whose experts are stored (experts, in, out).
+_TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
+_EXPERTS_NAME = re.compile(r"\.experts\.(gate_up_proj|up_proj|down_proj)$")
 _CONV1D_NAME = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 
 
@@ -125,6 +128,8 @@ def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tenso
         tensor = tensor.to_dense()
     if model_type in _CONV1D_FAMILIES and _CONV1D_NAME.search(name) is not None:
         return tensor.t()
+    if tensor.dim() == 3 and model_type in _TRANSPOSED_EXPERTS and _EXPERTS_NAME.search(name) is not None:
+        tensor = tensor.transpose(1, 2)
     if tensor.dim() == 4:  # a Conv2d: groups run along the input channels
         tensor = tensor.movedim(1, -1)
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)

@@ -33,7 +33,7 @@ from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.pipeline import prune
-from lightning_prune.report.figures import sparsity_per_layer
+from lightning_prune.report.figures import perplexity_over_sparsity, sparsity_per_layer
 from lightning_prune.safety import replace_text
 from lightning_prune.text.data import TextDataModule
 from lightning_prune.text.module import CausalLM
@@ -89,7 +89,8 @@ def quickstart(
 ) -> dict[str, Any]:
     """Run the whole comparison.
 
-    Writes into `output`: one transformers folder a model, ``results.json`` and ``sparsity.png``.
+    Writes into `output`: one transformers folder a model, ``results.json``, ``perplexity.png`` and
+    ``sparsity.png``.
 
     Args:
         output: Folder; made if it does not exist, and files of an earlier run are replaced.
@@ -174,16 +175,23 @@ class _Quickstart:
             masks = {name.removeprefix("model."): mask for name, mask in callback.masks.items()}
             self.save("gblm, retrained", zeros, module, f"gblm-{_slug(zeros)}-retrained", seconds, masks)
 
-        picture = sparsity_per_layer(
-            inspect(self.folder / "kfac-50", progress=False), self.folder / "sparsity.png", "kfac"
+        kfac = inspect(self.folder / "kfac-50", progress=False)
+        sparsity_per_layer(kfac, self.folder / "sparsity.png", "kfac")
+        picture = perplexity_over_sparsity(
+            self.curves(),
+            self.rows[0].perplexity,
+            self.folder / "perplexity.png",
+            f"Llama of {numbers / 1e6:.2f} M parameters on Pride and Prejudice",
         )
         results = self.results(unigram, time.monotonic() - started)
         replace_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
         self.console.print(self.table(unigram))
         self.say(
             f"Every saved model was loaded again: its zeros are exactly those of its masks. {results['seconds']:.0f} s "
-            f"in all.\nSee {picture} and {self.folder / 'results.json'}, or run: "
-            f"lightning-prune inspect {self.folder / 'gblm-2-4-retrained'}"
+            f"in all.\nSee {picture} (perplexity over sparsity), {self.folder / 'sparsity.png'} and "
+            f"{self.folder / 'results.json'}. All about one of them, as one page:\n"
+            f"lightning-prune report {self.folder / 'kfac-50'} --dense {self.folder / 'dense'} "
+            f"--results {self.folder / 'results.json'} --output {self.folder / 'report.html'}"
         )
         return results
 
@@ -238,6 +246,14 @@ class _Quickstart:
         sparsity = inspect(self.folder / name, progress=False).sparsity
         self.rows.append(Row(model, zeros, measured, sparsity, seconds, name))
         self.say(f"   {name}: held-out perplexity {measured:.2f}, {sparsity:.2%} zeros, {seconds:.1f} s")
+
+    def curves(self) -> dict[str, dict[float, float]]:
+        """Perplexity by sparsity of the models whose zeros follow no pattern, by how they were made."""
+        found: dict[str, dict[float, float]] = {}
+        for row in self.rows:
+            if "sparsity" in SETTINGS.get(row.zeros, {}):
+                found.setdefault(row.model, {})[row.sparsity] = row.perplexity
+        return found
 
     def results(self, unigram: float, seconds: float) -> dict[str, Any]:
         return {

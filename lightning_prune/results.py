@@ -158,6 +158,7 @@ class ModelResult:
         zeros: How many of those are zero.
         pattern: The N:M pattern that every such layer follows, or None.
         dtype: Of the weights.
+        weights_crc32: A check sum of all weights, which tells the model from others.
         texts: Perplexities.
         tasks: Metrics of tasks.
     """
@@ -169,6 +170,7 @@ class ModelResult:
     zeros: int
     pattern: str | None
     dtype: str
+    weights_crc32: str
     texts: list[TextResult] = field(default_factory=list)
     tasks: list[TaskResult] = field(default_factory=list)
 

@@ -133,7 +133,7 @@ def check_schedule(schedule: Schedule | None) -> Schedule:
     if isinstance(schedule, type) or not isinstance(schedule, Schedule):
         raise TypeError(
             f"schedule={schedule!r} must be None (one shot at fit start), OneShot(step), LinearSchedule(start, end, "
-            "every) or CubicSchedule(start, end, every)"
+            "every), CubicSchedule(start, end, every) or ELSA(step)"
         )
     return schedule
 

@@ -315,6 +315,70 @@ class Layout:
         return local(spread.redistribute(placements=[target])).contiguous()
 
 
+@dataclass(frozen=True)
+class SliceLayout(Layout):
+    """Where one matrix ``(O, I)`` of a stack ``(E, O, I)`` lives; `transposed`: of a stack ``(E, I, O)``.
+
+    Attributes:
+        index: Which of the E.
+    """
+
+    index: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)`` of the matrix."""
+        _, first, second = self.parameter.shape
+        return (second, first) if self.transposed else (first, second)
+
+    @property
+    def place(self) -> int | None:
+        """Where this rank's part of the stack has the matrix, or a part of it; None if it does not."""
+        start, stop = shard_bounds(self.parameter)[0]
+        return self.index - start if start <= self.index < stop else None
+
+    @property
+    def _stack_cuts(self) -> list[tuple[int, int]]:
+        """Pairs of mesh dimension and dimension of the stack."""
+        return _cuts(self.parameter) if isinstance(self.parameter, DTensor) else []
+
+    @property
+    def _matrix_cuts(self) -> list[tuple[int, int]]:
+        return [(mesh_dim, 2 - dim if self.transposed else dim - 1) for mesh_dim, dim in self._stack_cuts if dim]
+
+    @property
+    def bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Start and stop of this rank's rows and columns; no row where it has nothing of the matrix."""
+        rows, columns = self._bounds(self._matrix_cuts)
+        return rows if self.place is not None else (0, 0), columns
+
+    def forward_bounds(self, data_ranks: frozenset[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of the part that this rank's forward pass multiplies with.
+
+        Raises:
+            ValueError: forward passes of other ranks hold other experts (expert parallelism).
+        """
+        if any(dim == 0 and not self._over_data(mesh_dim, data_ranks) for mesh_dim, dim in self._stack_cuts):
+            raise ValueError(
+                "experts that are spread over ranks which see the same samples (expert parallelism) cannot be "
+                "calibrated on; shard them with fully_shard alone, or use a score without data (magnitude)"
+            )
+        return super().forward_bounds(data_ranks)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The whole matrix on every rank, from this rank's part of it, ``[o, i]``."""
+        if self.mesh is None:
+            return part
+        (row, row_end), (column, column_end) = self.bounds
+        wide = part.to(torch.uint8) if part.dtype == torch.bool else part
+        whole = wide.new_zeros(self.shape)
+        if self.counted:
+            whole[row:row_end, column:column_end] = wide
+        for mesh_dim in range(self.mesh.ndim):
+            dist.all_reduce(whole, group=self._group(mesh_dim))
+        return whole.to(part.dtype)
+
+
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over a group, cut along the first dimension as ``torch.chunk`` does; each rank gets its piece."""
     parts, size = dist.get_world_size(group), tensor.shape[0]

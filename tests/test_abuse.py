@@ -6,16 +6,15 @@ Cases that belong to one module are with its tests; here are those that cross se
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import forking
 import lightning as L
 import pytest
 import torch
@@ -418,14 +417,10 @@ def test_sigterm_during_calibration_changes_nothing(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def child(args: list[str], phase: str, marker: str, log: str) -> None:
+def child(args: list[str], phase: str, marker: str) -> None:
     """A process that runs the command line, and says by a file when it is in a phase."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     torch.set_num_threads(1)
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
     def arrived(seconds: float) -> None:
         Path(marker).touch()
@@ -438,8 +433,7 @@ def child(args: list[str], phase: str, marker: str, log: str) -> None:
         step = CausalLM.training_step
         CausalLM.training_step = lambda self, batch, index: arrived(0.02) or step(self, batch, index)
     elif phase == "export":
-        write = lightning_prune.checkpoints.export.write_model
-        lightning_prune.checkpoints.export.write_model = lambda *args: write(*args) or arrived(60)
+        lightning_prune.checkpoints.export.check_written = lambda *args: arrived(60)
     else:
         lightning_prune.evaluation.evaluate.perplexity = lambda *args, **kwargs: arrived(60)
     os._exit(main(args))
@@ -447,23 +441,19 @@ def child(args: list[str], phase: str, marker: str, log: str) -> None:
 
 @pytest.fixture(scope="module")
 def started():
-    """Starts `child` as forks of one process that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    heavy = ("cli", "language_model", "text_data", "export", "evaluate", "latency", "callbacks")
-    context.set_forkserver_preload(["lightning.pytorch.cli", *(f"lightning_prune.{name}" for name in heavy)])
+    """Starts `child`."""
     running = []
 
     def start(args, phase, folder):
-        files = SimpleNamespace(marker=folder / "marker", log=folder / "log")
-        arguments = ([str(arg) for arg in args], phase, str(files.marker), str(files.log))
-        process = context.Process(target=child, args=arguments)
-        process.start()
+        marker, log = folder / "marker", folder / "log"
+        arguments = ([str(arg) for arg in args], phase, str(marker))
+        process = forking.start(child, *arguments, environment=os.environ | {"HF_HUB_OFFLINE": "1"}, log=log)
         running.append(process)
         deadline = time.monotonic() + 240
-        while not files.marker.exists() and process.is_alive() and time.monotonic() < deadline:
+        while not marker.exists() and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert files.marker.exists(), files.log.read_text()
-        return process, files.log
+        assert marker.exists(), log.read_text()
+        return process, log
 
     yield start
     for process in running:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from forking import start
 from safetensors.torch import save_file
 from tiny import TINY
 
@@ -111,10 +112,12 @@ def test_inspect_starts_without_lightning_and_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["inspect"], "inspect.path"),
+        (["inspect"], "required: path"),
+        (["export", "a.ckpt", "b", "--over"], "unrecognized arguments: --over"),
+        (["--nonsense"], "nonsense"),
         (["inspect", "/no/such/path"], "does not exist"),
         (["inspect", "x", "--nonsense"], "nonsense"),
-        (["prune"], "invalid choice"),
+        (["sparsify"], "invalid choice"),
         (["quickstart", "--seed", "x"], "seed"),
         (["quickstart", "--steps", "0"], "steps=0 must be at least 1"),
         (["fit", "--config", "/no/such.yaml"], "File does not exist"),
@@ -156,7 +159,7 @@ def test_errors_that_are_nobodys_input_are_not_hidden(monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("lightning_prune.checkpoints.inspection.inspect", broken)
+    monkeypatch.setattr("lightning_prune.checkpoints.inspection.open_checkpoint", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", "x"])
 
@@ -178,10 +181,15 @@ def test_version_and_help(capsys):
 
 
 def test_fit_validate_and_export(config, tmp_path, capsys):
-    assert main(["fit", "--config", str(config)]) == 0
+    assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "model")]) == 0
     (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
     inspection = inspect(checkpoint)
     assert (inspection.sparsity, inspection.masks, inspection.resurrected) == (0.5, 14, 0)
+    assert f"lightning-prune evaluate {tmp_path / 'model'} --text FILE" in capsys.readouterr().out
+    assert inspect(tmp_path / "model").sparsity == 0.5
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| score | magnitude |" in card
+    assert "| val_perplexity | " in card
 
     capsys.readouterr()
     # The architecture comes from the checkpoint.
@@ -196,7 +204,7 @@ def test_fit_validate_and_export(config, tmp_path, capsys):
     module.save_pretrained(tmp_path / "saved")
     assert main(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
     assert inspect(tmp_path / "exported").sparsity == 0.5
-    for file in (tmp_path / "saved").iterdir():
+    for file in (f for f in (tmp_path / "saved").iterdir() if f.name not in ("README.md", "sparsity.json")):
         assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
@@ -262,29 +270,41 @@ def test_any_module_and_no_data_module(validation, tmp_path, monkeypatch):
         "--trainer.callbacks.num_samples=4",
         "--trainer.logger=false",
     ]
+    assert main(["fit", *options, "--save_pretrained", "model"]) == 2  # it has no such method
     assert main(["fit", *options]) == 0
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert inspect(checkpoint).resurrected == 0
     assert inspect(checkpoint).sparsity == 0.5
 
 
-@pytest.mark.slow
+def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("x")
+    assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "thesis")]) == 2
+    assert "holds other things than a model" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+def interruptible(*args):
+    """The command line in a process whose parent may have been told to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(list(args)))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_exits_130(config, tmp_path):
     content = yaml.safe_load(config.read_text())
     content["trainer"] |= {"max_steps": 1_000_000, "limit_val_batches": 0}
     content["model"]["init_args"]["lr_schedule"] = "constant"
     config.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-c", "import sys; from lightning_prune.cli import main; sys.exit(main())"]
-    process = subprocess.Popen(
-        [*command, "fit", "--config", str(config)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    process = start(interruptible, "fit", "--config", str(config), environment=ENVIRONMENT, log=tmp_path / "log")
     saved = Path(tmp_path / "run" / "config.yaml")
     deadline = time.monotonic() + 240
-    while not saved.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not saved.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.2)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 130, error
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    error = (tmp_path / "log").read_text()
+    assert process.exitcode == 130, error
     assert "Traceback" not in error

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import lightning_prune
 from lightning_prune import CausalLM, WeightPruning
 from lightning_prune.checkpoints.sources import trained_tokenizer
-from lightning_prune.cli import OWN_COMMANDS, TRAINER_COMMANDS, _own_parser
+from lightning_prune.cli import COMMANDS, TRAINER_COMMANDS, parser_of
 from lightning_prune.text.data import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
@@ -124,9 +124,9 @@ def test_the_commands_exist(path: Path) -> None:
             words = shlex.split(line, comments=True)
             if not words or words[0] != "lightning-prune":
                 continue
-            assert words[1] in (*OWN_COMMANDS, *TRAINER_COMMANDS), line
-            if words[1] in OWN_COMMANDS:
-                assert _own_parser().parse_args(words[1:]).subcommand == words[1]
+            assert words[1] in (*COMMANDS, *TRAINER_COMMANDS), line
+            if words[1] in COMMANDS:
+                parser_of(words[1]).parse_args(words[2:])
             else:
                 assert (ROOT / words[words.index("--config") + 1]).is_file(), line
 

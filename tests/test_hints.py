@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune.cli import OWN_COMMANDS, TRAINER_COMMANDS, _own_parser
+from lightning_prune.cli import COMMANDS, TRAINER_COMMANDS, parser_of
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_prune"
@@ -43,9 +43,7 @@ def commands() -> list[tuple[str, str, list[str]]]:
 
 
 def options_of(command: str) -> set[str]:
-    parser = _own_parser()
-    action = next(a for a in parser._actions if getattr(a, "_name_parser_map", None))
-    return {option for a in action._name_parser_map[command]._actions for option in a.option_strings}
+    return {option for action in parser_of(command)._actions for option in action.option_strings}
 
 
 def test_there_are_hints_to_test():
@@ -54,7 +52,7 @@ def test_there_are_hints_to_test():
     assert any(options for _, command, options in found if command == "export")
 
 
-@pytest.mark.parametrize("command", OWN_COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_options_of_hints_exist(command):
     known = options_of(command)
     wrong = [(place, options) for place, name, options in commands() if name == command and set(options) - known]
@@ -62,15 +60,15 @@ def test_options_of_hints_exist(command):
 
 
 def test_commands_of_hints_exist():
-    known = {*OWN_COMMANDS, *TRAINER_COMMANDS, "masks"}  # the last is part of the name of a format
+    known = {*COMMANDS, *TRAINER_COMMANDS, "masks"}  # the last is part of the name of a format
     wrong = [(place, name) for place, name, _ in commands() if name not in known]
     assert not wrong
 
 
 def test_bare_options_in_messages_exist():
     """Hints such as (--overwrite), which stand without their command."""
-    known = {option for command in OWN_COMMANDS for option in options_of(command)}
-    known |= {"--help", "--config", "--model", "--data", "--trainer", "--ckpt_path", "--version"}
+    known = {option for command in COMMANDS for option in options_of(command)}
+    known |= {"--help", "--config", "--model", "--data", "--trainer", "--ckpt_path", "--version", "--save_pretrained"}
     wrong = []
     for path in PACKAGE.rglob("*.py"):
         for text in texts(path.read_text(encoding="utf-8")):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
+from threading import Thread
 
+import progress_worker
 import pytest
+from forking import start
 from tiny import clean_environment
 
 from lightning_prune.progress import is_main_process, progress_bar
 
 pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
-WORKER = Path(__file__).parent / "helpers" / "progress_worker.py"
 SHOWN = (
     "Calibrating (forward + backward)", "Calibrating (forward)", "Selecting", "Pruning blocks", "Reconstructing blocks",
     "Compensating", "Perplexity", "Reading weights", "Checking what was written", "Counting zeros",
@@ -25,23 +25,31 @@ class Worker:
 
     def __init__(self, folder: Path, terminal: bool, **variables: str) -> None:
         folder.mkdir()
-        self.reader, writer = pty.openpty() if terminal else os.pipe()
+        if terminal:
+            self.reader, writer = pty.openpty()
+            log = Path(os.ttyname(writer))
+        else:
+            log = folder / "log"
+            os.mkfifo(log)
+            self.reader, writer = os.open(log, os.O_RDONLY | os.O_NONBLOCK), os.open(log, os.O_WRONLY)
+            os.set_blocking(self.reader, True)
         environment = {k: v for k, v in clean_environment().items() if k not in ("FORCE_COLOR", "TTY_INTERACTIVE")}
-        environment |= {"TERM": "xterm", "COLUMNS": "120", "TRANSFORMERS_VERBOSITY": "error"} | variables
-        # Bars of transformers are its own affair; it is asked to be quiet.
-        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        command = [sys.executable, str(WORKER), str(folder)]
-        self.process = subprocess.Popen(command, stderr=writer, stdout=subprocess.DEVNULL, env=environment)
-        os.close(writer)
+        environment |= {"TERM": "xterm", "COLUMNS": "120"} | variables
+        self.process = start(progress_worker.run, folder, environment=environment, log=log)
+        self.writer = writer
 
     def stderr(self) -> str:
         """All that was written, once the process has ended well."""
-        written = b""
-        while part := self._read():
-            written += part
+        written: list[bytes] = []
+        reading = Thread(target=lambda: written.extend(iter(self._read, b"")))
+        reading.start()
+        self.process.join(120)
+        os.close(self.writer)  # nobody writes any more, so reading comes to its end
+        reading.join()
         os.close(self.reader)
-        assert self.process.wait(timeout=120) == 0, written.decode(errors="replace")
-        return written.decode()
+        said = b"".join(written).decode(errors="replace")
+        assert self.process.exitcode == 0, said
+        return said
 
     def _read(self) -> bytes:
         try:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_prune import quickstart as module
 from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.cli import main
 from lightning_prune.quickstart import SCORES, check_zeros, quickstart, unigram_perplexity
 from lightning_prune.text.data import TextDataModule
 
@@ -23,9 +25,8 @@ def run(folder, **kwargs):
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MODEL", module.MODEL | SMALL)
-        results = quickstart(
-            folder, steps=12, retrain_steps=3, num_samples=8, console=Console(file=out, width=120), **kwargs
-        )
+        small = {"steps": 12, "retrain_steps": 3, "num_samples": 8}
+        results = quickstart(folder, console=Console(file=out, width=120), **(small | kwargs))
     return results, out.getvalue()
 
 
@@ -43,9 +44,28 @@ def test_results_are_those_on_disk(finished):
     assert set(names) == (
         {"dense", "dense-longer"} | {f"{s}-{z}" for z in slugs for s in SCORES} | {f"gblm-{z}-retrained" for z in slugs}
     )
-    assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("perplexity.png", "sparsity.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
     for row in results["models"]:
         assert f"{row['perplexity']:.2f}" in text
+
+
+def test_the_command_it_names_last_writes_a_report(finished):
+    folder, _, text = finished
+    (command,) = [line for line in text.splitlines() if line.startswith("lightning-prune report")]
+    assert main(command.split()[1:]) == 0
+    assert (folder / "report.html").is_file()
+
+
+def test_curves_hold_what_the_table_says(finished):
+    _, results, _ = finished
+    owner = SimpleNamespace(rows=[module.Row(**row) for row in results["models"]])
+    curves = module._Quickstart.curves(owner)
+    assert set(curves) == {*SCORES, "gblm, retrained"}
+    for row in results["models"]:
+        if row["zeros"] in ("50 %", "75 %"):
+            assert curves[row["model"]][row["sparsity"]] == row["perplexity"]
+    assert all(len(points) == 2 for points in curves.values())
 
 
 def test_sparsity_of_every_folder(finished):
@@ -93,15 +113,15 @@ def test_retraining_keeps_the_zeros_of_pruning(finished):
                 assert not torch.equal(before[name], after[name])
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_numbers(finished, tmp_path):
-    _, first, _ = finished
-    second, _ = run(tmp_path)
-    numbers = [[(r["folder"], r["perplexity"], r["sparsity"]) for r in x["models"]] for x in (first, second)]
+def test_the_same_seed_gives_the_same_numbers(tmp_path, monkeypatch):
+    """With one score and one pattern, and fewer steps: a dense model, a pruned and a retrained one."""
+    monkeypatch.setattr(module, "SCORES", ("kfac",))
+    monkeypatch.setattr(module, "SETTINGS", dict(list(module.SETTINGS.items())[:1]))
+    first, second, other = (run(tmp_path / str(n), seed=seed, steps=4)[0] for n, seed in enumerate((0, 0, 1)))
+    numbers = [[(r["folder"], r["perplexity"], r["sparsity"]) for r in x["models"]] for x in (first, second, other)]
     assert numbers[0] == numbers[1]
     assert first["unigram_perplexity"] == second["unigram_perplexity"]
-    other, _ = run(tmp_path, seed=1)
-    assert other["models"][0]["perplexity"] != first["models"][0]["perplexity"]
+    assert all(one[1] != changed[1] for one, changed in zip(numbers[0], numbers[2], strict=True))
 
 
 def test_unigram_perplexity_by_hand():

@@ -11,10 +11,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.masks import apply_masks, named_weights
 from lightning_prune.pruning.targets import type_name
@@ -27,7 +27,7 @@ def averages(trainer: L.Trainer) -> list[nn.Module]:
     Raises:
         RuntimeError: see `_kept_by`.
     """
-    found = [_kept_by(c) for c in _callbacks(trainer) if isinstance(c, WeightAveraging)]
+    found = [_kept_by(c) for c in _callbacks(trainer) if is_kind(c, "WeightAveraging")]
     return [average.module for average in found if average is not None]
 
 
@@ -84,7 +84,7 @@ def _averages_in(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tupl
     """Averaged modules; with each, who holds an ``AveragedModel`` that need not be one of the whole module."""
     seen: set[int] = set()
     for callback in _callbacks(trainer):
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        if is_kind(callback, "WeightAveraging", "StochasticWeightAveraging"):
             average = _kept_by(callback)
             if average is not None:
                 seen.add(id(average))

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
 )
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.pruning.elsa import ELSA
+from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.structure.planning import check_round_to
 from lightning_prune.structure.saliency import check_saliency
 from lightning_prune.structure.saving import noted_units
-from lightning_prune.structure.sizes import ATTENTION_UNITS
+from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
 from lightning_prune.structure.units import Structure
+
+_C = TypeVar("_C")
 
 
 def check_settings(callback: Any) -> None:
@@ -67,16 +67,16 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
         ValueError: naming it, and what to use.
     """
     strategy: Any = trainer.strategy
-    known = isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy))
-    if not known or isinstance(strategy, DeepSpeedStrategy):  # which is one of DDP to Lightning
+    known = is_kind(strategy, "SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
+    if not known or is_kind(strategy, "DeepSpeedStrategy"):  # which is one of DDP to Lightning
         raise ValueError(
             f"PruningAwarePretraining does not support {type(strategy).__name__}, whose shards hide the units; use one "
             "device, strategy='ddp', or strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with "
             "FSDP2 (fully_shard in configure_model)"
         )
-    if isinstance(strategy, ModelParallelStrategy):
+    if is_kind(strategy, "ModelParallelStrategy"):
         _check_sharding(strategy, trainer)
-    if isinstance(strategy, DDPStrategy):
+    if is_kind(strategy, "DDPStrategy"):
         if strategy._start_method != "popen":
             raise ValueError(
                 f"PruningAwarePretraining does not support DDP with start_method={strategy._start_method!r}, which "
@@ -96,13 +96,18 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
     for other in callbacks:
         if other is callback:
             continue
-        # By name too: importing the adapters' callback would load PEFT.
-        if isinstance(other, (WeightPruning, StochasticWeightAveraging, ModelPruning)) or (
-            type(other).__name__ == "PERPRetraining"
-        ):
+        if is_kind(other, "StochasticWeightAveraging", "ModelPruning"):
             raise ValueError(
                 f"{type(other).__name__} keeps tensors of the weights' shapes, which change here: run it in a fit of "
                 "its own, after the model has shrunk"
+            )
+        # By name: importing the adapters' callback would load PEFT.
+        beside = isinstance(other, WeightPruning) or type(other).__name__ == "PERPRetraining"
+        if beside and isinstance(strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"{type(other).__name__} beside PruningAwarePretraining is not supported under ModelParallelStrategy, "
+                "where pruned units stay in the shards as zeros: use one device or strategy='ddp', or run it in a fit "
+                "of its own, on the small model that save_pretrained writes"
             )
 
 
@@ -120,7 +125,7 @@ def _check_sharding(strategy: ModelParallelStrategy, trainer: L.Trainer) -> None
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for other in callbacks:
-        if isinstance(other, WeightAveraging):
+        if is_kind(other, "WeightAveraging"):
             raise ValueError(
                 f"{type(other).__name__} keeps a copy of the model in which no units are masked where parameters are "
                 "sharded; use strategy='ddp', or leave it out"
@@ -146,11 +151,75 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
         )
-    if has_sharded_parameters(module) and not isinstance(strategy, ModelParallelStrategy):
+    if has_sharded_parameters(module) and not is_kind(strategy, "ModelParallelStrategy"):
         raise ValueError(
             f"parameters are sharded (DTensor) under {type(strategy).__name__} and cannot be sliced; use the "
             "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained"
         )
+
+
+def neighbor(trainer: L.Trainer, kind: type[_C]) -> _C | None:
+    """Return the first callback of a kind in the Trainer, None without one."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def masked_while_shrinking(trainer: L.Trainer, callback: Any) -> bool:
+    """Return whether a `WeightPruning` in the same Trainer prunes before a `PruningAwarePretraining` is done."""
+    pruner, end = neighbor(trainer, WeightPruning), callback.schedule.end
+    return pruner is not None and (end is None or pruner.schedule.start <= end)
+
+
+def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> dict[UnitType, int]:
+    """Refuse a `WeightPruning` in the same Trainer whose masks could not follow a model that shrinks.
+
+    Args:
+        trainer: With both callbacks.
+        callback: The `PruningAwarePretraining`.
+        structure: Of the model.
+
+    Returns:
+        How many units of a type, side by side, have to go together for N:M groups to stay whole.
+
+    Raises:
+        ValueError: naming the settings that exclude each other, and what to use.
+    """
+    pruner = neighbor(trainer, WeightPruning)
+    if pruner is None or not masked_while_shrinking(trainer, callback):
+        return {}
+    settings = pruner.settings
+    later = (
+        "let it prune when the model has its size: PruningAwarePretraining(end=STEP) and "
+        "WeightPruning(schedule=OneShot(STEP + 1))"
+    )
+    nm = parse_pattern(settings.pattern)
+    if nm is None and (settings.update or settings.score.name == "sparsegpt"):
+        raise ValueError(
+            f"WeightPruning(score={settings.score.name!r}, update={settings.update!r}) prunes once, and a model "
+            f"that shrinks afterwards would have another sparsity: use another score without update, or {later}"
+        )
+    if "layer" in callback.types and (isinstance(settings.allocation, Mapping) or settings.targets is not None):
+        raise ValueError(
+            "WeightPruning names layers (allocation or targets), whose numbers change when types=('layer', ...) "
+            f"removes some: leave the names out, or {later}"
+        )
+    if nm is None:
+        return {}
+    rounded = check_round_to(callback.round_to)
+    for unit_type, name in (("ffn", "intermediate_size"), ("hidden", "hidden_size")):
+        size = getattr(structure.sizes, name)
+        if unit_type in callback.types and (rounded.get(name, 1) % nm.m or size % nm.m):
+            raise ValueError(
+                f"pattern={settings.pattern!r} has groups of {nm.m} inputs, which stay whole only if "
+                f"round_to={callback.round_to!r} and {name}={size} are multiples of {nm.m}: use round_to={nm.m}, or "
+                f"{later}"
+            )
+    if "attention" in callback.types and structure.sizes.head_dim % nm.m:
+        raise ValueError(
+            f"pattern={settings.pattern!r} has groups of {nm.m} inputs, which heads of {structure.sizes.head_dim} "
+            f"dimensions do not keep whole: leave 'attention' out of types, or {later}"
+        )
+    return {"ffn": nm.m, "hidden": nm.m}
 
 
 def units_stay(structure: Structure, strategy: Any) -> bool:
@@ -160,7 +229,7 @@ def units_stay(structure: Structure, strategy: Any) -> bool:
         ValueError: a strategy of shards without shards, or parameters of which only some are.
     """
     sharded = shard_group(structure.parameters()) is not None
-    if isinstance(strategy, ModelParallelStrategy) and not sharded:
+    if is_kind(strategy, "ModelParallelStrategy") and not sharded:
         raise ValueError(
             "no parameter is sharded under ModelParallelStrategy, so processes would train apart: call fully_shard in "
             "configure_model, as CausalLM does"
@@ -218,7 +287,7 @@ def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
                     )
 
 
-def check_strategy(strategy: Strategy, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:
+def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:
     """Whether adapters can be trained, and merged, under a strategy.
 
     Args:
@@ -230,13 +299,13 @@ def check_strategy(strategy: Strategy, module: L.LightningModule, has_adapters: 
     Raises:
         ValueError: naming what to use instead.
     """
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    if is_kind(strategy, "FSDPStrategy", "DeepSpeedStrategy"):
         raise ValueError(
             f"PERPRetraining does not support {type(strategy).__name__}, whose flat shards hide the weights; use "
             "strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with FSDP2 (fully_shard in "
             "configure_model), or 'ddp'"
         )
-    if isinstance(strategy, ModelParallelStrategy):
+    if is_kind(strategy, "ModelParallelStrategy"):
         tensor = strategy.device_mesh["tensor_parallel"].size()
         if tensor > 1:
             raise ValueError(
@@ -268,6 +337,7 @@ class _Retraining(Protocol):
     masks: Any
     reconstruct: Any
     options: Any
+    distill_from: Any
 
 
 def check_order(callbacks: Sequence[Any], retraining: _Retraining) -> None:
@@ -277,7 +347,7 @@ def check_order(callbacks: Sequence[Any], retraining: _Retraining) -> None:
         ValueError: naming the one to put later.
     """
     for callback in callbacks[: callbacks.index(retraining)]:
-        if retraining.adapter is not None and isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        if retraining.adapter is not None and is_kind(callback, "WeightAveraging", "StochasticWeightAveraging"):
             raise ValueError(
                 f"{type(callback).__name__} copies the module before PERPRetraining has put adapters on it: put "
                 "PERPRetraining before it in Trainer(callbacks=[...])"
@@ -292,6 +362,13 @@ def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
     """
     if retraining.masks is not None:
         raise ValueError("masks are those of the WeightPruning callback in the same Trainer; leave masks out")
+    if pruner.distill_from is not None and retraining.distill_from is not None:
+        raise ValueError("distill_from is given to WeightPruning and to PERPRetraining: give it to one of them")
+    if isinstance(pruner.schedule, ELSA):
+        raise ValueError(
+            f"WeightPruning(schedule={pruner.schedule!r}) trains the weights themselves into their sparsity, which "
+            "adapters would hold fixed: retrain in a fit of its own, after it"
+        )
     if isinstance(pruner.schedule, OneShot) and not pruner.schedule.start:
         return
     if retraining.reconstruct is not None:
@@ -305,6 +382,48 @@ def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
             f"WeightPruning(schedule={pruner.schedule!r}) prunes while the adapters train, and merges them first, "
             f"which adapter={retraining.adapter!r} with init_lora_weights={initial} cannot: use "
             "adapter='mask_lora', or schedule=None"
+        )
+
+
+def check_after_shrinking(
+    trainer: L.Trainer, pruner: WeightPruning | None, retraining: _Retraining, left_on: bool
+) -> None:
+    """Whether adapters can go on in the middle of a fit, after a model has shrunk and was pruned.
+
+    Raises:
+        ValueError: naming what cannot be beside each other.
+    """
+    if pruner is None:
+        raise ValueError(
+            "PERPRetraining beside PruningAwarePretraining needs the masks of a WeightPruning in the same Trainer, "
+            "since those of the large model do not fit the small one: add WeightPruning(...), or run it in another fit"
+        )
+    if retraining.reconstruct is not None or retraining.masks is not None:
+        name = "masks" if retraining.masks is not None else "reconstruct"
+        raise ValueError(
+            f"{name} of PERPRetraining is for weights of the shapes at fit start, which PruningAwarePretraining "
+            f"changes: leave {name} out, or run PERPRetraining in a fit of its own"
+        )
+    if retraining.distill_from is not None:
+        raise ValueError(
+            "distill_from of PERPRetraining beside PruningAwarePretraining: give distill_from to "
+            "PruningAwarePretraining, or run PERPRetraining in a fit of its own"
+        )
+    if retraining.adapter == "lora":
+        raise ValueError(
+            "adapter='lora' cannot be merged, so checkpoints of a model that has shrunk could not hold it: use "
+            "adapter='mask_lora', or run PERPRetraining in a fit of its own"
+        )
+    if left_on:
+        raise ValueError(
+            "the module has adapters of an earlier fit, and PruningAwarePretraining needs the plain model: merge them "
+            "(lightning_prune.perp.merge), or take PruningAwarePretraining out"
+        )
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if (average := next((c for c in callbacks if is_kind(c, "WeightAveraging")), None)) is not None:
+        raise ValueError(
+            f"{type(average).__name__} averages the weights that the module has at fit start, and adapters come later: "
+            "leave it out, or run PERPRetraining in a fit of its own"
         )
 
 

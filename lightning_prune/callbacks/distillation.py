@@ -1,4 +1,4 @@
-"""Distillation: what a training step adds to its loss to stay close to the logits of a dense source model.
+"""Distill: let a training step add to its loss what keeps it close to the logits of a dense source model.
 
 Letters: B samples, T tokens, V vocabulary.
 """
@@ -6,19 +6,22 @@ Letters: B samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.structure.units import find_language_model
+
 
 def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, keep: Tensor | None = None) -> Tensor:
-    """Mean over tokens of ``temperature^2 * KL(teacher || student)`` (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    """Return the mean over tokens of ``temperature^2 * KL(teacher || student)``.
 
-    Both distributions are softened by the temperature; its square keeps the gradient's size. Computed in float32, or
-    wider where the logits are.
+    Hinton et al. 2015, arXiv 1503.02531, section 2. Both distributions are softened by the temperature; its square
+    keeps the gradient's size. Computed in float32, or wider where the logits are.
 
     Args:
         student: Logits ``[B, T, V]``; the gradient goes here.
@@ -54,23 +57,79 @@ class Distillation:
     inside it are noted, and the source runs on the same inputs, without gradients, in evaluation mode. The source is
     no part of the module, so neither checkpoints nor optimizers see it. What the module itself logs stays its own loss.
 
+    Nothing of it is in checkpoints, so a resumed fit distills as the fit before did. Under FSDP2 every rank holds the
+    whole source.
+
     Args:
-        source: A causal language model of transformers.
+        source: A causal language model of transformers, or where to load one from (folder, hub id, ``.gguf`` file).
         weight: Share of the divergence in the loss, above 0 and at most 1.
         temperature: See `logits_divergence`.
+
+    Attributes:
+        last: Divergence of the latest training step; None before one.
+
+    Raises:
+        ValueError: `weight` or `temperature` out of range.
     """
 
-    def __init__(self, source: nn.Module, weight: float, temperature: float) -> None:
-        self.source = source.requires_grad_(False).eval()
+    def __init__(self, source: str | nn.Module, weight: float = 0.5, temperature: float = 1.0) -> None:
+        if not 0 < weight <= 1:
+            raise ValueError(f"distill_weight={weight!r} must be above 0 and at most 1")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature!r} must be above 0")
+        self.source = source
         self.weight = weight
         self.temperature = temperature
-        self.last: Tensor | None = None  # divergence of the latest training step
+        self.last: Tensor | None = None
         self._passes: list[tuple[Mapping[str, Any], Tensor]] = []
         self._undo: list[Callable[[], None]] = []
+        self._paused = False
 
-    def begin(self, module: L.LightningModule, student: nn.Module) -> None:
-        """Wrap the module's training step until `end`."""
-        self.source.to(module.device)
+    @classmethod
+    def of(cls, source: str | nn.Module | None, weight: float, temperature: float) -> Distillation | None:
+        """Return the distillation that a callback's arguments ask for, or None without a source."""
+        return None if source is None else cls(source, weight, temperature)
+
+    def load(self, module: L.LightningModule) -> None:
+        """Load the source, and check it against the language model in a module.
+
+        Raises:
+            ValueError: manual optimization; another vocabulary; the very model that is trained.
+        """
+        from lightning_prune.checkpoints.sources import load_pretrained
+
+        if not module.automatic_optimization:
+            raise ValueError(
+                f"distill_from adds to the loss that training_step returns, which {type(module).__name__} does not "
+                "train on (manual optimization): use automatic optimization, or add "
+                "lightning_prune.callbacks.distillation.logits_divergence to the loss yourself"
+            )
+        _, student = find_language_model(module)
+        source: nn.Module = self.source if isinstance(self.source, nn.Module) else load_pretrained(self.source)
+        self.source = source
+        mine, theirs = (getattr(getattr(m, "config", None), "vocab_size", None) for m in (student, source))
+        if mine != theirs:
+            raise ValueError(
+                f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it "
+                "began as"
+            )
+        trained = set(student.parameters())
+        if any(parameter in trained for parameter in source.parameters()):
+            raise ValueError(
+                "distill_from is the model that is trained: pass a copy of it (copy.deepcopy), or where to load it"
+            )
+
+    def begin(self, module: L.LightningModule, student: nn.Module | None = None) -> None:
+        """Wrap the module's training step until `end`.
+
+        Args:
+            module: The module.
+            student: What its step calls; default its language model.
+        """
+        assert isinstance(self.source, nn.Module)
+        self.end()
+        self.source.requires_grad_(False).eval().to(module.device)
+        student = find_language_model(module)[1] if student is None else student
         original = module.training_step
         listening = False
 
@@ -81,6 +140,8 @@ class Distillation:
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             nonlocal listening
+            if self._paused:
+                return original(*args, **kwargs)
             self._passes, listening = [], True
             try:
                 output = original(*args, **kwargs)
@@ -98,6 +159,20 @@ class Distillation:
             undo()
         self._undo, self._passes = [], []
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let the training step return its own loss for a while, such as that which scores weights."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def log(self, module: L.LightningModule) -> None:
+        """Show the latest divergence in the progress bar; call it at the end of a batch."""
+        if self.last is not None:
+            module.log("distillation", self.last, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+
     def _with_divergence(self, output: Any) -> Any:
         loss = output["loss"] if isinstance(output, Mapping) else output
         passes, self._passes = self._passes, []
@@ -111,7 +186,7 @@ class Distillation:
         total = torch.zeros((), device=loss.device)
         for inputs, logits in passes:
             with torch.no_grad():
-                theirs = self.source(**inputs).logits
+                theirs = self.source(**inputs).logits  # type: ignore[operator]
             mask = inputs.get("attention_mask")
             keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
             total = total + logits_divergence(logits, theirs, self.temperature, keep) / len(passes)

@@ -8,9 +8,32 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_prune.checkpoints.export import check_replaceable
+from lightning_prune.safety import expanded
 
-def finish_fit(trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None) -> None:
+
+def check_saving(module: L.LightningModule, folder: str | None) -> None:
+    """Refuse a folder for `finish_fit` before training starts.
+
+    Raises:
+        ValueError: the module has no ``save_pretrained``, or the folder holds other things than a model.
+    """
+    if folder is None:
+        return
+    if not callable(getattr(module, "save_pretrained", None)):
+        raise ValueError(
+            f"save_pretrained={folder!r}: {type(module).__name__} has no method save_pretrained(folder); train a "
+            "CausalLM, or write one that saves your model"
+        )
+    check_replaceable(expanded(folder, "save_pretrained"), overwrite=True)
+
+
+def finish_fit(
+    trainer: L.Trainer, module: L.LightningModule, datamodule: L.LightningDataModule | None, folder: str | None = None
+) -> None:
     """Validate and save what was trained where the Trainer has done neither, and print how to go on.
+
+    With `folder` the module is also saved there as a transformers folder.
 
     A schedule of validation or checkpoints by batches may name a batch that a short run never reaches. Nothing is done
     that the Trainer was told to leave out (``limit_val_batches=0``, ``enable_checkpointing=False``), and no validation
@@ -22,8 +45,9 @@ def finish_fit(trainer: L.Trainer, module: L.LightningModule, datamodule: L.Ligh
     measured = any(name.startswith("val_") for name in trainer.callback_metrics)
     if not measured and trainer.enable_validation and trainer.world_size == 1:
         trainer.validate(module, datamodule=datamodule)
-    if path is not None:
-        _say(path)
+    if folder is not None:
+        module.save_pretrained(expanded(folder, "save_pretrained"))  # type: ignore[operator]  # on every rank
+    _say(path, folder)
 
 
 def _checkpoint_of(trainer: L.Trainer) -> Path | None:
@@ -41,7 +65,12 @@ def _checkpoint_of(trainer: L.Trainer) -> Path | None:
 
 
 @rank_zero_only
-def _say(path: Path) -> None:
-    name = shlex.quote(str(path))
-    print(f"Checkpoint: {path}\nA plain transformers folder of it: lightning-prune export {name} model")
-    print(f"Perplexity on a text of yours: lightning-prune evaluate {name} --text FILE")
+def _say(path: Path | None, folder: str | None) -> None:
+    if path is not None:
+        print(f"Checkpoint: {path}")
+    if folder is not None:
+        print(f"A plain transformers folder of it: {folder}")
+    elif path is not None:
+        print(f"A plain transformers folder of it: lightning-prune export {shlex.quote(str(path))} model")
+    if folder or path:
+        print(f"Perplexity on a text of yours: lightning-prune evaluate {shlex.quote(str(folder or path))} --text FILE")

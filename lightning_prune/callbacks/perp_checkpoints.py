@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.checkpoints.states import add_states, has_adapters, load_into, save_merged
 from lightning_prune.errors import CheckpointError
@@ -33,7 +33,7 @@ def follow_checkpoints(trainer: L.Trainer, perp: Any, states: Callable[[], Mappi
         original = getattr(strategy.__dict__.get(name), "of_perp", None)
         if original is not None:
             strategy.__dict__[name] = original
-    if isinstance(strategy, ModelParallelStrategy):
+    if is_kind(strategy, "ModelParallelStrategy"):
         _follow_sharded(trainer, states)
         return
     save, load = strategy.save_checkpoint, strategy.load_model_state_dict
@@ -63,7 +63,7 @@ def _follow_sharded(trainer: L.Trainer, states: Callable[[], Mapping[str, Mappin
 
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            stored = has_adapters(open_checkpoint(checkpoint_path).names())
+            stored = has_adapters(open_checkpoint(checkpoint_path))
         except CheckpointError:  # Lightning's to say, which may have been told to trust it
             stored = _has_adapters(trainer)
         if stored and not _has_adapters(trainer):

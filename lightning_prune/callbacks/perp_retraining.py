@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.calibration_data import CalibrationData
-from lightning_prune.callbacks.checks import check_order, check_pruner, check_strategy
+from lightning_prune.callbacks.checks import (
+    check_after_shrinking,
+    check_order,
+    check_pruner,
+    check_strategy,
+    neighbor,
+)
 from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
+from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
+from lightning_prune.callbacks.rewrapping import put_in_place, without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning, ranks_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
+from lightning_prune.checkpoints.states import UNMERGED
 from lightning_prune.naming import plain_name
 from lightning_prune.perp.adapters import (
     adapter_masks,
@@ -35,9 +46,9 @@ from lightning_prune.perp.adapters import (
 )
 from lightning_prune.perp.layers import find_variant, sparse_layers
 from lightning_prune.perp.masks import set_masks
-from lightning_prune.perp.options import check_adapter, check_options, check_parts
-from lightning_prune.perp.reconstruction import Reconstruction, check_settings, reconstruct
-from lightning_prune.perp.record import Retraining, find_retraining, plain_model
+from lightning_prune.perp.options import ReconstructSettings, check_adapter, check_options, check_parts
+from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
+from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
 from lightning_prune.pruning.targets import find_targets
 from lightning_prune.sharding import reshard
@@ -74,25 +85,35 @@ class PERPRetraining(L.Callback):
     ``FSDPStrategy`` and DeepSpeed are refused; so are a module that makes its model in ``configure_model``, and one
     that an earlier fit has sharded and merged, since its layers can get no new adapters.
 
+    With `PruningAwarePretraining` and `WeightPruning` in the same Trainer, in any order, the adapters go on when the
+    model has its final size and its masks. In the optimizer they join the group of their layer's weight, which leaves
+    it; learning rates go on as they were. What cannot wait so long is refused: `reconstruct`, `masks`, averaged
+    weights.
+
     With a schedule of `WeightPruning` (IMP with PERP) every update of the masks first merges the adapters into the
     weights, scores the merged weights, and begins the adapters anew on the new masks, without optimizer states.
 
     Args:
-        adapter: ``"mask_lora"``, ``"scale_lora"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``), one of your
-            own, or None; see `lightning_prune.perp.add_adapters`.
+        adapter: ``"mask_lora"``, ``"scale_lora"``, ``"hira"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``),
+            one of your own, or None; see `lightning_prune.perp.add_adapters`.
         train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
         merge: Merge at fit end.
         masks: Bool masks by the transformers model's parameter names; default those of `WeightPruning`, else zeros.
         r: Rank of the adapters.
-        lora_alpha: Scaling times rank; default ``2 * r``. None for scale_lora, which has none.
+        lora_alpha: Scaling times rank; default ``2 * r``. None for scale_lora and hira, which have none.
         target_modules: Layers with an adapter, as in PEFT; default every pruned one, or the targets of
             `WeightPruning`.
         lora_options: Further options of `add_adapters`, such as ``{"use_rslora": True}``.
+        adapt_head: Put an adapter on the output embeddings too; see `lightning_prune.perp.add_adapters`.
         reconstruct: Fit the pruned model block by block to the dense one before training: True, or a mapping with any
-            of ``dense`` (default: the weights as `WeightPruning` finds them in this fit), ``adapter`` (default: this
-            one's), ``steps`` (100, for each block), ``learning_rate`` (1e-3), ``num_samples`` (128, over all ranks),
-            ``targets``, ``offload`` (see `lightning_prune.perp.reconstruct`) and ``calibration`` (default: samples
-            drawn from the training data, whose order is untouched). Not done again when a checkpoint is resumed.
+            of ``dense`` (default: the weights as `WeightPruning` finds them in this fit), ``calibration`` (default:
+            samples drawn from the training data, whose order is untouched) and the options of
+            `lightning_prune.perp.reconstruct`, such as ``{"train": "all"}``; ``num_samples`` are over all ranks,
+            ``adapter`` and its options default to this one's. Not done again when a checkpoint is resumed.
+        distill_from: A dense source model whose logits to stay close to: a causal language model, or where to load
+            one from (folder, hub id, ``.gguf`` file). It takes part in training steps alone, and in no checkpoint.
+        distill_weight: Share of the divergence in the loss, above 0 and at most 1.
+        temperature: Of both distributions in the divergence.
         seed: Of the adapters' initial values; the Trainer's random states are left alone.
         attribute: Name of the module's attribute that holds the transformers model.
 
@@ -120,7 +141,11 @@ class PERPRetraining(L.Callback):
         lora_alpha: float | None = None,
         target_modules: list[str] | str | None = None,
         lora_options: dict[str, Any] | None = None,
+        adapt_head: bool = False,
         reconstruct: bool | dict[str, Any] = False,
+        distill_from: str | nn.Module | None = None,
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
         seed: int = 0,
         attribute: str = "model",
     ) -> None:
@@ -140,11 +165,18 @@ class PERPRetraining(L.Callback):
             raise ValueError(
                 "adapter='lora' cannot be merged, since its product is dense: pass merge=False, or adapter='mask_lora'"
             )
+        if adapt_head and adapter is None:
+            raise ValueError("adapt_head=True with adapter=None has no adapter to put on the head; remove one of them")
         self.adapter = adapter
+        self.adapt_head = adapt_head
         self.merge = merge
-        self.reconstruct = reconstruct_options(reconstruct, adapter, self.train, self.options)
+        self.reconstruct = before_training(reconstruct, adapter, self.train, self.options)
         self.reconstruction: Reconstruction | None = None
         self.masks = masks
+        self.distill_from = distill_from
+        self.distill_weight = distill_weight
+        self.temperature = temperature
+        self._distillation = Distillation.of(distill_from, distill_weight, temperature)
         self.seed = seed
         self.attribute = attribute
         self._loaded_masks: Masks = {}
@@ -152,11 +184,14 @@ class PERPRetraining(L.Callback):
         self._beside_pruner = False
         self._resumed = self._started = False
         self._left_on = False  # adapters that were trained before this fit
+        self._waits = False  # for a model that shrinks first
+        self._goes_on = False  # from a checkpoint of the time after
+        self._unmerged: Mapping[str, Tensor] | None = None  # its base weights and adapters
         self._end: BeforeTeardown | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and loaded masks, nothing of a module or of a fit that runs."""
-        return copied_state(self, _module=None, _started=False, _end=None)
+        return copied_state(self, _module=None, _started=False, _end=None, _distillation=None)
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 
@@ -177,35 +212,82 @@ class PERPRetraining(L.Callback):
             check_dense_is_known(self.reconstruct, pruner)
         if pruner is not None:
             check_pruner(pruner, self)
+        self._beside_pruner, self._unmerged = pruner is not None, None
+        self._resumed = self._started = self._goes_on = False
+        self._left_on = found is not None
+        self._waits = neighbor(trainer, PruningAwarePretraining) is not None
+        if self._waits:
+            check_after_shrinking(trainer, pruner, self, self._left_on)
+            self._module = None
+            return
+        self._distillation = self._distillation or Distillation.of(
+            self.distill_from, self.distill_weight, self.temperature
+        )
+        if self._distillation is not None:
+            self._distillation.load(pl_module)
         if found is None:
-            options = dict(self.options)
-            if pruner is not None and self.adapter is not None and options.get("target_modules") is None:
-                options["target_modules"] = self._targets_of(pruner, pl_module)
-            # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
-            # loaded is not known in this hook.
-            pruned_later = pruner is not None or not (self.masks or _has_zeros(model))
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
-                wrapped = attach(model, self.adapter, self.masks, self.train, options, pruned_later=pruned_later)
-            try:  # the module may have more of the weights than the model has
-                check_unshared(pl_module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
-            except ValueError:
-                remove_adapters(wrapped)
-                raise
-            setattr(pl_module, self.attribute, wrapped)
+            self._put_on(pruner, pl_module)
         else:  # left on by an interrupted fit, or by merge=False
             _check_same(_settings(found), _settings_of(self), "the module's adapters were")
         if pruner is not None:
-            actual = {self._plain(name): name for name in named_weights(pl_module)}
-            pruner.rename_masks(lambda name: actual.get(self._plain(name), name))
+            self._rename_masks(pruner, pl_module)
             pruner.wrap_updates(partial(self._settled, trainer, pl_module))
-            if self.reconstruct is not None and self.reconstruct.get("dense") is None:
+            if self.reconstruct is not None and self.reconstruct.dense is None:
                 pruner.keep_dense_weights()
-        self._module, self._beside_pruner = weakref.ref(pl_module), pruner is not None
-        self._resumed = self._started = False
-        self._left_on = found is not None
-        if isinstance(trainer.strategy, ModelParallelStrategy):
+        self._module = weakref.ref(pl_module)
+        if is_kind(trainer.strategy, "ModelParallelStrategy"):
             self._shard_plain_model(pl_module)
+
+    def _put_on(self, pruner: WeightPruning | None, module: L.LightningModule) -> None:
+        """Freeze the model and put the adapters on."""
+        model, options = self._model(module), dict(self.options)
+        if pruner is not None and self.adapter is not None and options.get("target_modules") is None:
+            options["target_modules"] = self._targets_of(pruner, module)
+        # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
+        # loaded is not known before.
+        pruned_later = pruner is not None or not (self.masks or _has_zeros(model))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            wrapped = attach(
+                model, self.adapter, self.masks, self.train, options, pruned_later, adapt_head=self.adapt_head
+            )
+        try:  # the module may have more of the weights than the model has
+            check_unshared(module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
+        except ValueError:
+            remove_adapters(wrapped)
+            raise
+        setattr(module, self.attribute, wrapped)
+
+    def _rename_masks(self, pruner: WeightPruning, module: L.LightningModule) -> None:
+        actual = {self._plain(name): name for name in named_weights(module)}
+        pruner.rename_masks(lambda name: actual.get(self._plain(name), name))
+
+    # -- after a model has shrunk ------------------------------------------------------------------------------------
+
+    def _begin_after_shrinking(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Put the adapters on while training runs; they take the place of the weights that are frozen now."""
+        pruner = _pruner_of(trainer)
+        assert pruner is not None
+        with without_wrapper(trainer, module):
+            self._put_on(pruner, module)
+            model = self._model(module)
+            for _, layer in sparse_layers(model):
+                layer.to(layer.base_weight.device)
+            successors: dict[Tensor, tuple[Tensor, ...]] = {
+                layer.base_weight: layer.matrices() for _, layer in sparse_layers(model)
+            }
+            put_in_place(trainer.optimizers, successors)
+        self._rename_masks(pruner, module)
+        self._module, self._waits = weakref.ref(module), False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin once `PruningAwarePretraining` and `WeightPruning` in the same Trainer are done."""
+        shrinker, pruner = neighbor(trainer, PruningAwarePretraining), _pruner_of(trainer)
+        if self._waits and shrinker is not None and shrinker.finished and pruner is not None and pruner.finished:
+            self._begin_after_shrinking(trainer, pl_module)
+            self._take_masks(trainer, pl_module)
 
     def _shard_plain_model(self, module: L.LightningModule) -> None:
         """Have ``configure_model`` find the transformers model: it stays after the merge, and names are as it knows."""
@@ -215,7 +297,7 @@ class PERPRetraining(L.Callback):
         def configure_model() -> None:
             module.__dict__.pop("configure_model", None)
             model = self._model(module)
-            plain = plain_model(model)
+            plain = unwrapped(model)
             setattr(module, self.attribute, plain)
             try:
                 original()
@@ -228,7 +310,9 @@ class PERPRetraining(L.Callback):
             finally:
                 setattr(module, self.attribute, model)
             if self.adapter is not None:
-                set_masks(model, adapter_masks(model))  # from here on no rank holds whole masks
+                # From here on no rank holds whole masks. A module of bfloat16 is converted only after this hook, and
+                # FSDP2 would go on gathering in the dtype that it saw first.
+                set_masks(model, adapter_masks(model), gather=False)
 
         module.__dict__["configure_model"] = configure_model
 
@@ -236,6 +320,10 @@ class PERPRetraining(L.Callback):
     def _settled(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
         """Around new masks: what adapters have learned goes into the weights first, and they begin anew after."""
         model = self._model(module)
+        with nullcontext() if self._distillation is None else self._distillation.paused():
+            yield from self._settle(trainer, model)
+
+    def _settle(self, trainer: L.Trainer, model: nn.Module) -> Iterator[None]:
         if self.adapter is None:
             yield
             return
@@ -250,9 +338,19 @@ class PERPRetraining(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have the adapters merged at the end, where it may not be reached by training."""
         self._end = BeforeTeardown(trainer.strategy, partial(self._finish, trainer, pl_module))
+        shrinker = neighbor(trainer, PruningAwarePretraining)
+        if self._goes_on and shrinker is not None:  # a checkpoint of the time after; optimizer states come next
+            shrinker.begin(trainer, pl_module)
+            self._begin_after_shrinking(trainer, pl_module)
+            pl_module.load_state_dict(self._unmerged or {}, strict=False)
+            self._unmerged = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the masks: every callback has pruned by now, and a checkpoint is restored."""
+        if not self._waits:
+            self._take_masks(trainer, pl_module)
+
+    def _take_masks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         reshard(pl_module)
         model, pruner = self._model(pl_module), _pruner_of(trainer)
         self._started = True
@@ -274,6 +372,15 @@ class PERPRetraining(L.Callback):
             f"PERPRetraining: {trained:,} parameters are trained, {trainable_share(model):.3%} of the model's "
             f"({', '.join([self.adapter or 'no adapter', *self.train])}{pruned})"
         )
+        if self._distillation is not None:
+            self._distillation.begin(pl_module, model)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show how far the model is from the source that it is distilled from."""
+        if self._distillation is not None:
+            self._distillation.log(pl_module)
 
     def _reconstruct(self, trainer: L.Trainer, model: nn.Module) -> None:
         assert self.reconstruct is not None
@@ -298,6 +405,12 @@ class PERPRetraining(L.Callback):
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters, and give the module its transformers model back."""
         self._let_go(trainer, pl_module)
+        if self._waits:
+            rank_zero_warn(
+                "PERPRetraining: training ended before the model had its size and its masks, so no adapters were "
+                "trained: let PruningAwarePretraining(end=...) and the schedule of WeightPruning end earlier"
+            )
+            return
         reshard(pl_module)
         if not self._started and self.adapter is not None:  # a fit that had nothing left to train
             set_masks(self._model(pl_module), self._masks_for(trainer))
@@ -322,6 +435,8 @@ class PERPRetraining(L.Callback):
         if self._end is not None:
             self._end.remove()
             self._end = None
+        if self._distillation is not None:
+            self._distillation.end()
         module.__dict__.pop("configure_model", None)
         pruner = _pruner_of(trainer)
         if pruner is not None:
@@ -349,7 +464,7 @@ class PERPRetraining(L.Callback):
         prefix = f"{self.attribute}."
         # Once adapters are on, the layers that the user froze are pruned like the others.
         found = find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=True)
-        names = [t.name for t in found if t.kind.name != "Conv2d"]
+        names = [t.name for t in found if t.kind.name in ("Linear", "Conv1D")]
         return [n.removeprefix(prefix).removesuffix(".weight") for n in names if n.startswith(prefix)]
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:
@@ -368,12 +483,16 @@ class PERPRetraining(L.Callback):
         What is written also has the base weights and adapters, see `lightning_prune.checkpoints.states.save_merged`.
         """
         module = None if self._module is None else self._module()
-        state: dict[str, Any] = {"version": _STATE_VERSION, "settings": _settings_of(self), "masks": {}, "layers": {}}
+        state: dict[str, Any] = {"version": _STATE_VERSION, "callback": "PERPRetraining", "masks": {}, "layers": {}}
+        state["settings"], state["begun"] = _settings_of(self), not self._waits
         if module is not None and self.adapter is not None:
             model = self._model(module)
             state["layers"] = {name: layer.combining() for name, layer in sparse_layers(model)}
             if not self._beside_pruner:
                 state["masks"] = pack_masks(adapter_masks(model))
+            elif self.adapt_head:  # which the pruner has no mask of
+                heads = {f"{name}.weight" for name, layer in sparse_layers(model) if layer.stays_dense}
+                state["masks"] = pack_masks({n: mask for n, mask in adapter_masks(model).items() if n in heads})
         return state
 
     def _states(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
@@ -393,10 +512,12 @@ class PERPRetraining(L.Callback):
         _check_same(state_dict["settings"], _settings_of(self), "the checkpoint's adapters were")
         self._loaded_masks = unpack_masks(state_dict["masks"])
         self._resumed = True
+        if self._waits and state_dict.get("begun", True):
+            self._goes_on, self._unmerged = True, state_dict.get(UNMERGED)
 
 
 def _settings_of(callback: PERPRetraining) -> dict[str, Any]:
-    return _settings(Retraining(callback.adapter, callback.train, callback.options, (), frozenset(), frozenset()))
+    return _settings(Retraining(callback.adapter, callback.train, callback.options, (), frozenset()))
 
 
 def _settings(record: Retraining) -> dict[str, Any]:
@@ -434,14 +555,25 @@ def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:
             optimizer.state.pop(parameter, None)
 
 
-OPTIONS = ("dense", "adapter", "steps", "learning_rate", "num_samples", "targets", "offload", "calibration")
-_DEFAULTS: dict[str, Any] = {"steps": 100, "learning_rate": 1e-3, "num_samples": 128, "targets": "dense"}
+@dataclass(frozen=True)
+class BeforeTraining:
+    """A reconstruction that comes before training.
+
+    Attributes:
+        settings: How blocks are fitted.
+        dense: The weights from before pruning, or a path; None: those that the pruner finds.
+        calibration: Batches; None: samples of the training data.
+    """
+
+    settings: ReconstructSettings
+    dense: Any = None
+    calibration: Any = None
 
 
-def reconstruct_options(
+def before_training(
     given: bool | Mapping[str, Any], adapter: str | None, train: Sequence[str], lora_options: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """The options of a reconstruction before training, complete and checked; None for no reconstruction.
+) -> BeforeTraining | None:
+    """Return a reconstruction from what a user gives, complete and checked; None for none.
 
     Raises:
         TypeError, ValueError: an unknown option, or a value that no model could take.
@@ -449,27 +581,23 @@ def reconstruct_options(
     if given is False:
         return None
     if given is not True and not isinstance(given, Mapping):
-        raise TypeError(f"reconstruct={given!r} must be True, False, or a mapping of {', '.join(OPTIONS)}")
-    options = {**_DEFAULTS, "adapter": adapter, **({} if given is True else given)}
-    unknown = [name for name in options if name not in OPTIONS]
-    if unknown:
-        raise ValueError(f"reconstruct has the unknown option {unknown[0]!r}; it takes any of {', '.join(OPTIONS)}")
-    check_adapter(options["adapter"])
-    parts = tuple(part for part in train if part in ("bias", "norm"))
-    passed = {k: v for k, v in lora_options.items() if k != "target_modules"} if options["adapter"] == adapter else {}
-    check_settings(options["adapter"], parts, options["steps"], options["learning_rate"], options["targets"], passed)
-    if not isinstance(options["num_samples"], int) or not 1 <= options["num_samples"] < 2**31:
-        raise ValueError(f"num_samples={options['num_samples']!r} of reconstruct must be an integer >= 1, below 2**31")
-    return {**options, "train": parts, "lora_options": passed}
+        raise TypeError(f"reconstruct={given!r} must be True, False, or a mapping such as {{'steps': 100}}")
+    options = {} if given is True else dict(given)
+    dense, calibration = options.pop("dense", None), options.pop("calibration", None)
+    if options.get("train") != "all":
+        options = {"adapter": adapter, "train": [part for part in train if part in ("bias", "norm")], **options}
+        if options["adapter"] == adapter:
+            options = {**{k: v for k, v in lora_options.items() if k != "target_modules"}, **options}
+    return BeforeTraining(ReconstructSettings.of(options), dense, calibration)
 
 
-def check_dense_is_known(options: Mapping[str, Any], pruner: WeightPruning | None) -> None:
+def check_dense_is_known(before: BeforeTraining, pruner: WeightPruning | None) -> None:
     """Dense weights come from the user, or from a pruner that has them when it prunes.
 
     Raises:
         ValueError: neither will have them.
     """
-    if options.get("dense") is not None:
+    if before.dense is not None:
         return
     if pruner is None:
         raise ValueError(
@@ -486,7 +614,7 @@ def check_dense_is_known(options: Mapping[str, Any], pruner: WeightPruning | Non
 def reconstruct_before_training(
     trainer: L.Trainer,
     model: nn.Module,
-    options: Mapping[str, Any],
+    before: BeforeTraining,
     masks: Mapping[str, Tensor] | None,
     pruner: WeightPruning | None,
     rename: Callable[[str], str],
@@ -497,7 +625,7 @@ def reconstruct_before_training(
     Args:
         trainer: The Trainer.
         model: The transformers model, without adapters.
-        options: Of `reconstruct_options`.
+        before: What is to be done.
         masks: By parameter name; None for the weights' zeros.
         pruner: The `WeightPruning` beside, which may have the dense weights.
         rename: From its names of parameters to those of the model.
@@ -506,7 +634,7 @@ def reconstruct_before_training(
     Raises:
         ValueError: see `reconstruct`; or the pruner has not pruned in this fit.
     """
-    dense: Any = options.get("dense")
+    dense: Any = before.dense
     if isinstance(dense, (str, Path)):
         dense = open_checkpoint(dense, argument="dense")
     taken = {} if pruner is None else {rename(n): weight for n, weight in pruner.take_dense_weights().items()}
@@ -515,22 +643,15 @@ def reconstruct_before_training(
             "the module was pruned before this fit, so the weights from before are not known to reconstruct: pass "
             "reconstruct={'dense': FOLDER}, or reconstruct=False for another fit"
         )
-    data = CalibrationData(trainer, options.get("calibration"), options["num_samples"], seed)
+    data = CalibrationData(trainer, before.calibration, before.settings.num_samples, seed)
     with data.untouched():
         return reconstruct(
             model,
             data,
             taken if dense is None else dense,
             masks,
-            adapter=options["adapter"],
-            train=options["train"],
-            steps=options["steps"],
-            learning_rate=options["learning_rate"],
-            num_samples=data.local_samples,
-            targets=options["targets"],
-            offload=options.get("offload"),
             seed=seed,
             forward_context=trainer.precision_plugin.train_step_context,
             ranks=ranks_of(trainer),
-            **options["lora_options"],
+            **{**before.settings.options(), "num_samples": data.local_samples},
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,20 +9,21 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.checks import (
     check_module,
+    check_neighbors,
     check_not_masked,
     check_optimizers,
     check_settings,
     check_states,
     check_trainer,
+    masked_while_shrinking,
+    neighbor,
     units_stay,
 )
 from lightning_prune.callbacks.copies import copied_state
@@ -35,7 +35,9 @@ from lightning_prune.callbacks.resuming import (
     take_saved_shapes,
     write_hyper_parameters,
 )
+from lightning_prune.callbacks.rewrapping import without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
+from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.batches import padding_mask
@@ -43,7 +45,8 @@ from lightning_prune.report.figures import shrinking_picture
 from lightning_prune.schedules import ShrinkSchedule
 from lightning_prune.sharding import reshard
 from lightning_prune.structure.compensation import StreamedMoments
-from lightning_prune.structure.planning import make_goal
+from lightning_prune.structure.planning import make_planner
+from lightning_prune.structure.removal import sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
 from lightning_prune.structure.shrinking import Shrinking, ShrinkRecord, pruned_ratios
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
@@ -59,7 +62,7 @@ class PruningAwarePretraining(L.Callback):
 
     At every pruning the type of unit whose cheapest unit has the lowest mean saliency loses it: a head or key/value
     group of every layer (``"attention"``), an intermediate channel of every layer (``"ffn"``), a hidden channel of the
-    whole model (``"stem"``), or a whole layer (``"layer"``, not in the paper). Saliency comes from the training's own
+    whole model (``"hidden"``), or a whole layer (``"layer"``, not in the paper). Saliency comes from the training's own
     gradients, right before each optimizer step (averaged over processes, summed over accumulated batches, not yet
     clipped). A pruned unit is zero at first; every `compact_every` prunings, and when the target is reached, zeros are
     sliced off: parameters, optimizer states, averaged weights (``WeightAveraging``), the configuration. The loss does
@@ -68,7 +71,14 @@ class PruningAwarePretraining(L.Callback):
     Works with automatic optimization of one optimizer (Adam, AdamW, SGD, ... : states of the weights' shapes) on one
     device or under DDP, with accumulation, clipping, mixed precision, gradient checkpointing and tied embeddings. DDP
     is wrapped anew at each compaction. Refused: FSDP1, tensor parallelism, DeepSpeed, compiled modules, manual
-    optimization, and `WeightPruning` and `PERPRetraining` in the same Trainer.
+    optimization.
+
+    With `WeightPruning` in the same Trainer, in any order, the model ends small and sparse. It may prune once the model
+    has its size (a schedule that starts after `end`), or from the start: masks are sliced with the weights then, N:M
+    groups go as wholes (`round_to` has to be a multiple of M), units are sliced off at every pruning, and when the
+    model has its size masks are completed to the sparsity that was asked for. With `PERPRetraining` too, adapters go on
+    when both are done, and take the place of the frozen weights in the optimizer; its learning rates go on. Not under
+    ``ModelParallelStrategy``.
 
     Under ``ModelParallelStrategy`` with FSDP2 shards cannot be sliced: pruned units stay zeros (`compact_every` has no
     effect), and steps cost what they did. ``save_pretrained`` of `CausalLM`, which every process calls, writes the
@@ -86,7 +96,7 @@ class PruningAwarePretraining(L.Callback):
             (``hidden_size``, ``intermediate_size``, ``num_attention_heads``, ``num_key_value_heads``,
             ``num_hidden_layers``). Shares and numbers count all parameters, tied ones once, and are reached from above:
             the first size that is not larger.
-        types: Any of ``"attention"``, ``"ffn"``, ``"stem"`` and ``"layer"``.
+        types: Any of ``"attention"``, ``"ffn"``, ``"hidden"`` and ``"layer"``.
         every_n_steps: Optimizer steps between prunings (N in the paper, section 4: 1 or 2).
         start: Optimizer steps before saliency is accumulated.
         end: Step at which the target is reached, along a straight line of parameters: each pruning takes as many units
@@ -102,7 +112,8 @@ class PruningAwarePretraining(L.Callback):
         second_order_every: Optimizer steps between those on which the moments are observed.
         second_order_decay: Weight of an observation in the moments against the next one's; of all there have been, they
             are the weighted mean.
-        compact_every: Prunings between compactions; without effect where parameters are sharded.
+        compact_every: Prunings between compactions; without effect where parameters are sharded, and while the masks of
+            `WeightPruning` are sliced with the weights.
         round_to: Multiple that the FFN and hidden sizes are kept at.
         units_per_pruning: Units at a pruning, where `end` is None. In a layer, for attention and ffn.
         attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of each group.
@@ -126,7 +137,7 @@ class PruningAwarePretraining(L.Callback):
     def __init__(
         self,
         target: float | int | dict[str, int],
-        types: Sequence[str] = ("attention", "ffn", "stem"),
+        types: Sequence[str] = ("attention", "ffn", "hidden"),
         every_n_steps: int = 1,
         start: int = 0,
         end: int | None = None,
@@ -169,7 +180,13 @@ class PruningAwarePretraining(L.Callback):
         self._distillation: Distillation | None = None
         self._unwrap: list[Callable[[], None]] = []
         self._waiting = False  # for a checkpoint
+        self._begun = False  # in this fit
         self._seen_step = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model has its final size, with nothing left to slice off."""
+        return self._shrinking is not None and self._shrinking.reached and not self._shrinking.pending
 
     @property
     def history(self) -> list[ShrinkRecord]:
@@ -190,7 +207,7 @@ class PruningAwarePretraining(L.Callback):
             state = None if shrinking.compact_every is None else shrinking.state_dict()
         loaded = {"_loaded": state, "_copied": self._copied or shrinking is not None}
         return copied_state(
-            self, _shrinking=None, _owner=None, _distillation=None, _unwrap=[], _waiting=False, **loaded
+            self, _shrinking=None, _owner=None, _distillation=None, _unwrap=[], _waiting=False, _begun=False, **loaded
         )
 
     # -- life of a fit -------------------------------------------------------------------------------------------
@@ -203,8 +220,8 @@ class PruningAwarePretraining(L.Callback):
             check_trainer(trainer, self)
             check_module(pl_module, trainer.strategy)
             if self.distill_from is not None and self._distillation is None:
-                source = load_source(self.distill_from, pl_module)
-                self._distillation = Distillation(source, self.distill_weight, self.temperature)
+                self._distillation = Distillation(self.distill_from, self.distill_weight, self.temperature)
+                self._distillation.load(pl_module)
 
         def prepare(checkpoint: dict[str, Any]) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -213,6 +230,7 @@ class PruningAwarePretraining(L.Callback):
             take_saved_shapes([pl_module, *averages(trainer)], state, self.attention_unit)
 
         self._let_go()
+        self._begun = False
         self._unwrap = [before_loading(pl_module, prepare)]
         if trainer.strategy.restore_checkpoint_after_setup:
             undo = check_before_loading(trainer.strategy, pl_module, self.state_key, self.attention_unit)
@@ -226,10 +244,13 @@ class PruningAwarePretraining(L.Callback):
         self._unwrap.append(end.remove)
         self._waiting = trainer.strategy.restore_checkpoint_after_setup
         if not self._waiting:
-            self._begin(trainer, pl_module)
+            self.begin(trainer, pl_module)
 
-    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._waiting = False
+    def begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the units, once a fit; a callback beside this one may have it done before it changes the module."""
+        if self._begun:
+            return
+        self._waiting, self._begun = False, True
         reshard(pl_module)
         owner = None if self._owner is None else self._owner()
         before = self._shrinking if owner is pl_module else None
@@ -237,12 +258,12 @@ class PruningAwarePretraining(L.Callback):
         structure = read_structure(pl_module, self.attention_unit)
         if self._copied and state is not None and not _shrunk_to(state, structure.sizes):
             state = None
-        stay = units_stay(structure, trainer.strategy)
+        stay, blocks = units_stay(structure, trainer.strategy), check_neighbors(trainer, self, structure)
         check_module(pl_module, trainer.strategy)  # once more: configure_model may have compiled it
         if state is None:
             check_not_masked(structure)
         first = None if state is None else Sizes(**state["first"])
-        goal = make_goal(structure, self.target, self.types, self.round_to, first)
+        planner = make_planner(structure, self.target, self.types, self.round_to, first, blocks=blocks)
         moments = None
         if self.second_order:
             moments = StreamedMoments(structure, self.types, self.second_order_decay)
@@ -250,8 +271,9 @@ class PruningAwarePretraining(L.Callback):
             saliency: SaliencyAccumulator = StreamedKFAC(structure, self.types, sum_of(trainer), self.saliency_decay)
         else:
             saliency = SaliencyAccumulator(structure, self.types, self.saliency, self.saliency_decay)
-        every = None if stay else self.compact_every
-        shrinking = Shrinking(structure, goal, saliency, moments, every, agree_of(trainer))
+        # Masks are sliced with the weights: no unit waits for it, so that masks and scores know only what is there.
+        every = None if stay else 1 if masked_while_shrinking(trainer, self) else self.compact_every
+        shrinking = Shrinking(structure, planner, saliency, moments, every, agree_of(trainer))
         if state is not None:
             shrinking.load_state_dict(state)
         else:
@@ -260,48 +282,39 @@ class PruningAwarePretraining(L.Callback):
             check_optimizers(structure, trainer.optimizers, self.saliency)
         self._shrinking, self._owner, self._loaded = shrinking, weakref.ref(pl_module), None
         self._copied = False
-        if not shrinking.reached:
-            self._watch(shrinking)
+        for stream in () if shrinking.reached else shrinking.streams:
+            stream.watch()
         if self._distillation is not None:
             self._distillation.begin(pl_module, structure.model)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note where it begins: a checkpoint's step is known only now."""
         if self._waiting:
-            self._begin(trainer, pl_module)
-        assert self._shrinking is not None
+            self.begin(trainer, pl_module)
         self._seen_step = trainer.global_step
-        self._shrinking.begin(trainer.global_step, self.tokens)
+        self._now.begin(trainer.global_step, self.tokens)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Observe layer inputs on the steps chosen for it."""
-        shrinking = self._shrinking
-        assert shrinking is not None
-        waited = trainer.global_step - self.schedule.start
-        for observer, every in ((shrinking.moments, self.second_order_every), (shrinking.saliency, 1)):
-            if isinstance(observer, (StreamedMoments, StreamedKFAC)):
-                observer.listening = waited >= 0 and waited % every == 0 and not shrinking.reached
-                observer.keep = padding_mask(batch)
+        """Observe layers on the steps chosen for it."""
+        self._now.listen(trainer.global_step - self.schedule.start, self.second_order_every, padding_mask(batch))
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Gradient checkpointing runs the forward again: once is enough."""
-        for observer in self._observers():
-            observer.listening = False
+        for stream in self._now.streams:
+            stream.listening = False
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Accumulate saliency of the step's gradients."""
-        assert self._shrinking is not None
-        if trainer.global_step >= self.schedule.start and not self._shrinking.reached:
-            self._shrinking.saliency.add()
+        if trainer.global_step >= self.schedule.start and not self._now.reached:
+            self._now.saliency.add()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Prune and compact when it is due."""
-        shrinking, step = self._shrinking, trainer.global_step
-        assert shrinking is not None
+        shrinking, step = self._now, trainer.global_step
         self.tokens += count_tokens(batch) * trainer.world_size
         if step == self._seen_step:
             return
@@ -319,13 +332,12 @@ class PruningAwarePretraining(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Slice off what is masked, so that the module ends as an ordinary small model; draw."""
-        shrinking = self._shrinking
-        assert shrinking is not None
+        shrinking = self._now
         self._compact(trainer, pl_module)
         if not shrinking.reached:
             rank_zero_warn(
                 f"PruningAwarePretraining: training ended at {shrinking.parameters:,} parameters, before the target "
-                f"({shrinking.goal.final:,}); train longer, set end, or raise units_per_pruning"
+                f"({shrinking.planner.final:,}); train longer, set end, or raise units_per_pruning"
             )
         if self.picture is not None and len(self.history) > 1 and is_main_process():
             shrinking_picture(self.history, self.picture)
@@ -333,7 +345,7 @@ class PruningAwarePretraining(L.Callback):
     def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take all hooks off."""
         if self._waiting:  # nothing was left to train
-            self._begin(trainer, pl_module)
+            self.begin(trainer, pl_module)
         self._release()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -344,20 +356,15 @@ class PruningAwarePretraining(L.Callback):
         """Give the module its own hooks back."""
         self._release()
 
-    def _observers(self) -> list[StreamedMoments | StreamedKFAC]:
-        """What has hooks on the model's layers."""
-        both = () if self._shrinking is None else (self._shrinking.moments, self._shrinking.saliency)
-        return [observer for observer in both if isinstance(observer, (StreamedMoments, StreamedKFAC))]
-
-    def _watch(self, shrinking: Shrinking) -> None:
-        if shrinking.moments is not None:
-            shrinking.moments.watch(shrinking.structure)
-        if isinstance(shrinking.saliency, StreamedKFAC):
-            shrinking.saliency.watch()
+    @property
+    def _now(self) -> Shrinking:
+        """The state of the fit that runs."""
+        assert self._shrinking is not None
+        return self._shrinking
 
     def _release(self) -> None:
-        for observer in self._observers():
-            observer.release()
+        for stream in () if self._shrinking is None else self._shrinking.streams:
+            stream.release()
         if self._distillation is not None:
             self._distillation.end()
         self._let_go()
@@ -370,19 +377,20 @@ class PruningAwarePretraining(L.Callback):
     # -- pruning -------------------------------------------------------------------------------------------------
 
     def _prune(self, trainer: L.Trainer, step: int) -> None:
-        shrinking = self._shrinking
-        assert shrinking is not None
+        shrinking = self._now
         if not shrinking.pending and len(shrinking.history) == 1:
             check_states(shrinking.structure, trainer.optimizers)  # which exist only after a step
-        goal, down_to = shrinking.goal, None
+        planner, down_to = shrinking.planner, None
         if self.schedule.end is not None:
-            down_to = self.schedule.goal(step, goal.parameters(goal.first), goal.final)
+            down_to = self.schedule.goal(step, planner.parameters(planner.first), planner.final)
             # Final sizes are reached one by one, not when their product is.
-            down_to = -1 if goal.final_sizes is not None and step >= self.schedule.end else down_to
+            down_to = -1 if planner.final_sizes is not None and step >= self.schedule.end else down_to
         reshard(shrinking.structure.model)
         record = shrinking.prune(step, self.tokens, self.schedule.units, down_to, trainer.optimizers, averages(trainer))
         if record is None:
             return
+        if (pruner := neighbor(trainer, WeightPruning)) is not None:
+            pruner.hold_masks()  # what is left has been re-fitted (variant B)
         for logger in trainer.loggers:
             logger.log_metrics(metrics(record, shrinking), step=step)
         if shrinking.reached:
@@ -390,26 +398,20 @@ class PruningAwarePretraining(L.Callback):
                 f"PruningAwarePretraining: the target is reached at step {step}, {record.parameters:,} parameters, "
                 f"{shrinking.sizes.as_dict()}"
             )
-            for observer in self._observers():
-                observer.release()
+            for stream in shrinking.streams:
+                stream.release()
 
     def _compact(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        shrinking, strategy = self._shrinking, trainer.strategy
-        assert shrinking is not None
+        shrinking = self._now
         if not shrinking.pending or shrinking.compact_every is None:
             return
         before = shrinking.structure.config.to_dict()
-        wrapped = isinstance(strategy.model, DistributedDataParallel)
-        if wrapped:
-            # The old wrapper's hooks on the parameters must be gone before shapes change.
-            strategy.model = module
-            gc.collect()
-        try:
+        pruner = neighbor(trainer, WeightPruning)
+        masks = {} if pruner is None else sliced_masks(shrinking.structure, shrinking.pending, pruner.masks)
+        with without_wrapper(trainer, module):
             shrinking.compact(trainer.optimizers, averages(trainer))
-        finally:
-            if wrapped:
-                assert isinstance(strategy, DDPStrategy)
-                strategy.configure_ddp()
+        if pruner is not None:
+            pruner.change_masks(trainer, module, masks, complete=shrinking.reached)
         write_hyper_parameters(module, before, shrinking.structure.config.to_dict())
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
@@ -421,6 +423,7 @@ class PruningAwarePretraining(L.Callback):
             return {}
         return {
             "version": _STATE_VERSION,
+            "callback": "PruningAwarePretraining",
             "settings": self._settings(),
             "tokens": self.tokens,
             "sharded": shrinking.compact_every is None,
@@ -502,25 +505,3 @@ def count_tokens(batch: Any) -> int:
     elif isinstance(batch, (list, tuple)):
         batch = next((v for v in batch if isinstance(v, Tensor)), None)
     return batch.numel() if isinstance(batch, Tensor) else 0
-
-
-def load_source(source: str | nn.Module, module: L.LightningModule) -> nn.Module:
-    """The source model of distillation, checked against the module's.
-
-    Raises:
-        ValueError: another vocabulary, or the very model that shrinks.
-    """
-    from lightning_prune.checkpoints.sources import load_pretrained
-
-    model: nn.Module = source if isinstance(source, nn.Module) else load_pretrained(source)
-    _, student = find_language_model(module)
-    mine, theirs = student.config.vocab_size, getattr(getattr(model, "config", None), "vocab_size", None)  # type: ignore[union-attr]
-    if mine != theirs:
-        raise ValueError(
-            f"distill_from: the source has a vocabulary of {theirs}, the model one of {mine}; use the model it began as"
-        )
-    if next(model.parameters()) is next(student.parameters()):
-        raise ValueError(
-            "distill_from is the model that shrinks: pass a copy of it (copy.deepcopy), or where to load it"
-        )
-    return model

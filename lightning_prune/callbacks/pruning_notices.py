@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.schedules import Schedule
@@ -93,8 +93,8 @@ def warn_of_choice_by_score(trainer: L.Trainer, schedule: Schedule) -> None:
     """Warn of callbacks that compare weights of different sparsities while a schedule prunes."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
-        choosing = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
-        if not (choosing or isinstance(callback, EarlyStopping)) or callback.monitor is None:
+        choosing = is_kind(callback, "ModelCheckpoint") and callback.save_top_k != 0
+        if not (choosing or is_kind(callback, "EarlyStopping")) or callback.monitor is None:
             continue
         does = "takes less sparse weights for better" if choosing else "takes the loss that pruning costs for a decline"
         rank_zero_warn(

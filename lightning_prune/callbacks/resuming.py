@@ -152,9 +152,7 @@ def write_hyper_parameters(module: L.LightningModule, before: Mapping[str, Any],
         after: Those after it.
     """
     changed = {name: value for name, value in after.items() if name in before and before[name] != value}
-    found = getattr(module, "_hparams", None)
-    if not found:
-        return
+    found = module.hparams
     for name, value in list(found.items()):
         if name in changed and value == before[name]:
             found[name] = changed[name]

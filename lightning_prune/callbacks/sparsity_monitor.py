@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
 from lightning_prune.naming import place
 from lightning_prune.pruning.coverage import countable_weights
-from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parameters_of
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters
 
 
@@ -92,7 +92,7 @@ class SparsityMonitor(L.Callback):
         check_checkpoint_of(trainer)
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        if is_kind(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"SparsityMonitor does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), or 'ddp'"
@@ -128,7 +128,8 @@ class SparsityMonitor(L.Callback):
             targets = pruner.settings.targets
         if ignore is None:
             ignore = DEFAULT_IGNORE if pruner is None else pruner.settings.ignore
-        return [(layer_name(t.name), t.weight.detach()) for t in find_targets(module, targets, ignore)]
+        found = parameters_of(find_targets(module, targets, ignore))
+        return [(layer_name(name), weight.detach()) for name, weight in found.items()]
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         if step == self._last:  # several batches make one step under accumulation

@@ -9,14 +9,17 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace, watched_loss
 from lightning_prune.callbacks.copies import copied_state
+from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.elsa_training import ELSATraining, check_elsa_fit, check_elsa_settings
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.pruning_notices import (
     last_step,
     warn_of_a_schedule_that_ends_too_late,
@@ -29,6 +32,7 @@ from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.history import described
 from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.pruning.batches import check_repeatable
+from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.holding import MaskHold
 from lightning_prune.pruning.masks import (
     Masks,
@@ -43,7 +47,8 @@ from lightning_prune.pruning.plan import PruningPlan, make_plan
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings, make_score
-from lightning_prune.pruning.targets import DEFAULT_IGNORE
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, parameters_of
+from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
@@ -85,7 +90,7 @@ class WeightPruning(L.Callback):
         pattern: ``"unstructured"`` or ``"N:M"``.
         group: ``"row"``, ``"layer"``, ``"global"``, or None for the score's own.
         allocation: Layer sparsities.
-        update: None or ``"obs"``.
+        update: None, ``"exact"``, ``"alps"`` (or an `ALPS`), ``"obs"``.
         num_samples: Calibration samples over all ranks, at least one for each data-parallel rank.
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
@@ -97,7 +102,7 @@ class WeightPruning(L.Callback):
         targets: Layers to prune.
         ignore: Layers to leave.
         schedule: None for one shot at fit start, or `OneShot`, `LinearSchedule`, `CubicSchedule`. Scores are computed
-            anew at each update; what is pruned stays pruned.
+            anew at each update; what is pruned stays pruned. Or `ELSA`: train into the sparsity, then prune.
         calibration: A DataLoader or iterable of batches; an iterator serves a single update. Default: samples drawn
             from the training data, as its sampler yields them, or read from a copy of a stream; the training data and
             its order are untouched.
@@ -105,6 +110,11 @@ class WeightPruning(L.Callback):
         gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate.
         gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
         progress: Show progress bars in a terminal.
+        distill_from: A dense source model whose logits to stay close to: a causal language model, or where to load
+            one from (folder, hub id, ``.gguf`` file). It takes part in training steps alone, in no score and in no
+            checkpoint.
+        distill_weight: Share of the divergence in the loss, above 0 and at most 1.
+        temperature: Of both distributions in the divergence.
 
     Raises:
         ValueError, TypeError: from the constructor for values that no model could take, and at fit start, before any
@@ -123,7 +133,7 @@ class WeightPruning(L.Callback):
         pattern: str = "unstructured",
         group: str | None = None,
         allocation: str | dict[str, float] | KFACAllocation | OWLAllocation | None = None,
-        update: str | None = None,
+        update: str | ALPS | None = None,
         num_samples: int = 128,
         alpha: float = 100.0,
         gamma: float = 0.7,
@@ -138,6 +148,9 @@ class WeightPruning(L.Callback):
         gradient_dtype: str = "float32",
         gradient_device: str | None = None,
         progress: bool = True,
+        distill_from: str | nn.Module | None = None,
+        distill_weight: float = 0.5,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.schedule = check_schedule(schedule)
@@ -149,6 +162,10 @@ class WeightPruning(L.Callback):
         self.loss_fn = loss_fn
         self.calibration = calibration
         self.seed = seed
+        self.distill_from, self.distill_weight, self.temperature = distill_from, distill_weight, temperature
+        self._distillation = Distillation.of(distill_from, distill_weight, temperature)
+        self._elsa: ELSATraining | None = None  # until it has pruned
+        self._elsa_state: dict[str, Any] | None = None  # of a checkpoint
         self._masks: Masks = {}
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._hold: MaskHold | None = None
@@ -179,6 +196,8 @@ class WeightPruning(L.Callback):
                 f"score={how.score.name!r} with update={how.update!r} prunes once: use schedule=None or OneShot(step), "
                 f"not {self.schedule!r}"
             )
+        if isinstance(self.schedule, ELSA):
+            check_elsa_settings(how, self.schedule)
         if how.keeps_zeros and self.schedule.start:
             raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
 
@@ -253,13 +272,33 @@ class WeightPruning(L.Callback):
         dense, self._dense = self._dense or {}, None
         return dense
 
+    def change_masks(self, trainer: L.Trainer, module: L.LightningModule, masks: Masks, complete: bool) -> None:
+        """Follow parameters whose shapes have changed.
+
+        Args:
+            trainer: In its fit.
+            module: Its module, as it is now.
+            masks: By parameter name, of the new shapes.
+            complete: Whether to prune further where, by now, more of the weights were to be pruned.
+        """
+        self._plan = self._make_plan(module)
+        if masks:
+            self._bind(trainer, module, masks)
+            if complete and not self.finished:
+                self._prune(trainer, module)
+
+    def hold_masks(self) -> None:
+        """Set pruned weights to zero again, which somebody has changed who knows of it."""
+        if self._hold is not None:
+            self._hold.mask_weights()
+
     # -- life of a fit -------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
         check_checkpoint_of(trainer)
         self._stage = stage
-        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        if stage == "fit" and is_kind(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), which shards with FSDP2 (fully_shard in "
@@ -271,7 +310,7 @@ class WeightPruning(L.Callback):
         plan = self._make_plan(pl_module)
         self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
         sharded = has_sharded_parameters(pl_module)
-        if sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
+        if sharded and not is_kind(trainer.strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
                 "ranks see the same samples; use strategy=ModelParallelStrategy()"
@@ -282,6 +321,13 @@ class WeightPruning(L.Callback):
             self._keep({})  # another module's; a loaded checkpoint's have no owner yet
         self._copied = False
         self._check_data(trainer, plan)
+        if isinstance(self.schedule, ELSA) and not self._masks:
+            check_elsa_fit(trainer, plan, self.schedule)
+        self._distillation = self._distillation or Distillation.of(
+            self.distill_from, self.distill_weight, self.temperature
+        )
+        if self._distillation is not None:
+            self._distillation.load(pl_module)
         (rank_zero_warn if plan.coverage.worrying else rank_zero_info)(f"WeightPruning: {plan.coverage}")
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
@@ -291,7 +337,7 @@ class WeightPruning(L.Callback):
 
     def _make_plan(self, module: L.LightningModule) -> PruningPlan:
         plan = make_plan(module, self.settings)
-        self._planned, self._target_names = plan.planned_count, tuple(t.name for t in plan.targets)
+        self._planned, self._target_names = plan.planned_count, tuple(parameters_of(plan.targets))
         return plan
 
     def _check_data(self, trainer: L.Trainer, plan: PruningPlan) -> None:
@@ -317,11 +363,21 @@ class WeightPruning(L.Callback):
         else:
             self._hold.clear_states()
             self._mask_averages(trainer, pl_module)  # a checkpoint may have brought them
+        if isinstance(self.schedule, ELSA) and self._hold is None:
+            self._elsa = self._elsa_of(trainer, pl_module)
+        if self._distillation is not None:
+            self._distillation.begin(pl_module)
         if not self.finished and self._planned is not None:
             if not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 warn_of_a_schedule_that_ends_too_late(self.schedule, last_step(trainer, pl_module))
             if trainer.global_step < self.schedule.end:
                 warn_of_choice_by_score(trainer, self.schedule)
+
+    def _elsa_of(self, trainer: L.Trainer, module: L.LightningModule) -> ELSATraining:
+        assert isinstance(self.schedule, ELSA)
+        assert self._plan is not None
+        state, self._elsa_state = self._elsa_state, None
+        return ELSATraining(trainer, module, self._plan, self.schedule, ranks_of(trainer), state)
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._masks:
@@ -343,6 +399,10 @@ class WeightPruning(L.Callback):
         self._follow(trainer)
         step, seen = trainer.global_step, self._seen_step
         self._seen_step = step
+        if self._elsa is not None:
+            self._elsa.choose(seen, step)
+        if self._distillation is not None:
+            self._distillation.log(pl_module)
         # With several optimizers a batch makes several steps. A second fit begins with what the first has pruned.
         if not self.finished and any(self._due(s) for s in range(seen + 1, step + 1)):
             self._prune(trainer, pl_module)
@@ -398,7 +458,9 @@ class WeightPruning(L.Callback):
         self._masks = self._masks_at_rest()
         if self._hold is not None:
             self._hold.remove()
-        self._hold = self._plan = self._data = self._teardown = None
+        self._hold = self._plan = self._data = self._elsa = self._teardown = None
+        if self._distillation is not None:
+            self._distillation.end()
 
     def _masks_at_rest(self) -> Masks:
         """The masks in main memory; shards stay on the devices of their mesh."""
@@ -417,6 +479,8 @@ class WeightPruning(L.Callback):
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
             _dense=None,
+            _elsa=None,
+            _distillation=None,
         )
 
     # -- pruning -------------------------------------------------------------------------------------------------
@@ -440,15 +504,23 @@ class WeightPruning(L.Callback):
         loss_fn, data, summary, previous = None, None, ScoreSummary(), self.masks
         reshard(module)
         if self._dense is not None:
-            self._dense = {t.name: local(t.weight.detach()).to("cpu", copy=True) for t in plan.targets}
+            self._dense = {
+                name: local(weight.detach()).to("cpu", copy=True)
+                for name, weight in parameters_of(plan.targets).items()
+            }
+        if isinstance(self.schedule, ELSA):
+            elsa, self._elsa = self._elsa or self._elsa_of(trainer, module), None
+            return elsa.settle()
         with ExitStack() as stack:
+            if self._distillation is not None:
+                stack.enter_context(self._distillation.paused())
             if plan.needs_data:
                 parameters = stack.enter_context(no_trace(trainer, module))
                 epochs = trainer.fit_loop.epoch_progress.current
                 loss_fn = watched_loss(
                     self.loss_fn or calibration_loss(module),
                     parameters,
-                    [target.weight for target in plan.targets],
+                    list(parameters_of(plan.targets).values()),
                     before_hooks=epochs.ready == epochs.completed,
                 )
                 data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
@@ -501,6 +573,13 @@ class WeightPruning(L.Callback):
             self._hold.watch(trainer.optimizers)
             self._hold.follow()
 
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Mask gradients that something has changed since the backward pass, before they are clipped; or ELSA's."""
+        if self._elsa is not None:
+            self._elsa.pull(optimizer)
+        if self._hold is not None:
+            self._hold.mask_gradients()
+
     def _repair(self) -> None:
         revived = {} if self._hold is None else self._hold.mask_weights()
         if revived:
@@ -518,13 +597,20 @@ class WeightPruning(L.Callback):
         """
         return {
             "version": _STATE_VERSION,
+            "callback": "WeightPruning",  # also of a subclass, which its key does not say
             "score": self.settings.score.name,
             "pattern": self.settings.pattern,
             "masks": pack_masks(self.masks),
             "scores": self._scores.state_dict(),
             "uncounted": list(self._uncounted),
             "settings": self._described(),
+            **({} if self._elsa is None else {"elsa": self._elsa.state_dict()}),
         }
+
+    def describe_masks(self) -> dict[str, Any]:
+        """Return score, settings and number of the masks in plain values, for a model card."""
+        masks = len(self._masks)
+        return {"score": self.settings.score.name, "settings": self._described(), "masks": masks}
 
     def _described(self) -> dict[str, Any]:
         """The settings that say how the masks came about, in plain values, for model cards and for a resumed run."""
@@ -546,6 +632,7 @@ class WeightPruning(L.Callback):
             saved = {**(state_dict.get("settings") or {}), **{name: state_dict.get(name) for name in own}}
             warn_of_other_settings(saved, {**own, **self._described()}, score)
         self._keep(masks)
+        self._elsa_state = state_dict.get("elsa")
         self._scores = ScoreSummary.from_state(state_dict.get("scores"))
         self._uncounted = tuple(state_dict.get("uncounted", ()))
         self._owner = None
@@ -557,6 +644,7 @@ class WeightPruning(L.Callback):
 
 def ranks_of(trainer: L.Trainer) -> Ranks | None:
     """The ranks that prune together under a strategy."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        return Ranks(trainer.strategy.device_mesh["data_parallel"].get_group(), lockstep=True)
+    strategy: Any = trainer.strategy
+    if is_kind(strategy, "ModelParallelStrategy"):
+        return Ranks(strategy.device_mesh["data_parallel"].get_group(), lockstep=True)
     return Ranks() if trainer.world_size > 1 else None

@@ -7,19 +7,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from lightning_prune.checkpoints.cards import Making, described_files
 from lightning_prune.checkpoints.inspection import Inspection
 from lightning_prune.checkpoints.model import (
     DTYPES,
-    NO_TOKENIZER,
     OF_LIGHTNING,
+    LoadedModel,
     ReadModel,
     first_line,
     quiet_transformers,
@@ -28,18 +31,11 @@ from lightning_prune.checkpoints.model import (
     some_of,
     tied_names,
 )
-from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint
-from lightning_prune.checkpoints.sources import looks_like_path
+from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.errors import ExportError
-from lightning_prune.history import versions
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
 from lightning_prune.safety import add_check_sums, expanded, uninterrupted
-
-__all__ = ["DTYPES", "NO_TOKENIZER", "SPARSITY_FILE", "ExportError", "export"]
-
-SPARSITY_FILE = "sparsity.json"
-"""Written beside the weights: which layers are how sparse, and which score chose the zeros."""
 
 
 def export(
@@ -92,32 +88,83 @@ def export(
     check_apart(Path(checkpoint), target)
     check_replaceable(target, overwrite)
     read = read_model(source, tokenizer, None if dtype is None else DTYPES[dtype], progress)
-    texts = {
-        SPARSITY_FILE: json.dumps(_sparsity(read), indent=2) + "\n",
-        CARD_FILE: model_card(target.name, source, read, measured),
-    }
+    tables = [] if measured is None else _tables_of(measured, read, str(results))
+    masks, base = read.masks, source.hyper_parameters.get("model")
+    making = Making(base=base, tables=tables)
+    if masks is not None:
+        making = Making(masks.score, masks.settings, masks.count, base=base, tables=tables)
+    found = Inspection(str(output), "safetensors", 0, read.reports, making.masks)
+    settings = None if source.format in OF_LIGHTNING else source.files[0].parent / "generation_config.json"
+    size = write_model(target, read.model, read.tokenizer, found, making, settings, overwrite, progress)
+    return replace(found, bytes_on_disk=size)
+
+
+def write_model(
+    target: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    found: Inspection,
+    making: Making,
+    generation_config: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> int:
+    """Write a model as a folder for transformers, with card, `sparsity.json` and check sums.
+
+    The folder appears whole or not at all: it is written beside `target`, read again, compared bit by bit, and renamed.
+
+    Args:
+        target: The folder.
+        model: The transformers model, on the CPU.
+        tokenizer: Its tokenizer, if any.
+        found: What is in its weights.
+        making: How it came about.
+        generation_config: A file to copy as it is: transformers refuses to save some settings that it loads.
+        overwrite: Replace `target` if it holds a model.
+        progress: Show a bar where stderr is a terminal.
+
+    Returns:
+        Size of the weights' files in bytes.
+
+    Raises:
+        ExportError: `target` is not to be replaced, or cannot be written; what was there is as it was.
+    """
     with quiet_transformers(), replacing(target, overwrite) as folder:
-        write_model(folder, target, source, read, texts)
-        check_written(folder, read.model, progress)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return Inspection(str(output), "safetensors", size, read.reports, None if read.masks is None else read.masks.count)
+        try:
+            model.save_pretrained(str(folder))
+            add_check_sums(sorted(folder.glob("*.safetensors")))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(str(folder))
+            if generation_config is not None and generation_config.is_file():
+                shutil.copyfile(generation_config, folder / generation_config.name)
+            for file, text in described_files(target.name, model, found, making).items():
+                (folder / file).write_text(text, encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise ExportError(
+                f"output={str(target)!r} cannot be written: {first_line(error)}; free space or choose another folder "
+                "(what was there is unchanged)"
+            ) from error
+        check_written(folder, model, progress)
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _sparsity(read: ReadModel) -> dict[str, Any]:
-    """Content of `SPARSITY_FILE`: zeros and pattern of every layer that can be pruned."""
-    found = Inspection("", "", 0, read.reports)
-    return {
-        "score": None if read.masks is None else read.masks.score,
-        "settings": [] if read.masks is None else read.masks.settings,
-        "pattern": found.pattern,
-        "weights": found.totals().numel,
-        "zeros": found.totals().zeros,
-        "sparsity": found.sparsity,
-        "layers": {
-            t.name: {"weights": t.numel, "zeros": t.zeros, "sparsity": t.sparsity, "pattern": t.pattern}
-            for t in found.selected()
-        },
-    }
+def _tables_of(results: Mapping[str, Any], read: ReadModel, file: str) -> list[Table]:
+    """Tables of an evaluation of this model.
+
+    Raises:
+        ExportError: it measured another one.
+    """
+    (measured,) = [model for model in results["models"] if model["role"] == "model"]
+    own = LoadedModel("", read.model, None).facts()
+    # Another dtype rounds, and so has other bits and zeros.
+    names = tuple(own) if measured["dtype"] == own["dtype"] else ("parameters", "prunable")
+    wrong = [name for name in names if measured[name] != own[name]]
+    if wrong:
+        raise ExportError(
+            f"results={file!r} measured another model ({measured['source']}): its {wrong[0]} is "
+            f"{measured[wrong[0]]}, here it is {own[wrong[0]]}; measure this one with lightning-prune evaluate"
+        )
+    return evaluation_tables(results)
 
 
 def check_apart(checkpoint: Path, target: Path) -> None:
@@ -205,41 +252,16 @@ def _exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def write_model(folder: Path, target: Path, source: Checkpoint, read: ReadModel, texts: Mapping[str, str]) -> None:
-    """Write weights, configuration, tokenizer and generation settings, and `texts` by the names of their files.
-
-    Raises:
-        ExportError: the folder, which is to become `target`, cannot be written.
-    """
-    try:
-        read.model.save_pretrained(str(folder))
-        add_check_sums(sorted(folder.glob("*.safetensors")))
-        if read.tokenizer is not None:
-            read.tokenizer.save_pretrained(str(folder))
-        settings = source.files[0].parent / "generation_config.json"
-        if source.format not in OF_LIGHTNING and settings.is_file():
-            # As it is: transformers refuses to save some settings that it loads.
-            shutil.copyfile(settings, folder / settings.name)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise ExportError(
-            f"output={str(target)!r} cannot be written: {first_line(error)}; free space or choose another folder "
-            "(what was there is unchanged)"
-        ) from error
-
-
 def check_written(folder: Path, model: Any, progress: bool) -> None:
     """Read the files again, and compare each tensor with the model's, bit by bit."""
     expected, tied = model.state_dict(), tied_names(model)
     written = open_checkpoint(folder)
-    if set(written.names()) <= expected.keys():
-        tensors: Callable[[], Iterable[tuple[str, Tensor]]] = written.tensors
-    else:  # names of the disk, not of the memory; transformers translates them back
-        tensors = type(model).from_pretrained(str(folder), dtype=model.dtype).state_dict().items
+    tensors: Mapping[str, Tensor] = written
+    if not set(written) <= expected.keys():  # names of the disk, not of the memory; transformers translates them back
+        tensors = type(model).from_pretrained(str(folder), dtype=model.dtype).state_dict()
     same = set()
-    with progress_bar("Checking what was written", written.count, enabled=progress) as advance:
-        for name, tensor in tensors():
+    with progress_bar("Checking what was written", len(written), enabled=progress) as advance:
+        for name, tensor in tensors.items():
             if not same_bits(tensor, expected[name]):
                 raise ExportError(f"{name!r} reads back other than it was written; the disk or the memory is faulty")
             same.add(tied.get(name, name))
@@ -248,21 +270,6 @@ def check_written(folder: Path, model: Any, progress: bool) -> None:
     lost = sorted(name for name in expected if tied.get(name, name) not in same)
     if lost:
         raise ExportError(f"{some_of(lost)} were not written, so that transformers would leave them random")
-
-
-CARD_FILE = "README.md"
-"""Name of the card in the folder of the model."""
-
-_LABELS = {
-    "sparsity": "sparsity asked for",
-    "group": "compared within",
-    "allocation": "allocation of sparsity to layers",
-    "update": "update of the remaining weights",
-    "num_samples": "calibration samples",
-    "sequential": "block by block",
-    "schedule": "schedule",
-    "seed": "seed",
-}
 
 
 def read_results(path: str | Path) -> Mapping[str, Any]:
@@ -280,80 +287,3 @@ def read_results(path: str | Path) -> Mapping[str, Any]:
             f"({type(error).__name__}: {error})"
         ) from error
     return dict(results)
-
-
-def model_card(name: str, source: Checkpoint, read: ReadModel, results: Mapping[str, Any] | None = None) -> str:
-    """The text of a model card.
-
-    Args:
-        name: Of the model.
-        source: Where it was read from.
-        read: The model, what is in its tensors, and the masks.
-        results: What ``lightning-prune evaluate`` measured, from `read_results`.
-
-    Returns:
-        Markdown, with the metadata of the Hugging Face hub in front.
-    """
-    found = Inspection("", "", 0, read.reports)
-    prunable, everything = found.totals(), found.totals(True)
-    dense = prunable.zeros == 0
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    base = source.hyper_parameters.get("model")
-    if isinstance(base, str) and base and not looks_like_path(base):
-        head["base_model"] = base
-    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items())]
-    lines += ["tags:", *(f"- {tag}" for tag in ([] if dense else ["pruned", "sparse"]) + ["lightning-prune"]), "---"]
-    lines += ["", f"# {name}", ""]
-    lines.append(
-        f"A {type(read.model).__name__} of {everything.numel:,} parameters. {prunable.zeros:,} of the "
-        f"{prunable.numel:,} weights in {prunable.tensors} layers outside embeddings and heads are exactly zero "
-        f"({prunable.sparsity:.2%}; {everything.sparsity:.2%} of all parameters)."
-    )
-    if not dense:
-        lines += ["", _pruning(read, found).markdown()]
-    if results is not None:
-        for table in evaluation_tables(results):
-            lines += ["", table.markdown()]
-    lines += ["", _USE.format(name=json.dumps(name)).strip()]
-    if not dense:
-        lines += ["", _limits(found)]
-    return "\n".join(lines) + "\n"
-
-
-def _pruning(read: ReadModel, found: Inspection) -> Table:
-    rows = [("N:M pattern of every layer", found.pattern or "none (unstructured)")]
-    if read.masks is not None:
-        rows.insert(0, ("score", read.masks.score or "unknown"))
-        for settings in read.masks.settings:
-            rows += [(_LABELS[key], str(settings[key])) for key in _LABELS if settings.get(key) is not None]
-        rows.append(("masks", f"{read.masks.count}; every weight they remove is zero in these files"))
-    sparsities = [t.sparsity for t in found.selected()]
-    rows.append(("sparsest and densest layer", f"{max(sparsities):.2%}, {min(sparsities):.2%}"))
-    packages = ("lightning-prune", "torch", "transformers")
-    found_versions = versions(packages)
-    rows += [(package, found_versions.get(package, "not installed")) for package in packages]
-    return Table("Pruning", ("", ""), rows, ["`sparsity.json` has the figures of every layer."])
-
-
-_USE = """
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({name})
-tokenizer = AutoTokenizer.from_pretrained({name})
-```
-"""
-
-
-def _limits(found: Inspection) -> str:
-    text = (
-        "## Size and speed\n\nZeros are stored like other numbers: the files are as large as those of the dense model. "
-    )
-    if found.pattern == "2:4":
-        return text + (
-            "On NVIDIA GPUs since Ampere, 2:4 weights can be multiplied in sparse form "
-            "(`torch.sparse.to_sparse_semi_structured`); elsewhere they run as fast as dense ones."
-        )
-    return text + "Matrix products skip no zeros at random places, so the model runs as fast as the dense one."

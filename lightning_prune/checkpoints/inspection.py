@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 from torch import Tensor
 
 from lightning_prune.checkpoints.reading import open_checkpoint, readable
@@ -18,6 +17,7 @@ from lightning_prune.checkpoints.states import StoredMasks
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import as_matrix, block_order, is_prunable, order_kinds, place
 from lightning_prune.progress import progress_bar
+from lightning_prune.results import Table
 
 PATTERNS: tuple[tuple[int, int], ...] = ((1, 4), (2, 4), (4, 8))
 """The N:M patterns that are looked for: at most N of M consecutive inputs are not zero. M divides by 4."""
@@ -95,27 +95,8 @@ class TensorReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        mask = self.mask and {
-            "masked": self.mask.masked,
-            "resurrected": self.mask.resurrected,
-            "kept_zeros": self.mask.kept_zeros,
-        }
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "numel": self.numel,
-            "zeros": self.zeros,
-            "nonzeros": self.nonzeros,
-            "sparsity": self.sparsity,
-            "prunable": self.prunable,
-            "block": self.block,
-            "kind": self.kind,
-            "patterns": dict(self.patterns),
-            "pattern": self.pattern,
-            "tied_to": self.tied_to,
-            "mask": mask,
-        }
+        found = {**asdict(self), "shape": list(self.shape)}
+        return found | {"nonzeros": self.nonzeros, "sparsity": self.sparsity, "pattern": self.pattern}
 
 
 @dataclass(frozen=True)
@@ -139,13 +120,7 @@ class Totals:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "tensors": self.tensors,
-            "numel": self.numel,
-            "zeros": self.zeros,
-            "nonzeros": self.numel - self.zeros,
-            "sparsity": self.sparsity,
-        }
+        return {**asdict(self), "nonzeros": self.numel - self.zeros, "sparsity": self.sparsity}
 
 
 @dataclass(frozen=True)
@@ -241,8 +216,8 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     checkpoint = open_checkpoint(path)
     masks = StoredMasks.of(checkpoint)
     reports: list[TensorReport] = []
-    with progress_bar("Counting zeros", checkpoint.count, enabled=progress) as advance:
-        for name, tensor in checkpoint.tensors():
+    with progress_bar("Counting zeros", len(checkpoint), enabled=progress) as advance:
+        for name, tensor in checkpoint.items():
             mask = None if masks is None else masks.take(name, tuple(tensor.shape))
             counted = masks is None or masks.counts(name)
             with readable(checkpoint.path, name):  # of a kind that cannot be compared
@@ -257,7 +232,7 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     return Inspection(
         path=str(Path(path)),
         format=checkpoint.format,
-        bytes_on_disk=sum(file.stat().st_size for file in checkpoint.files),
+        bytes_on_disk=checkpoint.bytes_on_disk,
         tensors=reports,
         masks=None if masks is None else masks.count,
     )
@@ -347,13 +322,13 @@ def render(inspection: Inspection, console: Console | None = None, all_tensors: 
     """
     console = console or Console()
     everything, prunable = inspection.totals(True), inspection.totals()
-    console.print(f"[bold]{_escape(inspection.path)}[/bold]", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{escape(inspection.path)}[/bold]", highlight=False, soft_wrap=True)
     console.print(
         f"{inspection.format}, {format_bytes(inspection.bytes_on_disk)} on disk, {everything.tensors} tensors, "
         f"{everything.numel:,} parameters",
         highlight=False,
     )
-    console.print(_tensor_table(inspection) if all_tensors else _block_table(inspection))
+    console.print((_tensor_table(inspection) if all_tensors else _block_table(inspection)).rich())
     console.print(
         f"[bold]{prunable.sparsity:.2%}[/bold] of {prunable.numel:,} prunable weights in {prunable.tensors} "
         f"tensors are zero ({everything.sparsity:.2%} of all parameters); {pattern_line(inspection)}",
@@ -380,7 +355,7 @@ def _mask_line(inspection: Inspection) -> str:
         wrong = [t.name for t in inspection.tensors if t.mask and t.mask.resurrected]
         return (
             f"[bold red]Masks broken:[/bold red] {inspection.resurrected:,} of {masked:,} masked weights are not "
-            f"zero, in {len(wrong)} tensors such as {_escape(wrong[0])}"
+            f"zero, in {len(wrong)} tensors such as {escape(wrong[0])}"
         )
     missing = (inspection.masks or 0) - len(compared)
     note = f"; {missing} masks belong to no tensor here" if missing else ""
@@ -395,34 +370,23 @@ def _block_table(inspection: Inspection) -> Table:
     # One stack of blocks is named in the title, and its rows by number, which leaves room for the columns.
     stacks = {t.block.rpartition(".")[0] for t in chosen if t.block}
     stack = f"{stacks.pop()}." if len(stacks) == 1 and stacks != {""} else ""
-    title = f"Sparsity by block of {stack[:-1]}" if stack else "Sparsity by block"
-    table = Table(title=_escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("block", no_wrap=True, justify="right" if stack else "left")
     wide = 1 < len(kinds) <= 8
-    if wide:
-        for kind in kinds:
-            table.add_column(kind.removesuffix("_proj"), justify="right")
-    else:
-        table.add_column("weights", justify="right")
-    table.add_column("total", justify="right", style="bold")
+    rows = []
     for block, totals in inspection.blocks().items():
         cells = [f"{totals.numel:,}"]
         if wide:
             here = {k: totals_of([t for t in chosen if t.block == block and t.kind == k]) for k in kinds}
             cells = [f"{h.sparsity:.1%}" if h.tensors else "" for h in here.values()]
-        table.add_row(_escape(block.removeprefix(stack)) or "other", *cells, f"{totals.sparsity:.2%}")
-    return table
+        rows.append((block.removeprefix(stack) or "other", *cells, f"{totals.sparsity:.2%}"))
+    names = [kind.removesuffix("_proj") for kind in kinds] if wide else ["weights"]
+    title = f"Sparsity by block of {stack[:-1]}" if stack else "Sparsity by block"
+    return Table(title, ("block", *names, "total"), rows)
 
 
 def _tensor_table(inspection: Inspection) -> Table:
-    table = Table(title="Tensors", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("name", overflow="fold")
-    for column in ("shape", "dtype", "zeros", "sparsity", "N:M", "prunable"):
-        table.add_column(column, justify="right", no_wrap=column != "dtype")
-    for t in inspection.tensors:
-        name = f"{t.name} (= {t.tied_to})" if t.tied_to else t.name
-        table.add_row(
-            _escape(name),
+    rows = [
+        (
+            f"{t.name} (= {t.tied_to})" if t.tied_to else t.name,
             "x".join(map(str, t.shape)) or "scalar",
             t.dtype,
             f"{t.zeros:,}",
@@ -430,11 +394,9 @@ def _tensor_table(inspection: Inspection) -> Table:
             t.pattern or "",
             "yes" if t.prunable else "",
         )
-    return table
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+        for t in inspection.tensors
+    ]
+    return Table("Tensors", ("name", "shape", "dtype", "zeros", "sparsity", "N:M", "prunable"), rows)
 
 
 def format_bytes(size: float) -> str:

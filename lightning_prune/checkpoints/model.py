@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from lightning_prune.checkpoints.states import StoredMasks, stored_units
 from lightning_prune.errors import ExportError
 from lightning_prune.naming import clean_name
 from lightning_prune.progress import progress_bar
+from lightning_prune.safety import check_sum
 from lightning_prune.structure.saving import MaskedUnits, plain_model, slice_masked_units
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,7 +82,7 @@ def read_model(
             zero, or values that `dtype` cannot hold; or the tokenizer cannot be loaded or does not fit.
     """
     units = stored_units(source)
-    if not source.count:
+    if not source:
         raise ExportError(f"checkpoint={str(source.path)!r} holds no tensors")
     source = _merged(source)
     with quiet_transformers():
@@ -99,7 +101,7 @@ def read_model(
 
 def _merged(source: Checkpoint) -> Checkpoint:
     """With adapters merged that `PERPRetraining` was training when the checkpoint was written."""
-    if not any(".lora_A." in name for name in source.names()):
+    if not any(".lora_A." in name for name in source):
         return source
     from lightning_prune.checkpoints.states import merged_checkpoint  # takes peft with it, which few need here
 
@@ -142,9 +144,9 @@ def _config_of(source: Checkpoint) -> PretrainedConfig:
 def _empty_model(source: Checkpoint, config: PretrainedConfig) -> Any:
     """The model of a configuration on the meta device: shapes and names only."""
     layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > source.count:
+    if isinstance(layers, int) and layers > len(source):
         raise ExportError(
-            f"checkpoint={str(source.path)!r}: its configuration has {layers} layers, which its {source.count} tensors "
+            f"checkpoint={str(source.path)!r}: its configuration has {layers} layers, which its {len(source)} tensors "
             "cannot fill; take both from the same model"
         )
     try:
@@ -210,8 +212,8 @@ def _read(source: Checkpoint, model: Any, dtype: torch.dtype | None, progress: b
     holders: dict[str, str] = {}  # first name of a tied weight to the name it was first met under
     state: dict[str, Tensor] = {}
     reports = []
-    with progress_bar("Reading weights", source.count, enabled=progress) as advance:
-        for name, tensor in source.tensors():
+    with progress_bar("Reading weights", len(source), enabled=progress) as advance:
+        for name, tensor in source.items():
             own, shape = short[name], tuple(tensor.shape)
             if shapes.get(own, shape) != shape:
                 raise ExportError(
@@ -238,7 +240,7 @@ def _read(source: Checkpoint, model: Any, dtype: torch.dtype | None, progress: b
 
 def _short_names(source: Checkpoint, model: Any) -> dict[str, str]:
     """Name in the checkpoint to name in the transformers model; other tensors than the model's are refused."""
-    names = source.names()
+    names = list(source)
     if source.format not in OF_LIGHTNING:
         return {name: name for name in names}  # strange names are transformers' to translate
     short = {name: clean_name(name) for name in names}
@@ -274,7 +276,7 @@ def tied_names(model: Any) -> dict[str, str]:
 def _check_masks_are_of(source: Checkpoint, masks: StoredMasks | None) -> None:
     if masks is None:
         return
-    strays = sorted(masks.names - {masks.find(name) for name in source.names()})
+    strays = sorted(masks.names - {masks.find(name) for name in source})
     if strays:
         raise ExportError(
             f"checkpoint={str(source.path)!r} has masks of {some_of(strays)} that belong to no tensor in it, so its "
@@ -332,14 +334,8 @@ def _fill(source: Checkpoint, model: Any, state: dict[str, Tensor]) -> Any:
 
 def _fill_by_transformers(source: Checkpoint, model: Any, state: dict[str, Tensor]) -> Any:
     """For folders: names and layouts on disk may differ from those in memory (no prefix, experts one by one)."""
-    dtype = torch.bool
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            dtype = torch.promote_types(dtype, tensor.dtype)  # transformers knows one dtype: the one that loses nothing
     try:
-        filled, info = type(model).from_pretrained(
-            None, config=model.config, state_dict=dict(state), dtype=dtype, output_loading_info=True
-        )
+        filled, info = _by_transformers(model, state)
     except (RuntimeError, ValueError) as error:  # shapes
         raise ExportError(
             f"checkpoint={str(source.path)!r} does not fit its config.json: {first_line(error)}; take both from the "
@@ -353,6 +349,16 @@ def _fill_by_transformers(source: Checkpoint, model: Any, state: dict[str, Tenso
             "model"
         )
     return filled
+
+
+def _by_transformers(model: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """A model of the same class and configuration with these weights, and what transformers says of loading them."""
+    dtype = torch.bool
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            dtype = torch.promote_types(dtype, tensor.dtype)  # transformers knows one dtype: the one that loses nothing
+    options: Any = {"config": model.config, "state_dict": dict(state), "dtype": dtype, "output_loading_info": True}
+    return type(model).from_pretrained(None, **options)  # type: ignore[no-any-return]
 
 
 def _without_units(
@@ -433,14 +439,32 @@ class LoadedModel:
     model: Any
     tokenizer: PreTrainedTokenizerBase | None
 
-    def inspection(self) -> Inspection:
-        """Zeros and patterns of its weights, as `inspect` counts them in files."""
+    def inspection(self, state: Mapping[str, Tensor] | None = None) -> Inspection:
+        """Zeros and patterns of its weights, as `inspect` counts them in files.
+
+        Args:
+            state: Its whole weights, where its parameters are shards.
+        """
         model_type = getattr(self.model.config, "model_type", None)
         reports = [
-            report_tensor(name, parameter.detach().cpu(), None, model_type=model_type)
-            for name, parameter in self.model.named_parameters()
+            report_tensor(name, (p if state is None else state[clean_name(name)]).detach().cpu(), None, model_type)
+            for name, p in self.model.named_parameters()
         ]
         return Inspection(self.source, "in memory", 0, reports)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what tells this model from others, in plain values: counts, dtype, and a check sum of all weights."""
+        found, crc = self.inspection(), 0
+        for name, parameter in self.model.named_parameters():
+            crc = zlib.crc32(check_sum(name, parameter).to_bytes(4, "little"), crc)
+        return {
+            "parameters": found.totals(True).numel,
+            "prunable": found.totals().numel,
+            "zeros": found.totals().zeros,
+            "pattern": found.pattern,
+            "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            "weights_crc32": f"{crc:08x}",
+        }
 
 
 def context_of(loaded: LoadedModel) -> int | None:
@@ -491,11 +515,8 @@ def _runnable(model: Any) -> Any:
     """The model with the buffers that no file holds, such as rotary frequencies, which transformers computes."""
     if not any(buffer.is_meta for buffer in model.buffers()):
         return model
-    dtype = torch.bool
-    for parameter in model.parameters():
-        dtype = torch.promote_types(dtype, parameter.dtype)  # one dtype, the one that loses nothing
     with quiet_transformers():
-        return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)
+        return _by_transformers(model, model.state_dict())[0]
 
 
 def _tokenizer(tokenizer: str | PreTrainedTokenizerBase | None, default: str | None) -> PreTrainedTokenizerBase | None:

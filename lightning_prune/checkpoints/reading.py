@@ -18,7 +18,7 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -32,16 +32,18 @@ from lightning_prune.errors import CheckpointError
 from lightning_prune.safety import check_claims, check_records, check_sum, stored_sums
 
 
-@dataclass
-class Checkpoint:
-    """An opened checkpoint. Nothing of its tensors is read before they are asked for.
+@dataclass(eq=False)
+class Checkpoint(Mapping[str, Tensor]):
+    """An opened checkpoint: a mapping of names to tensors, each of which is read when it is asked for.
+
+    Names come in the order of the files. Drop each tensor before you ask for the next, and no two are in memory. Asking
+    for one that cannot be read raises a `CheckpointError` that names it.
 
     Attributes:
         path: The path that was opened.
         format: ``"safetensors"``, ``"state dict"``, ``"Lightning checkpoint"``, ``"distributed checkpoint"``.
         files: The files that hold the tensors.
-        count: Number of tensors.
-        entries: Call it for names and functions that load the tensor; `tensors` turns their errors into sentences.
+        loaders: By name what loads the tensor.
         callbacks: States of Lightning callbacks.
         hyper_parameters: Those of the LightningModule.
         data_hyper_parameters: Those of the LightningDataModule.
@@ -54,8 +56,7 @@ class Checkpoint:
     path: Path
     format: str
     files: list[Path]
-    count: int
-    entries: Callable[[], Iterator[tuple[str, Callable[[], Tensor]]]]
+    loaders: Mapping[str, Callable[[], Tensor]]
     callbacks: Mapping[str, Any] = field(default_factory=dict)
     hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
     data_hyper_parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -64,36 +65,30 @@ class Checkpoint:
     ties: dict[str, str] = field(default_factory=dict)
     summed: bool = False
 
+    def __getitem__(self, name: str) -> Tensor:
+        load = self.loaders[name]
+        with readable(self.path, name):
+            return load()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.loaders)
+
+    def __len__(self) -> int:
+        return len(self.loaders)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.loaders
+
     @property
     def model_type(self) -> str | None:
         """The family of the transformers model, such as ``"llama"``, or None if the checkpoint does not say."""
         model_type = self.config.get("model_type")
         return model_type if isinstance(model_type, str) else None
 
-    def names(self) -> list[str]:
-        """Names of all tensors, in the order of the files."""
-        return [name for name, _ in self.entries()]
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors, in the order of the files; drop each tensor before asking for the next.
-
-        Raises:
-            CheckpointError: naming a tensor that cannot be read.
-        """
-        for name, load in self.entries():
-            yield name, self._load(name, load)  # no name of its own here, which would keep the tensor alive
-
-    def load(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Some of the tensors, by name; names that the checkpoint does not have are left out.
-
-        Raises:
-            CheckpointError: naming a tensor that cannot be read.
-        """
-        return {name: self._load(name, load) for name, load in self.entries() if name in names}
-
-    def _load(self, name: str, load: Callable[[], Tensor]) -> Tensor:
-        with readable(self.path, name):
-            return load()
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of the files."""
+        return sum(file.stat().st_size for file in self.files)
 
     def take_extras(self, stored: Mapping[str, Any]) -> None:
         """Take from what Lightning stores beside the tensors what says more about them."""
@@ -178,7 +173,7 @@ def check_folder(folder: Path) -> None:
     if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*")):
         opened = _open_folder(folder)
         if opened.summed:
-            for _ in opened.tensors():
+            for _ in opened.values():
                 pass
 
 
@@ -225,35 +220,27 @@ def _open_index(index: Path) -> Checkpoint:
     if files and files[0].suffix != ".safetensors":
         return _open_bin_shards(index, files)
     checkpoint = _open_safetensors(index.parent, files)
-    _same_names(index, set(weight_map), set(checkpoint.names()))
+    missing = sorted(set(weight_map) - set(checkpoint))
+    if missing:
+        fail(index, f"lists {len(missing)} tensors that the shards do not hold, such as {missing[0]!r}")
     return checkpoint
 
 
-def _same_names(index: Path, expected: set[str], found: set[str]) -> None:
-    missing = sorted(expected - found)
-    if missing:
-        fail(index, f"lists {len(missing)} tensors that the shards do not hold, such as {missing[0]!r}")
-
-
 def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
-    names: Counter[str] = Counter()
-    sums: dict[Path, dict[str, int]] = {}
+    loaders: dict[str, Callable[[], Tensor]] = {}
+    summed = False
     for file in files:
-        with readable(file), safe_open(file, framework="pt") as handle:
-            names.update(handle.keys())
-            sums[file] = stored_sums(handle.metadata())
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        fail(path, f"holds {twice[0]!r} in {names[twice[0]]} files; name the file, or move the others away")
-
-    def entries() -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        for file in files:
-            with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 -- not a dict
-                    yield name, partial(_checked_tensor, handle, name, sums[file].get(name))
-
+        with readable(file):
+            handle: Any = safe_open(file, framework="pt")  # mapped as long as the checkpoint is there
+            sums = stored_sums(handle.metadata())
+            found = {name: partial(_checked_tensor, handle, name, sums.get(name)) for name in handle.keys()}  # noqa: SIM118
+        twice = sorted(loaders.keys() & found)
+        if twice:
+            fail(path, f"holds {twice[0]!r} in 2 files; name the file, or move the others away")
+        loaders |= found
+        summed |= bool(sums)
     config = _read_config(files[0].parent) if files else {}
-    return Checkpoint(path, "safetensors", files, names.total(), entries, config=config, summed=any(sums.values()))
+    return Checkpoint(path, "safetensors", files, loaders, config=config, summed=summed)
 
 
 def _checked_tensor(handle: Any, name: str, expected: int | None) -> Tensor:
@@ -313,11 +300,7 @@ def _from_state_dicts(path: Path, files: list[Path], states: list[Mapping[str, A
             if original != name:
                 ties[name] = original
 
-    def entries() -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        for name, tensor in found.items():
-            yield name, tensor.detach
-
-    return Checkpoint(path, "state dict", files, len(found), entries, ties=ties)
+    return Checkpoint(path, "state dict", files, {name: t.detach for name, t in found.items()}, ties=ties)
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -491,12 +474,10 @@ def _open_distributed(folder: Path) -> Checkpoint:
         }
         stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         wanted = _model_entries(entries, metadata.planner_data or {})
-
-    def entries_of_model() -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        for short, name in wanted.items():
-            yield short, partial(_distributed_tensor, folder, name, entries[name], stored)
-
-    checkpoint = Checkpoint(folder, "distributed checkpoint", files, len(wanted), entries_of_model)
+    loaders = {
+        short: partial(_distributed_tensor, folder, name, entries[name], stored) for short, name in wanted.items()
+    }
+    checkpoint = Checkpoint(folder, "distributed checkpoint", files, loaders)
     meta = folder / "meta.pt"  # Lightning's: epoch, callbacks and all that is not sharded
     if meta.is_file():
         checkpoint.take_extras(_mapping(_torch_load(meta)))

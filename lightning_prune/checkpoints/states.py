@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,46 +23,55 @@ from lightning_prune.structure.sizes import ATTENTION_UNITS
 if TYPE_CHECKING:
     from lightning_prune.perp.layers import SparseLinear
 
+_PRUNING, _SHRINKING, _RETRAINING = "WeightPruning", "PruningAwarePretraining", "PERPRetraining"
 
+
+def states_of(callbacks: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Return the states that callbacks of one class of this package, or of its subclasses, left in a checkpoint.
+
+    Args:
+        callbacks: States by key, as in a Lightning checkpoint.
+        kind: Name of the class.
+    """
+    return {
+        str(key): state
+        for key, state in callbacks.items()
+        if state and (str(key).startswith(kind) or (isinstance(state, Mapping) and state.get("callback") == kind))
+    }
+
+
+@dataclass(frozen=True)
 class StoredMasks:
     """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time.
 
     Attributes:
+        path: Of the checkpoint, for errors.
+        packed: Masks as they are stored, by name.
         score: Name of the score that made them; of several callbacks, all names.
         settings: What else each callback says of how it pruned, in plain values.
         uncounted: Names of embeddings that their names do not show to be such; see `lightning_prune.pruning.coverage`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        packed: dict[str, Any],
-        score: str | None,
-        settings: list[dict[str, Any]] | None = None,
-        uncounted: frozenset[str] = frozenset(),
-    ) -> None:
-        self._path = path
-        self._packed = packed
-        self.score = score
-        self.settings = settings or []
-        self.uncounted = uncounted
+    path: Path
+    packed: Mapping[str, Any]
+    score: str | None = None
+    settings: Sequence[dict[str, Any]] = ()
+    uncounted: frozenset[str] = frozenset()
 
     @property
     def names(self) -> set[str]:
         """Names of the masks."""
-        return set(self._packed)
+        return set(self.packed)
 
     @property
     def count(self) -> int:
         """Number of masks."""
-        return len(self._packed)
+        return len(self.packed)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> StoredMasks | None:
         """The masks of all `WeightPruning` callbacks, or None without such a callback."""
-        states = [
-            state for key, state in checkpoint.callbacks.items() if str(key).startswith("WeightPruning") and state
-        ]
+        states = states_of(checkpoint.callbacks, _PRUNING).values()
         if not states:
             return None
         packed: dict[str, Any] = {}
@@ -92,15 +102,15 @@ class StoredMasks:
             CheckpointError: a mask is damaged.
         """
         try:
-            return unpack_masks(self._packed)
+            return unpack_masks(self.packed)
         except ValueError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def find(self, name: str) -> str | None:
         """Name of a tensor's mask, or None. Masks may be named from further inside the model than the tensor."""
         parts = clean_name(name).split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
-        return next((tail for tail in tails if tail in self._packed), None)
+        return next((tail for tail in tails if tail in self.packed), None)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The mask of a tensor, or None.
@@ -112,15 +122,12 @@ class StoredMasks:
         if found is None:
             return None
         try:
-            mask = unpack_masks({found: self._packed[found]})[found]
+            mask = unpack_masks({found: self.packed[found]})[found]
         except ValueError as error:
-            raise CheckpointError(f"{self._path}: {error}") from error
+            raise CheckpointError(f"{self.path}: {error}") from error
         if tuple(mask.shape) != shape:
-            fail(self._path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
+            fail(self.path, f"{name!r} has shape {shape}, its mask {tuple(mask.shape)}")
         return mask
-
-
-_SHRINKING = "PruningAwarePretraining"
 
 
 def stored_units(checkpoint: Checkpoint) -> MaskedUnits | None:
@@ -145,9 +152,7 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
     Raises:
         ValueError: the callback's state is damaged.
     """
-    for key, state in callbacks.items():
-        if not str(key).startswith(_SHRINKING) or not state:
-            continue
+    for state in states_of(callbacks, _SHRINKING).values():
         try:
             pending, unit = state["shrinking"]["pending"], state["settings"]["attention_unit"]
             whole = all(isinstance(t, Tensor) and is_stored_whole(t) for places in pending.values() for t in places)
@@ -161,7 +166,6 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
     return None
 
 
-_RETRAINING = "PERPRetraining"
 UNMERGED = "unmerged"
 """Where the callback's state holds base weights and adapters, by the names of the module that trains them."""
 _Load = Callable[[], Tensor]
@@ -264,7 +268,7 @@ def load_merged_state(path: str | Path) -> dict[str, Tensor]:
 
         module.load_state_dict(load_merged_state("last.ckpt"))
     """
-    return dict(merged_checkpoint(open_checkpoint(path)).tensors())
+    return dict(merged_checkpoint(open_checkpoint(path)))
 
 
 def _adapted_layers(module: nn.Module) -> dict[str, SparseLinear]:
@@ -302,15 +306,12 @@ def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: adapters of something else than `PERPRetraining`, or of a kind that cannot be merged.
     """
-    names = checkpoint.names()
-    if not has_adapters(names) or _state_of(checkpoint.callbacks) is None:
+    if not has_adapters(checkpoint) or _state_of(checkpoint.callbacks) is None:
         return checkpoint
     adapters = _Adapters(checkpoint.path, checkpoint.callbacks)
-    kept = [name for name in names if not _is_adapter(name)]
     return dataclasses.replace(
         checkpoint,
-        count=len(kept),
-        entries=lambda: adapters.merged(dict(checkpoint.entries())),
+        loaders=dict(adapters.merged(checkpoint.loaders)),
         callbacks=_renamed_masks(checkpoint.callbacks, plain_name),
         ties={plain_name(name): plain_name(first) for name, first in checkpoint.ties.items()},
     )
@@ -350,8 +351,8 @@ def _is_adapter(name: str) -> bool:
 
 
 def _state_of(callbacks: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    states = (state for key, state in callbacks.items() if str(key).startswith(_RETRAINING))
-    return next((state for state in states if isinstance(state, Mapping) and state), None)
+    states = states_of(callbacks, _RETRAINING).values()
+    return next((state for state in states if isinstance(state, Mapping)), None)
 
 
 def _renamed_masks(callbacks: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
@@ -388,10 +389,10 @@ class _Adapters:
                 "lightning_prune.perp.save_adapter",
             )
         packed = dict(state.get("masks") or {})
-        for key, other in _renamed_masks(callbacks, plain_name).items():
-            if str(key).startswith("WeightPruning") and isinstance(other, Mapping):
+        for other in states_of(_renamed_masks(callbacks, plain_name), _PRUNING).values():
+            if isinstance(other, Mapping):
                 packed.update(other.get("masks") or {})
-        self._masks = StoredMasks(path, packed, None)
+        self._masks = StoredMasks(path, packed)
 
     def merged(self, loads: Mapping[str, _Load]) -> Iterator[tuple[str, _Load]]:
         """Plain names, and functions that load what the weights are after the merge."""

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +99,18 @@ def evaluate(
     streams = _streams(models, texts, seq_len)
     measured = []
     for (role, _), loaded in zip(sources, models, strict=True):
-        found = loaded.inspection()
-        totals, everything = found.totals(), found.totals(True)
+        facts = loaded.facts()
         with on(place, loaded.model):
-            of_texts = [
-                _perplexity(loaded, name, content, streams[name], seq_len, stride, max_windows, batch_size, progress)
-                for name, content in texts.items()
-            ]
+            of_texts = []
+            for name, content in texts.items():
+                windows: Any = {"seq_len": seq_len, "stride": stride, "max_windows": max_windows}
+                found = perplexity(loaded.model, streams[name], **windows, batch_size=batch_size, progress=progress)
+                digest = hashlib.sha256(content.encode()).hexdigest()
+                of_texts.append(TextResult(Path(name).name, digest, stride=stride or seq_len, **asdict(found)))
             assert loaded.tokenizer is not None
             options: Any = {"batch_size": batch_size, "limit": limit, "progress": progress}
             of_tasks = zero_shot(loaded.model, loaded.tokenizer, tasks, **options) if tasks else []
-        kept = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
-        counts = (everything.numel, totals.numel, totals.zeros, found.pattern, kept)
-        measured.append(ModelResult(loaded.source, role, *counts, of_texts, of_tasks))
+        measured.append(ModelResult(loaded.source, role, **facts, texts=of_texts, tasks=of_tasks))
         gc.collect()
     settings = {**asked, "seq_len": seq_len, "stride": stride or seq_len, "tasks": list(tasks)}
     return EvaluationResults(measured, settings, versions(_PACKAGES), str(place), time.monotonic() - started)
@@ -159,35 +159,3 @@ def _streams(models: Sequence[LoadedModel], texts: dict[str, str], seq_len: int)
 
 def _ids(tokenizer: Any, content: str) -> list[int]:
     return list(tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _perplexity(
-    loaded: LoadedModel,
-    name: str,
-    content: str,
-    stream: torch.Tensor,
-    seq_len: int,
-    stride: int | None,
-    max_windows: int | None,
-    batch_size: int,
-    progress: bool,
-) -> TextResult:
-    found = perplexity(
-        loaded.model,
-        stream,
-        seq_len=seq_len,
-        stride=stride,
-        max_windows=max_windows,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return TextResult(
-        text=Path(name).name,
-        sha256=hashlib.sha256(content.encode()).hexdigest(),
-        perplexity=found.perplexity,
-        nll=found.nll,
-        tokens=found.tokens,
-        seq_len=seq_len,
-        stride=seq_len if stride is None else stride,
-        windows=found.windows,
-    )

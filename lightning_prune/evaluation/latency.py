@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
 import inspect
-import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +117,11 @@ class _Entry:
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self.prefill: list[float] = []
         self.decode: list[float] = []
-        self.peak = 0
+        self.peak: int | None = None
 
     def run(self, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-        """Seconds of the prefill, and of one decoded token."""
-        with torch.no_grad():
+        """Seconds of the prefill, and of one decoded token; on CUDA notes the peak of memory beside them."""
+        with torch.no_grad(), self._peak(prompt.device):
             _synchronize(prompt.device)
             start = time.perf_counter()
             out = self.model(input_ids=prompt, use_cache=True, **self.options)
@@ -136,6 +132,16 @@ class _Entry:
                 out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
             _synchronize(prompt.device)
             return middle - start, (time.perf_counter() - middle) / new_tokens
+
+    @contextmanager
+    def _peak(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda":  # the CPU's allocator keeps no maximum
+            yield
+            return
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield
+        self.peak = torch.cuda.max_memory_allocated(device) - before
 
     def result(self, batch: int, tokens: int) -> SpeedResult:
         prefill, decode = Timing.of(self.prefill), Timing.of(self.decode)
@@ -156,49 +162,22 @@ class _Entry:
 def _measure(
     entries: Sequence[_Entry], prompt: Tensor, new_tokens: int, repeats: int, warmup: int, progress: bool
 ) -> None:
-    rounds = warmup + repeats + 1
+    rounds = warmup + repeats
     with progress_bar("Measuring", rounds * len(entries), enabled=progress) as advance:
         for round_ in range(rounds):
             # The other way round every second time: who comes second finds other caches and clocks.
             for entry in entries if round_ % 2 == 0 else reversed(entries):
                 with evaluating(entry.model):
-                    if round_ == rounds - 1:  # apart from the timed rounds, which sampling would disturb
-                        with _peak_memory(prompt.device) as peak:
-                            entry.run(prompt, new_tokens)
-                        entry.peak = peak[0]
-                    else:
-                        prefill, decode = entry.run(prompt, new_tokens)
-                        if round_ >= warmup:
-                            entry.prefill.append(prefill)
-                            entry.decode.append(decode)
+                    prefill, decode = entry.run(prompt, new_tokens)
+                    if round_ >= warmup:
+                        entry.prefill.append(prefill)
+                        entry.decode.append(decode)
                 advance()
 
 
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """One number, known after the block: bytes given out by the device's allocator at the most, beyond those before."""
-    peak = [0]
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak[0] = torch.cuda.max_memory_allocated(device) - before
-        return
-    # The CPU's allocator keeps no maximum, but torch's profiler records what it gives out and takes back.
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield peak
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    peak[0] = max(accumulate(change for _, change in changes), default=0)
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -272,8 +251,8 @@ class SpeedResult:
         prefill_tokens_per_second: B x T over the median.
         decode_tokens_per_second: B over the median.
         weight_bytes: Memory of the weights as they lie on the device, tied ones once.
-        peak_bytes: Most memory that the allocator of the device gave out during one prefill and decode, beyond what
-            was in use before: activations and the cache of keys and values.
+        peak_bytes: On CUDA, most memory that the allocator gave out during the last prefill and decode, beyond what was
+            in use before: activations and the cache of keys and values. None elsewhere.
         file_bytes: Size of the weight files, or None where there are none.
     """
 
@@ -285,7 +264,7 @@ class SpeedResult:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     weight_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
     file_bytes: int | None
 
 
@@ -313,7 +292,7 @@ class Benchmark:
 
     def tables(self) -> list[Table]:
         """The figures for people."""
-        rows = [(label, *map(cell, self.models)) for label, cell in _ROWS]
+        rows = [(label, *cells) for label, cell in _ROWS if any(cells := [cell(m) for m in self.models])]
         if len(self.models) > 1:
             for label, part in (("prefill", "prefill"), ("decode", "decode")):
                 base = getattr(self.models[0], part).median

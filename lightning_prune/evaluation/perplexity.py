@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -123,21 +122,23 @@ def perplexity(
     Raises:
         ValueError: If an argument is out of range, or the text is shorter than one window.
     """
-    windows = _windows(data, seq_len, stride)
-    if max_windows is not None:
-        windows = _select(windows, max_windows, spread)
+    windows, overlap = _windows(data, seq_len, stride)
+    if max_windows is not None and max_windows < 1:
+        raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all windows.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    count = min(len(windows), max_windows or len(windows))
+    chosen = [i * len(windows) // count if spread else i for i in range(count)]
     metric = NextTokenLoss()
     metric.set_dtype(torch.float64)
     device = next(model.parameters()).device
     longest = 0
-    batches = math.ceil(len(windows) / batch_size)
-    bar = progress_bar("Perplexity", batches, enabled=progress)
+    bar = progress_bar("Perplexity", math.ceil(count / batch_size), enabled=progress)
     with evaluating(model), torch.no_grad(), bar as advance:
-        for input_ids, labels in _batches(windows, batch_size):
+        for start in range(0, count, batch_size):
+            ids, labels = _batch(windows, chosen[start : start + batch_size], overlap)
             labels = labels.to(device)
-            losses = next_token_losses(_logits(model, input_ids.to(device)), labels)
+            losses = next_token_losses(_logits(model, ids.to(device)), labels)
             # float64 does not exist on every accelerator: add up on the CPU
             metric.update(losses.cpu(), int((labels[:, 1:] != IGNORE_INDEX).sum()))
             longest = max(longest, labels.shape[1])
@@ -148,46 +149,19 @@ def perplexity(
         nll=nll,
         tokens=tokens,
         seq_len=longest,
-        windows=len(windows),
+        windows=count,
     )
 
 
-@dataclass(frozen=True)
-class _Windows:
-    """Windows by index, without copying the text.
-
-    The first `overlap` tokens of every window but the first of the text are context, and not predicted.
-    """
-
-    items: Any
-    starts: Sequence[int]
-    length: int | None  # None: items are windows themselves
-    overlap: int = 0
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def window(self, index: int) -> tuple[Tensor, Tensor]:
-        """Token ids and labels, both of shape (T,)."""
-        start = self.starts[index]
-        if self.length is None:
-            ids = _window_ids(self.items[start])
-            return ids, ids
-        ids = self.items[start : start + self.length]
-        labels = ids.clone()
-        if start > 0:
-            labels[: self.overlap] = IGNORE_INDEX
-        return ids, labels
-
-
-def _windows(data: Tensor | Sequence[Any], seq_len: int, stride: int | None) -> _Windows:
+def _windows(data: Tensor | Sequence[Any], seq_len: int, stride: int | None) -> tuple[Any, int]:
+    """The windows, and how many tokens at the beginning of all but the first are context, which is not predicted."""
     stream = _as_stream(data)
     if stream is None:
         if stride is not None:
             raise ValueError(f"stride={stride} needs a token stream; the data is a sequence of windows.")
         if len(data) == 0:
             raise ValueError("data is an empty sequence of windows. Pass at least one window.")
-        return _Windows(data, range(len(data)), None)
+        return data, 0
     step = seq_len if stride is None else stride
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} must be at least 2: the first token of a window is not predicted.")
@@ -198,7 +172,7 @@ def _windows(data: Tensor | Sequence[Any], seq_len: int, stride: int | None) -> 
             f"data has {len(stream)} tokens, fewer than one window of seq_len={seq_len}. Pass a smaller "
             "seq_len or more text."
         )
-    return _Windows(stream, range(0, len(stream) - seq_len + 1, step), seq_len, seq_len - step)
+    return stream.unfold(0, seq_len, step), seq_len - step  # views
 
 
 def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
@@ -232,25 +206,14 @@ def _window_ids(item: Any) -> Tensor:
     return ids
 
 
-def _select(windows: _Windows, max_windows: int, spread: bool) -> _Windows:
-    if max_windows < 1:
-        raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all windows.")
-    count = len(windows)
-    if max_windows >= count:
-        return windows
-    chosen = [i * count // max_windows for i in range(max_windows)] if spread else range(max_windows)
-    return _Windows(windows.items, [windows.starts[i] for i in chosen], windows.length, windows.overlap)
-
-
-def _batches(windows: _Windows, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batch(windows: Sequence[Any], chosen: Sequence[int], overlap: int) -> tuple[Tensor, Tensor]:
     """Ids and labels of shape (B, T), padded on the right, which a causal model cannot see from the left."""
-    indices = iter(range(len(windows)))
-    while chunk := list(islice(indices, batch_size)):
-        ids, labels = zip(*(windows.window(i) for i in chunk), strict=True)
-        yield (
-            nn.utils.rnn.pad_sequence(list(ids), batch_first=True).long(),
-            nn.utils.rnn.pad_sequence(list(labels), batch_first=True, padding_value=IGNORE_INDEX).long(),
-        )
+    ids = [_window_ids(windows[index]).long() for index in chosen]
+    labels = [row.clone() for row in ids]
+    for index, row in zip(chosen, labels, strict=True):
+        row[: overlap if index else 0] = IGNORE_INDEX
+    pad = nn.utils.rnn.pad_sequence
+    return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
 
 def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ def zero_shot(
         from lm_eval import evaluate
 
         found: Any = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=1000)
-    return [*_of_files(local, found), *_of_names(local, found)]
+    return _results_of(local, found)
 
 
 def _language_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
@@ -164,18 +164,16 @@ def _definition(task: LocalTask) -> dict[str, Any]:
     }
 
 
-def _of_files(local: Sequence[LocalTask], found: Mapping[str, Any]) -> list[TaskResult]:
-    results = []
-    for task in local:
-        results += _metrics(task.name, found["results"][task.name], _samples(found, task.name))
-    groups = dict.fromkeys(task.group for task in local if task.group)
-    for group in groups:
-        members = [task.name for task in local if task.group == group]
-        inside = [r for r in results if r.task in members]
-        for metric in dict.fromkeys(r.metric for r in inside):
-            of_metric = [r for r in inside if r.metric == metric]
-            results.append(_mean(str(group), metric, of_metric))
-    return results
+def _results_of(local: Sequence[LocalTask], found: Mapping[str, Any]) -> list[TaskResult]:
+    """Metrics of files, means over the files of a folder, and metrics of lm-eval's tasks and groups, in this order."""
+    groups = found.get("groups") or {}
+    of = {name: _metrics(name, found, name in groups) for name in found["results"]}
+    results = [result for task in local for result in of.pop(task.name)]
+    for group in dict.fromkeys(task.group for task in local if task.group):
+        members = [r for r in results if r.task in {task.name for task in local if task.group == group}]
+        for metric in dict.fromkeys(r.metric for r in members):
+            results.append(_mean(group, metric, [r for r in members if r.metric == metric]))
+    return results + [result for metrics in of.values() for result in metrics]
 
 
 def _mean(group: str, metric: str, tasks: Sequence[TaskResult]) -> TaskResult:
@@ -186,17 +184,11 @@ def _mean(group: str, metric: str, tasks: Sequence[TaskResult]) -> TaskResult:
     return TaskResult(group, metric, value, stderr, sum(task.samples for task in tasks), group=True)
 
 
-def _of_names(local: Sequence[LocalTask], found: Mapping[str, Any]) -> list[TaskResult]:
-    done, groups = {task.name for task in local}, found.get("groups") or {}
-    results = []
-    for name, values in found["results"].items():
-        if name not in done:
-            results += _metrics(name, values, _samples(found, name), name in groups)
-    return results
-
-
-def _metrics(name: str, values: Mapping[str, Any], samples: int, group: bool = False) -> list[TaskResult]:
+def _metrics(name: str, found: Mapping[str, Any], group: bool) -> list[TaskResult]:
     """lm-eval names metrics ``metric,filter``, and their errors ``metric_stderr,filter``."""
+    values, counts = found["results"][name], found.get("n-samples", {})
+    members = found.get("group_subtasks", {}).get(name) or [name]
+    samples = sum(int(counts[member]["effective"]) for member in members if member in counts)
     results = []
     for key, value in values.items():
         metric, comma, kind = key.partition(",")
@@ -207,12 +199,6 @@ def _metrics(name: str, values: Mapping[str, Any], samples: int, group: bool = F
         error = float(stderr) if isinstance(stderr, (int, float)) and not math.isnan(stderr) else None
         results.append(TaskResult(name, label, float(value), error, samples, group))
     return results
-
-
-def _samples(found: Mapping[str, Any], name: str) -> int:
-    counts = found.get("n-samples", {})
-    members = found.get("group_subtasks", {}).get(name) or [name]
-    return sum(int(counts[member]["effective"]) for member in members if member in counts)
 
 
 @contextlib.contextmanager

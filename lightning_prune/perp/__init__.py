@@ -1,7 +1,8 @@
 """PERP: retrain a sliver of a pruned model, and merge without losing a zero (arXiv 2312.15230).
 
 The way through the files: `effective` (the formulas), `layers` (PEFT layers, by name), `options` (what a user may ask
-for), `masks`, `storage` (files), `adapters` (put on, save, load, merge), `reconstruction` (block by block).
+for), `masks`, `storage` (files), `adapters` (put on, save, load, merge), `windows` (halves of a block),
+`fitting` (one window) and `reconstruction` (block by block).
 """
 
 from lightning_prune.perp.adapters import (
@@ -16,11 +17,13 @@ from lightning_prune.perp.adapters import (
 )
 from lightning_prune.perp.layers import CombinedLinear, register_adapter
 from lightning_prune.perp.masks import set_masks
+from lightning_prune.perp.options import ReconstructSettings
 from lightning_prune.perp.reconstruction import BlockError, Reconstruction, reconstruct
 
 __all__ = [
     "BlockError",
     "CombinedLinear",
+    "ReconstructSettings",
     "Reconstruction",
     "SparsePeftModel",
     "adapter_masks",

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_prune.naming import plain_name
-from lightning_prune.perp.layers import SparseLinear, check_base_layer, sparse_layers
+from lightning_prune.perp.layers import SparseLinear, check_base_layer, find_variant, own_weight, sparse_layers
 from lightning_prune.perp.masks import set_masks
 from lightning_prune.perp.options import (
     check_adapter,
@@ -29,7 +30,7 @@ from lightning_prune.perp.options import (
     match_modules,
     select_parameters,
 )
-from lightning_prune.perp.record import Retraining, find_retraining, plain_model, remember, retraining_of
+from lightning_prune.perp.record import Retraining, find_retraining, remember, retraining_of, unwrapped
 from lightning_prune.perp.storage import (
     CONFIG_FILE,
     PEFT_TYPE,
@@ -47,6 +48,7 @@ from lightning_prune.perp.storage import (
 )
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
+from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import (
@@ -64,6 +66,7 @@ def add_adapters(
     adapter: str | None = "mask_lora",
     masks: Mapping[str, Tensor] | None = None,
     train: Iterable[str] = ("bias", "norm"),
+    adapt_head: bool = False,
     **lora_options: Any,
 ) -> nn.Module:
     """Freeze a pruned model, and put adapters on its pruned layers.
@@ -73,12 +76,14 @@ def add_adapters(
 
     Args:
         model: A transformers model with pruned weights. It is changed in place; use what is returned.
-        adapter: ``"mask_lora"``: W + M * (s B A). ``"scale_lora"``: W * (B A). ``"lora_prune"``: W + s B A, masked at
-            the merge. ``"lora"``: W + s B A, never merged. None: no adapters, only `train`. Or the name of a variant
-            of your own, see `register_adapter`.
+        adapter: ``"mask_lora"``: W + M * (s B A). ``"scale_lora"``: W * (B A). ``"hira"``: W + W * (B A).
+            ``"lora_prune"``: W + s B A, masked at the merge. ``"lora"``: W + s B A, never merged. None: no adapters,
+            only `train`. Or the name of a variant of your own, see `register_adapter`.
         masks: Bool masks by parameter name, True = kept, as `prune` returns them; a weight without one takes its
             exact zeros, and so do all by default.
         train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
+        adapt_head: Put an adapter on the output embeddings too, as the code of the paper does. Nothing of them is
+            pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
         **lora_options: ``r`` (16), ``lora_alpha`` (2 r; s = lora_alpha / r), ``use_rslora``, ``init_lora_weights``,
             ``target_modules`` (default: every Linear and Conv1D with a pruned weight, without the head),
             ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, and
@@ -98,7 +103,7 @@ def add_adapters(
         ...  # train the parameters that require gradients
         model = merge(model)
     """
-    return attach(model, adapter, masks, train, lora_options)
+    return attach(model, adapter, masks, train, lora_options, adapt_head=adapt_head)
 
 
 def attach(
@@ -108,6 +113,7 @@ def attach(
     train: Iterable[str],
     options: Mapping[str, Any],
     pruned_later: bool = False,
+    adapt_head: bool = False,
 ) -> nn.Module:
     """`add_adapters`; with `pruned_later` no weight needs to be zero yet, and every target gets an adapter."""
     check_adapter(adapter)
@@ -117,7 +123,8 @@ def attach(
     masks = dict(masks or {})
     check_masks(model, masks)
     trained = select_parameters(model, parts)
-    names = [] if adapter is None else adapted_modules(model, adapter, options, masks, pruned_later)
+    head = _head_name(model, adapter) if adapt_head else None
+    names = [] if adapter is None else adapted_modules(model, adapter, options, masks, pruned_later, head)
     if not names and not trained:
         raise ValueError(f"adapter={adapter!r} with train={parts} leaves nothing to train in {type(model).__name__}")
     _check_not_revived(model, trained, masks)
@@ -134,22 +141,24 @@ def attach(
         options={**options, "target_modules": names} if names else {},
         trained=tuple(trained),
         required_grad=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
-        input_hooks=frozenset(_input_hooks(model)),
+        input_grads=adapter is not None and checkpoints_reentrantly(model),
     )
     modules = {name: model.get_submodule(name) for name in names}
     with uninterrupted():
         try:
             built = model if adapter is None else _build(model, adapter, record)
-            for parameter in plain_model(built).parameters():
+            for parameter in unwrapped(built).parameters():
                 parameter.requires_grad_(False)
             for _, layer in sparse_layers(built):
                 layer.set_adapter(layer.active_adapters)
             for parameter in trained.values():
                 parameter.requires_grad_(True)
+            for name, layer in sparse_layers(built):
+                layer.stays_dense = name == head
             if names and not pruned_later:
                 set_masks(built, masks)
         except BaseException:
-            _put_back(model, modules, record)
+            _take_off(model, modules, record)
             raise
         remember(model, record)
     return built
@@ -195,8 +204,9 @@ def adapted_modules(
     options: Mapping[str, Any],
     masks: Mapping[str, Tensor],
     pruned_later: bool = False,
+    head: str | None = None,
 ) -> list[str]:
-    """Names of the modules that get an adapter, all of them checked."""
+    """Return the names of the modules that get an adapter, all of them checked, and of the head where it is named."""
     if options.get("target_modules") in (None, "all-linear"):
         unnamed = {**options, "target_modules": [t.name.removesuffix(".weight") for t in _linear_targets(model)]}
         names = match_modules(model, adapter, unnamed)
@@ -204,9 +214,11 @@ def adapted_modules(
             names = [name for name in names if _is_pruned(model, name, masks)]
     else:
         names = match_modules(model, adapter, options)
+    if head is not None:
+        names = [*(name for name in names if name != head), head]
     for name in names:
         check_base_layer(name, model.get_submodule(name))
-    check_unshared(model, {name: model.get_submodule(name)._parameters["weight"] for name in names})
+    check_unshared(model, {name: own_weight(model.get_submodule(name)) for name in names})
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
         raise ValueError(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
@@ -239,8 +251,23 @@ def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None])
             )
 
 
+def _head_name(model: nn.Module, adapter: str | None) -> str:
+    """Return the name of the output embeddings.
+
+    Raises:
+        ValueError: there are none, or there is no adapter to put on them.
+    """
+    if adapter is None:
+        raise ValueError("adapt_head=True with adapter=None has no adapter to put on the head; name one, or remove it")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    name: str | None = next((name for name, module in model.named_modules() if module is head), None)
+    if name is None:
+        raise ValueError(f"adapt_head=True, but {type(model).__name__} has no output embeddings; remove it")
+    return name
+
+
 def _linear_targets(model: nn.Module) -> list[Target]:
-    return [t for t in find_targets(model, frozen=True) if t.kind.name != "Conv2d"]
+    return [t for t in find_targets(model, frozen=True) if t.kind.name in ("Linear", "Conv1D")]
 
 
 def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool:
@@ -265,40 +292,14 @@ def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftMode
     # The names are decided; what selected them must not act again on PEFT's side.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     built = SparsePeftModel(model, config)
-    # PEFT makes the embeddings' outputs require gradients for any checkpointing; only the re-entrant kind needs it,
-    # and it costs the gradients of the first layers' inputs.
-    if not _reentrant(model):
-        _unhook_inputs(model, record.input_hooks)
+    # PEFT documents the registration of layer classes as experimental, and builds a plain LoRA where it fails.
+    for name in record.options["target_modules"]:
+        if type(module := model.get_submodule(name)) is not find_variant(adapter):
+            raise RuntimeError(
+                f"PEFT {peft.__version__} has put a {type(module).__name__} on {name!r} in place of adapter="
+                f"{adapter!r}, which would fill its zeros; install a version of PEFT that this package was tested with"
+            )
     return built
-
-
-def _reentrant(model: nn.Module) -> bool:
-    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
-    return any(f is not None and getattr(f, "keywords", {}).get("use_reentrant", True) for f in functions)
-
-
-def _input_hooks(model: nn.Module) -> dict[int, Any]:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
-    return embeddings._forward_hooks if isinstance(embeddings, nn.Module) else {}
-
-
-def _unhook_inputs(model: nn.Module, before: frozenset[int]) -> None:
-    """Remove the hooks with which PEFT makes the embeddings' outputs require gradients."""
-    hooks = _input_hooks(model)
-    for key, hook in list(hooks.items()):
-        if key not in before and getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-            del hooks[key]
-
-
-def _put_back(model: nn.Module, modules: Mapping[str, nn.Module], record: Retraining) -> None:
-    """Undo `attach`: the layers, flags and hooks as they were."""
-    for name, module in modules.items():
-        _replace(model, name, module)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in record.required_grad)
-    _unhook_inputs(model, record.input_hooks)
-    model.__dict__.pop("peft_config", None)
-    remember(model, None)
 
 
 # -- taking them off again -------------------------------------------------------------------------------------------
@@ -308,7 +309,7 @@ def _put_back(model: nn.Module, modules: Mapping[str, nn.Module], record: Retrai
 def merge(model: nn.Module) -> nn.Module:
     """Merge the adapters into the weights, and give back the plain transformers model.
 
-    Pruned weights are +0.0 to the bit, which is checked, in any dtype. For mask_lora and scale_lora the logits are
+    Pruned weights are +0.0 to the bit, which is checked, in any dtype. Of all but lora_prune the logits are
     those of the model before the merge; lora_prune loses here what the mask cuts off. Parameters require gradients
     again as they did before `add_adapters`.
 
@@ -329,14 +330,12 @@ def merge(model: nn.Module) -> nn.Module:
     reshard(model)
     layers = dict(sparse_layers(model))
     _check_mergeable(layers)
-    plain = plain_model(model)
+    plain = unwrapped(model)
     with uninterrupted():
         for layer in layers.values():
-            if not layer.merged:
-                layer.merge(adapter_names=list(layer.lora_A))
-                layer._unmerged = None  # the adapter goes, so nothing will be unmerged
-        _drop_signs(layers)
-        _put_back(plain, {name: layer.get_base_layer() for name, layer in layers.items()}, record)
+            layer.merge(adapter_names=list(layer.lora_A))
+            layer.finish()
+        _take_off(plain, _base_layers(layers), record)
     for name, layer in layers.items():
         _check_zeros(name, layer)
     return plain
@@ -380,38 +379,48 @@ def adapters_aside(model: nn.Module) -> Iterator[nn.Module]:
 
     Afterwards the same adapters are on again, with the parameters that an optimizer may hold.
     """
-    plain, record, layers = plain_model(model), retraining_of(model), dict(sparse_layers(model))
-    configuration = plain.__dict__.pop("peft_config", None)
+    plain, record, layers = unwrapped(model), retraining_of(model), dict(sparse_layers(model))
+    configuration = plain.__dict__.get("peft_config")
     try:
-        remember(plain, None)
-        for name, layer in layers.items():
-            _replace(plain, name, layer.get_base_layer())
+        _exchange(plain, _base_layers(layers), None)
         yield plain
     finally:
         with uninterrupted():
-            for name, layer in layers.items():
-                _replace(plain, name, layer)
-            if configuration is not None:
-                plain.peft_config = configuration
-            remember(plain, record)
+            _exchange(plain, layers, record, configuration)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _base_layers(layers: Mapping[str, SparseLinear]) -> dict[str, nn.Module]:
+    return {name: layer.get_base_layer() for name, layer in layers.items()}
+
+
+def _exchange(
+    model: nn.Module, modules: Mapping[str, nn.Module], record: Retraining | None, configuration: Any = None
+) -> None:
+    """Put layers in their places, and have the plain model say whether it is adapted: a record, PEFT's configuration.
+
+    Without a record it is not. No parameter is touched.
+    """
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    remember(model, record)
+    model.__dict__.pop("peft_config", None)
+    if configuration is not None:
+        model.__dict__["peft_config"] = configuration
+
+
+def _take_off(model: nn.Module, modules: Mapping[str, nn.Module], record: Retraining) -> None:
+    """Undo `attach` on a plain model: the layers as given, flags and hooks as they were."""
+    _exchange(model, modules, None)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in record.required_grad)
+    if record.input_grads:
+        model.disable_input_require_grads()  # type: ignore[operator]
 
 
 def _check_zeros(name: str, layer: SparseLinear) -> None:
     filled = int(((layer.base_part != 0) & (layer.kept_part == 0)).sum())
     if filled:
         raise RuntimeError(f"{filled} pruned weights of {name!r} are not zero after the merge; this is a bug")
-
-
-def _drop_signs(layers: Mapping[str, SparseLinear]) -> None:
-    """Let zeros of sharded weights be zeros again, and no longer say what is kept."""
-    for layer in layers.values():
-        if is_sharded(layer.base_weight):
-            layer.base_part.add_(0.0)  # -0.0 + 0.0 is +0.0
 
 
 def remove_adapters(model: nn.Module) -> nn.Module:
@@ -425,12 +434,12 @@ def remove_adapters(model: nn.Module) -> nn.Module:
     """
     record = retraining_of(model)
     reshard(model)
-    plain, layers = plain_model(model), dict(sparse_layers(model))
+    plain, layers = unwrapped(model), dict(sparse_layers(model))
     with uninterrupted():
         for layer in layers.values():
             layer.unmerge()
-        _drop_signs(layers)
-        _put_back(plain, {name: layer.get_base_layer() for name, layer in layers.items()}, record)
+            layer.finish()
+        _take_off(plain, _base_layers(layers), record)
     return plain
 
 
@@ -488,6 +497,15 @@ class SparsePeftModel(PeftModel):
                 "transformers model in it: fully_shard(model.get_base_model())"
             )
         return super().forward(*args, **kwargs)
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Make embeddings' outputs require gradients where checkpoints are re-entrant, which need it.
+
+        PEFT does so for every kind of checkpointing; it costs the gradients of the first layers' inputs.
+        """
+        if checkpoints_reentrantly(model):
+            super().prepare_model_for_gradient_checkpointing(model)
+        return model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """See `lightning_prune.perp.save_adapter`.
@@ -554,7 +572,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             "masks": write_named(folder, "perp_masks", lambda path: save_file(bits, path, {"format": "pt", **shapes})),
         }
         settings["crc32"] = check_sum(settings)
-        name = getattr(plain_model(model), "name_or_path", None) or None
+        name = getattr(unwrapped(model), "name_or_path", None) or None
         config = {"peft_type": PEFT_TYPE, "base_model_name_or_path": name, "perp": settings}
         text = json.dumps(config, indent=2)
         replace_file(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,10 +1,11 @@
-"""The weight that a linear layer with a sparse adapter multiplies with, as one matrix.
+"""Combine a pruned weight and its adapter into the one matrix that the layer multiplies with.
 
 PERP (Zimmer et al. 2023, arXiv 2312.15230, section 3.2) trains, beside a frozen pruned weight W with mask M, a
 product of two thin matrices:
 
 - MaskLoRA ``W + M * (L R)``, and at its merge LoRA-Prune too: `masked_sum`;
 - ScaleLoRA ``W * (L R)``: `masked_product`;
+- HiRA ``W + W * (L R)`` (Huang et al. 2025, ICLR): `masked_growth`;
 - any other function of W and L R, element by element: `Elementwise`.
 
 All are zero where M is, at every step, so what was trained is what is merged. The layer multiplies its inputs with
@@ -27,32 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_prune.pruning.clearing import bits_of, zero_pruned_
+
 # (weight [P, Q], mask [P, Q] int8, left [P, r], right [r, Q], memory to work in) -> [P, Q] in the weight's dtype
 Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
-# Elements of a mask widened at a time on a CPU, so that they stay in its cache.
-_PIECE = 1 << 17
-
-
-def zero_pruned_(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Set the pruned entries of a contiguous floating-point tensor to +0.0, in place.
-
-    The bits are and-ed: faster than a product with a bool mask, and infinities and negative numbers end as +0.0 too.
-
-    Args:
-        tensor: Any shape.
-        mask: int8 of the same shape, -1 (all bits) where kept and 0 where pruned.
-    """
-    bits = _BITS[tensor.element_size()]
-    if tensor.device.type != "cpu" or tensor.numel() <= _PIECE or torch.compiler.is_compiling():
-        tensor.view(bits).bitwise_and_(mask.to(bits))
-        return tensor
-    flat, flat_mask = tensor.view(bits).view(-1), mask.view(-1)
-    wide = torch.empty(_PIECE, dtype=bits)
-    for start in range(0, flat.numel(), _PIECE):
-        part = flat[start : start + _PIECE]
-        part.bitwise_and_(wide[: part.numel()].copy_(flat_mask[start : start + _PIECE]))
-    return tensor
 
 
 def kept_by_sign(weight: Tensor) -> Tensor:
@@ -66,7 +45,7 @@ def kept_by_sign(weight: Tensor) -> Tensor:
     Returns:
         int8 of the same shape, see `zero_pruned_`.
     """
-    return (weight.view(_BITS[weight.element_size()]) != 0).to(torch.int8).neg_()
+    return (weight.view(bits_of(weight)) != 0).to(torch.int8).neg_()
 
 
 def combined_dtype(weight: Tensor, left: Tensor) -> torch.dtype:
@@ -105,11 +84,16 @@ def masked_product(weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, ou
     return zero_pruned_(thin_product(weight, left, right, out).mul_(weight), mask).to(weight.dtype)
 
 
+def masked_growth(weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """``W + W * (L R)``: HiRA. Arguments and result as `masked_sum`."""
+    return zero_pruned_(thin_product(weight, left, right, out).mul_(weight).add_(weight), mask).to(weight.dtype)
+
+
 @dataclass(frozen=True)
 class Elementwise:
     """A combination given as a function of each weight and its number in the product alone; zero where pruned.
 
-    Slower than the two above, which work in place and have their gradients written out.
+    Slower than those above, which work in place and have their gradients written out.
 
     Attributes:
         function: (W ``[P, Q]``, L R ``[P, Q]``) to ``[P, Q]``, of `combined_dtype` all three; differentiable by both.
@@ -163,7 +147,7 @@ def effective_linear(
         left: ``[P, r]``, scaling included.
         right: ``[r, Q]``.
         bias: ``[O]`` or None.
-        combine: `masked_sum`, `masked_product` or an `Elementwise`.
+        combine: `masked_sum`, `masked_product`, `masked_growth` or an `Elementwise`.
         transposed: The weight is that of a Conv1D.
 
     Returns:
@@ -279,9 +263,10 @@ def _thin_gradients(
         d_weight = zero_pruned_(wide.contiguous(), mask).to(weight.dtype) if needs_weight else None
     elif needs_weight:
         d_weight = gradient.to(weight.dtype, copy=True)
-        if combine is masked_product:
-            d_weight = zero_pruned_(d_weight.mul_(thin_product(weight, left, right)), mask)
-    if combine is masked_product:
+        if combine in (masked_product, masked_growth):
+            factor = thin_product(weight, left, right)
+            d_weight = zero_pruned_(d_weight.mul_(factor.add_(1.0) if combine is masked_growth else factor), mask)
+    if combine in (masked_product, masked_growth):
         gradient = gradient.mul_(weight.to(gradient.dtype))
     gradient = zero_pruned_(gradient, mask)
     # Thin products with the large matrix in its own dtype: widening it would cost more than they do.

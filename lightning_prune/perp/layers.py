@@ -1,6 +1,6 @@
-"""PEFT's LoRA layer for a pruned weight: the four ways of PERP to adapt one and to merge the adapter into it.
+"""Adapt a pruned weight with PEFT's LoRA layer, in five ways, and merge the adapter into it.
 
-`CombinedLinear` is also the base of variants of your own, see `lightning_prune.perp.layers`. The classes subclass
+`CombinedLinear` is also the base of variants of your own, see `register_adapter`. The classes subclass
 `peft.tuners.lora.Linear`, so parameter names, adapter switching and checkpoints are PEFT's. They are given to PEFT by
 ``LoraConfig._register_custom_module``, which it documents as experimental.
 """
@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -28,6 +27,7 @@ from lightning_prune.perp.effective import (
     Elementwise,
     effective_linear,
     effective_weight,
+    masked_growth,
     masked_product,
     masked_sum,
     thin_product,
@@ -51,6 +51,7 @@ class SparseLinear(lora.Linear):
         inits: Values of ``init_lora_weights`` that it takes.
         scaled: Whether ``lora_alpha`` scales the product.
         mergeable: Whether it can be merged.
+        stays_dense: Whether nothing of the weight is pruned, whatever zeros it has.
         kept: The mask, int8 of the weight's shape or of this rank's part of it: -1 (all bits) where kept, 0 where
             pruned.
     """
@@ -71,6 +72,7 @@ class SparseLinear(lora.Linear):
         weight = self.base_weight
         self.register_buffer("kept", to_bytes(weight.detach() != 0, weight.device), persistent=False)
         self._unmerged: Tensor | None = None
+        self.stays_dense = False
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -243,7 +245,8 @@ class SparseLinear(lora.Linear):
         Raises:
             ValueError: the merged weight is not finite, or the variant cannot be merged; nothing is written.
         """
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in chosen if name in self.lora_A and name not in self.merged_adapters]
         if not names:
             return
         merged = self.merged_weight()
@@ -288,6 +291,13 @@ class SparseLinear(lora.Linear):
         self.base_part.copy_(self._unmerged)
         self._unmerged = None
         self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Let the base weight stay as it is: there is no way back, and its zeros no longer say what is kept."""
+        self._unmerged = None
+        if is_sharded(self.base_weight):
+            self.base_part.add_(0.0)  # -0.0 + 0.0 is +0.0
 
 
 class CombinedLinear(SparseLinear):
@@ -336,7 +346,7 @@ class CombinedLinear(SparseLinear):
                 self.unmerge()
             y: Tensor = base(x, *args, **kwargs)
             return y
-        if not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks):
+        if not has_hooks(base):
             return self._effective(x)
         # Someone watches the layer (calibration does): let it be called, but multiply with the combined weight.
         base.forward = self._effective
@@ -347,7 +357,8 @@ class CombinedLinear(SparseLinear):
         return y
 
     def _effective(self, x: Tensor) -> Tensor:
-        weight, bias = self.base_weight, self.get_base_layer()._parameters["bias"]
+        weight, bias = self.base_weight, self.get_base_layer().bias
+        assert bias is None or isinstance(bias, Tensor)
         left, right = self.factors()
         mask = self._mask_of_forward()
         return effective_linear(x, weight, mask, left, right, bias, self.combination(), self.fan_in_fan_out)
@@ -401,6 +412,23 @@ class ScaleLoRALinear(CombinedLinear):
             nn.init.constant_(b, 1 / math.sqrt(r))
 
 
+class HiRALinear(CombinedLinear):
+    """``W + W * (B A)``, which is W at the start (HiRA, Huang et al. 2025, ICLR, openreview TwJrTz9cRS).
+
+    The same function as PEFT's ``HiraConfig``, which merges it with zeros intact too; here it has a mask, written-out
+    gradients, checkpoints and shards as the others have.
+    """
+
+    adapter = "hira"
+    inits = (True, "gaussian")
+    scaled = False  # neither has the paper's form
+
+    @classmethod
+    def combination(cls) -> Combine:
+        """See `SparseLinear.combination`."""
+        return masked_growth
+
+
 class LoRAPruneLinear(SparseLinear):
     """``W + s B A`` while training; the mask meets the product only at the merge (LoRA-Prune).
 
@@ -424,6 +452,21 @@ class KeptLoRALinear(SparseLinear):
         )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anything is to be called around a module's forward or backward pass.
+
+    PyTorch calls such hooks for a module that is called, and has no public way to ask for them.
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def own_weight(layer: nn.Module) -> nn.Parameter | None:
+    """Return a layer's weight if it is a parameter of the layer itself, neither computed nor missing."""
+    return dict(layer.named_parameters(recurse=False)).get("weight")
+
+
 def check_base_layer(name: str, layer: nn.Module) -> None:
     """Refuse what cannot be adapted.
 
@@ -437,7 +480,7 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
         raise ValueError(
             f"{name!r} is a {what}; adapters go with nn.Linear and Conv1D, unquantised: leave it out of target_modules"
         )
-    weight = layer._parameters.get("weight")
+    weight = own_weight(layer)
     if weight is None:
         raise ValueError(
             f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); make it "
@@ -465,7 +508,7 @@ def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
             yield plain_name(name), module
 
 
-_BUILT_IN = {cls.adapter: cls for cls in (MaskLoRALinear, ScaleLoRALinear, LoRAPruneLinear, KeptLoRALinear)}
+_BUILT_IN = {cls.adapter: cls for cls in (MaskLoRALinear, ScaleLoRALinear, HiRALinear, LoRAPruneLinear, KeptLoRALinear)}
 _VARIANTS: dict[str, type[SparseLinear]] = dict(_BUILT_IN)
 
 
@@ -487,7 +530,7 @@ def register_adapter(layer: type[CombinedLinear]) -> None:
         raise TypeError(f"layer={layer!r} must be a subclass of lightning_prune.perp.CombinedLinear")
     name = getattr(layer, "adapter", None)
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{layer.__name__}.adapter={name!r} must be the name of the variant, such as 'relative'")
+        raise ValueError(f"{layer.__name__}.adapter={name!r} must be the name of the variant, such as 'signed'")
     if name in _BUILT_IN:
         raise ValueError(f"{layer.__name__}.adapter={name!r} is the name of a built-in variant; take another one")
     if layer.combine is CombinedLinear.combine:

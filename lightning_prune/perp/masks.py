@@ -24,7 +24,7 @@ from lightning_prune.sharding import (
 
 
 @torch.no_grad()
-def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None, gather: bool = True) -> None:
     """Give the adapters of a model their masks.
 
     Where FSDP2 shards the model every rank must call; each holds its part of the masks from then on.
@@ -34,6 +34,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
         masks: Bool, True = kept, of the weights' shapes, by parameter name, with or without the names that PEFT puts
             in between; whole, or sharded as the weights are. A layer without a mask here takes its weight's exact
             zeros, and so do all with None. Masks of weights without an adapter are passed over.
+        gather: Gather parameters that FSDP2 shards, to see the dtype that they are gathered in. False where that is
+            not known yet, since the model is about to be converted: then call it again after.
 
     Raises:
         ValueError: a mask of another shape or dtype, or one that does not hold: a pruned weight is not zero. Nothing
@@ -51,24 +53,29 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> No
         layer.check_sharded_with_adapter()
         weight = layer.base_weight.detach()
         mask = given.get(f"{name}.weight")
-        new[name] = (local(weight) != 0) if mask is None else checked_mask(f"{name}.weight", mask, weight)
+        if mask is not None:
+            new[name] = checked_mask(f"{name}.weight", mask, weight)
+        else:
+            new[name] = (local(weight) != 0) | layer.stays_dense
     for name, layer in layers.items():
         if not is_sharded(layer.base_weight):
             layer.kept.copy_(to_bytes(new[name], layer.kept.device))
     sharded = {name: layer for name, layer in layers.items() if is_sharded(layer.base_weight)}
     if sharded:
-        _set_sharded_masks(model, sharded, new)
+        _set_sharded_masks(model, sharded, new, gather)
 
 
-def _set_sharded_masks(model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor]) -> None:
+def _set_sharded_masks(
+    model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor], gather: bool
+) -> None:
     """Hold a rank's parts of masks, and write them into the zeros of the weights."""
-    dtypes = gathered_dtypes(model)
+    dtypes = gathered_dtypes(model) if gather else {}
     for name, layer in layers.items():
         weight, part, kept = layer.base_weight, layer.base_part, masks[name]
         zero = part == 0
         part.masked_fill_(zero, 0.0).masked_fill_(zero & kept, -0.0)
         layer.kept = to_bytes(kept, part.device)
-        dtype = dtypes.get(layer, part.dtype)
+        dtype = dtypes.get(layer.get_base_layer(), part.dtype)
         if dtype == part.dtype:
             continue
         # Weights too small for the dtype that FSDP2 gathers in would become +0.0, as if pruned. Such a layer holds its

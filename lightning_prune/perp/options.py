@@ -1,12 +1,14 @@
-"""PEFT's ``LoraConfig`` from the options a user gives, with those refused that would break the zeros."""
+"""What a user may ask for: PEFT's ``LoraConfig``, parts of a model, a reconstruction; refused what breaks the zeros."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
@@ -17,7 +19,7 @@ from lightning_prune.pruning.targets import type_name
 
 # Section 4 and the published settings of arXiv 2312.15230: rank 16, alpha twice the rank.
 DEFAULT_RANK = 16
-_PASSED = (
+OPTIONS = (
     "r",
     "lora_alpha",
     "target_modules",
@@ -74,12 +76,12 @@ def check_options(adapter: str | None, options: Mapping[str, Any]) -> None:
     if adapter is None and options:
         raise ValueError(f"adapter=None takes no LoRA options, got {sorted(options)}; leave them out")
     for name, value in options.items():
-        if name in _PASSED:
+        if name in OPTIONS:
             continue
         if name not in LoraConfig.__dataclass_fields__:
-            near = difflib.get_close_matches(name, _PASSED, n=1) or [", ".join(_PASSED)]
+            near = difflib.get_close_matches(name, OPTIONS, n=1) or [", ".join(OPTIONS)]
             raise TypeError(f"{name}={value!r} is no option of LoRA; did you mean {near[0]}?")
-        instead = f"use {_INSTEAD[name]}" if name in _INSTEAD else f"the options are {', '.join(_PASSED)}"
+        instead = f"use {_INSTEAD[name]}" if name in _INSTEAD else f"the options are {', '.join(OPTIONS)}"
         raise ValueError(f"{name}={value!r} is not supported for adapters of a pruned model; {instead}")
     if adapter is None:
         return
@@ -205,3 +207,116 @@ def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises: by its name, since every family of transformers has an RMSNorm of its own."""
     own = list(module.parameters(recurse=False))
     return bool(own) and "norm" in type_name(module).lower() and all(p.dim() <= 1 for p in own)
+
+
+# Of adapters in single blocks: names of whole models do not match there, and dropout is off.
+_REFUSED = ("rank_pattern", "alpha_pattern", "lora_dropout")
+_CHOICES = {"window": ("block", "half"), "teacher": ("dense", "pruned")}
+
+
+@dataclass(frozen=True)
+class ReconstructSettings:
+    """What `reconstruct` does; its options by name.
+
+    Attributes:
+        train: What is trained of a window. Any of ``"bias"`` and ``"norm"``, beside the adapters; or ``"all"``: every
+            weight that pruning could take and has kept, biases and norms, without adapters.
+        adapter: ``"mask_lora"``, ``"scale_lora"``, ``"hira"``, ``"lora_prune"``, or None to train `train` alone.
+        window: What is fitted at a time: ``"block"``, or ``"half"``: attention with its norm and residual, then the
+            MLP on the outputs of the fitted attention. Blocks whose attention and MLP run side by side stay whole.
+        steps: Optimizer steps for each window, passing over the batches in a new order each time. None: `epochs`.
+        epochs: Passes over the batches for each window. None: `steps`.
+        batch_size: Samples a step, into which batches are taken apart where that can be done. None: as given.
+        learning_rate: Peak learning rate.
+        num_samples: Calibration samples.
+        teacher: What the dense window is given to compute the targets from. ``"dense"``: what it is given in the dense
+            model, so that a window also undoes errors of those before it. ``"pruned"``: what the pruned window is
+            given, so that each stands for itself. Of several stacks (encoder and decoder) each begins with what the
+            fitted stacks before it give it, in both cases.
+        offload: Device where hidden states wait, such as ``"cpu"``; default the model's.
+        lora_options: Of the adapters.
+
+    Raises:
+        TypeError, ValueError: a value that no model could take.
+    """
+
+    train: str | tuple[str, ...] = ("bias", "norm")
+    adapter: str | None = "mask_lora"
+    window: str = "block"
+    steps: int | None = 100
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float = 1e-3
+    num_samples: int = 128
+    teacher: str = "dense"
+    offload: torch.device | str | None = None
+    lora_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], argument: str = "reconstruct") -> ReconstructSettings:
+        """Complete and check options by name, where those of LoRA stand beside the others.
+
+        With ``train="all"`` the defaults are half blocks, and one pass with 2 samples a step.
+        """
+        own = {f.name for f in fields(cls)} - {"lora_options"}
+        given = {name: value for name, value in options.items() if name in own}
+        lora = {name: value for name, value in options.items() if name not in own}
+        unknown = [name for name in lora if name not in OPTIONS and name not in _REFUSED]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], (*own, *OPTIONS), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes any of {', '.join(sorted(own))}"
+            raise TypeError(f"{argument} has the unknown option {unknown[0]!r}; {hint}")
+        if given.get("train") == "all":
+            everything = {"adapter": None, "window": "half", "epochs": 1, "batch_size": 2}
+            given = {**everything, **given}
+        if given.get("steps") is not None and "epochs" not in options:
+            given["epochs"] = None
+        if given.get("epochs") is not None and "steps" not in options:
+            given["steps"] = None
+        return cls(**given, lora_options=lora)
+
+    def __post_init__(self) -> None:
+        check_adapter(self.adapter)
+        check_options(self.adapter, self.lora_options)
+        if self.adapter == "lora":
+            raise ValueError(
+                "adapter='lora' cannot be merged, since its product is dense, and each block is merged before the next "
+                "begins; use adapter='mask_lora'"
+            )
+        if self.train == "all" and self.adapter is not None:
+            raise ValueError(
+                f"adapter={self.adapter!r} with train='all', which trains every kept weight itself: remove adapter, or "
+                "name parts, such as train=('bias', 'norm')"
+            )
+        if self.train != "all":
+            object.__setattr__(self, "train", check_parts(self.train))
+            outside = [part for part in self.train if part not in ("bias", "norm")]
+            if outside:
+                raise ValueError(
+                    f"train={self.train!r}: {outside[0]!r} is in no decoder block; use 'bias' and 'norm', or 'all'"
+                )
+        for name in _REFUSED:
+            if self.lora_options.get(name):
+                raise ValueError(f"{name}={self.lora_options[name]!r} is not supported block by block; remove it")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"steps={self.steps!r} and epochs={self.epochs!r}: give one of them, such as steps=100")
+        for name, least in (("steps", 100), ("epochs", 1), ("batch_size", 2), ("num_samples", 128)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+            if not whole and (value is not None or name == "num_samples"):
+                raise ValueError(f"{name}={value!r} must be an integer >= 1, below 2**31, such as {least}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate!r} must be above 0, such as 1e-3")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}")
+
+    def options(self) -> dict[str, Any]:
+        """Return what `of` makes these settings from."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lora_options"}
+        return {**own, **self.lora_options}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that are trained beside weights or adapters."""
+        return ("bias", "norm") if isinstance(self.train, str) else self.train

@@ -21,7 +21,7 @@ class Retraining:
         options: LoRA options, with target_modules as the list of adapted modules.
         trained: Names of the model's own parameters that are trained.
         required_grad: Names of those that required a gradient before.
-        input_hooks: Ids of the hooks that the input embeddings had before.
+        input_grads: Whether the embeddings' outputs have been made to require gradients, for re-entrant checkpoints.
     """
 
     adapter: str | None
@@ -29,10 +29,10 @@ class Retraining:
     options: dict[str, Any]
     trained: tuple[str, ...]
     required_grad: frozenset[str] = field(repr=False)
-    input_hooks: frozenset[int] = field(repr=False)
+    input_grads: bool = False
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model; any other model as it is."""
     if not isinstance(model, PeftModel):
         return model
@@ -43,7 +43,7 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 def find_retraining(model: nn.Module) -> Retraining | None:
     """The record of `add_adapters`, or None."""
-    record = plain_model(model).__dict__.get(_RECORD)
+    record = unwrapped(model).__dict__.get(_RECORD)
     return record if isinstance(record, Retraining) else None
 
 

@@ -1,4 +1,4 @@
-"""Adapters on disk: safetensors, and a configuration that nothing but `load_adapter` takes for its own.
+"""Write and read adapters: safetensors, and a configuration that nothing but `load_adapter` takes for its own.
 
 Three files. Their names and contents are chosen so that no other program mistakes the adapter for a plain LoRA, which
 would give wrong outputs and, merged, fill the zeros:
@@ -41,7 +41,6 @@ _OURS = re.compile(r"\.?perp_(adapter|masks)(-[0-9a-f]{16})?\.safetensors(\.new)
 
 def write_named(folder: Path, stem: str, write: Callable[[Path], Any]) -> dict[str, str]:
     """Write a file under a name that its contents give, and return what the configuration says of it."""
-    """Write a file beside all others, under a name that no other content has."""
     temporary = folder / f".{stem}.safetensors.new"
     write(temporary)
     digest = _digest(temporary)
@@ -131,8 +130,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def files_of(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Say which files the configuration names."""
-    """Names and digests of the other files; no digests in folders of older versions."""
+    """Return names and digests of the files that the configuration names; no digests in folders of older versions."""
     if "files" not in settings:
         return {what: {"name": name, "sha256": None} for what, name in _OLD_NAMES.items()}
     try:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.naming import name_matches
-from lightning_prune.pruning.patterns import kth_smallest
 from lightning_prune.pruning.scores import kfac_score
+from lightning_prune.pruning.selection import kth_smallest, threshold_of
 from lightning_prune.pruning.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics, wide_dtype
 from lightning_prune.pruning.targets import Target
 from lightning_prune.ranks import Ranks
@@ -183,32 +183,41 @@ def global_counts(
 ) -> dict[str, int]:
     """How many of the `count` lowest scores of all layers lie in each; equal scores go from the first layers first.
 
-    Scores are computed again in each of three passes, so that only one layer's are ever held. With `ranks`, each
-    gives the scores of its part of a matrix.
+    Scores are computed again in each pass, so that only one layer's are ever held. With `ranks`, each gives the scores
+    of its part of a matrix.
     """
     if count == 0:
         return {t.name: 0 for t in targets}
-
-    def counted(target: Target) -> Tensor:
-        scores = score(target)
-        return scores if ranks is None or target.layout.counted else scores[:0]
-
-    threshold = kth_smallest(lambda: (counted(t) for t in targets), count, None if ranks is None else ranks.sum_parts)
-    pairs = []
-    for target in targets:
-        scores = counted(target)
-        pairs.append(torch.stack([(scores < threshold).sum(), (scores == threshold).sum()]))
-    totals = torch.stack(pairs)  # [layers, 2]
-    if ranks is not None:
-        totals = ranks.sum_parts(totals)
-    below = {t.name: int(n) for t, n in zip(targets, totals[:, 0].tolist(), strict=True)}
-    equal = {t.name: int(n) for t, n in zip(targets, totals[:, 1].tolist(), strict=True)}
+    if ranks is None:
+        found = threshold_of(lambda: map(score, targets), count, sum(t.numel for t in targets))
+        counts = [list(pair) for pair in zip(found.below, found.equal, strict=True)]
+    else:
+        counts = _counts_over_ranks(targets, score, count, ranks)
+    below = {t.name: number for t, (number, _) in zip(targets, counts, strict=True)}
+    equal = {t.name: number for t, (_, number) in zip(targets, counts, strict=True)}
     ties = count - sum(below.values())
     for name in below:
         taken = min(ties, equal[name])
         below[name] += taken
         ties -= taken
     return below
+
+
+def _counts_over_ranks(
+    targets: Sequence[Target], score: Callable[[Target], Tensor], count: int, ranks: Ranks
+) -> list[list[int]]:
+    """How many scores of each layer are below the `count`-th lowest of all ranks, and how many equal to it."""
+
+    def counted(target: Target) -> Tensor:
+        return score(target) if target.layout.counted else score(target)[:0]
+
+    threshold = kth_smallest(lambda: map(counted, targets), count, ranks.sum_parts)
+    pairs = []
+    for target in targets:
+        scores = counted(target)
+        pairs.append(torch.stack([(scores < threshold).sum(), (scores == threshold).sum()]))
+    found: list[list[int]] = ranks.sum_parts(torch.stack(pairs)).tolist()  # [layers, 2]
+    return found
 
 
 def owl_sparsities(

@@ -17,6 +17,7 @@ import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
-from lightning_prune.pruning.hooks import Taps
+from lightning_prune.pruning.hooks import Tap, Taps
 from lightning_prune.pruning.padding import Padding, PaddingFinder
 from lightning_prune.pruning.running import ForwardContext, forward, model_loss, quiet_model, without_label
 from lightning_prune.pruning.statistics import (
@@ -321,51 +322,97 @@ def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabelled: int = 0) ->
             )
         if not total:
             raise no_sample()
-    _check_reached(taps, ranks)
+    unreached = _check_reached(taps, ranks)
     if ranks is not None:
         total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64)))
         _sum_over_ranks(taps, ranks)
-    _check_gradients(taps, ranks)
+    _check_gradients([tap for tap in taps.all if tap not in unreached], taps.statistics, ranks)
     results: dict[str, LayerStatistics] = {}
     with synchronized_errors(ranks):
         for tap in taps.all:
             results[tap.name] = tap.accumulator.result(total)
             check_finite(tap.name, results[tap.name])
+    if unreached:
+        _fall_back(taps, unreached, results, ranks)
     return results
 
 
-def _check_reached(taps: Taps, ranks: Ranks | None) -> None:
-    """Refuse targets that no sample of any rank reached; where another rank's did, the sums here are zero."""
+def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
+    """Refuse targets that no sample of any rank reached; where another rank's did, the sums here are zero.
+
+    Returns:
+        Experts that no token was routed to, while others of their layer received some.
+    """
     device = taps.all[0].target.weight.device
     missing = [len(taps.statistics - set(tap.accumulator.sums)) for tap in taps.all]
     every = [missing] if ranks is None else ranks.gather(missing)
-    for tap, counts in zip(taps.all, zip(*every, strict=True), strict=True):
+    empty = [all(counts) for counts in zip(*every, strict=True)]
+    reached = {tap.target.parameter for tap, nothing in zip(taps.all, empty, strict=True) if not nothing}
+    unreached = []
+    for tap, nothing in zip(taps.all, empty, strict=True):
         absent = sorted(taps.statistics - set(tap.accumulator.sums))
-        if all(counts):
+        if nothing and tap.target.parameter in reached:
+            unreached.append(tap)
+        elif nothing:
             raise CalibrationError(
-                f"no calibration sample reached {tap.name!r} ({', '.join(absent) or 'on other ranks'}): the layer "
-                "is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use more samples"
+                f"no calibration sample reached {tap.target.parameter!r} ({', '.join(absent) or 'on other ranks'}): "
+                "the layer is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use "
+                "more samples"
             )
         for name in absent:
             inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]
             tap.accumulator.fill(name, (tap.forward_shape[0], inputs), device)
+    return unreached
 
 
-def _check_gradients(taps: Taps, ranks: Ranks | None) -> None:
+def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerStatistics], ranks: Ranks | None) -> None:
+    """Give experts without any token statistics by which their weights are compared by magnitude.
+
+    Each is as large everywhere as it is on average in the expert of the layer where that is least: all that is known
+    of these experts is that they are used less than any other.
+    """
+    names = [tap.name for tap in unreached]
+    warnings.warn(
+        f"no calibration token was routed to {len(names)} of the experts' matrices ({', '.join(names[:4])}"
+        f"{', ...' if len(names) > 4 else ''}): their weights are compared by magnitude, and with other layers' as if "
+        "they mattered as little as those of the least used expert. Use more samples for statistics of their own",
+        stacklevel=4,
+    )
+    parts = ranks if ranks is not None and ranks.lockstep else None
+
+    def mean_squares(name: str, values: Sequence[Tensor]) -> Tensor:
+        """Mean of the squares in each tensor, over the parts of all ranks; of a Hessian, mean of its diagonal."""
+        flat = [(v.diagonal() if name == HESSIAN else v.square()).double() for v in values]
+        sums = torch.stack([torch.stack([v.sum(), v.new_tensor(v.numel())]) for v in flat])
+        sums = sums if parts is None else parts.sum_parts(sums)
+        return sums[:, 0] / sums[:, 1]
+
+    for tap in unreached:
+        others = [t for t in taps.all if t.target.parameter == tap.target.parameter and t not in unreached]
+        found: dict[str, Any] = {}
+        for name in sorted(taps.statistics):
+            own = results[tap.name].get(name)
+            least = float(mean_squares(name, [results[other.name].get(name) for other in others]).min())
+            same = torch.full_like(own, least**0.5)
+            found[name] = torch.eye(len(own)).to(own) * least if name == HESSIAN else same
+        results[tap.name] = replace(results[tap.name], **found)
+
+
+def _check_gradients(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks | None) -> None:
     """Refuse gradients that are zero in every layer; warn of layers where they are."""
-    asked = sorted(taps.statistics & BACKWARD_STATISTICS)
+    asked = sorted(statistics & BACKWARD_STATISTICS)
     if not asked:
         return
-    mine = [int(any(bool(tap.accumulator.sums[name].any()) for name in asked)) for tap in taps.all]
+    mine = [int(any(bool(tap.accumulator.sums[name].any()) for name in asked)) for tap in taps]
     every = [mine] if ranks is None else ranks.gather(mine)
-    zero = [tap.name for tap, flags in zip(taps.all, zip(*every, strict=True), strict=True) if not any(flags)]
+    zero = [tap.name for tap, flags in zip(taps, zip(*every, strict=True), strict=True) if not any(flags)]
     if not zero:
         return
     message = (
-        f"the gradient of the calibration loss is zero in {len(zero)} of {len(taps.all)} layers "
+        f"the gradient of the calibration loss is zero in {len(zero)} of {len(taps)} layers "
         f"({', '.join(zero[:8])}{', ...' if len(zero) > 8 else ''})"
     )
-    if len(zero) == len(taps.all):
+    if len(zero) == len(taps):
         raise CalibrationError(
             f"{message}: no weight could be told from another; the weights are unchanged. Does the loss of a sample "
             "need the others of its batch, or does the loss not depend on the model? Pass loss_fn=f(model, batch)"

@@ -30,6 +30,41 @@ def to_bytes(mask: Tensor, device: torch.device) -> Tensor:
     return mask.to(device=device, dtype=torch.int8).neg_()
 
 
+def zero_pruned_(tensor: Tensor, mask: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """Set the pruned entries of a tensor to +0.0, in place, and return it.
+
+    Args:
+        tensor: Any shape, dense.
+        mask: int8 of the same shape, see `to_bytes`.
+        buffer: Memory to widen the mask in, of `bits_of` the tensor's dtype, with at least as many elements as the
+            mask or `piece_of` its device; default new memory.
+    """
+    bits = bits_of(tensor)
+    if not (tensor.is_contiguous() and mask.is_contiguous()):  # channels-last convolutions, transposed views
+        tensor.view(bits).bitwise_and_(mask.to(bits))
+        return tensor
+    flat, flat_mask = tensor.view(-1).view(bits), mask.view(-1)
+    piece = piece_of(tensor.device)
+    if buffer is None and (piece >= flat.numel() or torch.compiler.is_compiling()):
+        flat.bitwise_and_(flat_mask.to(bits))
+        return tensor
+    buffer = torch.empty(piece, dtype=bits, device=tensor.device) if buffer is None else buffer
+    for start in range(0, flat.numel(), piece):
+        part = flat[start : start + piece]
+        part.bitwise_and_(buffer[: part.numel()].copy_(flat_mask[start : start + piece]))
+    return tensor
+
+
+def bits_of(tensor: Tensor) -> torch.dtype:
+    """Return the integer type as wide as a tensor's elements."""
+    return _INTEGER[tensor.element_size()]
+
+
+def piece_of(device: torch.device) -> int:
+    """Return how many elements are widened at a time."""
+    return _CPU_PIECE if device.type == "cpu" else _GPU_PIECE
+
+
 class HeldMask(Protocol):
     """A mask on its tensor's device."""
 
@@ -77,16 +112,8 @@ class ByteMask:
         Raises:
             RuntimeError: the tensor is sparse.
         """
-        bits, mask = _checked(tensor), self._bytes
-        if not (bits.is_contiguous() and mask.is_contiguous()):  # channels-last convolutions, transposed views
-            bits.bitwise_and_(mask.to(bits.dtype))
-            return
-        flat, flat_mask = bits.view(-1), mask.view(-1)
-        piece = _CPU_PIECE if bits.device.type == "cpu" else _GPU_PIECE
-        wide = _scratch(min(piece, flat.numel()), bits.dtype, bits.device)
-        for start in range(0, flat.numel(), piece):
-            part = flat[start : start + piece]
-            part.bitwise_and_(wide[: part.numel()].copy_(flat_mask[start : start + piece]))
+        size = min(piece_of(self.device), tensor.numel())
+        zero_pruned_(_checked(tensor), self._bytes, _scratch(size, bits_of(tensor), self.device))
 
 
 _kept = threading.local()

@@ -180,7 +180,7 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
         if id(parameter) in candidates:
             if counts:
                 counted += size
-                names.add(candidates[id(parameter)].name)
+                names.add(candidates[id(parameter)].parameter)
         elif parameter.dim() > 1 and size:
             reason = _reason(name, module, selection)
             groups.setdefault((_with_stars(name), reason, counts), []).append(size)
@@ -244,7 +244,7 @@ def _reason(name: str, module: nn.Module, selection: Selection) -> str:
     if is_head(name):
         return HEAD
     if "experts" in name.split(".") or "Experts" in kind:
-        return "fused experts, which cannot be pruned"
+        return f"experts as {kind} keeps them cannot be pruned"
     if is_router(module):
         return ROUTER
     if not is_prunable(name, (2, 2), torch.float32):

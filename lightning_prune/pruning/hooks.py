@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import CalibrationError
+from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.statistics import (
@@ -75,10 +76,11 @@ class _Increments:
 class _Record:
     """One use of a layer: its output gradient, from the output's hook until the input's backward."""
 
-    __slots__ = ("delta", "doubtful", "layer", "tap")
+    __slots__ = ("delta", "doubtful", "layer", "routed", "tap")
 
     def __init__(self, tap: Tap, layer: nn.Module) -> None:
         self.tap, self.layer = tap, layer  # tied layers may have geometries of their own
+        self.routed = routed_to(layer)
         self.delta: Tensor | None = None
         self.doubtful = False  # whether the layer returns the product with its weight as it is
 
@@ -177,11 +179,12 @@ class Taps:
     def hooks(self) -> Iterator[None]:
         """Hooks on every target, while the block runs."""
         handles: list[RemovableHandle] = []
+        modules = [(tap, module) for tap in self.all for module in tap.target.modules]
         try:
-            for tap in self.all:
-                for module in tap.target.modules:
-                    handles.extend(self._hook(tap, module))
-            yield
+            for tap, module in modules:
+                handles.extend(self._hook(tap, module))
+            with written_out(module for _, module in modules if isinstance(module, ExpertMatrix)):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -191,7 +194,7 @@ class Taps:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch for uses of weights that hooks do not see, until every layer has been seen once."""
-        self.watched = len(self.seen) < len(self.all)
+        self.watched = len(self.seen) < len({tap.target.parameter for tap in self.all})
         mode: AbstractContextManager[Any] = self.uses if self.watched else nullcontext()
         try:
             with mode:
@@ -295,7 +298,7 @@ class Taps:
                     )
                 return
             if self.watched:
-                self.seen.add(tap.name)
+                self.seen.add(tap.target.parameter)
             doubtful = self.watched and self.backward and not call.returns_product(output)
             if doubtful and call.record is None:  # recomputed later by a re-entrant checkpoint, out of sight
                 self._refuse_changed(tap.name)
@@ -338,7 +341,7 @@ class Taps:
         known = self.last_input
         if known is None or known.x is not x or known.version != x._version or known.kind is not tap.target.kind:
             rows = self._input_rows(tap, layer, x.detach())
-            increments = tap.accumulator.input_increments(rows, self._keep_for(tap, layer, x, rows))
+            increments = tap.accumulator.input_increments(rows, self._keep_for(tap, layer, x, rows, routed_to(layer)))
             # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
             known = _Increments(x, x._version, tap.target.kind, increments)
             self.last_input = None if isinstance(layer, nn.Conv2d) else known
@@ -353,14 +356,22 @@ class Taps:
         if self.size is not None and self.size > 1 and self.statistics & GRADIENTS:
             if self.whole:
                 return
+            if (routed := routed_to(layer)) is not None:
+                self.not_per_sample |= not routed.divides_into(self.size)
+                return
             # Two dimensions then are tokens of all samples put together (experts), whatever their number.
             least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_sequences else 2
             if x.dim() < least or x.shape[0] != self.size:
                 self.not_per_sample = True
 
-    def _keep_for(self, tap: Tap, layer: nn.Module, x: Tensor, rows: Tensor) -> Tensor | None:
+    def _keep_for(self, tap: Tap, layer: nn.Module, x: Tensor, rows: Tensor, routed: Routed | None) -> Tensor | None:
         """Which of a layer's rows ``[B, T, I]``, made of its input x, are real; None where all are."""
-        return None if self.padding is None else self.padding.keep(tap.name, layer, local(x), rows.shape)
+        if self.padding is None:
+            return None
+        if routed is None:
+            return self.padding.keep(tap.name, layer, local(x), rows.shape)
+        assert isinstance(layer, ExpertMatrix)
+        return self.padding.keep_routed(tap.name, layer.experts, routed)
 
     def take_gradient(self, record: _Record, x: Tensor) -> None:
         """Backward of a layer's input: add the layer's statistics for one use."""
@@ -368,7 +379,8 @@ class Taps:
         if delta is None:
             return
         if self.probed is not None:
-            self._look_for_leak(tap.target.kind.output_rows(local(delta.detach())))
+            deltas = tap.target.kind.output_rows(local(delta.detach()))
+            self._look_for_leak(deltas if record.routed is None else record.routed.by_sample(deltas, 2))
             return
         with torch.no_grad(), full_precision():
             kind, accumulator = tap.target.kind, tap.accumulator
@@ -378,7 +390,7 @@ class Taps:
             if self.statistics & FORWARD_STATISTICS:
                 seen = self._input_rows(tap, record.layer, x) if HESSIAN in self.statistics else rows
                 if self.counting:
-                    keep = self._keep_for(tap, record.layer, x, seen)
+                    keep = self._keep_for(tap, record.layer, x, seen, record.routed)
                     accumulator.add(accumulator.input_increments(seen, keep))
             if self.counting:
                 accumulator.add_output_gradient(deltas, self.scale)
@@ -389,6 +401,8 @@ class Taps:
             rows, deltas = rows.to(wide), deltas.to(wide)
             if self.size == 1 or self.whole:  # all rows belong to the one sample, in whatever layout
                 rows, deltas = rows.reshape(1, -1, rows.shape[-1]), deltas.reshape(1, -1, deltas.shape[-1])
+            elif record.routed is not None and self.size is not None:
+                rows, deltas = record.routed.by_sample(rows, self.size), record.routed.by_sample(deltas, self.size)
             if not tap.at_once:  # abs and squares are of the sum over uses
                 gradients = torch.bmm(deltas.transpose(1, 2), rows)  # [B, O, I]
                 tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
@@ -428,6 +442,11 @@ class Taps:
             part = step.sums.pop(name, None)
             part = torch.zeros(tap.forward_shape, dtype=wide, device=self.device) if part is None else part
             tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
+
+
+def routed_to(layer: nn.Module) -> Routed | None:
+    """The tokens that a layer sees in the call that runs, if it is one expert's; None for a layer that sees all."""
+    return layer.routed if isinstance(layer, ExpertMatrix) else None
 
 
 def on_gradient(output: Tensor, take: Callable[[Tensor], None]) -> None:

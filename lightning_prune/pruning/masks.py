@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name
-from lightning_prune.pruning.targets import Target
+from lightning_prune.pruning.targets import Target, parameters_of
 from lightning_prune.safety import is_stored_whole, uninterrupted
 from lightning_prune.sharding import (
     as_shard_of,
@@ -149,7 +149,7 @@ def masks_from_zeros(targets: Sequence[Target]) -> Masks:
     Raises:
         ValueError: no weight is zero.
     """
-    masks = {t.name: as_shard_of(t.weight, local(t.weight.detach()) != 0) for t in targets}
+    masks = {n: as_shard_of(weight, local(weight.detach()) != 0) for n, weight in parameters_of(targets).items()}
     if not pruned_count(masks):
         raise ValueError(
             f"score='keep' takes the masks from the zeros of the loaded weights, but none of the {len(masks)} "

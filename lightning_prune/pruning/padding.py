@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_prune.pruning.attention_masks import real_positions
 from lightning_prune.pruning.batches import padding_mask
+from lightning_prune.pruning.experts import Routed
 from lightning_prune.pruning.running import IGNORE_INDEX
 
 
@@ -81,6 +82,20 @@ class Padding:
                 return short.bool().to(x.device)
         self.unplaced[name] = None
         return None
+
+    def keep_routed(self, name: str, experts: nn.Module, routed: Routed) -> Tensor | None:
+        """Find which of the tokens that one expert sees are real, ``[1, R]``; None: all of them.
+
+        Args:
+            name: Of the expert's matrix, for the warning.
+            experts: The module that holds all experts.
+            routed: The tokens.
+        """
+        mask = None if experts in self.towers else self.target if experts in self.decoder else self.source
+        keep = None if mask is None else routed.keep(mask)
+        if mask is not None and keep is None:
+            self.unplaced[name] = None
+        return keep
 
     def _memory_mask(self, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether a layer's input is what cross-attention looks at, and its mask."""

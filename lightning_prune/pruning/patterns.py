@@ -7,13 +7,12 @@ first in the matrix. So every rank and every re-run prunes the same weights, exa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.pruning.selection import kth_smallest, row_thresholds
 from lightning_prune.ranks import Ranks
 
 # Up to this group size, counting for each element how many of its group are smaller beats sorting.
@@ -155,93 +154,14 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     _check_count(count, columns)
     if count == 0 or count == columns or not rows:
         return torch.full_like(scores, count == 0, dtype=torch.bool)
-    if rows == 1 and columns > 4096:
-        threshold = kth_smallest(lambda: [scores], count).view(1, 1)
-    else:
-        threshold = _row_thresholds(scores, count)
+    threshold = row_thresholds(scores, count)
     mask = scores > threshold
     # Of the scores equal to the threshold, the last ones stay until the number is right.
-    missing = (columns - count) - mask.sum(dim=1)  # [R]
+    integer = torch.int32 if columns < 2**31 else torch.int64
+    missing = (columns - count) - mask.sum(dim=1, dtype=integer)  # [R]
     short = missing.nonzero().flatten()
     if len(short):
         equal = scores[short] == threshold[short]
-        from_end = equal.flip(1).cumsum(1, dtype=torch.int32).flip(1)  # 1 at the last equal score
+        from_end = equal.flip(1).cumsum(1, dtype=integer).flip(1)  # 1 at the last equal score
         mask[short] |= equal & (from_end <= missing[short, None])
     return mask
-
-
-def _row_thresholds(scores: Tensor, count: int) -> Tensor:
-    """The count-th lowest score of each row, ``[R, 1]``."""
-    if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        # numpy's vectorised partition takes a quarter of the time of torch's kthvalue.
-        lowest = np.partition(scores.numpy(), count - 1, axis=1)[:, count - 1 : count]
-        return torch.from_numpy(lowest.copy())
-    return scores.kthvalue(count, dim=1, keepdim=True).values
-
-
-# Floats as integers of the same size, and the wider type their bits are counted in.
-_INTEGER = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-
-
-def kth_smallest(
-    parts: Callable[[], Iterable[Tensor]], k: int, reduce: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """The k-th smallest (from 1) of all values in several tensors, exactly, without joining or sorting them.
-
-    Radix selection on the bits of the numbers: one histogram of 65,536 counts for every 16 bits, so float32 takes
-    two passes. `reduce` sums a histogram over ranks; the answer is then that of all ranks' values together.
-
-    Args:
-        parts: Called once a pass; yields the tensors (all of one float dtype, no NaN).
-        k: ``1 <= k <= total number of values``.
-        reduce: Sums an int64 tensor over ranks; None in a single process.
-
-    Returns:
-        A scalar tensor of the values' dtype, on their device.
-
-    Raises:
-        ValueError: `k` is out of range.
-    """
-    prefix, remaining = 0, k
-    shift: int | None = None  # bits below those already known
-    while shift != 0:
-        known = shift
-        counts: Tensor | None = None
-        for part in parts():
-            if shift is None or shift == known:
-                shift = (part.element_size() * 8 if known is None else known) - 16
-            keys, dtype = _ordered_bits(part), part.dtype
-            if known is not None:
-                keys = keys[(keys >> known) == prefix]
-            digits = (keys >> shift).int() + (1 << 15) if known is None else (keys >> shift) & 0xFFFF
-            found = torch.bincount(digits, minlength=1 << 16)
-            counts = found if counts is None else counts + found
-        assert counts is not None
-        assert shift is not None
-        device = counts.device
-        cumulative = (counts if reduce is None else reduce(counts)).cumsum(0)
-        if known is None and not 1 <= k <= int(cumulative[-1]):
-            raise ValueError(f"k={k} is not in 1..{int(cumulative[-1])}")
-        digit = int(torch.searchsorted(cumulative, remaining))
-        remaining -= int(cumulative[digit - 1]) if digit else 0
-        prefix = digit - (1 << 15) if known is None else (prefix << 16) | digit
-    key = torch.tensor(prefix, dtype=_INTEGER[dtype], device=device)
-    return _flip_negative(key).view(dtype)
-
-
-def _ordered_bits(values: Tensor) -> Tensor:
-    """Integers in the order of the floats, flat; -0.0 counts as 0.0."""
-    bits = values.reshape(-1).view(_INTEGER[values.dtype])
-    if bits.numel() and int(bits.min()) < 0:
-        bits = _flip_negative((values.reshape(-1) + 0.0).view(_INTEGER[values.dtype]))
-    return bits
-
-
-def _flip_negative(bits: Tensor) -> Tensor:
-    # Negative floats grow in magnitude with their bits: reverse them. The map is its own inverse.
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)

@@ -30,7 +30,7 @@ from lightning_prune.pruning.allocation import (
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
-from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros, pruned_count
+from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros
 from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
@@ -38,8 +38,8 @@ from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion, Score
 from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, make_score
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatistics, wide_dtype
-from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target
-from lightning_prune.pruning.updates import LayerRows
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, join_masks
+from lightning_prune.pruning.updates import ALPS, LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
 from lightning_prune.safety import Keeper, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
@@ -56,7 +56,7 @@ def prune(
     pattern: str = "unstructured",
     group: str | None = None,
     allocation: Allocation | None = None,
-    update: str | None = None,
+    update: str | ALPS | None = None,
     num_samples: int = 128,
     alpha: float = 100.0,
     gamma: float = 0.7,
@@ -97,7 +97,10 @@ def prune(
         allocation: Layer sparsities: ``"uniform"``, ``"owl"``, ``"kfac"``, an `OWLAllocation` or `KFACAllocation`,
             or a mapping from name patterns to sparsities; default the score's own. The total is exact,
             ``floor(sparsity * number of weights)``.
-        update: ``"obs"`` updates the remaining weights with each layer's Hessian, on the mask of any score.
+        update: How the remaining weights make up for the others, with each layer's Hessian: ``"exact"`` as well as
+            they can, on the mask of any score; ``"alps"``, or an `ALPS`, by choosing the mask with the Hessian too
+            (scores that are ``abs(W)`` times a factor: all built-in ones but random); ``"obs"`` column by column, as
+            SparseGPT does, on the mask of any score.
         num_samples: Calibration samples (sequences).
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
@@ -179,6 +182,7 @@ def run_plan(
     forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     summary: ScoreSummary | None = None,
+    apply: bool = True,
 ) -> Masks:
     """Carry out a plan. `prune` and the callbacks both end here.
 
@@ -192,6 +196,7 @@ def run_plan(
         forward_context: Makes the context that forward passes run in.
         ranks: The processes that prune together; every one must call. Needed where parameters are sharded.
         summary: Filled with what the scores looked like; stays empty where there are none (keep, sparsegpt).
+        apply: Zero the weights; False, of a plan that updates no weights, to choose only.
 
     Returns:
         Masks by parameter name.
@@ -200,7 +205,8 @@ def run_plan(
         masks = masks_from_zeros(plan.targets)
         apply_masks(model, masks)  # -0.0 to 0.0
         return masks
-    run = _Run(plan, model, batches, loss_fn, exact_share(fraction), previous or {}, forward_context, ranks, summary)
+    share, before = exact_share(fraction), previous or {}
+    run = _Run(plan, model, batches, loss_fn, share, before, forward_context, ranks, summary, apply)
     with memory_advice(plan):
         masks = run.masks()
     if summary is not None and run.parts is not None:
@@ -221,6 +227,7 @@ class _Run:
     forward_context: ForwardContext
     ranks: Ranks | None
     summary: ScoreSummary | None
+    apply: bool
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -250,8 +257,10 @@ class _Run:
         with torch.no_grad():
             self.counts = self._allocate()
             if not plan.sequential and plan.settings.solver is None:
-                masks = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
-                apply_masks(self.model, masks)
+                parts = {t.name: self._select(t, self.statistics.get(t.name)) for t in self._tracked("Selecting")}
+                masks = join_masks(plan.targets, parts)
+                if self.apply:
+                    apply_masks(self.model, masks)
                 return masks
             with restored_on_failure() as originals:
                 masks = self._walk(originals.keep) if plan.sequential else self._update_all(originals.keep)
@@ -270,7 +279,7 @@ class _Run:
         plan, targets = self.plan, self.plan.targets
         if plan.pattern is not None:
             return {}
-        lower = {t.name: pruned_count({t.name: m}) for t in targets if (m := self.previous.get(t.name)) is not None}
+        lower = self._pruned_before()
         if isinstance(plan.allocation, Mapping):
             counts = mapping_counts(targets, *plan.mapped(self.fraction), lower)
             return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
@@ -289,6 +298,16 @@ class _Run:
         counts = uniform_counts(targets, exact, plan.group)
         return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
 
+    def _pruned_before(self) -> dict[str, int]:
+        """How many weights of each target are pruned already; none of targets without a mask."""
+        before = [(t, m) for t in self.plan.targets if (m := self.previous.get(t.parameter)) is not None]
+        if not before:
+            return {}
+        here = [int((~t.part(m)).sum()) if self.parts is None or t.layout.counted else 0 for t, m in before]
+        counts = torch.tensor(here, dtype=torch.int64)
+        counts = counts if self.parts is None else self.parts.sum_parts(counts)
+        return {t.name: n for (t, _), n in zip(before, counts.tolist(), strict=True)}
+
     def _here(self) -> dict[str, LayerStatistics]:
         """Statistics cut to the part of each matrix that is here."""
         return {t.name: self.statistics[t.name].part(t.layout.bounds) for t in self.plan.targets}
@@ -299,15 +318,18 @@ class _Run:
 
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
-        statistics, bounds = statistics or LayerStatistics(samples=0), target.layout.bounds
-        if cast(Score, self.plan.score).elementwise:
-            scores = self._scored(target, target.matrix(), statistics.part(bounds))
-        else:
-            whole = self._scored(target, target.whole(target.matrix()), statistics.with_gradients(target.whole))
-            scores = whole[slice(*bounds[0]), slice(*bounds[1])]
-        if (previous := self.previous.get(target.name)) is not None:
+        scores = self._worth(target, target.matrix(), statistics or LayerStatistics(samples=0))
+        if (previous := self.previous.get(target.parameter)) is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
+
+    def _worth(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
+        """Scores of a weight in the place of the part of the matrix that is here, ``[o, i]``."""
+        bounds = target.layout.bounds
+        if cast(Score, self.plan.score).elementwise:
+            return self._scored(target, weight, statistics.part(bounds))
+        whole = self._scored(target, target.whole(weight), statistics.with_gradients(target.whole))
+        return whole[slice(*bounds[0]), slice(*bounds[1])]
 
     def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
@@ -321,16 +343,21 @@ class _Run:
             return check_scores(scores if scores.is_floating_point() else scores.float(), target.name)
 
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
-        """The mask of one layer, in the parameter's shape."""
+        """The mask of the part of one matrix that is here."""
         own, layout = self._scores(target, statistics).contiguous(), target.layout
         mask = layout.from_rows(self._choose(target, target.rows(own)))
         mask = self._without_previous(target, mask)  # counts may be spread over rows in another way than before
-        if self.summary is not None:
-            if self.parts is None or layout.counted:
-                self.summary.add(target.name, own, mask, target.numel)
-            else:
-                self.summary.leave_out(target.name)
-        return target.to_parameter(mask)
+        self._summarize(target, own, mask)
+        return mask
+
+    def _summarize(self, target: Target, own: Tensor, mask: Tensor) -> None:
+        """Note scores and mask of the part that is here, if anyone wants to know."""
+        if self.summary is None:
+            return
+        if self.parts is None or target.layout.counted:
+            self.summary.add(target.name, own, mask, target.numel)
+        else:
+            self.summary.leave_out(target.name)
 
     def _choose(self, target: Target, scores: Tensor) -> Tensor:
         """The mask of whole rows from their scores, ``[r, I]``."""
@@ -341,57 +368,73 @@ class _Run:
             return lowest_in_rows(scores, self.counts[target.name], layout.row_bounds[0], layout.shape[0])
         return target.lowest(self.parts)(scores, self.counts[target.name])
 
+    def _total(self, target: Target, count: Tensor) -> Tensor:
+        """The sum of what every rank counts in the rows that it has; of copies, one counts."""
+        if self.parts is None:
+            return count
+        return self.parts.sum_parts(count if target.layout.counted else torch.zeros_like(count))
+
     def _without_previous(self, target: Target, mask: Tensor) -> Tensor:
         """A mask of the part that is here, without what is pruned already."""
-        previous = self.previous.get(target.name)
+        previous = self.previous.get(target.parameter)
         return mask if previous is None else mask & target.part(previous).to(mask.device)
 
     # -- weight updates ------------------------------------------------------------------------------------------
 
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
-        """Select, update if asked for, write the weight; returns the mask in the parameter's shape."""
+        """Select, update if asked for, write the weight; returns the mask of the part that is here."""
         settings, layout = self.plan.settings, target.layout
         mask = None if settings.selects_itself else self._select(target, statistics)
         if settings.solver is None:
             assert mask is not None
             target.mask(mask)
             return mask
-        previous = self.previous.get(target.name)
+        told = mask is None and settings.update is not None and self.summary is not None
+        scores = self._scores(target, statistics) if told else None
+        previous = self.previous.get(target.parameter)
         pruned = None if previous is None else ~target.rows(target.part(previous).to(target.weight.device))
         weight, kept = settings.solver.solve(
             LayerRows(
                 name=target.name,
                 weight=target.rows(),
                 statistics=statistics.part((layout.row_bounds, (0, layout.shape[1]))),
-                mask=None if mask is None else target.rows(target.part(mask)),
+                mask=None if mask is None else target.rows(mask),
                 count=self.counts.get(target.name, 0),
                 pattern=self.plan.pattern,
                 lowest=target.lowest(self.parts),
                 choose=lambda scores: self._choose(
                     target, scores if pruned is None else scores.masked_fill(pruned, -math.inf)
                 ),
+                factors=lambda norms: target.rows(
+                    self._worth(target, torch.ones_like(target.matrix()), replace(statistics, input_norm=norms))
+                ),
+                total=lambda count: self._total(target, count),
             )
         )
         with synchronized_errors(self.parts):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
         kept = self._without_previous(target, layout.from_rows(kept))
+        if scores is not None:
+            self._summarize(target, scores, kept)
         target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
-        return target.to_parameter(kept)
+        return kept
 
     def _update_all(self, keep: Keeper) -> Masks:
         """Every layer with the Hessian of its dense inputs."""
-        masks: Masks = {}
+        parts: dict[str, Tensor] = {}
         for target in self._tracked("Updating weights"):
             keep(target.weight)
-            masks[target.name] = self._prune_layer(target, self.statistics[target.name])
-        return masks
+            parts[target.name] = self._prune_layer(target, self.statistics[target.name])
+        return join_masks(self.plan.targets, parts)
 
     def _walk(self, keep: Keeper) -> Masks:
         """Block by block, each on the outputs of the pruned blocks before it."""
         plan = self.plan
-        masks: Masks = {}
-        by_module = {id(t.module): t for t in plan.targets}
+        parts: dict[str, Tensor] = {}
+        by_module: dict[int, list[Target]] = {}
+        for target in plan.targets:
+            by_module.setdefault(id(target.module), []).append(target)
         assert self.batches is not None
 
         def run(model: nn.Module, batch: Any) -> None:
@@ -409,7 +452,7 @@ class _Run:
             samples = Samples(self.model, self.batches, plan.num_samples, run, self.forward_context, self.parts)
             for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
-                    layers = [by_module[id(m)] for m in block.modules() if id(m) in by_module]
+                    layers = [target for m in block.modules() for target in by_module.get(id(m), ())]
                     with gathered_around(self.model, block):
                         statistics = collect_forward(
                             layers,
@@ -419,7 +462,7 @@ class _Run:
                         )
                     for target in layers:
                         keep(target.weight)
-                        masks[target.name] = self._prune_layer(
+                        parts[target.name] = self._prune_layer(
                             target, _merge(statistics[target.name], self.statistics.get(target.name))
                         )
                     if index + 1 < len(walk.blocks):
@@ -427,7 +470,7 @@ class _Run:
                             for _ in walk.run(index, keep_output=True):
                                 pass
                     advance()
-        return {t.name: masks[t.name] for t in plan.targets}
+        return join_masks(plan.targets, parts)
 
 
 def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:

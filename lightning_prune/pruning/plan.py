@@ -135,7 +135,7 @@ def make_plan(model: nn.Module, settings: PruningSettings) -> PruningPlan:
         ValueError, TypeError: see `prune`.
     """
     score, nm = settings.score, settings.nm
-    group, allocation = settings.group or score.group, settings.allocation
+    group, allocation = settings.compared_within, settings.allocation
     if allocation is None:
         allocation = "uniform" if nm is not None or group == "global" else score.allocation
     allocation = make_allocation(allocation)
@@ -179,7 +179,7 @@ def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:
     if not plan.block_statistics:
         raise ValueError(
             f"sequential=True changes nothing for score={plan.score.name!r}, whose masks need the whole model at once; "
-            "use sequential=False, or add update='obs'"
+            "use sequential=False, or add update='exact'"
         )
     if plan.group == "global":
         raise ValueError(

@@ -94,7 +94,7 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
     if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict):
         inside = set(body.modules())
         known = all(name not in inputs or _accepts(body, name) for name in ("input_ids", "inputs_embeds"))
-        if known and all(module in inside for target in targets for module in target.modules):
+        if known and all(module in inside for target in targets for module in target.holders):
             model = body
     if isinstance(inputs, dict):
         model(**inputs)
@@ -241,15 +241,29 @@ def _checkpointed_layers(model: nn.Module) -> set[nn.Module]:
     """
     classes, layers = block_classes(model), set()
     for module in model.modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        if not (module.training and getattr(module, "gradient_checkpointing", False) and function is not None):
+        if not module.training or (reentrant := _reentrant(module)) is None:
             continue
         # Re-entrant checkpoints give no gradient unless an input requires one, and here all parameters are frozen.
-        reentrant = getattr(function, "keywords", {}).get("use_reentrant", True)
         drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in vars(module).items())
         if not reentrant and not drops and type_name(module) in classes:
             layers.add(module)
     return layers
+
+
+def checkpoints_reentrantly(model: nn.Module) -> bool:
+    """Return whether transformers checkpoints some layer of a model the re-entrant way."""
+    return any(_reentrant(module) for module in model.modules())
+
+
+def _reentrant(module: nn.Module) -> bool | None:
+    """Return whether transformers checkpoints a module the re-entrant way; None: not at all.
+
+    The function that it checkpoints with has no public name.
+    """
+    function = getattr(module, "_gradient_checkpointing_func", None)
+    if function is None or not getattr(module, "gradient_checkpointing", False):
+        return None
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
 IGNORE_INDEX = -100

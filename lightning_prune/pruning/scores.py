@@ -57,7 +57,13 @@ class Score(Criterion):
         elementwise: Whether each number depends only on its own weight, row and column, so that a rank can score its
             part of a sharded weight alone. Otherwise (the default) a sharded weight and its statistics are gathered,
             one layer at a time.
+        proportional: Whether each number is ``abs(W)`` of its own weight times a factor in which no weight has a part,
+            so that ``update="alps"`` can weigh weights that it makes itself. Default: no.
     """
+
+    @property
+    def proportional(self) -> bool:  # noqa: D102
+        return False
 
     @property
     def elementwise(self) -> bool:  # noqa: D102
@@ -83,6 +89,7 @@ class Magnitude(Score):
 
     name = "magnitude"
     elementwise = True
+    proportional = True
     group = "layer"
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
@@ -114,6 +121,7 @@ class Wanda(Score):
 
     name = "wanda"
     elementwise = True
+    proportional = True
     statistics = frozenset({INPUT_NORM})
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
@@ -131,6 +139,7 @@ class Gradient(Score):
 
     name = "gradient"
     elementwise = True
+    proportional = True
     grad_norm: str = "l2"
 
     @property
@@ -156,6 +165,7 @@ class GBLM(Score):
 
     name = "gblm"
     elementwise = True
+    proportional = True
     alpha: float = 100.0
     grad_norm: str = "l2"
 
@@ -185,6 +195,7 @@ class KFAC(Score):
 
     name = "kfac"
     elementwise = True
+    proportional = True
     statistics = frozenset({INPUT_NORM, OUTPUT_GRAD_NORM})
     group = "layer"
     allocation = "kfac"

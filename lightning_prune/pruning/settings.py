@@ -25,7 +25,7 @@ from lightning_prune.pruning.scores import (
     missing_members,
 )
 from lightning_prune.pruning.targets import DEFAULT_IGNORE
-from lightning_prune.pruning.updates import UPDATES, SparseGPT, Update
+from lightning_prune.pruning.updates import ALPS, UPDATES, SparseGPT, Update
 from lightning_prune.schedules import is_share
 
 GRADIENT_DTYPES: dict[str | torch.dtype, torch.dtype] = {
@@ -83,7 +83,7 @@ class PruningSettings:
     pattern: str = "unstructured"
     group: str | None = None
     allocation: Allocation | None = None
-    update: str | None = None
+    update: str | ALPS | None = None
     num_samples: int = 128
     sequential: bool = False
     targets: Sequence[str | type[nn.Module]] | None = None
@@ -101,9 +101,14 @@ class PruningSettings:
         samples = self.num_samples
         if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples < 2**31:
             raise ValueError(f"num_samples={samples!r} must be an integer >= 1, below 2**31")
-        if self.update not in (None, *UPDATES):
-            choices = " or ".join(map(repr, (None, *UPDATES)))
-            raise ValueError(f"update={self.update!r} must be {choices}")
+        if not isinstance(self.update, ALPS) and self.update not in (None, *UPDATES):
+            choices = ", ".join(map(repr, (None, *UPDATES)))
+            raise ValueError(f"update={self.update!r} must be one of {choices}, or an ALPS(...)")
+        if isinstance(self.solver, ALPS) and not getattr(score, "proportional", False):
+            raise ValueError(
+                f"update='alps' needs a score that is abs(W) times a factor, such as 'wanda' or 'kfac', which score="
+                f"{score.name!r} is not (it has no proportional = True); use update='exact'"
+            )
         if group is not None and group not in GROUPS:
             raise ValueError(f"group={group!r} must be one of {GROUPS}, or None for the score's own")
         if score.group not in GROUPS:
@@ -122,7 +127,7 @@ class PruningSettings:
             if group not in (None, "row"):
                 raise ValueError(f"pattern={self.pattern!r} compares within groups of a row: leave group={group!r} out")
         chosen = make_allocation("uniform" if allocation is None else allocation)
-        if (group or score.group) == "global" and chosen != "uniform":
+        if self.compared_within == "global" and chosen != "uniform":
             raise ValueError("group='global' decides the layers' sparsities itself: leave allocation out")
         if isinstance(score, SparseGPT) and (group not in (None, "layer") or self.update):
             raise ValueError("score='sparsegpt' selects within 128 columns and updates by itself: no group, no update")
@@ -146,14 +151,20 @@ class PruningSettings:
     @property
     def selects_itself(self) -> bool:
         """Whether the solver chooses which weights go, so that there are no scores."""
-        return isinstance(self.score, SparseGPT)
+        return self.solver is not None and self.solver.chooses
+
+    @property
+    def compared_within(self) -> str:
+        """The group of weights that are compared: what the user says, or else the update and the score."""
+        own = self.score.group
+        return self.group or ("layer" if own == "row" and isinstance(self.solver, ALPS) else own)
 
     @property
     def solver(self) -> Update | None:
         """What changes the weights that stay, or None if nothing does."""
         if isinstance(self.score, SparseGPT):
             return self.score
-        return None if self.update is None else UPDATES[self.update]
+        return UPDATES[self.update] if isinstance(self.update, str) else self.update
 
     def describe(self) -> dict[str, Any]:
         """What says how masks came about, options of the score included, in plain values."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
+from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
 from lightning_prune.ranks import Ranks
-from lightning_prune.sharding import Layout, as_shard_of, gather_whole, local
+from lightning_prune.sharding import Layout, SliceLayout, as_shard_of, gather_whole, local
 
 DEFAULT_IGNORE = HEADS
 """Output layers, left alone unless `targets` names them; see `lightning_prune.naming.is_head`."""
@@ -108,6 +109,17 @@ CONV2D = LayerKind(
     output_rows=_conv2d_outputs,
 )
 
+# One expert's slice of a 3-D parameter, `[O, I]` or `[I, O]`; all its tokens come in one list.
+EXPERT = LayerKind(
+    "expert",
+    transposed=False,
+    to_matrix=lambda w: w,
+    from_matrix=lambda m, _: m,
+    input_rows=lambda _, x: x[None],
+    output_rows=lambda y: y[None],
+)
+EXPERT_TRANSPOSED = replace(EXPERT, transposed=True, to_matrix=lambda w: w.t(), from_matrix=lambda m, _: m.t())
+
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
     """The kind of a layer that can be pruned, or None for any other module."""
@@ -167,13 +179,27 @@ class Target:
         """Where the parts of the matrix are."""
         return Layout(self.weight, self.kind.transposed)
 
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter, by which its mask is kept."""
+        return self.name
+
+    @property
+    def holders(self) -> tuple[nn.Module, ...]:
+        """The modules of the model that hold the parameter."""
+        return self.modules
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What is here of the weight in a tensor of the parameter's shape and layout, as the parameter stores it."""
+        return local(tensor)
+
     def matrix(self) -> Tensor:
         """The weight as ``(O, I)``, or this rank's part of it; detached, in its own dtype."""
         return self.part(self.weight.detach())
 
     def part(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
-        return self.kind.to_matrix(local(tensor))
+        return self.kind.to_matrix(self.stored(tensor))
 
     def rows(self, part: Tensor | None = None) -> Tensor:
         """Whole rows ``[r, I]`` of the weight, or of what has the form of `matrix`; parts change ranks if need be."""
@@ -190,12 +216,13 @@ class Target:
 
     def write(self, matrix: Tensor) -> None:
         """Overwrite the weight, or this rank's part of it."""
-        own = local(self.weight.detach())
+        own = self.stored(self.weight.detach())
         own.copy_(self.kind.from_matrix(matrix, own.shape))
 
-    def mask(self, mask: Tensor) -> None:
-        """Set weights to zero where a mask of the parameter's shape and layout is False."""
-        local(self.weight.detach()).masked_fill_(~local(mask), 0.0)
+    def mask(self, kept: Tensor) -> None:
+        """Set weights to zero where a mask, shaped as `matrix` gives the weight, is False."""
+        own = self.stored(self.weight.detach())
+        own.masked_fill_(~self.kind.from_matrix(kept, own.shape), 0.0)
 
     def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
         """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
@@ -204,6 +231,127 @@ class Target:
             return lowest_in_layer
         first_row, counted = layout.row_bounds[0], layout.counted
         return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, counted)
+
+
+@dataclass(frozen=True)
+class ExpertTarget(Target):
+    """One expert's slice of a 3-D parameter, to prune like the weight of a layer.
+
+    Of a parameter that is sharded along its experts, a rank has the whole matrix or no row of it.
+    """
+
+    @property
+    def slice(self) -> ExpertMatrix:
+        """The matrix as a layer."""
+        first = self.modules[0]
+        assert isinstance(first, ExpertMatrix)
+        return first
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter of all experts, as it is now."""
+        return self.slice.weight
+
+    @property
+    def numel(self) -> int:
+        """Number of weights of the expert."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def layout(self) -> SliceLayout:
+        """Where the parts of the matrix are."""
+        return SliceLayout(self.weight, self.kind.transposed, self.slice.index)
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter of all experts."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def holders(self) -> tuple[nn.Module, ...]:
+        """The modules of the model that hold the parameter."""
+        return tuple(m.experts for m in self.modules if isinstance(m, ExpertMatrix))
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What is here of the expert's slice, in a tensor of the parameter's shape and layout."""
+        place, stack = self.layout.place, local(tensor)
+        if place is not None:
+            return stack[place]
+        first, second = stack.shape[1:]
+        return stack.new_empty((first, 0) if self.kind.transposed else (0, second))
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All of the expert's matrix on every rank, ``[O, I]``, from this rank's part of it."""
+        return self.layout.gather(part)
+
+    def to_parameter(self, matrix: Tensor) -> Tensor:
+        """The parameter's other slices are other targets': see `join_masks`.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"{self.name!r} is a slice of a parameter; join_masks makes one mask of all of them")
+
+
+def parameters_of(targets: Sequence[Target]) -> dict[str, nn.Parameter]:
+    """The parameters that some targets are, or are slices of, by name, each once."""
+    return {name: target.weight for name, target in {t.parameter: t for t in targets}.items()}
+
+
+def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks of the parameters' shapes and layouts, by parameter.
+
+    Args:
+        targets: All targets of the parameters.
+        parts: The mask of each by its name, shaped as `Target.matrix` gives the weight.
+    """
+    users: dict[str, list[Target]] = {}
+    for target in targets:
+        users.setdefault(target.parameter, []).append(target)
+    masks = {}
+    for name, (first, *others) in users.items():
+        if not isinstance(first, ExpertTarget):
+            masks[name] = first.to_parameter(parts[name])
+            continue
+        weight = first.weight
+        own = torch.ones(local(weight).shape, dtype=torch.bool, device=weight.device)
+        for target in (first, *others):
+            slice_ = target.stored(own)
+            slice_.copy_(target.kind.from_matrix(parts[target.name], slice_.shape))
+        masks[name] = as_shard_of(weight, own)
+    return masks
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A weight that could be pruned.
+
+    Attributes:
+        module: What holds it.
+        parameter: Its name there.
+    """
+
+    module: nn.Module
+    parameter: str = "weight"
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        """The parameter; None where a layer keeps it in another form."""
+        return self.module._parameters.get(self.parameter)
+
+
+def _candidates(model: nn.Module, adapters: Collection[nn.Module]) -> dict[str, _Candidate]:
+    """The weights of a model that could be pruned: by the clean name of their layer, or of the parameter of experts."""
+    found = {}
+    for path, module in model.named_modules():
+        name = clean_name(path)
+        if module in adapters:
+            continue
+        if layer_kind(module) is not None:
+            found[name] = _Candidate(module)
+        for parameter in expert_parameters(module):
+            found[f"{name}.{parameter}" if name else parameter] = _Candidate(module, parameter)
+    return found
 
 
 @dataclass(frozen=True)
@@ -275,17 +423,14 @@ def select_layers(
     _reject_bare_string("targets", targets)
     _reject_bare_string("ignore", ignore)
     adapters = adapter_modules(model)
-    layers = {
-        clean_name(name): module
-        for name, module in model.named_modules()
-        if module not in adapters and layer_kind(module) is not None
-    }
+    layers = _candidates(model, adapters)
     if targets is not None:
         _require_matches("targets", targets, layers)
     without_heads = set(DEFAULT_IGNORE) <= set(ignore)
     ignored = [s for s in ignore if not (without_heads and s in DEFAULT_IGNORE)]
     # A default name that a user repeats need not be there.
-    _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], dict(model.named_modules()))
+    everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
+    _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], everything | layers)
 
     reasons = _reasons(model, layers, without_heads, called)
     if frozen:
@@ -295,19 +440,19 @@ def select_layers(
             reasons = {name: reasons[name] - {HEAD} for name in layers}
     else:
         for selector in targets:
-            matched = [name for name, module in layers.items() if _selected(name, module, [selector])]
+            matched = [name for name, layer in layers.items() if _selected(name, layer.module, [selector])]
             # A selector that matches other layers too names none of these: "q_proj" is no word for a frozen teacher.
             named = frozenset.intersection(*(reasons[name] for name in matched))
             reasons |= {name: reasons[name] - named for name in matched}
     left_out = {}
-    for name, module in layers.items():
-        if targets is not None and not _selected(name, module, targets):
+    for name, layer in layers.items():
+        if targets is not None and not _selected(name, layer.module, targets):
             left_out[name] = sorted(reasons[name])[0] if reasons[name] else NOT_NAMED
-        elif _selected(name, module, ignored):
+        elif _selected(name, layer.module, ignored):
             left_out[name] = IGNORED
         elif reasons[name]:
             left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, FROZEN) if r in reasons[name])
-    chosen = {name: module for name, module in layers.items() if name not in left_out and not _is_empty(module)}
+    chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
     return Selection(_group_by_parameter(model, chosen), left_out, frozenset(adapters))
@@ -318,8 +463,8 @@ def _nothing_to_prune(
 ) -> str:
     ignored = "the default" if ignore == DEFAULT_IGNORE else repr(ignore)
     text = (
-        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} Linear, Conv1D and "
-        f"Conv2d layers of {type(model).__name__}"
+        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} Linear, Conv1D, "
+        f"Conv2d and expert weights of {type(model).__name__}"
     )
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, why in left_out.items() if why == reason]
@@ -337,17 +482,16 @@ def _nothing_to_prune(
 
 
 def _reasons(
-    model: nn.Module, layers: dict[str, nn.Module], without_heads: bool, called: bool
+    model: nn.Module, layers: dict[str, _Candidate], without_heads: bool, called: bool
 ) -> dict[str, frozenset[str]]:
     """Why each layer is to be left alone by default; mostly for no reason."""
     users = _users(model)
-    inside = {id(module) for module in layers.values()}
+    inside = {id(layer.module) for layer in layers.values()}
     routers, frozen = _routers(model, layers), _frozen(model, layers)
     # Their parent reads their weights, and never calls them.
     functional = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)} if called else set()
 
-    def tied(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
+    def tied(weight: nn.Parameter | None) -> bool:
         return weight is not None and any(
             id(m) not in inside and (isinstance(m, nn.Embedding) or "Embed" in type_name(m))
             for _, m in users[id(weight)]
@@ -357,14 +501,14 @@ def _reasons(
         name: frozenset(
             reason
             for reason, holds in (
-                (HEAD, without_heads and (is_head(name) or tied(module))),
+                (HEAD, without_heads and (is_head(name) or tied(layer.weight))),
                 (ROUTER, name in routers),
                 (FROZEN, name in frozen),
-                (FUNCTIONAL, module in functional),
+                (FUNCTIONAL, layer.module in functional),
             )
             if holds
         )
-        for name, module in layers.items()
+        for name, layer in layers.items()
     }
 
 
@@ -377,7 +521,7 @@ def is_router(module: nn.Module) -> bool:
     return type(module) is not nn.Linear and _ROUTER_TYPE.search(type_name(module)) is not None
 
 
-def _routers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+def _routers(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     """Layers that choose experts: by their type, or by their name beside a module or parameter named ``experts``."""
     beside: set[nn.Module] = set()
     for parent in model.modules():
@@ -389,10 +533,10 @@ def _routers(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
                 if child is not None and _ROUTER_NAME.fullmatch(name)
                 for part in child.modules()
             )
-    return {name for name, module in layers.items() if module in beside or is_router(module)}
+    return {name for name, layer in layers.items() if layer.module in beside or is_router(layer.module)}
 
 
-def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     """Layers whose weight requires no gradient, in a model that trains something else."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return set()  # loaded for inference: it says nothing
@@ -405,7 +549,7 @@ def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
         for module in parent.modules()
     }
     # A quantised weight never requires a gradient: what counts is whether more than such layers is frozen around it.
-    weights = {id(p) for module in layers.values() for p in module.parameters()}
+    weights = {id(p) for layer in layers.values() for p in layer.module.parameters()}
     around = {
         module
         for parent in model.modules()
@@ -414,13 +558,13 @@ def _frozen(model: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
         for module in parent.modules()
     }
 
-    def holds(module: nn.Module) -> bool:
-        weight = module._parameters.get("weight")
-        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if n != "bias"):
+    def holds(layer: _Candidate) -> bool:
+        module, weight = layer.module, layer.weight
+        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if "bias" not in n):
             return False
         return weight is None or _packed_form(weight) is None or module in around
 
-    return {name for name, module in layers.items() if holds(module)}
+    return {name for name, layer in layers.items() if holds(layer)}
 
 
 # Layers of other packages that keep quantised weights in buffers or under other names.
@@ -449,9 +593,9 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
     return adapters
 
 
-def _is_empty(module: nn.Module) -> bool:
+def _is_empty(layer: _Candidate) -> bool:
     """Whether a layer has no weights at all, as ``Linear(16, 0)``: nothing to prune, and no samples reach it."""
-    weight = module._parameters.get("weight")
+    weight = layer.weight
     return weight is not None and not is_lazy(weight) and not weight.numel() and not weight.is_meta
 
 
@@ -467,11 +611,13 @@ def _selected(name: str, module: nn.Module, selectors: Sequence[str | type[nn.Mo
     )
 
 
-def _require_matches(argument: str, selectors: Sequence[str | type[nn.Module]], layers: dict[str, nn.Module]) -> None:
+def _require_matches(
+    argument: str, selectors: Sequence[str | type[nn.Module]], layers: Mapping[str, _Candidate]
+) -> None:
     for selector in selectors:
         if not isinstance(selector, (str, type)):
             raise TypeError(f"{argument} takes module types and name patterns, got {selector!r}")
-        if not any(_selected(clean_name(name), module, [selector]) for name, module in layers.items()):
+        if not any(_selected(name, layer.module, [selector]) for name, layer in layers.items()):
             tails = {n.rsplit(".", 1)[-1] for n in layers}
             near = difflib.get_close_matches(str(selector), tails, n=3) or sorted(tails)[:8]
             raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
@@ -487,33 +633,48 @@ def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return users
 
 
-def _group_by_parameter(model: nn.Module, chosen: dict[str, nn.Module]) -> list[Target]:
+def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate]) -> list[Target]:
     names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
     users = _users(model)
-    grouped: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in chosen.items():
-        grouped.setdefault(id(_checked_weight(name, module)), []).append((name, module))
+    grouped: dict[int, list[tuple[str, _Candidate]]] = {}
+    for name, layer in chosen.items():
+        grouped.setdefault(id(_checked_weight(name, layer)), []).append((name, layer))
 
-    found = []
+    found: list[Target] = []
     for key, layers in grouped.items():
-        inside = {id(module) for _, module in layers}
+        inside = {id(layer.module) for _, layer in layers}
         outside = [name for name, module in users[key] if id(module) not in inside]
         if outside:
             raise ValueError(
                 f"the weight of {layers[0][0]!r} is tied to {', '.join(map(repr, outside))}, which is not a "
                 f"target: pruning one would prune both; add {layers[0][0]!r} to `ignore`, or untie them"
             )
-        kinds = {layer_kind(module) for _, module in layers}
-        kind = kinds.pop()
-        if kinds or kind is None:
+        made = _targets_of(names[key], [layer for _, layer in layers])
+        if not made:
             raise ValueError(f"tied layers of different types cannot be pruned: {[n for n, _ in layers]}")
-        modules = tuple(module for _, module in layers)
-        found.append(Target(names[key], modules[0], kind, modules))
+        found.extend(made)
     return found
 
 
-def _checked_weight(name: str, module: nn.Module) -> nn.Parameter:
-    weight = module._parameters.get("weight")
+def _targets_of(name: str, users: Sequence[_Candidate]) -> Sequence[Target]:
+    """The targets that one parameter makes; none, if its users do not store it alike."""
+    first = users[0]
+    layouts = {(layer.parameter != "weight", expert_parameters(layer.module).get(layer.parameter)) for layer in users}
+    if len(layouts) == 1 and (transposed := layouts.pop()[1]) is not None:
+        assert first.weight is not None
+        kind = EXPERT_TRANSPOSED if transposed else EXPERT
+        matrices = [
+            tuple(ExpertMatrix(user.module, user.parameter, index, transposed) for user in users)
+            for index in range(len(first.weight))
+        ]
+        return [ExpertTarget(f"{name}.{i}", first.module, kind, slices) for i, slices in enumerate(matrices)]
+    kinds = {layer_kind(layer.module) for layer in users}
+    whole = kinds.pop()
+    return [] if kinds or whole is None else [Target(name, first.module, whole, tuple(u.module for u in users))]
+
+
+def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
+    weight = layer.weight
     if weight is None:
         raise ValueError(
             f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); "

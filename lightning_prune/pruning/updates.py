@@ -1,7 +1,7 @@
 """Updates: how the weights that stay make up for those that go, a layer at a time.
 
-An update is any object with the members of `Update`. Most work on the mask that a score has chosen; one that chooses by
-itself (SparseGPT) stands in the place of the score.
+An update is any object with the members of `Update`. Most work on the mask that a score has chosen. ALPS chooses by
+what the score makes of weights that it has fitted; SparseGPT chooses by itself and stands in the place of the score.
 
 Dimensions: O outputs, I inputs of a layer; r of its rows, all of them unless the weight is sharded.
 """
@@ -14,6 +14,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from lightning_prune.pruning.alps import EVERY, ITERATIONS, RHO, alps_support
+from lightning_prune.pruning.exact import damped_diagonal, exact_weights
 from lightning_prune.pruning.hessian import prune_with_hessian
 from lightning_prune.pruning.patterns import NM
 from lightning_prune.pruning.scores import Criterion
@@ -35,6 +37,9 @@ class LayerRows:
             of the whole layer go, over all ranks, which must all call.
         choose: Scores ``[r, I]`` to a mask as the settings ask for (pattern or group, and the layer's sparsity).
             What was pruned before goes first. Where the weight is sharded every rank must call.
+        factors: What the score makes of weights of one, ``[r, I]``, given norms of the inputs ``[I]`` in the place of
+            the measured ones. Of a score that is `Score.proportional`; every rank must call.
+        total: Sums an integer tensor over the ranks that hold the matrix, each row once; every rank must call.
     """
 
     name: str
@@ -45,6 +50,8 @@ class LayerRows:
     pattern: NM | None
     lowest: Callable[[Tensor, int], Tensor]
     choose: Callable[[Tensor], Tensor]
+    factors: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
 
 
 class Update(Protocol):
@@ -53,6 +60,7 @@ class Update(Protocol):
     Attributes:
         name: As the user writes it.
         statistics: What it reads of a layer, beside what the score reads.
+        chooses: Whether it chooses which weights go, so that it gets no mask.
     """
 
     @property
@@ -60,6 +68,9 @@ class Update(Protocol):
 
     @property
     def statistics(self) -> frozenset[str]: ...  # noqa: D102
+
+    @property
+    def chooses(self) -> bool: ...  # noqa: D102
 
     def solve(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
         """The new weight ``[r, I]``, exact zeros where pruned, and its mask; rows do not depend on each other.
@@ -75,10 +86,58 @@ class OBS:
 
     name = "obs"
     statistics = frozenset({HESSIAN})
+    chooses = False
 
     def solve(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
         """The new weight and the mask of the score, ``[r, I]`` each."""
         return prune_with_hessian(rows.weight, rows.statistics.get(HESSIAN), mask=rows.mask)
+
+
+class Exact:
+    """The weights on the mask that change the layer's outputs least."""
+
+    name = "exact"
+    statistics = frozenset({HESSIAN})
+    chooses = False
+
+    def solve(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
+        """The new weight and the mask of the score, ``[r, I]`` each."""
+        assert rows.mask is not None
+        return exact_weights(rows.weight, rows.statistics.get(HESSIAN), rows.mask), rows.mask
+
+
+@dataclass(frozen=True)
+class ALPS:
+    """The support by ADMM under the score's factors, then the exact weights on it (Meng et al. 2024, arXiv 2406.07831).
+
+    With ``score="wanda"`` it is ALPS as published, with ``score="kfac"`` its output rows and layers are weighted by
+    gradients. The score must be `Score.proportional`. Weights are compared within the layer where the score's own
+    group is the row.
+
+    Args:
+        rho: Penalty at the start, on the scale of inputs with norm 1; it grows by 10 to 30 % at each look.
+        every: Iterations between two looks at how many weights have entered or left the support.
+        iterations: At most. It ends at the first look that finds no change, usually after 30 to 40.
+    """
+
+    name = "alps"
+    statistics = frozenset({HESSIAN})
+    chooses = True
+    rho: float = RHO
+    every: int = EVERY
+    iterations: int = ITERATIONS
+
+    def __post_init__(self) -> None:
+        if not (0 < self.rho < float("inf") and self.every >= 1 and self.iterations >= 1):
+            raise ValueError(f"{self!r}: rho must be a finite number > 0, every and iterations >= 1")
+
+    def solve(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
+        """The new weight and the mask, ``[r, I]`` each."""
+        hessian = rows.statistics.get(HESSIAN)
+        factors = rows.factors(damped_diagonal(hessian).sqrt())
+        how = (self.rho, self.every, self.iterations)
+        mask = alps_support(rows.weight, hessian, factors, rows.choose, *how, total=rows.total)
+        return exact_weights(rows.weight, hessian, mask), mask
 
 
 @dataclass(frozen=True)
@@ -90,6 +149,7 @@ class SparseGPT(Criterion):
 
     name = "sparsegpt"
     statistics = frozenset({HESSIAN})
+    chooses = True
     group = "layer"
 
     def solve(self, rows: LayerRows) -> tuple[Tensor, Tensor]:
@@ -103,5 +163,5 @@ class SparseGPT(Criterion):
         )
 
 
-UPDATES: dict[str, Update] = {update.name: update for update in (OBS(),)}
+UPDATES: dict[str, Update] = {update.name: update for update in (OBS(), Exact(), ALPS())}
 """What `prune` knows by name."""

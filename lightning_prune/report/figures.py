@@ -235,6 +235,39 @@ def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Pa
     return path
 
 
+def perplexity_over_sparsity(
+    curves: Mapping[str, Mapping[float, float]], dense: float, path: str | Path, title: str = ""
+) -> Path:
+    """Draw perplexities over the share of zeros, a line for each method; all begin at the dense model.
+
+    Args:
+        curves: By method: sparsity, above 0.0 and up to 1.0, to perplexity.
+        dense: Perplexity of the dense model.
+        path: Picture to write; the ending chooses the format.
+        title: Above it.
+
+    Returns:
+        The path.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    from matplotlib.ticker import PercentFormatter
+
+    figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, points) in enumerate(curves.items()):
+        known = {0.0: dense, **dict(sorted(points.items()))}
+        color = _COLOURS[i % len(_COLOURS)]
+        axes.plot(list(known), list(known.values()), "o-", color=color, label=name, linewidth=1.6, markersize=4)
+    axes.axhline(dense, color="#333333", linestyle="--", linewidth=1.0, label=f"dense, {dense:.1f}")
+    axes.set(xlabel="zeros", ylabel="perplexity, lower is better")
+    axes.set_title(title, loc="left")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return Path(path)
+
+
 def cells_of(source: Inspection | Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
     """Zeros and number of weights by block and kind of layer, in the order of the model."""
     cells: dict[tuple[str, str], tuple[int, int]] = {}
@@ -257,8 +290,8 @@ def _short(cells: Mapping[tuple[str, str], tuple[int, int]]) -> str:
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-_UNIT_COLORS = {"attention": "#0072B2", "ffn": "#E69F00", "stem": "#009E73", "layer": "#CC79A7"}
-_NAMES = {"attention": "attention (heads)", "ffn": "FFN (channels)", "stem": "stem (hidden)", "layer": "layers"}
+_UNIT_COLORS = {"attention": "#0072B2", "ffn": "#E69F00", "hidden": "#009E73", "layer": "#CC79A7"}
+_NAMES = {"attention": "attention (heads)", "ffn": "FFN (channels)", "hidden": "hidden (channels)", "layer": "layers"}
 _SIZE = "#444444"
 
 

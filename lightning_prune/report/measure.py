@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor
 
 from lightning_prune.checkpoints.inspection import Inspection, TensorReport, report_tensor
-from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint, readable
+from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint
 from lightning_prune.checkpoints.states import StoredMasks
 from lightning_prune.errors import CheckpointError, ResultsError
 from lightning_prune.history import HISTORY_FILE, SparsityHistory, read_history
@@ -88,8 +88,8 @@ def measure(checkpoint: Checkpoint, dense: str | Path | None = None, progress: b
     before = None if dense is None else _Dense(dense)
     reports: list[TensorReport] = []
     measured = Measured(Inspection("", "", 0, reports), dense=before is not None)
-    with progress_bar("Reading weights", checkpoint.count, enabled=progress) as advance:
-        for name, tensor in checkpoint.tensors():
+    with progress_bar("Reading weights", len(checkpoint), enabled=progress) as advance:
+        for name, tensor in checkpoint.items():
             mask = None if masks is None else masks.take(name, tuple(tensor.shape))
             counted = masks is None or masks.counts(name)
             report = report_tensor(
@@ -115,7 +115,7 @@ def measure(checkpoint: Checkpoint, dense: str | Path | None = None, progress: b
     measured.inspection = Inspection(
         path=str(checkpoint.path),
         format=checkpoint.format,
-        bytes_on_disk=sum(file.stat().st_size for file in checkpoint.files),
+        bytes_on_disk=checkpoint.bytes_on_disk,
         tensors=reports,
         masks=None if masks is None else masks.count,
     )
@@ -166,8 +166,8 @@ class _Dense:
 
     def __init__(self, path: str | Path) -> None:
         self.checkpoint = open_checkpoint(path, argument="dense")
-        self.bytes = sum(file.stat().st_size for file in self.checkpoint.files)
-        self.names = {_core(name): name for name in self.checkpoint.names()}
+        self.bytes = self.checkpoint.bytes_on_disk
+        self.names = {_core(name): name for name in self.checkpoint}
         self.used = 0
 
     def find(self, name: str, shape: tuple[int, ...], model_type: str | None) -> Tensor | None:
@@ -175,7 +175,7 @@ class _Dense:
         wanted = self.names.get(_core(name))
         if wanted is None:
             return None
-        matrix = as_matrix(name, self._load(wanted), self.checkpoint.model_type or model_type)
+        matrix = as_matrix(name, self.checkpoint[wanted], self.checkpoint.model_type or model_type)
         if matrix.shape != shape:
             raise CheckpointError(
                 f"dense={str(self.checkpoint.path)!r} has {name!r} of shape {tuple(matrix.shape)}, the pruned model "
@@ -183,14 +183,6 @@ class _Dense:
             )
         self.used += 1
         return matrix
-
-    def _load(self, wanted: str) -> Tensor:
-        # Files are open only while their entries are walked.
-        for name, load in self.checkpoint.entries():
-            if name == wanted:
-                with readable(self.checkpoint.path, name):
-                    return load()
-        raise CheckpointError(f"{self.checkpoint.path}: {wanted!r} has gone")
 
 
 def _core(name: str) -> str:

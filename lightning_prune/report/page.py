@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lightning_prune.checkpoints.inspection import pattern_line
+from lightning_prune.checkpoints.states import states_of
 from lightning_prune.history import versions
 from lightning_prune.naming import order_kinds, place
 from lightning_prune.pruning.score_histograms import ScoreSummary
@@ -125,8 +126,8 @@ def _order(kinds: dict[str, str]) -> Any:
 
 def _scores(source: Source) -> tuple[str, ScoreSummary]:
     """Name and histograms of the scores that `WeightPruning` left in the checkpoint."""
-    for key, state in source.checkpoint.callbacks.items():
-        if str(key).startswith("WeightPruning") and isinstance(state, dict):
+    for state in states_of(source.checkpoint.callbacks, "WeightPruning").values():
+        if isinstance(state, dict):
             summary = ScoreSummary.from_state(state.get("scores"))
             if summary.layers:
                 return str(state.get("score")), summary

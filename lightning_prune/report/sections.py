@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightning_prune.checkpoints.inspection import Inspection, format_bytes
+from lightning_prune.checkpoints.states import states_of
 from lightning_prune.history import SparsityHistory
 from lightning_prune.naming import block_order, name_matches, order_kinds, place
 from lightning_prune.pruning.score_histograms import ScoreSummary
@@ -422,8 +423,7 @@ def summarize(source: Source) -> Facts:
 
 
 def _states(source: Source) -> list[Mapping[str, Any]]:
-    callbacks = source.checkpoint.callbacks.items()
-    return [s for k, s in callbacks if str(k).startswith("WeightPruning") and isinstance(s, Mapping)]
+    return [s for s in states_of(source.checkpoint.callbacks, "WeightPruning").values() if isinstance(s, Mapping)]
 
 
 def _callbacks(source: Source) -> list[tuple[str, Mapping[str, Any]]]:

@@ -2,13 +2,13 @@
 
 The way through the files: `families` (the table of architectures), `sizes` (arithmetic), `units` (which rows and
 columns go together, and which may go), `masking` (as zeros) and `removal` (for good), `saving`; `saliency` (what a
-unit is worth), `planning` (which go), `compensation` (the rest takes over), `shrinking` (while training), `oneshot`.
+unit is worth), `planning` (which go), `compensation` (the rest takes over),
+`streaming` and `shrinking` (while training), `oneshot`.
 """
 
 from lightning_prune.structure.families import Family, find_family, known_families, register_family
 from lightning_prune.structure.masking import mask_units
 from lightning_prune.structure.oneshot import StructuredReport, prune_structured
-from lightning_prune.structure.planning import Choice, choose
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
 from lightning_prune.structure.saving import plain_model, save_plain
@@ -16,13 +16,11 @@ from lightning_prune.structure.sizes import Sizes
 from lightning_prune.structure.units import Structure, read_structure
 
 __all__ = [
-    "Choice",
     "Family",
     "SaliencyAccumulator",
     "Sizes",
     "Structure",
     "StructuredReport",
-    "choose",
     "find_family",
     "known_families",
     "mask_units",

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.hessian import DAMPING, compensated
-from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.statistics import HESSIAN
 from lightning_prune.ranks import shard_group
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local
 from lightning_prune.structure.saliency import INPUT_AXIS, reader_targets
-from lightning_prune.structure.units import Removal, Structure, unit_indices
+from lightning_prune.structure.streaming import StreamedStatistics
+from lightning_prune.structure.units import Removal, Structure, renumbered, unit_indices
 
 
 def observed_layers(structure: Structure, types: Sequence[str]) -> dict[str, str]:
@@ -109,17 +110,14 @@ def lost_inputs(structure: Structure, removal: Removal) -> dict[str, Tensor]:
     return found
 
 
-_V = TypeVar("_V")
-
-
 class StreamedMoments:
     """A decayed mean of ``X^T X`` for every layer that reads units, from the training's own forward passes.
 
     Layers that take the same tensor (queries, keys and values; gate and up) share one matrix, under the name of the
     first. A step that was observed ``a`` observed steps ago weighs ``decay^a``, and the weights are divided by their
     sum (as Adam corrects the bias of its moments): early on this is nearly the plain mean, where a mean that starts
-    with the first small batch would stay with it for ``1 / (1 - decay)`` steps. Where
-    parameters are sharded, the moments are whole on every rank.
+    with the first small batch would stay with it for ``1 / (1 - decay)`` steps. Where parameters are sharded, the
+    moments are whole on every rank.
 
     Args:
         structure: Of the model.
@@ -127,68 +125,33 @@ class StreamedMoments:
         decay: Weight of an observed step against the one after it, from 0 to below 1.
 
     Attributes:
-        listening: Whether forward passes are observed now.
-        keep: Bool, one for each token of the batch, False where it is padding; None where nothing is.
-        hessians: ``[I, I]`` float32, by the name of the layer that was observed.
+        stream: The hooks on those layers.
+        hessians: ``[I, I]`` float32 (float64 of float64 weights), by the name of the layer that was observed.
         weights: The sum of the weights of the steps in each of them.
     """
 
     def __init__(self, structure: Structure, types: Sequence[str], decay: float) -> None:
         self.types = types
         self.decay = decay
-        self.listening = False
-        self.keep: Tensor | None = None
         self.hessians: dict[str, Tensor] = {}
         self.weights: dict[str, float] = {}
-        self._observed = observed_layers(structure, types)
-        self._handles: list[Any] = []
-        self._sums: dict[str, Tensor] = {}  # of the step that is running
-        self._tokens: dict[str, int] = {}
+        self.stream = StreamedStatistics(structure, {})
+        self._follow(structure)
 
-    # -- watching ----------------------------------------------------------------------------------------------------
-
-    def watch(self, structure: Structure) -> None:
-        """Put hooks on the layers; they do nothing unless `listening`."""
-        self.release()
-        modules = structure.modules()
-        for name in dict.fromkeys(self._observed.values()):
-            self._handles.append(modules[name].register_forward_pre_hook(self._hook(name)))
-
-    def release(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def take(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.listening:
-                self.add(name, args[0].detach())
-
-        return take
-
-    @full_precision()
-    def add(self, name: str, x: Tensor) -> None:
-        """Take in the inputs ``[..., I]`` of a layer."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.keep is not None and self.keep.numel() == rows.shape[0]:
-            rows = rows[self.keep.reshape(-1)]
-        rows = rows.float()
-        product = rows.t() @ rows
-        self._tokens[name] = self._tokens.get(name, 0) + rows.shape[0]
-        if name in self._sums:
-            self._sums[name] += product
-        else:
-            self._sums[name] = product
+    def _follow(self, structure: Structure) -> None:
+        self._observed = observed_layers(structure, self.types)
+        self.stream.follow(structure, dict.fromkeys(self._observed.values(), frozenset({HESSIAN})))
 
     def end_step(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
-        """The optimizer step is complete: fold what was observed of it into the moments.
+        """Fold what was observed of a complete optimizer step into the moments.
 
         Args:
             reduce: Sums a tensor over processes, which must have observed the same step.
         """
-        for name in sorted(self._sums):
-            total, tokens = self._sums[name], torch.tensor(float(self._tokens[name]), device=self._sums[name].device)
+        seen = dict(self.stream.tokens)
+        for name, sums in sorted(self.stream.take().items()):
+            total = sums.sums[HESSIAN]
+            tokens = torch.tensor(float(seen[name]), device=total.device)
             if reduce is not None:
                 total, tokens = reduce(total), reduce(tokens)
             mean = total / tokens
@@ -197,7 +160,6 @@ class StreamedMoments:
             before, weight = self.hessians.get(name), 1 + self.decay * self.weights.get(name, 0.0)
             self.hessians[name] = mean if before is None else before.to(mean.device).lerp_(mean, 1 / weight)
             self.weights[name] = weight
-        self._sums, self._tokens = {}, {}
 
     @property
     def ready(self) -> bool:
@@ -205,7 +167,7 @@ class StreamedMoments:
         return set(self._observed.values()) <= self.hessians.keys()
 
     def by_layer(self) -> dict[str, Tensor]:
-        """The moments of every layer's inputs, as `lightning_prune.structure.compensation.compensate` takes them."""
+        """Return the moments of every layer's inputs, as `compensate` takes them."""
         return {name: self.hessians[observed] for name, observed in self._observed.items()}
 
     # -- following the model -----------------------------------------------------------------------------------------
@@ -222,7 +184,7 @@ class StreamedMoments:
     def compact(
         self, lost_by_layer: Mapping[str, Tensor], gone: Sequence[int], before: Structure, after: Structure
     ) -> None:
-        """Drop the inputs, and the layers, that are removed.
+        """Drop the inputs, and the layers, that have been removed.
 
         Args:
             lost_by_layer: Inputs by layer, from `lost_inputs` while the model still had them.
@@ -237,33 +199,17 @@ class StreamedMoments:
                 stays[lost.to(hessian.device)] = False
                 self.hessians[name] = hessian[stays][:, stays]
         if gone:
-            self.hessians = _renumbered(self.hessians, before.layer_names(), gone)
-            self.weights = _renumbered(self.weights, before.layer_names(), gone)
-            self._observed = observed_layers(after, self.types)
-            if self._handles:  # they know the layers by their old numbers
-                self.watch(after)
+            self.hessians = renumbered(self.hessians, before.layer_names(), gone)
+            self.weights = renumbered(self.weights, before.layer_names(), gone)
+        self._follow(after)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """The moments and their weights; nothing of a step that is running."""
+        """Return the moments and their weights; nothing of a step that is running."""
         return {"hessians": dict(self.hessians), "weights": dict(self.weights)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device) -> None:
         """Take up the moments of `state_dict`."""
         self.hessians = {name: hessian.to(device) for name, hessian in state["hessians"].items()}
         self.weights = {name: float(weight) for name, weight in state["weights"].items()}
-
-
-def _renumbered(values: Mapping[str, _V], names: Sequence[str], gone: Sequence[int]) -> dict[str, _V]:
-    """Without the removed layers, the others by their new numbers; `names` are those of all layers before."""
-    left = [name for i, name in enumerate(names) if i not in gone]
-    renamed = {f"{old}.": f"{names[i]}." for i, old in enumerate(left)}
-    dropped = tuple(f"{names[i]}." for i in gone)
-    found = {}
-    for name, value in values.items():
-        if name.startswith(dropped):
-            continue
-        prefix = next((old for old in renamed if name.startswith(old)), None)
-        found[name if prefix is None else renamed[prefix] + name[len(prefix) :]] = value
-    return found

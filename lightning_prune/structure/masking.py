@@ -8,7 +8,7 @@ subtracts a mean, so a masked one computes over the kept channels alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +22,6 @@ from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local, shard_bounds
 from lightning_prune.structure.sizes import AttentionUnit
 from lightning_prune.structure.units import KeptIndices, Structure, check_removal, kept_indices, read_structure
-
-Extra = MutableMapping[str, Tensor]
-"""Copies of parameters by name, such as an average of the weights; names as in the module or the transformers model."""
 
 
 class KeptChannelsNorm(nn.LayerNorm):
@@ -78,10 +75,9 @@ def mask_units(
     model: nn.Module,
     removal: Mapping[str, Any],
     optimizers: Sequence[Optimizer] = (),
-    extra: Sequence[Extra] = (),
     attention_unit: AttentionUnit = "group",
 ) -> None:
-    """Set units to zero, in place: weights, gradients, optimizer states and copies of the weights.
+    """Set units to zero, in place: weights, gradients and optimizer states.
 
     The model then computes what `remove_units` with the same removal leaves. Calling it again, with the same units or
     more of them, is cheap: it writes only the rows and columns of the units. Sharded parameters are masked where
@@ -91,7 +87,6 @@ def mask_units(
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
         optimizers: Whose states of the parameters' shapes (momentum, variance) are to be cleared.
-        extra: Copies of parameters by name.
         attention_unit: See `read_structure`.
 
     Raises:
@@ -101,13 +96,12 @@ def mask_units(
     checked = check_removal(structure, removal)
     kept = kept_indices(structure, checked)
     removed = set(_removed_layers(structure, checked))
-    norms = _layer_norms(structure) if structure.family.norm == "layernorm" and "stem" in checked else {}
+    norms = _layer_norms(structure) if structure.family.norm == "layernorm" and "hidden" in checked else {}
     parameters = structure.parameters()
-    copies = copies_of(structure, extra)
     with uninterrupted():
         for name in kept.keys() | removed:
             p = parameters[name]
-            for tensor in [p.data, p.grad, *state_tensors(p, optimizers), *copies.get(name, ())]:
+            for tensor in [p.data, p.grad, *state_tensors(p, optimizers)]:
                 if tensor is None:
                     continue
                 if name in removed:
@@ -116,7 +110,7 @@ def mask_units(
                     for entry in kept[name]:
                         _zero(tensor, entry)
         if norms:
-            _mask_norms(norms, checked["stem"][0], structure.sizes.hidden_size)
+            _mask_norms(norms, checked["hidden"][0], structure.sizes.hidden_size)
 
 
 def _zero(tensor: Tensor, entry: KeptIndices) -> None:
@@ -135,7 +129,7 @@ def _layer_norms(structure: Structure) -> dict[str, nn.LayerNorm]:
         norm = modules.get(name)
         if not isinstance(norm, nn.LayerNorm) or type(norm) not in (nn.LayerNorm, KeptChannelsNorm):
             raise ValueError(
-                f"{name!r} is a {type(norm).__name__}, not a plain torch.nn.LayerNorm: hidden channels (stem) cannot "
+                f"{name!r} is a {type(norm).__name__}, not a plain torch.nn.LayerNorm: hidden channels cannot "
                 "be masked there"
             )
         found[name] = norm
@@ -181,34 +175,3 @@ def state_tensors(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> l
         for value in getattr(optimizer, "optimizer", optimizer).state.get(parameter, {}).values()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
     ]
-
-
-def copies_of(structure: Structure, extra: Sequence[Extra]) -> dict[str, list[Tensor]]:
-    """Tensors of `extra` by the name of the parameter they are a copy of; other entries are left out."""
-    return {name: [mapping[key] for mapping, key in places] for name, places in copy_places(structure, extra).items()}
-
-
-def copy_places(structure: Structure, extra: Sequence[Extra]) -> dict[str, list[tuple[Extra, str]]]:
-    """Where `extra` holds copies of each parameter.
-
-    Raises:
-        ValueError: a copy of another shape than its parameter.
-    """
-    names = {id(p): name for name, p in structure.parameters().items()}
-    # Tied parameters have several names in a state dict.
-    aliases = {n: names[id(p)] for n, p in structure.model.named_parameters(remove_duplicate=False)}
-    aliases |= {name: name for name in names.values()}
-    aliases |= {f"{structure.prefix}{alias}": name for alias, name in aliases.items()}
-    places: dict[str, list[tuple[Extra, str]]] = {}
-    for mapping in extra:
-        for key in mapping:
-            name = aliases.get(key)
-            if name is None:
-                continue
-            if mapping[key].shape != structure.lengths[name]:
-                raise ValueError(
-                    f"extra[{key!r}] has shape {tuple(mapping[key].shape)}, the parameter "
-                    f"{tuple(structure.lengths[name])}: pass copies of this model's parameters"
-                )
-            places.setdefault(name, []).append((mapping, key))
-    return places

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.compensation import compensation, observed_layers
-from lightning_prune.structure.planning import RoundTo, attention_unit_of, check_reachable, check_round_to, plan_removal
+from lightning_prune.structure.planning import RoundTo, attention_unit_of, check_round_to, make_planner, plan_removal
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import (
     SALIENCIES,
@@ -28,7 +28,7 @@ from lightning_prune.structure.saliency import (
     kfac_saliency,
     reader_targets,
 )
-from lightning_prune.structure.sizes import AttentionUnit, Sizes, Target, UnitType, check_types
+from lightning_prune.structure.sizes import AttentionUnit, Goal, Sizes, UnitType, check_types
 from lightning_prune.structure.units import Removal, Structure, read_structure
 
 
@@ -72,7 +72,7 @@ class StructuredReport:
 def prune_structured(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    target: Target = 0.75,
+    target: Goal = 0.75,
     types: Sequence[str] = ("ffn",),
     saliency: str = "kfac",
     compensate: bool = True,
@@ -95,17 +95,15 @@ def prune_structured(
             their number; or a mapping of final sizes (``hidden_size``, ``intermediate_size``,
             ``num_attention_heads``, ``num_key_value_heads``, ``num_hidden_layers``), which is reached exactly. A
             number of parameters is met exactly, or from the nearest below that the last unit allows.
-        types: Units that may go: ``"attention"``, ``"ffn"``, ``"stem"`` (hidden channels), ``"layer"``. FFN alone is
-            the default, since without training it costs least (SmolLM2-135M to 110 M parameters by first-order
-            Taylor: perplexity 64 by FFN channels, 1141 by hidden channels). Of several, the type with the cheapest
-            next unit by mean saliency a weight is taken each time.
+        types: Units that may go: ``"attention"``, ``"ffn"``, ``"hidden"`` (hidden channels, the paper's stem),
+            ``"layer"``. FFN alone is the default, since without training it costs least. Of several, the type with the
+            cheapest next unit by mean saliency a weight is taken each time.
         saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"taylor1"``,
             ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
             gradient is that of its mean loss, so Taylor depends on how samples are batched.
         compensate: Re-fit the layers that lose inputs by their Hessian (variant B of EfficientLLM, arXiv 2502.06663),
             all at once on statistics of the dense model.
         round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink, or multiples by size.
-            Not used with a mapping as target.
         num_samples: Calibration samples (sequences).
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``.
         attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of every
@@ -134,7 +132,7 @@ def prune_structured(
     structure = read_structure(model)
     unit = attention_unit_of(target, structure.sizes, attention_unit)
     structure = read_structure(model, unit)
-    check_reachable(structure, target, checked, round_to)
+    make_planner(structure, target, checked, round_to, one_by_one=not isinstance(target, Mapping))
     if batches is None and (compensate or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
     run = _OneShot(structure, checked, saliency, compensate, num_samples, loss_fn, progress)
@@ -158,7 +156,7 @@ class _OneShot:
         self.num_samples, self.loss_fn, self.progress = num_samples, loss_fn, progress
         self.statistics: dict[str, LayerStatistics] = {}
 
-    def run(self, batches: Iterable[Any], target: Target, round_to: RoundTo) -> StructuredReport:
+    def run(self, batches: Iterable[Any], target: Goal, round_to: RoundTo) -> StructuredReport:
         structure = self.structure
         data = [batch for batch, _ in samples(batches, self.num_samples)]
         removal = plan_removal(self._saliencies(data), structure, target, round_to)
@@ -185,7 +183,7 @@ class _OneShot:
         if self.saliency == "kfac":
             wanted = {INPUT_NORM, OUTPUT_GRAD_NORM}
             # Of the hidden channels there are too many readers to hold a Hessian each: those come in a second sweep.
-            if self.compensate and "stem" not in self.types:
+            if self.compensate and "hidden" not in self.types:
                 wanted.add(HESSIAN)
             self.statistics = self._collect(data, reader_targets(structure, self.types), wanted)
             return dict(kfac_saliency(structure, self.statistics, self.types))

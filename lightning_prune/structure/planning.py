@@ -1,9 +1,9 @@
-"""Choose which units go next."""
+"""Decide which units go next, and which goals can be reached at all."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from lightning_prune.structure.sizes import (
     SIZE_NAMES,
     AttentionUnit,
+    Goal,
     Shapes,
     Sizes,
-    Target,
     UnitType,
     check_types,
-    target_count,
-    target_sizes,
+    goal_count,
+    goal_sizes,
     unit_of_heads,
     units_to_remove,
 )
@@ -28,39 +28,19 @@ from lightning_prune.structure.units import (
     check_removal,
     check_sizes,
     needs_other_class,
-    sizes_after,
 )
 
 RoundTo = int | Mapping[str, int]
-_SIZE_OF = {
-    "attention": "num_attention_heads",
-    "ffn": "intermediate_size",
-    "stem": "hidden_size",
-    "layer": "num_hidden_layers",
+_SIZES_OF = {
+    "attention": ("num_attention_heads", "num_key_value_heads"),
+    "ffn": ("intermediate_size",),
+    "hidden": ("hidden_size",),
+    "layer": ("num_hidden_layers",),
 }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The units of one pruning step.
-
-    Attributes:
-        unit_type: Their type.
-        units: Indices of the units to remove, ascending, one tensor a place.
-        saliency: Mean saliency of those of each type that were compared, also of the types not chosen.
-    """
-
-    unit_type: UnitType
-    units: list[Tensor]
-    saliency: dict[str, float]
-
-    def removal(self) -> Removal:
-        """As `remove_units` takes it."""
-        return {self.unit_type: self.units}
-
-
 def check_round_to(round_to: RoundTo) -> dict[str, int]:
-    """Multiples by size; an int is for hidden_size and intermediate_size.
+    """Return multiples by size; an int is for hidden_size and intermediate_size.
 
     Raises:
         ValueError: a size that is not known, or a multiple below 1.
@@ -79,198 +59,208 @@ def check_round_to(round_to: RoundTo) -> dict[str, int]:
     return given
 
 
-def choose(
-    saliencies: Mapping[str, Tensor],
-    structure: Structure,
-    removed: Removal | None = None,
-    count: int = 1,
-    limit: int | None = None,
-    round_to: RoundTo = 1,
-) -> Choice | None:
-    """The type whose cheapest unit has the smallest saliency, and its cheapest units: one of every place.
+@dataclass(frozen=True)
+class Planner:
+    """Choose units, the cheapest first, until a model has the size that is wanted.
 
-    Attention and FFN units compare by the mean over layers of each layer's own cheapest. Ties go to the lower index,
-    and of types to the first of attention, ffn, stem, layer.
+    Attributes:
+        types: Unit types that may go.
+        shapes: Of the model.
+        attention_unit: ``"group"`` or ``"head"``.
+        multiples: Of sizes, which shrink from one multiple to the next, from the first unit of the type on.
+        first: Sizes before the first unit goes.
+        final: Parameters to end with.
+        final_sizes: Sizes to end with, where the goal names sizes.
+        blocks: Units of a type that go together, side by side, as N:M masks need it; 1 where it is not there.
+    """
+
+    types: tuple[UnitType, ...]
+    shapes: Shapes
+    attention_unit: AttentionUnit
+    multiples: Mapping[str, int]
+    first: Sizes
+    final: int
+    final_sizes: Sizes | None = None
+    blocks: Mapping[UnitType, int] = field(default_factory=dict)
+
+    def parameters(self, sizes: Sizes) -> int:
+        """Return the number of parameters of a model of these sizes."""
+        return self.shapes.count(sizes)
+
+    def without(self, sizes: Sizes, unit_type: UnitType, count: int) -> Sizes:
+        """Return the sizes after the removal of units."""
+        return sizes.without(unit_type, count, self.attention_unit)
+
+    def unit_weights(self, unit_type: UnitType, sizes: Sizes) -> int:
+        """Count the weights of one unit: in one layer for attention and ffn, in the model for hidden and layer."""
+        lost = self.parameters(sizes) - self.parameters(self.without(sizes, unit_type, 1))
+        return lost // sizes.num_hidden_layers if unit_type in ("attention", "ffn") else lost
+
+    def steps_down(self, unit_type: UnitType, sizes: Sizes) -> Iterator[int]:
+        """Yield how many units of a type may go, ascending: those that lead to a multiple; at least one stays."""
+        for count in range(1, sizes.units(unit_type, self.attention_unit)):
+            after = self.without(sizes, unit_type, count)
+            if all(getattr(after, name) % self.multiples.get(name, 1) == 0 for name in _SIZES_OF[unit_type]):
+                yield count
+
+    def next_units(self, unit_type: UnitType, sizes: Sizes) -> int:
+        """Return how many units go together next (in every layer, for attention and ffn); 0 where none may."""
+        count = next(self.steps_down(unit_type, sizes), 0)
+        floor = 1 if self.final_sizes is None else self.final_sizes.units(unit_type, self.attention_unit)
+        return count if sizes.units(unit_type, self.attention_unit) - count >= floor else 0
+
+    def reached(self, sizes: Sizes) -> bool:
+        """Return whether nothing more is to go."""
+        small = self.final_sizes is None and self.parameters(sizes) <= self.final
+        return small or not any(self.next_units(t, sizes) for t in self.types)
+
+    def choose(
+        self,
+        saliency: Mapping[UnitType, Tensor],
+        sizes: Sizes,
+        units: int | None = None,
+        down_to: int | None = None,
+        absent: Sequence[int] = (),
+    ) -> tuple[Removal, dict[str, float]]:
+        """Choose the type whose cheapest unit has the lowest saliency, and that unit of every place, again and again.
+
+        Attention and FFN units compare by the mean over layers of each layer's own cheapest. A type whose next units
+        would lead below the goal is passed over while another fits; if none does, the one that ends nearest goes.
+        Equal units go in the order of their indices, equal types in that of `types`.
+
+        Args:
+            saliency: Mean over a unit's weights, ``[P, U]`` by type; infinite for units that are gone already.
+            sizes: Of the model without those.
+            units: How many to choose at most; None for no limit.
+            down_to: Number of parameters to stop at, if it is above the goal's.
+            absent: Layers that are gone, whose units are not compared.
+
+        Returns:
+            Units by type, sorted; and the saliency of each type's cheapest before the first was chosen.
+        """
+        queues = {t: _Queue(saliency[t], absent, self.blocks.get(t, 1)) for t in self.types}
+        compared: dict[str, float] = {}
+        taken = 0
+        while not self.reached(sizes) and taken != units and not (down_to and self.parameters(sizes) <= down_to):
+            counts = {t: n for t in self.types if (n := self.next_units(t, sizes))}
+            costs = {t: queues[t].cost(n) for t, n in counts.items()}
+            compared = compared or {str(t): cost for t, cost in costs.items()}
+            after = {t: self.parameters(self.without(sizes, t, n)) for t, n in counts.items()}
+            fitting = [t for t in counts if self.final_sizes is not None or after[t] >= self.final]
+            if fitting:
+                chosen = min(fitting, key=lambda t: costs[t])
+            else:
+                chosen = min(counts, key=lambda t: (-after[t], costs[t]))
+            queues[chosen].taken += counts[chosen]
+            sizes = self.without(sizes, chosen, counts[chosen])
+            taken += 1
+        return {t: queue.units() for t, queue in queues.items() if queue.taken}, compared
+
+
+@dataclass
+class _Queue:
+    """The units of one type, the cheapest of each place first."""
+
+    saliency: Tensor  # [P, U]
+    absent: Sequence[int]
+    block: int = 1
+    taken: int = 0
+    order: Tensor = field(init=False)  # [P, U]
+    means: Tensor = field(init=False)  # [U], over places
+
+    def __post_init__(self) -> None:
+        places, units = self.saliency.shape
+        blocks = self.saliency.view(places, units // self.block, self.block).mean(2, keepdim=True)
+        values, self.order = blocks.expand(-1, -1, self.block).reshape(places, units).sort(dim=1, stable=True)
+        present = [i for i in range(places) if i not in self.absent]
+        self.means = (values[present] if places > 1 else values).mean(0)
+
+    def cost(self, count: int) -> float:
+        return float(self.means[self.taken : self.taken + count].mean())
+
+    def units(self) -> list[Tensor]:
+        return [order[: self.taken].sort().values for order in self.order]
+
+
+def make_planner(
+    structure: Structure,
+    goal: Goal,
+    types: Sequence[str],
+    round_to: RoundTo = 1,
+    first: Sizes | None = None,
+    one_by_one: bool = True,
+    blocks: Mapping[UnitType, int] | None = None,
+) -> Planner:
+    """Check a goal against a model.
 
     Args:
-        saliencies: ``[P, U]`` by unit type, from `SaliencyAccumulator.means` or `kfac_saliency`.
         structure: Of the model.
-        removed: Units that are masked already.
-        count: Units to remove at once, of every place.
-        limit: Number of parameters not to go below while any type can be shrunk without; a type whose next units are
-            too many is then passed over. When no type is left that fits, the one that ends nearest below is taken.
-        round_to: Sizes shrink from one multiple to the next; an int is for hidden_size and intermediate_size.
-
-    Returns:
-        None if the limit is reached, or nothing can go any more.
+        goal: A share of the parameters, their number, or final sizes by name.
+        types: Unit types that may go.
+        round_to: Multiples, see `check_round_to`.
+        first: Sizes that a share refers to; default the model's.
+        one_by_one: Whether the model must be an ordinary one after every unit, not at the end alone.
+        blocks: See `Planner`; multiples have to be such of them.
 
     Raises:
-        ValueError: saliencies of another shape, NaN among them, or bad arguments.
+        ValueError: a goal that cannot be reached with these types, whatever the saliencies, or types that this
+            architecture cannot lose.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count={count!r} must be an int of 1 or more")
-    multiples = check_round_to(round_to)
-    removal = check_removal(structure, removed or {})
-    ranked = {t: _rank(saliencies[t], t, structure, removal) for t in check_types(list(saliencies))}
-    curves = {t: values.mean(0) for t, (values, _) in ranked.items()}
-    picked = _pick(
-        curves, dict.fromkeys(ranked, 0), sizes_after(structure, removal), structure, count, limit, multiples
-    )
-    if picked is None:
-        return None
-    unit_type, n, means = picked
-    return Choice(unit_type, [order[:n].sort().values for order in ranked[unit_type][1]], means)
+    checked, multiples = check_types(types), check_round_to(round_to)
+    _check_removable(structure, checked, one_by_one)
+    shapes, unit = structure.shapes(), structure.attention_unit
+    first = structure.sizes if first is None else first
+    sizes = goal_sizes(goal, first, unit) if isinstance(goal, Mapping) else None
+    final = shapes.count(sizes) if sizes is not None else goal_count(goal, first, shapes)
+    planner = Planner(checked, shapes, unit, multiples, first, final, sizes, blocks or {})
+    if sizes is not None:
+        _check_sizes(planner, structure, sizes)
+    else:
+        _check_count(planner, goal)
+    return planner
 
 
-def _rank(saliency: Tensor, unit_type: str, structure: Structure, removed: Removal) -> tuple[Tensor, Tensor]:
-    """Saliencies in ascending order, ``[P, U]``, and the units they belong to; removed ones last, infinite."""
+def plan_removal(saliencies: Mapping[str, Tensor], structure: Structure, goal: Goal, round_to: RoundTo = 1) -> Removal:
+    """Choose all units to remove at once to reach a goal, from saliencies that do not change on the way.
+
+    Args:
+        saliencies: Mean over a unit's weights, ``[P, U]`` by type.
+        structure: Of the model.
+        goal: See `make_planner`.
+        round_to: See `make_planner`.
+
+    Raises:
+        ValueError: a goal that removing units of these types cannot reach; saliencies of another shape, or not finite.
+    """
+    planner = make_planner(structure, goal, list(saliencies), round_to, one_by_one=not isinstance(goal, Mapping))
+    values = {t: _checked(saliencies[t], t, structure) for t in planner.types}
+    return check_removal(structure, planner.choose(values, structure.sizes)[0])
+
+
+def _checked(saliency: Tensor, unit_type: str, structure: Structure) -> Tensor:
     wanted = (structure.places(unit_type), structure.units(unit_type))
     if tuple(saliency.shape) != wanted:
         raise ValueError(f"saliencies[{unit_type!r}] have shape {tuple(saliency.shape)}, the model's units {wanted}")
-    values = saliency.detach().cpu().double().clone()
+    values = saliency.detach().cpu().double()
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"saliencies[{unit_type!r}] hold NaN or infinity; check the data and the precision")
-    for place, units in enumerate(removed.get(unit_type, ())):
-        values[place, units] = torch.inf
-    ordered = values.sort(dim=1, stable=True)
-    return ordered.values, ordered.indices
+    return values
 
 
-def _pick(
-    curves: Mapping[UnitType, Tensor],
-    taken: Mapping[UnitType, int],
-    sizes: Sizes,
-    structure: Structure,
-    count: int,
-    limit: int | None,
-    multiples: Mapping[str, int],
-) -> tuple[UnitType, int, dict[str, float]] | None:
-    """Type, number of units, and mean saliencies compared; `taken` units of each curve ``[U]`` are gone already."""
-    shapes, unit = structure.shapes(), structure.attention_unit
-    if limit is not None and shapes.count(sizes) <= limit:
-        return None
-    means: dict[str, float] = {}
-    fitting: list[tuple[float, UnitType, int]] = []
-    overshooting: list[tuple[int, float, UnitType, int]] = []
-    for unit_type, curve in curves.items():
-        steps = steps_down(unit_type, sizes, unit, multiples, count)
-        if not steps:
-            continue
-        means[unit_type] = mean = float(curve[taken[unit_type] :][: steps[0]].mean())
-        fits = [n for n in steps if limit is None or shapes.count(sizes.without(unit_type, n, unit)) >= limit]
-        if fits:
-            fitting.append((mean, unit_type, fits[-1]))
-        else:
-            overshooting.append((-shapes.count(sizes.without(unit_type, steps[0], unit)), mean, unit_type, steps[0]))
-    if fitting:
-        _, unit_type, n = min(fitting, key=lambda entry: entry[0])
-        return unit_type, n, means
-    if overshooting:
-        _, _, unit_type, n = min(overshooting, key=lambda entry: entry[:2])
-        return unit_type, n, means
-    return None
-
-
-def steps_down(
-    unit_type: UnitType, sizes: Sizes, unit: AttentionUnit, multiples: Mapping[str, int], count: int = 1
-) -> list[int]:
-    """How many units may go at once, ascending: to the next multiple, and on by multiples while up to `count`.
-
-    Args:
-        unit_type: Their type.
-        sizes: Of the model.
-        unit: What an attention unit is.
-        multiples: From `check_round_to`.
-        count: How many are wanted at once; the first step may be more.
-
-    Returns:
-        Empty where none may go: one unit stays, or as many as the smallest multiple.
-    """
-    steps: list[int] = []
-    for n in range(1, sizes.units(unit_type, unit)):
-        after = sizes.without(unit_type, n, unit)
-        names = ("num_attention_heads", "num_key_value_heads") if unit_type == "attention" else (_SIZE_OF[unit_type],)
-        if all(getattr(after, name) % multiples.get(name, 1) == 0 for name in names):
-            steps.append(n)
-        if n >= count and steps:
-            break
-    return [n for n in steps if n <= count] or steps[:1]
-
-
-def plan_removal(
-    saliencies: Mapping[str, Tensor], structure: Structure, target: Target, round_to: RoundTo = 1
-) -> Removal:
-    """All units to remove at once to reach a target, from saliencies that do not change on the way.
-
-    A number of parameters is reached by removing the type with the cheapest next unit, as `choose` does step by step,
-    and ends at the target or the nearest below it that the types allow. A mapping of sizes is reached exactly.
-
-    Raises:
-        ValueError: a target that removing units of these types cannot reach.
-    """
-    ranked = {t: _rank(saliencies[t], t, structure, {}) for t in check_types(list(saliencies))}
-    if isinstance(target, Mapping):
-        counts = counts_of(target, structure, tuple(ranked))
-    else:
-        counts = _greedy({t: values.mean(0) for t, (values, _) in ranked.items()}, structure, target, round_to)
-    removal: Removal = {t: [order[:n].sort().values for order in ranked[t][1]] for t, n in counts.items() if n}
-    checked = check_removal(structure, removal)
-    check_sizes(structure, sizes_after(structure, checked))
-    return checked
-
-
-def counts_of(target: Mapping[str, int], structure: Structure, types: Sequence[str]) -> dict[UnitType, int]:
-    """How many units of each type a mapping of final sizes takes.
-
-    Raises:
-        ValueError: it needs a type that is not among `types`, or other attention units.
-    """
-    wanted = target_sizes(target, structure.sizes, structure.attention_unit)
-    check_sizes(structure, wanted)
-    counts = units_to_remove(structure.sizes, wanted, structure.attention_unit)
-    if missing := [t for t in counts if t not in types]:
-        raise ValueError(f"target={dict(target)!r} needs units of type {missing[0]!r}, but types={tuple(types)!r}")
-    return counts
-
-
-def attention_unit_of(target: Target, sizes: Sizes, default: AttentionUnit) -> AttentionUnit:
-    """The attention unit that a mapping of sizes needs; the default where any will do."""
-    if not isinstance(target, Mapping) or not {"num_attention_heads", "num_key_value_heads"} & set(target):
+def attention_unit_of(goal: Goal, sizes: Sizes, default: AttentionUnit) -> AttentionUnit:
+    """Return the attention unit that a mapping of sizes needs; the default where any will do."""
+    if not isinstance(goal, Mapping) or not set(_SIZES_OF["attention"]) & set(goal):
         return default
-    wanted = target_sizes(target, sizes)
+    wanted = goal_sizes(goal, sizes)
     changed = wanted.num_attention_heads != sizes.num_attention_heads
     return (unit_of_heads(sizes, wanted) or default) if changed else default
 
 
-def check_reachable(structure: Structure, target: Target, types: Sequence[UnitType], round_to: RoundTo = 1) -> None:
-    """Refuse a target before any work is done for it.
-
-    Raises:
-        ValueError: as `plan_removal` does, whatever the saliencies.
-    """
-    multiples = check_round_to(round_to)
-    check_removable(structure, types, one_by_one=not isinstance(target, Mapping))
-    if isinstance(target, Mapping):
-        counts_of(target, structure, types)
-        return
-    check_count(structure, target, types, multiples)
-
-
-def check_removable(structure: Structure, types: Sequence[UnitType], one_by_one: bool = True) -> None:
-    """Refuse unit types that the architecture cannot lose.
-
-    Args:
-        structure: Of the model.
-        types: Unit types.
-        one_by_one: The model must be an ordinary one after every unit, not at the end alone.
-
-    Raises:
-        ValueError: naming the rule and what to use instead.
-    """
+def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one: bool) -> None:
     if "layer" in types:
         check_layers_removable(structure)
     family = structure.family
-    if not one_by_one or not {"attention", "stem"} & set(types):
+    if not one_by_one or not {"attention", "hidden"} & set(types):
         return
     if family.heads_span_hidden:
         raise ValueError(
@@ -286,142 +276,26 @@ def check_removable(structure: Structure, types: Sequence[UnitType], one_by_one:
         )
 
 
-def check_count(
-    structure: Structure,
-    target: float,
-    types: Sequence[UnitType],
-    multiples: Mapping[str, int],
-    first: Sizes | None = None,
-) -> None:
-    """Refuse a number of parameters that is below what removing units can reach.
-
-    Args:
-        structure: Of the model.
-        target: A share of the parameters, or their number.
-        types: Unit types that may go.
-        multiples: From `check_round_to`.
-        first: Sizes to begin with, which a share refers to; default the model's.
-
-    Raises:
-        ValueError: saying how many are left at least.
-    """
-    smallest = structure.sizes if first is None else first
-    limit = target_count(target, smallest, structure.shapes())
-    unit = structure.attention_unit
-    for t in types:
-        steps = steps_down(t, smallest, unit, multiples, smallest.units(t, unit))
-        smallest = smallest.without(t, max(steps, default=0), unit)
-    least = structure.shapes().count(smallest)
-    if least > limit:
+def _check_count(planner: Planner, goal: Goal) -> None:
+    smallest = planner.first
+    for t in planner.types:
+        smallest = planner.without(smallest, t, max(planner.steps_down(t, smallest), default=0))
+    least = planner.parameters(smallest)
+    if least > planner.final:
         raise ValueError(
-            f"target={target!r} means {limit:,} parameters, but types={tuple(types)!r} leave at least {least:,}: add "
-            "unit types, or choose a larger target"
+            f"target={goal!r} means {planner.final:,} parameters, but types={planner.types!r} leave at least "
+            f"{least:,}: add unit types, or choose a larger target"
         )
 
 
-def _greedy(
-    curves: Mapping[UnitType, Tensor], structure: Structure, target: Target, round_to: RoundTo
-) -> dict[UnitType, int]:
-    check_reachable(structure, target, tuple(curves), round_to)
-    assert not isinstance(target, Mapping)
-    limit = target_count(target, structure.sizes, structure.shapes())
-    multiples, sizes = check_round_to(round_to), structure.sizes
-    counts: dict[UnitType, int] = dict.fromkeys(curves, 0)
-    while (picked := _pick(curves, counts, sizes, structure, 1, limit, multiples)) is not None:
-        unit_type, n, _ = picked
-        counts[unit_type] += n
-        sizes = sizes.without(unit_type, n, structure.attention_unit)
-    return counts
-
-
-@dataclass(frozen=True)
-class ShrinkGoal:
-    """The end of a model's way.
-
-    Attributes:
-        types: Unit types that may go.
-        shapes: Of the model.
-        attention_unit: ``"group"`` or ``"head"``.
-        round_to: Multiple that the FFN and hidden sizes are kept at, from the first unit of the type on.
-        first: Sizes before the first pruning.
-        final: Parameters to end with.
-        final_sizes: Sizes to end with, where the target names sizes.
-    """
-
-    types: tuple[UnitType, ...]
-    shapes: Shapes
-    attention_unit: AttentionUnit
-    round_to: int
-    first: Sizes
-    final: int
-    final_sizes: Sizes | None
-
-    def parameters(self, sizes: Sizes) -> int:
-        """Number of parameters of a model of these sizes."""
-        return self.shapes.count(sizes)
-
-    def next_units(self, unit_type: UnitType, sizes: Sizes) -> int:
-        """How many units of a type go together next (in every layer, for attention and ffn); 0 where none may."""
-        steps = steps_down(unit_type, sizes, self.attention_unit, check_round_to(self.round_to))
-        if not steps:
-            return 0
-        left = sizes.units(unit_type, self.attention_unit) - steps[0]
-        floor = 1 if self.final_sizes is None else self.final_sizes.units(unit_type, self.attention_unit)
-        return steps[0] if left >= floor else 0
-
-    def unit_weights(self, unit_type: UnitType, sizes: Sizes) -> int:
-        """Weights of one unit in a model of these sizes: in one layer for attention and ffn, in the model for stem."""
-        lost = self.parameters(sizes) - self.parameters(sizes.without(unit_type, 1, self.attention_unit))
-        return lost // sizes.num_hidden_layers if unit_type in ("attention", "ffn") else lost
-
-    def reached(self, sizes: Sizes) -> bool:
-        """Whether nothing more is to go."""
-        small = self.final_sizes is None and self.parameters(sizes) <= self.final
-        return small or not any(self.next_units(t, sizes) for t in self.types)
-
-
-def make_goal(
-    structure: Structure,
-    target: Target,
-    types: tuple[str, ...] | list[str],
-    round_to: int = 1,
-    first: Sizes | None = None,
-) -> ShrinkGoal:
-    """Check a target against a model.
-
-    Args:
-        structure: Of the model.
-        target: A share of the parameters, their number, or final sizes by name.
-        types: Unit types that may go.
-        round_to: Multiple for the FFN and hidden sizes.
-        first: Sizes that a share refers to; default the model's.
-
-    Raises:
-        ValueError: a target that cannot be reached with these types, or types that this architecture cannot lose one
-            by one.
-    """
-    checked = check_types(types)
-    check_removable(structure, checked)
-    shapes, unit = structure.shapes(), structure.attention_unit
-    first = structure.sizes if first is None else first
-    sizes = target_sizes(target, first, unit) if isinstance(target, Mapping) else None
-    final = shapes.count(sizes) if sizes is not None else target_count(target, first, shapes)
-    goal = ShrinkGoal(checked, shapes, unit, round_to, first, final, sizes)
-    if sizes is not None:
-        _check_sizes(goal, sizes)
-    elif not isinstance(target, Mapping):
-        check_count(structure, target, checked, check_round_to(round_to), first)
-    return goal
-
-
-def _check_sizes(goal: ShrinkGoal, final: Sizes) -> None:
-    for unit_type, count in units_to_remove(goal.first, final, goal.attention_unit).items():
-        if unit_type not in goal.types:
+def _check_sizes(planner: Planner, structure: Structure, final: Sizes) -> None:
+    check_sizes(structure, final)
+    for unit_type, count in units_to_remove(planner.first, final, planner.attention_unit).items():
+        if unit_type not in planner.types:
             raise ValueError(
-                f"the target's sizes take {count} units of {unit_type!r}, which is not in types={goal.types}; add it"
+                f"the target's sizes take {count} units of {unit_type!r}, which is not in types={planner.types}; add it"
             )
-        left = final.units(unit_type, goal.attention_unit)
-        if unit_type in ("ffn", "stem") and left % goal.round_to:
-            raise ValueError(
-                f"the target leaves {left} units of {unit_type!r}, no multiple of round_to={goal.round_to}"
-            )
+        for name in _SIZES_OF[unit_type]:
+            size, multiple = getattr(final, name), planner.multiples.get(name, 1)
+            if size % multiple:
+                raise ValueError(f"target[{name!r}]={size} is no multiple of round_to={multiple}")

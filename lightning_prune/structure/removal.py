@@ -1,4 +1,4 @@
-"""Remove units for good: slice parameters, optimizer states and copies, and write the new sizes everywhere.
+"""Remove units for good: slice parameters and optimizer states, and write the new sizes everywhere.
 
 All new tensors are made before the first old one goes, so a failure leaves the model as it was. Parameters keep their
 identity, so optimizers and ties go on working.
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import is_sharded
-from lightning_prune.structure.masking import Extra, copy_places, masked_channels, unmask_norms
+from lightning_prune.structure.masking import masked_channels, unmask_norms
 from lightning_prune.structure.sizes import AttentionUnit, Sizes
 from lightning_prune.structure.units import (
     KeptIndices,
@@ -29,6 +29,7 @@ from lightning_prune.structure.units import (
     check_sizes,
     kept_indices,
     read_structure,
+    renumbered,
     sizes_after,
 )
 
@@ -69,7 +70,6 @@ def remove_units(
     model: nn.Module,
     removal: Mapping[str, Any],
     optimizers: Sequence[Optimizer] = (),
-    extra: Sequence[Extra] = (),
     attention_unit: AttentionUnit = "group",
 ) -> Sizes:
     """Slice units out of a model, in place; it computes what it did with these units masked (see `mask_units`).
@@ -85,8 +85,6 @@ def remove_units(
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
         optimizers: Whose states are sliced alongside. Removed layers leave their parameter groups.
-        extra: Copies of parameters by name, which get the sliced copies. (An averaged *model* is shrunk by a call of
-            its own.)
         attention_unit: See `read_structure`.
 
     Returns:
@@ -108,23 +106,14 @@ def remove_units(
     gone = {id(p) for p in leaving}
     changed = {n: p for n, p in parameters.items() if (n in kept or n in scales) and id(p) not in gone}
     raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
-    places = copy_places(structure, extra)
 
     weights = {n: _sliced(p.data, kept.get(n, ()), scales.get(n)) for n, p in changed.items()}
     states = [_sliced_states(o, n, p, kept.get(n, ()), scales.get(n)) for o in raw for n, p in changed.items()]
-    copies = [
-        (mapping, key, _sliced(mapping[key], kept.get(n, ()), scales.get(n)))
-        for n in changed
-        for mapping, key in places.get(n, ())
-    ]
     with uninterrupted():
         for name, p in changed.items():
             p.data, p.grad = weights[name], None
         for state, new in states:
             state.update(new)
-        for mapping, key, value in copies:
-            mapping[key] = value
-        _renumber(structure, _layers(checked), places)
         _forget(raw, gone)
         _rewrite(structure, checked, sizes)
     return sizes
@@ -146,10 +135,23 @@ def _check_removable(structure: Structure, removal: Removal) -> None:
     if "layer" in removal:
         check_layers_removable(structure)
     masked = masked_channels(structure)
-    if "stem" in removal and len(missing := masked[~torch.isin(masked, removal["stem"][0])]):
+    if "hidden" in removal and len(missing := masked[~torch.isin(masked, removal["hidden"][0])]):
         raise ValueError(
             f"the hidden channels {missing.tolist()} are masked but not removed; remove all masked channels together"
         )
+
+
+def sliced_masks(structure: Structure, removal: Removal, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return masks as they are of the parameters after `remove_units`, by the names those have then.
+
+    Args:
+        structure: Of the model before the removal.
+        removal: In its normal form, see `check_removal`.
+        masks: By parameter names of the module that `structure` was read from. Those of other parameters stay.
+    """
+    kept, prefix = kept_indices(structure, removal), structure.prefix
+    sliced = {name: _sliced(mask, kept.get(name.removeprefix(prefix), ()), None) for name, mask in masks.items()}
+    return renumbered(sliced, [f"{prefix}{name}" for name in structure.layer_names()], _layers(removal))
 
 
 # -- new tensors -----------------------------------------------------------------------------------------------------
@@ -237,30 +239,9 @@ def _forget(optimizers: Sequence[Optimizer], gone: set[int]) -> None:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
-def _renumber(structure: Structure, removed: Sequence[int], places: Mapping[str, Sequence[tuple[Extra, str]]]) -> None:
-    """Drop the copies of removed layers; those of later layers get their new names, in the old order."""
-    if not removed:
-        return
-    stays = [i for i in range(structure.sizes.num_hidden_layers) if i not in set(removed)]
-    numbers = {old: new for new, old in enumerate(stays)}
-    prefix = f"{structure.family.layers}."
-    names = {(id(mapping), key): name for name, found in places.items() for mapping, key in found}
-    for mapping in {id(m): m for found in places.values() for m, _ in found}.values():
-        entries = list(mapping.items())
-        mapping.clear()
-        for key, value in entries:
-            name = names.get((id(mapping), key), "")
-            if name.startswith(prefix):
-                number, _, tail = name[len(prefix) :].partition(".")
-                if int(number) not in numbers:
-                    continue
-                key = f"{key[: len(key) - len(name)]}{prefix}{numbers[int(number)]}.{tail}"
-            mapping[key] = value
-
-
 def _rewrite(structure: Structure, removal: Removal, sizes: Sizes) -> None:
     """New sizes in the configuration and in the attributes of modules."""
-    if "stem" in removal:
+    if "hidden" in removal:
         unmask_norms(structure.model)
         _rescale_epsilon(structure, structure.sizes.hidden_size / sizes.hidden_size)
     _remove_layers(structure, _layers(removal))
@@ -276,12 +257,15 @@ def _rewrite(structure: Structure, removal: Removal, sizes: Sizes) -> None:
         "num_key_value_heads": sizes.num_key_value_heads,
         "num_key_value_groups": sizes.queries_per_group,
     }
-    for module in structure.model.modules():
+    holder, _, _ = structure.family.layers.rpartition(".")
+    layers = structure.module(structure.family.layers)
+    for module in (structure.module(holder), *layers.modules()):
         for name, value in attributes.items():
             if isinstance(vars(module).get(name), int):
                 setattr(module, name, value)
+    for module in structure.model.modules():
         _refresh(module)
-    if structure.family.scaled_embedding is not None and "stem" in removal:
+    if structure.family.scaled_embedding is not None and "hidden" in removal:
         embedding: Any = structure.module(structure.family.scaled_embedding)
         embedding.scalar_embed_scale = sizes.hidden_size**0.5
         embedding.embed_scale.fill_(sizes.hidden_size**0.5)

@@ -70,7 +70,7 @@ def _converted(model: Any, model_type: str) -> nn.Module:
     buffers = {clean_name(name): b for name, b in model.named_buffers()}
     for name, _ in list(plain.named_buffers()):  # not saved, so not in the state dict: rotary frequencies
         owner, _, attribute = name.rpartition(".")
-        plain.get_submodule(owner)._buffers[attribute] = buffers[name]
+        plain.get_submodule(owner).register_buffer(attribute, buffers[name], persistent=False)
     plain.generation_config = model.generation_config
     return plain.train(model.training)  # type: ignore[no-any-return]
 

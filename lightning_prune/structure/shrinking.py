@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from lightning_prune.structure.compensation import StreamedMoments, compensate, lost_inputs
 from lightning_prune.structure.masking import mask_units
-from lightning_prune.structure.planning import ShrinkGoal
+from lightning_prune.structure.planning import Planner
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
 from lightning_prune.structure.saving import note_masked_units
 from lightning_prune.structure.sizes import Sizes, UnitType
+from lightning_prune.structure.streaming import StreamedStatistics
 from lightning_prune.structure.units import Removal, Structure, merge_removals, read_structure, sizes_after
 
 
@@ -25,8 +26,8 @@ class Shrinking:
 
     Args:
         structure: Of the model as it is.
-        goal: Where it is to end.
-        saliency: Accumulates unit saliencies of `goal.types`.
+        planner: Says which units go, and where it is to end.
+        saliency: Accumulates unit saliencies of `planner.types`.
         moments: Input second moments, to update what remains (variant B); None for variant A.
         compact_every: Prunings between compactions; the last pruning is always followed by one. None: units stay
             masked, since the parameters are shards, and are noted on the model (see `note_masked_units`).
@@ -40,20 +41,20 @@ class Shrinking:
     def __init__(
         self,
         structure: Structure,
-        goal: ShrinkGoal,
+        planner: Planner,
         saliency: SaliencyAccumulator,
         moments: StreamedMoments | None = None,
         compact_every: int | None = 16,
         agree: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.structure = structure
-        self.goal = goal
+        self.planner = planner
         self.saliency = saliency
         self.moments = moments
         self.compact_every = compact_every
         self.pending: Removal = {}
         self.history: list[ShrinkRecord] = []
-        self.layers_left = list(range(goal.first.num_hidden_layers))
+        self.layers_left = list(range(planner.first.num_hidden_layers))
         self._agree = agree
         self._since = 0  # prunings since the last compaction
 
@@ -65,12 +66,12 @@ class Shrinking:
     @property
     def parameters(self) -> int:
         """Parameters without the masked units."""
-        return self.goal.parameters(self.sizes)
+        return self.planner.parameters(self.sizes)
 
     @property
     def reached(self) -> bool:
         """Whether the target is reached."""
-        return self.goal.reached(self.sizes)
+        return self.planner.reached(self.sizes)
 
     @property
     def compaction_due(self) -> bool:
@@ -78,6 +79,26 @@ class Shrinking:
         if self.compact_every is None:
             return False
         return bool(self.pending) and (self._since >= self.compact_every or self.reached)
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    @property
+    def streams(self) -> list[StreamedStatistics]:
+        """What has hooks on the model's layers."""
+        return [o.stream for o in (self.moments, self.saliency) if o is not None and o.stream is not None]
+
+    def listen(self, step: int, moments_every: int, real_tokens: Tensor | None) -> None:
+        """Observe the passes of a batch, until `streams` are told otherwise.
+
+        Args:
+            step: Optimizer steps since it began; before 0 nothing is observed.
+            moments_every: Steps between those on which moments are observed.
+            real_tokens: Bool, one for each token of the batch; None where nothing is padding.
+        """
+        for observer, every in ((self.moments, moments_every), (self.saliency, 1)):
+            if observer is not None and observer.stream is not None:
+                observer.stream.listening = step >= 0 and step % every == 0 and not self.reached
+                observer.stream.real_tokens = real_tokens
 
     def begin(self, step: int, tokens: int) -> None:
         """Note the model before the first pruning."""
@@ -111,7 +132,10 @@ class Shrinking:
         """
         if self.reached or not self.saliency.steps or (self.moments is not None and not self.moments.ready):
             return None
-        removal, saliency = self._choose(units, down_to)
+        absent = self.pending["layer"][0].tolist() if "layer" in self.pending else ()
+        removal, saliency = self.planner.choose(
+            self._saliency(), self.sizes, units if down_to is None else None, down_to, absent
+        )
         self.saliency.reset()
         if not removal:
             return None
@@ -128,47 +152,17 @@ class Shrinking:
         self.history.append(self._record(step, tokens, saliency))
         return self.history[-1]
 
-    def _choose(self, units: int, down_to: int | None) -> tuple[Removal, dict[str, float]]:
-        """The units to go, and the saliency of each type's cheapest before the first went."""
-        sums = self._sums()
-        sizes, compared, taken = self.sizes, dict[str, float](), 0
-        chosen: dict[str, list[list[Tensor]]] = {}
-        while not self.goal.reached(sizes):
-            if taken >= units if down_to is None else self.goal.parameters(sizes) <= down_to:
-                break
-            options = {t: self._cheapest(t, sums[t], sizes) for t in self.goal.types if self.goal.next_units(t, sizes)}
-            compared = compared or {t: value for t, (value, _) in options.items()}
-            unit_type = min(options, key=lambda t: options[t][0])  # the first of equals, in the order of the types
-            indices = options[unit_type][1]  # [P, n]
-            sums[unit_type].scatter_(1, indices, torch.inf)
-            chosen.setdefault(unit_type, []).append(list(indices))
-            sizes = sizes.without(unit_type, indices.shape[1], self.goal.attention_unit)
-            taken += 1
-        removal: Removal = {
-            t: [torch.cat(parts) for parts in zip(*rounds, strict=True)] for t, rounds in chosen.items()
-        }
-        return merge_removals(self.structure, removal), compared
-
-    def _sums(self) -> dict[UnitType, Tensor]:
-        """Saliency of every unit, summed over its weights, ``[P, U]`` in float64; infinite for masked ones."""
-        sums = {t: self.saliency.sums(t).double().cpu() for t in self.goal.types}
-        for unit_type, values in sums.items():
-            if unit_type in self.pending:
-                for row, gone in zip(values, self.pending[unit_type], strict=True):
-                    row[gone] = torch.inf
-        if self._agree is not None:
-            for values in sums.values():
+    def _saliency(self) -> dict[UnitType, Tensor]:
+        """Return the mean saliency over each unit's weights, ``[P, U]`` in float64; infinite for masked ones."""
+        found: dict[UnitType, Tensor] = {}
+        for t in self.planner.types:
+            values = self.saliency.sums(t).double().cpu() / self.planner.unit_weights(t, self.sizes)
+            for row, gone in zip(values, self.pending.get(t, ()), strict=False):
+                row[gone] = torch.inf
+            if self._agree is not None:
                 self._agree(values)
-        return sums
-
-    def _cheapest(self, unit_type: UnitType, sums: Tensor, sizes: Sizes) -> tuple[float, Tensor]:
-        """Mean saliency of the weights of the cheapest units of a type, and their indices ``[P, n]``."""
-        count = self.goal.next_units(unit_type, sizes)
-        values, indices = sums.sort(dim=1, stable=True)
-        alive = torch.ones(len(sums), dtype=torch.bool)
-        if "layer" in self.pending and len(sums) > 1:  # masked layers have nothing to compare
-            alive[self.pending["layer"][0]] = False
-        return float(values[alive, :count].mean()) / self.goal.unit_weights(unit_type, sizes), indices[:, :count]
+            found[t] = values
+        return found
 
     def _note(self) -> None:
         if self.compact_every is None:
@@ -176,8 +170,8 @@ class Shrinking:
 
     def _record(self, step: int, tokens: int, saliency: dict[str, float]) -> ShrinkRecord:
         sizes = self.sizes
-        units: dict[str, int] = {t: sizes.units(t, self.goal.attention_unit) for t in self.goal.types}
-        return ShrinkRecord(step, tokens, self.goal.parameters(sizes), units, saliency)
+        units: dict[str, int] = {t: sizes.units(t, self.planner.attention_unit) for t in self.planner.types}
+        return ShrinkRecord(step, tokens, self.planner.parameters(sizes), units, saliency)
 
     # -- compaction --------------------------------------------------------------------------------------------------
 
@@ -191,7 +185,7 @@ class Shrinking:
         note_masked_units(before.model, {}, unit)
         for average in averages:
             remove_units(average, self.pending, attention_unit=unit)
-        self.structure = read_structure(before.model, unit)
+        self.structure = replace(read_structure(before.model, unit), prefix=before.prefix)
         gone = self.pending["layer"][0].tolist() if "layer" in self.pending else []
         self.layers_left = [layer for i, layer in enumerate(self.layers_left) if i not in gone]
         self.saliency.follow(self.structure, self.pending)
@@ -204,7 +198,7 @@ class Shrinking:
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""
         return {
-            "first": self.goal.first.as_dict(),
+            "first": self.planner.first.as_dict(),
             "sizes": self.structure.sizes.as_dict(),
             "layers_left": list(self.layers_left),
             "pending": {t: list(places) for t, places in self.pending.items()},
@@ -238,7 +232,7 @@ class ShrinkRecord:
         step: Optimizer steps done.
         tokens: Training tokens seen by all processes.
         parameters: Parameters left.
-        units: Units left of each type, in one layer (stem, layer: in the model).
+        units: Units left of each type, in one layer (hidden, layer: in the model).
         saliency: Mean saliency of the weights of each type's cheapest unit, as compared at this pruning.
     """
 

@@ -12,8 +12,8 @@ from typing import Literal
 
 from lightning_prune.schedules import count_of
 
-UnitType = Literal["attention", "ffn", "stem", "layer"]
-UNIT_TYPES: tuple[UnitType, ...] = ("attention", "ffn", "stem", "layer")
+UnitType = Literal["attention", "ffn", "hidden", "layer"]
+UNIT_TYPES: tuple[UnitType, ...] = ("attention", "ffn", "hidden", "layer")
 AttentionUnit = Literal["group", "head"]
 ATTENTION_UNITS: tuple[AttentionUnit, ...] = ("group", "head")
 
@@ -24,7 +24,7 @@ SIZE_NAMES = (
     "num_key_value_heads",
     "num_hidden_layers",
 )
-Target = float | int | Mapping[str, int]
+Goal = float | int | Mapping[str, int]
 """A share of all parameters (float), their number (int), or final sizes by name."""
 
 
@@ -58,7 +58,7 @@ class Sizes:
         return {
             "attention": self.num_key_value_heads if attention_unit == "group" else self.queries_per_group,
             "ffn": self.intermediate_size,
-            "stem": self.hidden_size,
+            "hidden": self.hidden_size,
             "layer": self.num_hidden_layers,
         }[unit_type]
 
@@ -72,7 +72,7 @@ class Sizes:
             )
         if unit_type == "attention":
             return replace(self, num_attention_heads=self.num_attention_heads - count * self.num_key_value_heads)
-        name = {"ffn": "intermediate_size", "stem": "hidden_size", "layer": "num_hidden_layers"}[unit_type]
+        name = {"ffn": "intermediate_size", "hidden": "hidden_size", "layer": "num_hidden_layers"}[unit_type]
         return replace(self, **{name: getattr(self, name) - count})
 
     def as_dict(self) -> dict[str, int]:
@@ -116,7 +116,7 @@ def check_types(types: Sequence[str]) -> tuple[UnitType, ...]:
     return tuple(t for t in UNIT_TYPES if t in types)
 
 
-def target_count(target: Target, sizes: Sizes, shapes: Shapes) -> int:
+def goal_count(target: Goal, sizes: Sizes, shapes: Shapes) -> int:
     """The number of parameters that a float or int target allows.
 
     Args:
@@ -145,7 +145,7 @@ def target_count(target: Target, sizes: Sizes, shapes: Shapes) -> int:
     return target
 
 
-def target_sizes(target: Mapping[str, int], sizes: Sizes, attention_unit: AttentionUnit | None = None) -> Sizes:
+def goal_sizes(target: Mapping[str, int], sizes: Sizes, attention_unit: AttentionUnit | None = None) -> Sizes:
     """Final sizes of a mapping target.
 
     Args:

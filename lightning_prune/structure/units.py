@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.structure.families import Family, find_family
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
 
+_V = TypeVar("_V")
 Removal = dict[str, list[Tensor]]
-"""Units to remove by type: sorted indices, int64, one tensor a layer for attention and ffn, one tensor for stem and
+"""Units to remove by type: sorted indices, int64, one tensor a layer for attention and ffn, one tensor for hidden and
 layer."""
 
 
@@ -91,7 +92,7 @@ class Structure:
         ]
 
     def units(self, unit_type: str) -> int:
-        """Number of units of a type: in every layer for attention and ffn, in the model for stem and layer."""
+        """Number of units of a type: in every layer for attention and ffn, in the model for hidden and layer."""
         return self.sizes.units(unit_type, self.attention_unit)
 
     def places(self, unit_type: str) -> int:
@@ -105,7 +106,7 @@ class Structure:
         """
         if unit_type == "layer":
             return [[]]
-        if unit_type == "stem":
+        if unit_type == "hidden":
             return [self._slices(list(self.axes), unit_type)]
         return [self._slices(self.in_layer(i), unit_type) for i in range(self.sizes.num_hidden_layers)]
 
@@ -143,7 +144,7 @@ class Structure:
     def readers(self, unit_type: str) -> list[list[str]]:
         """Names of the linear layers that take units of a type as inputs, one list a place.
 
-        For attention the output projection, for ffn the down projection, for stem all that read the hidden channels.
+        For attention the output projection, for ffn the down projection, for hidden all that read the hidden channels.
         """
         modules = self.modules()
         found = []
@@ -156,7 +157,7 @@ class Structure:
                     names.append(name)
             found.append(names)
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if unit_type == "stem" and head is not None and f"{self._name_of(head)}.weight" not in self.axes:
+        if unit_type == "hidden" and head is not None and f"{self._name_of(head)}.weight" not in self.axes:
             found[0].append(self._name_of(head))  # tied: listed once, as the embedding
         return found
 
@@ -166,7 +167,7 @@ class Structure:
 
 def unit_indices(sizes: Sizes, unit_type: str, attention_unit: AttentionUnit = "group") -> dict[str, Tensor]:
     """Indices ``[U, M]`` of every unit along each axis that holds units of a type."""
-    if unit_type in ("ffn", "stem"):
+    if unit_type in ("ffn", "hidden"):
         axis = "f" if unit_type == "ffn" else "d"
         return {axis: torch.arange(sizes.axis(axis))[:, None]}
     k, g, e = sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim
@@ -271,18 +272,13 @@ def _sizes(model: nn.Module, axes: Mapping[str, tuple[str, ...]], lengths: Mappi
     )
 
 
-def with_attention_unit(structure: Structure, attention_unit: AttentionUnit) -> Structure:
-    """The same structure with other attention units."""
-    return replace(structure, attention_unit=attention_unit)
-
-
 def check_removal(structure: Structure, removal: Mapping[str, Any]) -> Removal:
     """A removal in its normal form: sorted int64 indices on the CPU, empty types left out.
 
     Args:
         structure: Of the model.
         removal: Unit indices by type: for attention and ffn one sequence or tensor a layer, of the same length in all;
-            for stem and layer one (a list with one tensor is taken too).
+            for hidden and layer one (a list with one tensor is taken too).
 
     Raises:
         ValueError: an unknown type, a wrong number of layers, unequal counts, an index that does not exist or comes
@@ -300,7 +296,7 @@ def check_removal(structure: Structure, removal: Mapping[str, Any]) -> Removal:
 
 
 def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Tensor]:
-    if structure.places(unit_type) == 1 and unit_type in ("stem", "layer"):
+    if structure.places(unit_type) == 1 and unit_type in ("hidden", "layer"):
         single = isinstance(given, (list, tuple)) and len(given) == 1 and isinstance(given[0], Tensor)
         given = [given[0] if single else given]
     places = [torch.as_tensor(indices, dtype=torch.int64).cpu().reshape(-1).sort().values for indices in given]
@@ -353,7 +349,7 @@ def check_sizes(structure: Structure, sizes: Sizes) -> None:
         raise ValueError(
             f"{family.model_type!r} takes head_dim for hidden_size / num_attention_heads, so {heads} heads of "
             f"{sizes.head_dim} and a hidden size of {hidden} are no configuration of it: remove {sizes.head_dim} "
-            "hidden channels (stem) with every head (attention), or ffn channels and layers alone"
+            "hidden channels with every head (attention), or ffn channels and layers alone"
         )
     if family.heads_divide_hidden and hidden % heads and needs_other_class(structure) is not None:
         raise ValueError(
@@ -406,4 +402,17 @@ def kept_indices(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) 
                 stays = torch.ones(structure.lengths[s.name][s.dim], dtype=torch.bool)
                 stays[gone] = False
                 found.setdefault(s.name, []).append(KeptIndices(s.dim, stays.nonzero().flatten(), gone))
+    return found
+
+
+def renumbered(values: Mapping[str, _V], layers: Sequence[str], gone: Sequence[int]) -> dict[str, _V]:
+    """Return the values without those of removed layers, the others by their new names; `layers` as named before."""
+    prefix, found = layers[0].rpartition(".")[0] + ".", {}
+    stays = {str(old): str(new) for new, old in enumerate(i for i in range(len(layers)) if i not in gone)}
+    for name, value in values.items():
+        number, _, tail = name.removeprefix(prefix).partition(".")
+        if not name.startswith(prefix):
+            found[name] = value
+        elif number in stays:
+            found[f"{prefix}{stays[number]}.{tail}"] = value
     return found

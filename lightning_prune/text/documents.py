@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,35 @@ def local_documents(
             cause = (error.__cause__ if isinstance(error, DatasetGenerationError) else None) or error
             problem = f"cannot be read as {reader}: {(str(cause) or type(cause).__name__).splitlines()[0]}"
         raise ValueError(f"{argument}={source!r}: {problem}") from error
+
+
+def texts_of(
+    source: str | list[str], name: str | None = None, split: str = "train", text_field: str = "text"
+) -> Iterator[str]:
+    """Yield the documents of a source one by one; a dataset of the hub is read only as far as it is asked for.
+
+    Args:
+        source: "austen", local files or a folder of them, a folder of ``save_to_disk``, or the name of a hub dataset.
+        name: Configuration of the hub dataset.
+        split: Split of the hub dataset, or of a saved `DatasetDict`.
+        text_field: Field or column that holds the text.
+
+    Raises:
+        ValueError: see `local_documents`; or there is no such field, or it holds no text.
+        FileNotFoundError: a local file does not exist.
+    """
+    if is_saved(source):
+        rows = saved_rows(str(source), split, "text", streaming=True)
+    elif isinstance(source, list) or is_local(source):
+        rows = local_documents(source, "text", "document", None)
+    else:
+        rows = datasets.load_dataset(source, name, split=split, streaming=True)
+    for row in rows:
+        text = row.get(text_field, 0)
+        if not isinstance(text, (str, type(None))):
+            raise ValueError(f"text_field={text_field!r} names no text of text={source!r}, which has {sorted(row)}")
+        if text and _has_text(text):
+            yield text
 
 
 def _encoding_of(files: list[Path], argument: str) -> str:

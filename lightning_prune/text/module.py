@@ -6,19 +6,22 @@ Letters: B samples, T tokens, V vocabulary.
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
+from huggingface_hub import HfApi
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lightning_prune.checkpoints.cards import Making, write_described
+from lightning_prune.checkpoints.model import LoadedModel
 from lightning_prune.checkpoints.reading import check_checkpoint_of, check_no_kernel, read_resumable
 from lightning_prune.checkpoints.sources import (
     existing_path,
@@ -31,6 +34,7 @@ from lightning_prune.checkpoints.states import units_in
 from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import NextTokenLoss
 from lightning_prune.pruning.running import IGNORE_INDEX, causal_lm_losses, next_token_labels, next_token_losses
+from lightning_prune.results import Table
 from lightning_prune.safety import add_check_sums
 from lightning_prune.schedules import LearningRateSchedule as Schedule
 from lightning_prune.schedules import learning_rate_factor
@@ -38,6 +42,9 @@ from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure import known_families, plain_model
 from lightning_prune.structure.saving import note_masked_units, whole_state, without_masked_units
 from lightning_prune.text.parallelize import parallelize
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -208,7 +215,7 @@ class CausalLM(L.LightningModule):
 
     # ---- optimization
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+    def configure_optimizers(self) -> "OptimizerLRSchedulerConfig":
         """AdamW on the trainable parameters, and a schedule that is stepped with it."""
         hp = self.hparams
         optimizer = torch.optim.AdamW(
@@ -336,6 +343,9 @@ class CausalLM(L.LightningModule):
             return
 
         if self._trainer is not None and self._trainer.state.fn == "fit":
+            callbacks: list[Any] = self._trainer.callbacks  # type: ignore[attr-defined]
+            if any(type(callback).__name__ == "PERPRetraining" for callback in callbacks):  # puts them on later
+                return
             raise ValueError(
                 "the checkpoint was written while adapters were trained: put PERPRetraining(...), with the settings it "
                 "was made with, into this Trainer too; or start from CausalLM.load_from_checkpoint, which merges them"
@@ -346,7 +356,10 @@ class CausalLM(L.LightningModule):
             checkpoint["state_dict"] = merged_state(state, checkpoint.get("callbacks", {}), "the checkpoint")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Save model and tokenizer as a plain transformers folder with safetensors.
+        """Save model and tokenizer as a plain transformers folder with safetensors, a model card and `sparsity.json`.
+
+        The card says what is zero and, while the module belongs to a Trainer, which callbacks pruned it with which
+        settings, and the losses and perplexities that were logged last.
 
         The first process writes. Where parameters are sharded every process must call, and the whole weights are
         gathered in the main memory of the first; units that `PruningAwarePretraining` has masked are left out. A model
@@ -363,10 +376,55 @@ class CausalLM(L.LightningModule):
     @rank_zero_only
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
         small = without_masked_units(self.model, state)
-        _ordinary(small).save_pretrained(str(folder), state_dict=state if small is self.model else None)
+        whole, state = _ordinary(small), state if small is self.model else None
+        whole.save_pretrained(str(folder), state_dict=state)
         add_check_sums(sorted(Path(folder).glob("model*.safetensors")))  # as an export has them
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
+        write_described(Path(folder), whole, LoadedModel("", whole, None).inspection(state), self._making())
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
+        """Upload what `save_pretrained` writes, the model card included, to a repository of the hub.
+
+        Where parameters are sharded every process must call, and the first uploads.
+
+        Args:
+            repo_id: Such as "owner/name"; created if it does not exist.
+            private: Whether a repository that is created is private. Default what the owner's settings say.
+            options: Of `huggingface_hub.upload_folder`, such as `commit_message`, `revision` or `token`.
+
+        Returns:
+            The address of the commit; empty on other processes than the first.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, repo_id.rpartition("/")[2])  # the card is called as its folder
+            self.save_pretrained(folder)
+            return _upload(folder, repo_id, private, options) or ""
+
+    def _making(self) -> Making:
+        """What the Trainer's callbacks and metrics say of how the weights came about."""
+        trainer: Any = self._trainer
+        if trainer is None:
+            return Making(base=self.hparams["model"])
+        facts = [describe() for c in trainer.callbacks if (describe := getattr(c, "describe_masks", None)) is not None]
+        scores = dict.fromkeys(str(fact["score"]) for fact in facts)
+        measured = [
+            (n, f"{float(v):.4f}") for n, v in trainer.callback_metrics.items() if n.startswith(("val_", "test_"))
+        ]
+        return Making(
+            score=", ".join(scores) or None,
+            settings=[fact["settings"] for fact in facts],
+            masks=sum(fact["masks"] for fact in facts) if facts else None,
+            base=self.hparams["model"],
+            tables=[Table("Measured in training", ("", ""), measured)] if measured else [],
+        )
+
+
+@rank_zero_only
+def _upload(folder: Path, repo_id: str, private: bool | None, options: dict[str, Any]) -> str:
+    api = HfApi(token=options.pop("token", None))
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options))
 
 
 def _check_origin(cls: type[CausalLM], path: str | Path, stored: Mapping[str, Any]) -> None:

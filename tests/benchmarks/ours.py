@@ -10,13 +10,15 @@ import common
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import prune
+from lightning_prune import open_checkpoint, prune
 from lightning_prune.evaluation.evaluate import evaluate
 from lightning_prune.perp import reconstruct
+from lightning_prune.pruning import pipeline
 from lightning_prune.pruning.allocation import KFACAllocation, exact_counts, kfac_sparsities
 from lightning_prune.pruning.calibration import collect
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
 from lightning_prune.pruning.scores import kfac_score
+from lightning_prune.pruning.statistics import Accumulator
 from lightning_prune.pruning.targets import find_targets
 
 # What a sweep collects for each score.
@@ -49,12 +51,18 @@ def ours_prune(
     )
 
 
+def ours_stages() -> dict[str, list[tuple[Any, str]]]:
+    """Where a pruning spends its time besides the passes through the model: holders and names of functions."""
+    return {"hessians": [(Accumulator, "input_increments")], "solver": [(pipeline._Run, "_prune_layer")]}
+
+
 def ours_reconstruct(
-    model: nn.Module, sequences: Tensor, dense: Path, masks: dict[str, Tensor], batch_size: int, **options: Any
+    model: nn.Module, sequences: Tensor, dense: Path, masks: dict[str, Tensor], **options: Any
 ) -> dict[str, tuple[float, float]]:
     """`lightning_prune.perp.reconstruct` end to end: the error of each block before and after."""
-    batches = common.batched(sequences, batch_size)
-    done = reconstruct(model, batches, dense, masks, num_samples=len(sequences), progress=False, **options)
+    batches = common.batched(sequences, options["batch_size"])
+    source = open_checkpoint(dense)
+    done = reconstruct(model, batches, source, masks, num_samples=len(sequences), progress=False, **options)
     return {block.name: (block.before, block.after) for block in done.blocks}
 
 

@@ -306,7 +306,7 @@ def main() -> None:
     p.add_argument("--accumulate", type=int, default=1, help="batches in a step (default 1)")
     p.add_argument("--learning-rate", type=float, default=3e-4)
     p.add_argument("--warmup", type=float, default=0.05, help="share of the steps (default 0.05)")
-    p.add_argument("--types", nargs="+", default=["attention", "ffn", "stem"], help="units that ours may remove")
+    p.add_argument("--types", nargs="+", default=["attention", "ffn", "hidden"], help="units that ours may remove")
     p.add_argument("--oneshot-types", nargs="+", default=["ffn"], help="units that one-shot pruning may remove")
     p.add_argument("--saliency", default="taylor2", choices=("taylor2", "taylor1", "magnitude", "kfac"), help="of ours")
     p.add_argument("--saliency-decay", type=float, default=0.9, help="of ours (default 0.9)")

@@ -60,6 +60,26 @@ def test_is_the_function_before_training(adapter: str | None, first: str, tmp_pa
     assert pruner.take_dense_weights() == {}
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_all_kept_weights_are_those_of_the_function(precision: str, tmp_path: Path) -> None:
+    options = {"train": "all", "epochs": 2, "num_samples": 8, "learning_rate": 3e-3}
+    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
+    module, start = make_module(), AtStart()
+    module.to(dtype)
+    dense, expected, calibration = copy.deepcopy(module.model), copy.deepcopy(module.model), list(loader())[:2]
+    masks = prune(expected, calibration, score="magnitude", sparsity=0.5, progress=False)
+    report = reconstruct(expected, calibration, dense, masks, **options)
+    perp = PERPRetraining(reconstruct={**options, "calibration": calibration})
+    pruner = pruning()
+    make_trainer(tmp_path, perp, pruner, start, max_epochs=1, precision=precision).fit(module, loader())
+    assert perp.reconstruction == report
+    assert report.after < report.before
+    assert len(report.blocks) == 4
+    found = {n.replace("base_model.model.", "", 1).replace(".base_layer", ""): w for n, w in start.weights.items()}
+    assert all(torch.equal(found[n], p) for n, p in expected.named_parameters())
+    assert all(not module.get_parameter(n)[~m].any() for n, m in pruner.masks.items())
+
+
 def test_of_a_model_pruned_before_and_a_folder(tmp_path: Path) -> None:
     module = make_module()
     module.save_pretrained(tmp_path / "dense")

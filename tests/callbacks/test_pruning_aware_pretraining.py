@@ -20,12 +20,12 @@ from structure_models import exact_rms_norms
 from tiny import make_tokens
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
+from lightning_prune import CausalLM, PruningAwarePretraining
 from lightning_prune.callbacks.checks import check_trainer, units_stay
 from lightning_prune.structure import read_structure
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-ALL = ("attention", "ffn", "stem")
+ALL = ("attention", "ffn", "hidden")
 
 
 def sizes_of(module: Any) -> dict[str, int]:
@@ -33,7 +33,7 @@ def sizes_of(module: Any) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("target", "types"), [(0.6, ALL), (0.7, ("ffn",)), (14_000, ("ffn", "stem")), (0.5, ("ffn", "layer"))]
+    ("target", "types"), [(0.6, ALL), (0.7, ("ffn",)), (14_000, ("ffn", "hidden")), (0.5, ("ffn", "layer"))]
 )
 def test_the_target_is_reached_and_the_model_is_ordinary(target: Any, types: tuple[str, ...], tmp_path: Path) -> None:
     before = count(make_module())
@@ -299,7 +299,6 @@ class Factored(CausalLM):
 
 REFUSALS: dict[str, tuple[Any, str]] = {
     "manual": (lambda: (Manual(config=SMALL), [], {}), "manual optimization"),
-    "WeightPruning": (lambda: (make_module(), [WeightPruning()], {}), "WeightPruning keeps tensors"),
     "SWA": (lambda: (make_module(), [StochasticWeightAveraging(1e-3)], {}), "StochasticWeightAveraging"),
     "optimizer": (lambda: (Factored(config=SMALL), [], {}), "Adafactor keeps the state"),
 }

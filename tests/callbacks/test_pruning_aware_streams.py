@@ -15,7 +15,7 @@ from lightning_prune.structure.compensation import StreamedMoments
 from lightning_prune.structure.saliency import StreamedKFAC
 from lightning_prune.structure.units import merge_removals, read_structure
 
-ALL = ("attention", "ffn", "stem")
+ALL = ("attention", "ffn", "hidden")
 
 
 def passes(model: Any, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -42,13 +42,13 @@ def test_kfac_of_two_steps_is_the_formula() -> None:
     model = make_llama(tie_word_embeddings=True)
     structure = read_structure(model)
     stream = StreamedKFAC(structure, ALL)
-    stream.watch()
-    expected = {"ffn": torch.zeros(2, 96).double(), "stem": torch.zeros(1, 64).double()}
+    stream.stream.watch()
+    expected = {"ffn": torch.zeros(2, 96).double(), "hidden": torch.zeros(1, 64).double()}
     for step in range(2):
         ids = make_tokens(3, 6, seed=step)
-        stream.listening = True
+        stream.stream.listening = True
         model(ids, labels=ids).loss.backward()
-        stream.listening = False
+        stream.stream.listening = False
         stream.add()
         for name, (x, delta) in passes(model, ids).items():
             weight = model.get_submodule(name).weight.detach().double()
@@ -58,7 +58,7 @@ def test_kfac_of_two_steps_is_the_formula() -> None:
             if name.endswith("down_proj"):
                 expected["ffn"][int(name.split(".")[2])] += score
             elif not name.endswith("o_proj"):
-                expected["stem"][0] += score
+                expected["hidden"][0] += score
     assert stream.steps == 2
     for unit_type, sums in expected.items():
         torch.testing.assert_close(stream.sums(unit_type), sums, rtol=1e-4, atol=0)
@@ -68,18 +68,18 @@ def test_moments_weigh_steps_by_their_age_and_leave_padding_out() -> None:
     model = make_llama()
     structure = read_structure(model)
     stream = StreamedMoments(structure, ALL, decay=0.75)
-    stream.watch(structure)
+    stream.stream.watch()
     products = []
     for step in range(3):
         ids = make_tokens(2, 6, seed=step)
-        stream.keep = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-        stream.listening = True
+        stream.stream.real_tokens = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        stream.stream.listening = True
         model(ids)
         model(ids)  # two batches of one optimizer step
-        stream.listening = False
+        stream.stream.listening = False
         model(ids)
         stream.end_step()
-        x = passes(model, ids)["model.layers.1.mlp.down_proj"][0][stream.keep.flatten()]
+        x = passes(model, ids)["model.layers.1.mlp.down_proj"][0][stream.stream.real_tokens.flatten()]
         products.append(x.t() @ x / len(x))
     ages = [0.75**2, 0.75, 1.0]
     expected = sum(a * p for a, p in zip(ages, products, strict=True)) / sum(ages)

@@ -17,7 +17,7 @@ from lightning_prune import CausalLM, PruningAwarePretraining
 from lightning_prune.checkpoints.export import export
 
 # Epochs of three steps; prunings at 2, 4, ...: the checkpoints lie before the first, between two, after a compaction.
-SETTINGS: dict[str, Any] = {"target": {"hidden_size": 27, "intermediate_size": 40}, "types": ("ffn", "stem")}
+SETTINGS: dict[str, Any] = {"target": {"hidden_size": 27, "intermediate_size": 40}, "types": ("ffn", "hidden")}
 SETTINGS |= {"every_n_steps": 2, "start": 3, "compact_every": 2, "units_per_pruning": 3}
 EPOCHS = 6
 
@@ -37,7 +37,7 @@ def run(folder: Path, epochs: int, resume: Path | None = None, *others: L.Callba
         {},
         {"second_order": True, "second_order_every": 2},
         {"target": {"num_hidden_layers": 1, "intermediate_size": 40}, "types": ("ffn", "layer"), "second_order": True},
-        {"target": 0.7, "types": ("attention", "ffn", "stem"), "end": 12, "units_per_pruning": 1},
+        {"target": 0.7, "types": ("attention", "ffn", "hidden"), "end": 12, "units_per_pruning": 1},
         {"saliency_decay": 0.8},
         {"saliency_decay": 0.8, "saliency": "kfac", "second_order": True},
     ],
@@ -134,7 +134,7 @@ class WithSizes(L.LightningModule):
 
 def test_hyper_parameters_of_any_module_are_kept_up_to_date(tmp_path: Path) -> None:
     module = WithSizes()
-    callback = PruningAwarePretraining({"hidden_size": 20, "intermediate_size": 41}, ("ffn", "stem"), end=4)
+    callback = PruningAwarePretraining({"hidden_size": 20, "intermediate_size": 41}, ("ffn", "hidden"), end=4)
     trainer = make_trainer(callback, max_steps=5, accumulate_grad_batches=2)
     trainer.fit(module, batches())
     trainer.save_checkpoint(tmp_path / "end.ckpt")

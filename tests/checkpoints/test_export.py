@@ -127,10 +127,12 @@ def test_transformers_loads_what_was_trained(family, format, trained, tmp_path):
     assert not any(info.values())
     assert torch.equal(logits(model.eval()), logits(module.model))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == (family != "llama")
-    # Byte for byte what the module itself writes, and the report and the card beside it.
+    # Byte for byte what the module itself writes; the card has the name of the folder.
     found, expected = files_of(tmp_path / "out"), files_of(tmp_path / "expected")
-    sparsity = json.loads(found.pop("sparsity.json"))
+    sparsity, said = json.loads(found.pop("sparsity.json")), json.loads(expected.pop("sparsity.json"))
+    assert (sparsity["zeros"], sparsity["layers"]) == (said["zeros"], said["layers"])
     assert b"50.00%" in found.pop("README.md")
+    assert b"50.00%" in expected.pop("README.md")
     assert found == expected
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == module.tokenizer.get_vocab()
 

@@ -1,6 +1,7 @@
 """The card is read as the hub reads it, and its figures compared with the tensors."""
 
 import json
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM, WeightPruning
 from lightning_prune.checkpoints.export import ExportError, export
+from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import main
@@ -34,6 +36,48 @@ def checkpoint(tmp_path_factory):
     trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2))
     trainer.save_checkpoint(folder / "last.ckpt")
     return folder / "last.ckpt"
+
+
+class OwnPruning(WeightPruning):
+    """A subclass, whose key in the checkpoint is its own name."""
+
+
+def test_the_masks_of_a_subclass_are_found(tmp_path):
+    module = CausalLM(config=TINY)
+    rows = [{"input_ids": row} for row in make_tokens(4, 8)]
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, callbacks=[OwnPruning(score="magnitude")],
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2))
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    assert "OwnPruning" in torch.load(tmp_path / "own.ckpt", weights_only=True)["callbacks"]
+    assert inspect(tmp_path / "own.ckpt").masks == 14
+    assert export(tmp_path / "own.ckpt", tmp_path / "out").masks == 14
+    assert read_card(tmp_path / "out")[2]["score"] == ["magnitude"]
+    # The module that was trained says the same of itself.
+    uploaded = {}
+
+    class Api:
+        def __init__(self, token):
+            uploaded["token"] = token
+
+        def create_repo(self, repo_id, **options):
+            uploaded[repo_id] = options
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            uploaded["files"] = {f.name: f.read_bytes() for f in Path(folder_path).iterdir()}
+            uploaded["options"] = options
+            return "https://huggingface.co/owner/out/commit/1"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_prune.text.module.HfApi", Api)
+        address = module.push_to_hub("owner/out", private=True, token="t", commit_message="m")
+    assert address.endswith("/commit/1")
+    assert (uploaded["token"], uploaded["owner/out"]) == ("t", {"private": True, "exist_ok": True})
+    assert uploaded["options"] == {"commit_message": "m"}
+    for name in ("README.md", "sparsity.json", "model.safetensors", "config.json"):
+        assert uploaded["files"][name] == (tmp_path / "out" / name).read_bytes(), name
 
 
 def read_card(folder):
@@ -76,6 +120,13 @@ def test_results_of_an_evaluation(checkpoint, tmp_path, capsys):
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--results", str(file)]) == 0
     _, _, rows = read_card(tmp_path / "out")
     assert rows["text.txt"][1] == f"{results.models[0].texts[0].perplexity:,.2f}"
+    other = torch.load(checkpoint, weights_only=True)
+    name = next(name for name in other["state_dict"] if "embed" in name)
+    other["state_dict"][name][0, 0] += 1
+    torch.save(other, tmp_path / "other.ckpt")
+    with pytest.raises(ExportError, match=r"measured another model .*weights_crc32 is"):
+        export(tmp_path / "other.ckpt", tmp_path / "new", results=file)
+    export(checkpoint, tmp_path / "rounded", dtype="bfloat16", results=file)  # the same model, rounded
     capsys.readouterr()
     for wrong in ("{}", "[]", "[", '{"kind": "lightning-prune evaluate", "models": [{}]}'):
         file.write_text(wrong)
@@ -116,7 +167,7 @@ def test_names_and_settings_of_strangers_stay_text(checkpoint, tmp_path):
     (key,) = [key for key in stored["callbacks"] if key.startswith("WeightPruning")]
     stored["callbacks"][key]["score"] = "a | b\n---\n# c"
     torch.save(stored, tmp_path / "changed.ckpt")
-    assert open_checkpoint(tmp_path / "changed.ckpt").count
+    assert len(open_checkpoint(tmp_path / "changed.ckpt"))
     export(tmp_path / "changed.ckpt", tmp_path / "out")
     head, text, _ = read_card(tmp_path / "out")
     assert "license" not in head

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from launching import launch_calls
 from per_sample_losses import autograd, data, in_batch_negatives, penalty, squares, two_layers
 
 from lightning_prune.errors import CalibrationError
@@ -40,7 +41,8 @@ def gather(batches: list[torch.Tensor], loss: Any, lockstep: bool) -> Any:
         )  # fmt: skip
 
 
-def check(rank: int, address: str) -> None:
+def check(address: str) -> None:
+    rank = int(os.environ["LOCAL_RANK"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for lockstep in (False, True):
@@ -71,4 +73,5 @@ def check(rank: int, address: str) -> None:
 
 
 def test_ranks_decide_alike(tmp_path: Path) -> None:
-    processes.spawn(check, (f"file://{tmp_path}/meeting",), nprocs=2)
+    done = launch_calls(2, check, [(f"file://{tmp_path}/meeting",)])
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import shrinking_worker
 import torch
+from launching import launch_calls
 from safetensors.torch import load_file
-from tiny import clean_environment
 
 pytestmark = pytest.mark.distributed
 
@@ -32,11 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 def launch(devices: int, *cases: tuple[Path, dict[str, Any]]) -> None:
     for folder, _ in cases:
         folder.mkdir(parents=True, exist_ok=True)
-    arguments = json.dumps([[str(folder), settings] for folder, settings in cases])
-    environment = clean_environment()
-    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, shrinking_worker.__file__, str(devices), arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = launch_calls(devices, shrinking_worker.run, [(folder, devices, settings) for folder, settings in cases])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -102,7 +102,7 @@ def folder(single: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "averaged", "fsdp2", {"target": 0.5, "refused": True, "averaged": True}),
         (folder / "tensor parallel", "tp", {"target": 0.5, "refused": True}),
     ]
-    done_cases = launch(2, *cases, script=Path(worker.__file__))
+    done_cases = launch(2, *cases, run=worker.run)
     assert done_cases.returncode == 0, done_cases.stderr[-3000:]
     return folder
 
@@ -224,7 +224,7 @@ def test_one_process_and_ddp_slice_what_shards_had_masked(folder: Path, single: 
 
 def test_resume_at_one_rank(folder: Path, tmp_path: Path) -> None:
     resume = {"resume": str(folder / "variant B, kfac" / "epoch=1.ckpt"), **AGAIN}
-    done = launch(1, (tmp_path, "fsdp2", {**CASES["variant B, kfac"], **resume}), script=Path(worker.__file__))
+    done = launch(1, (tmp_path, "fsdp2", {**CASES["variant B, kfac"], **resume}), run=worker.run)
     assert done.returncode == 0, done.stderr[-3000:]
     weights, history = read(tmp_path)
     expected, expected_history = read(folder / "variant B, kfac")
@@ -235,7 +235,7 @@ def test_resume_at_one_rank(folder: Path, tmp_path: Path) -> None:
 
 def test_hybrid_shards_choose_and_train_as_one_process(single: Path, tmp_path: Path) -> None:
     names = ("taylor2", "variant B, kfac")
-    done = launch(4, *((tmp_path / name, "hsdp", CASES[name]) for name in names), script=Path(worker.__file__))
+    done = launch(4, *((tmp_path / name, "hsdp", CASES[name]) for name in names), run=worker.run)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in names:
         one, one_history = read(single / name)

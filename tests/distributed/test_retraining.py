@@ -26,7 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "kfac": {"score": "kfac", "checkpointing": True, "pruner_first": True},
     "kept zeros": {"pruned_before": True},
     "scale_lora": {"pruned_before": True, "adapter": "scale_lora", "lora_options": {"init_lora_weights": "gaussian"}},
+    "hira": {"pruned_before": True, "adapter": "hira"},
     "lora_prune": {"pruned_before": True, "adapter": "lora_prune"},
+    "distilled": {"pruned_before": True, "distilled": True},
     "norms alone": {"pruned_before": True, "adapter": None},
     "gpt2": {"pruned_before": True, "family": "gpt2"},
     "head and embedding": {"train": ["bias", "norm", "head", "embedding"]},
@@ -65,7 +67,7 @@ def with_steps(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def start(devices: int, *cases: tuple[Path, str, dict[str, Any]]) -> None:
-    done = launch(devices, *cases, script=Path(retraining_worker.__file__))
+    done = launch(devices, *cases, run=retraining_worker.run)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -164,16 +166,17 @@ def test_merged_weights_are_those_of_float64_written_out(name: str, folder: Path
         layer = name_of_mask.removeprefix("mask.").removesuffix(".weight")
         base, a, b = (state[n].double() for n in (f"base.{layer}.weight", f"factor.{layer}.A", f"factor.{layer}.B"))
         product = (b @ a).t() if CASES[name].get("family") == "gpt2" else b @ a
-        expected = base * product if adapter == "scale_lora" else base + 2 * mask * product
+        combined = {"scale_lora": base * product, "hira": base * (1 + product)}
+        expected = combined.get(adapter, base + 2 * mask * product)
         assert rank == a.shape[0] == b.shape[1]
         merged = state[f"weight.{layer}.weight"]
         tolerance = {"rtol": 1e-2, "atol": 1e-4} if merged.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(merged.double(), expected, **tolerance)
         assert not torch.equal(merged.double(), base)
-        if CASES[name].get("pruned_before") and adapter != "scale_lora":
+        if CASES[name].get("pruned_before") and adapter not in combined:
             moved += int((merged[mask & (base == 0)] != 0).sum())  # what is zero and kept is trained too
             assert float((merged[mask] == 0).double().mean()) < 0.01
-    assert moved or not CASES[name].get("pruned_before") or adapter == "scale_lora"
+    assert moved or not CASES[name].get("pruned_before") or adapter in ("scale_lora", "hira")
 
 
 @pytest.mark.parametrize("name", _FITS)
@@ -205,7 +208,7 @@ def test_what_cannot_be_right_is_refused_on_every_rank(folder: Path) -> None:
 
 
 def test_tensor_parallelism_is_refused_before_training(tmp_path: Path) -> None:
-    done = launch(2, (tmp_path, "tp", {}), script=Path(retraining_worker.__file__))
+    done = launch(2, (tmp_path, "tp", {}), run=retraining_worker.run)
     assert done.returncode != 0
     assert "does not support ModelParallelStrategy(tensor_parallel_size=2)" in done.stderr
     assert not list(tmp_path.glob("*.safetensors"))

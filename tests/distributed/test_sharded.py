@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
         2, "fsdp2",
         {"score": "kfac", "update": "obs", "sequential": True, "parallel": {"reshard_after_forward": False}},
     ),
+    "kfac alps": (2, "fsdp2", {"score": "kfac", "update": "alps", "sequential": True}),
     "gpt2": (2, "fsdp2", {"score": "gblm", "family": "gpt2"}),
     "gpt2 obs": (2, "fsdp2", {"score": "kfac", "family": "gpt2", "update": "obs", "sequential": True}),
     "compiled": (2, "fsdp2", {"score": "gblm", "compiled": True}),
@@ -57,11 +59,13 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor mapping": (2, "tp", {"score": "magnitude", "allocation": {"layers.0": 0.7}, "sparsity": 0.5}),
     "tensor l1": (2, "tp", {"score": "gradient", "grad_norm": "l1"}),
     "tensor obs": (2, "tp", {"score": "kfac", "update": "obs"}),
+    "tensor alps": (2, "tp", {"score": "gblm", "update": "alps", "group": "row"}),
     "tensor 2:4": (2, "tp", {"score": "gblm", "grad_norm": "l1", "pattern": "2:4"}),
     "tensor sparsegpt": (2, "tp", {"score": "sparsegpt", "sequential": True}),
     # 5 outputs over 4 ranks: 2, 2, 1 and none; 10 samples: 3, 3, 2 and 2.
     "uneven": (4, "fsdp2", {"score": "gblm", "intermediate_size": 5, "num_samples": 10}),
     "uneven kfac": (4, "fsdp2", {"score": "kfac", "intermediate_size": 5, "num_samples": 10}),
+    "uneven alps": (4, "fsdp2", {"score": "wanda", "update": "alps", "intermediate_size": 5, "num_samples": 10}),
     "2:4 l1": (4, "fsdp2", {"score": "gblm", "grad_norm": "l1", "pattern": "2:4", "intermediate_size": 20}),
     "tensor two optimizers": (2, "tp", {"score": "gblm", "two_optimizers": True}),
     "tensor bf16": (2, "tp", {"score": "gblm", "checkpointing": True, "parallel": {"bf16": True}}),
@@ -70,6 +74,8 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor compiled": (2, "tp", {"score": "gblm", "compiled": True}),
     "hsdp gblm": (4, "hsdp", {"score": "gblm", "parallel": {"replicas": 2}}),
     "hsdp kfac obs": (4, "hsdp", {"score": "kfac", "update": "obs", "parallel": {"replicas": 2}}),
+    "hsdp exact": (4, "hsdp", {"score": "wanda", "update": "exact", "parallel": {"replicas": 2}}),
+    "hsdp alps": (4, "hsdp", {"score": "wanda", "update": "alps", "parallel": {"replicas": 2}}),
     "hsdp global": (4, "hsdp", {"score": "gblm", "group": "global", "parallel": {"replicas": 2}}),
     "2d gblm": (4, "2d", {"score": "gblm", "num_samples": 15}),
     "2d random": (4, "2d", {"score": "random"}),
@@ -77,6 +83,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2d gradient": (4, "2d", {"score": "gradient"}),
     "2d owl": (4, "2d", {"score": "wanda", "allocation": "owl"}),
     "2d kfac obs": (4, "2d", {"score": "kfac", "update": "obs"}),
+    "2d alps": (4, "2d", {"score": "kfac", "update": "alps"}),
     "2d 2:4": (4, "2d", {"score": "wanda", "pattern": "2:4"}),
     "2d magnitude": (4, "2d", {"score": "magnitude"}),
     "2d sparsegpt": (4, "2d", {"score": "sparsegpt", "sequential": True}),
@@ -95,6 +102,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "ddp global": (2, "ddp", {"score": "gblm", "group": "global"}),
     "ddp mapping": (2, "ddp", {"score": "wanda", "allocation": {"layers.0": 0.7}, "sparsity": 0.5}),
     "ddp sparsegpt 2:4": (2, "ddp", {"score": "sparsegpt", "pattern": "2:4"}),
+    "ddp alps": (2, "ddp", {"score": "kfac", "update": "alps"}),
     "ddp two optimizers": (2, "ddp", {"score": "gblm", "two_optimizers": True}),
     "ddp compiled": (2, "ddp", {"score": "gblm", "compiled": True}),
     "ddp causal lm": (2, "ddp", {"score": "kfac", "causal_lm": True}),
@@ -131,8 +139,19 @@ def outcome(folder: Path, name: str) -> list[dict[str, torch.Tensor]]:
     return results(folder / name, devices)
 
 
+# How a model is spread or run, which one process on the same samples knows nothing of.
+_SPREAD = ("parallel", "compiled", "checkpointing", "twice")
+
+
+def of_one_process(folder: Path, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What one process ends with, which cases share that differ in how the model is spread."""
+    plain = {key: value for key, value in settings.items() if key not in _SPREAD}
+    out = folder / f"one process {json.dumps(plain)}"
+    return results(out, 1)[0] if out.exists() else fit(out, 1, "single", max_steps=1, **plain)[0]
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path) -> None:
+def test_masks_are_those_of_one_process(name: str, folder: Path) -> None:
     settings = CASES[name][2]
     ranks = outcome(folder, name)
     assert_same_on_all_ranks(ranks)
@@ -142,8 +161,7 @@ def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path)
         held = [int(rank["held." + weight.removeprefix("mask.")]) for rank in ranks]
         assert sum(held) == ranks[0][weight].numel() * replicas, weight
         assert max(held) < ranks[0][weight].numel(), weight
-    plain = {key: value for key, value in settings.items() if key != "compiled"}
-    (one,) = fit(tmp_path / "one", 1, "single", **{"max_steps": 2, **plain})
+    one = of_one_process(folder, settings)
     pruned = {n: int((~m).sum()) for n, m in masks(ranks[0]).items()}
     if settings.get("group") == "global" or settings["score"] == "kfac" or "allocation" in settings:
         assert sum(pruned.values()) == sum(int((~m).sum()) for m in masks(one).values())
@@ -151,7 +169,9 @@ def test_masks_are_those_of_one_process(name: str, folder: Path, tmp_path: Path)
     else:
         assert pruned == {n: int((~m).sum()) for n, m in masks(one).items()}
     # Sums over samples are taken in another order, so scores a rounding away from the threshold may swap.
-    assert share_of_other_masks(ranks[0], one) <= (2e-2 if "bf16" in name else 2e-4)
+    # The iterations of ALPS carry such a swap on, and so do the blocks after it.
+    tolerance = 2e-2 if "bf16" in name else 5e-3 if "alps" in name else 2e-4
+    assert share_of_other_masks(ranks[0], one) <= tolerance
 
 
 # Tensor parallelism over 2 ranks trains on the batches of one process, 2 x 2 on those of two. torch clips no gradients

@@ -79,7 +79,7 @@ def test_command(files, tmp_path, capsys):
     assert (code, out.err) == (0, "")
     results = json.loads((tmp_path / "results.json").read_text())
     document = (tmp_path / "results.md").read_text()
-    assert document == f"# Evaluation of {files.pruned}\n\n" + (
+    assert document == f"# Evaluate {files.pruned}\n\n" + (
         "\n\n".join(table.markdown() for table in evaluation_tables(results)) + "\n"
     )
     dense, pruned = results["models"]
@@ -149,7 +149,7 @@ def test_missing_weights_are_refused(files, tmp_path):
 
 def test_infinite_perplexity_is_valid_json_and_a_cell():
     text = TextResult("t", "", math.inf, math.inf, 5, 4, 4, 1)
-    model = ModelResult("m", "model", 10, 8, 2, None, "float32", [text])
+    model = ModelResult("m", "model", 10, 8, 2, None, "float32", "", [text])
     results = EvaluationResults([model], {}, {}, "cpu", 1.0).to_dict()
     json.loads(json.dumps(results), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert "| t | 5 | inf |" in evaluation_tables(results)[0].markdown()

@@ -10,7 +10,7 @@ from lightning_prune.checkpoints.inspection import Inspection
 from lightning_prune.checkpoints.model import LoadedModel
 from lightning_prune.cli import main
 from lightning_prune.evaluation import latency as semi_structured
-from lightning_prune.evaluation.latency import Timing, _peak_memory, benchmark, remarks_on
+from lightning_prune.evaluation.latency import Timing, benchmark, remarks_on
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def test_figures_are_those_of_the_models(files):
             assert timing.repeats == 4
         assert model.prefill_tokens_per_second == pytest.approx(16 / model.prefill.median)
         assert model.decode_tokens_per_second == pytest.approx(2 / model.decode.median)
-        # At least the cache of keys and values, two layers of 2 heads x 8: all of it is new.
-        assert model.peak_bytes > 2 * 2 * 2 * (2 * 8) * (8 + 3) * 4
+        assert model.peak_bytes is None  # the CPU's allocator keeps no maximum
+    assert "peak memory" not in found.tables()[0].markdown()
     text = " ".join(found.remarks)
     assert "need CUDA, and were not measured on cpu" in text
     assert "2:4 gains nothing" in text
@@ -46,7 +46,7 @@ def test_models_run_in_turns_and_both_ways_round(files, monkeypatch):
     run = latency._Entry.run
     monkeypatch.setattr(latency._Entry, "run", lambda self, *args: order.append(self.name) or run(self, *args))
     benchmark(files.pruned, files.dense, prompt_tokens=4, new_tokens=1, repeats=2, warmup=1, progress=False)
-    assert order == ["dense", "pruned", "pruned", "dense", "dense", "pruned", "pruned", "dense"]
+    assert order == ["dense", "pruned", "pruned", "dense", "dense", "pruned"]
 
 
 def test_decoding_is_greedy_generation(files):
@@ -65,16 +65,6 @@ def test_decoding_is_greedy_generation(files):
         eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     assert torch.equal(torch.cat(tokens[1:], 1), expected[:, 6:])
-
-
-def test_peak_memory_of_known_allocations():
-    with _peak_memory(torch.device("cpu")) as peak:
-        a = torch.zeros(1000, 1000)
-        b = a + 1
-        del a
-        c = b + 1
-        del b, c
-    assert peak[0] == pytest.approx(8e6, rel=0.001)
 
 
 def test_unstructured_zeros_gain_nothing_and_it_says_so():

@@ -181,7 +181,7 @@ def test_resume_is_bit_identical(tmp_path: Path) -> None:
     torch.load(tmp_path / "half.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "lora_prune", None])
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", None])
 def test_adapters(adapter: str | None) -> None:
     module = Module()
     pruning = WeightPruning(score="kfac", num_samples=16, progress=False)
@@ -190,8 +190,9 @@ def test_adapters(adapter: str | None) -> None:
     assert not any(bool(module.get_parameter(n).detach().cpu()[~mask].any()) for n, mask in pruning.masks.items())
 
 
-def test_reconstruction() -> None:
-    module, perp = Module(), PERPRetraining(reconstruct={"steps": 5, "num_samples": 16})
+@pytest.mark.parametrize("options", [{"steps": 5}, {"train": "all"}], ids=str)
+def test_reconstruction(options: dict[str, Any]) -> None:
+    module, perp = Module(), PERPRetraining(reconstruct={**options, "num_samples": 16})
     fit(module, WeightPruning(score="wanda", num_samples=16, progress=False), perp, precision="bf16-mixed")
     assert perp.reconstruction is not None
     assert perp.reconstruction.after <= perp.reconstruction.before

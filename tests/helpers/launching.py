@@ -2,30 +2,73 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import worker
+from forking import start
 from safetensors.torch import load_file
 from tiny import clean_environment
 
-WORKER = Path(__file__).with_name("worker.py")
 Case = tuple[Path, str, dict[str, Any]]  # folder, strategy, settings
 
 
-def launch(devices: int, *cases: Case, timeout: float = 300, script: Path = WORKER) -> subprocess.CompletedProcess:
-    """Run cases one after the other in the same processes."""
+@dataclass(frozen=True)
+class Launched:
+    """What processes ended with: the first exit status that is not zero, and all that they printed."""
+
+    returncode: int
+    stderr: str
+
+
+def launch(devices: int, *cases: Case, timeout: float = 300, run: Callable[..., Any] = worker.run) -> Launched:
+    """Run cases one after the other in the same processes, `run` being what workers of `worker`'s kind do."""
     for folder, _, _ in cases:
         folder.mkdir(parents=True, exist_ok=True)
-    environment = clean_environment()
-    arguments = json.dumps([[str(folder), strategy, settings] for folder, strategy, settings in cases])
-    environment |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(script), str(devices), arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return launch_calls(devices, run, [(folder, devices, strategy, settings) for folder, strategy, settings in cases],
+                        timeout=timeout)  # fmt: skip
+
+
+def launch_calls(devices: int, run: Callable[..., Any], calls: list[tuple[Any, ...]], timeout: float = 300) -> Launched:
+    """Call a function of a module several times, in processes that Lightning takes for those of a launcher."""
+    environment = clean_environment() | {
+        "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "WORLD_SIZE": str(devices), "NODE_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    with TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(rank) for rank in range(devices)]
+        ranks = [
+            start(_calls, run, calls, environment=environment | {"LOCAL_RANK": str(rank)}, log=log)
+            for rank, log in enumerate(logs)
+        ]
+        deadline = time.monotonic() + timeout
+        for process in ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process for process in ranks if process.is_alive()]
+        for process in late:
+            process.kill()
+            process.join()
+        said = "".join(log.read_text(errors="replace") for log in logs if log.exists())
+    assert not late, f"{len(late)} of {devices} processes did not end in {timeout} s:\n{said[-3000:]}"
+    return Launched(next((code for p in ranks if (code := p.exitcode or 0)), 0), said)
+
+
+def _calls(run: Callable[..., Any], calls: list[tuple[Any, ...]]) -> None:
+    for call in calls:
+        run(*call)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def results(folder: Path, devices: int) -> list[dict[str, torch.Tensor]]:

@@ -302,6 +302,55 @@ def sparsegpt(
     return np.where(kept, weight, 0.0), kept
 
 
+# -- exact weights, ALPS ---------------------------------------------------------------------------------------------
+
+
+def damped(hessian: Array, damping: float = 0.01) -> Array:
+    """With a share of the mean diagonal, over inputs that were not always zero, added to the diagonal."""
+    diagonal = np.diag(hessian)
+    return hessian + damping * diagonal[diagonal > 0].mean() * np.eye(len(hessian))
+
+
+def exact(weight: Array, hessian: Array, mask: Array) -> Array:
+    """Row by row the normal equations ``H_qq w_q = H_q: w_dense`` of its kept inputs q; `hessian` is damped already."""
+    new = np.zeros_like(weight)
+    for row, kept in enumerate(mask):
+        q = np.flatnonzero(kept)
+        if len(q):
+            new[row, q] = np.linalg.solve(hessian[np.ix_(q, q)], hessian[q] @ weight[row])
+    return new
+
+
+def alps(
+    weight: Array,
+    hessian: Array,
+    factors: Array,
+    select: Callable[[Array], Array],
+    rho: float = 0.1,
+    most: int = 300,
+) -> tuple[Array, int]:
+    """The support of arXiv 2406.07831, algorithm 1, and the number of iterations; `hessian` is damped already.
+
+    `factors` are what the score makes of weights of one.
+    """
+    scale = 1 / np.sqrt(np.diag(hessian))
+    dense, hessian, factors = weight / scale, scale[:, None] * hessian * scale, factors * scale
+    values, vectors = np.linalg.eigh(hessian)
+    d, v, seen = dense, np.zeros_like(dense), np.ones(dense.shape, dtype=bool)
+    for iteration in range(1, most + 1):
+        w = (dense @ hessian - v + rho * d) @ vectors @ np.diag(1 / (values + rho)) @ vectors.T
+        mask = select(np.abs(w + v / rho) * factors)
+        d = np.where(mask, w + v / rho, 0)
+        v = v + rho * (w - d)
+        if iteration % 3 == 0:
+            changed = (mask != seen).sum() / mask.sum()
+            if changed == 0:
+                break
+            rho *= 1.3 if changed >= 0.1 else 1.2 if changed >= 0.005 else 1.1
+            seen = mask
+    return mask, iteration
+
+
 def sequential(
     model: nn.Module,
     samples: Sequence[Mapping[str, Tensor]],

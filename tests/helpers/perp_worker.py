@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -34,8 +34,16 @@ def run(out: Path, devices: int, case: str = "one shot") -> None:
         pruner = WeightPruning(
             score="magnitude", sparsity=0.5, schedule=LinearSchedule(0, 4, 2), progress=False
         )  # fmt: skip
-    fitting = {"steps": 6, "learning_rate": 1e-2, "num_samples": 16, "calibration": DataLoader(samples, batch_size=4)}
-    perp = PERPRetraining(reconstruct=fitting if case == "reconstruct" else False)
+    calibrating = {"learning_rate": 1e-2, "num_samples": 16, "calibration": DataLoader(samples, batch_size=4)}
+    options: dict[str, Any] = {}
+    if case == "reconstruct":
+        options = {"reconstruct": {"steps": 6, **calibrating}}
+    elif case == "kept weights":
+        options = {"reconstruct": {"train": "all", "epochs": 3, **calibrating}}
+    elif case == "distilled":
+        L.seed_everything(3, verbose=False)
+        options = {"distill_from": CausalLM(config=LLAMA).model, "adapt_head": True}
+    perp = PERPRetraining(**options)
     trainer = L.Trainer(
         default_root_dir=out, accelerator="cpu", devices=devices, max_steps=6, logger=False,
         strategy=DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto", enable_checkpointing=False,
@@ -49,8 +57,3 @@ def run(out: Path, devices: int, case: str = "one shot") -> None:
         state["errors"] = torch.tensor([[b.before, b.after] for b in perp.reconstruction.blocks])
     state |= {f"mask.{n}": mask for n, mask in pruner.masks.items()}
     save_file(state, out / f"{case}-{devices}-{trainer.global_rank}.safetensors")
-
-
-if __name__ == "__main__":
-    for name in sys.argv[3:]:
-        run(Path(sys.argv[1]), int(sys.argv[2]), name)

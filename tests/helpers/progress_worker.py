@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from tiny import make_llama, make_tokens
 
 from lightning_prune import Ranks, prune, prune_structured
@@ -21,6 +21,9 @@ from lightning_prune.perp import reconstruct
 
 def run(folder: Path) -> None:
     warnings.simplefilter("ignore")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    transformers.logging.disable_progress_bar()  # which is its own affair
+    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     ranks = None
     if "WORLD_SIZE" in os.environ:
@@ -42,7 +45,3 @@ def run(folder: Path) -> None:
     model.save_pretrained(folder / "model")
     export(folder / "model", folder / "exported")
     inspect(folder / "exported")
-
-
-if __name__ == "__main__":
-    run(Path(sys.argv[1]))

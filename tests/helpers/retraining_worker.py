@@ -7,7 +7,6 @@ other.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from worker import LLAMA, SHARDED, STRATEGIES, Model, Tokens
 from lightning_prune import CausalLM, LinearSchedule, PERPRetraining, WeightPruning
 from lightning_prune.perp import adapter_masks, add_adapters, merge, remove_adapters, save_adapter, set_masks
 from lightning_prune.perp.layers import sparse_layers
-from lightning_prune.perp.record import plain_model
+from lightning_prune.perp.record import unwrapped
 from lightning_prune.sharding import gather_whole, local, reshard
 
 
@@ -110,6 +109,8 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     if settings.pop("refused", False):
         refused(out, module)
         return
+    if settings.pop("distilled", False):
+        settings["distill_from"] = make_module({}, "single").model
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
     trainer_settings, resume = settings.pop("trainer", {}), settings.pop("resume", None)
@@ -188,9 +189,9 @@ def functional(out: Path, module: Model) -> None:
     model = add_adapters(module.model, masks=masks, r=4)
     if ranks > 1:
         mesh = init_device_mesh("cpu", (ranks,))
-        for block in plain_model(model).model.layers:
+        for block in unwrapped(model).model.layers:
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
-        fully_shard(plain_model(model), mesh=mesh)
+        fully_shard(unwrapped(model), mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(6):
@@ -264,9 +265,3 @@ def refused(out: Path, module: Model) -> None:
 
 def mesh_of_one() -> Any:
     return SimpleNamespace(size=lambda: 1)
-
-
-if __name__ == "__main__":
-    for folder, strategy_name, case in json.loads(sys.argv[2]):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        run(Path(folder), int(sys.argv[1]), strategy_name, case)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +55,11 @@ def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]]) -> Tensor
             gone[..., units["ffn"][layer]] = True
         elif "mlp" in parts and len(shape) == 2:
             gone[units["ffn"][layer]] = True
-    if "stem" in units:
+    if "hidden" in units:
         if "o_proj" in parts or "down_proj" in parts or len(shape) == 1:
-            gone[units["stem"][0]] = True
+            gone[units["hidden"][0]] = True
         else:
-            gone[:, units["stem"][0]] = True
+            gone[:, units["hidden"][0]] = True
     return gone
 
 
@@ -154,9 +153,3 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     save_file(state, out / f"rank{trainer.global_rank}.safetensors")
     history = [record.to_dict() for record in callback.history]
     (out / f"rank{trainer.global_rank}.json").write_text(json.dumps(history), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    for folder, strategy_name, case in json.loads(sys.argv[2]):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        run(Path(folder), int(sys.argv[1]), strategy_name, case)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,3 @@ def run(out: Path, devices: int, settings: dict[str, Any]) -> None:
     )
     history = [record.to_dict() for record in callback.history]
     (out / f"rank{trainer.global_rank}.json").write_text(json.dumps(history), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    for folder, case in json.loads(sys.argv[2]):
-        run(Path(folder), int(sys.argv[1]), case)

@@ -116,20 +116,25 @@ def removals(name: str) -> dict[str, dict[str, Any]]:
     """What every family is tried with, by a word for it; 3 groups (6 for GPT-2 and OPT), 28 channels, 48 hidden."""
     spans = name in ("gpt2", "opt")
     attention = per_layer(6 if spans else 3, 1, 1)
-    stem = torch.randperm(48, generator=torch.Generator().manual_seed(2))
+    hidden = torch.randperm(48, generator=torch.Generator().manual_seed(2))
     found: dict[str, dict[str, Any]] = {
         "ffn": {"ffn": per_layer(28, 5, 3)},
         "layer": {"layer": torch.tensor([1])},
     }
     if spans:  # a head and its eight channels, or nothing
-        found["attention and stem"] = {"attention": attention, "stem": stem[:8]}
+        found["attention and stem"] = {"attention": attention, "hidden": hidden[:8]}
     elif name == "llama-biases":  # must stay divisible
         found["attention"] = {"attention": attention}
-        found["stem"] = {"stem": stem[:6]}
+        found["hidden"] = {"hidden": hidden[:6]}
     else:
         found["attention"] = {"attention": attention}
-        found["stem"] = {"stem": stem[:7]}
-    found["all"] = {"ffn": per_layer(28, 9, 4), "layer": torch.tensor([0]), "attention": attention, "stem": stem[:8]}
+        found["hidden"] = {"hidden": hidden[:7]}
+    found["all"] = {
+        "ffn": per_layer(28, 9, 4),
+        "layer": torch.tensor([0]),
+        "attention": attention,
+        "hidden": hidden[:8],
+    }
     return found
 
 

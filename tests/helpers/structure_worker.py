@@ -1,7 +1,6 @@
 """One of several processes that shard a model with FSDP2: saliencies, masks, and what is refused."""
 
 import os
-import sys
 from pathlib import Path
 
 import structure_models as zoo
@@ -15,8 +14,8 @@ from lightning_prune.sharding import gather_whole
 from lightning_prune.structure import mask_units, read_structure, remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
 
-TYPES = ("attention", "ffn", "stem", "layer")
-REMOVAL = {"attention": [[1], [0], [2]], "ffn": [[3, 20], [0, 27], [5, 6]], "stem": [0, 17, 47]}
+TYPES = ("attention", "ffn", "hidden", "layer")
+REMOVAL = {"attention": [[1], [0], [2]], "ffn": [[3, 20], [0, 27], [5, 6]], "hidden": [0, 17, 47]}
 
 
 def run(name: str, sharded: bool) -> dict[str, torch.Tensor]:
@@ -54,9 +53,9 @@ def run(name: str, sharded: bool) -> dict[str, torch.Tensor]:
     return {n: t.contiguous() for n, t in state.items()}
 
 
-if __name__ == "__main__":
-    names, rank, world, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo"}
+def run_sharded(names: tuple[str, ...], world: int, folder: Path) -> None:
+    """Write what `run` returns on each of several processes."""
+    rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     for name in names:
         save_file(run(name, sharded=True), folder / f"{name}{rank}.safetensors")

@@ -6,8 +6,6 @@ Usage: worker.py DEVICES CASES_JSON, where a case is [folder, strategy, settings
 from __future__ import annotations
 
 import copy
-import json
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_prune import CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
+from lightning_prune import ELSA, CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
 from lightning_prune.pruning.running import causal_lm_losses
 from lightning_prune.sharding import gather_whole, local
 
@@ -34,7 +32,7 @@ STRATEGIES = {
     "ddp_static_graph": lambda: DDPStrategy(process_group_backend="gloo", static_graph=True),
     "ddp_bucket_view": lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True),
     "ddp_find_unused": lambda: DDPStrategy(process_group_backend="gloo", find_unused_parameters=True),
-    "ddp_spawn": lambda: DDPStrategy(process_group_backend="gloo", start_method="spawn"),
+    "ddp_forkserver": lambda: DDPStrategy(process_group_backend="gloo", start_method="forkserver"),
     "fsdp2": lambda: sharded("auto", 1),
     "fsdp2_full_checkpoint": lambda: sharded("auto", 1, save_distributed_checkpoint=False),
     "tp": lambda: sharded(1, "auto"),
@@ -205,7 +203,9 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         module = Model(parallel=parallel if strategy in SHARDED else None, **model_settings)
     if settings.pop("checkpointing", False):
         module.model.gradient_checkpointing_enable()
-    schedule = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
+    schedule: Any = CubicSchedule(0, 4, 2) if settings.pop("gradual", False) else None
+    if (steps := settings.pop("elsa", None)) is not None:
+        schedule = ELSA(*steps, penalty=1.0)
     twice, with_monitor = settings.pop("twice", False), settings.pop("monitor", False)
     read_alone = settings.pop("read_alone", False)
     resume, max_steps = settings.pop("resume", None), settings.pop("max_steps", 4)
@@ -225,7 +225,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         callbacks=[*monitor, pruning, *alone, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
     )  # fmt: skip
     trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
-    if strategy == "ddp_spawn":  # only the weights come back from the processes
+    if strategy == "ddp_forkserver":  # only the weights come back from the processes
         state = {f"weight.{n}": p.detach().clone() for n, p in module.named_parameters()}
         save_file(state, out / "rank0.safetensors")
         return
@@ -241,8 +241,3 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     state |= {f"weight.{n}": gather_whole(p.detach()).clone().contiguous() for n, p in module.named_parameters()}
     state |= {f"held.{n}": torch.tensor(local(m).numel()) for n, m in pruning.masks.items()}
     save_file(state, out / f"rank{trainer.global_rank}.safetensors")
-
-
-if __name__ == "__main__":
-    for folder, strategy_name, case in json.loads(sys.argv[2]):
-        run(Path(folder), int(sys.argv[1]), strategy_name, case)

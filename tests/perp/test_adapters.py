@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import HiraConfig, LoraConfig, get_peft_model
 from perp_models import halve, make_gpt2, pruned, train, zeros
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from lightning_prune.perp import (
 )
 from lightning_prune.perp.layers import sparse_layers
 
-MERGED = ["mask_lora", "scale_lora", "lora_prune"]
+MERGED = ["mask_lora", "scale_lora", "hira", "lora_prune"]
 FAMILIES = ["llama", "gpt2"]
 DTYPES = [torch.float32, torch.bfloat16]
 IDS = make_tokens(4, 16)
@@ -87,7 +87,7 @@ def test_scale_lora_starts_at_one_and_gains_rank_only_without_symmetry(init: boo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora"])
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira"])
 def test_training_step_is_that_of_float64_written_out(adapter: str, family: str) -> None:
     plain = pruned(family).double()
     exact = copy.deepcopy(plain)
@@ -99,7 +99,8 @@ def test_training_step_is_that_of_float64_written_out(adapter: str, family: str)
         a, b = (m.detach().double().requires_grad_() for m in layer.matrices())
         w = layer.base_weight.detach()
         product = (b @ a).t() if family == "gpt2" else b @ a
-        weights[f"{name}.weight"] = w + 3 * (w != 0) * product if adapter == "mask_lora" else w * product
+        combined = {"mask_lora": w + 3 * (w != 0) * product, "scale_lora": w * product, "hira": w * (1 + product)}
+        weights[f"{name}.weight"] = combined[adapter]
         leaves[name] = (a, b, layer)
     out = torch.func.functional_call(exact, weights, kwargs={"input_ids": IDS, "labels": IDS})
     out.loss.backward()
@@ -107,6 +108,58 @@ def test_training_step_is_that_of_float64_written_out(adapter: str, family: str)
     for name, (a, b, layer) in leaves.items():
         for own, reference in zip(layer.matrices(), (a, b), strict=True):
             torch.testing.assert_close(own.grad.double(), reference.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hira_is_that_of_peft_which_merges_it_with_the_same_zeros(family: str) -> None:
+    plain = pruned(family)
+    other = copy.deepcopy(plain)
+    model = add_adapters(plain, "hira", train=(), r=4)
+    train(model, IDS)
+    layers = dict(sparse_layers(model))
+    stock = get_peft_model(other, HiraConfig(r=4, target_modules=list(layers), fan_in_fan_out=family == "gpt2"))
+    for name, layer in layers.items():
+        theirs = other.get_submodule(name)
+        for own, copied in zip(layer.matrices(), (theirs.hira_A, theirs.hira_B), strict=True):
+            copied["default"].data.copy_(own.detach())
+    torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
+    ours, theirs = merge(model), stock.merge_and_unload()
+    for name, weight in theirs.named_parameters():
+        torch.testing.assert_close(weight, ours.get_parameter(name), rtol=1e-5, atol=1e-7, msg=name)
+    assert all(torch.equal(zero, zeros(ours)[name]) for name, zero in zeros(theirs).items())
+
+
+@pytest.mark.parametrize("adapter", ["mask_lora", "lora_prune"])
+def test_an_adapter_on_the_head_is_a_plain_lora_and_merges_densely(adapter: str) -> None:
+    plain = pruned()
+    with torch.no_grad():
+        plain.lm_head.weight[3] = 0.0  # an unused word; nothing of the head is pruned
+    weight = plain.lm_head.weight.detach().clone()
+    model = add_adapters(plain, adapter, adapt_head=True, r=2)
+    assert "lm_head" in dict(sparse_layers(model))
+    train(model, IDS)
+    a, b = (matrix.detach().double() for matrix in plain.lm_head.matrices())
+    y = logits(model)
+    merged = merge(model)
+    torch.testing.assert_close(merged.lm_head.weight.double(), weight.double() + 2 * b @ a, rtol=1e-5, atol=1e-6)
+    assert bool((merged.lm_head.weight[3] != 0).all())
+    if adapter == "mask_lora":
+        assert torch.equal(logits(merged), y)
+
+
+def test_a_head_that_cannot_be_adapted_is_refused() -> None:
+    tied = make_llama(tie_word_embeddings=True)
+    halve(tied)
+    for model, arguments, message in (
+        (tied, {}, "the weight of 'lm_head' is also that of others"),
+        (pruned(), {"adapter": None}, "no adapter to put on the head"),
+        (pruned(), {"train": ("head",)}, "would get an adapter too"),
+        (pruned().model, {}, "has no output embeddings"),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=message):
+            add_adapters(model, adapt_head=True, **arguments)
+        assert snapshot(model) == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -60,7 +60,7 @@ def _registered() -> None:
 def test_trains_and_merges_without_losing_a_zero(rank: int, family: str, dtype: torch.dtype) -> None:
     plain = pruned(family, dtype)
     before, weights, start = zeros(plain), {n: p.detach().clone() for n, p in plain.named_parameters()}, logits(plain)
-    model = add_adapters(plain, "relative", train=(), r=rank, lora_alpha=6)
+    model = add_adapters(plain, "signed", train=(), r=rank, lora_alpha=6)
     assert torch.equal(logits(model), start)
     losses = train(model, IDS)
     assert losses[-1] < losses[0]
@@ -71,7 +71,7 @@ def test_trains_and_merges_without_losing_a_zero(rank: int, family: str, dtype: 
             a, b = (m.detach().double() for m in layer.matrices())
             product = (b @ a).t() if family == "gpt2" else b @ a
             name = name.removeprefix("base_model.model.") + ".weight"
-            expected[name] = weights[name].double() * (1 + 6 / rank * product)
+            expected[name] = weights[name].double() * (6 / rank * product).exp()
     assert expected.keys() == before.keys()
     y = logits(model)
     merged = merge(model)
@@ -85,7 +85,7 @@ def test_trains_and_merges_without_losing_a_zero(rank: int, family: str, dtype: 
 
 @pytest.mark.usefixtures("_registered")
 def test_gradients_are_those_of_the_plain_formula() -> None:
-    model = add_adapters(pruned(), "relative", r=2).double()
+    model = add_adapters(pruned(), "signed", r=2).double()
     train(model, IDS, steps=1)
     model(input_ids=IDS, labels=IDS).loss.backward()
     ours = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -105,24 +105,24 @@ def plain_forward(layer: CombinedLinear) -> Any:
 
     def forward(x: Tensor) -> Tensor:
         a, b = layer.matrices()
-        return nn.functional.linear(x, layer.base_weight * (1 + scaling * b @ a))
+        return nn.functional.linear(x, layer.base_weight * (scaling * b @ a).exp())
 
     return forward
 
 
 @pytest.mark.usefixtures("_registered")
 def test_comes_back_from_its_folder_only_where_it_is_registered(tmp_path: Path) -> None:
-    model = add_adapters(pruned(), "relative", r=1)
+    model = add_adapters(pruned(), "signed", r=1)
     train(model, IDS)
     save_adapter(model, tmp_path)
     loaded = load_adapter(pruned(), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
     assert train(loaded, IDS) == train(model, IDS)  # and training goes on as it would have
     assert snapshot(merge(loaded)) == snapshot(merge(model))
-    del variants._VARIANTS["relative"]
+    del variants._VARIANTS["signed"]
     fresh = pruned()
     before = snapshot(fresh)
-    with pytest.raises(ValueError, match=r"adapter='relative' must be one of .* registered first"):
+    with pytest.raises(ValueError, match=r"adapter='signed' must be one of .* registered first"):
         load_adapter(fresh, tmp_path)
     assert snapshot(fresh) == before
 
@@ -138,7 +138,7 @@ class Unmerged(L.Callback):
 @pytest.mark.usefixtures("_registered")
 def test_in_a_trainer(tmp_path: Path) -> None:
     module, save = make_module(), ModelCheckpoint(dirpath=tmp_path, filename="end")
-    perp, trained = PERPRetraining(adapter="relative", r=1, train=()), Unmerged()
+    perp, trained = PERPRetraining(adapter="signed", r=1, train=()), Unmerged()
     callbacks = [pruning(), perp, trained, save]
     start = snapshot(module.model)
     make_trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader())
@@ -153,11 +153,11 @@ def test_in_a_trainer(tmp_path: Path) -> None:
     for name in ("end", "unmerged"):
         loaded = CausalLM.load_from_checkpoint(tmp_path / f"{name}.ckpt", weights_only=True)
         assert snapshot(loaded.model) == merged
-    del variants._VARIANTS["relative"]
+    del variants._VARIANTS["signed"]
     loaded = CausalLM.load_from_checkpoint(tmp_path / "end.ckpt", weights_only=True)
     assert snapshot(loaded.model) == merged
     # The name means something only where it is registered.
-    with pytest.raises(CheckpointError, match=r"adapter='relative' must be one of .* registered first"):
+    with pytest.raises(CheckpointError, match=r"adapter='signed' must be one of .* registered first"):
         CausalLM.load_from_checkpoint(tmp_path / "unmerged.ckpt", weights_only=True)
 
 
@@ -169,7 +169,7 @@ def test_block_by_block() -> None:
         for name, zero in zeros(dense).items():
             dense.get_parameter(name)[zero] = 0.05
     before = zeros(model)
-    done = reconstruct(model, [{"input_ids": IDS}], dense, adapter="relative", train=(), steps=20, progress=False)
+    done = reconstruct(model, [{"input_ids": IDS}], dense, adapter="signed", train=(), steps=20, progress=False)
     assert done.after < done.before
     assert all(bool((zero | ~before[name]).all()) for name, zero in zeros(model).items())
 
@@ -214,7 +214,7 @@ def test_what_cannot_work_is_refused_when_it_is_registered(name: Any, function: 
     assert "mine" not in variants.variant_names()
 
 
-@pytest.mark.parametrize("layer", ["relative", nn.Linear, None])
+@pytest.mark.parametrize("layer", ["signed", nn.Linear, None])
 def test_only_a_subclass_is_taken(layer: Any) -> None:
     with pytest.raises(TypeError, match="subclass of lightning_prune"):
         register_adapter(layer)

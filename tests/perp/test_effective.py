@@ -13,17 +13,23 @@ from lightning_prune.perp.effective import (
     Combine,
     effective_linear,
     kept_by_sign,
+    masked_growth,
     masked_product,
     masked_sum,
-    zero_pruned_,
 )
-from lightning_prune.pruning.clearing import to_bytes
+from lightning_prune.pruning import clearing
+from lightning_prune.pruning.clearing import to_bytes, zero_pruned_
 
-COMBINATIONS = [masked_sum, masked_product]
+COMBINATIONS = [masked_sum, masked_product, masked_growth]
 
 
 def reference(combine: Combine, weight: Tensor, mask: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    return weight + mask * (left @ right) if combine is masked_sum else weight * (left @ right)
+    product = left @ right
+    return {
+        masked_sum: weight + mask * product,
+        masked_product: weight * product,
+        masked_growth: weight * (1 + product),
+    }[combine]
 
 
 def make(shape: tuple[int, int], transposed: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -44,7 +50,10 @@ def make(shape: tuple[int, int], transposed: bool, dtype: torch.dtype = torch.fl
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (300, 701)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("combine", COMBINATIONS)
-def test_outputs_and_gradients_are_those_of_float64(combine: Combine, transposed: bool, shape: tuple[int, int]) -> None:
+def test_outputs_and_gradients_are_those_of_float64(
+    combine: Combine, transposed: bool, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clearing, "_CPU_PIECE", 1 << 17)
     made = make(shape, transposed)
     names = ("x", "weight", "left", "right", "bias")
     ours = {n: made[n].clone().requires_grad_() for n in names}
@@ -61,7 +70,7 @@ def test_outputs_and_gradients_are_those_of_float64(combine: Combine, transposed
     z.backward(upstream)
     # W * (L R) with W = 0 still has a gradient for W; the mask keeps pruned weights from it.
     expected = {n: exact[n].grad for n in names}
-    if combine is masked_product:
+    if combine is not masked_sum:
         expected["weight"] = expected["weight"] * made["mask"]
     for name in names:
         scale = float(expected[name].abs().max())

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from perp_models import halve, make_gpt2, zeros
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import GgufConfig
 
 from lightning_prune import CalibrationError, open_checkpoint, prune
 from lightning_prune.perp import add_adapters, reconstruct
+from lightning_prune.pruning.targets import find_blocks
 
 IDS = make_tokens(8, 12)
 
@@ -54,7 +56,7 @@ def first_a(tensor: Tensor) -> Tensor:
 
 
 def simulate(
-    dense: nn.Module, pruned: nn.Module, masks: dict[str, Tensor], data: list[Any], adapter: str, targets: str,
+    dense: nn.Module, pruned: nn.Module, masks: dict[str, Tensor], data: list[Any], adapter: str, teacher: str,
     steps: int, lr: float, seed: int, rank: int,
 ) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:  # fmt: skip
     """Naive float64 block-wise reconstruction: whole models run, products and sums written out."""
@@ -72,7 +74,7 @@ def simulate(
     def fitted(block: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"model.layers.{block}."
         with torch.no_grad():
-            if targets == "dense":
+            if teacher == "dense":
                 wanted = [outputs(dense, {}, block, b) for b in data]
             else:
                 wanted = run(block, {**weights, **{n: w for n, w in original.items() if n.startswith(prefix)}})
@@ -127,12 +129,12 @@ def simulate(
 
 
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora"])
-@pytest.mark.parametrize("targets", ["dense", "pruned"])
-def test_is_the_simulation(adapter: str, targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("teacher", ["dense", "pruned"])
+def test_is_the_simulation(adapter: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.init, "kaiming_uniform_", lambda tensor, *args, **kwargs: first_a(tensor))
     dense, model, masks = pair(torch.float64, hidden_size=32, intermediate_size=48)
     data = batches(padded=True)
-    settings = {"adapter": adapter, "targets": targets, "steps": 20, "seed": 3}
+    settings = {"adapter": adapter, "teacher": teacher, "steps": 20, "seed": 3}
     weights, errors = simulate(dense, model, masks, data, **settings, lr=1e-2, rank=4)
     found = reconstruct(model, data, dense, masks, **settings, learning_rate=1e-2, r=4, progress=False)
     for name, p in model.named_parameters():
@@ -145,9 +147,164 @@ def test_is_the_simulation(adapter: str, targets: str, monkeypatch: pytest.Monke
     assert found.after == pytest.approx(sum(a for _, a in errors) / 2)
 
 
+def ends(model: nn.Module, weights: Mapping[str, Tensor], block: int, half: int, batch: dict[str, Tensor]) -> Tensor:
+    """The hidden states after a Llama block's attention and residual (half 0), or at its end (half 1)."""
+    if half == 1:
+        return outputs(model, weights, block, batch)
+    found: list[Tensor] = []
+    norm = model.model.layers[block].post_attention_layernorm
+    handle = norm.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    functional_call(model, dict(weights), (), {**batch, "use_cache": False})
+    handle.remove()
+    return found[0]
+
+
+def fit_kept_weights(
+    dense: nn.Module, pruned: nn.Module, masks: dict[str, Tensor], data: list[Any], teacher: str, window: str,
+    epochs: int, lr: float, seed: int,
+) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:  # fmt: skip
+    """Naive float64 fit of all kept weights, window after window: whole models run, sums written out."""
+    weights = {n: p.detach().clone() for n, p in pruned.named_parameters()}
+    original = {n: p.detach().clone() for n, p in dense.named_parameters()}
+    reports = []
+    tokens = sum(int(d["attention_mask"].sum()) for d in data)
+    for block in range(len(pruned.model.layers)):
+        prefix = f"model.layers.{block}."
+        parts = [(f"{prefix}self_attn", f"{prefix}input_layernorm"), (f"{prefix}mlp", f"{prefix}post_attention")]
+        if window == "block":
+            parts = [(), (*parts[0], *parts[1])]
+        for half, part in enumerate(parts):
+            if not part:
+                continue
+            own = [n for n in weights if n.startswith(part)]
+
+            def total(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+                each = [
+                    ((o - t) ** 2).sum(-1) * b["attention_mask"] for o, t, b in zip(ours, theirs, data, strict=True)
+                ]
+                return sum(e.sum() for e in each)
+
+            with torch.no_grad():
+                teaching = {} if teacher == "dense" else {**weights, **{n: original[n] for n in own}}
+                source = dense if teacher == "dense" else pruned
+                wanted = [ends(source, teaching, block, half, b) for b in data]
+                energy = total(wanted, [torch.zeros_like(w) for w in wanted])
+                before = total([ends(pruned, weights, block, half, b) for b in data], wanted) / energy
+            leaves = {n: weights[n].clone().requires_grad_() for n in own}
+            optimizer = torch.optim.AdamW(leaves.values(), weight_decay=0.0, lr=lr)
+            generator = torch.Generator().manual_seed(seed)
+            order = [i for _ in range(epochs) for i in torch.randperm(len(data), generator=generator).tolist()]
+            warmup = round(len(order) / 10)
+            for step, index in enumerate(order):
+                rate = (step + 1) / warmup if step < warmup else 1 - (step - warmup) / (len(order) - warmup)
+                optimizer.param_groups[0]["lr"] = lr * rate
+                output = ends(pruned, {**weights, **leaves}, block, half, data[index])
+                real = data[index]["attention_mask"]
+                optimizer.zero_grad()
+                error = (((output - wanted[index]) ** 2).sum(-1) * real).sum() / real.sum()
+                (error / (energy / tokens)).backward()
+                for name, leaf in leaves.items():
+                    if name in masks:
+                        leaf.grad *= masks[name]
+                optimizer.step()
+            fitted = {**weights, **{n: leaf.detach() for n, leaf in leaves.items()}}
+            with torch.no_grad():
+                after = total([ends(pruned, fitted, block, half, b) for b in data], wanted) / energy
+            assert after < before
+            weights = fitted
+            reports.append((float(before), float(after)))
+    return weights, reports
+
+
+@pytest.mark.parametrize("window", ["half", "block"])
+@pytest.mark.parametrize("teacher", ["dense", "pruned"])
+def test_all_kept_weights_are_those_of_the_simulation(teacher: str, window: str) -> None:
+    dense, model, masks = pair(torch.float64, hidden_size=32, intermediate_size=48)
+    data = batches(padded=True)
+    pairs = [{n: t[i : i + 2] for n, t in batch.items()} for batch in data for i in (0, 2)]
+    weights, errors = fit_kept_weights(dense, model, masks, pairs, teacher, window, 5, 1e-2, 3)
+    found = reconstruct(
+        model, data, dense, masks, train="all", teacher=teacher, window=window, epochs=5, learning_rate=1e-2, seed=3
+    )
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-6, atol=1e-8, msg=name)
+    assert [(b.before, b.after) for b in found.blocks] == [pytest.approx(e, rel=1e-6) for e in errors]
+    if window == "half":
+        middle = "post_attention_layernorm"
+        names = [f"model.layers.{b} {where} {middle}" for b in (0, 1) for where in ("before", "from")]
+        assert [b.name for b in found.blocks] == names
+    assert all(not model.get_parameter(n)[~m].view(torch.int64).any() for n, m in masks.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kept_weights_narrower_than_float32_are_trained_as_float32(dtype: torch.dtype) -> None:
+    dense, model, masks = pair(dtype)
+    exact_dense, exact = copy.deepcopy(dense).float(), copy.deepcopy(model).float()
+    # Steps far below the last bit of most weights: rounded each by itself they would all be lost.
+    options = {"train": "all", "epochs": 20, "learning_rate": 1e-4}
+    found = reconstruct(model, batches(), dense, masks, **options)
+    expected = reconstruct(exact, batches(), exact_dense, masks, **options)
+    assert all(b.changed for b in found.blocks)
+    assert found.before - found.after == pytest.approx(expected.before - expected.after, rel=0.1)
+    assert found.after < 0.97 * found.before
+    assert all(not model.get_parameter(n)[~m].view(torch.int16).any() for n, m in masks.items())
+
+
+@pytest.mark.parametrize("adapter", ["mask_lora", None])
+def test_adapters_can_be_fitted_half_by_half(adapter: str | None) -> None:
+    dense, model, masks = pair()
+    before = snapshot(model)
+    found = reconstruct(model, batches(), dense, masks, adapter=adapter, window="half", steps=10, learning_rate=1e-2)
+    after = snapshot(model)
+    assert len(found.blocks) == 4
+    assert found.after < found.before
+    changed = {n.split(".", 3)[3] for n in before if before[n] != after[n]}
+    assert {"input_layernorm.weight", "post_attention_layernorm.weight"} <= changed
+    assert ("self_attn.q_proj.weight" in changed) == (adapter is not None)
+    assert all(not model.get_parameter(n)[~m].any() for n, m in masks.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "middle"),
+    [
+        (("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4}), "ln_2"),
+        (("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}), "final_layer_norm"),
+        (("Gemma2Config", {"intermediate_size": 48, "head_dim": 8}), "pre_feedforward_layernorm"),
+        (("GPTNeoXConfig", {"intermediate_size": 48, "use_parallel_residual": False}), "post_attention_layernorm"),
+        (("GPTNeoXConfig", {"intermediate_size": 48, "use_parallel_residual": True}), None),
+        (("PhiConfig", {"intermediate_size": 48}), None),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
+)
+def test_halves_are_found_in_other_families(config: tuple[str, dict[str, Any]], middle: str | None) -> None:
+    name, changes = config
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes = {} if name == "GPT2Config" else sizes
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    dense = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes, **tokens, **changes))
+    model = copy.deepcopy(dense.eval())
+    prune(model, batches(), score="magnitude", sparsity=0.5, progress=False)
+    masks = {n: p.detach() != 0 for n, p in model.named_parameters() if p.dim() == 2 and bool((p == 0).any())}
+    found = reconstruct(model, batches(), dense, train="all", epochs=3, learning_rate=1e-3, progress=False)
+    whole = [block for block, _ in find_blocks(model)]
+    halves = [f"{block} {where} {middle}" for block in whole for where in ("before", "from")]
+    assert [b.name for b in found.blocks] == (whole if middle is None else halves)
+    assert found.after < found.before
+    assert all(torch.equal(model.get_parameter(n) != 0, m) for n, m in masks.items() if ".embed" not in n)
+
+
+def test_a_half_that_fitting_would_worsen_is_put_back() -> None:
+    dense, model, masks = pair()
+    before = snapshot(model)
+    found = reconstruct(model, batches(), dense, masks, train="all", learning_rate=3.0)
+    assert [block.changed for block in found.blocks] == [False] * 4
+    assert snapshot(model) == before
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "lora_prune", None])
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", None, "all"])
 def test_zeros_stay_and_nothing_else_is_left_behind(adapter: str | None, dtype: torch.dtype, family: str) -> None:
     dense = (make_llama() if family == "llama" else make_gpt2()).to(dtype)
     model = copy.deepcopy(dense)
@@ -157,7 +314,8 @@ def test_zeros_stay_and_nothing_else_is_left_behind(adapter: str | None, dtype: 
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     model.train()
-    found = reconstruct(model, batches(), dense, masks, adapter=adapter, steps=10, learning_rate=1e-2)
+    way = {"train": "all"} if adapter == "all" else {"adapter": adapter}
+    found = reconstruct(model, batches(), dense, masks, **way, steps=10, learning_rate=1e-2)
     assert all(torch.equal(z, before[n]) for n, z in zeros(model).items())
     assert all(not model.get_parameter(n)[~m].view(torch.int16).any() for n, m in masks.items())
     assert [n for n, _ in model.named_parameters()] == names
@@ -316,8 +474,16 @@ def test_after_a_failure_every_bit_is_as_before(failure: str, monkeypatch: pytes
         ({"adapter": None, "train": ()}, ValueError, "leaves nothing to fit"),
         ({"adapter": None, "train": ("bias",)}, ValueError, "leaves nothing to fit"),
         ({"steps": 0}, ValueError, "steps=0"),
+        ({"steps": 5, "epochs": 1}, ValueError, "give one of them"),
+        ({"train": "all", "epochs": 0}, ValueError, "epochs=0"),
+        ({"train": "all", "batch_size": 1.5}, ValueError, "batch_size=1.5"),
+        ({"train": "all", "adapter": "hira"}, ValueError, "remove adapter"),
+        ({"train": "all", "r": 4}, ValueError, "takes no LoRA options"),
+        ({"train": "norm"}, TypeError, "write train="),
+        ({"window": "quarter"}, ValueError, "window='quarter' must be one of"),
+        ({"teachr": "dense"}, TypeError, "did you mean 'teacher'"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate=0.0"),
-        ({"targets": "both"}, ValueError, "targets='both'"),
+        ({"teacher": "both"}, ValueError, "teacher='both'"),
         ({"rank_pattern": {"q_proj": 4}}, ValueError, "not supported block by block"),
         ({"target_modules": ["qq_proj"]}, ValueError, "did you mean 'q_proj'"),
         ({"dense": 3}, TypeError, "dense=int"),

@@ -29,7 +29,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "lora_prune", "lora", None])
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", "lora", None])
 def test_round_trip(adapter: str | None, family: str, tmp_path: Path) -> None:
     parts = ("bias", "norm", "head") if family == "llama" else ("bias", "norm", "embedding")
     options: dict[str, Any] = {"r": 4, "use_rslora": True} if adapter in ("mask_lora", "lora") else {}

@@ -74,12 +74,9 @@ CASES = {
     "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), r"_proj\.weight", None, []),
     "mixtral": (
         mixtral,
-        r"self_attn\..*_proj\.weight",
-        r"experts|mlp\.gate\.weight",
-        [
-            r"model\.layers\.\*\.mlp\.experts\.gate_up_proj \(2 tensors, \d+\.\d%\): fused experts",
-            r"mlp\.gate\.weight \(2 tensors, \d+\.\d%\): router",
-        ],
+        r"self_attn\..*_proj\.weight|mlp\.experts\..*",
+        r"mlp\.gate\.weight",
+        [r"mlp\.gate\.weight \(2 tensors, \d+\.\d%\): router"],
     ),
     "bert": (
         lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT, max_position_embeddings=32)),
@@ -224,15 +221,15 @@ def test_zeros_that_keep_cannot_hold_are_named():
     model = mixtral()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "experts.down_proj" in name or "_proj.weight" in name:
+            if "mlp.gate.weight" in name or "_proj.weight" in name:
                 weight[torch.rand_like(weight) < 0.5] = 0
         model.model.embed_tokens.weight[3] = 0  # padding is no mask
-        model.model.layers[0].mlp.experts.gate_up_proj.view(-1)[0] = 0  # nor is one zero
+        model.lm_head.weight[0, 0] = 0  # nor is one zero
     with pytest.warns(UserWarning, match="score='keep' cannot hold the zeros of 2 tensors") as caught:
         fit(model, WeightPruning(score="keep"))
     text = next(str(w.message) for w in caught if "cannot hold" in str(w.message))
     for layer in range(2):
-        assert re.search(rf"model\.model\.layers\.{layer}\.mlp\.experts\.down_proj: [\d,]+ zeros", text)
+        assert re.search(rf"model\.model\.layers\.{layer}\.mlp\.gate\.weight: [\d,]+ zeros", text)
 
 
 def test_what_keep_holds_is_not_named():

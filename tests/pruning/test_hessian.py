@@ -6,20 +6,11 @@ import naive
 import numpy as np
 import pytest
 import torch
+from layer_problem import problem
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.hessian import inverse_factor, prune_with_hessian
 from lightning_prune.pruning.patterns import NM
-
-
-def problem(outputs, inputs, tokens=None, seed=0, dead=()):
-    """A weight and the inputs of a layer; neighbouring inputs are correlated, some are always zero."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
-    x = torch.randn(tokens or 3 * inputs, inputs, generator=generator, dtype=torch.float64)
-    x = x + 0.8 * x.roll(1, dims=1) + 0.5 * x[:, :1]
-    x[:, list(dead)] = 0.0
-    return weight, x, x.t() @ x / 7
 
 
 def error(x, weight, new):

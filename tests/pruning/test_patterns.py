@@ -1,6 +1,5 @@
 """Masks from scores: exact counts and the order of a stable sort, whatever the dtype, the ties and the sizes."""
 
-import itertools
 import math
 
 import naive
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from lightning_prune.pruning.patterns import (
     NM,
     check_scores,
-    kth_smallest,
     lowest_in_layer,
     lowest_in_rows,
     nm_mask,
@@ -143,69 +141,6 @@ def test_impossible_counts_are_refused(select, count):
 def test_nm_refuses_inputs_that_do_not_divide():
     with pytest.raises(ValueError, match="6 inputs do not divide by M=4"):
         nm_mask(torch.rand(4, 6), NM(2, 4))
-
-
-@quick
-@given(
-    st.lists(st.one_of(st.sampled_from(SPECIAL), st.floats(-100, 100)), min_size=1, max_size=60),
-    st.sampled_from(DTYPES),
-    st.lists(st.integers(0, 60), max_size=3),
-    st.data(),
-)
-def test_kth_smallest_of_several_tensors(values, dtype, cuts, data):
-    tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
-    edges = [0, *sorted(min(c, len(values)) for c in cuts), len(values)]
-    parts = [tensor[a:b] for a, b in itertools.pairwise(edges)]  # some are empty
-    k = data.draw(st.integers(1, len(values)))
-    found = kth_smallest(lambda: iter(parts), k)
-    assert found.dtype == dtype
-    assert found.shape == ()
-    assert float(found) == np.sort(as_numpy(tensor))[k - 1]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_kth_smallest_at_every_rank_of_neighbouring_bit_patterns(dtype):
-    # Numbers that share their first 16 bits, and numbers either side of zero.
-    near = torch.tensor([1.0], dtype=dtype).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize])
-    values = torch.cat([(near + i) for i in range(6)]).view(dtype)
-    values = torch.cat([values, -values, torch.zeros(2, dtype=dtype), -torch.zeros(2, dtype=dtype)])
-    expected = np.sort(as_numpy(values))
-    for k in range(1, len(values) + 1):
-        assert float(kth_smallest(lambda: [values[::2], values[1::2].reshape(-1, 1)], k)) == expected[k - 1]
-
-
-def test_kth_smallest_sums_histograms_over_ranks():
-    mine, theirs = torch.randn(500), torch.randn(300)
-    parts = [lambda: [mine], lambda: [theirs]]
-    # The histograms of both ranks, as an all-reduce would add them: recorded from a run over each part's passes.
-    everything = torch.cat([mine, theirs]).sort().values
-
-    def together(k):
-        calls = []
-
-        def reduce(counts):
-            calls.append(counts)
-            return counts + other[len(calls) - 1]
-
-        other = []
-        kth_smallest(lambda: [mine, theirs], k, reduce=lambda c: other.append(c) or c)
-        other = [c - own for c, own in zip(other, own_histograms(parts[0], k), strict=True)]
-        return kth_smallest(parts[0], k, reduce=reduce)
-
-    def own_histograms(part, k):
-        full, own = [], []
-        kth_smallest(lambda: [mine, theirs], k, reduce=lambda c: full.append(c) or c)
-        kth_smallest(part, k, reduce=lambda c: own.append(c) or full[len(own) - 1])
-        return own
-
-    for k in (1, 17, 400, 800):
-        assert float(together(k)) == float(everything[k - 1])
-
-
-@pytest.mark.parametrize("k", [0, -3, 11])
-def test_kth_smallest_refuses_a_rank_that_does_not_exist(k):
-    with pytest.raises(ValueError, match=rf"k={k} is not in 1\.\.10"):
-        kth_smallest(lambda: [torch.rand(4), torch.rand(6)], k)
 
 
 def test_nan_scores_are_refused_by_name():

@@ -11,12 +11,12 @@ from lightning_prune.structure.shrinking import ShrinkRecord, pruned_ratios
 
 
 def example(steps: int = 60) -> list[ShrinkRecord]:
-    units = {"attention": 9, "ffn": 1536, "stem": 576}
+    units = {"attention": 9, "ffn": 1536, "hidden": 576}
     records = [ShrinkRecord(0, 0, 134_515_008, dict(units), {})]
     for i in range(1, steps):
-        saliency = {"attention": 1e-7 * 1.05**i, "ffn": 3e-7 * 1.02**i, "stem": 8e-7}
+        saliency = {"attention": 1e-7 * 1.05**i, "ffn": 3e-7 * 1.02**i, "hidden": 8e-7}
         kind = min(saliency, key=lambda k: saliency[k])
-        units[kind] -= {"attention": 1 if i % 15 == 0 else 0, "ffn": 12, "stem": 2}[kind]
+        units[kind] -= {"attention": 1 if i % 15 == 0 else 0, "ffn": 12, "hidden": 2}[kind]
         records.append(ShrinkRecord(i, i * 65_536, 134_515_008 - i * 900_000, dict(units), saliency))
     return records
 
@@ -27,8 +27,8 @@ def test_records_survive_as_plain_values() -> None:
 
 
 def test_ratios_are_shares_of_the_first_sizes() -> None:
-    first = ShrinkRecord(0, 0, 10, {"ffn": 8, "stem": 4}, {})
-    assert pruned_ratios(ShrinkRecord(1, 5, 8, {"ffn": 6, "stem": 4}, {}), first) == {"ffn": 0.25, "stem": 0.0}
+    first = ShrinkRecord(0, 0, 10, {"ffn": 8, "hidden": 4}, {})
+    assert pruned_ratios(ShrinkRecord(1, 5, 8, {"ffn": 6, "hidden": 4}, {}), first) == {"ffn": 0.25, "hidden": 0.0}
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

@@ -65,7 +65,7 @@ def test_matrices_that_cannot_be_solved_are_refused():
         compensated(torch.ones(2, 4), bad, torch.tensor([0]))
 
 
-REMOVAL = {"attention": [[0], [1], [2]], "ffn": [[1, 5]] * 3, "stem": [0, 7, 30]}
+REMOVAL = {"attention": [[0], [1], [2]], "ffn": [[1, 5]] * 3, "hidden": [0, 7, 30]}
 
 
 @pytest.mark.parametrize("name", ["mistral", "gpt2", "llama"])
@@ -75,10 +75,10 @@ def test_every_layer_that_loses_inputs_is_fitted(name):
     removal = {**REMOVAL, "attention": [[0, 1], [2, 3], [4, 5]]} if name == "gpt2" else REMOVAL
     gone = {"attention": [range(i * 2 * 8, (i + 1) * 2 * 8) for i in range(3)], "ffn": [[1, 5]] * 3}
     if name == "gpt2":
-        layers, attention, ffn, stem = "transformer.h", "attn.c_proj", "mlp.c_proj", ("attn.c_attn", "mlp.c_fc")
+        layers, attention, ffn, hidden = "transformer.h", "attn.c_proj", "mlp.c_proj", ("attn.c_attn", "mlp.c_fc")
     else:
-        layers, attention, ffn, stem = "model.layers", "self_attn.o_proj", "mlp.down_proj", zoo.LLAMA_READERS
-    lost = {f"{layers}.{i}.{n}": [0, 7, 30] for i in range(3) for n in stem}
+        layers, attention, ffn, hidden = "model.layers", "self_attn.o_proj", "mlp.down_proj", zoo.LLAMA_READERS
+    lost = {f"{layers}.{i}.{n}": [0, 7, 30] for i in range(3) for n in hidden}
     lost |= {f"{layers}.{i}.{attention}": list(gone["attention"][i]) for i in range(3)}
     lost |= {f"{layers}.{i}.{ffn}": [1, 5] for i in range(3)}
     if name == "mistral":
@@ -93,7 +93,7 @@ def test_every_layer_that_loses_inputs_is_fitted(name):
         model(input_ids=ids)
     for handle in handles:
         handle.remove()
-    observed = observed_layers(structure, ("attention", "ffn", "stem"))
+    observed = observed_layers(structure, ("attention", "ffn", "hidden"))
     assert set(observed) == set(lost)
     for n, seen in observed.items():  # layers that share a Hessian do see the same inputs
         assert torch.equal(inputs[n], inputs[seen])

@@ -33,7 +33,7 @@ def test_a_family_of_your_own(tmp_path):
             p.add_(torch.randn_like(p) * 0.2)
     structure = read_structure(model)
     assert structure.shapes().count(structure.sizes) == sum(p.numel() for p in model.parameters())
-    assert [len(names) for names in structure.readers("stem")] == [3 * 4 + 1]
+    assert [len(names) for names in structure.readers("hidden")] == [3 * 4 + 1]
     removal = zoo.removals("mistral")["all"]
     masked = copy.deepcopy(model)
     mask_units(masked, removal)

@@ -39,7 +39,7 @@ def learned(name="llama", steps=60):
 def test_every_family(name, saliency, tmp_path):
     model = zoo.make(name)
     total = sum(p.numel() for p in model.parameters())
-    types = ("ffn",) if name in ("gpt2", "opt", "llama-biases") else ("attention", "ffn", "stem")
+    types = ("ffn",) if name in ("gpt2", "opt", "llama-biases") else ("attention", "ffn", "hidden")
     report = prune_structured(model, data(2), 0.85, types, saliency, num_samples=4, progress=False)
     assert report.parameters == sum(p.numel() for p in model.parameters()) <= int(0.85 * total)
     assert report.parameters_before == total
@@ -106,7 +106,7 @@ def test_compensation_helps_and_every_saliency_beats_the_worst_channels():
 @pytest.mark.parametrize("saliency", ["kfac", "taylor1"])
 def test_sizes_as_target(target, sizes, saliency):
     model = zoo.make("qwen3")
-    types = ("attention", "ffn", "stem", "layer")
+    types = ("attention", "ffn", "hidden", "layer")
     report = prune_structured(model, data(), target, types, saliency)
     assert tuple(report.sizes.as_dict().values())[:5] == sizes
     assert "->" in str(report)
@@ -116,7 +116,7 @@ def test_sizes_as_target(target, sizes, saliency):
 def test_heads_and_channels_of_gpt2_together():
     model = zoo.make("gpt2")
     report = prune_structured(
-        model, data(), {"num_attention_heads": 5, "hidden_size": 40}, ("attention", "stem"), compensate=True
+        model, data(), {"num_attention_heads": 5, "hidden_size": 40}, ("attention", "hidden"), compensate=True
     )
     assert report.sizes.num_attention_heads == report.sizes.num_key_value_heads == 5
     assert model.config.n_embd == 40
@@ -164,8 +164,8 @@ def test_a_module_that_holds_the_model_and_a_loss_of_ones_own():
 
 def test_data_that_can_be_read_only_once():
     twice = zoo.make("mistral"), zoo.make("mistral")
-    prune_structured(twice[0], iter(data()), 0.8, ("ffn", "stem"))
-    prune_structured(twice[1], data(), 0.8, ("ffn", "stem"))
+    prune_structured(twice[0], iter(data()), 0.8, ("ffn", "hidden"))
+    prune_structured(twice[1], data(), 0.8, ("ffn", "hidden"))
     assert snapshot(twice[0]) == snapshot(twice[1])
 
 

@@ -64,13 +64,13 @@ def test_removal_in_steps_is_removal_at_once(name, monkeypatch):
     zoo.exact_rms_norms(monkeypatch)
     at_once, in_steps = zoo.make(name).double(), zoo.make(name).double()
     attention, channels = [[5]] * 3 if name in ("gpt2", "opt") else [[2]] * 3, [*range(20, 28)]
-    remove_units(at_once, {"attention": attention, "stem": channels, "ffn": [[0, 27]] * 3})
+    remove_units(at_once, {"attention": attention, "hidden": channels, "ffn": [[0, 27]] * 3})
     remove_units(in_steps, {"ffn": [[27]] * 3})
     if name in ("gpt2", "opt", "llama-biases"):
-        remove_units(in_steps, {"attention": attention, "stem": channels})
+        remove_units(in_steps, {"attention": attention, "hidden": channels})
     else:
-        remove_units(in_steps, {"stem": channels[:3]})
-        remove_units(in_steps, {"attention": attention, "stem": [20, 21, 22, 23, 24]})
+        remove_units(in_steps, {"hidden": channels[:3]})
+        remove_units(in_steps, {"attention": attention, "hidden": [20, 21, 22, 23, 24]})
     remove_units(in_steps, {"ffn": [[0]] * 3})
     torch.testing.assert_close(zoo.logits(in_steps), zoo.logits(at_once), atol=1e-9, rtol=0)
     for (n, p), q in zip(in_steps.named_parameters(), at_once.parameters(), strict=True):
@@ -81,7 +81,7 @@ def test_masks_are_zeros_written_by_hand(monkeypatch):
     """Of a Llama with grouped queries, head by head and channel by channel."""
     model = zoo.make("llama-biases", attention_dropout=0.0)
     by_hand = copy.deepcopy(model)
-    attention, ffn, stem = [[1], [0], [2]], [[3, 4], [5, 27], [0, 1]], [7, 40]
+    attention, ffn, hidden = [[1], [0], [2]], [[3, 4], [5, 27], [0, 1]], [7, 40]
     e = 8
     with torch.no_grad():
         for layer, heads, channels in zip(by_hand.model.layers, attention, ffn, strict=True):
@@ -98,7 +98,7 @@ def test_masks_are_zeros_written_by_hand(monkeypatch):
                     projection.weight[f] = 0
                     projection.bias[f] = 0
                 layer.mlp.down_proj.weight[:, f] = 0
-            for d in stem:
+            for d in hidden:
                 for norm in (layer.input_layernorm, layer.post_attention_layernorm):
                     norm.weight[d] = 0
                 for p in ("q_proj", "k_proj", "v_proj"):
@@ -108,11 +108,11 @@ def test_masks_are_zeros_written_by_hand(monkeypatch):
                 for p in (layer.self_attn.o_proj, layer.mlp.down_proj):
                     p.weight[d] = 0
                     p.bias[d] = 0
-        for d in stem:
+        for d in hidden:
             by_hand.model.embed_tokens.weight[:, d] = 0
             by_hand.model.norm.weight[d] = 0
             by_hand.lm_head.weight[:, d] = 0
-    removal = {"attention": attention, "ffn": ffn, "stem": stem}
+    removal = {"attention": attention, "ffn": ffn, "hidden": hidden}
     masks = unit_masks(model, removal)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     mask_units(model, removal)
@@ -127,7 +127,7 @@ def test_masked_layer_norm_is_that_of_the_kept_channels(name):
     model = zoo.make(name).double()
     norm = model.transformer.ln_f if name == "gpt2" else model.model.decoder.final_layer_norm
     weight, bias = norm.weight.detach().clone(), norm.bias.detach().clone()
-    mask_units(model, {"stem": [0, 5]})
+    mask_units(model, {"hidden": [0, 5]})
     x = torch.randn(2, 3, 48, dtype=torch.float64)
     kept = [i for i in range(48) if i not in (0, 5)]
     mean = x[..., kept].mean(-1, keepdim=True)
@@ -136,13 +136,13 @@ def test_masked_layer_norm_is_that_of_the_kept_channels(name):
     expected[..., kept] = (x[..., kept] - mean) / (variance + 1e-5).sqrt() * weight[kept] + bias[kept]
     torch.testing.assert_close(norm(x), expected, atol=1e-12, rtol=0)
     assert isinstance(norm, KeptChannelsNorm)
-    mask_units(model, {"stem": [9]})  # adds to what is masked
+    mask_units(model, {"hidden": [9]})  # adds to what is masked
     assert 48 - len(norm.kept_channels) == 3
     assert "kept_channels" not in "".join(model.state_dict())
     twin = copy.deepcopy(model)
     torch.testing.assert_close(zoo.logits(twin), zoo.logits(model))
     with pytest.raises(ValueError, match=r"\[0, 5\] are masked but not removed"):
-        remove_units(model, {"attention": [[0]] * 3, "stem": range(9, 17)})
+        remove_units(model, {"attention": [[0]] * 3, "hidden": range(9, 17)})
     unmask_norms(model)
     assert type(norm) is nn.LayerNorm
 
@@ -231,7 +231,7 @@ def test_parameters_keep_identity_and_lose_gradients():
     model = zoo.make("qwen3")
     before = {n: id(p) for n, p in model.named_parameters()}
     model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
-    remove_units(model, zoo.removals("qwen3")["stem"])
+    remove_units(model, zoo.removals("qwen3")["hidden"])
     assert {n: id(p) for n, p in model.named_parameters()} == before
     sliced = [p for p in model.parameters() if p.grad is not None]
     assert all(p.grad.shape == p.shape for p in sliced)
@@ -251,36 +251,13 @@ def test_a_removed_layer_leaves_the_optimizer():
     trained(model, optimizer)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "qwen3", "gpt2"])
-def test_copies_are_sliced_as_the_weights_are(name):
-    model, removal = zoo.make(name), zoo.removals(name)["all"]
-    holder = nn.Module()
-    holder.net = model
-    by_module = {n: v.clone() for n, v in holder.state_dict().items()}  # tied twice, with the module's names
-    by_model = {n: p.detach().clone() for n, p in model.named_parameters()} | {"other": torch.ones(3)}
-    mask_units(holder, removal, extra=[by_model])
-    assert all(bool((by_model[n][~m] == 0).all()) for n, m in unit_masks(model, removal).items())
-    by_model = {n: by_module[f"net.{n}"].clone() for n, _ in model.named_parameters()} | {"other": torch.ones(3)}
-    remove_units(holder, removal, extra=[by_module, by_model])
-    state = holder.state_dict()
-    assert list(by_module) == list(state)
-    for n, value in state.items():  # layer 0 is gone, so layer 1 of the copy is layer 0 now
-        torch.testing.assert_close(by_module[n], value, msg=n)
-    names = {n for n, _ in model.named_parameters()}
-    assert set(by_model) == names | {"other"}
-    assert all(torch.equal(by_model[n], state[f"net.{n}"]) for n in names)
-    assert by_model["other"].shape == (3,)
-    with pytest.raises(ValueError, match="extra"):
-        remove_units(model, {"ffn": [[0]] * 2}, extra=[{next(iter(names)): torch.ones(2)}])
-
-
 # -- the rest ----------------------------------------------------------------------------------------------------
 
 
 def test_epsilon_and_weights_of_rms_norms():
     model = zoo.make("llama")
     weight = model.model.norm.weight.detach().clone()
-    remove_units(model, {"stem": range(12)})
+    remove_units(model, {"hidden": range(12)})
     assert model.config.rms_norm_eps == pytest.approx(0.05 * 48 / 36)
     assert model.model.layers[0].input_layernorm.variance_epsilon == model.config.rms_norm_eps
     torch.testing.assert_close(model.model.norm.weight.detach(), weight[12:] * math.sqrt(48 / 36))
@@ -314,12 +291,12 @@ def test_optimizers_that_cannot_be_sliced_are_refused_before_anything_changes(ki
         optimizer.state[model.model.norm.weight]["curvature"] = torch.ones(48)
     before, config = snapshot(model), model.config.to_dict()
     with pytest.raises(ValueError, match=r"Adafactor keeps the state|'curvature'"):
-        remove_units(model, {"stem": [1], "ffn": [[0]] * 3}, [optimizer])
+        remove_units(model, {"hidden": [1], "ffn": [[0]] * 3}, [optimizer])
     assert snapshot(model) == before
     assert model.config.to_dict() == config
 
 
-@pytest.mark.parametrize("removal", [{"attention": [[0]] * 3}, {"stem": [1]}, {"ffn": [[99]] * 3}])
+@pytest.mark.parametrize("removal", [{"attention": [[0]] * 3}, {"hidden": [1]}, {"ffn": [[99]] * 3}])
 def test_a_refused_removal_changes_nothing(removal):
     model = zoo.make("gpt2")
     before, config = snapshot(model), model.config.to_dict()
@@ -338,7 +315,7 @@ def test_layers_that_depend_on_their_number_stay():
 def test_plain_model_shares_parameters_and_saves_a_tokenizer(tmp_path):
     model = zoo.make("llama")
     assert plain_model(model) is model
-    remove_units(model, {"stem": [1]})
+    remove_units(model, {"hidden": [1]})
     plain = plain_model(model)
     assert plain.config.model_type == "mistral"
     assert plain.config.sliding_window is None

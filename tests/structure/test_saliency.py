@@ -14,7 +14,7 @@ from lightning_prune.structure.saliency import SaliencyAccumulator, kfac_salienc
 from lightning_prune.structure.units import check_removal
 
 HEAD = 8  # dimensions of a head
-TYPES = ("attention", "ffn", "stem", "layer")
+TYPES = ("attention", "ffn", "hidden", "layer")
 
 
 def with_gradients(name, seed=0):
@@ -56,7 +56,7 @@ def by_hand(model, kind, unit_type):
         rows.append(row)
     if unit_type == "layer":
         return np.array(rows).T
-    if unit_type != "stem":
+    if unit_type != "hidden":
         return np.array(rows)
     channels = []
     for d in range(48):
@@ -118,12 +118,12 @@ def test_steps_add_up(name):
 def test_state_travels_and_follows_the_model():
     model = with_gradients("llama")
     structure = read_structure(model)
-    scores = SaliencyAccumulator(structure, ("ffn", "stem"))
+    scores = SaliencyAccumulator(structure, ("ffn", "hidden"))
     scores.add()
-    twin = SaliencyAccumulator(structure, ("ffn", "stem"))
+    twin = SaliencyAccumulator(structure, ("ffn", "hidden"))
     twin.load_state_dict(scores.state_dict())
     assert twin.steps == 1
-    assert all(torch.equal(twin.means()[t], scores.means()[t]) for t in ("ffn", "stem"))
+    assert all(torch.equal(twin.means()[t], scores.means()[t]) for t in ("ffn", "hidden"))
     scores.reset()
     assert scores.steps == 0
     assert not scores.sums("ffn").any()
@@ -140,7 +140,7 @@ def test_state_travels_and_follows_the_model():
 def test_a_running_mean_decays_at_each_reset_and_outlives_a_compaction():
     """By hand: sums s1 and s2 of two steps with a pruning between are kept as 0.75 s1 + s2, for the units that stay."""
     model = with_gradients("llama")
-    types = ("attention", "ffn", "stem", "layer")
+    types = ("attention", "ffn", "hidden", "layer")
     scores = SaliencyAccumulator(read_structure(model), types, decay=0.75)
     scores.add()
     first = {t: scores.sums(t) for t in types}
@@ -161,7 +161,7 @@ def test_a_running_mean_decays_at_each_reset_and_outlives_a_compaction():
     for t in types:
         torch.testing.assert_close(twin.means()[t], scores.means()[t])
 
-    removal = check_removal(read_structure(model), {"ffn": [[0, 5], [27, 3], [1, 2]], "stem": [[4]], "layer": [[1]]})
+    removal = check_removal(read_structure(model), {"ffn": [[0, 5], [27, 3], [1, 2]], "hidden": [[4]], "layer": [[1]]})
     remove_units(model, removal)
     scores.follow(read_structure(model), removal)
     assert scores.steps == 1
@@ -170,8 +170,8 @@ def test_a_running_mean_decays_at_each_reset_and_outlives_a_compaction():
     torch.testing.assert_close(scores.sums("ffn"), ffn)
     torch.testing.assert_close(scores.sums("attention"), expected["attention"][[0, 2]])
     torch.testing.assert_close(scores.sums("layer"), expected["layer"][:, [0, 2]])
-    stem = expected["stem"]
-    torch.testing.assert_close(scores.sums("stem"), torch.cat([stem[:, :4], stem[:, 5:]], 1))
+    hidden = expected["hidden"]
+    torch.testing.assert_close(scores.sums("hidden"), torch.cat([hidden[:, :4], hidden[:, 5:]], 1))
 
 
 def test_steps_that_are_not_finite_do_not_count():
@@ -190,7 +190,7 @@ def test_masked_units_are_worth_nothing_and_frozen_weights_count_as_zero():
     mask_units(model, {"ffn": [[4]] * 3})
     model.model.embed_tokens.weight.requires_grad_(False)
     model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
-    scores = SaliencyAccumulator(read_structure(model), ("ffn", "stem"))
+    scores = SaliencyAccumulator(read_structure(model), ("ffn", "hidden"))
     scores.add()
     assert bool((scores.means()["ffn"][:, 4] == 0).all())
     assert bool((scores.means()["ffn"][:, 5] > 0).all())
@@ -210,18 +210,18 @@ def test_kfac_is_the_sum_over_rows_of_the_readers(name):
     model = zoo.make(name)
     ids = zoo.tokens()
     if name == "gpt2":
-        layers, attention, ffn, stem = "transformer.h", "attn.c_proj", "mlp.c_proj", ("attn.c_attn", "mlp.c_fc")
-        # Weights of one unit, in one layer (in the model, for stem).
+        layers, attention, ffn, hidden = "transformer.h", "attn.c_proj", "mlp.c_proj", ("attn.c_attn", "mlp.c_fc")
+        # Weights of one unit, in one layer (in the model, for hidden).
         weights = {"ffn": 2 * 48 + 1, "attention": 4 * 48 * HEAD + 3 * HEAD}
-        weights["stem"] = 14 + 61 + 32 + 3 * (4 * 48 + 2 * 28 + 2)
+        weights["hidden"] = 14 + 61 + 32 + 3 * (4 * 48 + 2 * 28 + 2)
     else:
-        layers, attention, ffn, stem = "model.layers", "self_attn.o_proj", "mlp.down_proj", zoo.LLAMA_READERS
+        layers, attention, ffn, hidden = "model.layers", "self_attn.o_proj", "mlp.down_proj", zoo.LLAMA_READERS
         weights = {"ffn": 3 * 48, "attention": 2 * 48 * (2 + 1) * HEAD}
-        weights["stem"] = 7 + 2 * 61 + 3 * (2 * 48 + 2 * 24 + 3 * 28)
+        weights["hidden"] = 7 + 2 * 61 + 3 * (2 * 48 + 2 * 24 + 3 * 28)
     readers = {
         "ffn": [[f"{layers}.{i}.{ffn}"] for i in range(3)],
         "attention": [[f"{layers}.{i}.{attention}"] for i in range(3)],
-        "stem": [[f"{layers}.{i}.{n}" for i in range(3) for n in stem] + ["lm_head"]],
+        "hidden": [[f"{layers}.{i}.{n}" for i in range(3) for n in hidden] + ["lm_head"]],
     }
     names = {f"{n}.weight": n for places in readers.values() for names in places for n in names}
     reference = naive.statistics(model, [{"input_ids": row[None]} for row in ids], names)
@@ -230,7 +230,7 @@ def test_kfac_is_the_sum_over_rows_of_the_readers(name):
         model, [{"input_ids": ids}], reader_targets(structure, TYPES), {INPUT_NORM, OUTPUT_GRAD_NORM}, num_samples=2
     )
     got = kfac_saliency(structure, statistics, TYPES)
-    per_unit = {"ffn": 1, "stem": 1, "attention": (2 if name == "mistral" else 1) * HEAD}
+    per_unit = {"ffn": 1, "hidden": 1, "attention": (2 if name == "mistral" else 1) * HEAD}
     expected = {}
     for unit_type, places in readers.items():
         rows = []

@@ -39,7 +39,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 def masked_run(config: dict[str, Any], folder: Path, **settings: Any) -> tuple[Any, int]:
     """A checkpoint at step 6, when nothing is sliced off yet; the model as it was, and its parameters without units."""
-    types = ("ffn", "layer") if config is GPT2 else ("attention", "ffn", "stem")
+    types = ("ffn", "layer") if config is GPT2 else ("attention", "ffn", "hidden")
     target = 0.5 if config is GPT2 else {"num_key_value_heads": 1, "intermediate_size": 40, "hidden_size": 24}
     callback = PruningAwarePretraining(**{"target": target, "types": types, "end": 6, **settings})
     found: list[Any] = []
@@ -122,7 +122,7 @@ def test_units_that_the_model_does_not_have_are_an_error(tmp_path: Path) -> None
 
 def test_a_noted_model_is_saved_small_and_stays_as_it_is(tmp_path: Path) -> None:
     module = make_module()
-    units = {"ffn": [torch.tensor([3, 7]), torch.tensor([0, 47])], "stem": [torch.tensor([5])]}
+    units = {"ffn": [torch.tensor([3, 7]), torch.tensor([0, 47])], "hidden": [torch.tensor([5])]}
     mask_units(module.model, units)
     note_masked_units(module.model, units, "group")
     before = {name: p.detach().clone() for name, p in module.model.named_parameters()}

@@ -1,12 +1,9 @@
 """FSDP2 with two real processes: saliencies and masks are those of one process on all samples."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import structure_worker as worker
 import torch
+from launching import launch_calls
 from safetensors.torch import load_file
 
 from lightning_prune.structure.masking import unit_masks
@@ -21,14 +18,8 @@ NAMES = ("llama", "gpt2")
 def folder(tmp_path_factory):
     """What both processes wrote; they are started once, since starting takes longest."""
     path = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, str(Path(worker.__file__)), ",".join(NAMES)]
-    started = [subprocess.Popen([*command, str(rank), "2", str(path)], stderr=subprocess.PIPE) for rank in (0, 1)]
-    try:
-        errors = [process.communicate(timeout=500)[1].decode() for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], errors
+    done = launch_calls(2, worker.run_sharded, [(NAMES, 2, path)])
+    assert done.returncode == 0, done.stderr[-3000:]
     return path
 
 

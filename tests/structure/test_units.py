@@ -11,8 +11,8 @@ from lightning_prune.structure.families import Family, find_family, known_famili
 from lightning_prune.structure.sizes import (
     Sizes,
     check_types,
-    target_count,
-    target_sizes,
+    goal_count,
+    goal_sizes,
     unit_of_heads,
     units_to_remove,
 )
@@ -48,7 +48,7 @@ def test_parameter_count_is_that_of_a_fresh_model_of_any_sizes(name):
 
 
 @pytest.mark.parametrize("name", zoo.FAMILIES)
-@pytest.mark.parametrize("unit_type", ["attention", "ffn", "stem", "layer"])
+@pytest.mark.parametrize("unit_type", ["attention", "ffn", "hidden", "layer"])
 def test_a_unit_has_the_weights_that_its_removal_saves(name, unit_type):
     structure = read_structure(zoo.make(name))
     fewer = structure.sizes.without(unit_type, 1)
@@ -58,7 +58,7 @@ def test_a_unit_has_the_weights_that_its_removal_saves(name, unit_type):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3"])
-@pytest.mark.parametrize("unit_type", ["attention", "ffn", "stem"])
+@pytest.mark.parametrize("unit_type", ["attention", "ffn", "hidden"])
 def test_units_are_disjoint_and_complete(name, unit_type):
     structure = read_structure(zoo.make(name))
     for slices in structure.slices(unit_type):
@@ -83,8 +83,8 @@ def test_readers_are_the_layers_that_take_units_as_inputs():
     assert structure.readers("ffn") == [[f"transformer.h.{i}.mlp.c_proj"] for i in range(3)]
     assert structure.readers("attention") == [[f"transformer.h.{i}.attn.c_proj"] for i in range(3)]
     layers = [f"transformer.h.{i}.{n}" for i in range(3) for n in ("attn.c_attn", "mlp.c_fc")]
-    assert structure.readers("stem") == [[*layers, "lm_head"]]
-    llama = read_structure(zoo.make("mistral")).readers("stem")[0]
+    assert structure.readers("hidden") == [[*layers, "lm_head"]]
+    llama = read_structure(zoo.make("mistral")).readers("hidden")[0]
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
     assert llama == [*(f"model.layers.{i}.{n}" for i in range(3) for n in parts), "lm_head"]
 
@@ -155,7 +155,7 @@ def test_registering_replaces_and_adds():
         ({"ffn": [[0], [1], [28]]}, "0 to 27"),
         ({"ffn": [[0, 0], [1, 2], [2, 3]]}, "at most once"),
         ({"attention": [[0, 1, 2]] * 3}, "all 3 units"),
-        ({"stem": torch.arange(48)}, "all 48 units"),
+        ({"hidden": torch.arange(48)}, "all 48 units"),
         ({"layer": [0, 1, 2]}, "all 3 units"),
         ({"layer": [-1]}, "0 to 2"),
     ],
@@ -167,30 +167,30 @@ def test_removals_that_do_not_fit_are_refused(removal, message):
 
 def test_removals_are_normalised_and_merged():
     structure = read_structure(zoo.make("llama"))
-    checked = check_removal(structure, {"ffn": [[3, 1]] * 3, "stem": [], "layer": [torch.tensor([1])]})
+    checked = check_removal(structure, {"ffn": [[3, 1]] * 3, "hidden": [], "layer": [torch.tensor([1])]})
     assert list(checked) == ["ffn", "layer"]
     assert checked["ffn"][2].tolist() == [1, 3]
-    merged = merge_removals(structure, checked, {"ffn": [[0], [2], [5]], "stem": [4]})
+    merged = merge_removals(structure, checked, {"ffn": [[0], [2], [5]], "hidden": [4]})
     assert [t.tolist() for t in merged["ffn"]] == [[0, 1, 3], [1, 2, 3], [1, 3, 5]]
-    assert merged["stem"][0].tolist() == [4]
+    assert merged["hidden"][0].tolist() == [4]
     with pytest.raises(ValueError, match="as many"):  # a unit named twice counts once
         merge_removals(structure, checked, {"ffn": [[1], [2], [5]]})
 
 
 def test_heads_that_span_the_hidden_size_go_with_it():
     structure = read_structure(zoo.make("gpt2"))
-    with pytest.raises(ValueError, match=r"remove 8 hidden channels \(stem\) with every head"):
+    with pytest.raises(ValueError, match=r"remove 8 hidden channels with every head"):
         check_sizes(structure, sizes_after(structure, check_removal(structure, {"attention": [[0]] * 3})))
-    both = check_removal(structure, {"attention": [[0]] * 3, "stem": range(8)})
+    both = check_removal(structure, {"attention": [[0]] * 3, "hidden": range(8)})
     check_sizes(structure, sizes_after(structure, both))
 
 
 def test_a_llama_with_biases_must_stay_divisible():
     structure = read_structure(zoo.make("llama-biases"))
     with pytest.raises(ValueError, match=r"its 6 heads do not divide.*biases"):
-        check_sizes(structure, sizes_after(structure, check_removal(structure, {"stem": [0]})))
+        check_sizes(structure, sizes_after(structure, check_removal(structure, {"hidden": [0]})))
     plain = read_structure(zoo.make("llama"))
-    check_sizes(plain, sizes_after(plain, check_removal(plain, {"stem": [0]})))
+    check_sizes(plain, sizes_after(plain, check_removal(plain, {"hidden": [0]})))
 
 
 # -- targets -----------------------------------------------------------------------------------------------------
@@ -200,27 +200,27 @@ def test_targets():
     structure = read_structure(zoo.make("llama"))
     sizes, shapes = structure.sizes, structure.shapes()
     total = shapes.count(sizes)
-    assert target_count(0.5, sizes, shapes) == total // 2
-    assert target_count(total - 1, sizes, shapes) == total - 1
+    assert goal_count(0.5, sizes, shapes) == total // 2
+    assert goal_count(total - 1, sizes, shapes) == total - 1
     for bad in (0.0, 1.5, 1, total + 1, True, "half"):
         with pytest.raises(ValueError, match="target="):
-            target_count(bad, sizes, shapes)
-    wanted = target_sizes({"num_attention_heads": 4, "hidden_size": 40}, sizes)
+            goal_count(bad, sizes, shapes)
+    wanted = goal_sizes({"num_attention_heads": 4, "hidden_size": 40}, sizes)
     assert (wanted.num_attention_heads, wanted.num_key_value_heads, wanted.hidden_size) == (4, 2, 40)
-    assert units_to_remove(sizes, wanted, "group") == {"attention": 1, "stem": 8}
-    assert target_sizes({"num_key_value_heads": 1}, sizes).num_attention_heads == 2
-    heads = target_sizes({"num_attention_heads": 3, "num_key_value_heads": 3}, sizes)
+    assert units_to_remove(sizes, wanted, "group") == {"attention": 1, "hidden": 8}
+    assert goal_sizes({"num_key_value_heads": 1}, sizes).num_attention_heads == 2
+    heads = goal_sizes({"num_attention_heads": 3, "num_key_value_heads": 3}, sizes)
     assert unit_of_heads(sizes, heads) == "head"
     assert units_to_remove(sizes, heads, "head") == {"attention": 1}
     for bad in ({"width": 3}, {"hidden_size": 49}, {"hidden_size": 0}, {"hidden_size": 4.0}):
         with pytest.raises(ValueError, match="target"):
-            target_sizes(bad, sizes)
+            goal_sizes(bad, sizes)
     with pytest.raises(ValueError, match="from \\(6, 3\\) to \\(2, 2\\)"):
-        target_sizes({"num_attention_heads": 2, "num_key_value_heads": 2}, sizes)
+        goal_sizes({"num_attention_heads": 2, "num_key_value_heads": 2}, sizes)
 
 
 def test_types():
-    assert check_types(["stem", "attention"]) == ("attention", "stem")
+    assert check_types(["hidden", "attention"]) == ("attention", "hidden")
     with pytest.raises(TypeError, match="types="):
         check_types("ffn")
     for bad in ((), ("head",)):

@@ -1,0 +1,14 @@
+"""Recognize Lightning's own classes by name, in `lightning` and in `pytorch_lightning`.
+
+The two packages hold the same code as different classes, so a Trainer of the one has none of the other's strategies;
+and a version may lack a class that later ones have.
+"""
+
+from __future__ import annotations
+
+_PACKAGES = ("lightning.", "pytorch_lightning.")
+
+
+def is_kind(value: object, *names: str) -> bool:
+    """Return whether an object is of one of Lightning's classes of these names, or of a class made from one."""
+    return any(c.__name__ in names and c.__module__.startswith(_PACKAGES) for c in type(value).__mro__)

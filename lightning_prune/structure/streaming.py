@@ -1,0 +1,87 @@
+"""Sum up statistics of layers over the training's own passes, one optimizer step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.pruning.hooks import on_gradient
+from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, Accumulator, wide_dtype
+from lightning_prune.structure.units import Structure
+
+
+class StreamedStatistics:
+    """Hooks on layers, and the sums of the optimizer step that is running.
+
+    Somebody has to say which passes are those of training (`listening`), since gradient checkpointing repeats them.
+    Where weights are sharded, passes see them whole, and every rank takes what its own samples give.
+
+    Args:
+        structure: Of the model.
+        wanted: What to collect of each layer, by its name.
+
+    Attributes:
+        listening: Whether passes are observed now.
+        real_tokens: Bool, one for each token of the batch, False where it is padding; None where nothing is.
+        tokens: Tokens that each layer has seen in this step.
+    """
+
+    def __init__(self, structure: Structure, wanted: Mapping[str, frozenset[str]]) -> None:
+        self.listening = False
+        self.real_tokens: Tensor | None = None
+        self._handles: list[RemovableHandle] = []
+        self.follow(structure, wanted)
+
+    def follow(self, structure: Structure, wanted: Mapping[str, frozenset[str]]) -> None:
+        """Begin anew with layers that have other names or sizes now; hooks that are on move to them."""
+        modules = structure.modules()
+        self._layers = {name: (modules[name], statistics) for name, statistics in wanted.items()}
+        self.take()
+        if self._handles:
+            self.watch()
+
+    def watch(self) -> None:
+        """Put hooks on the layers."""
+        self.release()
+        for name, (layer, statistics) in self._layers.items():
+            self._handles.append(layer.register_forward_hook(self._hook(name, statistics)))
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def take(self) -> dict[str, Accumulator]:
+        """Return the sums of the step by layer, those of layers that were seen, and begin the next step."""
+        taken = getattr(self, "_sums", {})
+        self._sums: dict[str, Accumulator] = {}
+        self.tokens: dict[str, int] = {}
+        return taken
+
+    def _hook(self, name: str, statistics: frozenset[str]) -> Any:
+        def take(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+            backward = bool(statistics & BACKWARD_STATISTICS)
+            if not self.listening or (backward and not output.requires_grad):
+                return
+            x, sums = args[0].detach(), self._of(name, layer, statistics)
+            real = self.real_tokens
+            if real is not None and real.numel() != x.numel() // x.shape[-1]:
+                real = None
+            sums.add(sums.input_increments(x, real))
+            self.tokens[name] = self.tokens.get(name, 0) + (
+                x.numel() // x.shape[-1] if real is None else int(real.sum())
+            )
+            if backward:
+                on_gradient(output, lambda delta: sums.add_output_gradient(delta, 1.0))
+
+        return take
+
+    def _of(self, name: str, layer: nn.Module, statistics: frozenset[str]) -> Accumulator:
+        if name not in self._sums:
+            weight: Any = layer.weight
+            self._sums[name] = Accumulator(statistics, tuple(weight.shape), dtype=wide_dtype(weight.dtype))
+        return self._sums[name]

@@ -1,0 +1,40 @@
+"""Start processes as forks of one that has imported everything: a moment each, where a new Python takes seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pkgutil
+from collections.abc import Callable, Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import lightning_prune
+
+# What the package imports inside functions only.
+_MORE = (
+    "datasets", "lightning.pytorch.cli", "lightning.pytorch.strategies", "peft", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data",
+    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
+)  # fmt: skip
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [*(m.name for m in pkgutil.walk_packages(lightning_prune.__path__, "lightning_prune.")), *_MORE]
+)
+
+
+def start(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str], log: Path) -> BaseProcess:
+    """Start a process that calls a function of a module; what it prints goes to `log`."""
+    process = CONTEXT.Process(target=_child, args=(dict(environment), str(log), function, arguments))
+    process.start()
+    return process
+
+
+def _child(environment: dict[str, str], log: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.clear()  # it is that of the process forked from, which may be older than a test's
+    os.environ.update(environment)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    function(*arguments)

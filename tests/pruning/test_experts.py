@@ -1,0 +1,205 @@
+"""Experts whose weights are 3-D parameters, against models in which each expert is made of Linear layers."""
+
+import warnings
+
+import pytest
+import torch
+from experts_models import EXPERTS, WORDS, linear_of, make_moe, write_out
+from torch import nn
+
+from lightning_prune import CalibrationError, prune
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.statistics import ALL_STATISTICS
+from lightning_prune.pruning.targets import ExpertTarget, find_targets
+
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "llama4"]
+LENGTHS = [9, 6, 9, 4]
+
+
+def padded_batches(size: int) -> list[dict[str, torch.Tensor]]:
+    """Samples of different lengths, padded on the right, in batches of `size`."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, WORDS, (len(LENGTHS), max(LENGTHS)), generator=generator)
+    mask = torch.arange(max(LENGTHS))[None] < torch.tensor(LENGTHS)[:, None]
+    return [
+        {"input_ids": (ids * mask)[i : i + size], "attention_mask": mask[i : i + size].long()}
+        for i in range(0, len(LENGTHS), size)
+    ]
+
+
+def naive_statistics(model: nn.Module, family: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Statistics of every written-out layer, from one backward a sample without its padding."""
+    written = write_out(model, family)
+    layers = {n: m for n, m in written.named_modules() if ".first." in n or ".second." in n}
+    sums = {name: {} for name in layers}
+
+    def add(name, key, value):
+        sums[name][key] = sums[name].get(key, 0.0) + value
+
+    for batch, length in zip(padded_batches(1), LENGTHS, strict=True):
+        rows = {name: ([], []) for name in layers}
+        handles = []
+        for name, layer in layers.items():
+
+            def see(_, args, output, name=name, rows=rows):
+                rows[name][0].append(args[0].detach())
+                output.register_hook(rows[name][1].append)
+
+            handles.append(layer.register_forward_hook(see))
+        written.zero_grad()
+        ids = batch["input_ids"][:, :length]
+        logits = written(input_ids=ids).logits
+        nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:]).backward()
+        for handle in handles:
+            handle.remove()
+        for name, layer in layers.items():
+            if not rows[name][0]:
+                continue
+            x, delta = torch.cat(rows[name][0]), torch.cat(rows[name][1])
+            add(name, "input_norm", x.square().sum(0))
+            add(name, "hessian", x.t() @ x)
+            add(name, "output_grad_norm", delta.square().sum(0))
+            add(name, "gradient_l1", layer.weight.grad.abs())
+            add(name, "gradient_l2", layer.weight.grad.square())
+    n = len(LENGTHS)
+    for found in sums.values():
+        if found:
+            found["input_norm"] = (found["input_norm"] / n).sqrt()
+            found["output_grad_norm"] = (found["output_grad_norm"] / n).sqrt()
+            found["gradient_l2"] = found["gradient_l2"].sqrt()
+            found["hessian"] = found["hessian"] / n
+    return sums
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_statistics_are_those_of_written_out_experts(family: str, size: int) -> None:
+    model = make_moe(family)
+    expected = naive_statistics(model, family)
+    targets = [t for t in find_targets(model) if isinstance(t, ExpertTarget)]
+    assert len(targets) == 2 * 2 * EXPERTS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = collect(model, padded_batches(size), targets, ALL_STATISTICS, num_samples=4, progress=False)
+    reached = 0
+    for target in targets:
+        known = expected[linear_of(target.name)]
+        for key, value in known.items():
+            # Llama 4's router rounds to float32, whatever the model's dtype.
+            close = {"rtol": 1e-4, "atol": 1e-6} if family == "llama4" else {"rtol": 1e-9, "atol": 1e-12}
+            torch.testing.assert_close(found[target.name].get(key), value, **close)
+            reached += 1
+    assert reached > 0.7 * 5 * len(targets)
+
+
+def reference_mask(scores: torch.Tensor, sparsity: float, group: str) -> torch.Tensor:
+    rows = scores if group == "row" else scores.reshape(1, -1)
+    kept = torch.ones_like(rows, dtype=torch.bool)
+    lowest = rows.argsort(dim=1, stable=True)[:, : int(sparsity * rows.shape[1])]
+    return kept.scatter_(1, lowest, False).view(scores.shape)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "gblm", "kfac"])
+def test_masks_are_those_of_written_out_experts(family: str, score: str) -> None:
+    model = make_moe(family)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    statistics = naive_statistics(model, family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        masks = prune(model, padded_batches(2), score, 0.5, allocation="uniform", alpha=10.0, progress=False)
+    compared = 0
+    for name, mask in masks.items():
+        if "experts" not in name:
+            continue
+        assert mask.shape == weights[name].shape
+        assert torch.equal(dict(model.named_parameters())[name] != 0, mask)
+        for e in range(EXPERTS):
+            known = statistics[linear_of(f"{name}.{e}")]
+            if not known:
+                continue
+            turn = (lambda m: m) if family == "mixtral" else (lambda m: m.t())
+            weight = turn(weights[name][e])
+            scores = {
+                "magnitude": lambda w, k: w.abs(),
+                "wanda": lambda w, k: w.abs() * k["input_norm"],
+                "gblm": lambda w, k: w.abs() * (k["input_norm"] + 10.0 * k["gradient_l2"]),
+                "kfac": lambda w, k: w.abs() * k["input_norm"] * k["output_grad_norm"][:, None] ** 0.7,
+            }[score](weight, known)
+            group = "layer" if score in ("magnitude", "kfac") else "row"
+            assert torch.equal(turn(mask[e]), reference_mask(scores, 0.5, group)), (name, e)
+            compared += 1
+    assert compared > 0.7 * 2 * 2 * EXPERTS
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_n_m_runs_along_the_inputs(family: str) -> None:
+    model = make_moe(family)
+    masks = prune(model, padded_batches(2), "wanda", pattern="2:4", num_samples=4, progress=False)
+    for name, mask in masks.items():
+        if "experts" in name:
+            along = mask if family == "mixtral" else mask.transpose(1, 2)  # [E, O, I]
+            assert bool((along.unflatten(-1, (-1, 4)).sum(-1) == 2).all()), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("score", ["wanda", "kfac", "gblm"])
+def test_every_implementation_gives_the_same_masks(family: str, score: str) -> None:
+    found = []
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = make_moe(family).float()
+        model.set_experts_implementation(implementation)
+        found.append(prune(model, padded_batches(2), score, 0.5, num_samples=4, progress=False))
+        assert model.config._experts_implementation == implementation
+        assert not any("forward" in vars(module) for module in model.modules())
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in found[0])
+
+
+def silence(model: nn.Module, expert: int) -> None:
+    """No token is routed to one expert of the first layer: its row of the router points away from all of them."""
+    layer = model.model.layers[0].mlp
+    with torch.no_grad():
+        layer.gate.weight[expert] = 0.0
+
+        def away(_, __, output):
+            logits, scores, index = output
+            other = (index == expert).long()
+            return logits, scores, (index + other) % EXPERTS
+
+        layer.gate.register_forward_hook(away)
+
+
+@pytest.mark.parametrize("score", ["wanda", "gblm", "kfac", "sparsegpt"])
+def test_an_expert_without_tokens_is_pruned_by_magnitude(score: str) -> None:
+    model = make_moe("mixtral")
+    silence(model, 1)
+    weight = model.model.layers[0].mlp.experts.gate_up_proj[1].detach().clone()
+    with pytest.warns(UserWarning, match=r"routed to 2 of the experts' matrices .*gate_up_proj.1"):
+        masks = prune(model, padded_batches(2), score, 0.5, num_samples=4, allocation="uniform", progress=False)
+    mask = masks["model.layers.0.mlp.experts.gate_up_proj"][1]
+    group = "row" if score in ("wanda", "gblm") else "layer"
+    assert torch.equal(mask, reference_mask(weight.abs(), 0.5, group))
+
+
+def test_layers_whose_experts_no_sample_reaches_are_refused() -> None:
+    model = make_moe("mixtral")
+    model.model.layers[0].mlp.forward = lambda hidden: hidden
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(CalibrationError, match=r"reached 'model.layers.0.mlp.experts.gate_up_proj'"):
+        prune(model, padded_batches(2), "wanda", 0.5, num_samples=4, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_selection_by_name_and_type() -> None:
+    model = make_moe("mixtral")
+    everything = {t.parameter for t in find_targets(model)}
+    assert len(everything) == 2 * (4 + 2)
+
+    def chosen(*selection, **options) -> set[str]:
+        return {t.parameter for t in find_targets(model, *selection, **options)}
+
+    experts = {n for n in everything if "experts" in n}
+    assert chosen(ignore=["experts", "lm_head"]) == everything - experts
+    assert chosen(["gate_up_proj"]) == {n for n in everything if "gate_up" in n}
+    assert chosen(["MixtralExperts"]) == chosen(["experts"]) == experts

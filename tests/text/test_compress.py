@@ -1,0 +1,189 @@
+"""The commands that prune and shrink a model into a folder: figures, zeros, and what a failure leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from measured_models import make_models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_prune import compress, prune, shrink
+from lightning_prune.cli import main
+from lightning_prune.text.compress import Compressed
+from lightning_prune.text.documents import texts_of
+
+SMALL = {"seq_len": 32, "num_samples": 4, "windows": 3, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+def naive(folder: Path, rows: torch.Tensor) -> float:
+    """Perplexity of windows ``[N, T]``, token by token in float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    losses = []
+    with torch.no_grad():
+        for row in rows:
+            logs = model(row[None]).logits[0].double().log_softmax(-1)
+            losses += [-logs[t, row[t + 1]].item() for t in range(len(row) - 1)]
+    return torch.tensor(losses, dtype=torch.float64).mean().exp().item()
+
+
+def windows_of(folder: Path, text: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples and windows as the documentation says: the last tenth of the windows is held out, both evenly spread."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [*tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    rows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    held = len(rows) // 10
+    first, last = rows[:-held], rows[-held:]
+    return first[[i * len(first) // 4 for i in range(4)]], last[[i * len(last) // 3 for i in range(3)]]
+
+
+def check_report(done: Compressed, dense: Path, text: Path) -> None:
+    _, windows = windows_of(dense, text)
+    assert done.perplexity_before == pytest.approx(naive(dense, windows), rel=1e-5)
+    assert done.perplexity == pytest.approx(naive(done.output, windows), rel=1e-5)
+    card = (done.output / "README.md").read_text(encoding="utf-8")
+    assert f"| dense | {done.perplexity_before:,.2f} |" in card
+    assert f"{done.perplexity:,.2f} |" in card
+    assert str(dense) not in card
+
+
+def test_prune_is_prune_of_the_samples(files, tmp_path, capsys):
+    before = {f.name: f.read_bytes() for f in files.dense.iterdir()}
+    done = compress(files.dense, tmp_path / "out", str(files.text), sparsity=0.4, batch_size=2, **SMALL)
+    check_report(done, files.dense, files.text)
+    samples, _ = windows_of(files.dense, files.text)
+    expected = AutoModelForCausalLM.from_pretrained(files.dense)
+    batches = [{"input_ids": samples[:2]}, {"input_ids": samples[2:]}]
+    masks = prune(expected, batches, score="kfac", sparsity=0.4, num_samples=4, progress=False)
+    written = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert all(torch.equal(written[name], p) for name, p in expected.named_parameters())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == done.found.totals().zeros
+    stored = json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))
+    assert (stored["score"], stored["zeros"]) == ("kfac", done.found.totals().zeros)
+    assert stored["settings"][0]["num_samples"] == 4
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id is not None
+    assert {f.name: f.read_bytes() for f in files.dense.iterdir()} == before
+    shown = capsys.readouterr().out
+    assert (
+        shown.index("dense: perplexity")
+        < shown.index("Pruning by kfac, 4 samples of 32 tokens")
+        < shown.index("Written:")
+    )
+    assert repr(done.prompt) in shown
+    assert repr(done.written) in shown
+
+
+def test_shrink_ends_with_an_ordinary_model(files, tmp_path):
+    done = shrink(files.dense, tmp_path / "out", 0.9, str(files.text), **SMALL)
+    check_report(done, files.dense, files.text)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    whole = AutoModelForCausalLM.from_pretrained(files.dense)
+    assert small.num_parameters() <= 0.9 * whole.num_parameters()
+    sizes = json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))["sizes"]
+    assert sizes["parameters"] == {"before": whole.num_parameters(), "now": small.num_parameters()}
+    assert sizes["intermediate_size"]["now"] == small.config.intermediate_size < whole.config.intermediate_size
+
+
+def test_the_commands(files, tmp_path, capsys):
+    options = ["--seq_len", "32", "--num_samples", "2", "--windows", "2", "--text", str(files.text), "--device", "cpu"]
+    out = str(tmp_path / "out")
+    assert main(["prune", str(files.dense), out, "--score", "wanda", "--pattern", "2:4", *options]) == 0
+    assert "exact zeros (50.00%)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))["pattern"] == "2:4"
+    assert main(["shrink", str(files.dense), out, "--target", "0.9", "--no-compensate", "--overwrite", *options]) == 0
+    assert "sizes" in json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))
+    # The pruned model is a model like any other.
+    assert main(["prune", out, str(tmp_path / "twice"), "--score", "magnitude", "--prompt", "It was", *options]) == 0
+    assert "'It was' ..." in capsys.readouterr().out
+
+
+def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
+    """Costs by hand: passes of the table times the seconds that a window took, of what is left."""
+    from lightning_prune.text import compress as command
+
+    clock = iter(range(0, 10_000, 2))  # each look at it takes two seconds
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    table = {"kfac-obs": ("kfac", 8, 5.0, 20.0), "kfac": ("kfac", 4, 3.0, 8.0), "wanda": ("wanda", 4, 1.0, 1.0)}
+    recipes = tuple(
+        (command.Recipe(score, samples, *(("obs", True) if name == "kfac-obs" else ())), sample, once)
+        for name, (score, samples, sample, once) in table.items()
+    )
+    monkeypatch.setattr(command, "_RECIPES", recipes)
+    monkeypatch.setattr(command, "_WIDTH", 64)
+    width = AutoModelForCausalLM.from_pretrained(files.dense).config.hidden_size / 64
+    # Two seconds a measurement, of three windows; two of loading; ten have gone by when it is asked.
+    costs = [2 / 3 * (8 * 5 + 20 * width), 2 / 3 * (4 * 3 + 8), 2 / 3 * (4 + 1)]
+    spent = 8 + 2 + 2
+    small = {name: value for name, value in SMALL.items() if name != "num_samples"}
+    for cost, score in zip(costs, ("kfac with update obs, block by block, 8", "kfac, 4", "wanda, 4"), strict=True):
+        clock = iter(range(0, 10_000, 2))
+        done = compress(
+            files.dense, tmp_path / "out", str(files.text), minutes=(spent + cost + 0.1) / 60, overwrite=True, **small
+        )
+        assert f"{score} samples" in capsys.readouterr().out
+        assert done.settings["num_samples"] == int(score.split()[-1])
+    clock = iter(range(0, 10_000, 2))
+    with pytest.raises(ValueError, match="are too few on this device; the quickest takes"):
+        compress(files.dense, tmp_path / "new", str(files.text), minutes=spent / 60, **small)
+    assert not (tmp_path / "new").exists()
+    for wrong in ({"minutes": -1}, {"minutes": 5, "score": "wanda"}, {"minutes": 5, "num_samples": 4}):
+        with pytest.raises(ValueError, match="stands in place of score"):
+            compress(files.dense, tmp_path / "new", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sparsity", "1.5"], "sparsity=1.5"),
+        (["--score", "best"], "score='best'"),
+        (["--pattern", "2:3:4"], "pattern"),
+        (["--num_samples", "0"], "num_samples=0"),
+        (["--text", "/no/such.txt"], "is not an existing file"),
+        (["--text_field", "words"], "text_field='words' names no text"),
+        (["--seq_len", "100000"], "seq_len=100000"),
+        (["--prompt", "x", "--update", "best"], "update"),
+    ],
+)
+def test_a_failure_leaves_the_old_folder(files, tmp_path, capsys, options, message):
+    shutil.copytree(files.dense, tmp_path / "out")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    text = [] if "--text" in options else ["--text", str(files.text)]
+    small = [] if "--seq_len" in options else ["--seq_len", "32"]
+    command = ["prune", str(files.dense), str(tmp_path / "out"), *text, *small, "--overwrite", *options]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_model_itself_is_no_output(files, tmp_path):
+    with pytest.raises(ValueError, match="is or holds the checkpoint"):
+        compress(files.dense, files.dense, overwrite=True)
+    with pytest.raises(ValueError, match="is not empty; choose another folder"):
+        compress(files.dense, files.pruned)
+
+
+def test_text_of_every_kind(tmp_path):
+    import datasets
+
+    rows = [{"text": "one", "words": 1}, {"text": " ", "words": 0}, {"text": "two", "words": 1}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("alpha\nbeta", encoding="utf-8")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert list(texts_of(str(tmp_path / "rows.jsonl"))) == ["one", "two"]
+    assert list(texts_of(str(tmp_path / "saved"))) == ["one", "two"]
+    assert list(texts_of([str(tmp_path / "a.txt"), str(tmp_path / "a.txt")])) == ["alpha\nbeta"] * 2
+    assert next(texts_of("austen")).startswith("PRIDE AND PREJUDICE")
+    with pytest.raises(ValueError, match="text_field='words' names no text"):
+        list(texts_of(str(tmp_path / "saved"), text_field="words"))
