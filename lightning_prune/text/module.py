@@ -377,7 +377,8 @@ class CausalLM(L.LightningModule):
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
         small = without_masked_units(self.model, state)
         whole, state = _ordinary(small), state if small is self.model else None
-        whole.save_pretrained(str(folder), state_dict=state)
+        # A copy: transformers takes weights that are tied out of the dict that it is given.
+        whole.save_pretrained(str(folder), state_dict=None if state is None else dict(state))
         add_check_sums(sorted(Path(folder).glob("model*.safetensors")))  # as an export has them
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
