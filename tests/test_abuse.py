@@ -5,6 +5,7 @@ Cases that belong to one module are with its tests; here are those that cross se
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import pickle
@@ -364,7 +365,11 @@ def test_out_of_memory_in_calibration(score, message, tmp_path):
     ids=["gpu", "cpu", "python"],
 )
 def test_out_of_memory_on_the_command_line_is_one_line(error, monkeypatch, capsys):
-    monkeypatch.setattr("lightning_prune.checkpoints.inspection.inspect", lambda path: (_ for _ in ()).throw(error))
+    @functools.wraps(inspect)  # the parser comes from the signature
+    def failing(*args, **options):
+        raise error
+
+    monkeypatch.setattr("lightning_prune.checkpoints.inspection.inspect", failing)
     one_error(capsys, ["inspect", "x"], "memory")
 
 

