@@ -14,7 +14,7 @@ from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.kinds import is_kind
-from lightning_prune.callbacks.weight_pruning import WeightPruning
+from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
@@ -93,6 +93,11 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             "step; use precision='bf16-mixed', or another saliency"
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if len(pruners_of(trainer)) > 1:
+        raise ValueError(
+            "PruningAwarePretraining beside two WeightPruning is not supported: prune all layers with one of them, or "
+            "in a fit of its own, on the small model that save_pretrained writes"
+        )
     for other in callbacks:
         if other is callback:
             continue
@@ -386,14 +391,14 @@ def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
 
 
 def check_after_shrinking(
-    trainer: L.Trainer, pruner: WeightPruning | None, retraining: _Retraining, left_on: bool
+    trainer: L.Trainer, pruners: Sequence[WeightPruning], retraining: _Retraining, left_on: bool
 ) -> None:
     """Whether adapters can go on in the middle of a fit, after a model has shrunk and was pruned.
 
     Raises:
         ValueError: naming what cannot be beside each other.
     """
-    if pruner is None:
+    if not pruners:
         raise ValueError(
             "PERPRetraining beside PruningAwarePretraining needs the masks of a WeightPruning in the same Trainer, "
             "since those of the large model do not fit the small one: add WeightPruning(...), or run it in another fit"

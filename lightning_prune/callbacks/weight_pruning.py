@@ -29,7 +29,8 @@ from lightning_prune.callbacks.pruning_notices import (
 )
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.checkpoints.reading import check_checkpoint_of
-from lightning_prune.history import described
+from lightning_prune.checkpoints.states import states_of
+from lightning_prune.history import described, plain
 from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.elsa import ELSA
@@ -47,7 +48,7 @@ from lightning_prune.pruning.plan import PruningPlan, make_plan
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings, make_score
-from lightning_prune.pruning.targets import DEFAULT_IGNORE, parameters_of
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parameters_of
 from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
@@ -79,6 +80,9 @@ class WeightPruning(L.Callback):
 
     A copy (``copy.deepcopy``, pickle), of a fit that runs too, has the settings and the masks. In a fit of its own it
     goes on with those masks if they hold in the module, that is if its pruned weights are zero, and else prunes anew.
+
+    Several of them in one Trainer prune layers of their own, each by its `targets` and `ignore`, in the order of the
+    callbacks; a later one is calibrated on what the earlier have left. Their ``state_key`` says which layers are whose.
 
     Works with automatic and manual optimization on one device, under DDP, and under ``ModelParallelStrategy`` (FSDP2,
     tensor parallelism), where scores, aggregates and masks are shards as the parameters are, and `masks` are DTensors.
@@ -240,6 +244,16 @@ class WeightPruning(L.Callback):
 
     # -- for callbacks beside this one ---------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """The class's name and, where they are not the defaults, which layers: what tells two callbacks apart."""
+        which: dict[str, Any] = {}
+        if self.settings.targets is not None:
+            which["targets"] = plain(self.settings.targets)
+        if tuple(self.settings.ignore) != DEFAULT_IGNORE:
+            which["ignore"] = plain(self.settings.ignore)
+        return self._generate_state_key(**which) if which else super().state_key
+
     def rename_masks(self, rename: Callable[[str], str]) -> None:
         """Follow parameters that have got other names, such as those of layers that adapters were put around.
 
@@ -307,7 +321,7 @@ class WeightPruning(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
-        plan = self._make_plan(pl_module)
+        plan = self._make_plan(pl_module, self._check_others(trainer, pl_module))
         self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
         sharded = has_sharded_parameters(pl_module)
         if sharded and not is_kind(trainer.strategy, "ModelParallelStrategy"):
@@ -335,8 +349,27 @@ class WeightPruning(L.Callback):
         if self._data is not None and not self._data.kept:
             self._data = None
 
-    def _make_plan(self, module: L.LightningModule) -> PruningPlan:
-        plan = make_plan(module, self.settings)
+    def _check_others(self, trainer: L.Trainer, module: L.LightningModule) -> frozenset[str]:
+        """Names of the weights that other callbacks prune; refused where they are this one's, before any prunes."""
+        own = _weights_to_prune(self, module)
+        beside: set[str] = set()
+        for other in pruners_of(trainer):
+            if other is self:
+                continue
+            names = _weights_to_prune(other, module)
+            if shared := [name for name in own if name in names]:
+                raise ValueError(
+                    f"two WeightPruning in one Trainer would both prune {len(shared)} weights, first {shared[0]!r}: "
+                    f"targets={self.settings.targets!r} and targets={other.settings.targets!r}; give each layer to "
+                    "one of them, with targets or ignore"
+                )
+            if self.distill_from is not None and other.distill_from is not None:
+                raise ValueError("distill_from is given to two WeightPruning in one Trainer: give it to one of them")
+            beside |= names.keys()
+        return frozenset(beside)
+
+    def _make_plan(self, module: L.LightningModule, beside: frozenset[str] = frozenset()) -> PruningPlan:
+        plan = make_plan(module, self.settings, beside)
         self._planned, self._target_names = plan.planned_count, tuple(parameters_of(plan.targets))
         return plan
 
@@ -616,6 +649,24 @@ class WeightPruning(L.Callback):
         """The settings that say how the masks came about, in plain values, for model cards and for a resumed run."""
         return {**self.settings.describe(), "seed": described(self.seed), "schedule": described(self.schedule)}
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the masks of a checkpoint that another choice of layers was made for; refuse to leave any behind.
+
+        Raises:
+            ValueError: the checkpoint has masks of a `WeightPruning` that is not in the Trainer.
+        """
+        states = checkpoint["callbacks"]
+        pruners = pruners_of(trainer)
+        left = states_of(states, "WeightPruning").keys() - {pruner.state_key for pruner in pruners}
+        if len(left) == len(pruners) == 1 and self.state_key not in states:  # it prunes by other names now
+            states[self.state_key] = states.pop(left.pop())
+        if left and self._stage == "fit":
+            raise ValueError(
+                f"the checkpoint has masks of {sorted(left)}, which no WeightPruning in the Trainer would hold: its "
+                f"callbacks have the keys {sorted(p.state_key for p in pruners)}. Resume with the targets and ignore "
+                "that each had"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take masks from a checkpoint; they are bound to the parameters at fit start.
 
@@ -640,6 +691,16 @@ class WeightPruning(L.Callback):
         if self._hold is not None:
             self._hold.remove()
             self._hold = None
+
+
+def pruners_of(trainer: L.Trainer) -> list[WeightPruning]:
+    """The `WeightPruning` callbacks of a Trainer, in its order."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, WeightPruning)]
+
+
+def _weights_to_prune(pruner: WeightPruning, module: nn.Module) -> dict[str, nn.Parameter]:
+    return parameters_of(find_targets(module, pruner.settings.targets, pruner.settings.ignore))
 
 
 def ranks_of(trainer: L.Trainer) -> Ranks | None:

@@ -36,7 +36,8 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
     and with parameters that FSDP2 (``fully_shard``) or tensor parallelism shards.
 
     Args:
-        model: The model that is trained, as it is or wrapped in DDP; sharded first, where it is to be.
+        model: The model that is trained, as it is or as DDP, Fabric or accelerate has wrapped it; sharded first, where
+            it is to be.
         masks: Bool masks by parameter name, True = kept, of the parameters' shapes, as `prune` returns them; whole, or
             sharded as the parameters are.
         optimizer: The optimizer, or all of them, of the parameters as they are now; those that Fabric and accelerate
@@ -60,13 +61,13 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
                 optimizer.zero_grad()
     """
     optimizers = [_bare(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
             "the weights; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or train under DDP"
         )
+    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
+        model = model.module
     masks = follow_names(model, masks)
     _check_stepped(check_masks(model, masks), optimizers)
     hold = MaskHold(model, masks)

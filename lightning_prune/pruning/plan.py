@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -130,8 +130,13 @@ class PruningPlan:
         return frozenset() if solver is None else solver.statistics
 
 
-def make_plan(model: nn.Module, settings: PruningSettings) -> PruningPlan:
+def make_plan(model: nn.Module, settings: PruningSettings, beside: Collection[str] = ()) -> PruningPlan:
     """Fit settings to a model, and refuse those that do not; nothing is computed.
+
+    Args:
+        model: Any module.
+        settings: What was asked for.
+        beside: Names of weights that another pruning takes, which is no reason to worry.
 
     Raises:
         ValueError, TypeError: see `prune`.
@@ -150,7 +155,7 @@ def make_plan(model: nn.Module, settings: PruningSettings) -> PruningPlan:
     _check_experts(found, read)
     if isinstance(allocation, Mapping):  # fail now, not after calibration
         mapping_counts(found, allocation, settings.sparsity, {})
-    coverage = coverage_of(model, selection, keeps_zeros=settings.keeps_zeros)
+    coverage = coverage_of(model, selection, keeps_zeros=settings.keeps_zeros, beside=beside)
     plan = PruningPlan(settings, found, coverage, find_stacks(model), group, allocation, settings.num_samples)
     if plan.sequential:
         _check_sequential(plan, model)
