@@ -24,10 +24,13 @@ from lightning_prune.sharding import gather_whole
 BATCHES = [{"input_ids": make_tokens(4, 12, seed=seed)} for seed in range(4)]
 
 
-def pruned(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor], torch.optim.Optimizer]:
+def pruned(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:
     model = make_llama(seed)
-    masks = prune(model, BATCHES[:1], score="magnitude", sparsity=0.5, progress=False)
-    return model, masks, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    return model, prune(model, BATCHES[:1], score="magnitude", sparsity=0.5, progress=False)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
 
 
 def part_of(batches: Iterable[dict[str, Tensor]], rank: int, ranks: int) -> list[dict[str, Tensor]]:
@@ -47,8 +50,9 @@ def fabric_loop(folder: Path, way: str, rank: int = 0, ranks: int = 1, resumed: 
     strategies = {"one": "auto", "ddp": DDPStrategy(), "fsdp2": ModelParallelStrategy(shard)}
     fabric = Fabric(accelerator="cpu", devices=ranks, strategy=strategies[way], precision="bf16-mixed")
     fabric.launch()
-    plain, masks, optimizer = pruned(seed=9 if resumed else 0)
-    model, optimizer = fabric.setup(plain, optimizer)
+    plain, masks = pruned(seed=9 if resumed else 0)
+    model = fabric.setup_module(plain)
+    optimizer = fabric.setup_optimizers(optimizer_of(model))  # of parameters that are sharded by now
     hold = hold_masks(model, masks, optimizer)
     state = {"model": model, "optimizer": optimizer, "hold": hold}
     if resumed:
@@ -69,8 +73,8 @@ def accelerate_loop(folder: Path, way: str, rank: int = 0, ranks: int = 1, resum
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    plain, masks, optimizer = pruned(seed=9 if resumed else 0)
-    model, optimizer = accelerator.prepare(plain, optimizer)
+    plain, masks = pruned(seed=9 if resumed else 0)
+    model, optimizer = accelerator.prepare(plain, optimizer_of(plain))
     hold = hold_masks(model, masks, optimizer)
     accelerator.register_for_checkpointing(hold)
     if resumed:
