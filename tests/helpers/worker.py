@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from experts_models import make_moe
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import save_file
@@ -130,6 +131,9 @@ class Model(L.LightningModule):
         if family == "gpt2":
             gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
             self.model = GPT2LMHeadModel(gpt2)
+            return
+        if family in ("mixtral", "gpt_oss"):
+            self.model = make_moe(family).float().train()
             return
         fields = {**LLAMA, "intermediate_size": intermediate_size}
         fields.pop("model_type")
