@@ -24,7 +24,7 @@ from lightning_prune.pruning.patterns import NM
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, HESSIAN
-from lightning_prune.pruning.targets import Target, find_stacks, select_layers
+from lightning_prune.pruning.targets import CONVOLUTIONS, INNER, Target, find_stacks, select_layers, type_name
 from lightning_prune.schedules import Share, count_of, exact_share
 
 
@@ -162,8 +162,13 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
                 f"pattern={str(nm)!r}: the {inputs} inputs of {target.name!r} do not divide by {nm.m}; add the layer "
                 "to `ignore`, or choose another pattern"
             )
+        if statistics and target.kind is INNER:
+            raise ValueError(
+                f"{target.name!r} is multiplied inside of {type_name(target.module)}, where activations and gradients "
+                "are not seen: use score='magnitude', or add it to `ignore`"
+            )
         for module in target.modules:
-            if statistics and isinstance(module, nn.Conv2d) and module.groups > 1:
+            if statistics and isinstance(module, CONVOLUTIONS) and module.groups > 1:
                 raise ValueError(
                     f"{target.name!r} is a grouped convolution, for which activations and gradients per input are not "
                     "defined here; use score='magnitude', or add the layer to `ignore`"

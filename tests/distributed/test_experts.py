@@ -34,7 +34,7 @@ pytestmark = pytest.mark.distributed
 
 
 def routed_by_token(groups: int = 2) -> nn.Module:
-    """A Mixtral whose tokens below 32 go to experts 0 and 1, the others to 2 and 3; or, in one group, all to 0 and 1."""
+    """A Mixtral whose tokens below 32 go to experts 0 and 1, the others to 2 and 3; in one group all go to 0 and 1."""
     model = make_moe("mixtral")
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0] = 8.0

@@ -86,7 +86,7 @@ CASES = {
     ),
     "bart": (bart, r"(_proj|fc1|fc2)\.weight", None, [r"shared\.weight \(1 tensor, .*\): embedding"]),
     "clip": (clip, r"(_proj|fc1|fc2|_projection|patch_embedding)\.weight", None, [r"position_embedding\.weight"]),
-    "tagger": (Tagger, r"project\.weight", r"lstm\.weight", [r"lstm\.weight_hh_l\* \(4 tensors, .*%\): LSTM", "head"]),
+    "tagger": (Tagger, r"(project\.weight|lstm\.weight_.*)", None, [r"head\.weight .*: head"]),
     "teacher": (Distilled, r"student\..*\.weight", r"teacher\.[02]\.weight", [r"teacher\.\*\.weight .*: frozen"]),
     "gpt2": (
         lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=60, n_positions=16, n_embd=16, n_layer=2, n_head=2)),
