@@ -6,7 +6,8 @@ follow from the same lines. The axes are
 - ``d`` hidden channels, ``f`` FFN channels,
 - ``q`` rows of the query heads (heads * head_dim), ``kv`` those of the key and value heads,
 - ``qkv`` queries, keys and values in one matrix, in this order,
-- ``-`` anything that never shrinks (vocabulary, positions, one head's dimensions).
+- ``x`` experts,
+- ``-`` anything that never shrinks (vocabulary, positions, one head's dimensions, channels of experts).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-AXES = ("d", "f", "q", "kv", "qkv", "-")
+AXES = ("d", "f", "q", "kv", "qkv", "x", "-")
 Norm = Literal["rmsnorm", "rmsnorm_plus_one", "layernorm"]
 
 
@@ -27,6 +28,7 @@ class Family:
     Attributes:
         model_type: ``config.model_type`` of transformers.
         layers: Name of the list of decoder layers.
+        types: Types of units that can be removed.
         inside: Parameters of a layer, named from the layer, and their axes, one for each dimension. Names that a model
             does not have (optional biases) are no error; parameters that are not listed are.
         outside: The other parameters, named from the model.
@@ -64,6 +66,7 @@ class Family:
     heads_divide_hidden: bool = False
     saved_as: str | None = None
     layer_index_matters: str | None = None
+    types: tuple[str, ...] = ("attention", "ffn", "hidden", "layer")
 
     def __post_init__(self) -> None:
         for name, axes in {**self.inside, **self.outside}.items():
@@ -187,7 +190,55 @@ _OPT = Family(
     heads_span_hidden=True,
 )
 
-_FAMILIES = {f.model_type: f for f in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _SMOLLM3, _GEMMA, _GPT2, _OPT)}
+# Mixtures of experts. The channels of an expert stay, and so do the hidden ones.
+_ATTENTION = {name: axes for name, axes in _LLAMA.inside.items() if not name.startswith("mlp.")}
+_EXPERTS = {"mlp.gate.weight": "x d", "mlp.experts.gate_up_proj": "x - d", "mlp.experts.down_proj": "x d -"}
+_MIXTRAL = replace(_MISTRAL, model_type="mixtral", inside={**_ATTENTION, **_EXPERTS}, types=("attention", "expert"))
+_DENSE_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+_QWEN2_MOE = replace(
+    _MIXTRAL,
+    model_type="qwen2_moe",
+    inside={
+        **_MIXTRAL.inside,
+        "mlp.shared_expert.gate_proj.weight": "- d",
+        "mlp.shared_expert.up_proj.weight": "- d",
+        "mlp.shared_expert.down_proj.weight": "d -",
+        "mlp.shared_expert_gate.weight": "- d",
+    },
+    requires=_DENSE_LAYERS,
+)
+_QWEN3_MOE = replace(
+    _MIXTRAL,
+    model_type="qwen3_moe",
+    inside={**_MIXTRAL.inside, "self_attn.q_norm.weight": "-", "self_attn.k_norm.weight": "-"},
+    head_norms=_QWEN3.head_norms,
+    requires=_DENSE_LAYERS,
+)
+_OLMOE = replace(  # its norms are over all heads of a token at once
+    _MIXTRAL,
+    model_type="olmoe",
+    inside={**_MIXTRAL.inside, "self_attn.q_norm.weight": "q", "self_attn.k_norm.weight": "kv"},
+    types=("expert",),
+)
+_GPT_OSS = replace(
+    _MIXTRAL,
+    model_type="gpt_oss",
+    inside={
+        **_ATTENTION,
+        "self_attn.sinks": "-",
+        "mlp.router.weight": "x d",
+        "mlp.router.bias": "x",
+        "mlp.experts.gate_up_proj": "x d -",
+        "mlp.experts.gate_up_proj_bias": "x -",
+        "mlp.experts.down_proj": "x - d",
+        "mlp.experts.down_proj_bias": "x d",
+    },
+    types=("expert",),
+)
+
+_DENSE = (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _SMOLLM3, _GEMMA, _GPT2, _OPT)
+_MIXTURES = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _OLMOE, _GPT_OSS)
+_FAMILIES = {family.model_type: family for family in (*_DENSE, *_MIXTURES)}
 
 
 def known_families() -> tuple[str, ...]:

@@ -94,7 +94,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "alps": ("ddp", {"score": "wanda", "update": "alps", "sequential": True, "family": "gpt_oss"}),
     "sharded kfac": ("fsdp2", {"score": "kfac", "family": "mixtral"}),
     "sharded gblm": ("fsdp2", {"score": "gblm", "family": "gpt_oss", "checkpointing": True}),
-    "sharded global": ("fsdp2", {"score": "gradient", "group": "global", "family": "mixtral"}),
+    "sharded global": ("fsdp2", {"score": "magnitude", "group": "global", "family": "mixtral"}),
     "sharded magnitude": ("fsdp2", {"score": "magnitude", "family": "gpt_oss", "parallel": {"bf16": True}}),
     "sharded 2:4": ("fsdp2", {"score": "sparsegpt", "pattern": "2:4", "sequential": True, "family": "gpt_oss"}),
     "sharded obs": ("fsdp2", {"score": "wanda", "update": "obs", "family": "mixtral"}),

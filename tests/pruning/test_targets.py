@@ -62,7 +62,7 @@ def test_conv2d_matrix_runs_along_the_channels(groups):
 
 
 def test_other_modules_are_no_layers():
-    for module in (nn.Embedding(3, 3), nn.LayerNorm(3), nn.Conv1d(3, 3, 1), nn.ReLU(), nn.Bilinear(2, 2, 2)):
+    for module in (nn.Embedding(3, 3), nn.LayerNorm(3), nn.ConvTranspose1d(3, 3, 1), nn.ReLU(), nn.Bilinear(2, 2, 2)):
         assert layer_kind(module) is None
 
 
@@ -270,9 +270,9 @@ def test_heads_of_transformers(make, heads):
         "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12, "embedding_size": 8, "num_key_value_heads": 2,
     }  # fmt: skip
     model = make(lambda config, **more: config(**{k: v for k, v in sizes.items() if k in vars(config())}, **more))
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert heads <= linear
-    assert set(names_of(model)) == linear - heads
+    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
+    assert heads <= layers
+    assert set(names_of(model)) == layers - heads
 
 
 def test_names_of_heads_mean_something_else_inside_blocks_and_around_models(llama):
