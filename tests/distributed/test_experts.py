@@ -87,17 +87,25 @@ def test_statistics_of_experts_that_only_one_rank_uses(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# Name: strategy, settings. With fully_shard a rank holds two of the four experts.
+# Name: strategy, settings. With fully_shard a rank holds two of the four experts, or half of every one.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac": ("ddp", {"score": "kfac", "family": "mixtral"}),
     "magnitude": ("ddp", {"score": "magnitude", "family": "gpt_oss"}),
     "alps": ("ddp", {"score": "wanda", "update": "alps", "sequential": True, "family": "gpt_oss"}),
     "sharded kfac": ("fsdp2", {"score": "kfac", "family": "mixtral"}),
     "sharded gblm": ("fsdp2", {"score": "gblm", "family": "gpt_oss", "checkpointing": True}),
-    "sharded global": ("fsdp2", {"score": "magnitude", "group": "global", "family": "mixtral"}),
+    "sharded global": (
+        "fsdp2",
+        {"score": "gradient", "group": "global", "family": "mixtral", "targets": ["experts"]},
+    ),
     "sharded magnitude": ("fsdp2", {"score": "magnitude", "family": "gpt_oss", "parallel": {"bf16": True}}),
     "sharded 2:4": ("fsdp2", {"score": "sparsegpt", "pattern": "2:4", "sequential": True, "family": "gpt_oss"}),
     "sharded obs": ("fsdp2", {"score": "wanda", "update": "obs", "family": "mixtral"}),
+    "sharded rows": ("fsdp2", {"score": "gblm", "family": "mixtral", "parallel": {"expert_dim": 1}}),
+    "sharded columns": (
+        "fsdp2",
+        {"score": "kfac", "update": "obs", "family": "mixtral", "parallel": {"expert_dim": 2}},
+    ),
     "sharded exact": ("fsdp2", {"score": "wanda", "update": "exact", "sequential": True, "family": "mixtral"}),
 }
 

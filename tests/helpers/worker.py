@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -154,6 +155,8 @@ class Model(L.LightningModule):
         root_only, replicas = options.pop("root_only", False), options.pop("replicas", 1)
         if options.pop("bf16", False):
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if (dim := options.pop("expert_dim", None)) is not None:
+            options["shard_placement_fn"] = lambda p: Shard(dim) if p.dim() == 3 else None
         if options.pop("offload", False):
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
         mesh, data = self.device_mesh, self.device_mesh["data_parallel"]
