@@ -360,8 +360,7 @@ class Taps:
                 self.not_per_sample |= not routed.divides_into(self.size)
                 return
             # Two dimensions then are tokens of all samples put together (experts), whatever their number.
-            patches = isinstance(layer, CONVOLUTIONS)
-            least = len(layer.kernel_size) + 2 if patches else 3 if self.of_sequences else 2
+            least = layer.weight.dim() if isinstance(layer, CONVOLUTIONS) else 3 if self.of_sequences else 2
             if x.dim() < least or x.shape[0] != self.size:
                 self.not_per_sample = True
 

@@ -3,9 +3,9 @@
 Every parameter is listed with what its dimensions run over, so that masks, saliency, slicing and parameter counts all
 follow from the same lines. The axes are
 
-- ``d`` hidden channels, ``f`` FFN channels,
+- ``d`` hidden channels, ``f`` FFN channels, ``ff`` those of two matrices in one (gates, then what they gate),
 - ``q`` rows of the query heads (heads * head_dim), ``kv`` those of the key and value heads,
-- ``qkv`` queries, keys and values in one matrix, in this order,
+- ``qkv`` queries, keys and values in one matrix, in this order, ``heads`` the three of each head together,
 - ``x`` experts,
 - ``-`` anything that never shrinks (vocabulary, positions, one head's dimensions, channels of experts).
 """
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-AXES = ("d", "f", "q", "kv", "qkv", "x", "-")
+AXES = ("d", "f", "ff", "q", "kv", "qkv", "heads", "x", "-")
 Norm = Literal["rmsnorm", "rmsnorm_plus_one", "layernorm"]
 
 
@@ -121,6 +121,64 @@ _QWEN3 = replace(
 )
 _GEMMA = replace(
     _MISTRAL, model_type="gemma", norm="rmsnorm_plus_one", scaled_embedding="model.embed_tokens", per_layer_fields=()
+)
+_GEMMA2 = replace(
+    _GEMMA,
+    model_type="gemma2",
+    inside={
+        **_LLAMA.inside,
+        "pre_feedforward_layernorm.weight": "d",
+        "post_feedforward_layernorm.weight": "d",
+    },
+    norms=(*_LLAMA.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    per_layer_fields=("layer_types",),
+    heads_divide_hidden=True,
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    model_type="gemma3_text",
+    inside={**_GEMMA2.inside, "self_attn.q_norm.weight": "-", "self_attn.k_norm.weight": "-"},
+    head_norms=_QWEN3.head_norms,
+)
+_PHI3 = replace(
+    _MISTRAL,
+    model_type="phi3",
+    inside={
+        "input_layernorm.weight": "d",
+        "self_attn.qkv_proj.weight": "qkv d",
+        "self_attn.o_proj.weight": "d q",
+        "post_attention_layernorm.weight": "d",
+        "mlp.gate_up_proj.weight": "ff d",
+        "mlp.down_proj.weight": "d f",
+    },
+)
+_GPT_NEOX = Family(
+    model_type="gpt_neox",
+    layers="gpt_neox.layers",
+    inside={
+        "input_layernorm.weight": "d",
+        "input_layernorm.bias": "d",
+        "attention.query_key_value.weight": "heads d",
+        "attention.query_key_value.bias": "heads",
+        "attention.dense.weight": "d q",
+        "attention.dense.bias": "d",
+        "post_attention_layernorm.weight": "d",
+        "post_attention_layernorm.bias": "d",
+        "mlp.dense_h_to_4h.weight": "f d",
+        "mlp.dense_h_to_4h.bias": "f",
+        "mlp.dense_4h_to_h.weight": "d f",
+        "mlp.dense_4h_to_h.bias": "d",
+    },
+    outside={
+        "gpt_neox.embed_in.weight": "- d",
+        "gpt_neox.final_layer_norm.weight": "d",
+        "gpt_neox.final_layer_norm.bias": "d",
+        "lm_head.weight": "- d",
+    },
+    norms=("input_layernorm", "post_attention_layernorm"),
+    final_norm="gpt_neox.final_layer_norm",
+    norm="layernorm",
+    heads_span_hidden=True,
 )
 _GPT2 = Family(
     model_type="gpt2",
@@ -236,7 +294,7 @@ _GPT_OSS = replace(
     types=("expert",),
 )
 
-_DENSE = (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _SMOLLM3, _GEMMA, _GPT2, _OPT)
+_DENSE = (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _SMOLLM3, _GEMMA, _GEMMA2, _GEMMA3, _PHI3, _GPT2, _OPT, _GPT_NEOX)
 _MIXTURES = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _OLMOE, _GPT_OSS)
 _FAMILIES = {family.model_type: family for family in (*_DENSE, *_MIXTURES)}
 

@@ -48,7 +48,7 @@ def reap_saliency(
         counts[layers[experts], index] += len(values)
 
     with (
-        quiet_model(structure.model),
+        quiet_model(structure.model, freeze=False),
         written_out((), layers, see),
         finder.watching(),
         progress_bar("Calibrating (forward)", number, progress) as advance,

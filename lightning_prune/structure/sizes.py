@@ -56,8 +56,9 @@ class Sizes:
     def axis(self, axis: str) -> int:
         """Length of an axis of `lightning_prune.structure.families`."""
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        fused = {"q": q, "kv": kv, "qkv": q + 2 * kv}
-        return {"d": self.hidden_size, "f": self.intermediate_size, "x": self.num_experts, **fused}[axis]
+        attention = {"q": q, "kv": kv, "qkv": q + 2 * kv, "heads": q + 2 * kv}
+        ffn = {"f": self.intermediate_size, "ff": 2 * self.intermediate_size}
+        return {"d": self.hidden_size, "x": self.num_experts, **attention, **ffn}[axis]
 
     def units(self, unit_type: str, attention_unit: AttentionUnit = "group") -> int:
         """Number of units of a type (in every layer, for those of `IN_LAYERS`)."""
@@ -88,8 +89,8 @@ class Sizes:
         return replace(self, **{name: getattr(self, name) - count})
 
     def as_dict(self) -> dict[str, int]:
-        """Sizes by name, those that the family has."""
-        return {name: size for name, size in asdict(self).items() if size}
+        """Sizes by name; those of experts where there are any."""
+        return {name: size for name, size in asdict(self).items() if size or "experts" not in name}
 
 
 @dataclass(frozen=True)

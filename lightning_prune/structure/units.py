@@ -172,7 +172,8 @@ def unit_indices(sizes: Sizes, unit_type: str, attention_unit: AttentionUnit = "
     """Indices ``[U, M]`` of every unit along each axis that holds units of a type."""
     if unit_type in _AXIS:
         axis = _AXIS[unit_type]
-        return {axis: torch.arange(sizes.axis(axis))[:, None]}
+        single = torch.arange(sizes.axis(axis))[:, None]
+        return {axis: single, "ff": torch.cat([single, len(single) + single], dim=1)} if axis == "f" else {axis: single}
     k, g, e = sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim
     rows = torch.arange(k * g * e)
     if attention_unit == "head":
@@ -180,7 +181,7 @@ def unit_indices(sizes: Sizes, unit_type: str, attention_unit: AttentionUnit = "
         return {"q": q, "qkv": q}
     q, kv = rows.view(k, g * e), torch.arange(k * e).view(k, e)
     fused = torch.cat([q, k * g * e + kv, (k * g + k) * e + kv], dim=1)
-    return {"q": q, "kv": kv, "qkv": fused}
+    return {"q": q, "kv": kv, "qkv": fused, "heads": torch.arange(k * 3 * e).view(k, 3 * e)}
 
 
 def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
@@ -375,8 +376,8 @@ def check_sizes(structure: Structure, sizes: Sizes) -> None:
     if family.heads_divide_hidden and hidden % heads and needs_other_class(structure) is not None:
         raise ValueError(
             f"{family.model_type!r} refuses a hidden size ({hidden}) that its {heads} heads do not divide, and "
-            f"{needs_other_class(structure)}, so the model cannot be saved as {family.saved_as!r} either: choose sizes "
-            "that divide (round_to)"
+            f"{needs_other_class(structure)}, so the model cannot be saved as another family either: choose sizes that "
+            "divide (round_to)"
         )
 
 

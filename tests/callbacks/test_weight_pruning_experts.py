@@ -174,7 +174,9 @@ def test_reconstruct_fits_the_kept_weights_of_experts(family: str) -> None:
     masks = prune(model, score="magnitude")
     before = {name: model.get_parameter(name).detach().clone() for name in masks}
     batches = [{"input_ids": make_tokens(2, 12, vocab=WORDS, seed=seed)} for seed in range(3)]
-    done = reconstruct(model, batches, dense, masks, train="all", steps=20, num_samples=6, progress=False)
+    done = reconstruct(
+        model, batches, dense, masks, train="all", steps=60, learning_rate=5e-3, num_samples=6, progress=False
+    )
     assert done.after < 0.9 * done.before
     for name, mask in masks.items():
         weight = model.get_parameter(name).detach()
