@@ -149,7 +149,9 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 def stored_weights(module: nn.Module) -> dict[str, LayerKind]:
     """Names of a module's own parameters that can be pruned, and how each is stored; those of adapters too."""
     if (kind := layer_kind(module)) is not None:
-        return {"weight": kind}
+        # Speech models hold a Conv1d with a weight norm: it is left out, and the summary says so.
+        plain = kind is not CONVOLUTION1D or module._parameters.get("weight") is not None
+        return {"weight": kind} if plain else {}
     if isinstance(module, nn.MultiheadAttention):
         return {name: INNER for name in _PROJECTIONS if module._parameters.get(name) is not None}
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):

@@ -35,7 +35,8 @@ def reap_saliency(
     Raises:
         CalibrationError: no batch, or outputs that are not finite.
     """
-    layers = {structure.module(f"{layer}.mlp.experts"): i for i, layer in enumerate(structure.layer_names())}
+    modules = structure.modules()
+    layers = {modules[name]: i for i, name in enumerate(structure.expert_names())}
     sums = torch.zeros(len(layers), structure.units("expert"), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     finder, padding = PaddingFinder(structure.model), list[Padding | None]([None])

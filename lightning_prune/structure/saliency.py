@@ -243,7 +243,7 @@ def reader_targets(structure: Structure, types: Sequence[str]) -> list[Target]:
 
 def expert_outputs(structure: Structure) -> list[list[Target]]:
     """The last product of every expert, one list a layer."""
-    names = [f"{layer}.mlp.experts.down_proj" for layer in structure.layer_names()]
+    names = [f"{experts}.down_proj" for experts in structure.expert_names()]
     targets = find_targets(structure.model, names, frozen=True)
     return [[t for t in targets if t.parameter == name] for name in names]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name
+from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.structure.families import Family, find_family
 from lightning_prune.structure.sizes import ATTENTION_UNITS, IN_LAYERS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
@@ -83,6 +84,11 @@ class Structure:
         """Names of the parameters of a layer."""
         prefix = f"{self.family.layers}.{index}."
         return [name for name in self.axes if name.startswith(prefix)]
+
+    def expert_names(self) -> list[str]:
+        """Names of the modules that hold the experts of each layer."""
+        prefix, modules = f"{self.family.layers}.", self.modules()
+        return [name for name, module in modules.items() if name.startswith(prefix) and expert_parameters(module)]
 
     def norm_names(self) -> list[str]:
         """Names of the normalisations over the hidden channels, the final one last."""

@@ -82,6 +82,13 @@ def test_grouped_convolutions_are_left_out_where_inputs_are_asked_for():
     assert list(prune(model, score="magnitude")) == ["0.weight", "2.weight"]
 
 
+def test_a_conv1d_with_a_weight_norm_is_left_out_and_named():
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
+    model = nn.ModuleDict({"position": normed, "proj": nn.Linear(4, 4)})
+    assert [t.name for t in find_targets(model)] == ["proj.weight"]
+    assert "position.parametrizations.weight.original1 (1 tensor" in str(measure_coverage(model))
+
+
 # -- inside of attention and recurrent layers
 
 INNER_MODELS = {
