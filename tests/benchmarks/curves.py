@@ -275,6 +275,18 @@ def callbacks_of(arm: Arm, model: nn.Module, share: float, plan: Plan, args: arg
     return [*found, PERPRetraining()] if arm.retrain else found
 
 
+def types_of(arm: Arm, args: argparse.Namespace) -> list[str]:
+    return args.oneshot_types if arm.oneshot == KFAC else args.pruner_types
+
+
+def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
+    """What decides the figures of an arm besides the training."""
+    if arm.shrink is not None:
+        every = f"every {args.every} until {args.shrink_share} of the steps, decay {args.saliency_decay}"
+        return f"{'+'.join(args.types)} {every}"
+    return "+".join(types_of(arm, args)) if arm.oneshot is not None else ""
+
+
 def run(
     name: str, share: float, loss: str, seed: int, dense: Path, rows: common.Rows, args: argparse.Namespace
 ) -> bool:
