@@ -8,13 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from perp_models import halve
 from perp_trainers import make_trainer, pruning
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from versions import WEIGHTS_ONLY
+from versions import WEIGHTS_ONLY, WeightAveraging
 
 from lightning_prune import PERPRetraining, WeightPruning, load_merged_state
 from lightning_prune.perp import SparsePeftModel, merge

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
+import lightning as L
 from jsonargparse import ArgumentParser, Namespace
 from packaging.version import Version
 
@@ -37,11 +38,21 @@ LACKING = (
         "test_layers_go_on_being_checkpointed_in_calibration",
     )),
     ("transformers", "5.20", "GGUF kept quantized", ("test_a_model_read_from_gguf_only_remembers",)),
+    ("lightning", "2.6", "averaging of weights as a callback", (
+        "tests/callbacks/test_averages.py", "test_perp_checkpoints.py*averag", "test_resuming.py*averag",
+        "test_pruning_aware_pretraining.py*averag", "test_shrink_prune_retrain.py*adapters come later",
+    )),
     ("peft", "0.20", "HiRA of PEFT", ("test_hira_is_that_of_peft_which_merges_it",)),
     ("datasets", "4", "rows of several types in one JSON file", (
         "test_malformed_rows[row1-", "test_malformed_rows[row3-", "test_malformed_rows[row7-",
     )),
 )  # fmt: skip
+
+
+try:
+    from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+except ImportError:  # never made there: the tests that would are skipped
+    EMAWeightAveraging = WeightAveraging = L.Callback  # type: ignore[misc, assignment]
 
 
 def has(package: str, least: str) -> bool:
