@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
             "the weights; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or train under DDP"
         )
     while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
-        model = model.module
+        model = cast(nn.Module, model.module)
     masks = follow_names(model, masks)
     _check_stepped(check_masks(model, masks), optimizers)
     hold = MaskHold(model, masks)
