@@ -22,7 +22,7 @@ from lightning_prune.ranks import shard_group
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.planning import check_round_to
-from lightning_prune.structure.saliency import check_saliency
+from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
 from lightning_prune.structure.saving import noted_units
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
 from lightning_prune.structure.units import Structure
@@ -36,7 +36,12 @@ def check_settings(callback: Any) -> None:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    check_saliency(callback.saliency)
+    check_saliency(callback.saliency, TRAINING_SALIENCIES)
+    if callback.saliency == "kfac" and "expert" in callback.types:
+        raise ValueError(
+            f"saliency='kfac' while training watches layers, which experts are not, and types={callback.types!r}: use "
+            "'taylor2', or leave 'expert' out"
+        )
     if callback.attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
     for name in ("second_order_every", "compact_every", "round_to"):
@@ -227,13 +232,18 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
     return {"ffn": nm.m, "hidden": nm.m}
 
 
-def units_stay(structure: Structure, strategy: Any) -> bool:
+def units_stay(structure: Structure, strategy: Any, types: Sequence[str]) -> bool:
     """Whether pruned units are to stay masks: where parameters are shards.
 
     Raises:
-        ValueError: a strategy of shards without shards, or parameters of which only some are.
+        ValueError: a strategy of shards without shards, or parameters of which only some are; experts.
     """
     sharded = shard_group(structure.parameters()) is not None
+    if sharded and "expert" in types:
+        raise ValueError(
+            f"types={types!r} with sharded parameters: experts cannot be masked (a router would go on choosing them), "
+            "and shards cannot be sliced. Train on one device or under DDP"
+        )
     if is_kind(strategy, "ModelParallelStrategy") and not sharded:
         raise ValueError(
             "no parameter is sharded under ModelParallelStrategy, so processes would train apart: call fully_shard in "

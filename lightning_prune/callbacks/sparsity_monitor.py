@@ -48,8 +48,8 @@ class SparsityMonitor(L.Callback):
     Args:
         every_n_steps: Optimizer steps between two entries.
         per_layer: Log ``density/layer/...`` too; without it the history still has every layer.
-        targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else every
-            Linear, Conv1D and Conv2d.
+        targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else all
+            that `prune` would find.
         ignore: Layers to leave, likewise; default output layers.
         history: Write the history file.
 

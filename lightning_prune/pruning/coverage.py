@@ -260,9 +260,7 @@ def _reason(name: str, module: nn.Module, selection: Selection) -> str:
         return ROUTER
     if not is_prunable(name, (2, 2), torch.float32):
         return "embedding, position, norm or bias"
-    if name.endswith((".weight", "original0", "original1")) or isinstance(
-        module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-    ):
+    if name.endswith((".weight", "original0", "original1")):
         return f"{kind} cannot be pruned"
     return f"parameter of {kind}, which is no layer"
 

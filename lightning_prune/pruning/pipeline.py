@@ -111,8 +111,9 @@ def prune(
             model in one sweep.
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``; also drives the forward pass of
             scores without gradients.
-        targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d but frozen
-            ones, routers and output layers; a selector that matches nothing else names those too.
+        targets: Layer types, type names or name patterns to prune; default all (Linear, Conv1D, Conv1d, Conv2d,
+            experts, what is inside of attention and recurrent layers) but frozen ones, routers and output layers; a
+            selector that matches nothing else names those too.
         ignore: The same, left out; default output layers, by transformers' names for them.
         seed: Of ``"random"``.
         gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate, one
