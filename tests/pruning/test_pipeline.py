@@ -415,7 +415,7 @@ class Untouched:
         ({"score": "gradient", "sequential": True}, ValueError, "changes nothing for score='gradient'"),
         ({"score": "wanda", "sequential": True, "group": "global"}, ValueError, "cannot compare globally"),
         ({"score": "wanda", "sequential": True, "ignore": []}, ValueError, "'lm_head.weight' lie outside"),
-        ({"batches": None}, ValueError, "score='gblm' needs calibration data: pass batches"),
+        ({"batches": None}, ValueError, "score='kfac' needs calibration data: pass batches"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_happens(llama, arguments, error, message):
