@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_prune.callbacks.hold_masks_callback import HoldMasksCallback as HoldMasksCallback
     from lightning_prune.callbacks.perp_retraining import PERPRetraining as PERPRetraining
     from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining as PruningAwarePretraining
     from lightning_prune.callbacks.sparsity_monitor import SparsityMonitor as SparsityMonitor
@@ -50,6 +51,7 @@ _HOMES = {
     "CausalLM": "text.module",
     "CubicSchedule": "schedules",
     "ELSA": "pruning.elsa",
+    "HoldMasksCallback": "callbacks.hold_masks_callback",
     "KFACAllocation": "pruning.allocation",
     "LayerStatistics": "pruning.statistics",
     "LinearSchedule": "schedules",

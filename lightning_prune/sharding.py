@@ -356,12 +356,12 @@ class SliceLayout(Layout):
         """Rows and columns of the part that this rank's forward pass multiplies with.
 
         Raises:
-            ValueError: forward passes of other ranks hold other experts (expert parallelism).
+            ValueError: ranks that see the same samples hold other experts, or other parts of them.
         """
-        if any(dim == 0 and not self._over_data(mesh_dim, data_ranks) for mesh_dim, dim in self._stack_cuts):
+        if not all(self._over_data(mesh_dim, data_ranks) for mesh_dim, _ in self._stack_cuts):
             raise ValueError(
-                "experts that are spread over ranks which see the same samples (expert parallelism) cannot be "
-                "calibrated on; shard them with fully_shard alone, or use a score without data (magnitude)"
+                "experts that are spread over ranks which see the same samples (expert or tensor parallelism) cannot "
+                "be calibrated on; shard them with fully_shard alone, or use a score without data (magnitude)"
             )
         return super().forward_bounds(data_ranks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.kinds import is_kind
-from lightning_prune.callbacks.weight_pruning import WeightPruning
+from lightning_prune.callbacks.weight_pruning import pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
 from lightning_prune.naming import place
@@ -48,8 +48,8 @@ class SparsityMonitor(L.Callback):
     Args:
         every_n_steps: Optimizer steps between two entries.
         per_layer: Log ``density/layer/...`` too; without it the history still has every layer.
-        targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else every
-            Linear, Conv1D and Conv2d.
+        targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else all
+            that `prune` would find.
         ignore: Layers to leave, likewise; default output layers.
         history: Write the history file.
 
@@ -120,15 +120,14 @@ class SparsityMonitor(L.Callback):
 
     def _targets_of(self, trainer: L.Trainer, module: L.LightningModule) -> list[tuple[str, Tensor]]:
         """Names of layers, and their weights as they are now."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        pruner = next((c for c in callbacks if isinstance(c, WeightPruning)), None)
-        targets: Sequence[str | type[nn.Module]] | None = self.targets
-        ignore: Sequence[str | type[nn.Module]] | None = self.ignore
-        if pruner is not None and targets is None:
-            targets = pruner.settings.targets
-        if ignore is None:
-            ignore = DEFAULT_IGNORE if pruner is None else pruner.settings.ignore
-        found = parameters_of(find_targets(module, targets, ignore))
+        pruners = [pruner.settings for pruner in pruners_of(trainer)]
+        chosen = [
+            (how.targets if self.targets is None else self.targets, how.ignore if self.ignore is None else self.ignore)
+            for how in pruners
+        ] or [(self.targets, DEFAULT_IGNORE if self.ignore is None else self.ignore)]
+        found: dict[str, Tensor] = {}
+        for targets, ignore in chosen:
+            found |= parameters_of(find_targets(module, targets, ignore))
         return [(layer_name(name), weight.detach()) for name, weight in found.items()]
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:

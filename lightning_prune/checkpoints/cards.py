@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ SPARSITY_FILE = "sparsity.json"
 """Name of the file that says which layers are how sparse, and which score chose the zeros."""
 
 _LABELS = {
+    "targets": "layers chosen",
     "sparsity": "sparsity asked for",
     "group": "compared within",
     "allocation": "allocation of sparsity to layers",
@@ -121,7 +123,7 @@ def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
 
 
 def _pruning(found: Inspection, making: Making) -> Table:
-    rows = [("N:M pattern of every layer", found.pattern or "none (unstructured)")]
+    rows = [("N:M pattern", _patterns(found))]
     if making.masks is not None:
         rows.insert(0, ("score", making.score or "unknown"))
         for settings in making.settings:
@@ -130,6 +132,15 @@ def _pruning(found: Inspection, making: Making) -> Table:
     sparsities = [t.sparsity for t in found.selected()]
     rows.append(("sparsest and densest layer", f"{max(sparsities):.2%}, {min(sparsities):.2%}"))
     return Table("Pruning", ("", ""), rows + _versions(), [f"`{SPARSITY_FILE}` has the figures of every layer."])
+
+
+def _patterns(found: Inspection) -> str:
+    """The pattern of every layer, or how many layers have which."""
+    layers = found.selected()
+    counts = Counter(layer.pattern for layer in layers if layer.pattern)
+    if found.pattern or not counts:
+        return found.pattern or "none (unstructured)"
+    return ", ".join(f"{pattern} in {count} of {len(layers)} layers" for pattern, count in counts.items())
 
 
 def _shrinking(making: Making) -> Table:

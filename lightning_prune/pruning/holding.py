@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -36,7 +36,8 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
     and with parameters that FSDP2 (``fully_shard``) or tensor parallelism shards.
 
     Args:
-        model: The model that is trained, as it is or wrapped in DDP; sharded first, where it is to be.
+        model: The model that is trained, as it is or as DDP, Fabric or accelerate has wrapped it; sharded first, where
+            it is to be.
         masks: Bool masks by parameter name, True = kept, of the parameters' shapes, as `prune` returns them; whole, or
             sharded as the parameters are.
         optimizer: The optimizer, or all of them, of the parameters as they are now; those that Fabric and accelerate
@@ -60,13 +61,13 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
                 optimizer.zero_grad()
     """
     optimizers = [_bare(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
             "the weights; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or train under DDP"
         )
+    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
+        model = cast(nn.Module, model.module)
     masks = follow_names(model, masks)
     _check_stepped(check_masks(model, masks), optimizers)
     hold = MaskHold(model, masks)
@@ -143,9 +144,9 @@ class MaskHold:
         apply_masks(self._model, masks)
         weights = named_weights(self._model)
         self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
+        self._enforcer.mask_gradients()  # those of an accumulation that has begun
         self._sharing = self._find_sharing()
-        for optimizer in self._optimizers:
-            self._enforcer.mask_states(optimizer)
+        self.clear_states()
         self._hook_gradients()
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
@@ -166,11 +167,13 @@ class MaskHold:
         """Call the parameters by other names, such as those of layers that adapters were put around."""
         self._enforcer.rename(rename)
 
-    def follow(self) -> list[str]:
-        """Give the masks to the parameters that the model has now.
+    def clear_states(self) -> None:
+        """Zero the optimizers' states of pruned weights, such as those that a checkpoint has brought."""
+        for optimizer in self._optimizers:
+            self._enforcer.mask_states(optimizer)
 
-        Returns:
-            Names of the parameters that had been replaced or moved; mostly empty.
+    def follow(self) -> None:
+        """Give the masks to the parameters that the model has now, if any was replaced or moved.
 
         Raises:
             RuntimeError: a masked parameter is gone, has got another shape, or is no longer shared by layers that were
@@ -178,10 +181,10 @@ class MaskHold:
         """
         if not self._strangers():
             self._hook_gradients()
-            return []
+            return
         reshard(self._model)  # FSDP2 itself replaces parameters, for as long as they are gathered
         if not (strange := self._strangers()):
-            return []
+            return
         try:
             if torn := self._torn():
                 raise ValueError(f"layers that shared {torn[0]!r} have parameters of their own now")
@@ -193,11 +196,10 @@ class MaskHold:
             ) from error
         if not dist.is_initialized() or dist.get_rank() == 0:
             warnings.warn(
-                f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced or moved during training; their "
+                f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their "
                 "masks hold for the new ones from now on",
                 stacklevel=2,
             )
-        return strange
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights that came without a backward pass, before they are clipped."""

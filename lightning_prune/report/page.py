@@ -125,10 +125,13 @@ def _order(kinds: dict[str, str]) -> Any:
 
 
 def _scores(source: Source) -> tuple[str, ScoreSummary]:
-    """Name and histograms of the scores that `WeightPruning` left in the checkpoint."""
+    """Names and histograms of the scores that `WeightPruning` callbacks left in the checkpoint."""
+    names: dict[str, None] = {}
+    together = ScoreSummary()
     for state in states_of(source.checkpoint.callbacks, "WeightPruning").values():
         if isinstance(state, dict):
             summary = ScoreSummary.from_state(state.get("scores"))
             if summary.layers:
-                return str(state.get("score")), summary
-    return "", ScoreSummary()
+                names[str(state.get("score"))] = None
+                together.layers |= summary.layers
+    return ", ".join(names), together

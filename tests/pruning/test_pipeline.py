@@ -442,8 +442,10 @@ def test_sequential_without_blocks_is_refused():
 
 def test_grouped_convolutions_are_pruned_by_magnitude_alone():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match=r"'0\.weight' is a grouped convolution"):
+    with pytest.raises(ValueError, match=r"nothing to prune.*grouped convolution: '0'"):
         prune(model, Untouched(), "wanda")
+    with pytest.raises(ValueError, match=r"'0\.weight' is a grouped convolution"):
+        prune(model, Untouched(), "wanda", targets=[nn.Conv2d])
     assert pruned(prune(model, None, "magnitude")) == 36
 
 

@@ -1,0 +1,500 @@
+"""Draw perplexity over training tokens for models that shrink while they train, or before, at equal tokens.
+
+    python tests/benchmarks/token_files.py --texts FOLDER --out TOKENS --tokenizer MODEL --also WIKITEXT
+    python tests/benchmarks/curves.py --model MODEL --tokens TOKENS --work FOLDER --json FILE \\
+        --points 0 5e6 10e6 25e6 50e6 --targets 0.75 0.5 --minutes 8 --device cuda --precision bf16-mixed
+
+All arms train on the same blocks in the same order with the same rates (AdamW, warm-up, cosine), and end at the same
+number of parameters or just below; a target is the share of the parameters in the decoder's layers that is left:
+
+- dense: nothing is removed;
+- aware-A-taylor, aware-B-taylor, aware-A-kfac, aware-B-kfac: `PruningAwarePretraining` without and with second-order
+  updates, by the paper's Taylor saliency and by kfac's; the target is reached after `--shrink-share` of the tokens;
+- oneshot-kfac: `prune_structured` with kfac saliency and compensation first;
+- oneshot-taylor: by the Taylor saliency without compensation first, LLM-Pruner's way;
+- oneshot-magnitude: by the magnitude of units first;
+- fresh: random weights in the shape of oneshot-kfac;
+- aware-2:4: shrinks less, to as many bytes (in bfloat16, with 2 bits for each weight kept) as the target has, and is
+  pruned to 2:4 when it has its size; aware-2:4-perp: then trains PERP's adapters instead of the weights.
+
+`--losses distill` adds to the cross-entropy the divergence from the dense model, in equal shares, for every arm.
+
+It runs in pieces: after `--minutes` it stops at the next point or save (every `--save-every` tokens) and says what is
+left; the same command goes on from the checkpoints in `--work`. Rows of `--json` are not made again. `--build` trains
+the dense model first, from random weights on the same file, where there is none: `--build hidden_size=128,...`.
+`--dry-run` does everything on a tiny model of its own in about a minute. `--picture FILE` draws the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import shutil
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import common
+import lightning
+import token_files
+import torch
+from lightning.pytorch.callbacks import Callback
+from pretraining import target_parameters
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+BYTES_OF_2TO4 = (2 * 16 + 2 * 2) / (4 * 16)  # against dense bfloat16: two of four values, and where they are
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a model becomes small.
+
+    Attributes:
+        oneshot: Arguments of `prune_structured`, which prunes before the training.
+        shrink: Arguments of `PruningAwarePretraining`, which prunes in it.
+        fresh: The weights are random ones.
+        sparse: 2:4 masks when the model has its size.
+        retrain: PERP's adapters from then on.
+    """
+
+    oneshot: dict[str, Any] | None = None
+    shrink: dict[str, Any] | None = None
+    fresh: bool = False
+    sparse: bool = False
+    retrain: bool = False
+
+
+KFAC: dict[str, Any] = {"saliency": "kfac", "compensate": True}
+SECOND_ORDER: dict[str, Any] = {"second_order": True, "second_order_every": 4, "second_order_decay": 0.98}
+ARMS = {
+    "dense": Arm(),
+    "aware-A-taylor": Arm(shrink={"saliency": "taylor2"}),
+    "aware-B-taylor": Arm(shrink={"saliency": "taylor2", **SECOND_ORDER}),
+    "aware-A-kfac": Arm(shrink={"saliency": "kfac"}),
+    "aware-B-kfac": Arm(shrink={"saliency": "kfac", **SECOND_ORDER}),
+    "oneshot-kfac": Arm(oneshot=KFAC),
+    "oneshot-taylor": Arm(oneshot={"saliency": "taylor1", "compensate": False}),
+    "oneshot-magnitude": Arm(oneshot={"saliency": "magnitude", "compensate": False}),
+    "fresh": Arm(oneshot=KFAC, fresh=True),
+    "aware-2:4": Arm(shrink={"saliency": "kfac", "round_to": 4}, sparse=True),
+    "aware-2:4-perp": Arm(shrink={"saliency": "kfac", "round_to": 4}, sparse=True, retrain=True),
+}
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class Plan:
+    """When what happens, in optimizer steps."""
+
+    points: list[int]
+    stops: list[int] = field(default_factory=list)  # points and saves
+
+    @property
+    def total(self) -> int:
+        return self.points[-1]
+
+
+def plan_of(points: list[float], save_every: float, step_tokens: int) -> Plan:
+    steps = sorted({round(p / step_tokens) for p in points})
+    every = max(1, round(save_every / step_tokens))
+    return Plan(steps, sorted({*steps, *range(every, steps[-1], every)} - {0}))
+
+
+class Training(lightning.LightningModule):
+    """A language model, AdamW, warm-up and cosine; the dense model is no part of it."""
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace, rate: float, steps: int, dense: nn.Module | None):
+        super().__init__()
+        self.model, self.args, self.rate, self.steps = model, args, rate, steps
+        self._dense = (dense,)  # in a tuple, so that it is no submodule
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        logits = self.model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        entropy = nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        if self._dense[0] is None:
+            return entropy
+        with torch.no_grad():
+            wanted = self._dense[0](input_ids=batch, use_cache=False).logits[:, :-1].float()
+        divergence = nn.functional.kl_div(
+            logits.log_softmax(-1).flatten(0, 1),
+            wanted.log_softmax(-1).flatten(0, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return 0.5 * entropy + 0.5 * divergence
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.0)
+        warmup = max(1, round(self.args.warmup * self.steps))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, self.steps - warmup))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Blocks(lightning.LightningDataModule):
+    """The blocks from one stop to the next: an epoch of the Trainer, so that every checkpoint is at the end of one."""
+
+    def __init__(self, blocks: Tensor, plan: Plan, batch_size: int) -> None:
+        super().__init__()
+        self.blocks, self.plan, self.batch_size = blocks, plan, batch_size
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        assert self.trainer is not None
+        done = self.trainer.global_step
+        stop = next((s for s in self.plan.stops if s > done), self.plan.total)
+        return DataLoader(self.blocks[done * self.batch_size : stop * self.batch_size], batch_size=self.batch_size)
+
+
+class Pieces(Callback):
+    """At every stop: measure if it is a point, save, and end the fit if the time is up."""
+
+    def __init__(self, plan: Plan, measure: Any, until: float) -> None:
+        self.plan, self.measure, self.until = plan, measure, until
+        self.seconds = 0.0  # of training since the last point
+        self._started = self._longest = 0.0
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - self._started
+        self.seconds += took
+        self._longest = max(self._longest, took)
+        if trainer.global_step in self.plan.points[:-1]:  # the last one is measured when adapters are merged
+            self.measure(module, trainer.global_step, self.seconds)
+            self.seconds = 0.0
+        trainer.should_stop = time.monotonic() + self._longest > self.until
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds = state["seconds"]
+
+
+def fit(module: Training, blocks: Tensor, plan: Plan, folder: Path, args: argparse.Namespace, measure: Any, *more: Any):
+    """Train on from the last checkpoint of a folder; returns whether all steps are done."""
+    last = folder / "last.ckpt"
+    pieces = Pieces(plan, measure, args.until)
+    save = lightning.pytorch.callbacks.ModelCheckpoint(
+        folder,
+        filename="last",
+        save_top_k=1,
+        every_n_epochs=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
+    )
+    trainer = lightning.Trainer(
+        max_steps=plan.total,
+        accelerator="gpu" if args.device == "cuda" else args.device,
+        devices=1,
+        precision=args.precision,
+        gradient_clip_val=1.0,
+        callbacks=[*more, pieces, save],
+        logger=False,
+        reload_dataloaders_every_n_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, Blocks(blocks, plan, args.batch_size), ckpt_path=last if last.exists() else None)
+    done = trainer.global_step >= plan.total
+    if done:
+        measure(module.to(args.device), plan.total, pieces.seconds)
+    return done
+
+
+# --------------------------------------------------------------------------------------- arms
+
+
+def ordered_blocks(path: Path, count: int, length: int, seed: int) -> Tensor:
+    """So many blocks of a token file in an order of the seed, `[count, length]`; a short file is repeated."""
+    tokens = token_files.load(path)
+    available = tokens.numel() // length
+    generator = torch.Generator().manual_seed(seed)
+    order = [torch.randperm(available, generator=generator) for _ in range(math.ceil(count / available))]
+    return tokens[: available * length].view(available, length)[torch.cat(order)[:count]]
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def start_of(
+    arm: Arm, dense: Path, folder: Path, share: float, calibration: Tensor, args: argparse.Namespace, seed: int
+):
+    """The model that an arm's training starts from, made once."""
+    from lightning_prune import prune_structured
+    from lightning_prune.structure import save_plain
+
+    if arm.oneshot is None:
+        return load(dense)
+    if not (folder / "start").exists():
+        model = load(dense).to(args.device)
+        prune_structured(
+            model,
+            common.batched(calibration),
+            target=target_parameters(model, share),
+            types=types_of(arm, args),
+            num_samples=len(calibration),
+            **arm.oneshot,
+        )
+        save_plain(model, folder / "start")
+        if arm.fresh:
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(load(folder / "start").config).save_pretrained(folder / "start")
+    return load(folder / "start")
+
+
+def callbacks_of(arm: Arm, model: nn.Module, share: float, plan: Plan, args: argparse.Namespace) -> list[Any]:
+    from lightning_prune import OneShot, PERPRetraining, PruningAwarePretraining, WeightPruning
+
+    if arm.shrink is None:
+        return []
+    end = max(2, round(args.shrink_share * plan.total))
+    target = target_parameters(model, min(1.0, share / BYTES_OF_2TO4) if arm.sparse else share)
+    settings = {"types": args.types, "saliency_decay": args.saliency_decay, "every_n_steps": args.every, "end": end}
+    found: list[Any] = [PruningAwarePretraining(target, **settings, **arm.shrink)]
+    if arm.sparse:
+        found.append(
+            WeightPruning("magnitude", sparsity=None, pattern="2:4", schedule=OneShot(end + 2), progress=False)
+        )
+    return [*found, PERPRetraining()] if arm.retrain else found
+
+
+def types_of(arm: Arm, args: argparse.Namespace) -> list[str]:
+    return args.oneshot_types if arm.oneshot == KFAC else args.pruner_types
+
+
+def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
+    """What decides the figures of an arm besides the training."""
+    if arm.shrink is not None:
+        every = f"every {args.every} until {args.shrink_share} of the steps, decay {args.saliency_decay}"
+        return f"{'+'.join(args.types)} {every}"
+    return "+".join(types_of(arm, args)) if arm.oneshot is not None else ""
+
+
+def run(
+    name: str, share: float, loss: str, seed: int, dense: Path, rows: common.Rows, args: argparse.Namespace
+) -> bool:
+    """Run an arm as far as time allows; returns whether it is done."""
+    arm, plan = ARMS[name], args.plan
+    identity = {
+        "arm": name, "target": None if name == "dense" else share, "loss": loss, "seed": seed, "model": args.named,
+        "training": f"{args.batch_size}x{args.length}, {plan.total} steps, lr {args.learning_rate}, {args.precision}",
+        "pruning": pruning_of(arm, args),
+    }  # fmt: skip
+    step_tokens = args.batch_size * args.length
+    if all(rows.find(**identity, tokens=p * step_tokens) for p in plan.points):
+        return True
+    if time.monotonic() > args.until:
+        return False
+    blocks = ordered_blocks(args.tokens / "train.bin", plan.total * args.batch_size, args.length, seed)
+    calibration = blocks[: args.samples]
+    folder = args.work / f"{name.replace(':', '')}_{share if name != 'dense' else 1}_{loss}_{seed}"
+    model = start_of(arm, dense, folder, share, calibration, args, seed)
+    teacher = load(dense).eval().requires_grad_(False).to(args.device) if loss == "distill" else None
+    rate = args.fresh_learning_rate if arm.fresh else args.learning_rate
+    module = Training(model.train(), args, rate, plan.total, teacher)
+
+    def measure(module: Training, step: int, seconds: float) -> None:
+        row = identity | {"tokens": step * step_tokens}
+        row["parameters"] = sum(p.numel() for p in module.model.parameters())
+        row["perplexity"] = common.perplexities(module.model, args.evaluations)
+        if args.tasks and step == plan.total:
+            row |= tasks_of(module.model, args)
+        before = max((p for p in plan.points if p < step), default=0)
+        row["tokens_per_s"] = (step - before) * step_tokens / seconds if seconds else None
+        cuda = args.device == "cuda"
+        row["memory_MiB"] = (torch.cuda.max_memory_allocated() if cuda else common.rss()) / 2**20
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        module.model.train()
+        rows.add(row)
+
+    if plan.points[0] == 0 and not (folder / "last.ckpt").exists():
+        module.model.to(args.device)
+        measure(module, 0, 0.0)
+    done = fit(module, blocks, plan, folder, args, measure, *callbacks_of(arm, model, share, plan, args))
+    if done and not args.keep:
+        shutil.rmtree(folder)
+    return done
+
+
+def tasks_of(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    from lightning_prune.evaluation import zero_shot
+
+    results = zero_shot(model, AutoTokenizer.from_pretrained(args.tokens), [str(args.tasks)], progress=False)
+    return {"accuracy": next(r.value for r in results if r.task == args.tasks.name)}
+
+
+def build(folder: Path, args: argparse.Namespace) -> bool:
+    """Train the dense model from random weights on blocks of its own; returns whether it is done."""
+    if (folder / "config.json").exists():
+        return True
+    plan = plan_of([args.build_tokens], args.save_every, args.batch_size * args.length)
+    sizes = {k: int(v) for k, v in (pair.split("=") for pair in args.build.split(","))}
+    vocabulary = len(AutoTokenizer.from_pretrained(args.tokens))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes))
+    module = Training(model.train(), args, args.fresh_learning_rate, plan.total, None)
+    blocks = ordered_blocks(args.tokens / "train.bin", plan.total * args.batch_size, args.length, 10**6)
+
+    def measure(module: Training, step: int, seconds: float) -> None:
+        found = common.perplexities(module.model, args.evaluations)
+        print(f"dense model after {step * args.batch_size * args.length:,} tokens: {found}", flush=True)
+
+    done = fit(module, blocks, plan, folder / "training", args, measure)
+    if done:
+        module.model.cpu().save_pretrained(folder)
+    return done
+
+
+# --------------------------------------------------------------------------------------- output
+
+
+def tables(rows: common.Rows, text: str) -> str:
+    """One table for each target and loss: perplexity on a text at every point, means over seeds."""
+    parts = []
+    for target, loss in dict.fromkeys((r["target"], r["loss"]) for r in rows.rows if r["target"] is not None):
+        lines = []
+        for name in ARMS:
+            mine = [r for r in rows.rows if r["arm"] == name and r["loss"] == loss and r["target"] in (target, None)]
+            if not mine:
+                continue
+            line = {"arm": name, "seeds": len({r["seed"] for r in mine}), "parameters": mine[-1]["parameters"]}
+            for tokens in sorted({r["tokens"] for r in mine}):
+                values = [r["perplexity"][text] for r in mine if r["tokens"] == tokens]
+                line[f"{tokens:,}"] = f"{sum(values) / len(values):.2f}"
+            lines.append(line | {"tokens/s at the end": round(mine[-1]["tokens_per_s"] or 0)})
+        parts.append(f"{target:.0%} of the decoder, {loss}, {text}\n\n{common.markdown(lines)}")
+    return "\n\n".join(parts)
+
+
+def draw(rows: common.Rows, path: Path, text: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((r["target"], r["loss"]) for r in rows.rows if r["target"] is not None))
+    plt.rcParams["svg.hashsalt"] = "curves"  # the same file from the same figures
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 6 * len(panels), 4), layout="constrained", squeeze=False)
+    for axis, (target, loss) in zip(axes[0], panels, strict=True):
+        for name in ARMS:
+            mine = [r for r in rows.rows if r["arm"] == name and r["loss"] == loss and r["target"] in (target, None)]
+            points: dict[int, list[float]] = {}
+            for row in mine:
+                points.setdefault(row["tokens"], []).append(row["perplexity"][text])
+            if points:
+                xs = sorted(points)
+                means = [sum(points[x]) / len(points[x]) for x in xs]
+                style = "-" if name.startswith("aware") else ":" if name in ("dense", "fresh") else "--"
+                axis.plot([x / 1e6 for x in xs], means, style, marker="o", markersize=3, label=name)
+        axis.set(title=f"{target:.0%} of the decoder, {loss}", xlabel="million tokens", yscale="log")
+        axis.set_ylabel(f"perplexity, {text}")
+        axis.legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+# --------------------------------------------------------------------------------------- command line
+
+DRY = {
+    "build": "hidden_size=32,intermediate_size=64,num_attention_heads=4,num_key_value_heads=2,num_hidden_layers=2",
+    "build_tokens": 8192, "points": [0, 2048, 4096], "save_every": 1024, "targets": [0.5], "losses": ["ce", "distill"],
+    "seeds": [0], "windows": 2, "window_length": 32, "length": 32, "batch_size": 4, "samples": 8,
+}  # fmt: skip
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", type=Path, help="folder of the dense model; default: the one that --build makes")
+    p.add_argument("--build", help="sizes of a Llama to train as the dense model, name=value,...")
+    p.add_argument("--build-tokens", type=float, default=3e6, help="tokens to train it on (default 3e6)")
+    p.add_argument("--tokens", type=Path, required=True, help="folder that token_files.py has written")
+    p.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
+    p.add_argument("--json", type=Path, help="write the rows here; an existing file is added to")
+    p.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    p.add_argument("--targets", nargs="+", type=float, default=[0.75, 0.5], help="shares of the decoder's parameters")
+    p.add_argument("--losses", nargs="+", default=["ce"], choices=("ce", "distill"))
+    p.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the order of blocks, and of fresh weights")
+    p.add_argument("--points", nargs="+", type=float, default=[0, 5e6, 10e6, 25e6, 50e6], help="tokens to measure at")
+    p.add_argument("--save-every", type=float, default=1e6, help="tokens between checkpoints (default 1e6)")
+    p.add_argument("--minutes", type=float, default=1e9, help="stop at the first checkpoint after so long")
+    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--length", type=int, default=512, help="tokens of a block (default 512)")
+    p.add_argument("--learning-rate", type=float, default=3e-4)
+    p.add_argument("--fresh-learning-rate", type=float, default=1e-3, help="of random weights (default 1e-3)")
+    p.add_argument("--warmup", type=float, default=0.02, help="share of the steps (default 0.02)")
+    p.add_argument("--types", nargs="+", default=["attention", "ffn", "hidden"], help="of the arms aware-*")
+    p.add_argument("--oneshot-types", nargs="+", default=["ffn"], help="of oneshot-kfac")
+    p.add_argument("--pruner-types", nargs="+", default=["attention", "ffn"], help="of oneshot-taylor and -magnitude")
+    p.add_argument("--saliency-decay", type=float, default=0.9)
+    p.add_argument("--every", type=int, default=1, help="steps between prunings (default 1)")
+    p.add_argument("--shrink-share", type=float, default=0.5, help="share of the steps in which the model shrinks")
+    p.add_argument("--samples", type=int, default=64, help="calibration blocks of the one-shot arms (default 64)")
+    p.add_argument("--texts", nargs="+", default=["held_out"], help="token files to evaluate on")
+    p.add_argument("--windows", type=int, default=40, help="evaluation windows of each text (default 40)")
+    p.add_argument("--window-length", type=int, default=512)
+    p.add_argument("--tasks", type=Path, help="folder of minimal pairs (BLiMP), measured at the last point")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    p.add_argument("--precision", default="32-true")
+    p.add_argument("--picture", type=Path, help="draw the rows here, over the first text")
+    p.add_argument("--keep", action="store_true", help="keep the checkpoints of arms that are done")
+    p.add_argument("--dry-run", action="store_true", help="everything once, on a tiny model, in about a minute")
+    args = p.parse_args()
+    if args.dry_run:
+        vars(args).update(DRY, model=None)
+    if (args.model is None) == (args.build is None):
+        p.error("give --model, or --build, and not both")
+    args.named = args.build or args.model.name
+    args.until = time.monotonic() + 60 * args.minutes
+    args.plan = plan_of(args.points, args.save_every, args.batch_size * args.length)
+    args.evaluations = {
+        name: common.blocks(token_files.load(args.tokens / f"{name}.bin"), args.windows, args.window_length)
+        .to(args.device)
+        for name in args.texts
+    }  # fmt: skip
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    rows = common.Rows(args.json, ("arm", "target", "loss", "seed", "tokens", "training", "pruning", "model"))
+    left = []
+    if args.build and not build(args.work / "dense", args):
+        left = ["the dense model, and all arms"]
+    else:
+        dense = args.model or args.work / "dense"
+        for seed in args.seeds:
+            for loss in args.losses:
+                for share in args.targets:
+                    left += [
+                        f"{name} {share} {loss} {seed}"
+                        for name in args.arms
+                        if not run(name, share, loss, seed, dense, rows, args)
+                    ]
+    for text in args.texts:
+        print(tables(rows, text))
+    if args.picture:
+        draw(rows, args.picture, args.texts[0])
+    print(f"left: {', '.join(left)}; the same command goes on" if left else "all done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
