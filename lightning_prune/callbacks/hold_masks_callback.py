@@ -19,7 +19,7 @@ from lightning_prune.sharding import has_sharded_parameters
 MASK_FILE = "masks.safetensors"
 
 
-class HoldMasksCallback(TrainerCallback):
+class HoldMasksCallback(TrainerCallback):  # type: ignore[misc]
     """Keep pruned weights at zero in transformers' ``Trainer``, and in those that are made of it, such as TRL's.
 
     Holds from the first step to the end of ``train()``, see `lightning_prune.hold_masks`. Every checkpoint has the

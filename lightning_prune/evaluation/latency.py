@@ -192,7 +192,7 @@ def _synchronize(device: torch.device) -> None:
 def _weight_bytes(model: nn.Module) -> int:
     total = 0
     for parameter in model.parameters():
-        parts = [parameter]
+        parts: list[Tensor] = [parameter]
         if hasattr(parameter, "__tensor_flatten__"):  # a sparse tensor: its values and where they belong
             parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
         elif parameter.layout == torch.sparse_csr:
@@ -416,10 +416,11 @@ def sparse_copy(model: Any, found: Inspection) -> Any:
 
 def _check_csr(model: nn.Module, device: torch.device) -> None:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    if device.type != "cpu" or dtypes != {"float32"} or not torch.backends.mkl.is_available():
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or dtypes != {"float32"} or not mkl:
         raise ValueError(
             f"csr=True measures torch's products of MKL, which need a CPU and float32: device={device.type!r}, weights "
-            f"in {', '.join(sorted(dtypes))}, MKL {'found' if torch.backends.mkl.is_available() else 'missing'}; pass "
+            f"in {', '.join(sorted(dtypes))}, MKL {'found' if mkl else 'missing'}; pass "
             "device='cpu' and dtype='float32', or leave csr out"
         )
 

@@ -66,8 +66,10 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
             f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
             "the weights; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or train under DDP"
         )
-    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
-        model = model.module
+    bare: Any = model
+    while isinstance(bare, DistributedDataParallel) or type(bare).__name__ == "_FabricModule":
+        bare = bare.module
+    model = bare
     masks = follow_names(model, masks)
     _check_stepped(check_masks(model, masks), optimizers)
     hold = MaskHold(model, masks)

@@ -47,7 +47,9 @@ def fabric_loop(folder: Path, way: str, rank: int = 0, ranks: int = 1, resumed: 
             fully_shard(layer, mesh=mesh["data_parallel"])
         return fully_shard(module, mesh=mesh["data_parallel"])
 
-    strategies = {"one": "auto", "ddp": DDPStrategy(), "fsdp2": ModelParallelStrategy(shard)}
+    # Fabric's sharded checkpoints do not bring back the states of optimizers, with masks or without.
+    sharded = ModelParallelStrategy(shard, save_distributed_checkpoint=False)
+    strategies = {"one": "auto", "ddp": DDPStrategy(), "fsdp2": sharded}
     fabric = Fabric(accelerator="cpu", devices=ranks, strategy=strategies[way], precision="bf16-mixed")
     fabric.launch()
     plain, masks = pruned(seed=9 if resumed else 0)
