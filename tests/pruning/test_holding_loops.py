@@ -128,6 +128,7 @@ def _on_each_rank(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0"}
     for loop, way in (("fabric", "ddp"), ("fabric", "fsdp2"), ("accelerate", "ddp"), ("trainer", "ddp")):
         own = Path(folder, way)
+        own.mkdir(exist_ok=True)
         model = LOOPS[loop](own, way, rank, 2)
         assert any(isinstance(p, DTensor) for p in model.parameters()) == (way == "fsdp2")
         assert_held(model)
