@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning as L
-from lightning.pytorch.strategies import (
-    ModelParallelStrategy,
-)
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
@@ -113,7 +110,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
         # By name: importing the adapters' callback would load PEFT.
         beside = isinstance(other, WeightPruning) or type(other).__name__ == "PERPRetraining"
-        if beside and isinstance(strategy, ModelParallelStrategy):
+        if beside and is_kind(strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"{type(other).__name__} beside PruningAwarePretraining is not supported under ModelParallelStrategy, "
                 "where pruned units stay in the shards as zeros: use one device or strategy='ddp', or run it in a fit "
@@ -121,7 +118,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
 
 
-def _check_sharding(strategy: ModelParallelStrategy, trainer: L.Trainer) -> None:
+def _check_sharding(strategy: Any, trainer: L.Trainer) -> None:
     tensor = strategy.device_mesh["tensor_parallel"].size()
     if tensor > 1:
         raise ValueError(

@@ -126,13 +126,13 @@ class WeightPruning(L.Callback):
 
     Example::
 
-        trainer = L.Trainer(callbacks=[WeightPruning(score="kfac", sparsity=0.5)])
+        trainer = L.Trainer(callbacks=[WeightPruning(sparsity=0.5)])
         trainer.fit(module, datamodule)
     """
 
     def __init__(
         self,
-        score: str | Criterion = "gblm",
+        score: str | Criterion = "kfac",
         sparsity: float | None = None,
         pattern: str = "unstructured",
         group: str | None = None,

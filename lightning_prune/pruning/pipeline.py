@@ -51,7 +51,7 @@ _log = logging.getLogger("lightning_prune")
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    score: str | Criterion = "gblm",
+    score: str | Criterion = "kfac",
     sparsity: float | None = None,
     pattern: str = "unstructured",
     group: str | None = None,

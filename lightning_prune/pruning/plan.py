@@ -47,7 +47,7 @@ class PruningPlan:
     @property
     def score(self) -> Criterion:
         """What decides which weights go."""
-        return self.settings.score
+        return self.settings.scored_by
 
     @property
     def pattern(self) -> NM | None:
@@ -139,7 +139,7 @@ def make_plan(model: nn.Module, settings: PruningSettings, beside: Collection[st
     Raises:
         ValueError, TypeError: see `prune`.
     """
-    score, nm = settings.score, settings.nm
+    score, nm = settings.scored_by, settings.nm
     group, allocation = settings.compared_within, settings.allocation
     if allocation is None:
         allocation = "uniform" if nm is not None or group == "global" else score.allocation

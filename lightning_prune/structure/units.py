@@ -228,6 +228,12 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
         raise ValueError(f"attention_unit={attention_unit!r} must be one of {ATTENTION_UNITS}")
     prefix, model = find_language_model(module)
     family = find_family(model)
+    scaled = family.scaled_embedding
+    if scaled is not None and not hasattr(model.get_submodule(scaled), "embed_scale"):
+        raise ValueError(
+            f"shrinking {family.model_type!r} needs transformers 5, whose {scaled} holds the factor that depends on "
+            "the hidden size: install a newer one"
+        )
     axes = _axes(model, family)
     lengths = {clean_name(name): p.shape for name, p in model.named_parameters()}
     sizes = _sizes(model, axes, lengths)

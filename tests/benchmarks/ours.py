@@ -58,11 +58,11 @@ def ours_stages() -> dict[str, list[tuple[Any, str]]]:
 
 
 def ours_reconstruct(
-    model: nn.Module, sequences: Tensor, dense: Path, masks: dict[str, Tensor], **options: Any
+    model: nn.Module, sequences: Tensor, dense: Path | dict[str, Tensor], masks: dict[str, Tensor], **options: Any
 ) -> dict[str, tuple[float, float]]:
     """`lightning_prune.perp.reconstruct` end to end: the error of each block before and after."""
     batches = common.batched(sequences, options["batch_size"])
-    source = open_checkpoint(dense)
+    source = open_checkpoint(dense) if isinstance(dense, Path) else dense
     done = reconstruct(model, batches, source, masks, num_samples=len(sequences), progress=False, **options)
     return {block.name: (block.before, block.after) for block in done.blocks}
 
