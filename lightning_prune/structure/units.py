@@ -308,7 +308,7 @@ def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Te
     if len({len(p) for p in places}) != 1:
         raise ValueError(
             f"removal[{unit_type!r}] removes {sorted({len(p) for p in places})} units from different layers: every "
-            "layer must lose as many, or the model is no ordinary configuration"
+            "layer must lose as many, since no class of this family reads sizes of single layers (per_layer_config)"
         )
     for p in places:
         if p.numel() and (int(p[0]) < 0 or int(p[-1]) >= units or bool((p[1:] == p[:-1]).any())):
