@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_prune.callbacks.hold_masks_callback import HoldMasksCallback as HoldMasksCallback
     from lightning_prune.callbacks.perp_retraining import PERPRetraining as PERPRetraining
     from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining as PruningAwarePretraining
     from lightning_prune.callbacks.sparsity_monitor import SparsityMonitor as SparsityMonitor
@@ -50,6 +51,7 @@ _HOMES = {
     "CausalLM": "text.module",
     "CubicSchedule": "schedules",
     "ELSA": "pruning.elsa",
+    "HoldMasksCallback": "callbacks.hold_masks_callback",
     "KFACAllocation": "pruning.allocation",
     "LayerStatistics": "pruning.statistics",
     "LinearSchedule": "schedules",
@@ -87,7 +89,11 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except AttributeError as error:  # Python would say that the name cannot be imported, and not why
+        raise ImportError(f"{__name__}.{_HOMES[name]} cannot be imported: {error}") from error
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

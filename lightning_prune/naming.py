@@ -130,7 +130,7 @@ def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tenso
         return tensor.t()
     if tensor.dim() == 3 and model_type in _TRANSPOSED_EXPERTS and _EXPERTS_NAME.search(name) is not None:
         tensor = tensor.transpose(1, 2)
-    if tensor.dim() == 4:  # a Conv2d: groups run along the input channels
+    if tensor.dim() == 4 or (tensor.dim() == 3 and name.endswith(".weight")):  # convolution: groups along its channels
         tensor = tensor.movedim(1, -1)
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 

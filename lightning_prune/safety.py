@@ -46,6 +46,13 @@ class Originals:
             for parameter, copy in chosen:
                 local(parameter).copy_(copy)
 
+    def put_back(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Restore some parameters, and let go of their copies."""
+        chosen = {id(p): p for p in parameters}
+        self.restore(chosen.values())
+        for key in chosen:
+            del self._copies[key]
+
 
 @contextmanager
 def restored_on_failure() -> Iterator[Originals]:

@@ -41,6 +41,19 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     )
 
 
+def check_device(device_type: str) -> None:
+    """Refuse what this PyTorch cannot shard on, before anything is sharded or computed.
+
+    Raises:
+        RuntimeError: FSDP2 on a CPU before torch 2.7, which fails in the first forward pass.
+    """
+    if device_type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise RuntimeError(
+            f"FSDP2 on a CPU needs torch 2.7, here is {torch.__version__}: install a newer one, or train on an "
+            "accelerator, or with strategy='ddp'"
+        )
+
+
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
     """Let FSDP2 take note of parameters as they will be trained, before anyone freezes them for a while.
@@ -52,6 +65,7 @@ def settle(model: nn.Module) -> None:
     covered: set[nn.Module] = set()
     for module in model.modules():  # outer modules first: they take note of those within
         if isinstance(module, FSDPModule) and module not in covered:
+            check_device(next((p.device.type for p in module.parameters()), "none"))
             covered.update(module.modules())
             outermost: Any = module
             outermost.pass_without_work = lambda argument: argument
@@ -356,12 +370,12 @@ class SliceLayout(Layout):
         """Rows and columns of the part that this rank's forward pass multiplies with.
 
         Raises:
-            ValueError: forward passes of other ranks hold other experts (expert parallelism).
+            ValueError: ranks that see the same samples hold other experts, or other parts of them.
         """
-        if any(dim == 0 and not self._over_data(mesh_dim, data_ranks) for mesh_dim, dim in self._stack_cuts):
+        if not all(self._over_data(mesh_dim, data_ranks) for mesh_dim, _ in self._stack_cuts):
             raise ValueError(
-                "experts that are spread over ranks which see the same samples (expert parallelism) cannot be "
-                "calibrated on; shard them with fully_shard alone, or use a score without data (magnitude)"
+                "experts that are spread over ranks which see the same samples (expert or tensor parallelism) cannot "
+                "be calibrated on; shard them with fully_shard alone, or use a score without data (magnitude)"
             )
         return super().forward_bounds(data_ranks)
 

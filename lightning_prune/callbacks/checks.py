@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning as L
-from lightning.pytorch.strategies import (
-    ModelParallelStrategy,
-)
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.kinds import is_kind
-from lightning_prune.callbacks.weight_pruning import WeightPruning
+from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
@@ -23,7 +20,7 @@ from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.device_goals import check_device_goal
 from lightning_prune.structure.planning import multiples_of
-from lightning_prune.structure.saliency import check_saliency
+from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
 from lightning_prune.structure.saving import noted_units
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
 from lightning_prune.structure.units import Structure
@@ -37,7 +34,12 @@ def check_settings(callback: Any) -> None:
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    check_saliency(callback.saliency)
+    check_saliency(callback.saliency, TRAINING_SALIENCIES)
+    if callback.saliency == "kfac" and "expert" in callback.types:
+        raise ValueError(
+            f"saliency='kfac' while training watches layers, which experts are not, and types={callback.types!r}: use "
+            "'taylor2', or leave 'expert' out"
+        )
     if callback.attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
     for name in ("second_order_every", "compact_every", "round_to"):
@@ -99,6 +101,11 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             "step; use precision='bf16-mixed', or another saliency"
         )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if len(pruners_of(trainer)) > 1:
+        raise ValueError(
+            "PruningAwarePretraining beside two WeightPruning is not supported: prune all layers with one of them, or "
+            "in a fit of its own, on the small model that save_pretrained writes"
+        )
     for other in callbacks:
         if other is callback:
             continue
@@ -109,7 +116,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
         # By name: importing the adapters' callback would load PEFT.
         beside = isinstance(other, WeightPruning) or type(other).__name__ == "PERPRetraining"
-        if beside and isinstance(strategy, ModelParallelStrategy):
+        if beside and is_kind(strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"{type(other).__name__} beside PruningAwarePretraining is not supported under ModelParallelStrategy, "
                 "where pruned units stay in the shards as zeros: use one device or strategy='ddp', or run it in a fit "
@@ -117,7 +124,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
 
 
-def _check_sharding(strategy: ModelParallelStrategy, trainer: L.Trainer) -> None:
+def _check_sharding(strategy: Any, trainer: L.Trainer) -> None:
     tensor = strategy.device_mesh["tensor_parallel"].size()
     if tensor > 1:
         raise ValueError(
@@ -228,13 +235,18 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
     return {"ffn": nm.m, "hidden": nm.m}
 
 
-def units_stay(structure: Structure, strategy: Any) -> bool:
+def units_stay(structure: Structure, strategy: Any, types: Sequence[str]) -> bool:
     """Whether pruned units are to stay masks: where parameters are shards.
 
     Raises:
-        ValueError: a strategy of shards without shards, or parameters of which only some are.
+        ValueError: a strategy of shards without shards, or parameters of which only some are; experts.
     """
     sharded = shard_group(structure.parameters()) is not None
+    if sharded and "expert" in types:
+        raise ValueError(
+            f"types={types!r} with sharded parameters: experts cannot be masked (a router would go on choosing them), "
+            "and shards cannot be sliced. Train on one device or under DDP"
+        )
     if is_kind(strategy, "ModelParallelStrategy") and not sharded:
         raise ValueError(
             "no parameter is sharded under ModelParallelStrategy, so processes would train apart: call fully_shard in "
@@ -392,14 +404,14 @@ def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
 
 
 def check_after_shrinking(
-    trainer: L.Trainer, pruner: WeightPruning | None, retraining: _Retraining, left_on: bool
+    trainer: L.Trainer, pruners: Sequence[WeightPruning], retraining: _Retraining, left_on: bool
 ) -> None:
     """Whether adapters can go on in the middle of a fit, after a model has shrunk and was pruned.
 
     Raises:
         ValueError: naming what cannot be beside each other.
     """
-    if pruner is None:
+    if not pruners:
         raise ValueError(
             "PERPRetraining beside PruningAwarePretraining needs the masks of a WeightPruning in the same Trainer, "
             "since those of the large model do not fit the small one: add WeightPruning(...), or run it in another fit"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from lightning_prune.pruning.pipeline import run_plan
 from lightning_prune.pruning.plan import PruningPlan
 from lightning_prune.pruning.scores import Magnitude
 from lightning_prune.pruning.settings import PruningSettings
+from lightning_prune.pruning.targets import parameters_of
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import reshard
 
@@ -94,7 +96,7 @@ class ELSATraining:
     ) -> None:
         self._trainer, self._module, self._plan, self._schedule, self._ranks = trainer, module, plan, schedule, ranks
         reshard(module)
-        self._admm = ADMM({target.name: target.weight for target in plan.targets}, schedule.penalty)
+        self._admm = ADMM(parameters_of(plan.targets), schedule.penalty)
         if state:
             self._admm.load_state_dict(state)
 
@@ -122,10 +124,11 @@ class ELSATraining:
                     "replace layers between two fits, or leave them out (ignore)"
                 )
         targets = {target.name: target for target in self._plan.targets}
-        optimizers = self._trainer.optimizers
+        # Of experts, each is asked for in turn, and all have one parameter.
+        whole = lru_cache(maxsize=1)(partial(self._admm.values, optimizers=self._trainer.optimizers))
 
         def values(name: str) -> torch.Tensor:
-            return targets[name].kind.to_matrix(self._admm.values(name, optimizers))
+            return targets[name].part(whole(targets[name].parameter))
 
         # Copies of the settings, with the score in the place of the magnitudes' that the user gave.
         settings = replace(self._plan.settings, score=SparseCopyScore(values), progress=False)

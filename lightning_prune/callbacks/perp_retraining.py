@@ -30,7 +30,7 @@ from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
 from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
 from lightning_prune.callbacks.rewrapping import put_in_place, without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
-from lightning_prune.callbacks.weight_pruning import WeightPruning, ranks_of
+from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of, ranks_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
 from lightning_prune.checkpoints.states import UNMERGED
 from lightning_prune.naming import plain_name
@@ -201,7 +201,7 @@ class PERPRetraining(L.Callback):
         follow_checkpoints(trainer, self, lambda: self._states(trainer))
         if stage != "fit":
             return
-        pruner = _pruner_of(trainer)
+        pruners = pruners_of(trainer)
         model = self._model(pl_module)
         found = find_retraining(model)
         check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None)
@@ -209,15 +209,15 @@ class PERPRetraining(L.Callback):
         if self in callbacks:
             check_order(callbacks, self)
         if self.reconstruct is not None:
-            check_dense_is_known(self.reconstruct, pruner)
-        if pruner is not None:
+            check_dense_is_known(self.reconstruct, pruners)
+        for pruner in pruners:
             check_pruner(pruner, self)
-        self._beside_pruner, self._unmerged = pruner is not None, None
+        self._beside_pruner, self._unmerged = bool(pruners), None
         self._resumed = self._started = self._goes_on = False
         self._left_on = found is not None
         self._waits = neighbor(trainer, PruningAwarePretraining) is not None
         if self._waits:
-            check_after_shrinking(trainer, pruner, self, self._left_on)
+            check_after_shrinking(trainer, pruners, self, self._left_on)
             self._module = None
             return
         self._distillation = self._distillation or Distillation.of(
@@ -226,10 +226,10 @@ class PERPRetraining(L.Callback):
         if self._distillation is not None:
             self._distillation.load(pl_module)
         if found is None:
-            self._put_on(pruner, pl_module)
+            self._put_on(pruners, pl_module)
         else:  # left on by an interrupted fit, or by merge=False
             _check_same(_settings(found), _settings_of(self), "the module's adapters were")
-        if pruner is not None:
+        for pruner in pruners:
             self._rename_masks(pruner, pl_module)
             pruner.wrap_updates(partial(self._settled, trainer, pl_module))
             if self.reconstruct is not None and self.reconstruct.dense is None:
@@ -238,14 +238,14 @@ class PERPRetraining(L.Callback):
         if is_kind(trainer.strategy, "ModelParallelStrategy"):
             self._shard_plain_model(pl_module)
 
-    def _put_on(self, pruner: WeightPruning | None, module: L.LightningModule) -> None:
+    def _put_on(self, pruners: Sequence[WeightPruning], module: L.LightningModule) -> None:
         """Freeze the model and put the adapters on."""
         model, options = self._model(module), dict(self.options)
-        if pruner is not None and self.adapter is not None and options.get("target_modules") is None:
-            options["target_modules"] = self._targets_of(pruner, module)
+        if pruners and self.adapter is not None and options.get("target_modules") is None:
+            options["target_modules"] = [name for pruner in pruners for name in self._targets_of(pruner, module)]
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
-        pruned_later = pruner is not None or not (self.masks or _has_zeros(model))
+        pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             wrapped = attach(
@@ -266,10 +266,9 @@ class PERPRetraining(L.Callback):
 
     def _begin_after_shrinking(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Put the adapters on while training runs; they take the place of the weights that are frozen now."""
-        pruner = _pruner_of(trainer)
-        assert pruner is not None
+        pruners = pruners_of(trainer)
         with without_wrapper(trainer, module):
-            self._put_on(pruner, module)
+            self._put_on(pruners, module)
             model = self._model(module)
             for _, layer in sparse_layers(model):
                 layer.to(layer.base_weight.device)
@@ -277,15 +276,16 @@ class PERPRetraining(L.Callback):
                 layer.base_weight: layer.matrices() for _, layer in sparse_layers(model)
             }
             put_in_place(trainer.optimizers, successors)
-        self._rename_masks(pruner, module)
+        for pruner in pruners:
+            self._rename_masks(pruner, module)
         self._module, self._waits = weakref.ref(module), False
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin once `PruningAwarePretraining` and `WeightPruning` in the same Trainer are done."""
-        shrinker, pruner = neighbor(trainer, PruningAwarePretraining), _pruner_of(trainer)
-        if self._waits and shrinker is not None and shrinker.finished and pruner is not None and pruner.finished:
+        shrinker = neighbor(trainer, PruningAwarePretraining)
+        if self._waits and shrinker is not None and shrinker.finished and all(p.finished for p in pruners_of(trainer)):
             self._begin_after_shrinking(trainer, pl_module)
             self._take_masks(trainer, pl_module)
 
@@ -352,7 +352,7 @@ class PERPRetraining(L.Callback):
 
     def _take_masks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         reshard(pl_module)
-        model, pruner = self._model(pl_module), _pruner_of(trainer)
+        model = self._model(pl_module)
         self._started = True
         if self.reconstruct is not None and not self._resumed:
             self._reconstruct(trainer, model)
@@ -360,7 +360,7 @@ class PERPRetraining(L.Callback):
         if self.adapter is not None:
             set_masks(model, self._masks_for(trainer))
             sparsity = mask_sparsity(adapter_masks(model))
-            if not sparsity and (pruner is None or trainer.global_step >= pruner.schedule.end):
+            if not sparsity and all(trainer.global_step >= pruner.schedule.end for pruner in pruners_of(trainer)):
                 setattr(pl_module, self.attribute, remove_adapters(model))
                 raise ValueError(
                     "no weight with an adapter is pruned, so there is no sparsity to keep: load a pruned model, put "
@@ -392,7 +392,7 @@ class PERPRetraining(L.Callback):
                 plain,
                 self.reconstruct,
                 masks,
-                _pruner_of(trainer),
+                pruners_of(trainer),
                 lambda name: self._plain(name).removeprefix(prefix),
                 self.seed,
             )
@@ -417,8 +417,7 @@ class PERPRetraining(L.Callback):
         if not self.merge:
             return
         setattr(pl_module, self.attribute, merge(self._model(pl_module)))
-        pruner = _pruner_of(trainer)
-        if pruner is not None:
+        for pruner in pruners_of(trainer):
             pruner.rename_masks(self._plain)
         self._module, self._loaded_masks = None, {}
 
@@ -438,8 +437,7 @@ class PERPRetraining(L.Callback):
         if self._distillation is not None:
             self._distillation.end()
         module.__dict__.pop("configure_model", None)
-        pruner = _pruner_of(trainer)
-        if pruner is not None:
+        for pruner in pruners_of(trainer):
             pruner.wrap_updates(None)
             pruner.take_dense_weights()
 
@@ -469,10 +467,9 @@ class PERPRetraining(L.Callback):
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:
         """Masks of the pruner, of a checkpoint, or the user's; None for the weights' zeros."""
-        pruner = _pruner_of(trainer)
-        if pruner is not None:
+        if pruners := pruners_of(trainer):
             prefix = f"{self.attribute}."
-            return {name.removeprefix(prefix): mask for name, mask in pruner.masks.items()}
+            return {name.removeprefix(prefix): mask for pruner in pruners for name, mask in pruner.masks.items()}
         return self._loaded_masks or self.masks
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -497,8 +494,7 @@ class PERPRetraining(L.Callback):
 
     def _states(self, trainer: L.Trainer) -> dict[str, dict[str, Any]]:
         """This callback's state and that of the pruner beside, as a full checkpoint has them."""
-        callbacks = [self, *([] if (pruner := _pruner_of(trainer)) is None else [pruner])]
-        return {callback.state_key: callback.state_dict() for callback in callbacks}
+        return {callback.state_key: callback.state_dict() for callback in (self, *pruners_of(trainer))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the masks of a checkpoint, which become the adapters' at train start.
@@ -540,11 +536,6 @@ def _check_same(found: Mapping[str, Any], mine: Mapping[str, Any], whose: str) -
 
 def _has_zeros(model: nn.Module) -> bool:
     return any(not bool(t.matrix().all()) for t in find_targets(model, frozen=True))
-
-
-def _pruner_of(trainer: L.Trainer) -> WeightPruning | None:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, WeightPruning)), None)
 
 
 def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:
@@ -591,20 +582,20 @@ def before_training(
     return BeforeTraining(ReconstructSettings.of(options), dense, calibration)
 
 
-def check_dense_is_known(before: BeforeTraining, pruner: WeightPruning | None) -> None:
-    """Dense weights come from the user, or from a pruner that has them when it prunes.
+def check_dense_is_known(before: BeforeTraining, pruners: Sequence[WeightPruning]) -> None:
+    """Dense weights come from the user, or from pruners that have them when they prune.
 
     Raises:
         ValueError: neither will have them.
     """
     if before.dense is not None:
         return
-    if pruner is None:
+    if not pruners:
         raise ValueError(
             "reconstruct needs the weights from before pruning: pass reconstruct={'dense': FOLDER} (or a model, or "
             "weights by name), or prune in the same Trainer with WeightPruning(...)"
         )
-    if pruner.settings.keeps_zeros:
+    if any(pruner.settings.keeps_zeros for pruner in pruners):
         raise ValueError(
             "WeightPruning(score='keep') prunes nothing, so it never has the dense weights that reconstruct needs: "
             "pass reconstruct={'dense': FOLDER}"
@@ -616,7 +607,7 @@ def reconstruct_before_training(
     model: nn.Module,
     before: BeforeTraining,
     masks: Mapping[str, Tensor] | None,
-    pruner: WeightPruning | None,
+    pruners: Sequence[WeightPruning],
     rename: Callable[[str], str],
     seed: int,
 ) -> Reconstruction:
@@ -627,8 +618,8 @@ def reconstruct_before_training(
         model: The transformers model, without adapters.
         before: What is to be done.
         masks: By parameter name; None for the weights' zeros.
-        pruner: The `WeightPruning` beside, which may have the dense weights.
-        rename: From its names of parameters to those of the model.
+        pruners: The `WeightPruning` callbacks beside, which may have the dense weights.
+        rename: From their names of parameters to those of the model.
         seed: See `reconstruct`; also of the draw of calibration samples.
 
     Raises:
@@ -637,7 +628,7 @@ def reconstruct_before_training(
     dense: Any = before.dense
     if isinstance(dense, (str, Path)):
         dense = open_checkpoint(dense, argument="dense")
-    taken = {} if pruner is None else {rename(n): weight for n, weight in pruner.take_dense_weights().items()}
+    taken = {rename(n): weight for pruner in pruners for n, weight in pruner.take_dense_weights().items()}
     if dense is None and not taken:
         raise ValueError(
             "the module was pruned before this fit, so the weights from before are not known to reconstruct: pass "

@@ -63,7 +63,8 @@ class PruningAwarePretraining(L.Callback):
 
     At every pruning the type of unit whose cheapest unit has the lowest mean saliency loses it: a head or key/value
     group of every layer (``"attention"``), an intermediate channel of every layer (``"ffn"``), a hidden channel of the
-    whole model (``"hidden"``), or a whole layer (``"layer"``, not in the paper). Saliency comes from the training's own
+    whole model (``"hidden"``), or a whole layer (``"layer"``, not in the paper), or an expert of every layer
+    (``"expert"``, which is sliced off at once). Saliency comes from the training's own
     gradients, right before each optimizer step (averaged over processes, summed over accumulated batches, not yet
     clipped). A pruned unit is zero at first; every `compact_every` prunings, and when the target is reached, zeros are
     sliced off: parameters, optimizer states, averaged weights (``WeightAveraging``), the configuration. The loss does
@@ -95,10 +96,10 @@ class PruningAwarePretraining(L.Callback):
     Args:
         target: A share of the model's parameters (float), their number (int), final sizes by name
             (``hidden_size``, ``intermediate_size``, ``num_attention_heads``, ``num_key_value_heads``,
-            ``num_hidden_layers``), ``{"bytes": B}`` or ``{"seconds_per_token": S, "batch": N}``, see
+            ``num_hidden_layers``, ``num_experts``), ``{"bytes": B}`` or ``{"seconds_per_token": S, "batch": N}``, see
             `prune_structured`; a time is measured when the fit starts, and its table kept in checkpoints. Shares and
             numbers count all parameters, tied ones once, and are reached from above: the first size that is not larger.
-        types: Any of ``"attention"``, ``"ffn"``, ``"hidden"`` and ``"layer"``.
+        types: Any of ``"attention"``, ``"ffn"``, ``"hidden"``, ``"layer"`` and ``"expert"``, that the family can lose.
         every_n_steps: Optimizer steps between prunings (N in the paper, section 4: 1 or 2).
         start: Optimizer steps before saliency is accumulated.
         end: Step at which the target is reached, along a straight line of parameters: each pruning takes as many units
@@ -262,7 +263,7 @@ class PruningAwarePretraining(L.Callback):
         structure = read_structure(pl_module, self.attention_unit)
         if self._copied and state is not None and not _shrunk_to(state, structure.sizes):
             state = None
-        stay, blocks = units_stay(structure, trainer.strategy), check_neighbors(trainer, self, structure)
+        stay, blocks = units_stay(structure, trainer.strategy, self.types), check_neighbors(trainer, self, structure)
         check_module(pl_module, trainer.strategy)  # once more: configure_model may have compiled it
         if state is None:
             check_not_masked(structure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.kinds import is_kind
-from lightning_prune.callbacks.weight_pruning import WeightPruning
+from lightning_prune.callbacks.weight_pruning import pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
 from lightning_prune.naming import place
@@ -38,8 +38,8 @@ class SparsityMonitor(L.Callback):
     are read before the next batch, so the order of callbacks does not matter, and once more at the end of training.
     Names of layers inside PEFT's are those they have without it.
 
-    Beside the logs (``trainer.log_dir``) rank 0 writes the same numbers and what is known of the run (versions, seed,
-    settings) to ``sparsity_history.jsonl``, for ``lightning-prune report``. Without a logger it goes to
+    Beside the logs, in the run's own folder, rank 0 writes the same numbers and what is known of the run (versions,
+    seed, settings) to ``sparsity_history.jsonl``, for ``lightning-prune report``. Without a logger it goes to
     ``default_root_dir``.
 
     Counting reads every matrix once. Where weights are sharded (FSDP2, tensor parallelism) each rank counts its
@@ -48,8 +48,8 @@ class SparsityMonitor(L.Callback):
     Args:
         every_n_steps: Optimizer steps between two entries.
         per_layer: Log ``density/layer/...`` too; without it the history still has every layer.
-        targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else every
-            Linear, Conv1D and Conv2d.
+        targets: Layers to count, as in `WeightPruning`; default those of the Trainer's `WeightPruning`, else all
+            that `prune` would find.
         ignore: Layers to leave, likewise; default output layers.
         history: Write the history file.
 
@@ -97,8 +97,7 @@ class SparsityMonitor(L.Callback):
                 f"SparsityMonitor does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), or 'ddp'"
             )
-        folder = trainer.log_dir  # asks rank 0: every rank must be here
-        self._folder, self._file, self._last = Path(folder or trainer.default_root_dir), None, None
+        self._folder, self._file, self._last = _folder_of(trainer), None, None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fail on targets that match nothing before training starts."""
@@ -120,15 +119,14 @@ class SparsityMonitor(L.Callback):
 
     def _targets_of(self, trainer: L.Trainer, module: L.LightningModule) -> list[tuple[str, Tensor]]:
         """Names of layers, and their weights as they are now."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        pruner = next((c for c in callbacks if isinstance(c, WeightPruning)), None)
-        targets: Sequence[str | type[nn.Module]] | None = self.targets
-        ignore: Sequence[str | type[nn.Module]] | None = self.ignore
-        if pruner is not None and targets is None:
-            targets = pruner.settings.targets
-        if ignore is None:
-            ignore = DEFAULT_IGNORE if pruner is None else pruner.settings.ignore
-        found = parameters_of(find_targets(module, targets, ignore))
+        pruners = [pruner.settings for pruner in pruners_of(trainer)]
+        chosen = [
+            (how.targets if self.targets is None else self.targets, how.ignore if self.ignore is None else self.ignore)
+            for how in pruners
+        ] or [(self.targets, DEFAULT_IGNORE if self.ignore is None else self.ignore)]
+        found: dict[str, Tensor] = {}
+        for targets, ignore in chosen:
+            found |= parameters_of(find_targets(module, targets, ignore))
         return [(layer_name(name), weight.detach()) for name, weight in found.items()]
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
@@ -183,6 +181,19 @@ def layer_name(parameter: str) -> str:
     'model.model.layers.0.q_proj'
     """
     return parameter.replace("base_model.model.", "").replace(".base_layer", "").removesuffix(".weight")
+
+
+def _folder_of(trainer: L.Trainer) -> Path:
+    """The run's own folder, where `ModelCheckpoint` puts its checkpoints too. Every rank must call."""
+    folder: str | None = None
+    if trainer.is_global_zero and trainer.loggers:
+        logger = trainer.loggers[0]
+        if logger.log_dir is not None:
+            folder = logger.log_dir
+        elif logger.name is not None and logger.version is not None:  # W&B, MLflow: runs share a folder
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            folder = str(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version))
+    return Path(trainer.strategy.broadcast(folder) or trainer.log_dir or trainer.default_root_dir)
 
 
 def _saliency_of(trainer: L.Trainer) -> dict[str, float]:

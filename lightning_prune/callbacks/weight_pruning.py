@@ -29,21 +29,18 @@ from lightning_prune.callbacks.pruning_notices import (
 )
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.checkpoints.reading import check_checkpoint_of
-from lightning_prune.history import described
+from lightning_prune.checkpoints.states import states_of
+from lightning_prune.history import described, plain
 from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.elsa import ELSA
-from lightning_prune.pruning.enforcement import Enforcer
+from lightning_prune.pruning.holding import MaskHold
 from lightning_prune.pruning.masks import (
     Masks,
-    apply_masks,
-    current_weight,
     follow_names,
     masks_hold,
-    named_weights,
     pack_masks,
     pruned_counts,
-    shard_masks,
     unpack_masks,
 )
 from lightning_prune.pruning.pipeline import run_plan
@@ -51,7 +48,7 @@ from lightning_prune.pruning.plan import PruningPlan, make_plan
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings, make_score
-from lightning_prune.pruning.targets import DEFAULT_IGNORE, parameters_of
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parameters_of
 from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
@@ -83,6 +80,9 @@ class WeightPruning(L.Callback):
 
     A copy (``copy.deepcopy``, pickle), of a fit that runs too, has the settings and the masks. In a fit of its own it
     goes on with those masks if they hold in the module, that is if its pruned weights are zero, and else prunes anew.
+
+    Several of them in one Trainer prune layers of their own, each by its `targets` and `ignore`, in the order of the
+    callbacks; a later one is calibrated on what the earlier have left. Their ``state_key`` says which layers are whose.
 
     Works with automatic and manual optimization on one device, under DDP, and under ``ModelParallelStrategy`` (FSDP2,
     tensor parallelism), where scores, aggregates and masks are shards as the parameters are, and `masks` are DTensors.
@@ -126,13 +126,13 @@ class WeightPruning(L.Callback):
 
     Example::
 
-        trainer = L.Trainer(callbacks=[WeightPruning(score="kfac", sparsity=0.5)])
+        trainer = L.Trainer(callbacks=[WeightPruning(sparsity=0.5)])
         trainer.fit(module, datamodule)
     """
 
     def __init__(
         self,
-        score: str | Criterion = "gblm",
+        score: str | Criterion = "kfac",
         sparsity: float | None = None,
         pattern: str = "unstructured",
         group: str | None = None,
@@ -172,12 +172,11 @@ class WeightPruning(L.Callback):
         self._elsa_state: dict[str, Any] | None = None  # of a checkpoint
         self._masks: Masks = {}
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
-        self._enforcer: Enforcer | None = None
+        self._hold: MaskHold | None = None
         self._plan: PruningPlan | None = None
         self._uncounted: tuple[str, ...] = ()
         self._data: CalibrationData | None = None  # made when a fit starts; kept where it cannot be made again
-        self._handles: list[Any] = []
-        self._hooked: list[Optimizer] = []
+        self._teardown: BeforeTeardown | None = None
         self._copied = False  # masks of a copy, whose module is not known
         self._counts: dict[str, tuple[int, int]] = {}  # by parameter, over all ranks: weights pruned, weights
         self._target_names: tuple[str, ...] = ()
@@ -212,8 +211,8 @@ class WeightPruning(L.Callback):
 
         During a fit they are made anew each time, one byte a weight: keep them where they are needed often.
         """
-        if self._enforcer is not None:
-            return self._enforcer.masks()
+        if self._hold is not None:
+            return self._hold.masks
         module = None if self._owner is None else self._owner()
         return self._masks if module is None else follow_names(module, self._masks)
 
@@ -245,6 +244,16 @@ class WeightPruning(L.Callback):
 
     # -- for callbacks beside this one ---------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """The class's name and, where they are not the defaults, which layers: what tells two callbacks apart."""
+        which: dict[str, Any] = {}
+        if self.settings.targets is not None:
+            which["targets"] = plain(self.settings.targets)
+        if tuple(self.settings.ignore) != DEFAULT_IGNORE:
+            which["ignore"] = plain(self.settings.ignore)
+        return self._generate_state_key(**which) if which else super().state_key
+
     def rename_masks(self, rename: Callable[[str], str]) -> None:
         """Follow parameters that have got other names, such as those of layers that adapters were put around.
 
@@ -254,8 +263,8 @@ class WeightPruning(L.Callback):
         self._masks = {rename(name): mask for name, mask in self._masks.items()}
         self._counts = {rename(name): counts for name, counts in self._counts.items()}
         self._target_names = tuple(map(rename, self._target_names))
-        if self._enforcer is not None:
-            self._enforcer.rename(rename)
+        if self._hold is not None:
+            self._hold.rename(rename)
 
     def wrap_updates(self, around: Callable[[], AbstractContextManager[Any]] | None) -> None:
         """Have every computation of new masks happen within a context.
@@ -294,8 +303,8 @@ class WeightPruning(L.Callback):
 
     def hold_masks(self) -> None:
         """Set pruned weights to zero again, which somebody has changed who knows of it."""
-        if self._enforcer is not None:
-            self._enforcer.mask_weights()
+        if self._hold is not None:
+            self._hold.mask_weights()
 
     # -- life of a fit -------------------------------------------------------------------------------------------
 
@@ -312,8 +321,8 @@ class WeightPruning(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
-        plan = self._make_plan(pl_module)
-        self._handles.append(BeforeTeardown(trainer.strategy, lambda: self._finish(trainer)))
+        plan = self._make_plan(pl_module, self._check_others(trainer, pl_module))
+        self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
         sharded = has_sharded_parameters(pl_module)
         if sharded and not is_kind(trainer.strategy, "ModelParallelStrategy"):
             raise ValueError(
@@ -339,10 +348,28 @@ class WeightPruning(L.Callback):
             self._begin(trainer, pl_module)
         if self._data is not None and not self._data.kept:
             self._data = None
-        self._hook_optimizers(trainer)
 
-    def _make_plan(self, module: L.LightningModule) -> PruningPlan:
-        plan = make_plan(module, self.settings)
+    def _check_others(self, trainer: L.Trainer, module: L.LightningModule) -> frozenset[str]:
+        """Names of the weights that other callbacks prune; refused where they are this one's, before any prunes."""
+        own = _weights_to_prune(self, module)
+        beside: set[str] = set()
+        for other in pruners_of(trainer):
+            if other is self:
+                continue
+            names = _weights_to_prune(other, module)
+            if shared := [name for name in own if name in names]:
+                raise ValueError(
+                    f"two WeightPruning in one Trainer would both prune {len(shared)} weights, first {shared[0]!r}: "
+                    f"targets={self.settings.targets!r} and targets={other.settings.targets!r}; give each layer to "
+                    "one of them, with targets or ignore"
+                )
+            if self.distill_from is not None and other.distill_from is not None:
+                raise ValueError("distill_from is given to two WeightPruning in one Trainer: give it to one of them")
+            beside |= names.keys()
+        return frozenset(beside)
+
+    def _make_plan(self, module: L.LightningModule, beside: frozenset[str] = frozenset()) -> PruningPlan:
+        plan = make_plan(module, self.settings, beside)
         self._planned, self._target_names = plan.planned_count, tuple(parameters_of(plan.targets))
         return plan
 
@@ -364,13 +391,12 @@ class WeightPruning(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up with a checkpoint: steps and optimizer states are restored only now."""
         self._seen_step = trainer.global_step
-        if self._enforcer is None:
+        if self._hold is None:
             self._begin(trainer, pl_module)
         else:
-            for optimizer in trainer.optimizers:
-                self._enforcer.mask_states(optimizer)
+            self._hold.clear_states()
             self._mask_averages(trainer, pl_module)  # a checkpoint may have brought them
-        if isinstance(self.schedule, ELSA) and self._enforcer is None:
+        if isinstance(self.schedule, ELSA) and self._hold is None:
             self._elsa = self._elsa_of(trainer, pl_module)
         if self._distillation is not None:
             self._distillation.begin(pl_module)
@@ -397,13 +423,13 @@ class WeightPruning(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Follow parameters that something has replaced since the last batch."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow replaced parameters, and prune further if the schedule says so."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
         step, seen = trainer.global_step, self._seen_step
         self._seen_step = step
         if self._elsa is not None:
@@ -416,9 +442,8 @@ class WeightPruning(L.Callback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the weights, or their average, as pruned as they are to be."""
-        if self._enforcer is not None:
-            self._follow(trainer, pl_module)
-            self._mask_averages(trainer, pl_module)
+        self._follow(trainer)
+        self._mask_averages(trainer, pl_module)
 
     def _due(self, step: int) -> bool:
         """Whether the schedule prunes something at a step."""
@@ -426,13 +451,13 @@ class WeightPruning(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never save a pruned weight that something else has revived, be it in an average."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
         self._repair()
         self._mask_averages(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hold averages that become the final weights to the masks; say what was not reached."""
-        self._follow(trainer, pl_module)
+        self._follow(trainer)
         self._repair()
         self._mask_averages(trainer, pl_module)
         self._report(trainer)
@@ -461,11 +486,12 @@ class WeightPruning(L.Callback):
         self._release()
 
     def _release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._hooked = [], []
+        if self._teardown is not None:
+            self._teardown.remove()
         self._masks = self._masks_at_rest()
-        self._enforcer = self._plan = self._data = self._elsa = None
+        if self._hold is not None:
+            self._hold.remove()
+        self._hold = self._plan = self._data = self._elsa = self._teardown = None
         if self._distillation is not None:
             self._distillation.end()
 
@@ -478,11 +504,10 @@ class WeightPruning(L.Callback):
         return copied_state(
             self,
             _masks=self._masks_at_rest(),
-            _enforcer=None,
+            _hold=None,
             _plan=None,
             _data=None,
-            _handles=[],
-            _hooked=[],
+            _teardown=None,
             _owner=None,
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
@@ -551,20 +576,20 @@ class WeightPruning(L.Callback):
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
-        masks = shard_masks(module, follow_names(module, masks))
-        apply_masks(module, masks)
-        weights = named_weights(module)
-        self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
-        self._keep(masks)
-        self._masks = {}  # the enforcer has them
-        for optimizer in trainer.optimizers:
-            self._enforcer.mask_states(optimizer)
+        if self._hold is None:
+            self._hold = MaskHold(module, masks)
+        else:
+            self._hold.update(masks)
+        self._hold.watch(trainer.optimizers)
+        self._keep(self._hold.masks)
+        self._masks = {}  # the hold has them
         self._mask_averages(trainer, module)
 
     def _mask_averages(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._enforcer is None:
+        hold = self._hold
+        if hold is None:
             return
-        for problem in mask_averages(trainer, module, self._enforcer.masks):
+        for problem in mask_averages(trainer, module, lambda: hold.masks):
             if problem not in self._said:
                 self._said.add(problem)
                 rank_zero_warn(problem)
@@ -575,85 +600,26 @@ class WeightPruning(L.Callback):
         pruned = counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
         self._counts = {name: (pruned[name], mask.numel()) for name, mask in masks.items()}
 
-    def _follow(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Give the masks to the parameters, and the hooks to the optimizers, that are there now.
-
-        Raises:
-            RuntimeError: a masked parameter is gone, has got another shape, or is no longer shared by layers that were
-                tied.
-        """
-        self._hook_optimizers(trainer)
-        enforcer = self._enforcer
-        if enforcer is None or not (strange := self._strangers(enforcer, module)):
-            return
-        reshard(module)  # FSDP2 itself replaces parameters, for as long as they are gathered
-        if not (strange := self._strangers(enforcer, module)):
-            return
-        try:
-            if torn := self._torn():
-                raise ValueError(f"layers that shared {torn[0]!r} have parameters of their own now")
-            self._bind(trainer, module, self.masks)
-        except ValueError as error:
-            raise RuntimeError(
-                f"the parameter {strange[0]!r} was replaced during training, and its mask cannot follow: {error}. "
-                "Replace layers between two fits, or leave them out (ignore)"
-            ) from error
-        rank_zero_warn(
-            f"WeightPruning: {len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their "
-            "masks hold for the new ones from now on"
-        )
-
-    def _strangers(self, enforcer: Enforcer, module: L.LightningModule) -> list[str]:
-        """Names of the masked parameters that are not those of the module now."""
-        strange = [name for name in enforcer.names if not enforcer.follows(name, current_weight(module, name))]
-        return strange or self._torn()
-
-    def _torn(self) -> list[str]:
-        """Names of weights that tied layers shared, and do not share any more."""
-        tied = [t for t in self._plan.targets if len(t.modules) > 1] if self._plan is not None else []
-        return [t.name for t in tied if len({id(m._parameters.get("weight")) for m in t.modules}) > 1]
-
-    def _hook_optimizers(self, trainer: L.Trainer) -> None:
-        for optimizer in trainer.optimizers:
-            if all(optimizer is not known for known in self._hooked):
-                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
-                self._hooked.append(optimizer)
-
-    # -- enforcement ---------------------------------------------------------------------------------------------
+    def _follow(self, trainer: L.Trainer) -> None:
+        """Give the masks to the parameters, and to the optimizers, that are there now."""
+        if self._hold is not None:
+            self._hold.watch(trainer.optimizers)
+            self._hold.follow()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Mask gradients once a step, before they are clipped; of ELSA, add to them."""
+        """Mask gradients that something has changed since the backward pass, before they are clipped; or ELSA's."""
         if self._elsa is not None:
             self._elsa.pull(optimizer)
-        if self._enforcer is not None:
-            self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
-
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Manual optimization: mask gradients after each backward, since the user may clip at any time."""
-        if self._enforcer is not None and not pl_module.automatic_optimization:
-            self._enforcer.mask_gradients()
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Whatever the hooks above saw: manual optimization may step an optimizer that Lightning has not wrapped, after
-        # a plain loss.backward() that came before or after a manual_backward.
-        if self._enforcer is not None:
-            self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._enforcer is not None:
-            self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
+        if self._hold is not None:
+            self._hold.mask_gradients()
 
     def _repair(self) -> None:
-        if self._enforcer is None:
-            return
-        revived = self._enforcer.resurrected()
+        revived = {} if self._hold is None else self._hold.mask_weights()
         if revived:
             rank_zero_warn(
                 f"WeightPruning: {sum(revived.values())} pruned weights in {len(revived)} layers "
                 f"({next(iter(revived))}, ...) were changed outside optimizer steps, and have been set to zero again"
             )
-            self._enforcer.mask_weights()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -683,6 +649,24 @@ class WeightPruning(L.Callback):
         """The settings that say how the masks came about, in plain values, for model cards and for a resumed run."""
         return {**self.settings.describe(), "seed": described(self.seed), "schedule": described(self.schedule)}
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the masks of a checkpoint that another choice of layers was made for; refuse to leave any behind.
+
+        Raises:
+            ValueError: the checkpoint has masks of a `WeightPruning` that is not in the Trainer.
+        """
+        states = checkpoint["callbacks"]
+        pruners = pruners_of(trainer)
+        left = states_of(states, "WeightPruning").keys() - {pruner.state_key for pruner in pruners}
+        if len(left) == len(pruners) == 1 and self.state_key not in states:  # it prunes by other names now
+            states[self.state_key] = states.pop(left.pop())
+        if left and self._stage == "fit":
+            raise ValueError(
+                f"the checkpoint has masks of {sorted(left)}, which no WeightPruning in the Trainer would hold: its "
+                f"callbacks have the keys {sorted(p.state_key for p in pruners)}. Resume with the targets and ignore "
+                "that each had"
+            )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take masks from a checkpoint; they are bound to the parameters at fit start.
 
@@ -704,7 +688,19 @@ class WeightPruning(L.Callback):
         self._uncounted = tuple(state_dict.get("uncounted", ()))
         self._owner = None
         self._copied = False
-        self._enforcer = None
+        if self._hold is not None:
+            self._hold.remove()
+            self._hold = None
+
+
+def pruners_of(trainer: L.Trainer) -> list[WeightPruning]:
+    """The `WeightPruning` callbacks of a Trainer, in its order."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, WeightPruning)]
+
+
+def _weights_to_prune(pruner: WeightPruning, module: nn.Module) -> dict[str, nn.Parameter]:
+    return parameters_of(find_targets(module, pruner.settings.targets, pruner.settings.ignore))
 
 
 def ranks_of(trainer: L.Trainer) -> Ranks | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ SPARSITY_FILE = "sparsity.json"
 """Name of the file that says which layers are how sparse, and which score chose the zeros."""
 
 _LABELS = {
+    "targets": "layers chosen",
     "sparsity": "sparsity asked for",
     "group": "compared within",
     "allocation": "allocation of sparsity to layers",
@@ -111,7 +113,7 @@ def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
         f"({prunable.sparsity:.2%}; {everything.sparsity:.2%} of all parameters)."
     )
     tables = [_shrinking(making)] if shrunk else []
-    tables += [_pruning(found, making)] if pruned and not shrunk else []
+    tables += [_pruning(found, making)] if pruned and (making.masks is not None or not shrunk) else []
     for table in [*tables, *making.tables]:
         lines += ["", table.markdown()]
     lines += ["", _USE.format(name=json.dumps(name)).strip()]
@@ -121,7 +123,7 @@ def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
 
 
 def _pruning(found: Inspection, making: Making) -> Table:
-    rows = [("N:M pattern of every layer", found.pattern or "none (unstructured)")]
+    rows = [("N:M pattern", _patterns(found))]
     if making.masks is not None:
         rows.insert(0, ("score", making.score or "unknown"))
         for settings in making.settings:
@@ -132,10 +134,19 @@ def _pruning(found: Inspection, making: Making) -> Table:
     return Table("Pruning", ("", ""), rows + _versions(), [f"`{SPARSITY_FILE}` has the figures of every layer."])
 
 
+def _patterns(found: Inspection) -> str:
+    """The pattern of every layer, or how many layers have which."""
+    layers = found.selected()
+    counts = Counter(layer.pattern for layer in layers if layer.pattern)
+    if found.pattern or not counts:
+        return found.pattern or "none (unstructured)"
+    return ", ".join(f"{pattern} in {count} of {len(layers)} layers" for pattern, count in counts.items())
+
+
 def _shrinking(making: Making) -> Table:
     assert making.sizes is not None
     rows = [(name, f"{before:,} to {now:,}") for name, (before, now) in making.sizes.items() if before != now]
-    for settings in making.settings:
+    for settings in making.settings if making.masks is None else ():  # else they are those of the pruning
         rows += [(key.replace("_", " "), str(value)) for key, value in settings.items() if value is not None]
     return Table("Shrinking", ("", ""), rows + _versions())
 

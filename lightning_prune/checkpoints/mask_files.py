@@ -26,6 +26,8 @@ _FORMAT = "lightning-prune masks 1"
 def save_masks(masks: Mapping[str, Tensor], path: str | Path, **facts: str) -> None:
     """Write masks as packed bits. The file appears whole or not at all; an old one is replaced.
 
+    Where masks are sharded every rank must call, and rank 0 writes.
+
     Args:
         masks: Bool masks by parameter name, True = kept, as `prune` returns them.
         path: File to write.
@@ -37,7 +39,9 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path, **facts: str) -> N
     for name, mask in masks.items():
         if str(mask.dtype) != "torch.bool":
             raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
-    _save(pack_masks(masks), Path(path), facts)
+    packed = pack_masks(masks)
+    if packed or not masks:
+        _save(packed, Path(path), facts)
 
 
 def _save(packed: Mapping[str, Any], path: Path, facts: Mapping[str, str]) -> None:

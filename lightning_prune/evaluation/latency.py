@@ -7,6 +7,7 @@ import inspect
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -38,6 +39,7 @@ def benchmark(
     warmup: int = 3,
     dtype: str | None = None,
     device: str | None = None,
+    csr: bool = False,
     progress: bool = True,
 ) -> Benchmark:
     """Measure latency, throughput, memory and size of a pruned model beside the dense one.
@@ -57,6 +59,8 @@ def benchmark(
         warmup: Rounds before them that do not.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; default as stored.
         device: Such as ``"cuda"``; default CUDA where there is one.
+        csr: Measure the pruned model also with products that leave zeros out, at any places: torch's compressed sparse
+            rows. They need a CPU with MKL and float32, and are faster where few weights are left (10 % and less).
         progress: Show bars where stderr is a terminal.
 
     Raises:
@@ -75,6 +79,8 @@ def benchmark(
     sources = [("dense", dense), ("pruned", model)] if dense is not None else [("pruned", model)]
     loaded = [load_model(source, None, dtype, role, progress) for role, source in sources if source is not None]
     found = [one.inspection() for one in loaded]
+    if csr:
+        _check_csr(loaded[-1].model, place)
     if prompt_tokens is None:
         room = [context - new_tokens for one in loaded if (context := context_of(one)) is not None]
         prompt_tokens = settings["prompt_tokens"] = max(1, min(_PROMPT, *room)) if room else _PROMPT
@@ -94,6 +100,9 @@ def benchmark(
     if reason is None:
         sparse = sparse_copy(copy.deepcopy(pruned.model), found[-1])
         entries.append(_Entry("pruned, 2:4 sparse", pruned.source, found[-1], sparse, None))
+    if csr:
+        rows = csr_copy(copy.deepcopy(pruned.model), found[-1])
+        entries.append(_Entry("pruned, CSR", pruned.source, found[-1], rows, None))
     vocabulary = min(entry.model.get_input_embeddings().weight.shape[0] for entry in entries)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator).to(place)  # [B, T]
@@ -101,7 +110,7 @@ def benchmark(
     results = [entry.result(batch_size, prompt_tokens) for entry in entries]
     first = next(pruned.model.parameters())
     settings |= {"warmup": warmup, "dtype": str(first.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-    remarks = remarks_on(found[-1], reason)
+    remarks = remarks_on(found[-1], reason, csr)
     return Benchmark(
         results, remarks, settings, _device_name(place), versions(("lightning-prune", "torch", "transformers"))
     )
@@ -183,9 +192,11 @@ def _synchronize(device: torch.device) -> None:
 def _weight_bytes(model: nn.Module) -> int:
     total = 0
     for parameter in model.parameters():
-        parts = [parameter]
+        parts: list[Tensor] = [parameter]
         if hasattr(parameter, "__tensor_flatten__"):  # a sparse tensor: its values and where they belong
             parts = [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
+        elif parameter.layout == torch.sparse_csr:
+            parts = [parameter.values(), parameter.col_indices(), parameter.crow_indices()]
         total += sum(part.numel() * part.element_size() for part in parts)
     return total
 
@@ -243,7 +254,7 @@ class SpeedResult:
     """What was measured of one model.
 
     Attributes:
-        name: ``"dense"``, ``"pruned"`` or ``"pruned, 2:4 sparse"``.
+        name: ``"dense"``, ``"pruned"``, ``"pruned, 2:4 sparse"`` or ``"pruned, CSR"``.
         source: Where it was loaded from.
         sparsity: Share of zeros among the weights that can be pruned.
         prefill: Time of one forward pass over a prompt of B x T tokens.
@@ -327,15 +338,21 @@ _ROWS: tuple[tuple[str, Callable[[SpeedResult], str]], ...] = (
 )
 
 
-def remarks_on(found: Inspection, reason: str | None) -> list[str]:
+def remarks_on(found: Inspection, reason: str | None, csr: bool = False) -> list[str]:
     """What the figures mean.
 
     Args:
         found: What is in the weights of the pruned model.
         reason: Why sparse products were not measured, or None if they were.
+        csr: Whether compressed sparse rows were measured.
     """
     if found.sparsity == 0:
         return ["The model has no zeros in layers that can be pruned."]
+    if csr:
+        return [
+            "Dense products multiply zeros like other numbers. CSR leaves them out, and reads an index of 4 bytes with "
+            "every weight that is left: a difference between dense and pruned is noise, one to CSR is none."
+        ]
     if found.pattern not in ("2:4", "1:4"):
         return [
             "Its zeros follow no pattern that hardware knows: matrix products multiply them like other numbers, and "
@@ -394,6 +411,49 @@ def sparse_copy(model: Any, found: Inspection) -> Any:
     for module in _layers(model, found).values():
         sparse = torch.sparse.to_sparse_semi_structured(module.weight.detach())
         module.weight = nn.Parameter(sparse, requires_grad=False)
+    return model
+
+
+def _check_csr(model: nn.Module, device: torch.device) -> None:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or dtypes != {"float32"} or not mkl:
+        raise ValueError(
+            f"csr=True measures torch's products of MKL, which need a CPU and float32: device={device.type!r}, weights "
+            f"in {', '.join(sorted(dtypes))}, MKL {'found' if mkl else 'missing'}; pass "
+            "device='cpu' and dtype='float32', or leave csr out"
+        )
+
+
+class CSRLinear(nn.Module):
+    """A linear layer that multiplies by the weights alone that are not zero; for inference.
+
+    Args:
+        layer: The layer with zeros.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        with warnings.catch_warnings():  # torch calls the format a beta
+            warnings.simplefilter("ignore", UserWarning)
+            rows = layer.weight.detach().to_sparse_csr()
+            # Indices of 4 bytes in place of 8: a third less to read.
+            crow, columns = rows.crow_indices().int(), rows.col_indices().int()
+            rows = torch.sparse_csr_tensor(crow, columns, rows.values(), rows.shape)
+        self.weight = nn.Parameter(rows, requires_grad=False)  # [O, I]
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + b`` of inputs ``[..., I]``."""
+        columns = x.reshape(-1, x.shape[-1]).t().contiguous()  # [I, N]
+        y = (self.weight @ columns).t().reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def csr_copy(model: Any, found: Inspection) -> Any:
+    """Replace the layers of a model that can be pruned with `CSRLinear`, in place."""
+    for name, layer in _layers(model, found).items():
+        model.set_submodule(name, CSRLinear(layer))
     return model
 
 

@@ -6,6 +6,7 @@ PERP: Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Er
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ from lightning_prune.perp.storage import (
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
-from lightning_prune.pruning.targets import Target, find_targets
+from lightning_prune.pruning.targets import CONV1D, LINEAR, Target, find_targets, parameters_of
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import (
     as_shard_of,
@@ -59,6 +60,9 @@ from lightning_prune.sharding import (
     is_sharded,
     reshard,
 )
+
+# Kinds of layer that take an adapter.
+_ADAPTED = (LINEAR.name, CONV1D.name)
 
 
 def add_adapters(
@@ -219,11 +223,15 @@ def adapted_modules(
     for name in names:
         check_base_layer(name, model.get_submodule(name))
     check_unshared(model, {name: own_weight(model.get_submodule(name)) for name in names})
+    chosen = options.get("target_modules") is not None
+    left = "" if chosen else _without_adapter(model, masks, pruned_later)
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
         raise ValueError(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
-            "sparsity to keep: prune the model first, or use plain PEFT"
+            f"sparsity to keep: prune the model first, or use plain PEFT{f'. {left}' if left else ''}"
         )
+    if left and is_main_process():
+        warnings.warn(left, stacklevel=4)
     return names
 
 
@@ -267,14 +275,36 @@ def _head_name(model: nn.Module, adapter: str | None) -> str:
 
 
 def _linear_targets(model: nn.Module) -> list[Target]:
-    return [t for t in find_targets(model, frozen=True) if t.kind.name in ("Linear", "Conv1D")]
+    return [t for t in find_targets(model, frozen=True) if t.kind.name in _ADAPTED]
 
 
 def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool:
-    mask = masks.get(f"{name}.weight")
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)
+    return _has_pruned(weight, masks.get(f"{name}.weight"))
+
+
+def _has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
     return not bool((weight.detach() if mask is None else mask).all())
+
+
+def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later: bool) -> str:
+    """Name the pruned weights of kinds that no adapter goes with; empty if there are none."""
+    targets = find_targets(model, frozen=True)
+    others = [t for t in targets if t.kind.name not in _ADAPTED]
+    left = {
+        name: weight
+        for name, weight in parameters_of(others).items()
+        if pruned_later or _has_pruned(weight, masks.get(name))
+    }
+    if not left:
+        return ""
+    share = sum(weight.numel() for weight in left.values()) / sum(t.numel for t in targets)
+    return (
+        f"{share:.0%} of the weights that can be pruned get no adapter, which goes with Linear and Conv1D alone, and "
+        f"stay as they are ({next(iter(left))!r} and {len(left) - 1} more parameters): to retrain experts, "
+        "convolutions and recurrent weights too, use reconstruct(..., train='all'), or train the model under hold_masks"
+    )
 
 
 def _check_not_revived(model: nn.Module, trained: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from lightning_prune.perp.windows import Window
 from lightning_prune.pruning.blocks import BlockWalk
 from lightning_prune.pruning.enforcement import Enforcer
 from lightning_prune.pruning.masks import named_weights
-from lightning_prune.pruning.targets import find_targets
+from lightning_prune.pruning.targets import find_targets, parameters_of
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import uninterrupted
 from lightning_prune.schedules import learning_rate_factor
@@ -110,8 +110,7 @@ class KeptWeights:
     ) -> None:
         self.settings, self.masks = settings, masks
         parameters = named_weights(model)
-        targets = [t.name for t in find_targets(model, frozen=True) if t.name in parameters]
-        self._prunable = _by_block(targets, blocks)
+        self._prunable = _by_block(list(parameters_of(find_targets(model, frozen=True))), blocks)
         self.weights = {
             block: [w for w in names if _has_pruned(parameters[f"{block}.{w}"], masks.get(f"{block}.{w}"))]
             for block, names in self._prunable.items()

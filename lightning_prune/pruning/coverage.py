@@ -66,6 +66,7 @@ class Coverage:
         counted_names: Names of the parameters that `counted` sums over.
         uncounted: Names of matrices that are not countable, though in a file their names would not tell: embeddings
             under names of a user's own. `WeightPruning` writes them into checkpoints, for `inspect`.
+        beside: Countable weights that another pruning of the same model takes.
         left_out: Matrices that are not pruned, the largest first.
         zeros_lost: Tensors with zeros that ``score="keep"`` cannot hold, with their number, the most first.
     """
@@ -76,6 +77,7 @@ class Coverage:
     counted: int
     counted_names: frozenset[str] = field(repr=False, default=frozenset())
     uncounted: tuple[str, ...] = ()
+    beside: int = 0
     left_out: tuple[LeftOut, ...] = ()
     zeros_lost: tuple[tuple[str, int], ...] = ()
 
@@ -87,7 +89,8 @@ class Coverage:
     @property
     def worrying(self) -> bool:
         """Whether so much is left out that it must be a warning."""
-        return self.share < ENOUGH or bool(self.zeros_lost)
+        share = self.share + self.beside / max(self.countable, 1)
+        return share < ENOUGH or bool(self.zeros_lost)
 
     def pruned_shares(self, pruned: Mapping[str, int]) -> tuple[float, float]:
         """Shares of pruned weights, of the countable weights and of all parameters.
@@ -106,6 +109,8 @@ class Coverage:
             f"(matrices outside embeddings and heads), {self.candidates / max(self.parameters, 1):.1%} of "
             f"{self.parameters:,} parameters"
         )
+        if self.beside:
+            text += f"\n  pruned by another callback: {self.beside:,} weights, {self.beside / self.countable:.1%}"
         inside = [entry for entry in self.left_out if entry.countable]
         outside = [entry for entry in self.left_out if not entry.countable]
         if inside:
@@ -155,7 +160,9 @@ def measure_coverage(
     return coverage_of(model, select_layers(model, targets, ignore))
 
 
-def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = False) -> Coverage:
+def coverage_of(
+    model: nn.Module, selection: Selection, keeps_zeros: bool = False, beside: Collection[str] = ()
+) -> Coverage:
     """What a selection of layers covers of a model. Of sharded parameters the whole counts, without other ranks.
 
     Args:
@@ -163,9 +170,10 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
         selection: From `select_layers`.
         keeps_zeros: Look for zeros outside the selection, for ``score="keep"``. Where parameters are sharded they are
             counted in this rank's parts.
+        beside: Names of weights that another pruning takes; they are not left out.
     """
     candidates = {id(target.weight): target for target in selection.targets}
-    parameters = countable = counted = 0
+    parameters = countable = counted = taken = 0
     names: set[str] = set()
     uncounted: list[str] = []
     lost: dict[str, int] = {}
@@ -181,6 +189,8 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
             if counts:
                 counted += size
                 names.add(candidates[id(parameter)].parameter)
+        elif name in beside:
+            taken += size if counts else 0
         elif parameter.dim() > 1 and size:
             reason = _reason(name, module, selection)
             groups.setdefault((_with_stars(name), reason, counts), []).append(size)
@@ -194,6 +204,7 @@ def coverage_of(model: nn.Module, selection: Selection, keeps_zeros: bool = Fals
         counted=counted,
         counted_names=frozenset(names),
         uncounted=tuple(uncounted),
+        beside=taken,
         left_out=tuple(
             sorted(
                 (LeftOut(name, len(s), sum(s), reason, counts) for (name, reason, counts), s in groups.items()),
@@ -249,9 +260,7 @@ def _reason(name: str, module: nn.Module, selection: Selection) -> str:
         return ROUTER
     if not is_prunable(name, (2, 2), torch.float32):
         return "embedding, position, norm or bias"
-    if name.endswith((".weight", "original0", "original1")) or isinstance(
-        module, (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-    ):
+    if name.endswith((".weight", "original0", "original1")):
         return f"{kind} cannot be pruned"
     return f"parameter of {kind}, which is no layer"
 

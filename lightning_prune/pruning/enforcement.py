@@ -44,11 +44,6 @@ class Enforcer:
         """The masked parameters by name."""
         return self._weights
 
-    @property
-    def names(self) -> Iterable[str]:
-        """The names of the masked parameters."""
-        return self._weights.keys()
-
     def parameters_of(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """The masked parameters that an optimizer steps."""
         return [p for group in optimizer.param_groups for p in group["params"] if id(p) in self._held]

@@ -119,16 +119,28 @@ def _takes_sorted(module: nn.Module) -> bool:
     return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__)
 
 
+See = Callable[[nn.Module, int, Routed, Tensor, Tensor], None]
+
+
 @contextmanager
-def written_out(matrices: Iterable[ExpertMatrix]) -> Iterator[None]:
-    """While the block runs, the experts that some matrices belong to call each of their matrices as a module."""
-    stacks: dict[nn.Module, dict[str, dict[int, ExpertMatrix]]] = {}
+def written_out(
+    matrices: Iterable[ExpertMatrix], others: Iterable[nn.Module] = (), see: See | None = None
+) -> Iterator[None]:
+    """While the block runs, the experts that some matrices belong to call each of their matrices as a module.
+
+    Args:
+        matrices: Known from outside, to put hooks on.
+        others: More modules that hold experts.
+        see: Called with such a module, the number of an expert, the R tokens routed to it, what it makes of them
+            ``[R, H]``, and their weights ``[R]``. Not for experts that receive weighted tokens (Llama 4).
+    """
+    stacks: dict[nn.Module, dict[str, dict[int, ExpertMatrix]]] = {experts: {} for experts in others}
     for matrix in matrices:
         stacks.setdefault(matrix.experts, {}).setdefault(matrix.name, {})[matrix.index] = matrix
     own = {experts: vars(experts).get("forward") for experts in stacks}
     try:
         for experts, known in stacks.items():
-            run = _run_sorted if _takes_sorted(experts) else _run_routed
+            run = _run_sorted if _takes_sorted(experts) else partial(_run_routed, see=see)
             vars(experts)["forward"] = partial(run, experts, _all_matrices(experts, known))
         yield
     finally:
@@ -155,7 +167,12 @@ Matrices = tuple[Callable[[int], ExpertMatrix], Callable[[int], ExpertMatrix]]
 
 
 def _run_routed(
-    experts: Any, matrices: Matrices, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    experts: Any,
+    matrices: Matrices,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    see: See | None = None,
 ) -> Tensor:
     """The weighted sum over each token's experts, ``[N, H]``.
 
@@ -165,6 +182,7 @@ def _run_routed(
         hidden_states: ``[N, H]``.
         top_k_index: ``[N, K]``, the experts of each token; a number beyond them is none.
         top_k_weights: ``[N, K]``.
+        see: See `written_out`.
     """
     first, second = matrices
     number, chosen = _stack_size(experts), top_k_index.shape[-1]
@@ -175,9 +193,11 @@ def _run_routed(
     output = torch.zeros_like(hidden_states, dtype=wide)
     for index, places in enumerate(torch.split(order, counts)[:number]):
         if len(places):
-            tokens = places // chosen
+            tokens, shares = places // chosen, top_k_weights.reshape(-1)[places]
             made = _run_expert(experts, first(index), second(index), hidden_states[tokens], tokens, len(hidden_states))
-            output = output.index_add(0, tokens, (made * top_k_weights.reshape(-1)[places, None]).to(wide))
+            if see is not None:
+                see(experts, index, Routed(tokens, len(hidden_states)), made, shares)
+            output = output.index_add(0, tokens, (made * shares[:, None]).to(wide))
     return output.to(hidden_states.dtype)
 
 

@@ -36,7 +36,8 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
     and with parameters that FSDP2 (``fully_shard``) or tensor parallelism shards.
 
     Args:
-        model: The model that is trained, as it is or wrapped in DDP; sharded first, where it is to be.
+        model: The model that is trained, as it is or as DDP, Fabric or accelerate has wrapped it; sharded first, where
+            it is to be.
         masks: Bool masks by parameter name, True = kept, of the parameters' shapes, as `prune` returns them; whole, or
             sharded as the parameters are.
         optimizer: The optimizer, or all of them, of the parameters as they are now; those that Fabric and accelerate
@@ -60,13 +61,15 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
                 optimizer.zero_grad()
     """
     optimizers = [_bare(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
-    while isinstance(model, DistributedDataParallel):
-        model = model.module
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
             "the weights; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or train under DDP"
         )
+    bare: Any = model
+    while isinstance(bare, DistributedDataParallel) or type(bare).__name__ == "_FabricModule":
+        bare = bare.module
+    model = bare
     masks = follow_names(model, masks)
     _check_stepped(check_masks(model, masks), optimizers)
     hold = MaskHold(model, masks)
@@ -85,6 +88,17 @@ def _bare(optimizer: Any) -> Optimizer:
             "all that train the model"
         )
     return bare
+
+
+def _stands_still(optimizer: Optimizer) -> bool:
+    """Whether a step changes no weight.
+
+    ``torch.distributed.checkpoint`` makes such a step to have states to load into. By then the weights may be those of
+    a checkpoint whose masks come last: those held until then must not touch them.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # Asking a GPU for its learning rate would wait for it; that step's is on the CPU.
+    return all(not (isinstance(rate, Tensor) and rate.device.type != "cpu") and rate == 0 for rate in rates)
 
 
 def _check_stepped(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Optimizer]) -> None:
@@ -143,9 +157,9 @@ class MaskHold:
         apply_masks(self._model, masks)
         weights = named_weights(self._model)
         self._enforcer = Enforcer({name: weights[name] for name in masks}, masks)
+        self._enforcer.mask_gradients()  # those of an accumulation that has begun
         self._sharing = self._find_sharing()
-        for optimizer in self._optimizers:
-            self._enforcer.mask_states(optimizer)
+        self.clear_states()
         self._hook_gradients()
 
     def watch(self, optimizers: Iterable[Optimizer]) -> None:
@@ -166,11 +180,13 @@ class MaskHold:
         """Call the parameters by other names, such as those of layers that adapters were put around."""
         self._enforcer.rename(rename)
 
-    def follow(self) -> list[str]:
-        """Give the masks to the parameters that the model has now.
+    def clear_states(self) -> None:
+        """Zero the optimizers' states of pruned weights, such as those that a checkpoint has brought."""
+        for optimizer in self._optimizers:
+            self._enforcer.mask_states(optimizer)
 
-        Returns:
-            Names of the parameters that had been replaced or moved; mostly empty.
+    def follow(self) -> None:
+        """Give the masks to the parameters that the model has now, if any was replaced or moved.
 
         Raises:
             RuntimeError: a masked parameter is gone, has got another shape, or is no longer shared by layers that were
@@ -178,10 +194,10 @@ class MaskHold:
         """
         if not self._strangers():
             self._hook_gradients()
-            return []
+            return
         reshard(self._model)  # FSDP2 itself replaces parameters, for as long as they are gathered
         if not (strange := self._strangers()):
-            return []
+            return
         try:
             if torn := self._torn():
                 raise ValueError(f"layers that shared {torn[0]!r} have parameters of their own now")
@@ -193,11 +209,10 @@ class MaskHold:
             ) from error
         if not dist.is_initialized() or dist.get_rank() == 0:
             warnings.warn(
-                f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced or moved during training; their "
+                f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their "
                 "masks hold for the new ones from now on",
                 stacklevel=2,
             )
-        return strange
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights that came without a backward pass, before they are clipped."""
@@ -261,7 +276,8 @@ class MaskHold:
         self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
+        if not _stands_still(optimizer):
+            self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
 
     def remove(self) -> None:
         """Let go of the model and the optimizers: nothing is enforced from now on. Masks stay to be read."""

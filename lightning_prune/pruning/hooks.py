@@ -31,7 +31,7 @@ from lightning_prune.pruning.statistics import (
     Accumulator,
     wide_dtype,
 )
-from lightning_prune.pruning.targets import LayerKind, Target
+from lightning_prune.pruning.targets import CONVOLUTIONS, LayerKind, Target
 from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, gather_whole, local
@@ -344,7 +344,7 @@ class Taps:
             increments = tap.accumulator.input_increments(rows, self._keep_for(tap, layer, x, rows, routed_to(layer)))
             # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
             known = _Increments(x, x._version, tap.target.kind, increments)
-            self.last_input = None if isinstance(layer, nn.Conv2d) else known
+            self.last_input = None if isinstance(layer, CONVOLUTIONS) else known
         if self.counting:
             tap.accumulator.add(known.values)
 
@@ -360,7 +360,7 @@ class Taps:
                 self.not_per_sample |= not routed.divides_into(self.size)
                 return
             # Two dimensions then are tokens of all samples put together (experts), whatever their number.
-            least = 4 if isinstance(layer, nn.Conv2d) else 3 if self.of_sequences else 2
+            least = layer.weight.dim() if isinstance(layer, CONVOLUTIONS) else 3 if self.of_sequences else 2
             if x.dim() < least or x.shape[0] != self.size:
                 self.not_per_sample = True
 

@@ -41,7 +41,7 @@ from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatisti
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, join_masks
 from lightning_prune.pruning.updates import ALPS, LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
-from lightning_prune.safety import Keeper, restored_on_failure
+from lightning_prune.safety import Keeper, Originals, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
 from lightning_prune.sharding import gathered_around, has_sharded_parameters
 
@@ -51,7 +51,7 @@ _log = logging.getLogger("lightning_prune")
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    score: str | Criterion = "gblm",
+    score: str | Criterion = "kfac",
     sparsity: float | None = None,
     pattern: str = "unstructured",
     group: str | None = None,
@@ -111,8 +111,9 @@ def prune(
             model in one sweep.
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``; also drives the forward pass of
             scores without gradients.
-        targets: Layer types, type names or name patterns to prune; default every Linear, Conv1D, Conv2d but frozen
-            ones, routers and output layers; a selector that matches nothing else names those too.
+        targets: Layer types, type names or name patterns to prune; default all (Linear, Conv1D, Conv1d, Conv2d,
+            experts, what is inside of attention and recurrent layers) but frozen ones, routers and output layers; a
+            selector that matches nothing else names those too.
         ignore: The same, left out; default output layers, by transformers' names for them.
         seed: Of ``"random"``.
         gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate, one
@@ -263,7 +264,7 @@ class _Run:
                     apply_masks(self.model, masks)
                 return masks
             with restored_on_failure() as originals:
-                masks = self._walk(originals.keep) if plan.sequential else self._update_all(originals.keep)
+                masks = self._walk(originals) if plan.sequential else self._update_all(originals.keep)
                 return masks
 
     def _tracked(self, description: str) -> Iterator[Target]:
@@ -428,8 +429,13 @@ class _Run:
             parts[target.name] = self._prune_layer(target, self.statistics[target.name])
         return join_masks(self.plan.targets, parts)
 
-    def _walk(self, keep: Keeper) -> Masks:
-        """Block by block, each on the outputs of the pruned blocks before it."""
+    def _walk(self, originals: Originals) -> Masks:
+        """Block by block, each on the outputs of the pruned blocks before it.
+
+        Where weights are only masked they are put back behind the walk, and masked together when all masks are known:
+        copies are held of one block. A stack that comes later, and layers that are tied, must meet the pruned weights,
+        so there all copies stay.
+        """
         plan = self.plan
         parts: dict[str, Tensor] = {}
         by_module: dict[int, list[Target]] = {}
@@ -445,6 +451,7 @@ class _Run:
 
         stacks = [[block for _, block in stack] for stack in plan.stacks]
         stacks = [s for s in stacks if any(id(m) in by_module for block in s for m in block.modules())]
+        only_masked = plan.settings.solver is None and len(stacks) == 1
         with (
             quiet_model(self.model, freeze=False),
             progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
@@ -461,7 +468,7 @@ class _Run:
                             self.ranks,
                         )
                     for target in layers:
-                        keep(target.weight)
+                        originals.keep(target.weight)
                         parts[target.name] = self._prune_layer(
                             target, _merge(statistics[target.name], self.statistics.get(target.name))
                         )
@@ -469,8 +476,13 @@ class _Run:
                         with gathered_around(self.model, block):
                             for _ in walk.run(index, keep_output=True):
                                 pass
+                    if only_masked:
+                        originals.put_back(target.weight for target in layers if len(target.modules) == 1)
                     advance()
-        return join_masks(plan.targets, parts)
+            masks = join_masks(plan.targets, parts)
+            if only_masked:
+                apply_masks(self.model, masks)
+        return masks
 
 
 def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lightning_prune.pruning.allocation import (
@@ -25,9 +24,8 @@ from lightning_prune.pruning.patterns import NM
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, HESSIAN
-from lightning_prune.pruning.targets import ExpertTarget, Target, find_stacks, select_layers
+from lightning_prune.pruning.targets import CONVOLUTIONS, INNER, Target, find_stacks, select_layers, type_name
 from lightning_prune.schedules import Share, count_of, exact_share
-from lightning_prune.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class PruningPlan:
     @property
     def score(self) -> Criterion:
         """What decides which weights go."""
-        return self.settings.score
+        return self.settings.scored_by
 
     @property
     def pattern(self) -> NM | None:
@@ -130,13 +128,18 @@ class PruningPlan:
         return frozenset() if solver is None else solver.statistics
 
 
-def make_plan(model: nn.Module, settings: PruningSettings) -> PruningPlan:
+def make_plan(model: nn.Module, settings: PruningSettings, beside: Collection[str] = ()) -> PruningPlan:
     """Fit settings to a model, and refuse those that do not; nothing is computed.
+
+    Args:
+        model: Any module.
+        settings: What was asked for.
+        beside: Names of weights that another pruning takes, which is no reason to worry.
 
     Raises:
         ValueError, TypeError: see `prune`.
     """
-    score, nm = settings.score, settings.nm
+    score, nm = settings.scored_by, settings.nm
     group, allocation = settings.compared_within, settings.allocation
     if allocation is None:
         allocation = "uniform" if nm is not None or group == "global" else score.allocation
@@ -147,10 +150,9 @@ def make_plan(model: nn.Module, settings: PruningSettings) -> PruningPlan:
     selection = select_layers(model, settings.targets, settings.ignore, called=bool(read))
     found = selection.targets
     _check_layers(found, nm, read)
-    _check_experts(found, read)
     if isinstance(allocation, Mapping):  # fail now, not after calibration
         mapping_counts(found, allocation, settings.sparsity, {})
-    coverage = coverage_of(model, selection, keeps_zeros=settings.keeps_zeros)
+    coverage = coverage_of(model, selection, keeps_zeros=settings.keeps_zeros, beside=beside)
     plan = PruningPlan(settings, found, coverage, find_stacks(model), group, allocation, settings.num_samples)
     if plan.sequential:
         _check_sequential(plan, model)
@@ -165,28 +167,17 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
                 f"pattern={str(nm)!r}: the {inputs} inputs of {target.name!r} do not divide by {nm.m}; add the layer "
                 "to `ignore`, or choose another pattern"
             )
+        if statistics and target.kind is INNER:
+            raise ValueError(
+                f"{target.name!r} is multiplied inside of {type_name(target.module)}, where activations and gradients "
+                "are not seen: use score='magnitude', or add it to `ignore`"
+            )
         for module in target.modules:
-            if statistics and isinstance(module, nn.Conv2d) and module.groups > 1:
+            if statistics and isinstance(module, CONVOLUTIONS) and module.groups > 1:
                 raise ValueError(
                     f"{target.name!r} is a grouped convolution, for which activations and gradients per input are not "
                     "defined here; use score='magnitude', or add the layer to `ignore`"
                 )
-
-
-def _check_experts(targets: Sequence[Target], statistics: frozenset[str]) -> None:
-    """Refuse what no test has shown of experts: that an expert has tokens may differ from process to process."""
-    names = [t.parameter for t in targets if isinstance(t, ExpertTarget) and is_sharded(t.weight)]
-    if names:
-        raise ValueError(
-            f"experts such as {names[0]!r} are not pruned as shards yet: add 'experts' to `ignore`, or use one process"
-        )
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    names = [t.parameter for t in targets if isinstance(t, ExpertTarget)]
-    if names and statistics and several:
-        raise ValueError(
-            f"statistics of experts such as {names[0]!r} are not collected over processes yet: use score='magnitude', "
-            "add 'experts' to `ignore`, or prune in one process and train with score='keep'"
-        )
 
 
 def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:

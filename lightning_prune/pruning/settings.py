@@ -144,6 +144,11 @@ class PruningSettings:
         return parse_pattern(self.pattern)
 
     @property
+    def scored_by(self) -> Criterion:
+        """The score that is computed: the factor of a row cancels in N:M groups, so kfac needs no gradients there."""
+        return Wanda() if isinstance(self.score, KFAC) and self.nm is not None else self.score
+
+    @property
     def keeps_zeros(self) -> bool:
         """Whether the mask is that of the weights which are not zero already."""
         return isinstance(self.score, Keep)

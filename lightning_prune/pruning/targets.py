@@ -27,7 +27,9 @@ DEFAULT_IGNORE = HEADS
 """Output layers, left alone unless `targets` names them; see `lightning_prune.naming.is_head`."""
 
 # Why layers that could be pruned are left alone by default.
-HEAD, ROUTER, FROZEN, FUNCTIONAL = "head", "router", "frozen", "used functionally"
+HEAD, ROUTER, FROZEN = "head", "router", "frozen"
+# And where statistics are read, which do not know them.
+FUNCTIONAL, GROUPED = "used functionally", "grouped convolution"
 # Why others are left alone.
 IGNORED, NOT_NAMED = "in ignore", "not in targets"
 
@@ -63,16 +65,15 @@ def _rows(x: Tensor) -> Tensor:
     return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
 
 
-def _conv2d_patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The patches a Conv2d multiplies with its weight, ``(B, C, H, W)`` to ``(B, T, kh*kw*C)``."""
-    assert isinstance(layer, nn.Conv2d)
-    x = x[None] if x.dim() == 3 else x
+def _patches(layer: nn.Module, x: Tensor) -> Tensor:
+    """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, kh*kw*C)``."""
+    assert isinstance(layer, CONVOLUTIONS)
+    flat = isinstance(layer, nn.Conv1d)
+    x = x[None] if x.dim() == (2 if flat else 3) else x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    kernel = (layer.kernel_size[0], layer.kernel_size[1])
-    stride = (layer.stride[0], layer.stride[1])
-    dilation = (layer.dilation[0], layer.dilation[1])
-    patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
+    kernel, stride, dilation = ((1, *of)[-2:] for of in (layer.kernel_size, layer.stride, layer.dilation))
+    patches = F.unfold(x[:, :, None] if flat else x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
     b, _, t = patches.shape
     return patches.view(b, x.shape[1], -1, t).permute(0, 3, 2, 1).reshape(b, t, -1)
 
@@ -80,6 +81,10 @@ def _conv2d_patches(layer: nn.Module, x: Tensor) -> Tensor:
 def _conv2d_outputs(y: Tensor) -> Tensor:
     y = y[None] if y.dim() == 3 else y
     return y.flatten(2).transpose(1, 2)
+
+
+def _conv1d_outputs(y: Tensor) -> Tensor:
+    return (y[None] if y.dim() == 2 else y).transpose(1, 2)
 
 
 LINEAR = LayerKind(
@@ -103,11 +108,17 @@ CONV1D = LayerKind(
 CONV2D = LayerKind(
     "Conv2d",
     transposed=False,
-    to_matrix=lambda w: w.permute(0, 2, 3, 1).reshape(w.shape[0], w.shape[1:].numel()),
-    from_matrix=lambda m, s: m.view(s[0], s[2], s[3], s[1]).permute(0, 3, 1, 2),
-    input_rows=_conv2d_patches,
+    to_matrix=lambda w: w.movedim(1, -1).reshape(w.shape[0], w.shape[1:].numel()),
+    from_matrix=lambda m, s: m.view(s[0], *s[2:], s[1]).movedim(-1, 1),
+    input_rows=_patches,
     output_rows=_conv2d_outputs,
 )
+CONVOLUTION1D = replace(CONV2D, name="Conv1d", output_rows=_conv1d_outputs)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+# A matrix that its module multiplies with by itself, without a layer that could be watched.
+INNER = replace(LINEAR, name="inner matrix")
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 # One expert's slice of a 3-D parameter, `[O, I]` or `[I, O]`; all its tokens come in one list.
 EXPERT = LayerKind(
@@ -127,10 +138,26 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         return LINEAR
     if isinstance(module, nn.Conv2d):
         return CONV2D
+    if isinstance(module, nn.Conv1d):
+        return CONVOLUTION1D
     # By name, so that the functional core needs no import of transformers.
     if type_name(module) == "Conv1D" and hasattr(module, "nf"):
         return CONV1D
     return None
+
+
+def stored_weights(module: nn.Module) -> dict[str, LayerKind]:
+    """Names of a module's own parameters that can be pruned, and how each is stored; those of adapters too."""
+    if (kind := layer_kind(module)) is not None:
+        # Speech models hold a Conv1d with a weight norm: it is left out, and the summary says so.
+        plain = kind is not CONVOLUTION1D or module._parameters.get("weight") is not None
+        return {"weight": kind} if plain else {}
+    if isinstance(module, nn.MultiheadAttention):
+        return {name: INNER for name in _PROJECTIONS if module._parameters.get(name) is not None}
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return {name: INNER for name in module._parameters if name.startswith("weight_")}
+    experts = expert_parameters(module)
+    return {name: EXPERT_TRANSPOSED if transposed else EXPERT for name, transposed in experts.items()}
 
 
 def type_name(module: nn.Module) -> str:
@@ -148,6 +175,7 @@ class Target:
         module: The layer. The weight is read from it each time: a parameter may be replaced (sharding).
         kind: How the layer stores its weight.
         modules: All layers that use this one parameter (more than one where layers are tied).
+        attribute: What `module` calls the parameter.
 
     Of a sharded parameter (DTensor), `matrix` is this rank's part; `shape` and `numel` are of the whole.
     """
@@ -156,11 +184,12 @@ class Target:
     module: nn.Module
     kind: LayerKind
     modules: tuple[nn.Module, ...]
+    attribute: str = "weight"
 
     @property
     def weight(self) -> nn.Parameter:
         """The parameter as it is now."""
-        weight = self.module.weight
+        weight = getattr(self.module, self.attribute)
         assert isinstance(weight, nn.Parameter)
         return weight
 
@@ -329,10 +358,12 @@ class _Candidate:
     Attributes:
         module: What holds it.
         parameter: Its name there.
+        kind: How it is stored.
     """
 
     module: nn.Module
     parameter: str = "weight"
+    kind: LayerKind = LINEAR
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -341,16 +372,14 @@ class _Candidate:
 
 
 def _candidates(model: nn.Module, adapters: Collection[nn.Module]) -> dict[str, _Candidate]:
-    """The weights of a model that could be pruned: by the clean name of their layer, or of the parameter of experts."""
+    """The weights of a model that could be pruned: by the clean name of their layer, or of the parameter in others."""
     found = {}
     for path, module in model.named_modules():
-        name = clean_name(path)
         if module in adapters:
             continue
-        if layer_kind(module) is not None:
-            found[name] = _Candidate(module)
-        for parameter in expert_parameters(module):
-            found[f"{name}.{parameter}" if name else parameter] = _Candidate(module, parameter)
+        for parameter, kind in stored_weights(module).items():
+            name = path if parameter == "weight" else f"{path}.{parameter}" if path else parameter
+            found[clean_name(name)] = _Candidate(module, parameter, kind)
     return found
 
 
@@ -385,7 +414,8 @@ def find_targets(
     Args:
         model: Any module.
         targets: Layer types, type names, or patterns of module names (``"q_proj"``, ``"layers.0.*"``).
-            Default: every Linear, Conv1D (transformers) and Conv2d.
+            Default: every Linear, Conv1D (transformers), Conv1d and Conv2d, experts, and the matrices inside of
+            MultiheadAttention, LSTM, GRU and RNN.
         ignore: The same, left out. Default: output layers by the names that transformers gives them
             (`DEFAULT_IGNORE`). Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
         frozen: Whether to take frozen layers like others, for what trains them by adapters.
@@ -436,7 +466,8 @@ def select_layers(
     if frozen:
         reasons = {name: reasons[name] - {FROZEN} for name in layers}
     if targets is None:
-        if layers and all(HEAD in reasons[name] for name in layers) and not _packed_layers(model):
+        seen = [name for name in layers if not reasons[name] & {FUNCTIONAL, GROUPED}]
+        if seen and all(HEAD in reasons[name] for name in seen) and not _packed_layers(model):
             reasons = {name: reasons[name] - {HEAD} for name in layers}
     else:
         for selector in targets:
@@ -451,7 +482,7 @@ def select_layers(
         elif _selected(name, layer.module, ignored):
             left_out[name] = IGNORED
         elif reasons[name]:
-            left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, FROZEN) if r in reasons[name])
+            left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, GROUPED, FROZEN) if r in reasons[name])
     chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
@@ -463,8 +494,8 @@ def _nothing_to_prune(
 ) -> str:
     ignored = "the default" if ignore == DEFAULT_IGNORE else repr(ignore)
     text = (
-        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} Linear, Conv1D, "
-        f"Conv2d and expert weights of {type(model).__name__}"
+        f"nothing to prune: targets={targets!r}, ignore={ignored} leave none of the {len(left_out)} linear, "
+        f"convolution, attention, recurrent and expert weights of {type(model).__name__}"
     )
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, why in left_out.items() if why == reason]
@@ -504,7 +535,8 @@ def _reasons(
                 (HEAD, without_heads and (is_head(name) or tied(layer.weight))),
                 (ROUTER, name in routers),
                 (FROZEN, name in frozen),
-                (FUNCTIONAL, layer.module in functional),
+                (FUNCTIONAL, layer.module in functional or (called and layer.kind is INNER)),
+                (GROUPED, called and getattr(layer.module, "groups", 1) > 1),
             )
             if holds
         )
@@ -658,19 +690,17 @@ def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate]) -> list
 
 def _targets_of(name: str, users: Sequence[_Candidate]) -> Sequence[Target]:
     """The targets that one parameter makes; none, if its users do not store it alike."""
-    first = users[0]
-    layouts = {(layer.parameter != "weight", expert_parameters(layer.module).get(layer.parameter)) for layer in users}
-    if len(layouts) == 1 and (transposed := layouts.pop()[1]) is not None:
-        assert first.weight is not None
-        kind = EXPERT_TRANSPOSED if transposed else EXPERT
-        matrices = [
-            tuple(ExpertMatrix(user.module, user.parameter, index, transposed) for user in users)
-            for index in range(len(first.weight))
-        ]
-        return [ExpertTarget(f"{name}.{i}", first.module, kind, slices) for i, slices in enumerate(matrices)]
-    kinds = {layer_kind(layer.module) for layer in users}
-    whole = kinds.pop()
-    return [] if kinds or whole is None else [Target(name, first.module, whole, tuple(u.module for u in users))]
+    first, kinds = users[0], {layer.kind for layer in users}
+    if len(kinds) > 1:
+        return []
+    if first.kind not in (EXPERT, EXPERT_TRANSPOSED):
+        return [Target(name, first.module, first.kind, tuple(u.module for u in users), first.parameter)]
+    assert first.weight is not None
+    matrices = [
+        tuple(ExpertMatrix(user.module, user.parameter, index, first.kind.transposed) for user in users)
+        for index in range(len(first.weight))
+    ]
+    return [ExpertTarget(f"{name}.{i}", first.module, first.kind, slices) for i, slices in enumerate(matrices)]
 
 
 def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:

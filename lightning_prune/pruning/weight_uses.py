@@ -20,8 +20,8 @@ from lightning_prune.sharding import local
 
 _PRODUCTS = frozenset(
     (
-        *("linear", "conv2d", "conv_transpose2d", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum", "bilinear"),
-        *("__matmul__", "__rmatmul__", "multi_head_attention_forward"),
+        *("linear", "conv1d", "conv2d", "conv_transpose2d", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum"),
+        *("bilinear", "__matmul__", "__rmatmul__", "multi_head_attention_forward"),
     )
 )
 # What they return is the weight in another form.
@@ -34,6 +34,7 @@ _SAME_VALUES = frozenset(
 # What they return gives the weight no gradient.
 _WITHOUT_GRADIENT = frozenset(("detach", "__setitem__", "__len__", "__repr__", "__format__", "tolist", "numpy", "item"))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -131,7 +132,7 @@ class WeightUses(TorchFunctionMode):
         result = func(*args, **kwargs)
         matrices = [a for a in _leaves((*args, *kwargs.values())) if isinstance(a, Tensor) and a.dim() > 1]
         inputs = [a for a in matrices if id(a) not in self.known]
-        plain = type(call.layer).forward in (nn.Linear.forward, nn.Conv2d.forward) or type_name(call.layer) == "Conv1D"
+        plain = type(call.layer).forward in _PLAIN or type_name(call.layer) == "Conv1D"
         if call.product is not None or not isinstance(result, Tensor):
             self.taps.fail(f"{_layer(call.name)} multiplies its weight more than once a call; add it to `ignore`")
         elif not (plain and "forward" not in vars(call.layer)) and not any(_alike(x, call.x) for x in inputs):

@@ -290,8 +290,14 @@ def _short(cells: Mapping[tuple[str, str], tuple[int, int]]) -> str:
 
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
-_UNIT_COLORS = {"attention": "#0072B2", "ffn": "#E69F00", "hidden": "#009E73", "layer": "#CC79A7"}
-_NAMES = {"attention": "attention (heads)", "ffn": "FFN (channels)", "hidden": "hidden (channels)", "layer": "layers"}
+_UNIT_COLORS = {"attention": "#0072B2", "ffn": "#E69F00", "hidden": "#009E73", "layer": "#CC79A7", "expert": "#D55E00"}
+_NAMES = {
+    "attention": "attention (heads)",
+    "ffn": "FFN (channels)",
+    "hidden": "hidden (channels)",
+    "layer": "layers",
+    "expert": "experts",
+}
 _SIZE = "#444444"
 
 

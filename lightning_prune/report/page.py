@@ -97,7 +97,7 @@ def render(source: Source, measured: Measured, results: Sequence[Results] = (), 
         "saliency": sections.score_heat(source, scores),
         "results": [sections.results_table(file, source.path) for file in results],
         "sizes": sections.sizes(measured),
-        "speed": sections.speed(inspection),
+        "speed": sections.speed(inspection, bool(sections.shrunk(source))),
         "tensors": inspection.tensors,
         "notes": source.notes,
         "version": versions().get("lightning-prune", "(not installed)"),
@@ -125,10 +125,13 @@ def _order(kinds: dict[str, str]) -> Any:
 
 
 def _scores(source: Source) -> tuple[str, ScoreSummary]:
-    """Name and histograms of the scores that `WeightPruning` left in the checkpoint."""
+    """Names and histograms of the scores that `WeightPruning` callbacks left in the checkpoint."""
+    names: dict[str, None] = {}
+    together = ScoreSummary()
     for state in states_of(source.checkpoint.callbacks, "WeightPruning").values():
         if isinstance(state, dict):
             summary = ScoreSummary.from_state(state.get("scores"))
             if summary.layers:
-                return str(state.get("score")), summary
-    return "", ScoreSummary()
+                names[str(state.get("score"))] = None
+                together.layers |= summary.layers
+    return ", ".join(names), together

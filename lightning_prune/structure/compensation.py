@@ -28,7 +28,7 @@ def observed_layers(structure: Structure, types: Sequence[str]) -> dict[str, str
     change the embedding.
     """
     found: dict[str, str] = {}
-    for unit_type in (t for t in types if t != "layer"):
+    for unit_type in (t for t in types if t in INPUT_AXIS):
         first: dict[str, str] = {}
         for name in (name for names in structure.readers(unit_type) for name in names):
             if f"{name}.weight" in structure.axes:  # not a tied head
@@ -60,7 +60,7 @@ def compensation(
     Raises:
         CalibrationError: see `compensated`; on every rank, if it happens on one.
     """
-    targets = {t.name: t for t in reader_targets(structure, [t for t in removal if t != "layer"])}
+    targets = {t.name: t for t in reader_targets(structure, [t for t in removal if t in INPUT_AXIS])}
     lost = lost_inputs(structure, removal)
     shards = shard_group(structure.parameters())
     weights: dict[str, Tensor] = {}
@@ -100,7 +100,7 @@ def lost_inputs(structure: Structure, removal: Removal) -> dict[str, Tensor]:
     gone = [f"{structure.family.layers}.{i}." for i in removal["layer"][0].tolist()] if "layer" in removal else []
     found: dict[str, Tensor] = {}
     for unit_type, places in removal.items():
-        if unit_type == "layer":
+        if unit_type not in INPUT_AXIS:
             continue
         indices = unit_indices(structure.sizes, unit_type, structure.attention_unit)[INPUT_AXIS[unit_type]]
         for names, units in zip(structure.readers(unit_type), places, strict=True):

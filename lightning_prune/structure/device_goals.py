@@ -162,13 +162,18 @@ def latency_of(structure: Structure, goal: Mapping[str, Any], table: LatencyTabl
         table: Default: a measured one.
 
     Raises:
-        ValueError: the parameters are shards, or have no data.
+        ValueError: the parameters are shards, or have no data; a mixture of experts.
     """
     parameters = structure.parameters()
     if has_sharded_parameters(structure.model) or any(p.is_meta for p in parameters.values()):
         raise ValueError(
             f"target={dict(goal)!r} is measured on whole weights of one device; give bytes, a number of parameters or "
             "sizes where they are sharded"
+        )
+    if structure.sizes.num_experts:
+        raise ValueError(
+            f"target={dict(goal)!r} is not predicted for a mixture of experts, whose batches go to experts as the text "
+            "wants it; give bytes, a number of parameters or sizes"
         )
     head: Any = structure.model.get_output_embeddings()  # type: ignore[operator]
     shape = structure.axes_of(next(n for n, p in parameters.items() if p is head.weight))

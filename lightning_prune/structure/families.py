@@ -3,10 +3,11 @@
 Every parameter is listed with what its dimensions run over, so that masks, saliency, slicing and parameter counts all
 follow from the same lines. The axes are
 
-- ``d`` hidden channels, ``f`` FFN channels,
+- ``d`` hidden channels, ``f`` FFN channels, ``ff`` those of two matrices in one (gates, then what they gate),
 - ``q`` rows of the query heads (heads * head_dim), ``kv`` those of the key and value heads,
-- ``qkv`` queries, keys and values in one matrix, in this order,
-- ``-`` anything that never shrinks (vocabulary, positions, one head's dimensions).
+- ``qkv`` queries, keys and values in one matrix, in this order, ``heads`` the three of each head together,
+- ``x`` experts,
+- ``-`` anything that never shrinks (vocabulary, positions, one head's dimensions, channels of experts).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-AXES = ("d", "f", "q", "kv", "qkv", "-")
+AXES = ("d", "f", "ff", "q", "kv", "qkv", "heads", "x", "-")
 Norm = Literal["rmsnorm", "rmsnorm_plus_one", "layernorm"]
 
 
@@ -27,6 +28,7 @@ class Family:
     Attributes:
         model_type: ``config.model_type`` of transformers.
         layers: Name of the list of decoder layers.
+        types: Types of units that can be removed.
         inside: Parameters of a layer, named from the layer, and their axes, one for each dimension. Names that a model
             does not have (optional biases) are no error; parameters that are not listed are.
         outside: The other parameters, named from the model.
@@ -64,6 +66,7 @@ class Family:
     heads_divide_hidden: bool = False
     saved_as: str | None = None
     layer_index_matters: str | None = None
+    types: tuple[str, ...] = ("attention", "ffn", "hidden", "layer")
 
     def __post_init__(self) -> None:
         for name, axes in {**self.inside, **self.outside}.items():
@@ -118,6 +121,64 @@ _QWEN3 = replace(
 )
 _GEMMA = replace(
     _MISTRAL, model_type="gemma", norm="rmsnorm_plus_one", scaled_embedding="model.embed_tokens", per_layer_fields=()
+)
+_GEMMA2 = replace(
+    _GEMMA,
+    model_type="gemma2",
+    inside={
+        **_LLAMA.inside,
+        "pre_feedforward_layernorm.weight": "d",
+        "post_feedforward_layernorm.weight": "d",
+    },
+    norms=(*_LLAMA.norms, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    per_layer_fields=("layer_types",),
+    heads_divide_hidden=True,
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    model_type="gemma3_text",
+    inside={**_GEMMA2.inside, "self_attn.q_norm.weight": "-", "self_attn.k_norm.weight": "-"},
+    head_norms=_QWEN3.head_norms,
+)
+_PHI3 = replace(
+    _MISTRAL,
+    model_type="phi3",
+    inside={
+        "input_layernorm.weight": "d",
+        "self_attn.qkv_proj.weight": "qkv d",
+        "self_attn.o_proj.weight": "d q",
+        "post_attention_layernorm.weight": "d",
+        "mlp.gate_up_proj.weight": "ff d",
+        "mlp.down_proj.weight": "d f",
+    },
+)
+_GPT_NEOX = Family(
+    model_type="gpt_neox",
+    layers="gpt_neox.layers",
+    inside={
+        "input_layernorm.weight": "d",
+        "input_layernorm.bias": "d",
+        "attention.query_key_value.weight": "heads d",
+        "attention.query_key_value.bias": "heads",
+        "attention.dense.weight": "d q",
+        "attention.dense.bias": "d",
+        "post_attention_layernorm.weight": "d",
+        "post_attention_layernorm.bias": "d",
+        "mlp.dense_h_to_4h.weight": "f d",
+        "mlp.dense_h_to_4h.bias": "f",
+        "mlp.dense_4h_to_h.weight": "d f",
+        "mlp.dense_4h_to_h.bias": "d",
+    },
+    outside={
+        "gpt_neox.embed_in.weight": "- d",
+        "gpt_neox.final_layer_norm.weight": "d",
+        "gpt_neox.final_layer_norm.bias": "d",
+        "lm_head.weight": "- d",
+    },
+    norms=("input_layernorm", "post_attention_layernorm"),
+    final_norm="gpt_neox.final_layer_norm",
+    norm="layernorm",
+    heads_span_hidden=True,
 )
 _GPT2 = Family(
     model_type="gpt2",
@@ -187,7 +248,55 @@ _OPT = Family(
     heads_span_hidden=True,
 )
 
-_FAMILIES = {f.model_type: f for f in (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _SMOLLM3, _GEMMA, _GPT2, _OPT)}
+# Mixtures of experts. The channels of an expert stay, and so do the hidden ones.
+_ATTENTION = {name: axes for name, axes in _LLAMA.inside.items() if not name.startswith("mlp.")}
+_EXPERTS = {"mlp.gate.weight": "x d", "mlp.experts.gate_up_proj": "x - d", "mlp.experts.down_proj": "x d -"}
+_MIXTRAL = replace(_MISTRAL, model_type="mixtral", inside={**_ATTENTION, **_EXPERTS}, types=("attention", "expert"))
+_DENSE_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+_QWEN2_MOE = replace(
+    _MIXTRAL,
+    model_type="qwen2_moe",
+    inside={
+        **_MIXTRAL.inside,
+        "mlp.shared_expert.gate_proj.weight": "- d",
+        "mlp.shared_expert.up_proj.weight": "- d",
+        "mlp.shared_expert.down_proj.weight": "d -",
+        "mlp.shared_expert_gate.weight": "- d",
+    },
+    requires=_DENSE_LAYERS,
+)
+_QWEN3_MOE = replace(
+    _MIXTRAL,
+    model_type="qwen3_moe",
+    inside={**_MIXTRAL.inside, "self_attn.q_norm.weight": "-", "self_attn.k_norm.weight": "-"},
+    head_norms=_QWEN3.head_norms,
+    requires=_DENSE_LAYERS,
+)
+_OLMOE = replace(  # its norms are over all heads of a token at once
+    _MIXTRAL,
+    model_type="olmoe",
+    inside={**_MIXTRAL.inside, "self_attn.q_norm.weight": "q", "self_attn.k_norm.weight": "kv"},
+    types=("expert",),
+)
+_GPT_OSS = replace(
+    _MIXTRAL,
+    model_type="gpt_oss",
+    inside={
+        **_ATTENTION,
+        "self_attn.sinks": "-",
+        "mlp.router.weight": "x d",
+        "mlp.router.bias": "x",
+        "mlp.experts.gate_up_proj": "x d -",
+        "mlp.experts.gate_up_proj_bias": "x -",
+        "mlp.experts.down_proj": "x - d",
+        "mlp.experts.down_proj_bias": "x d",
+    },
+    types=("expert",),
+)
+
+_DENSE = (_LLAMA, _MISTRAL, _QWEN2, _QWEN3, _SMOLLM3, _GEMMA, _GEMMA2, _GEMMA3, _PHI3, _GPT2, _OPT, _GPT_NEOX)
+_MIXTURES = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _OLMOE, _GPT_OSS)
+_FAMILIES = {family.model_type: family for family in (*_DENSE, *_MIXTURES)}
 
 
 def known_families() -> tuple[str, ...]:

@@ -52,7 +52,21 @@ def unit_masks(model: nn.Module, removal: Mapping[str, Any], attention_unit: Att
         ValueError: see `lightning_prune.structure.units.check_removal`.
     """
     structure = read_structure(model, attention_unit)
-    return dict(_masks(structure, check_removal(structure, removal)))
+    checked = check_removal(structure, removal)
+    check_maskable(checked)
+    return dict(_masks(structure, checked))
+
+
+def check_maskable(removal: Mapping[str, Any]) -> None:
+    """Refuse to mask experts.
+
+    Raises:
+        ValueError: a router goes on choosing an expert that is zero.
+    """
+    if "expert" in removal:
+        raise ValueError(
+            "experts cannot be masked, since a router would go on choosing them: remove them (remove_units)"
+        )
 
 
 def _masks(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> Iterable[tuple[str, Tensor]]:
@@ -94,6 +108,7 @@ def mask_units(
     """
     structure = read_structure(model, attention_unit)
     checked = check_removal(structure, removal)
+    check_maskable(checked)
     kept = kept_indices(structure, checked)
     removed = set(_removed_layers(structure, checked))
     norms = _layer_norms(structure) if structure.family.norm == "layernorm" and "hidden" in checked else {}

@@ -22,6 +22,7 @@ from lightning_prune.structure.compensation import compensation, observed_layers
 from lightning_prune.structure.device_goals import names_sizes
 from lightning_prune.structure.planning import Planner, RoundTo, attention_unit_of, make_planner, plan_removal
 from lightning_prune.structure.removal import remove_units
+from lightning_prune.structure.routing import reap_saliency
 from lightning_prune.structure.saliency import (
     SALIENCIES,
     SaliencyAccumulator,
@@ -83,7 +84,7 @@ def prune_structured(
     attention_unit: AttentionUnit = "group",
     progress: bool = True,
 ) -> StructuredReport:
-    """Remove heads, FFN channels, hidden channels or layers of a trained model, in place, in one shot.
+    """Remove heads, FFN channels, hidden channels, layers or experts of a trained model, in place, in one shot.
 
     Everything is validated first; if calibration fails or is interrupted, the model is bit-identical to before. The
     result has an ordinary configuration; save it with `lightning_prune.structure.save_plain`.
@@ -94,17 +95,20 @@ def prune_structured(
             `compensate`. At most `num_samples` samples are kept in memory.
         target: What to end with: a float, the share of all parameters (embeddings included, tied ones once); an int,
             their number; or a mapping of final sizes (``hidden_size``, ``intermediate_size``,
-            ``num_attention_heads``, ``num_key_value_heads``, ``num_hidden_layers``), which is reached exactly. A
-            number of parameters is met exactly, or from the nearest below that the last unit allows. ``{"bytes": B}``
-            are those of the parameters, in the model's dtype or another (``"dtype": "bfloat16"``).
+            ``num_attention_heads``, ``num_key_value_heads``, ``num_hidden_layers``, ``num_experts``), which is reached
+            exactly. A number of parameters is met exactly, or from the nearest below that the last unit allows.
+            ``{"bytes": B}`` are those of the parameters, in the model's dtype or another (``"dtype": "bfloat16"``).
             ``{"seconds_per_token": S, "batch": N}`` is the time until N sequences have their next token, predicted
             from a few products and one step (with an empty cache) that are timed on the model's device and dtype.
         types: Units that may go: ``"attention"``, ``"ffn"``, ``"hidden"`` (hidden channels, the paper's stem),
-            ``"layer"``. FFN alone is the default, since without training it costs least. Of several, the type with the
-            cheapest next unit by mean saliency a weight is taken each time.
+            ``"layer"``, ``"expert"`` (as many of every layer, down to what a token is sent to). FFN alone is the
+            default, since without training it costs least. Of several, the type with the cheapest next unit by mean
+            saliency a weight is taken each time.
         saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"taylor1"``,
             ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
-            gradient is that of its mean loss, so Taylor depends on how samples are batched.
+            gradient is that of its mean loss, so Taylor depends on how samples are batched. For experts alone also
+            ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
+            (arXiv 2510.13999); without gradients.
         compensate: Re-fit the layers that lose inputs by their Hessian (variant B of EfficientLLM, arXiv 2502.06663),
             all at once on statistics of the dense model.
         round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink, or multiples by size.
@@ -137,7 +141,9 @@ def prune_structured(
     unit = attention_unit_of(target, structure.sizes, attention_unit)
     structure = read_structure(model, unit)
     planner = make_planner(structure, target, checked, round_to, one_by_one=not names_sizes(target))
-    if batches is None and (compensate or saliency != "magnitude"):
+    if saliency == "reap" and checked != ("expert",):
+        raise ValueError(f"saliency='reap' is of experts, and types={checked!r}: use types=('expert',), or 'kfac'")
+    if batches is None and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
     run = _OneShot(structure, checked, saliency, compensate, num_samples, loss_fn, progress)
     return run.run([] if batches is None else batches, planner)
@@ -184,10 +190,13 @@ class _OneShot:
 
     def _saliencies(self, data: list[Any]) -> dict[str, Tensor]:
         structure = self.structure
+        if self.saliency == "reap":
+            model, loss_fn, progress = structure.model, self.loss_fn, self.progress
+            return {"expert": reap_saliency(structure, on_device(model, data), loss_fn, len(data), progress)}
         if self.saliency == "kfac":
             wanted = {INPUT_NORM, OUTPUT_GRAD_NORM}
-            # Of the hidden channels there are too many readers to hold a Hessian each: those come in a second sweep.
-            if self.compensate and "hidden" not in self.types:
+            # Hidden channels and experts have too many readers to hold a Hessian each: those come in a second sweep.
+            if self.compensate and not {"hidden", "expert"} & set(self.types):
                 wanted.add(HESSIAN)
             self.statistics = self._collect(data, reader_targets(structure, self.types), wanted)
             return dict(kfac_saliency(structure, self.statistics, self.types))

@@ -20,6 +20,7 @@ from lightning_prune.structure.device_goals import (
     parameters_in,
 )
 from lightning_prune.structure.sizes import (
+    IN_LAYERS,
     SIZE_NAMES,
     AttentionUnit,
     Goal,
@@ -38,6 +39,7 @@ from lightning_prune.structure.units import (
     check_layers_removable,
     check_removal,
     check_sizes,
+    check_unit_types,
     needs_other_class,
 )
 
@@ -47,6 +49,7 @@ _SIZES_OF = {
     "ffn": ("intermediate_size",),
     "hidden": ("hidden_size",),
     "layer": ("num_hidden_layers",),
+    "expert": ("num_experts",),
 }
 
 
@@ -109,19 +112,19 @@ class Planner:
         return sizes.without(unit_type, count, self.attention_unit)
 
     def unit_weights(self, unit_type: UnitType, sizes: Sizes) -> int:
-        """Count the weights of one unit: in one layer for attention and ffn, in the model for hidden and layer."""
+        """Count the weights of one unit: in one layer for types of `IN_LAYERS`, in the model for others."""
         lost = self.parameters(sizes) - self.parameters(self.without(sizes, unit_type, 1))
-        return lost // sizes.num_hidden_layers if unit_type in ("attention", "ffn") else lost
+        return lost // sizes.num_hidden_layers if unit_type in IN_LAYERS else lost
 
     def steps_down(self, unit_type: UnitType, sizes: Sizes) -> Iterator[int]:
-        """Yield how many units of a type may go, ascending: those that lead to a multiple; at least one stays."""
-        for count in range(1, sizes.units(unit_type, self.attention_unit)):
+        """Yield how many units of a type may go, ascending: those that lead to a multiple; see `Sizes.least`."""
+        for count in range(1, sizes.units(unit_type, self.attention_unit) - sizes.least(unit_type) + 1):
             after = self.without(sizes, unit_type, count)
             if all(getattr(after, name) % self.multiples.get(name, 1) == 0 for name in _SIZES_OF[unit_type]):
                 yield count
 
     def next_units(self, unit_type: UnitType, sizes: Sizes) -> int:
-        """Return how many units go together next (in every layer, for attention and ffn); 0 where none may."""
+        """Return how many units go together next (in every layer, for `IN_LAYERS`); 0 where none may."""
         count = next(self.steps_down(unit_type, sizes), 0)
         floor = 1 if self.final_sizes is None else self.final_sizes.units(unit_type, self.attention_unit)
         return count if sizes.units(unit_type, self.attention_unit) - count >= floor else 0
@@ -289,6 +292,7 @@ def attention_unit_of(goal: Goal, sizes: Sizes, default: AttentionUnit) -> Atten
 
 
 def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one: bool) -> None:
+    check_unit_types(structure, types)
     if "layer" in types:
         check_layers_removable(structure)
     family = structure.family
@@ -303,7 +307,7 @@ def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one
     if family.heads_divide_hidden and (reason := needs_other_class(structure)):
         raise ValueError(
             f"types={tuple(types)}: {family.model_type!r} wants a hidden size that its heads divide, and {reason}, so "
-            f"that it cannot be saved as {family.saved_as!r} in between: use types=('ffn',), ('layer',) or both, or "
+            f"that it cannot be saved as another family in between: use types=('ffn',), ('layer',) or both, or "
             "prune_structured with final sizes as target that divide"
         )
 

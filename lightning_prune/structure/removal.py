@@ -20,7 +20,7 @@ from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import is_sharded
 from lightning_prune.structure.classes import change_class, class_for
 from lightning_prune.structure.masking import masked_channels, unmask_norms
-from lightning_prune.structure.sizes import AttentionUnit, Sizes
+from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes
 from lightning_prune.structure.units import (
     KeptIndices,
     Removal,
@@ -48,7 +48,6 @@ _GRADIENT_POWER = {
     "acc_delta": -2,
     "step_size": -1,
 }
-_SIZE_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -262,12 +261,13 @@ def _rewrite(structure: Structure, removal: Removal, sizes: Sizes) -> None:
         "num_attention_heads": sizes.num_attention_heads,
         "num_key_value_heads": sizes.num_key_value_heads,
         "num_key_value_groups": sizes.queries_per_group,
+        "num_experts": sizes.num_experts,
     }
     holder, _, _ = structure.family.layers.rpartition(".")
     layers = structure.module(structure.family.layers)
-    for module in (structure.module(holder), *layers.modules()):
+    for module in (structure.model, structure.module(holder), *layers.modules()):
         for name, value in attributes.items():
-            if isinstance(vars(module).get(name), int):
+            if value and isinstance(vars(module).get(name), int):
                 setattr(module, name, value)
     for module in structure.model.modules():
         _refresh(module)
@@ -290,9 +290,9 @@ def _configs(structure: Structure) -> list[Any]:
 def write_sizes(config: Any, structure: Structure, sizes: Sizes, removed_layers: Sequence[int] = ()) -> None:
     """Write sizes into a configuration; lists with one entry a layer lose those of removed layers."""
     family = structure.family
-    for size in _SIZE_FIELDS:
+    for size in SIZE_NAMES:
         for name in family.fields_of(size):
-            if hasattr(config, name):
+            if getattr(sizes, size) and hasattr(config, name):
                 setattr(config, name, getattr(sizes, size))
     if not family.heads_span_hidden:
         config.head_dim = sizes.head_dim

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics, wide_dtype
-from lightning_prune.pruning.targets import Target, layer_kind
+from lightning_prune.pruning.targets import Target, find_targets, layer_kind
 from lightning_prune.ranks import shard_group
 from lightning_prune.sharding import local, shard_bounds
-from lightning_prune.structure.sizes import UnitType, check_types
+from lightning_prune.structure.sizes import IN_LAYERS, UnitType, check_types
 from lightning_prune.structure.streaming import StreamedStatistics
 from lightning_prune.structure.units import Removal, Structure, unit_indices
 
 GRADIENT_SALIENCIES = ("taylor2", "taylor1", "magnitude")
-SALIENCIES = (*GRADIENT_SALIENCIES, "kfac")
+TRAINING_SALIENCIES = (*GRADIENT_SALIENCIES, "kfac")
+SALIENCIES = (*TRAINING_SALIENCIES, "reap")
 
 INPUT_AXIS: dict[str, str] = {"attention": "q", "ffn": "f", "hidden": "d"}
 """Axis that the layers reading a type's units have as inputs."""
@@ -213,7 +214,7 @@ def _without(sums: Tensor, unit_type: UnitType, removal: Removal) -> Tensor:
         for row, units in zip(stays, gone, strict=True):
             row[units.to(row.device)] = False
         sums = sums[stays].view(len(sums), -1)  # every place loses as many
-    if "layer" in removal and unit_type in ("attention", "ffn"):
+    if "layer" in removal and unit_type in IN_LAYERS:
         layers = torch.ones(len(sums), dtype=torch.bool, device=sums.device)
         layers[removal["layer"][0].to(sums.device)] = False
         sums = sums[layers]
@@ -226,16 +227,25 @@ def _without(sums: Tensor, unit_type: UnitType, removal: Removal) -> Tensor:
 def reader_targets(structure: Structure, types: Sequence[str]) -> list[Target]:
     """The layers that read units of these types, as targets of `lightning_prune.pruning.calibration.collect`.
 
-    A layer type is judged by what its attention and FFN write, so by their readers.
+    A layer type is judged by what its attention and FFN write, so by their readers; an expert by its down projection.
     """
-    modules, found = structure.modules(), {}
+    modules, found = structure.modules(), dict[str, Target]()
     for unit_type in _read_types(types):
         for names in structure.readers(unit_type):
             for name in names:
                 kind = layer_kind(modules[name])
                 assert kind is not None
                 found[name] = Target(f"{name}.weight", modules[name], kind, (modules[name],))
+    if "expert" in types:
+        found |= {t.name: t for places in expert_outputs(structure) for t in places}
     return list(found.values())
+
+
+def expert_outputs(structure: Structure) -> list[list[Target]]:
+    """The last product of every expert, one list a layer."""
+    names = [f"{experts}.down_proj" for experts in structure.expert_names()]
+    targets = find_targets(structure.model, names, frozen=True)
+    return [[t for t in targets if t.parameter == name] for name in names]
 
 
 def _read_types(types: Sequence[str]) -> tuple[str, ...]:
@@ -252,8 +262,9 @@ def kfac_saliency(
 
     Of one input j of a layer, ``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]``: twice the expected loss increase of
     removing it. A unit's are summed over its inputs and all layers that read them (down projection, output projection,
-    or all that read the hidden channels), and divided by the number of its weights. Of sharded weights each rank takes
-    its part, and the parts are summed, in one collective; every rank must call.
+    or all that read the hidden channels; of an expert its own down projection), and divided by the number of its
+    weights. Of sharded weights each rank takes its part, and the parts are summed, in one collective; every rank must
+    call.
 
     Args:
         structure: Of the model.
@@ -282,6 +293,10 @@ def kfac_saliency(
             result[t].sum(1) * structure.unit_weights(t) / structure.unit_weights("layer") for t in ("attention", "ffn")
         ]
         result["layer"] = (per_layer[0] + per_layer[1])[None]
+    if "expert" in types:
+        outputs = [[_input_saliency(t, statistics[t.name]).sum() for t in ts] for ts in expert_outputs(structure)]
+        result["expert"] = torch.stack([torch.stack(o).cpu().double() for o in outputs])
+        result["expert"] /= structure.unit_weights("expert")
     return {str(t): result[t] for t in check_types(types)}
 
 

@@ -75,10 +75,10 @@ class Shrinking:
 
     @property
     def compaction_due(self) -> bool:
-        """Whether masked units should be sliced off now."""
+        """Whether masked units should be sliced off now; experts, which cannot be masked, always."""
         if self.compact_every is None:
             return False
-        return bool(self.pending) and (self._since >= self.compact_every or self.reached)
+        return bool(self.pending) and (self._since >= self.compact_every or self.reached or "expert" in self.pending)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -144,9 +144,10 @@ class Shrinking:
             compensate(self.structure, removal, self.moments.by_layer())
             self.moments.mask(self.structure, removal)
         self.pending = merged
-        mask_units(self.structure.model, self.pending, optimizers, attention_unit=self.structure.attention_unit)
+        masked = {t: places for t, places in self.pending.items() if t != "expert"}
+        mask_units(self.structure.model, masked, optimizers, attention_unit=self.structure.attention_unit)
         for average in averages:
-            mask_units(average, self.pending, attention_unit=self.structure.attention_unit)
+            mask_units(average, masked, attention_unit=self.structure.attention_unit)
         self._note()
         self._since += 1
         self.history.append(self._record(step, tokens, saliency))

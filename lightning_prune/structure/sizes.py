@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from lightning_prune.schedules import count_of
 
-UnitType = Literal["attention", "ffn", "hidden", "layer"]
-UNIT_TYPES: tuple[UnitType, ...] = ("attention", "ffn", "hidden", "layer")
+UnitType = Literal["attention", "ffn", "hidden", "layer", "expert"]
+UNIT_TYPES: tuple[UnitType, ...] = ("attention", "ffn", "hidden", "layer", "expert")
+IN_LAYERS: tuple[UnitType, ...] = ("attention", "ffn", "expert")
+"""Types of which every layer has units of its own."""
 AttentionUnit = Literal["group", "head"]
 ATTENTION_UNITS: tuple[AttentionUnit, ...] = ("group", "head")
 
@@ -23,6 +25,7 @@ SIZE_NAMES = (
     "num_attention_heads",
     "num_key_value_heads",
     "num_hidden_layers",
+    "num_experts",
 )
 Goal = float | int | Mapping[str, Any]
 """A share of all parameters (float), their number (int), final sizes by name, or what a device allows:
@@ -31,7 +34,7 @@ Goal = float | int | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a decoder, named as transformers' configurations name them.
+    """The sizes of a decoder, named as transformers' configurations name them; 0 for what a family does not have.
 
     The size of an attention unit depends on what a unit is: ``"group"``, one key/value head with all the query heads
     it serves, or ``"head"``, one query head of every group.
@@ -43,6 +46,8 @@ class Sizes:
     num_key_value_heads: int
     num_hidden_layers: int
     head_dim: int
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
 
     @property
     def queries_per_group(self) -> int:
@@ -52,19 +57,26 @@ class Sizes:
     def axis(self, axis: str) -> int:
         """Length of an axis of `lightning_prune.structure.families`."""
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return {"d": self.hidden_size, "f": self.intermediate_size, "q": q, "kv": kv, "qkv": q + 2 * kv}[axis]
+        attention = {"q": q, "kv": kv, "qkv": q + 2 * kv, "heads": q + 2 * kv}
+        ffn = {"f": self.intermediate_size, "ff": 2 * self.intermediate_size}
+        return {"d": self.hidden_size, "x": self.num_experts, **attention, **ffn}[axis]
 
     def units(self, unit_type: str, attention_unit: AttentionUnit = "group") -> int:
-        """Number of units of a type (in every layer, for attention and ffn)."""
+        """Number of units of a type (in every layer, for those of `IN_LAYERS`)."""
         return {
             "attention": self.num_key_value_heads if attention_unit == "group" else self.queries_per_group,
             "ffn": self.intermediate_size,
             "hidden": self.hidden_size,
             "layer": self.num_hidden_layers,
+            "expert": self.num_experts,
         }[unit_type]
 
+    def least(self, unit_type: str) -> int:
+        """How many units of a type have to stay: one, and as many experts as a token is sent to."""
+        return self.num_experts_per_tok if unit_type == "expert" else 1
+
     def without(self, unit_type: str, count: int, attention_unit: AttentionUnit = "group") -> Sizes:
-        """Sizes after the removal of `count` units (of every layer, for attention and ffn)."""
+        """Sizes after the removal of `count` units (of every layer, for those of `IN_LAYERS`)."""
         if unit_type == "attention" and attention_unit == "group":
             return replace(
                 self,
@@ -73,12 +85,13 @@ class Sizes:
             )
         if unit_type == "attention":
             return replace(self, num_attention_heads=self.num_attention_heads - count * self.num_key_value_heads)
-        name = {"ffn": "intermediate_size", "hidden": "hidden_size", "layer": "num_hidden_layers"}[unit_type]
+        names = {"ffn": "intermediate_size", "hidden": "hidden_size", "layer": "num_hidden_layers"}
+        name = {**names, "expert": "num_experts"}[unit_type]
         return replace(self, **{name: getattr(self, name) - count})
 
     def as_dict(self) -> dict[str, int]:
-        """Sizes by name."""
-        return asdict(self)
+        """Sizes by name; those of experts where there are any."""
+        return {name: size for name, size in asdict(self).items() if size or "experts" not in name}
 
 
 @dataclass(frozen=True)
@@ -151,8 +164,8 @@ def goal_sizes(target: Mapping[str, int], sizes: Sizes, attention_unit: Attentio
 
     Args:
         target: Any of ``hidden_size``, ``intermediate_size``, ``num_attention_heads``, ``num_key_value_heads``,
-            ``num_hidden_layers``. Of the two kinds of heads, one alone fixes the other: in groups, if their ratio can
-            stay, with attention units of ``"group"``.
+            ``num_hidden_layers``, ``num_experts``. Of the two kinds of heads, one alone fixes the other: in groups, if
+            their ratio can stay, with attention units of ``"group"``.
         sizes: Present sizes.
         attention_unit: Default: what the target needs.
 
@@ -165,6 +178,11 @@ def goal_sizes(target: Mapping[str, int], sizes: Sizes, attention_unit: Attentio
         now = getattr(sizes, name)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= now:
             raise ValueError(f"target[{name!r}]={value!r} must be an int in [1, {now}], the size the model has")
+    if target.get("num_experts", sizes.num_experts) < sizes.num_experts_per_tok:
+        raise ValueError(
+            f"target['num_experts']={target['num_experts']} is less than the {sizes.num_experts_per_tok} experts that "
+            "every token is sent to (num_experts_per_tok)"
+        )
     wanted = replace(sizes, **target)
     ratio = sizes.queries_per_group
     if "num_key_value_heads" in target and "num_attention_heads" not in target:

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name
+from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.families import Family, find_family
-from lightning_prune.structure.sizes import ATTENTION_UNITS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
+from lightning_prune.structure.sizes import ATTENTION_UNITS, IN_LAYERS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
 
 _V = TypeVar("_V")
 Removal = dict[str, list[Tensor]]
-"""Units to remove by type: sorted indices, int64, one tensor a layer for attention and ffn, one tensor for hidden and
-layer."""
+"""Units to remove by type: sorted indices, int64; one tensor a layer for types of `IN_LAYERS`, else one tensor."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class Structure:
         prefix = f"{self.family.layers}.{index}."
         return [name for name in self.axes if name.startswith(prefix)]
 
+    def expert_names(self) -> list[str]:
+        """Names of the modules that hold the experts of each layer."""
+        prefix, modules = f"{self.family.layers}.", self.modules()
+        return [name for name, module in modules.items() if name.startswith(prefix) and expert_parameters(module)]
+
     def norm_names(self) -> list[str]:
         """Names of the normalisations over the hidden channels, the final one last."""
         return [f"{layer}.{norm}" for layer in self.layer_names() for norm in self.family.norms] + [
@@ -94,12 +99,12 @@ class Structure:
         ]
 
     def units(self, unit_type: str) -> int:
-        """Number of units of a type: in every layer for attention and ffn, in the model for hidden and layer."""
+        """Number of units of a type: in every layer for types of `IN_LAYERS`, in the model for others."""
         return self.sizes.units(unit_type, self.attention_unit)
 
     def places(self, unit_type: str) -> int:
-        """Number of places that each have their own units of a type: layers for attention and ffn, else 1."""
-        return self.sizes.num_hidden_layers if unit_type in ("attention", "ffn") else 1
+        """Number of places that each have their own units of a type: layers for types of `IN_LAYERS`, else 1."""
+        return self.sizes.num_hidden_layers if unit_type in IN_LAYERS else 1
 
     def slices(self, unit_type: str) -> list[list[Slice]]:
         """Slices of the units of a type, one list a place (see `places`).
@@ -164,11 +169,16 @@ class Structure:
         return next(name for name, m in self.modules().items() if m is module)
 
 
+# Types whose units are single indices.
+_AXIS = {"ffn": "f", "hidden": "d", "expert": "x"}
+
+
 def unit_indices(sizes: Sizes, unit_type: str, attention_unit: AttentionUnit = "group") -> dict[str, Tensor]:
     """Indices ``[U, M]`` of every unit along each axis that holds units of a type."""
-    if unit_type in ("ffn", "hidden"):
-        axis = "f" if unit_type == "ffn" else "d"
-        return {axis: torch.arange(sizes.axis(axis))[:, None]}
+    if unit_type in _AXIS:
+        axis = _AXIS[unit_type]
+        single = torch.arange(sizes.axis(axis))[:, None]
+        return {axis: single, "ff": torch.cat([single, len(single) + single], dim=1)} if axis == "f" else {axis: single}
     k, g, e = sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim
     rows = torch.arange(k * g * e)
     if attention_unit == "head":
@@ -176,7 +186,7 @@ def unit_indices(sizes: Sizes, unit_type: str, attention_unit: AttentionUnit = "
         return {"q": q, "qkv": q}
     q, kv = rows.view(k, g * e), torch.arange(k * e).view(k, e)
     fused = torch.cat([q, k * g * e + kv, (k * g + k) * e + kv], dim=1)
-    return {"q": q, "kv": kv, "qkv": fused}
+    return {"q": q, "kv": kv, "qkv": fused, "heads": torch.arange(k * 3 * e).view(k, 3 * e)}
 
 
 def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
@@ -217,6 +227,12 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
         raise ValueError(f"attention_unit={attention_unit!r} must be one of {ATTENTION_UNITS}")
     prefix, model = find_language_model(module)
     family = find_family(model)
+    scaled = family.scaled_embedding
+    if scaled is not None and not hasattr(model.get_submodule(scaled), "embed_scale"):
+        raise ValueError(
+            f"shrinking {family.model_type!r} needs transformers 5, whose {scaled} holds the factor that depends on "
+            "the hidden size: install a newer one"
+        )
     axes = _axes(model, family)
     lengths = {clean_name(name): p.shape for name, p in model.named_parameters()}
     sizes = _sizes(model, axes, lengths)
@@ -255,7 +271,7 @@ def _axes(model: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
 
 def _sizes(model: nn.Module, axes: Mapping[str, tuple[str, ...]], lengths: Mapping[str, torch.Size]) -> Sizes:
     def length(axis: str) -> int:
-        return next(lengths[name][a.index(axis)] for name, a in axes.items() if axis in a)
+        return next((lengths[name][a.index(axis)] for name, a in axes.items() if axis in a), 0)
 
     config: Any = model.config
     heads = int(config.num_attention_heads)
@@ -268,6 +284,8 @@ def _sizes(model: nn.Module, axes: Mapping[str, tuple[str, ...]], lengths: Mappi
         num_key_value_heads=int(kv_heads),
         num_hidden_layers=int(config.num_hidden_layers),
         head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        num_experts=length("x"),
+        num_experts_per_tok=int(config.num_experts_per_tok) if length("x") else 0,
     )
 
 
@@ -276,15 +294,16 @@ def check_removal(structure: Structure, removal: Mapping[str, Any]) -> Removal:
 
     Args:
         structure: Of the model.
-        removal: Unit indices by type: for attention and ffn one sequence or tensor a layer, of the same length in all;
-            for hidden and layer one (a list with one tensor is taken too).
+        removal: Unit indices by type: for types of `IN_LAYERS` one sequence or tensor a layer, of the same length in
+            all; for hidden and layer one (a list with one tensor is taken too).
 
     Raises:
-        ValueError: an unknown type, a wrong number of layers, unequal counts, an index that does not exist or comes
-            twice, or nothing left of a type.
+        ValueError: a type that is unknown or that the family does not lose, a wrong number of layers, unequal counts,
+            an index that does not exist or comes twice, or too little left of a type.
     """
     if unknown := set(removal) - set(UNIT_TYPES):
         raise ValueError(f"removal has the unit types {sorted(unknown)}; known are {UNIT_TYPES}")
+    check_unit_types(structure, list(removal))
     checked: Removal = {}
     for unit_type in UNIT_TYPES:
         if unit_type in removal:
@@ -313,9 +332,24 @@ def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Te
     for p in places:
         if p.numel() and (int(p[0]) < 0 or int(p[-1]) >= units or bool((p[1:] == p[:-1]).any())):
             raise ValueError(f"removal[{unit_type!r}] has {p.tolist()}: units are 0 to {units - 1}, each at most once")
-    if len(places[0]) >= units:
-        raise ValueError(f"removal[{unit_type!r}] removes all {units} units; at least one must stay")
+    if len(places[0]) > units - structure.sizes.least(unit_type):
+        gone, least = f"all {units}" if len(places[0]) == units else len(places[0]), structure.sizes.least(unit_type)
+        stay = "one must" if least == 1 else f"{least} must (num_experts_per_tok)"
+        raise ValueError(f"removal[{unit_type!r}] removes {gone} units; at least {stay} stay")
     return places
+
+
+def check_unit_types(structure: Structure, types: Sequence[str]) -> None:
+    """Refuse unit types that a family cannot lose.
+
+    Raises:
+        ValueError: naming those it can.
+    """
+    if strange := [t for t in types if t not in structure.family.types]:
+        raise ValueError(
+            f"types={tuple(types)}: {structure.family.model_type!r} cannot lose units of {strange[0]!r}, only "
+            f"{', '.join(map(repr, structure.family.types))}"
+        )
 
 
 def merge_removals(structure: Structure, *removals: Mapping[str, Any]) -> Removal:
@@ -353,8 +387,8 @@ def check_sizes(structure: Structure, sizes: Sizes) -> None:
     if family.heads_divide_hidden and hidden % heads and needs_other_class(structure) is not None:
         raise ValueError(
             f"{family.model_type!r} refuses a hidden size ({hidden}) that its {heads} heads do not divide, and "
-            f"{needs_other_class(structure)}, so the model cannot be saved as {family.saved_as!r} either: choose sizes "
-            "that divide (round_to)"
+            f"{needs_other_class(structure)}, so the model cannot be saved as another family either: choose sizes that "
+            "divide (round_to)"
         )
 
 

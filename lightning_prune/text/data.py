@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.checkpoints.sources import load_tokenizer, trained_tokenizer
 from lightning_prune.safety import expanded
-from lightning_prune.text.blocks import StreamedBlocks, TextPrefix, collate, hold_out, pack, tokenize
 from lightning_prune.text.chat import check_chat_tokenizer, tokenize_conversations
 from lightning_prune.text.documents import (
     EMBEDDED,
@@ -30,6 +29,7 @@ from lightning_prune.text.documents import (
     saved_splits,
     text_only,
 )
+from lightning_prune.text.sequences import StreamedBlocks, TextPrefix, collate, hold_out, pack, tokenize
 
 __all__ = ["EMBEDDED", "TextDataModule", "collate", "pack", "tokenize"]
 
@@ -275,8 +275,9 @@ class TextDataModule(L.LightningDataModule):
             )
         else:
             documents = local_documents(source, "source", hp["sample_by"], hp["cache_dir"], streaming=True)
-        columns = documents.column_names
-        if columns is not None and hp["text_field"] not in columns:
+        # Older versions of datasets do not know them before they have read a row.
+        columns = documents.column_names or list(next(iter(documents), {hp["text_field"]: ""}))
+        if hp["text_field"] not in columns:
             raise ValueError(
                 f"text_field={hp['text_field']!r} is not in source={source!r}, which has the fields {columns}. Pass "
                 "one of them as text_field."
@@ -356,7 +357,7 @@ def _check_plain(argument: str, value: Any) -> None:
         raise ValueError(
             f"{argument} is a {type(wrong).__name__}. Pass names of files, a folder or a hub dataset: of a Dataset, "
             "the folder that its save_to_disk(folder) writes; of a stream, a DataLoader of "
-            "lightning_prune.text.blocks.StreamedBlocks, given to trainer.fit in place of this module."
+            "lightning_prune.text.sequences.StreamedBlocks, given to trainer.fit in place of this module."
         )
 
 

@@ -91,16 +91,22 @@ class InTurns(Callback):
     """Switches enforcement off in the steps where `masked_at` says so."""
 
     def __init__(self, pruning: Any) -> None:
-        self.pruning, self.enforcer = pruning, None
+        self.pruning = pruning
+
+    def switch(self, on: bool) -> None:
+        own = vars(self.pruning._hold._enforcer)
+        for name in ("mask_weights", "mask_gradients"):
+            own.pop(name, None)
+            if not on:
+                own[name] = lambda *_: None
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, index: int
     ) -> None:
-        self.enforcer = self.enforcer or self.pruning._enforcer
-        self.pruning._enforcer = self.enforcer if masked_at(index) else None
+        self.switch(masked_at(index))
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.pruning._enforcer = self.enforcer
+        self.switch(on=True)
 
 
 class StepTimer(Callback):

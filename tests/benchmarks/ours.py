@@ -10,7 +10,7 @@ import common
 import torch
 from torch import Tensor, nn
 
-from lightning_prune import open_checkpoint, prune
+from lightning_prune import open_checkpoint, prune, prune_structured
 from lightning_prune.evaluation.evaluate import evaluate
 from lightning_prune.perp import reconstruct
 from lightning_prune.pruning import pipeline
@@ -20,6 +20,7 @@ from lightning_prune.pruning.patterns import lowest_in_layer, lowest_in_rows, nm
 from lightning_prune.pruning.scores import kfac_score
 from lightning_prune.pruning.statistics import Accumulator
 from lightning_prune.pruning.targets import find_targets
+from lightning_prune.structure import read_structure, remove_units
 
 # What a sweep collects for each score.
 STATISTICS = {
@@ -57,13 +58,25 @@ def ours_stages() -> dict[str, list[tuple[Any, str]]]:
 
 
 def ours_reconstruct(
-    model: nn.Module, sequences: Tensor, dense: Path, masks: dict[str, Tensor], **options: Any
+    model: nn.Module, sequences: Tensor, dense: Path | dict[str, Tensor], masks: dict[str, Tensor], **options: Any
 ) -> dict[str, tuple[float, float]]:
     """`lightning_prune.perp.reconstruct` end to end: the error of each block before and after."""
     batches = common.batched(sequences, options["batch_size"])
-    source = open_checkpoint(dense)
+    source = open_checkpoint(dense) if isinstance(dense, Path) else dense
     done = reconstruct(model, batches, source, masks, num_samples=len(sequences), progress=False, **options)
     return {block.name: (block.before, block.after) for block in done.blocks}
+
+
+def ours_remove_experts(model: nn.Module, sequences: Tensor, keep: int, saliency: str, seed: int) -> None:
+    """`prune_structured` of experts end to end; or so many at random of every layer."""
+    if saliency != "random":
+        how = {"num_samples": len(sequences), "progress": False}
+        prune_structured(model, common.batched(sequences, 4), {"num_experts": keep}, ("expert",), saliency, **how)
+        return
+    structure, generator = read_structure(model), torch.Generator().manual_seed(seed)
+    experts = structure.units("expert")
+    gone = [torch.randperm(experts, generator=generator)[keep:] for _ in range(structure.places("expert"))]
+    remove_units(model, {"expert": gone})
 
 
 def ours_tasks(model: nn.Module, tokenizer: Any, folder: str, limit: int | None) -> dict[str, Any]:

@@ -5,6 +5,9 @@ evaluated. Methods with an update go block by block, on the outputs of the prune
 sweep. The seconds are those of the whole; of products ``X^T X``; of the solver with its selection; and of what is
 left, the forward and backward passes.
 
+With ``-fit`` behind a method's name the weights that are kept are fitted to the dense model after it, half a block at a
+time (`reconstruct`).
+
     python tests/benchmarks/solvers.py --model FOLDER --calibration TEXT --evaluation TEXT TEXT2 \\
         --samples 16 --length 512 --windows 20 --patterns 50 2:4 --methods wanda kfac-alps --draws 3 --json FILE
 
@@ -21,8 +24,9 @@ from typing import Any
 
 import common
 import torch
-from ours import ours_prune, ours_stages
+from ours import ours_prune, ours_reconstruct, ours_stages
 
+FIT = {"train": "all", "batch_size": 2}  # the weights that are kept, half a block at a time, one pass over the samples
 WALK = {"sequential": True}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("magnitude", {}),
@@ -36,6 +40,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac-exact": ("kfac", {"update": "exact"} | WALK),
     "kfac-alps": ("kfac", {"update": "alps"} | WALK),
 }
+FITTED = tuple(f"{method}-fit" for method in METHODS)
 PATTERNS = ("50", "60", "70", "80", "2:4", "4:8")
 KEY = ("method", "pattern", "draw", "model", "calibration", "windows")
 
@@ -75,7 +80,7 @@ def timed(stages: dict[str, list[tuple[Any, str]]], synchronize: Callable[[], No
 
 def main() -> None:
     p = common.parser(__doc__)
-    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    p.add_argument("--methods", nargs="+", choices=(*METHODS, *FITTED), metavar="METHOD", default=list(METHODS))
     p.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS), help="percent, or N:M")
     p.add_argument("--draws", type=int, default=3, help="draws that the calibration text is divided into (default 3)")
     p.add_argument("--only-draws", nargs="+", type=int, help="which of them to run (default: all)")
@@ -99,7 +104,7 @@ def main() -> None:
         snapshot.restore()
         row = dict(identity)
         if method != "dense":
-            score, options = METHODS[method]
+            score, options = METHODS[method.removesuffix("-fit")]
             nm = ":" in pattern
             how = (score, 0.5 if nm else int(pattern) / 100, pattern if nm else "unstructured")
             sequences = draw_of(tokens, args.samples, args.length, draw, args.draws)
@@ -109,6 +114,9 @@ def main() -> None:
             with common.PeakMemory() as memory, timed(ours_stages(), synchronize) as seconds:
                 start = time.perf_counter()
                 masks = ours_prune(model, sequences, *how, args.batch_size, **options)
+                if method in FITTED:
+                    dense = {name: weight.to(args.device) for name, weight in snapshot.values.items()}
+                    ours_reconstruct(model, sequences, dense, masks, **FIT)
                 synchronize()
                 whole = time.perf_counter() - start
             if not common.same_zeros(model, masks):

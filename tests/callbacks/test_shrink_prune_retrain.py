@@ -9,8 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import batches, count, make_module, make_trainer, weights
+from versions import WeightAveraging
 
 from lightning_prune import CausalLM, LinearSchedule, OneShot, PERPRetraining, PruningAwarePretraining, WeightPruning
 

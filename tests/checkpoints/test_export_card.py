@@ -149,7 +149,7 @@ def test_models_that_are_dense_or_2_4_or_from_the_hub(checkpoint, tmp_path):
     module.save_pretrained(tmp_path / "sparse")
     export(tmp_path / "sparse", tmp_path / "out2")
     _, text, rows = read_card(tmp_path / "out2")
-    assert rows["N:M pattern of every layer"] == ["2:4"]
+    assert rows["N:M pattern"] == ["2:4"]
     assert "to_sparse_semi_structured" in text
     stored = torch.load(checkpoint, weights_only=True)
     for model, base in (("owner/name", "owner/name"), ("/home/me/model", None)):

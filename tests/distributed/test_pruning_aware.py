@@ -27,6 +27,9 @@ CASES: dict[str, dict[str, Any]] = {
     "2:4 from the start, then adapters": {
         **SETTINGS, "end": 8, "round_to": 4, "masks_at": 0, "trainer": {"accumulate_grad_batches": 2}, "epochs": 6,
     },
+    "experts and heads": {
+        "target": {"num_experts": 3, "num_key_value_heads": 1}, "types": ["attention", "expert"], "every_n_steps": 2,
+    },
     "layers, static graph, clipping": {
         **SETTINGS, "types": ["ffn", "layer"], "ddp": {"static_graph": True}, "trainer": {"gradient_clip_val": 0.5},
     },

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import types
@@ -37,6 +38,27 @@ def test_figures_are_those_of_the_models(files):
     text = " ".join(found.remarks)
     assert "need CUDA, and were not measured on cpu" in text
     assert "2:4 gains nothing" in text
+
+
+def test_rows_without_zeros_are_measured_where_they_can_be(files):
+    settings = {"prompt_tokens": 8, "new_tokens": 2, "repeats": 2, "warmup": 0, "progress": False}
+    found = benchmark(files.pruned, files.dense, csr=True, device="cpu", **settings)
+    assert [m.name for m in found.models] == ["dense", "pruned", "pruned, CSR"]
+    loaded = LoadedModel("m", copy.deepcopy(files.model), None)
+    layers = semi_structured._layers(loaded.model, loaded.inspection())
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight.masked_fill_(torch.rand_like(layer.weight) < 0.5, 0.0)
+    left = sum(int(layer.weight.count_nonzero()) for layer in layers.values())
+    saved = sum(4 * layer.weight.numel() - 4 * (layer.out_features + 1) for layer in layers.values()) - 8 * left
+    ids = torch.randint(320, (2, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, size = loaded.model(ids).logits, semi_structured._weight_bytes(loaded.model)
+        rows = semi_structured.csr_copy(loaded.model, loaded.inspection())
+        torch.testing.assert_close(rows(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert semi_structured._weight_bytes(rows) == size - saved
+    with pytest.raises(ValueError, match=r"weights in bfloat16, MKL found; pass device='cpu' and dtype='float32'"):
+        benchmark(files.pruned, csr=True, dtype="bfloat16", **settings)
 
 
 def test_models_run_in_turns_and_both_ways_round(files, monkeypatch):

@@ -28,6 +28,11 @@ _OVERRIDES = {
     "limit_val_batches": "1",
     "enable_progress_bar": "false",
 }
+_SCHEDULES = {
+    "lightning_prune.CubicSchedule": {"start": 0, "end": 2, "every": 1},
+    "lightning_prune.ELSA": {"step": 1, "every_n_steps": 1},
+    "lightning_prune.OneShot": {"step": 1},
+}
 
 
 def write_inputs(folder: Path) -> None:
@@ -89,8 +94,7 @@ def _shorten(settings: dict[str, Any], tiny: Path, folder: Path) -> None:
     if "reconstruct" in settings:
         settings["reconstruct"] |= {"steps": 2, "num_samples": 4}
     if "schedule" in settings:
-        gradual = settings["schedule"]["class_path"] == "lightning_prune.CubicSchedule"
-        settings["schedule"]["init_args"] = {"start": 0, "end": 2, "every": 1} if gradual else {"step": 1}
+        settings["schedule"]["init_args"] = _SCHEDULES[settings["schedule"]["class_path"]]
     if "target" in settings:
         settings |= {"target": 0.8, "start": 0, "end": 2, "every_n_steps": 1, "picture": str(folder / "shrink.png")}
     if "distill_from" in settings:

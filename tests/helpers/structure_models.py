@@ -31,11 +31,21 @@ _TYPES: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 2},
     "gemma": {"head_dim": 8, "tie_word_embeddings": True},
     "gemma-untied": {"head_dim": 8, "tie_word_embeddings": False},
+    "gemma2": {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+    "gemma3_text": {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {},
     "gpt2": {},
     "opt": {},
+    "gpt_neox": {},
 }
 FAMILIES = tuple(_TYPES)
-RMS_FAMILIES = tuple(name for name in FAMILIES if name not in ("gpt2", "opt"))
+SPANNING = ("gpt2", "opt", "gpt_neox")  # heads span the hidden channels
+DIVIDING = ("llama-biases", "gemma2", "gemma3_text")  # heads have to divide the hidden size
+RMS_FAMILIES = tuple(name for name in FAMILIES if name not in SPANNING)
 
 # The layers of a Llama's block that read hidden channels.
 LLAMA_READERS = (
@@ -59,6 +69,8 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
             k: v for k, v in _COMMON.items() if k not in ("intermediate_size", "rms_norm_eps", "num_key_value_heads")
         }
         fields |= {"ffn_dim": 28, "word_embed_proj_dim": 48}
+    elif model_type == "gpt_neox":
+        fields = {k: v for k, v in fields.items() if k not in ("num_key_value_heads", "rms_norm_eps")}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**fields, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -66,7 +78,7 @@ def make(name: str, seed: int = 0, **changes: Any) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() > 1 else 0.5))
-            if p.dim() == 1 and model_type != "gemma":
+            if p.dim() == 1 and not model_type.startswith("gemma"):
                 p.add_(0.5)
     return model
 
@@ -76,7 +88,7 @@ def tokens(seed: int = 3) -> Tensor:
 
 
 def layers_of(model: Any) -> nn.ModuleList:
-    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    return next(m for m in model.modules() if isinstance(m, nn.ModuleList))
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -87,18 +99,23 @@ def logits(model: nn.Module) -> Tensor:
 def exact_rms_norms(monkeypatch: Any) -> None:
     """Let the RMS norms of transformers compute in the model's own precision; they go through float32."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+    from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
     from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
+    gemmas = (GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm)
+
     def forward(self: Any, x: Tensor) -> Tensor:
-        weight = self.weight + 1 if isinstance(self, GemmaRMSNorm) else self.weight
-        epsilon = self.eps if isinstance(self, GemmaRMSNorm) else self.variance_epsilon
+        weight = self.weight + 1 if isinstance(self, gemmas) else self.weight
+        epsilon = self.eps if isinstance(self, gemmas) else self.variance_epsilon
         return weight * x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt()
 
-    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm, GemmaRMSNorm):
+    for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm, Phi3RMSNorm, *gemmas):
         monkeypatch.setattr(norm, "forward", forward)
 
 
@@ -114,7 +131,7 @@ def per_layer(units: int, count: int, seed: int) -> list[Tensor]:
 
 def removals(name: str) -> dict[str, dict[str, Any]]:
     """What every family is tried with, by a word for it; 3 groups (6 for GPT-2 and OPT), 28 channels, 48 hidden."""
-    spans = name in ("gpt2", "opt")
+    spans = name in SPANNING
     attention = per_layer(6 if spans else 3, 1, 1)
     hidden = torch.randperm(48, generator=torch.Generator().manual_seed(2))
     found: dict[str, dict[str, Any]] = {
@@ -123,7 +140,7 @@ def removals(name: str) -> dict[str, dict[str, Any]]:
     }
     if spans:  # a head and its eight channels, or nothing
         found["attention and stem"] = {"attention": attention, "hidden": hidden[:8]}
-    elif name == "llama-biases":  # must stay divisible
+    elif name in DIVIDING:
         found["attention"] = {"attention": attention}
         found["hidden"] = {"hidden": hidden[:6]}
     else:

@@ -12,12 +12,14 @@ from typing import Any
 
 import lightning as L
 import torch
+from experts_models import make_moe
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -131,6 +133,9 @@ class Model(L.LightningModule):
             gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
             self.model = GPT2LMHeadModel(gpt2)
             return
+        if family in ("mixtral", "gpt_oss"):
+            self.model = make_moe(family).float().train()
+            return
         fields = {**LLAMA, "intermediate_size": intermediate_size}
         fields.pop("model_type")
         self.model = LlamaForCausalLM(LlamaConfig(**fields))
@@ -150,6 +155,8 @@ class Model(L.LightningModule):
         root_only, replicas = options.pop("root_only", False), options.pop("replicas", 1)
         if options.pop("bf16", False):
             options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if (dim := options.pop("expert_dim", None)) is not None:
+            options["shard_placement_fn"] = lambda p: Shard(dim) if p.dim() == 3 else None
         if options.pop("offload", False):
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
         mesh, data = self.device_mesh, self.device_mesh["data_parallel"]

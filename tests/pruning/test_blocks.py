@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_prune import CalibrationError, prune
 from lightning_prune.pruning.blocks import BlockWalk, Samples
+from lightning_prune.safety import Originals
 
 
 def select(score, group, sparsity, nm):
@@ -165,7 +166,7 @@ def test_other_families(family):
     config = CONFIG_MAPPING[name](**{k: v for k, v in settings.items() if k != "initializer_range" or family != "opt"})
     model, ids = AutoModelForCausalLM.from_config(config).double(), make_tokens(3, 9, 60) + 2
     layers = [n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")]
-    layers = [n for n in layers if n != "lm_head"]
+    layers = [n for n in layers if model.get_submodule(n) is not model.get_output_embeddings()]
     blocks = [[n for n in layers if f".{i}." in n] for i in range(2)]
     assert sum(map(len, blocks)) == len(layers)
 
@@ -247,7 +248,8 @@ def test_an_interrupt_during_the_walk_restores_everything(where, score):
         prune(model, batches(), score, sequential=True, num_samples=4)
     if handle is not None:
         handle.remove()
-        assert pruned == [where[2]]
+        # A score that only masks puts the weights of a block back behind the walk.
+        assert pruned == [where[2] and (where[0] == 0 or score == "sparsegpt")]
     assert snapshot(model) == before
     assert model.training
     assert all(m.training for m in model.modules())
@@ -349,3 +351,24 @@ def test_the_walk_yields_before_it_runs_and_passes_outputs_on():
     torch.testing.assert_close(walk.batches[1].hidden, model.blocks[0](data[2:4]))
     assert math.isfinite(float(walk.batches[0].hidden.sum()))
     assert not walk.batches[0].hidden.requires_grad
+
+
+@pytest.mark.parametrize(("update", "most"), [(None, 7), ("obs", 14)])
+def test_a_walk_that_only_masks_holds_copies_of_one_block(update, most, llama, tokens, monkeypatch):
+    """Weights of later blocks meet the pruned ones all the same: the masks are those of a walk that holds all."""
+    held, keep = [], Originals.keep
+
+    def counting(self, parameter):
+        keep(self, parameter)
+        held.append(len(self._copies))
+
+    expected = prune(copy.deepcopy(llama), [tokens(3, 8)], "wanda", sequential=True, num_samples=3, update=update)
+    monkeypatch.setattr(Originals, "keep", counting)
+    monkeypatch.setattr(Originals, "put_back", Originals.put_back if update is None else None)
+    before = copy.deepcopy(llama)
+    masks = prune(llama, [tokens(3, 8)], "wanda", sequential=True, num_samples=3, update=update)
+    assert max(held) == most
+    for name, mask in masks.items():
+        assert torch.equal(mask, expected[name])
+        if update is None:
+            assert torch.equal(llama.get_parameter(name), before.get_parameter(name) * mask)

@@ -203,13 +203,3 @@ def test_selection_by_name_and_type() -> None:
     assert chosen(ignore=["experts", "lm_head"]) == everything - experts
     assert chosen(["gate_up_proj"]) == {n for n in everything if "gate_up" in n}
     assert chosen(["MixtralExperts"]) == chosen(["experts"]) == experts
-
-
-def test_statistics_over_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_moe("mixtral")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match=r"experts such as .*score='magnitude'"):
-        prune(model, padded_batches(2), score="wanda", num_samples=4, progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

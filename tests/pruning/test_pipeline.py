@@ -201,17 +201,28 @@ def test_defaults(llama, tokens):
     same = prune(
         twin,
         [tokens(4, 8)],
-        score="gblm",
+        score="kfac",
         sparsity=0.5,
-        group="row",
-        allocation="uniform",
-        alpha=100.0,
-        grad_norm="l2",
+        group="layer",
+        allocation="kfac",
+        gamma=0.7,
         num_samples=4,
         ignore=["lm_head"],
     )
     assert all(torch.equal(found[n], same[n]) for n in LAYERS)
     assert snapshot(llama) == snapshot(twin)
+
+
+def test_kfac_needs_no_loss_where_the_factor_of_a_row_cancels():
+    """In N:M groups its mask is Wanda's, so a module without a loss will do, and no backward runs."""
+    models = [nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4)).requires_grad_(False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    how = {"pattern": "2:4", "targets": [nn.Linear], "num_samples": 6, "progress": False}
+    found, expected = (prune(m, [x], score, **how) for m, score in zip(models, ("kfac", "wanda"), strict=True))
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    with pytest.raises(ValueError, match="needs a loss"):
+        prune(models[0], [x], "kfac", 0.5, targets=[nn.Linear], num_samples=6, progress=False)
 
 
 @pytest.mark.parametrize("score", ["random", "gblm", "kfac", "sparsegpt"])
@@ -404,7 +415,7 @@ class Untouched:
         ({"score": "gradient", "sequential": True}, ValueError, "changes nothing for score='gradient'"),
         ({"score": "wanda", "sequential": True, "group": "global"}, ValueError, "cannot compare globally"),
         ({"score": "wanda", "sequential": True, "ignore": []}, ValueError, "'lm_head.weight' lie outside"),
-        ({"batches": None}, ValueError, "score='gblm' needs calibration data: pass batches"),
+        ({"batches": None}, ValueError, "score='kfac' needs calibration data: pass batches"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_happens(llama, arguments, error, message):
@@ -431,8 +442,10 @@ def test_sequential_without_blocks_is_refused():
 
 def test_grouped_convolutions_are_pruned_by_magnitude_alone():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match=r"'0\.weight' is a grouped convolution"):
+    with pytest.raises(ValueError, match=r"nothing to prune.*grouped convolution: '0'"):
         prune(model, Untouched(), "wanda")
+    with pytest.raises(ValueError, match=r"'0\.weight' is a grouped convolution"):
+        prune(model, Untouched(), "wanda", targets=[nn.Conv2d])
     assert pruned(prune(model, None, "magnitude")) == 36
 
 

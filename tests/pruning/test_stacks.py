@@ -80,7 +80,7 @@ def naive_wanda(model, samples, blocks, sparsity):
 
 def outside_of(model):
     inside = {m for _, block in find_blocks(model) for m in block.modules()}
-    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in inside]
+    return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and m not in inside]
 
 
 @pytest.mark.parametrize("name", SEVERAL)

@@ -62,7 +62,7 @@ def test_conv2d_matrix_runs_along_the_channels(groups):
 
 
 def test_other_modules_are_no_layers():
-    for module in (nn.Embedding(3, 3), nn.LayerNorm(3), nn.Conv1d(3, 3, 1), nn.ReLU(), nn.Bilinear(2, 2, 2)):
+    for module in (nn.Embedding(3, 3), nn.LayerNorm(3), nn.ConvTranspose1d(3, 3, 1), nn.ReLU(), nn.Bilinear(2, 2, 2)):
         assert layer_kind(module) is None
 
 
@@ -270,9 +270,9 @@ def test_heads_of_transformers(make, heads):
         "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12, "embedding_size": 8, "num_key_value_heads": 2,
     }  # fmt: skip
     model = make(lambda config, **more: config(**{k: v for k, v in sizes.items() if k in vars(config())}, **more))
-    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    assert heads <= linear
-    assert set(names_of(model)) == linear - heads
+    layers = {n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d))}
+    assert heads <= layers
+    assert set(names_of(model)) == layers - heads
 
 
 def test_names_of_heads_mean_something_else_inside_blocks_and_around_models(llama):
@@ -284,7 +284,10 @@ def test_names_of_heads_mean_something_else_inside_blocks_and_around_models(llam
 
 
 def test_heads_are_pruned_where_nothing_else_can_be():
-    assert names_of(nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 4)})) == ["head"]
+    assert names_of(nn.ModuleDict({"join": nn.Bilinear(4, 4, 4), "head": nn.Linear(4, 4)})) == ["head"]
+    tagger = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "head": nn.Linear(4, 4)})
+    assert names_of(tagger) == ["lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert [t.name for t in select_layers(tagger, called=True).targets] == ["head.weight"]
     tied = nn.ModuleDict({"embedding": nn.Embedding(4, 4), "head": nn.Linear(4, 4)})
     tied["head"].weight = tied["embedding"].weight
     with pytest.raises(ValueError, match="'head' is tied to 'embedding'"):
@@ -359,9 +362,9 @@ def test_routers_are_left_alone_unless_named():
 
 def test_a_layer_whose_weight_is_read_by_its_parent_is_pruned_where_nothing_must_be_seen():
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    assert names_of(model) == ["self_attn.out_proj", "linear1", "linear2"]
+    assert names_of(model) == ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"]
     selection = select_layers(model, called=True)
-    assert selection.left_out == {"self_attn.out_proj": "used functionally"}
+    assert selection.left_out == dict.fromkeys(["self_attn.in_proj_weight", "self_attn.out_proj"], "used functionally")
     before = model.self_attn.out_proj.weight.clone()
     batches = [torch.randn(2, 5, 8)]
     with pytest.warns(UserWarning, match=r"self_attn\.out_proj\.weight \(1 tensor, .*\): used functionally"):

@@ -114,6 +114,11 @@ def test_goals_that_cannot_be_are_refused(target: Any, message: str) -> None:
         make_planner(structure, target, ("ffn",), table=TABLE)
 
 
+def test_a_time_is_not_predicted_of_experts() -> None:
+    with pytest.raises(ValueError, match="mixture of experts"):
+        latency_of(read_structure(zoo.make("mixtral")), {"seconds_per_token": 1e-3})
+
+
 def test_bytes_of_several_dtypes_need_one() -> None:
     model = zoo.make("llama").to(torch.bfloat16)
     model.model.norm.float()

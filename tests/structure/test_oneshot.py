@@ -39,7 +39,7 @@ def learned(name="llama", steps=60):
 def test_every_family(name, saliency, tmp_path):
     model = zoo.make(name)
     total = sum(p.numel() for p in model.parameters())
-    types = ("ffn",) if name in ("gpt2", "opt", "llama-biases") else ("attention", "ffn", "hidden")
+    types = ("ffn",) if name in (*zoo.SPANNING, *zoo.DIVIDING) else ("attention", "ffn", "hidden")
     report = prune_structured(model, data(2), 0.85, types, saliency, num_samples=4, progress=False)
     assert report.parameters == sum(p.numel() for p in model.parameters()) <= int(0.85 * total)
     assert report.parameters_before == total
@@ -111,6 +111,32 @@ def test_sizes_as_target(target, sizes, saliency):
     assert tuple(report.sizes.as_dict().values())[:5] == sizes
     assert "->" in str(report)
     zoo.logits(model)
+
+
+@pytest.mark.parametrize("saliency", ["kfac", "taylor2", "magnitude"])
+@pytest.mark.parametrize(("family", "heads", "groups"), [("qwen2", 15, 5), ("phi3", 9, 3), ("gemma2", 9, 3)])
+@pytest.mark.parametrize("unit", ["group", "head"])
+def test_odd_numbers_of_heads_lose_the_idle_ones(family, heads, groups, unit, saliency, tmp_path):
+    ratio = heads // groups
+    fields = {"hidden_size": 90, "num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": 6}
+    model = zoo.make(family, **fields)
+    idle = [1, 0, groups - 1] if unit == "group" else [ratio - 1, 0, 1]
+    with torch.no_grad():
+        for layer, number in zip(zoo.layers_of(model), idle, strict=True):
+            columns = layer.self_attn.o_proj.weight.view(90, groups, ratio, 6)
+            (columns[:, number] if unit == "group" else columns[:, :, number]).mul_(1e-3)
+            rows = layer.self_attn.qkv_proj if family == "phi3" else layer.self_attn.q_proj
+            queries = rows.weight[: heads * 6].view(groups, ratio, 6, 90)
+            (queries[number] if unit == "group" else queries[:, number]).mul_(0.1)  # for those that look at weights
+    before = zoo.logits(model)
+    left = {"num_attention_heads": heads - (ratio if unit == "group" else groups)}
+    left["num_key_value_heads"] = groups - 1 if unit == "group" else groups
+    report = prune_structured(model, data(2), left, ("attention",), saliency, compensate=False, progress=False)
+    assert [gone.tolist() for gone in report.removal["attention"]] == [[number] for number in idle]
+    assert (report.sizes.num_attention_heads, report.sizes.num_key_value_heads) == tuple(left.values())
+    assert (zoo.logits(model) - before).abs().max() < 0.05 * before.abs().max()
+    save_plain(model, tmp_path)
+    torch.testing.assert_close(zoo.logits(AutoModelForCausalLM.from_pretrained(tmp_path)), zoo.logits(model))
 
 
 def test_heads_and_channels_of_gpt2_together():

@@ -64,10 +64,10 @@ def test_removal_in_steps_is_removal_at_once(name, monkeypatch):
     """Epsilon, norms and embeddings are rescaled step after step."""
     zoo.exact_rms_norms(monkeypatch)
     at_once, in_steps = zoo.make(name).double(), zoo.make(name).double()
-    attention, channels = [[5]] * 3 if name in ("gpt2", "opt") else [[2]] * 3, [*range(20, 28)]
+    attention, channels = [[5]] * 3 if name in zoo.SPANNING else [[2]] * 3, [*range(20, 28)]
     remove_units(at_once, {"attention": attention, "hidden": channels, "ffn": [[0, 27]] * 3})
     remove_units(in_steps, {"ffn": [[27]] * 3})
-    if name in ("gpt2", "opt", "llama-biases"):
+    if name in (*zoo.SPANNING, *zoo.DIVIDING):
         remove_units(in_steps, {"attention": attention, "hidden": channels})
     else:
         remove_units(in_steps, {"hidden": channels[:3]})
@@ -217,7 +217,7 @@ def test_states_are_those_of_the_sliced_model(name, monkeypatch):
     remove_units(sliced, removal)
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.0) for m in (masked, sliced)]
     for model, optimizer in zip((masked, sliced), optimizers, strict=True):
-        trained(model.train(), optimizer) if name not in ("gpt2", "opt") else trained(model, optimizer)
+        trained(model.train(), optimizer) if name not in zoo.SPANNING else trained(model, optimizer)
     remove_units(masked, removal, optimizers[:1])
     groups = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
     assert [p.shape for p in groups[0]] == [p.shape for p in groups[1]]

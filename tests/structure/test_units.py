@@ -31,16 +31,16 @@ def test_parameter_count_is_that_of_a_fresh_model_of_any_sizes(name):
     structure = read_structure(zoo.make(name))
     shapes = structure.shapes()
     assert shapes.count(structure.sizes) == sum(p.numel() for p in structure.model.parameters())
-    span = name in ("gpt2", "opt")
+    span = name in zoo.SPANNING
     sizes = Sizes(40, 19, 5 if span else 4, 5 if span else 2, 2, 8)
     fields = {"gpt2": {"n_inner": 19}, "opt": {"ffn_dim": 19, "word_embed_proj_dim": 40}}.get(
-        name, {"intermediate_size": 19, "num_key_value_heads": 2, "head_dim": 8}
+        name, {"intermediate_size": 19} if span else {"intermediate_size": 19, "num_key_value_heads": 2, "head_dim": 8}
     )
     if name == "gpt2":
         fields |= {"n_embd": 40, "n_head": 5, "n_layer": 2}
     else:
         fields |= {"hidden_size": 40, "num_attention_heads": sizes.num_attention_heads, "num_hidden_layers": 2}
-    if name == "smollm3":
+    if name in ("smollm3", "gemma3_text"):
         fields |= {"layer_types": None}
     fresh = zoo.make(name, **fields)
     assert read_structure(fresh).sizes == sizes

@@ -223,8 +223,8 @@ def test_second_run_uses_the_cache(tmp_path, chapters, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr("lightning_prune.text.blocks._encode", fail)
-    monkeypatch.setattr("lightning_prune.text.blocks._cut", fail)
+    monkeypatch.setattr("lightning_prune.text.sequences._encode", fail)
+    monkeypatch.setattr("lightning_prune.text.sequences._cut", fail)
     second = data_module(tmp_path / "cache", str(chapters))
     second.setup("fit")
     assert second.train_dataset["input_ids"][:] == first.train_dataset["input_ids"][:]

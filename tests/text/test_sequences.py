@@ -13,8 +13,8 @@ from tiny import TINY
 
 from lightning_prune import CausalLM, TextDataModule
 from lightning_prune.checkpoints.sources import trained_tokenizer
-from lightning_prune.text.blocks import StreamedBlocks
 from lightning_prune.text.data import EMBEDDED
+from lightning_prune.text.sequences import StreamedBlocks
 
 CHAPTERS = EMBEDDED["austen"].read_text(encoding="utf-8").split("\n\nChapter ")[1:17]
 
