@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import structure_models as zoo
 import torch
+from experts_models import make_moe
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import batches, count, make_module, make_trainer
 from safetensors.torch import load_file
@@ -116,7 +117,7 @@ def test_goals_that_cannot_be_are_refused(target: Any, message: str) -> None:
 
 def test_a_time_is_not_predicted_of_experts() -> None:
     with pytest.raises(ValueError, match="mixture of experts"):
-        latency_of(read_structure(zoo.make("mixtral")), {"seconds_per_token": 1e-3})
+        latency_of(read_structure(make_moe("mixtral")), {"seconds_per_token": 1e-3})
 
 
 def test_bytes_of_several_dtypes_need_one() -> None:
