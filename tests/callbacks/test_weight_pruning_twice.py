@@ -9,9 +9,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from perp_trainers import Losses, loader, make_module, make_trainer
 from torch import Tensor
+from versions import EMAWeightAveraging
 
 from lightning_prune import (
     ELSA,
