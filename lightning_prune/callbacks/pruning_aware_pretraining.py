@@ -46,7 +46,7 @@ from lightning_prune.schedules import ShrinkSchedule
 from lightning_prune.sharding import reshard
 from lightning_prune.structure.compensation import StreamedMoments
 from lightning_prune.structure.device_goals import LatencyTable, is_latency, latency_of
-from lightning_prune.structure.planning import make_planner, multiples_of
+from lightning_prune.structure.planning import make_planner
 from lightning_prune.structure.removal import sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
 from lightning_prune.structure.shrinking import Shrinking, ShrinkRecord, pruned_ratios
@@ -271,8 +271,7 @@ class PruningAwarePretraining(L.Callback):
         table = None if state is None or not state["latency"] else LatencyTable.from_dict(state["latency"])
         if table is None and is_latency(self.target):
             table = _measured_once(structure, self.target, trainer)
-        multiples = multiples_of(self.round_to, structure, self.target)
-        planner = make_planner(structure, self.target, self.types, multiples, first, blocks=blocks, table=table)
+        planner = make_planner(structure, self.target, self.types, self.round_to, first, blocks=blocks, table=table)
         moments = None
         if self.second_order:
             moments = StreamedMoments(structure, self.types, self.second_order_decay)
