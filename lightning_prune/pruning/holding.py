@@ -90,6 +90,17 @@ def _bare(optimizer: Any) -> Optimizer:
     return bare
 
 
+def _stands_still(optimizer: Optimizer) -> bool:
+    """Whether a step changes no weight.
+
+    ``torch.distributed.checkpoint`` makes such a step to have states to load into. By then the weights may be those of
+    a checkpoint whose masks come last: those held until then must not touch them.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # Asking a GPU for its learning rate would wait for it; that step's is on the CPU.
+    return all(not (isinstance(rate, Tensor) and rate.device.type != "cpu") and rate == 0 for rate in rates)
+
+
 def _check_stepped(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Optimizer]) -> None:
     """Refuse to hold a trained parameter that an optimizer would step which nobody has named."""
     stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -265,7 +276,8 @@ class MaskHold:
         self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
+        if not _stands_still(optimizer):
+            self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
 
     def remove(self) -> None:
         """Let go of the model and the optimizers: nothing is enforced from now on. Masks stay to be read."""

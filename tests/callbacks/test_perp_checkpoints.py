@@ -95,7 +95,7 @@ def test_checkpoints_load_as_the_model_that_trained(weights_only: bool, tmp_path
     # In the Trainer that trained it, whose module is merged, and in another one.
     path = tmp_path / "step=2.ckpt"
     for runner, own in ((trainer, module), (make_trainer(tmp_path), Own())):
-        found = runner.predict(own, loader(), ckpt_path=path, weights_only=True)
+        found = runner.predict(own, loader(), ckpt_path=path, **WEIGHTS_ONLY)
         assert torch.equal(found[0], trainer.predict(loaded, loader())[0])
         tested = runner.test(own, loader(), ckpt_path=path, **WEIGHTS_ONLY, verbose=False)
         assert tested == trainer.test(loaded, loader(), verbose=False)

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from lightning_prune import CausalLM, PruningAwarePretraining
+from lightning_prune import CausalLM, OneShot, PERPRetraining, PruningAwarePretraining, WeightPruning
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -40,12 +40,21 @@ def run(out: Path, devices: int, settings: dict[str, Any]) -> None:
     samples = [{"input_ids": row} for row in ids]
     # Each rank's own samples, so that together they see in a step what one process would.
     mine = DataLoader(samples[int(os.environ.get("LOCAL_RANK", "0")) :: devices], batch_size=8 // devices)
+    beside: list[L.Callback] = []
+    if (masks_at := settings.pop("masks_at", None)) is not None:  # 0: before the first step
+        masks: dict[str, Any] = {
+            "sparsity": None,
+            "pattern": "2:4",
+            "schedule": OneShot(masks_at) if masks_at else None,
+        }
+        beside = [PERPRetraining(r=2), WeightPruning("magnitude", **masks, progress=False)]
     callback = PruningAwarePretraining(**settings)
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, max_epochs=epochs, logger=False, use_distributed_sampler=False,
         strategy=DDPStrategy(process_group_backend="gloo", **ddp) if devices > 1 else "auto",
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        callbacks=[callback, ModelCheckpoint(dirpath=out, filename="{epoch}", save_top_k=-1)], **trainer_settings,
+        callbacks=[*beside, callback, ModelCheckpoint(dirpath=out, filename="{epoch}", save_top_k=-1)],
+        **trainer_settings,
     )  # fmt: skip
     trainer.fit(module, mine, ckpt_path=resume)
     save_file(
