@@ -422,6 +422,11 @@ def _run_trainer(arguments: list[str] | None) -> int:
             """Measure what was trained if nothing has yet, save it where it was asked for, and say where it is."""
             finish_fit(self.trainer, self.model, self.datamodule, self.config["fit"]["save_pretrained"])
 
+        def before_instantiate_classes(self) -> None:
+            """Look at a checkpoint where Lightning does not yet ask for it (before 2.6)."""
+            if not hasattr(LightningCLI, "_parse_ckpt_path"):
+                self._parse_ckpt_path()
+
         def _parse_ckpt_path(self) -> None:
             """Take the architecture from a checkpoint, also from one that no command line wrote."""
             command = self.config[self.config["subcommand"]]

@@ -140,6 +140,7 @@ def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
     """
     seed = os.environ.get(_SEED_VARIABLE, "")
     data = trainer.datamodule
+    saving = [c for c in trainer.checkpoint_callbacks if isinstance(getattr(c, "dirpath", None), (str, Path))]
     return {
         "versions": versions(),
         "seed": int(seed) if seed.isdigit() else None,
@@ -151,6 +152,7 @@ def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
         "max_steps": trainer.max_steps,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": plain(trainer.gradient_clip_val),
+        "checkpoints": list(dict.fromkeys(str(Path(c.dirpath).absolute()) for c in saving if c.dirpath)),
         "callbacks": [
             {"name": type(callback).__name__, "settings": settings_of(callback)}
             for callback in trainer.callbacks

@@ -241,7 +241,7 @@ class _Quickstart:
     def save(self, model: str, zeros: str, module: CausalLM, name: str, seconds: float, masks: Masks | None) -> None:
         """Save, load again, check the zeros, measure: what the table says is true of the files."""
         module.save_pretrained(self.folder / name)
-        loaded = AutoModelForCausalLM.from_pretrained(self.folder / name)
+        loaded = AutoModelForCausalLM.from_pretrained(self.folder / name, dtype="auto")
         check_zeros(dict(loaded.named_parameters()), masks or {}, name)
         measured = perplexity(loaded, self.data.val_dataset, batch_size=16).perplexity
         sparsity = inspect(self.folder / name, progress=False).sparsity

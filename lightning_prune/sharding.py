@@ -41,6 +41,19 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     )
 
 
+def check_device(device_type: str) -> None:
+    """Refuse what this PyTorch cannot shard on, before anything is sharded or computed.
+
+    Raises:
+        RuntimeError: FSDP2 on a CPU before torch 2.7, which fails in the first forward pass.
+    """
+    if device_type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise RuntimeError(
+            f"FSDP2 on a CPU needs torch 2.7, here is {torch.__version__}: install a newer one, or train on an "
+            "accelerator, or with strategy='ddp'"
+        )
+
+
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
     """Let FSDP2 take note of parameters as they will be trained, before anyone freezes them for a while.
@@ -52,6 +65,7 @@ def settle(model: nn.Module) -> None:
     covered: set[nn.Module] = set()
     for module in model.modules():  # outer modules first: they take note of those within
         if isinstance(module, FSDPModule) and module not in covered:
+            check_device(next((p.device.type for p in module.parameters()), "none"))
             covered.update(module.modules())
             outermost: Any = module
             outermost.pass_without_work = lambda argument: argument

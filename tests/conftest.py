@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from tiny import LAYERS, Reference, make_llama, make_tokens
 from torch import Tensor, nn
+from versions import missing_for
 
 # The tests run in as many processes as there are cores; processes started by tests inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,6 +25,12 @@ torch.set_num_threads(1)
 # Started in the background (nohup, some CI systems), a process inherits that Ctrl-C is ignored; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if (reason := missing_for(item.nodeid)) is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

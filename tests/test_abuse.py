@@ -22,6 +22,7 @@ import torch
 import yaml
 from measured_models import make_models
 from tiny import TINY, make_llama, make_tokens, snapshot
+from versions import WEIGHTS_ONLY
 
 import lightning_prune.checkpoints.export
 import lightning_prune.evaluation.evaluate
@@ -247,7 +248,7 @@ def test_masks_of_another_model_stop_a_resume_before_training(checkpoint, tmp_pa
     torch.save(stored, tmp_path / "mixed.ckpt")
     trainer = make_trainer(tmp_path, WeightPruning(score="magnitude", progress=False), steps=3)
     with pytest.raises(ValueError, match=r"the mask of .*mlp.* has shape \(64, 32\), the parameter \(48, 32\)"):
-        trainer.fit(CausalLM(config=TINY), loader(), ckpt_path=tmp_path / "mixed.ckpt", weights_only=True)
+        trainer.fit(CausalLM(config=TINY), loader(), ckpt_path=tmp_path / "mixed.ckpt", **WEIGHTS_ONLY)
     assert trainer.global_step <= 1  # that of the checkpoint
 
 

@@ -135,7 +135,8 @@ def test_pages_are_in_the_order_of_the_house() -> None:
     """One sentence, function, Trainer, hyper-parameters, details, limits, source."""
     order = ["As a function", "In a Trainer", "Hyper-parameters", "Details", "Limits", "Source"]
     questions = ("why", "comparison", "how_it_works", "figures", "limits", "glossary")
-    methods = [p for p in PAGES if p.stem not in ("index", "tour", "cli", "api", *questions)]
+    project = ("versions", "changelog", "security")
+    methods = [p for p in PAGES if p.stem not in ("index", "tour", "cli", "api", *questions, *project)]
     assert len(methods) >= 11
     for path in methods:
         headings = re.findall(r"^## (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)

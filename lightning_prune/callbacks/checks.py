@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning as L
-from lightning.pytorch.strategies import (
-    ModelParallelStrategy,
-)
 from torch import Tensor
 from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
@@ -21,7 +18,8 @@ from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import has_sharded_parameters
-from lightning_prune.structure.planning import check_round_to
+from lightning_prune.structure.device_goals import check_device_goal
+from lightning_prune.structure.planning import multiples_of
 from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
 from lightning_prune.structure.saving import noted_units
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
@@ -46,6 +44,8 @@ def check_settings(callback: Any) -> None:
         raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
     for name in ("second_order_every", "compact_every", "round_to"):
         value = getattr(callback, name)
+        if name == "round_to" and value is None:
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
     for name in ("saliency_decay", "second_order_decay"):
@@ -62,7 +62,10 @@ def check_settings(callback: Any) -> None:
         raise ValueError(f"temperature={callback.temperature!r} must be above 0")
     target = callback.target
     if isinstance(target, bool) or not isinstance(target, (int, float, dict)):
-        raise TypeError(f"target={target!r} must be a float (share), an int (parameters) or a dict of final sizes")
+        raise TypeError(
+            f"target={target!r} must be a float (share), an int (parameters) or a dict of final sizes, bytes or seconds"
+        )
+    check_device_goal(target)
 
 
 def check_trainer(trainer: L.Trainer, callback: Any) -> None:
@@ -113,7 +116,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
         # By name: importing the adapters' callback would load PEFT.
         beside = isinstance(other, WeightPruning) or type(other).__name__ == "PERPRetraining"
-        if beside and isinstance(strategy, ModelParallelStrategy):
+        if beside and is_kind(strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"{type(other).__name__} beside PruningAwarePretraining is not supported under ModelParallelStrategy, "
                 "where pruned units stay in the shards as zeros: use one device or strategy='ddp', or run it in a fit "
@@ -121,7 +124,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             )
 
 
-def _check_sharding(strategy: ModelParallelStrategy, trainer: L.Trainer) -> None:
+def _check_sharding(strategy: Any, trainer: L.Trainer) -> None:
     tensor = strategy.device_mesh["tensor_parallel"].size()
     if tensor > 1:
         raise ValueError(
@@ -215,7 +218,7 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
         )
     if nm is None:
         return {}
-    rounded = check_round_to(callback.round_to)
+    rounded = multiples_of(callback.round_to, structure, callback.target)
     for unit_type, name in (("ffn", "intermediate_size"), ("hidden", "hidden_size")):
         size = getattr(structure.sizes, name)
         if unit_type in callback.types and (rounded.get(name, 1) % nm.m or size % nm.m):

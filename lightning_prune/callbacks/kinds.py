@@ -6,7 +6,7 @@ and a version may lack a class that later ones have.
 
 from __future__ import annotations
 
-_PACKAGES = ("lightning.", "pytorch_lightning.")
+_PACKAGES = ("lightning.", "pytorch_lightning.", "lightning_fabric.")
 
 
 def is_kind(value: object, *names: str) -> bool:

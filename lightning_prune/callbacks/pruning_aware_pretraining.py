@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor, float64, nn, tensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import averages
@@ -45,12 +45,13 @@ from lightning_prune.report.figures import shrinking_picture
 from lightning_prune.schedules import ShrinkSchedule
 from lightning_prune.sharding import reshard
 from lightning_prune.structure.compensation import StreamedMoments
-from lightning_prune.structure.planning import make_planner
+from lightning_prune.structure.device_goals import LatencyTable, is_latency, latency_of
+from lightning_prune.structure.planning import make_planner, multiples_of
 from lightning_prune.structure.removal import sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
 from lightning_prune.structure.shrinking import Shrinking, ShrinkRecord, pruned_ratios
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
-from lightning_prune.structure.units import find_language_model, read_structure
+from lightning_prune.structure.units import Structure, find_language_model, read_structure
 
 _STATE_VERSION = 2
 # What the accumulated statistics of a checkpoint were made with.
@@ -93,10 +94,11 @@ class PruningAwarePretraining(L.Callback):
     fields of it under their own names, are kept up to date.
 
     Args:
-        target: A share of the model's parameters (float), their number (int), or final sizes by name
+        target: A share of the model's parameters (float), their number (int), final sizes by name
             (``hidden_size``, ``intermediate_size``, ``num_attention_heads``, ``num_key_value_heads``,
-            ``num_hidden_layers``, ``num_experts``). Shares and numbers count all parameters, tied ones once, and are
-            reached from above: the first size that is not larger.
+            ``num_hidden_layers``, ``num_experts``), ``{"bytes": B}`` or ``{"seconds_per_token": S, "batch": N}``, see
+            `prune_structured`; a time is measured when the fit starts, and its table kept in checkpoints. Shares and
+            numbers count all parameters, tied ones once, and are reached from above: the first size that is not larger.
         types: Any of ``"attention"``, ``"ffn"``, ``"hidden"``, ``"layer"`` and ``"expert"``, that the family can lose.
         every_n_steps: Optimizer steps between prunings (N in the paper, section 4: 1 or 2).
         start: Optimizer steps before saliency is accumulated.
@@ -115,7 +117,7 @@ class PruningAwarePretraining(L.Callback):
             are the weighted mean.
         compact_every: Prunings between compactions; without effect where parameters are sharded, and while the masks of
             `WeightPruning` are sliced with the weights.
-        round_to: Multiple that the FFN and hidden sizes are kept at.
+        round_to: Multiple that the FFN and hidden sizes are kept at; for the default see `prune_structured`.
         units_per_pruning: Units at a pruning, where `end` is None. In a layer, for attention and ffn.
         attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of each group.
         distill_from: A source model whose logits to stay close to: a causal language model, or where to load one from
@@ -137,7 +139,7 @@ class PruningAwarePretraining(L.Callback):
 
     def __init__(
         self,
-        target: float | int | dict[str, int],
+        target: float | int | dict[str, Any],
         types: Sequence[str] = ("attention", "ffn", "hidden"),
         every_n_steps: int = 1,
         start: int = 0,
@@ -148,7 +150,7 @@ class PruningAwarePretraining(L.Callback):
         second_order_every: int = 4,
         second_order_decay: float = 0.9,
         compact_every: int = 16,
-        round_to: int = 1,
+        round_to: int | None = None,
         units_per_pruning: int = 1,
         attention_unit: AttentionUnit = "group",
         distill_from: str | nn.Module | None = None,
@@ -220,6 +222,8 @@ class PruningAwarePretraining(L.Callback):
         if stage == "fit":
             check_trainer(trainer, self)
             check_module(pl_module, trainer.strategy)
+            if neighbor(trainer, WeightPruning) is not None:  # before that one prunes anything
+                check_neighbors(trainer, self, read_structure(pl_module, self.attention_unit))
             if self.distill_from is not None and self._distillation is None:
                 self._distillation = Distillation(self.distill_from, self.distill_weight, self.temperature)
                 self._distillation.load(pl_module)
@@ -264,7 +268,11 @@ class PruningAwarePretraining(L.Callback):
         if state is None:
             check_not_masked(structure)
         first = None if state is None else Sizes(**state["first"])
-        planner = make_planner(structure, self.target, self.types, self.round_to, first, blocks=blocks)
+        table = None if state is None or not state["latency"] else LatencyTable.from_dict(state["latency"])
+        if table is None and is_latency(self.target):
+            table = _measured_once(structure, self.target, trainer)
+        multiples = multiples_of(self.round_to, structure, self.target)
+        planner = make_planner(structure, self.target, self.types, multiples, first, blocks=blocks, table=table)
         moments = None
         if self.second_order:
             moments = StreamedMoments(structure, self.types, self.second_order_decay)
@@ -338,7 +346,7 @@ class PruningAwarePretraining(L.Callback):
         if not shrinking.reached:
             rank_zero_warn(
                 f"PruningAwarePretraining: training ended at {shrinking.parameters:,} parameters, before the target "
-                f"({shrinking.planner.final:,}); train longer, set end, or raise units_per_pruning"
+                f"({self.target!r}); train longer, set end, or raise units_per_pruning"
             )
         if self.picture is not None and len(self.history) > 1 and is_main_process():
             shrinking_picture(self.history, self.picture)
@@ -383,7 +391,7 @@ class PruningAwarePretraining(L.Callback):
             check_states(shrinking.structure, trainer.optimizers)  # which exist only after a step
         planner, down_to = shrinking.planner, None
         if self.schedule.end is not None:
-            down_to = self.schedule.goal(step, planner.parameters(planner.first), planner.final)
+            down_to = self.schedule.goal(step, planner.cost(planner.first), planner.final)
             # Final sizes are reached one by one, not when their product is.
             down_to = -1 if planner.final_sizes is not None and step >= self.schedule.end else down_to
         reshard(shrinking.structure.model)
@@ -456,6 +464,17 @@ class PruningAwarePretraining(L.Callback):
 
     def _settings(self) -> dict[str, Any]:
         return {name: list(self.types) if name == "types" else getattr(self, name) for name in _SAME}
+
+
+def _measured_once(structure: Structure, target: Any, trainer: L.Trainer) -> LatencyTable:
+    """A table of latencies as the first process has measured it."""
+    table = latency_of(structure, target).table
+    if (agree := agree_of(trainer)) is None:
+        return table
+    values = tensor([*table.weights, *table.seconds, table.rest], dtype=float64)
+    agree(values)
+    *found, rest = values.tolist()
+    return LatencyTable(tuple(found[: len(table.weights)]), tuple(found[len(table.weights) :]), rest)
 
 
 def _shrunk_to(state: dict[str, Any], sizes: Sizes) -> bool:

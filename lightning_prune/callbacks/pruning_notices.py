@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.callbacks.kinds import is_kind
@@ -59,7 +58,9 @@ def last_step(trainer: L.Trainer, module: L.LightningModule) -> float:
         return known
     try:
         estimated = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # accumulation that changes from epoch to epoch
+    except Exception as error:
+        if not is_kind(error, "MisconfigurationException"):  # accumulation that changes from epoch to epoch
+            raise
         return known
     return known if estimated == -1 else min(known, float(estimated))
 

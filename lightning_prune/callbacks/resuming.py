@@ -151,12 +151,12 @@ def write_hyper_parameters(module: L.LightningModule, before: Mapping[str, Any],
         before: Fields of the configuration before the compaction.
         after: Those after it.
     """
-    changed = {name: value for name, value in after.items() if name in before and before[name] != value}
+    changed = {name: value for name, value in after.items() if name not in before or before[name] != value}
     found = module.hparams
     for name, value in list(found.items()):
-        if name in changed and value == before[name]:
+        if name in changed and name in before and value == before[name]:
             found[name] = changed[name]
         elif isinstance(value, Mapping) and "model_type" in value:
-            own = {k: v for k, v in changed.items() if k in value and value[k] == before[k]}
+            own = {k: v for k, v in changed.items() if k in value and k in before and value[k] == before[k]}
             # Fields that were left at their default have to be said now.
             found[name] = {**value, **changed, **own}

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -27,7 +26,6 @@ def without_wrapper(trainer: L.Trainer, module: L.LightningModule) -> Iterator[N
         yield
     finally:
         if wrapped:
-            assert isinstance(strategy, DDPStrategy)
             strategy.configure_ddp()
 
 

@@ -38,8 +38,8 @@ class SparsityMonitor(L.Callback):
     are read before the next batch, so the order of callbacks does not matter, and once more at the end of training.
     Names of layers inside PEFT's are those they have without it.
 
-    Beside the logs (``trainer.log_dir``) rank 0 writes the same numbers and what is known of the run (versions, seed,
-    settings) to ``sparsity_history.jsonl``, for ``lightning-prune report``. Without a logger it goes to
+    Beside the logs, in the run's own folder, rank 0 writes the same numbers and what is known of the run (versions,
+    seed, settings) to ``sparsity_history.jsonl``, for ``lightning-prune report``. Without a logger it goes to
     ``default_root_dir``.
 
     Counting reads every matrix once. Where weights are sharded (FSDP2, tensor parallelism) each rank counts its
@@ -97,8 +97,7 @@ class SparsityMonitor(L.Callback):
                 f"SparsityMonitor does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), or 'ddp'"
             )
-        folder = trainer.log_dir  # asks rank 0: every rank must be here
-        self._folder, self._file, self._last = Path(folder or trainer.default_root_dir), None, None
+        self._folder, self._file, self._last = _folder_of(trainer), None, None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fail on targets that match nothing before training starts."""
@@ -182,6 +181,19 @@ def layer_name(parameter: str) -> str:
     'model.model.layers.0.q_proj'
     """
     return parameter.replace("base_model.model.", "").replace(".base_layer", "").removesuffix(".weight")
+
+
+def _folder_of(trainer: L.Trainer) -> Path:
+    """The run's own folder, where `ModelCheckpoint` puts its checkpoints too. Every rank must call."""
+    folder: str | None = None
+    if trainer.is_global_zero and trainer.loggers:
+        logger = trainer.loggers[0]
+        if logger.log_dir is not None:
+            folder = logger.log_dir
+        elif logger.name is not None and logger.version is not None:  # W&B, MLflow: runs share a folder
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            folder = str(Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version))
+    return Path(trainer.strategy.broadcast(folder) or trainer.log_dir or trainer.default_root_dir)
 
 
 def _saliency_of(trainer: L.Trainer) -> dict[str, float]:

@@ -113,7 +113,7 @@ def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
         f"({prunable.sparsity:.2%}; {everything.sparsity:.2%} of all parameters)."
     )
     tables = [_shrinking(making)] if shrunk else []
-    tables += [_pruning(found, making)] if pruned and not shrunk else []
+    tables += [_pruning(found, making)] if pruned and (making.masks is not None or not shrunk) else []
     for table in [*tables, *making.tables]:
         lines += ["", table.markdown()]
     lines += ["", _USE.format(name=json.dumps(name)).strip()]
@@ -146,7 +146,7 @@ def _patterns(found: Inspection) -> str:
 def _shrinking(making: Making) -> Table:
     assert making.sizes is not None
     rows = [(name, f"{before:,} to {now:,}") for name, (before, now) in making.sizes.items() if before != now]
-    for settings in making.settings:
+    for settings in making.settings if making.masks is None else ():  # else they are those of the pruning
         rows += [(key.replace("_", " "), str(value)) for key, value in settings.items() if value is not None]
     return Table("Shrinking", ("", ""), rows + _versions())
 

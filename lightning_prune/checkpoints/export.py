@@ -32,6 +32,7 @@ from lightning_prune.checkpoints.model import (
     tied_names,
 )
 from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.checkpoints.states import shrunk_sizes
 from lightning_prune.errors import ExportError
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
@@ -90,9 +91,9 @@ def export(
     read = read_model(source, tokenizer, None if dtype is None else DTYPES[dtype], progress)
     tables = [] if measured is None else _tables_of(measured, read, str(results))
     masks, base = read.masks, source.hyper_parameters.get("model")
-    making = Making(base=base, tables=tables)
+    making = Making(base=base, tables=tables, sizes=shrunk_sizes(source.callbacks) or None)
     if masks is not None:
-        making = Making(masks.score, masks.settings, masks.count, base=base, tables=tables)
+        making = replace(making, score=masks.score, settings=masks.settings, masks=masks.count)
     found = Inspection(str(output), "safetensors", 0, read.reports, making.masks)
     settings = None if source.format in OF_LIGHTNING else source.files[0].parent / "generation_config.json"
     size = write_model(target, read.model, read.tokenizer, found, making, settings, overwrite, progress)

@@ -29,7 +29,7 @@ from lightning_prune.errors import ExportError
 from lightning_prune.naming import clean_name
 from lightning_prune.progress import progress_bar
 from lightning_prune.safety import check_sum
-from lightning_prune.structure.saving import MaskedUnits, plain_model, slice_masked_units
+from lightning_prune.structure.saving import MaskedUnits, slice_masked_units
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes weights can be converted to, by name."""
@@ -367,7 +367,6 @@ def _without_units(
     """The ordinary model that is left without masked units, and what is in its tensors."""
     try:
         slice_masked_units(model, units)
-        model = plain_model(model)
     except ValueError as error:
         raise ExportError(
             f"checkpoint={str(source.path)!r} was written by PruningAwarePretraining while units were masked, which "

@@ -108,9 +108,10 @@ def load_pretrained(
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         # newer versions keep the weights of some architectures packed, out of reach of pruning and training
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options = {"dtype": "auto", **(options or {})}  # the default of transformers 5 and not of 4
     loaded: Any
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **(options or {}))
+        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **options)
     except (torch.OutOfMemoryError, MemoryError, OSError):
         raise
     except Exception as error:  # each family raises its own for files that are damaged, or not of it

@@ -40,6 +40,24 @@ def states_of(callbacks: Mapping[str, Any], kind: str) -> dict[str, Any]:
     }
 
 
+def shrunk_sizes(callbacks: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return sizes and parameters of a model before `PruningAwarePretraining` and now; empty for any other.
+
+    Args:
+        callbacks: See `states_of`.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for state in states_of(callbacks, _SHRINKING).values():
+        shrinking = state.get("shrinking") if isinstance(state, Mapping) else None
+        kept = shrinking if isinstance(shrinking, Mapping) else {}
+        first, now, history = kept.get("first"), kept.get("sizes"), kept.get("history")
+        if isinstance(history, list) and history and all(isinstance(record, Mapping) for record in history):
+            found["parameters"] = (history[0].get("parameters"), history[-1].get("parameters"))
+        if isinstance(first, Mapping) and isinstance(now, Mapping):
+            found |= {str(name): (value, now.get(name)) for name, value in first.items()}
+    return {n: (a, b) for n, (a, b) in found.items() if isinstance(a, int) and isinstance(b, int)}
+
+
 @dataclass(frozen=True)
 class StoredMasks:
     """The masks that `WeightPruning` callbacks left in a checkpoint, unpacked one at a time.

@@ -414,16 +414,13 @@ def sparse_copy(model: Any, found: Inspection) -> Any:
     return model
 
 
-def _has_mkl() -> bool:
-    return bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
-
-
 def _check_csr(model: nn.Module, device: torch.device) -> None:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    if device.type != "cpu" or dtypes != {"float32"} or not _has_mkl():
+    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or dtypes != {"float32"} or not mkl:
         raise ValueError(
             f"csr=True measures torch's products of MKL, which need a CPU and float32: device={device.type!r}, weights "
-            f"in {', '.join(sorted(dtypes))}, MKL {'found' if _has_mkl() else 'missing'}; pass "
+            f"in {', '.join(sorted(dtypes))}, MKL {'found' if mkl else 'missing'}; pass "
             "device='cpu' and dtype='float32', or leave csr out"
         )
 

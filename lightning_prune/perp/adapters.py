@@ -223,13 +223,14 @@ def adapted_modules(
     for name in names:
         check_base_layer(name, model.get_submodule(name))
     check_unshared(model, {name: own_weight(model.get_submodule(name)) for name in names})
-    left = _without_adapter(model, masks, pruned_later)
+    chosen = options.get("target_modules") is not None
+    left = "" if chosen else _without_adapter(model, masks, pruned_later)
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
         raise ValueError(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
             f"sparsity to keep: prune the model first, or use plain PEFT{f'. {left}' if left else ''}"
         )
-    if left and options.get("target_modules") is None and is_main_process():
+    if left and is_main_process():
         warnings.warn(left, stacklevel=4)
     return names
 

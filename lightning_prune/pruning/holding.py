@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -66,8 +66,10 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
             f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
             "the weights; shard with FSDP2 (torch.distributed.fsdp.fully_shard), or train under DDP"
         )
-    while isinstance(model, DistributedDataParallel) or type(model).__name__ == "_FabricModule":
-        model = cast(nn.Module, model.module)
+    bare: Any = model
+    while isinstance(bare, DistributedDataParallel) or type(bare).__name__ == "_FabricModule":
+        bare = bare.module
+    model = bare
     masks = follow_names(model, masks)
     _check_stepped(check_masks(model, masks), optimizers)
     hold = MaskHold(model, masks)
@@ -86,6 +88,17 @@ def _bare(optimizer: Any) -> Optimizer:
             "all that train the model"
         )
     return bare
+
+
+def _stands_still(optimizer: Optimizer) -> bool:
+    """Whether a step changes no weight.
+
+    ``torch.distributed.checkpoint`` makes such a step to have states to load into. By then the weights may be those of
+    a checkpoint whose masks come last: those held until then must not touch them.
+    """
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    # Asking a GPU for its learning rate would wait for it; that step's is on the CPU.
+    return all(not (isinstance(rate, Tensor) and rate.device.type != "cpu") and rate == 0 for rate in rates)
 
 
 def _check_stepped(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Optimizer]) -> None:
@@ -263,7 +276,8 @@ class MaskHold:
         self._enforcer.mask_gradients(self._enforcer.parameters_of(optimizer))
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
+        if not _stands_still(optimizer):
+            self._enforcer.mask_weights(self._enforcer.parameters_of(optimizer))
 
     def remove(self) -> None:
         """Let go of the model and the optimizers: nothing is enforced from now on. Masks stay to be read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -25,15 +26,19 @@ def full_precision() -> Iterator[None]:
 
 
 def _device_types() -> set[str]:
+    if not torch.accelerator.is_available():  # asked first: torch 2.6 raises where there is none
+        return {"cpu"}
     accelerator = torch.accelerator.current_accelerator()
     return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
 
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends: tuple[Any, ...] = ()
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # before torch 2.9 there is the older switch alone
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
-    if all(precision in ("none", "ieee") for precision in before):
+    if backends and all(precision in ("none", "ieee") for precision in before):
         yield
         return
     # PyTorch has an older and a newer switch, and refuses to answer once they disagree: turn the one that was used.

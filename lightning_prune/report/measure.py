@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,15 +234,16 @@ def open_source(path: str | Path) -> Source:
 
     Args:
         path: A run's folder (``hparams.yaml``, ``metrics.csv``, ``checkpoints/``; the newest checkpoint is taken,
-            ``last.ckpt`` first), or whatever `open_checkpoint` opens. Of a checkpoint inside a run's folder the run
-            is found too.
+            ``last.ckpt`` first; a ``ModelCheckpoint`` with a folder of its own is followed there if `SparsityMonitor`
+            or the command line's ``config.yaml`` names it), or whatever `open_checkpoint` opens. Of a checkpoint
+            inside a run's folder the run is found too.
 
     Raises:
         CheckpointError: the path does not exist, holds no model, or one that cannot be read.
     """
     path = Path(path)
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _MODEL_FILES):
-        source = Source(path, open_checkpoint(_newest_checkpoint(path)), run=path)
+        source = Source(path, open_checkpoint(_newest_checkpoint(path)), run=_run_of(path))
     else:
         source = Source(path, open_checkpoint(path), run=_run_around(path))
         if path.is_dir():
@@ -257,7 +259,9 @@ def open_source(path: str | Path) -> Source:
 
 
 def _newest_checkpoint(folder: Path) -> Path:
-    found = [c for place in (folder / "checkpoints", folder) for c in place.glob("*.ckpt")]
+    places = (folder / "checkpoints", folder)
+    found = [c for place in places for c in place.glob("*.ckpt")]
+    found = found or [c for place in _named_folders(folder) for c in place.glob("*.ckpt")]
     if found:
         last = [c for c in found if c.stem.startswith("last")]
         return max(last or found, key=lambda c: c.stat().st_mtime)
@@ -269,9 +273,25 @@ def _newest_checkpoint(folder: Path) -> Path:
     )
 
 
+def _named_folders(run: Path) -> list[Path]:
+    """Folders of a run's own that its checkpoints were told to go to, as its files say."""
+    found: list[Any] = []
+    if (run / HISTORY_FILE).is_file():
+        told = read_history(run / HISTORY_FILE).run.get("checkpoints")
+        found += told if isinstance(told, list) else []
+    with suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        callbacks = nested(_yaml(run / "config.yaml"), "trainer", "callbacks")
+        found += [nested(c, "init_args", "dirpath") for c in (callbacks if isinstance(callbacks, list) else ())]
+    return [Path(folder) for folder in found if isinstance(folder, str)]
+
+
 def _run_around(path: Path) -> Path | None:
     """The run of a checkpoint: the folder of its ``checkpoints``, or its own."""
-    folder = path.resolve().parent
+    return _run_of(path.resolve().parent)
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run of a folder of checkpoints, which may be the run's own."""
     places = [folder.parent] if folder.name == "checkpoints" else [folder]
     return next((p for p in places if any((p / name).is_file() for name in _RUN_FILES)), None)
 

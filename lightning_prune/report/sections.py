@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lightning_prune.checkpoints.inspection import Inspection, format_bytes
-from lightning_prune.checkpoints.states import states_of
+from lightning_prune.checkpoints.states import shrunk_sizes, states_of
 from lightning_prune.history import SparsityHistory
 from lightning_prune.naming import block_order, name_matches, order_kinds, place
 from lightning_prune.pruning.score_histograms import ScoreSummary
@@ -95,10 +95,14 @@ def tiles(source: Source, measured: Measured, results: Sequence[Results]) -> lis
         Tile("Pattern", inspection.pattern or "", "followed by every pruned matrix"),
         Tile("On disk", format_bytes(inspection.bytes_on_disk), inspection.format),
     ]
+    lost = shrunk(source)
+    if "parameters" in lost:
+        dense, left = lost["parameters"]
+        found.insert(0, Tile("Parameters", count(left), f"{share(left / dense)} of the {count(dense)} before"))
     if not prunable.zeros:
-        found[2] = Tile("Pattern", "none", "nothing is pruned")
+        found[-2] = Tile("Pattern", "none", "no weights are zero" if lost else "nothing is pruned")
     elif inspection.pattern is None:
-        found[2] = Tile("Pattern", "none", "unstructured: not N:M throughout")
+        found[-2] = Tile("Pattern", "none", "unstructured: not N:M throughout")
     measurement = before_and_after(results, source.path)
     if measurement is not None:
         column, before, after = measurement
@@ -358,10 +362,23 @@ def sizes(measured: Measured) -> list[tuple[str, str]]:
     return found
 
 
-def speed(inspection: Inspection) -> str:
-    """What the zeros are good for."""
+def shrunk(source: Source) -> dict[str, tuple[int, int]]:
+    """Sizes of a model that has lost units, before and now, as its files say; empty for any other."""
+    told = source.sparsity.get("sizes")
+    found = {str(n): (nested(v, "before"), nested(v, "now")) for n, v in told.items()} if isinstance(told, dict) else {}
+    found |= shrunk_sizes(source.checkpoint.callbacks)
+    whole = {n: pair for n, pair in found.items() if all(isinstance(v, int) and v > 0 for v in pair)}
+    return {name: (before, now) for name, (before, now) in whole.items() if before != now}
+
+
+def speed(inspection: Inspection, smaller: bool = False) -> str:
+    """What the zeros are good for, or the units that a smaller model has lost."""
     if not inspection.totals().zeros:
-        return "Nothing is pruned."
+        return (
+            "Whole units were removed: what is left is dense, smaller and faster wherever it runs."
+            if smaller
+            else "Nothing is pruned."
+        )
     if inspection.pattern == "2:4":
         return (
             "Stored densely, zeros make no file smaller. 2:4 is what the sparse tensor cores of NVIDIA GPUs take "
@@ -404,6 +421,7 @@ def summarize(source: Source) -> Facts:
         facts["Method"] = {"score": ", ".join(scores), **({"pattern": ", ".join(patterns)} if patterns else {})}
     if not facts and source.sparsity:
         facts["Method"] = _lines((k, source.sparsity.get(k)) for k in ("score", "pattern"))
+    facts["Sizes"] = {name: f"{before:,} → {now:,}" for name, (before, now) in shrunk(source).items()}
     hyper = source.hparams or checkpoint.hyper_parameters
     config = checkpoint.config
     facts["Model"] = _lines((k, config.get(k)) for k in _ARCHITECTURE) | _lines((k, hyper.get(k)) for k in _MODEL)

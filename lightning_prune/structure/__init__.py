@@ -1,7 +1,8 @@
 """Shrink a language model: units of attention, FFN, hidden channels and layers (EfficientLLM, arXiv 2502.06663).
 
 The way through the files: `families` (the table of architectures), `sizes` (arithmetic), `units` (which rows and
-columns go together, and which may go), `masking` (as zeros) and `removal` (for good), `saving`; `saliency` (what a
+columns go together, and which may go), `masking` (as zeros) and `removal` (for good), `classes` (whose configuration
+takes the sizes), `saving`; `saliency` (what a
 unit is worth), `planning` (which go), `compensation` (the rest takes over),
 `streaming` and `shrinking` (while training), `oneshot`.
 """
@@ -12,7 +13,7 @@ from lightning_prune.structure.oneshot import StructuredReport, prune_structured
 from lightning_prune.structure.permutation import Permutation, permute_channels
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
-from lightning_prune.structure.saving import plain_model, save_plain
+from lightning_prune.structure.saving import save_plain
 from lightning_prune.structure.sizes import Sizes
 from lightning_prune.structure.units import Structure, read_structure
 
@@ -27,7 +28,6 @@ __all__ = [
     "known_families",
     "mask_units",
     "permute_channels",
-    "plain_model",
     "prune_structured",
     "read_structure",
     "register_family",

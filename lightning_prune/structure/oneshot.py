@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,8 @@ from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.compensation import compensation, observed_layers
-from lightning_prune.structure.planning import RoundTo, attention_unit_of, check_round_to, make_planner, plan_removal
+from lightning_prune.structure.device_goals import names_sizes
+from lightning_prune.structure.planning import Planner, RoundTo, attention_unit_of, make_planner, plan_removal
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.routing import reap_saliency
 from lightning_prune.structure.saliency import (
@@ -77,7 +78,7 @@ def prune_structured(
     types: Sequence[str] = ("ffn",),
     saliency: str = "kfac",
     compensate: bool = True,
-    round_to: RoundTo = 1,
+    round_to: RoundTo | None = None,
     num_samples: int = 128,
     loss_fn: LossFn | None = None,
     attention_unit: AttentionUnit = "group",
@@ -96,6 +97,9 @@ def prune_structured(
             their number; or a mapping of final sizes (``hidden_size``, ``intermediate_size``,
             ``num_attention_heads``, ``num_key_value_heads``, ``num_hidden_layers``, ``num_experts``), which is reached
             exactly. A number of parameters is met exactly, or from the nearest below that the last unit allows.
+            ``{"bytes": B}`` are those of the parameters, in the model's dtype or another (``"dtype": "bfloat16"``).
+            ``{"seconds_per_token": S, "batch": N}`` is the time until N sequences have their next token, predicted
+            from a few products and one step (with an empty cache) that are timed on the model's device and dtype.
         types: Units that may go: ``"attention"``, ``"ffn"``, ``"hidden"`` (hidden channels, the paper's stem),
             ``"layer"``, ``"expert"`` (as many of every layer, down to what a token is sent to). FFN alone is the
             default, since without training it costs least. Of several, the type with the cheapest next unit by mean
@@ -108,6 +112,7 @@ def prune_structured(
         compensate: Re-fit the layers that lose inputs by their Hessian (variant B of EfficientLLM, arXiv 2502.06663),
             all at once on statistics of the dense model.
         round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink, or multiples by size.
+            Default 1; on a GPU 64, or the power of two below an eighth of the size, unless `target` names sizes.
         num_samples: Calibration samples (sequences).
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``.
         attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of every
@@ -128,7 +133,6 @@ def prune_structured(
     """
     checked = check_types(types)
     check_saliency(saliency, SALIENCIES)
-    check_round_to(round_to)
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 1 <= num_samples < 2**31:
         raise ValueError(f"num_samples={num_samples!r} must be an int of 1 or more, below 2**31")
     if has_sharded_parameters(model):
@@ -136,13 +140,13 @@ def prune_structured(
     structure = read_structure(model)
     unit = attention_unit_of(target, structure.sizes, attention_unit)
     structure = read_structure(model, unit)
-    make_planner(structure, target, checked, round_to, one_by_one=not isinstance(target, Mapping))
+    planner = make_planner(structure, target, checked, round_to, one_by_one=not names_sizes(target))
     if saliency == "reap" and checked != ("expert",):
         raise ValueError(f"saliency='reap' is of experts, and types={checked!r}: use types=('expert',), or 'kfac'")
     if batches is None and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
     run = _OneShot(structure, checked, saliency, compensate, num_samples, loss_fn, progress)
-    return run.run([] if batches is None else batches, target, round_to)
+    return run.run([] if batches is None else batches, planner)
 
 
 class _OneShot:
@@ -162,10 +166,10 @@ class _OneShot:
         self.num_samples, self.loss_fn, self.progress = num_samples, loss_fn, progress
         self.statistics: dict[str, LayerStatistics] = {}
 
-    def run(self, batches: Iterable[Any], target: Goal, round_to: RoundTo) -> StructuredReport:
+    def run(self, batches: Iterable[Any], planner: Planner) -> StructuredReport:
         structure = self.structure
         data = [batch for batch, _ in samples(batches, self.num_samples)]
-        removal = plan_removal(self._saliencies(data), structure, target, round_to)
+        removal = plan_removal(self._saliencies(data), structure, planner)
         weights = self._compensated(data, removal) if self.compensate else {}
         before = structure.shapes().count(structure.sizes)
         with _replaced(structure, weights):

@@ -8,6 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_prune.pruning.running import model_device
+from lightning_prune.structure.device_goals import (
+    Latency,
+    LatencyTable,
+    check_device_goal,
+    default_multiples,
+    is_latency,
+    latency_of,
+    names_sizes,
+    parameters_in,
+)
 from lightning_prune.structure.sizes import (
     IN_LAYERS,
     SIZE_NAMES,
@@ -72,9 +83,10 @@ class Planner:
         attention_unit: ``"group"`` or ``"head"``.
         multiples: Of sizes, which shrink from one multiple to the next, from the first unit of the type on.
         first: Sizes before the first unit goes.
-        final: Parameters to end with.
+        final: What to end with, as `cost` counts it.
         final_sizes: Sizes to end with, where the goal names sizes.
         blocks: Units of a type that go together, side by side, as N:M masks need it; 1 where it is not there.
+        latency: What sizes cost, where the goal is a time; otherwise they cost their parameters.
     """
 
     types: tuple[UnitType, ...]
@@ -85,10 +97,15 @@ class Planner:
     final: int
     final_sizes: Sizes | None = None
     blocks: Mapping[UnitType, int] = field(default_factory=dict)
+    latency: Latency | None = None
 
     def parameters(self, sizes: Sizes) -> int:
         """Return the number of parameters of a model of these sizes."""
         return self.shapes.count(sizes)
+
+    def cost(self, sizes: Sizes) -> int:
+        """Return what the goal limits: parameters, or nanoseconds of a step."""
+        return self.parameters(sizes) if self.latency is None else _nanoseconds(self.latency.seconds(sizes))
 
     def without(self, sizes: Sizes, unit_type: UnitType, count: int) -> Sizes:
         """Return the sizes after the removal of units."""
@@ -114,7 +131,7 @@ class Planner:
 
     def reached(self, sizes: Sizes) -> bool:
         """Return whether nothing more is to go."""
-        small = self.final_sizes is None and self.parameters(sizes) <= self.final
+        small = self.final_sizes is None and self.cost(sizes) <= self.final
         return small or not any(self.next_units(t, sizes) for t in self.types)
 
     def choose(
@@ -135,7 +152,7 @@ class Planner:
             saliency: Mean over a unit's weights, ``[P, U]`` by type; infinite for units that are gone already.
             sizes: Of the model without those.
             units: How many to choose at most; None for no limit.
-            down_to: Number of parameters to stop at, if it is above the goal's.
+            down_to: Cost to stop at, if it is above the goal's.
             absent: Layers that are gone, whose units are not compared.
 
         Returns:
@@ -144,11 +161,11 @@ class Planner:
         queues = {t: _Queue(saliency[t], absent, self.blocks.get(t, 1)) for t in self.types}
         compared: dict[str, float] = {}
         taken = 0
-        while not self.reached(sizes) and taken != units and not (down_to and self.parameters(sizes) <= down_to):
+        while not self.reached(sizes) and taken != units and not (down_to and self.cost(sizes) <= down_to):
             counts = {t: n for t in self.types if (n := self.next_units(t, sizes))}
             costs = {t: queues[t].cost(n) for t, n in counts.items()}
             compared = compared or {str(t): cost for t, cost in costs.items()}
-            after = {t: self.parameters(self.without(sizes, t, n)) for t, n in counts.items()}
+            after = {t: self.cost(self.without(sizes, t, n)) for t, n in counts.items()}
             fitting = [t for t in counts if self.final_sizes is not None or after[t] >= self.final]
             if fitting:
                 chosen = min(fitting, key=lambda t: costs[t])
@@ -189,33 +206,43 @@ def make_planner(
     structure: Structure,
     goal: Goal,
     types: Sequence[str],
-    round_to: RoundTo = 1,
+    round_to: RoundTo | None = None,
     first: Sizes | None = None,
     one_by_one: bool = True,
     blocks: Mapping[UnitType, int] | None = None,
+    table: LatencyTable | None = None,
 ) -> Planner:
     """Check a goal against a model.
 
     Args:
         structure: Of the model.
-        goal: A share of the parameters, their number, or final sizes by name.
+        goal: A share of the parameters, their number, final sizes by name, or what a device allows, see `Goal`.
         types: Unit types that may go.
-        round_to: Multiples, see `check_round_to`.
+        round_to: Multiples, see `check_round_to`. None: those of `default_multiples` for the model's device.
         first: Sizes that a share refers to; default the model's.
         one_by_one: Whether the model must be an ordinary one after every unit, not at the end alone.
         blocks: See `Planner`; multiples have to be such of them.
+        table: Of latencies, for a goal that is a time; measured now if it is not given.
 
     Raises:
         ValueError: a goal that cannot be reached with these types, whatever the saliencies, or types that this
             architecture cannot lose.
     """
-    checked, multiples = check_types(types), check_round_to(round_to)
+    checked = check_types(types)
+    check_device_goal(goal)
+    multiples = multiples_of(round_to, structure, goal)
     _check_removable(structure, checked, one_by_one)
     shapes, unit = structure.shapes(), structure.attention_unit
     first = structure.sizes if first is None else first
-    sizes = goal_sizes(goal, first, unit) if isinstance(goal, Mapping) else None
-    final = shapes.count(sizes) if sizes is not None else goal_count(goal, first, shapes)
-    planner = Planner(checked, shapes, unit, multiples, first, final, sizes, blocks or {})
+    sizes = latency = None
+    if isinstance(goal, Mapping) and is_latency(goal):
+        latency, final = latency_of(structure, goal, table), _nanoseconds(goal["seconds_per_token"])
+    elif isinstance(goal, Mapping) and names_sizes(goal):
+        sizes = goal_sizes(goal, first, unit)
+        final = shapes.count(sizes)
+    else:
+        final = goal_count(parameters_in(goal, structure, first), first, shapes)
+    planner = Planner(checked, shapes, unit, multiples, first, final, sizes, blocks or {}, latency)
     if sizes is not None:
         _check_sizes(planner, structure, sizes)
     else:
@@ -223,19 +250,24 @@ def make_planner(
     return planner
 
 
-def plan_removal(saliencies: Mapping[str, Tensor], structure: Structure, goal: Goal, round_to: RoundTo = 1) -> Removal:
+def multiples_of(round_to: RoundTo | None, structure: Structure, goal: Goal) -> dict[str, int]:
+    """Return multiples by size; None stands for `default_multiples` of the model's device."""
+    if round_to is not None:
+        return check_round_to(round_to)
+    return default_multiples(structure, goal, model_device(structure.model))
+
+
+def plan_removal(saliencies: Mapping[str, Tensor], structure: Structure, planner: Planner) -> Removal:
     """Choose all units to remove at once to reach a goal, from saliencies that do not change on the way.
 
     Args:
         saliencies: Mean over a unit's weights, ``[P, U]`` by type.
         structure: Of the model.
-        goal: See `make_planner`.
-        round_to: See `make_planner`.
+        planner: With its goal; the model has to be an ordinary one at the end alone.
 
     Raises:
-        ValueError: a goal that removing units of these types cannot reach; saliencies of another shape, or not finite.
+        ValueError: saliencies of another shape, or not finite.
     """
-    planner = make_planner(structure, goal, list(saliencies), round_to, one_by_one=not isinstance(goal, Mapping))
     values = {t: _checked(saliencies[t], t, structure) for t in planner.types}
     return check_removal(structure, planner.choose(values, structure.sizes)[0])
 
@@ -280,11 +312,22 @@ def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one
         )
 
 
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
 def _check_count(planner: Planner, goal: Goal) -> None:
     smallest = planner.first
     for t in planner.types:
         smallest = planner.without(smallest, t, max(planner.steps_down(t, smallest), default=0))
-    least = planner.parameters(smallest)
+    least = planner.cost(smallest)
+    if planner.latency is not None and (now := planner.cost(planner.first)) <= planner.final:
+        raise ValueError(f"target={goal!r}: the model takes {now / 1e9:.3g} seconds already, which is no more")
+    if planner.latency is not None and least > planner.final:
+        raise ValueError(
+            f"target={goal!r}, but types={planner.types!r} leave at least {least / 1e9:.3g} seconds per token on this "
+            "device: add unit types ('layer' saves most), or choose a larger target"
+        )
     if least > planner.final:
         raise ValueError(
             f"target={goal!r} means {planner.final:,} parameters, but types={planner.types!r} leave at least "

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import is_sharded
+from lightning_prune.structure.classes import change_class, class_for
 from lightning_prune.structure.masking import masked_channels, unmask_norms
 from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes
 from lightning_prune.structure.units import (
@@ -80,6 +81,9 @@ def remove_units(
     with masks in one thing: Adam still changes a rescaled weight by the learning rate, now ``sqrt(d' / d)`` as much of
     its size.
 
+    A Llama whose heads do not divide its hidden size becomes a Mistral in place, which computes the same: Llama's
+    configuration would refuse to load (see `lightning_prune.structure.classes`).
+
     Args:
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
@@ -104,6 +108,7 @@ def remove_units(
     leaving = [parameters[n] for i in _layers(checked) for n in structure.in_layer(i)]
     gone = {id(p) for p in leaving}
     changed = {n: p for n, p in parameters.items() if (n in kept or n in scales) and id(p) not in gone}
+    change = class_for(structure.model, sizes.hidden_size, sizes.num_attention_heads)
     raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
 
     weights = {n: _sliced(p.data, kept.get(n, ()), scales.get(n)) for n, p in changed.items()}
@@ -115,6 +120,7 @@ def remove_units(
             state.update(new)
         _forget(raw, gone)
         _rewrite(structure, checked, sizes)
+        change_class(structure.model, change)
     return sizes
 
 

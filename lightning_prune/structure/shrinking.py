@@ -123,7 +123,7 @@ class Shrinking:
             step: Optimizer steps done.
             tokens: Training tokens seen.
             units: How many (each of every layer, for attention and ffn; `round_to` at once where that is set).
-            down_to: In place of `units`: as many as it takes to have no more parameters than this.
+            down_to: In place of `units`: as many as it takes to cost no more than this, see `Planner`.
             optimizers: Whose states of the units are cleared.
             averages: Averaged copies of the model, which are masked too.
 
@@ -207,6 +207,7 @@ class Shrinking:
             "history": [record.to_dict() for record in self.history],
             "saliency": self.saliency.state_dict(),
             "moments": None if self.moments is None else self.moments.state_dict(),
+            "latency": None if self.planner.latency is None else self.planner.latency.table.to_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

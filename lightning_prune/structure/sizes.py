@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lightning_prune.schedules import count_of
 
@@ -27,8 +27,9 @@ SIZE_NAMES = (
     "num_hidden_layers",
     "num_experts",
 )
-Goal = float | int | Mapping[str, int]
-"""A share of all parameters (float), their number (int), or final sizes by name."""
+Goal = float | int | Mapping[str, Any]
+"""A share of all parameters (float), their number (int), final sizes by name, or what a device allows:
+``{"bytes": B}`` or ``{"seconds_per_token": S, "batch": N}`` (`lightning_prune.structure.device_goals`)."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.targets import layer_kind
+from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.families import Family, find_family
 from lightning_prune.structure.sizes import ATTENTION_UNITS, IN_LAYERS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
 
@@ -135,16 +137,13 @@ class Structure:
 
     def shapes(self) -> Shapes:
         """For parameter counts of other sizes of this model."""
+        inside, prefix = self.in_layer(0), f"{self.family.layers}."
+        outside = [name for name in self.axes if not name.startswith(prefix)]
+        return Shapes(tuple(map(self.axes_of, inside)), tuple(map(self.axes_of, outside)))
 
-        def of(names: Sequence[str]) -> tuple[tuple[str | int, ...], ...]:
-            return tuple(
-                tuple(n if axis == "-" else axis for axis, n in zip(self.axes[name], self.lengths[name], strict=True))
-                for name in names
-            )
-
-        inside = self.in_layer(0)
-        prefix = f"{self.family.layers}."
-        return Shapes(of(inside), of([name for name in self.axes if not name.startswith(prefix)]))
+    def axes_of(self, name: str) -> tuple[str | int, ...]:
+        """Axes of a parameter; a number where a dimension never shrinks."""
+        return tuple(n if axis == "-" else axis for axis, n in zip(self.axes[name], self.lengths[name], strict=True))
 
     def readers(self, unit_type: str) -> list[list[str]]:
         """Names of the linear layers that take units of a type as inputs, one list a place.
@@ -228,6 +227,12 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
         raise ValueError(f"attention_unit={attention_unit!r} must be one of {ATTENTION_UNITS}")
     prefix, model = find_language_model(module)
     family = find_family(model)
+    scaled = family.scaled_embedding
+    if scaled is not None and not hasattr(model.get_submodule(scaled), "embed_scale"):
+        raise ValueError(
+            f"shrinking {family.model_type!r} needs transformers 5, whose {scaled} holds the factor that depends on "
+            "the hidden size: install a newer one"
+        )
     axes = _axes(model, family)
     lengths = {clean_name(name): p.shape for name, p in model.named_parameters()}
     sizes = _sizes(model, axes, lengths)
@@ -322,7 +327,7 @@ def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Te
     if len({len(p) for p in places}) != 1:
         raise ValueError(
             f"removal[{unit_type!r}] removes {sorted({len(p) for p in places})} units from different layers: every "
-            "layer must lose as many, or the model is no ordinary configuration"
+            "layer must lose as many, since no class of this family reads sizes of single layers (per_layer_config)"
         )
     for p in places:
         if p.numel() and (int(p[0]) < 0 or int(p[-1]) >= units or bool((p[1:] == p[:-1]).any())):
@@ -405,6 +410,8 @@ def needs_other_class(structure: Structure) -> str | None:
     target = structure.family.saved_as
     if target is None:
         return "no other family has the same parameters"
+    if is_own_class(structure.model) and not has_sharded_parameters(structure.model):
+        return f"it is a {type(structure.model).__name__}, a class of your own"
     biases = [name for name in structure.axes if name.endswith(".bias")]
     return f"it has biases ({biases[0]})" if biases else None
 

@@ -84,7 +84,7 @@ def tokenize_conversations(
         )
     # a tokenizer hashes differently once it has been used; its written form does not
     identity = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map
-    token_ids = datasets.List(datasets.Value("int32"))
+    token_ids = datasets.Sequence(datasets.Value("int32"))
     documents = documents.select_columns([messages_field])
     tokens: datasets.Dataset = documents.map(
         partial(

@@ -24,7 +24,6 @@ from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.results import Table
 from lightning_prune.safety import expanded
 from lightning_prune.structure.oneshot import prune_structured
-from lightning_prune.structure.saving import plain_model
 from lightning_prune.text.documents import texts_of
 
 _WINDOW = 512  # tokens, where the model takes as many
@@ -184,13 +183,13 @@ def compress(
 def shrink(
     model: str | Path,
     output: str | Path,
-    target: float = 0.75,
+    target: float | dict[str, float | int | str] = 0.75,
     text: str | Sequence[str] = "austen",
     *,
     types: Sequence[str] = ("ffn",),
     saliency: str = "kfac",
     compensate: bool = True,
-    round_to: int = 1,
+    round_to: int | None = None,
     num_samples: int = 16,
     text_name: str | None = None,
     text_split: str = "train",
@@ -213,12 +212,14 @@ def shrink(
     Args:
         model: See `compress`.
         output: Folder to write.
-        target: Share of the parameters to keep, embeddings included.
+        target: Share of the parameters to keep, embeddings included; or {"bytes": B} of the parameters, or
+            {"seconds_per_token": S, "batch": N} on the device.
         text: Text to calibrate on: "austen", local files or a folder of them, or the name of a dataset on the hub.
         types: Units that may go: attention, ffn, stem (hidden channels), layer.
         saliency: "kfac", "taylor1", "taylor2" or "magnitude".
         compensate: Re-fit the layers that lose inputs.
-        round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink.
+        round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink; see
+            `lightning_prune.prune_structured` for the default.
         num_samples: See `compress`.
         text_name: See `compress`.
         text_split: See `compress`.
@@ -247,7 +248,8 @@ def shrink(
     job.open(tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch": batch_size})
     job.read(text, text_name, text_split, text_field, num_samples, windows, prompt)
     job.measure("dense")
-    job.say(f"Shrinking to {target:.0%} on {len(job.samples)} samples of {job.seq_len} tokens")
+    wanted = f"{target:.0%}" if isinstance(target, float) else str(target)
+    job.say(f"Shrinking to {wanted} on {len(job.samples)} samples of {job.seq_len} tokens")
     settings: dict[str, Any] = {"saliency": saliency, "compensate": compensate, "round_to": round_to}
     report = prune_structured(
         job.model, job.batches(batch_size), target, types, **settings, num_samples=len(job.samples), progress=progress
@@ -257,7 +259,7 @@ def shrink(
     before, now = report.sizes_before.as_dict(), report.sizes.as_dict()
     sizes = {"parameters": (report.parameters_before, report.parameters), **{n: (before[n], now[n]) for n in now}}
     described = {"target": target, "types": ", ".join(types), **settings, "num_samples": len(job.samples)}
-    return job.write(plain_model(job.model), Making(settings=[described], sizes=sizes), described)
+    return job.write(job.model, Making(settings=[described], sizes=sizes), described)
 
 
 class _Job:

@@ -275,8 +275,9 @@ class TextDataModule(L.LightningDataModule):
             )
         else:
             documents = local_documents(source, "source", hp["sample_by"], hp["cache_dir"], streaming=True)
-        columns = documents.column_names
-        if columns is not None and hp["text_field"] not in columns:
+        # Older versions of datasets do not know them before they have read a row.
+        columns = documents.column_names or list(next(iter(documents), {hp["text_field"]: ""}))
+        if hp["text_field"] not in columns:
             raise ValueError(
                 f"text_field={hp['text_field']!r} is not in source={source!r}, which has the fields {columns}. Pass "
                 "one of them as text_field."

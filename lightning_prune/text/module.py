@@ -39,7 +39,6 @@ from lightning_prune.safety import add_check_sums
 from lightning_prune.schedules import LearningRateSchedule as Schedule
 from lightning_prune.schedules import learning_rate_factor
 from lightning_prune.sharding import has_sharded_parameters
-from lightning_prune.structure import known_families, plain_model
 from lightning_prune.structure.saving import note_masked_units, whole_state, without_masked_units
 from lightning_prune.text.parallelize import parallelize
 
@@ -317,7 +316,7 @@ class CausalLM(L.LightningModule):
         """Write the architecture as it is now into the hyper-parameters, in place of where it came from."""
         checkpoint.setdefault(self.CHECKPOINT_HYPER_PARAMS_KEY, {}).update(
             model=None,
-            config=json.loads(_ordinary(self.model).config.to_json_string(use_diff=False)),
+            config=json.loads(self.model.config.to_json_string(use_diff=False)),
             tokenizer=self._tokenizer_source,
             gguf_file=self._tokenizer_gguf,
         )
@@ -376,7 +375,8 @@ class CausalLM(L.LightningModule):
     @rank_zero_only
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
         small = without_masked_units(self.model, state)
-        whole, state = _ordinary(small), state if small is self.model else None
+        whole: Any = small
+        state = state if small is self.model else None
         # A copy: transformers takes weights that are tied out of the dict that it is given.
         whole.save_pretrained(str(folder), state_dict=None if state is None else dict(state))
         add_check_sums(sorted(Path(folder).glob("model*.safetensors")))  # as an export has them
@@ -464,14 +464,6 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
     if not isinstance(batch, Mapping) or "input_ids" not in batch:
         raise ValueError(f"batch is a {type(batch).__name__}; CausalLM takes dicts with 'input_ids' of shape (B, T)")
     return next_token_labels(batch)
-
-
-def _ordinary(model: Any) -> Any:
-    """The model in a class whose configuration takes its sizes: Llama's refuses some that shrinking leads to."""
-    hidden, heads = (getattr(model.config, name, None) for name in ("hidden_size", "num_attention_heads"))
-    if model.config.model_type in known_families() and hidden and heads and hidden % heads:
-        return plain_model(model)
-    return model
 
 
 def _from_config(config: dict[str, Any] | str | None, revision: str | None, options: dict[str, Any]) -> Any:

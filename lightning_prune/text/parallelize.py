@@ -11,6 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from lightning_prune.pruning.targets import find_blocks
+from lightning_prune.sharding import check_device
 
 _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 _HEADS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -32,6 +33,7 @@ def parallelize(
 
     Raises:
         ValueError: the model has no decoder blocks, no plan for tensor parallelism, or sizes that do not divide.
+        RuntimeError: this PyTorch cannot shard on the device.
     """
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         return
@@ -43,6 +45,7 @@ def parallelize(
             f"{type(model).__name__} names no decoder blocks (_no_split_modules), so there is nothing to shard one by "
             "one; override configure_model and call fully_shard yourself"
         )
+    check_device(mesh.device_type)
     tensor = mesh["tensor_parallel"]
     if tensor.size() > 1:
         _split_layers(model, tensor)

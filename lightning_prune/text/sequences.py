@@ -50,7 +50,7 @@ def tokenize(
         batch_size=256,
         num_proc=num_proc,
         remove_columns=documents.column_names,
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+        features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
         new_fingerprint=Hasher.hash((_CACHE_VERSION, documents._fingerprint, identity, text_field)),
         desc="Tokenizing",
     )

@@ -53,7 +53,7 @@ def train(folder: Path, text: Path, minutes: float) -> None:
     torch.manual_seed(0)
     config = MixtralConfig(
         **SIZES, intermediate_size=192, num_local_experts=EXPERTS, num_experts_per_tok=2, output_router_logits=True,
-        router_aux_loss_coef=0.01, experts_implementation="grouped_mm",
+        router_aux_loss_coef=0.05, experts_implementation="grouped_mm",
     )  # fmt: skip
     model = MixtralForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)

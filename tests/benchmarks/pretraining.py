@@ -263,8 +263,6 @@ def overhead(args: argparse.Namespace, model: nn.Module, batches: Tensor, second
 
 
 def speed(args: argparse.Namespace, model: nn.Module, tokenizer: Any, rows: common.Rows) -> None:
-    from lightning_prune.structure import plain_model
-
     settings = {"model": args.gguf_file or Path(args.model).name, "batch": f"{args.batch_size}x{args.length}"}
     steps = max(4, args.speed_steps)
     batches = training_blocks(args, tokenizer, steps)
@@ -274,7 +272,7 @@ def speed(args: argparse.Namespace, model: nn.Module, tokenizer: Any, rows: comm
     shrunk = Pretraining(small, args, steps)
     callback = callback_of(args, target_parameters(model, args.targets[-1]), every_n_steps=1, end=2)
     fit(shrunk, batches, args, callback)
-    plain: Any = plain_model(small)
+    plain: Any = small
     fresh = type(plain)(copy.deepcopy(plain.config)).to(next(plain.parameters()).dtype)
     modules = {"dense": Pretraining(copy.deepcopy(model).train(), args, steps), "shrunk": shrunk}
     modules["fresh"] = Pretraining(fresh.train(), args, steps)

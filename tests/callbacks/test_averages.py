@@ -12,15 +12,14 @@ import pytest
 import torch
 from averaging import assert_zero, magnitude, module
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     ModelCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from own_modules import Classifier, dataset, make_trainer
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from versions import EMAWeightAveraging, WeightAveraging
 
 from lightning_prune import LinearSchedule, OneShot, WeightPruning
 from lightning_prune.pruning.targets import find_targets

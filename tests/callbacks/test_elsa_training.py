@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from perp_trainers import loader, make_module, make_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from versions import WEIGHTS_ONLY
 
 from lightning_prune import ELSA, PERPRetraining, WeightPruning
 
@@ -103,7 +104,7 @@ def fit(path: Path, module: Net, pruner: WeightPruning, *callbacks: L.Callback, 
     batches = trainer.pop("batches", data())
     resume = trainer.pop("ckpt_path", None)
     made = make_trainer(path, pruner, *callbacks, **{"max_epochs": STEPS, "precision": "64-true", **trainer})
-    made.fit(module, batches, ckpt_path=resume, weights_only=True)
+    made.fit(module, batches, ckpt_path=resume, **WEIGHTS_ONLY)
     return made
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from perp_models import halve
 from perp_trainers import make_trainer, pruning
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from versions import WEIGHTS_ONLY, WeightAveraging
 
 from lightning_prune import PERPRetraining, WeightPruning, load_merged_state
 from lightning_prune.perp import SparsePeftModel, merge
@@ -94,9 +95,9 @@ def test_checkpoints_load_as_the_model_that_trained(weights_only: bool, tmp_path
     # In the Trainer that trained it, whose module is merged, and in another one.
     path = tmp_path / "step=2.ckpt"
     for runner, own in ((trainer, module), (make_trainer(tmp_path), Own())):
-        found = runner.predict(own, loader(), ckpt_path=path, weights_only=True)
+        found = runner.predict(own, loader(), ckpt_path=path, **WEIGHTS_ONLY)
         assert torch.equal(found[0], trainer.predict(loaded, loader())[0])
-        tested = runner.test(own, loader(), ckpt_path=path, weights_only=True, verbose=False)
+        tested = runner.test(own, loader(), ckpt_path=path, **WEIGHTS_ONLY, verbose=False)
         assert tested == trainer.test(loaded, loader(), verbose=False)
 
 
@@ -105,9 +106,9 @@ def test_best_is_tested_after_the_fit(tmp_path: Path) -> None:
     save = ModelCheckpoint(dirpath=tmp_path, monitor="val_loss", filename="best")
     trainer = make_trainer(tmp_path, pruning(), perp(), save, max_epochs=2)
     trainer.fit(module, loader(), loader())
-    found = trainer.validate(module, loader(), ckpt_path="best", weights_only=True, verbose=False)[0]["val_loss"]
+    found = trainer.validate(module, loader(), ckpt_path="best", **WEIGHTS_ONLY, verbose=False)[0]["val_loss"]
     assert found == pytest.approx(float(save.best_model_score), rel=1e-6)
-    assert trainer.test(module, loader(), ckpt_path="best", weights_only=True, verbose=False)
+    assert trainer.test(module, loader(), ckpt_path="best", **WEIGHTS_ONLY, verbose=False)
 
 
 def test_a_full_checkpoint_is_resumed_to_the_bit_and_one_of_weights_is_refused(tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_a_full_checkpoint_is_resumed_to_the_bit_and_one_of_weights_is_refused(t
         fit(tmp_path / name, save_weights_only=weights_only)
         resumed = Own()
         trainer = make_trainer(tmp_path, pruning(), perp(), max_epochs=-1, max_steps=4, limit_val_batches=0)
-        run = lambda: trainer.fit(resumed, loader(1), ckpt_path=tmp_path / name / "step=2.ckpt", weights_only=True)  # noqa: B023, E731
+        run = lambda: trainer.fit(resumed, loader(1), ckpt_path=tmp_path / name / "step=2.ckpt", **WEIGHTS_ONLY)  # noqa: B023, E731
         if weights_only:
             with pytest.raises(ValueError, match=r"PERPRetraining.*save_weights_only=True.*without ckpt_path"):
                 run()
@@ -131,7 +132,7 @@ def test_a_checkpoint_of_the_merged_model_cannot_be_resumed_with_adapters(tmp_pa
     assert snapshot(Own.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)) == snapshot(module)
     again = make_trainer(tmp_path, pruning(), perp(), max_epochs=-1, max_steps=6)
     with pytest.raises(ValueError, match="after the merge"):
-        again.fit(Own(), loader(), ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+        again.fit(Own(), loader(), ckpt_path=tmp_path / "after.ckpt", **WEIGHTS_ONLY)
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -144,9 +145,9 @@ def test_adapters_that_stay_on(weights_only: bool, tmp_path: Path) -> None:
         assert torch.equal(logits(loaded.net), seen.logits[step])
     if weights_only:
         with pytest.raises(ValueError, match="holds the merged model"):
-            trainer.test(module, loader(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+            trainer.test(module, loader(), ckpt_path=tmp_path / "step=2.ckpt", **WEIGHTS_ONLY)
         return
-    trainer.test(module, loader(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True, verbose=False)
+    trainer.test(module, loader(), ckpt_path=tmp_path / "step=2.ckpt", **WEIGHTS_ONLY, verbose=False)
     assert torch.equal(logits(module.net), seen.logits[2])
     assert isinstance(module.net, SparsePeftModel)
 
@@ -176,7 +177,7 @@ def test_averages_are_merged(tmp_path: Path) -> None:
     resumed = Own()
     callbacks = [pruning(), perp(), Average()]
     trainer = make_trainer(tmp_path, *callbacks, max_epochs=-1, max_steps=4, limit_val_batches=0)
-    trainer.fit(resumed, loader(1), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)
+    trainer.fit(resumed, loader(1), ckpt_path=tmp_path / "step=2.ckpt", **WEIGHTS_ONLY)
     assert snapshot(resumed) == snapshot(module)
 
 

@@ -17,6 +17,7 @@ from perp_trainers import GPT2, LLAMA, Losses, loader, make_module, make_trainer
 from tiny import snapshot
 from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from versions import WEIGHTS_ONLY
 
 from lightning_prune import CausalLM, CubicSchedule, WeightPruning
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
@@ -115,7 +116,7 @@ def test_resume_is_bit_identical(adapter: str | None, pruner: bool, tmp_path: Pa
         perp = PERPRetraining(adapter=adapter, seed=0 if resume is None else 5)
         save = ModelCheckpoint(dirpath=path, filename="{epoch}", save_top_k=-1)
         callbacks = [perp, save, *([pruning(score="gblm")] if pruner else [])]
-        make_trainer(path, *callbacks, max_epochs=epochs).fit(module, loader(), ckpt_path=resume, weights_only=True)
+        make_trainer(path, *callbacks, max_epochs=epochs).fit(module, loader(), ckpt_path=resume, **WEIGHTS_ONLY)
         return snapshot(module.model)
 
     uninterrupted = run(tmp_path / "a", 4)
@@ -130,7 +131,7 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     for changes, message in (({"adapter": "scale_lora"}, "adapter='mask_lora'"), ({"lora_alpha": 8}, "lora_alpha=32")):
         trainer = make_trainer(tmp_path, PERPRetraining(**changes), pruning(), max_epochs=2)
         with pytest.raises(ValueError, match=f"made with {message}"):
-            trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+            trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", **WEIGHTS_ONLY)
 
 
 def test_unmerged_fit_can_go_on_and_be_merged_later(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from perp_models import halve
 from perp_trainers import Losses, loader, make_module, make_trainer, pruning
 from tiny import snapshot
 from transformers import LlamaForCausalLM
+from versions import WEIGHTS_ONLY
 
 from lightning_prune import PERPRetraining, prune
 from lightning_prune.errors import CheckpointError
@@ -109,7 +110,7 @@ def test_resume_does_not_reconstruct_again(tmp_path: Path) -> None:
         module, perp = make_module(seed=0 if resume is None else 7), PERPRetraining(reconstruct=OPTIONS)
         save = ModelCheckpoint(dirpath=path, filename="{epoch}", save_top_k=-1)
         trainer = make_trainer(path, perp, pruning(score="wanda"), save, max_epochs=epochs)
-        trainer.fit(module, loader(), ckpt_path=resume, weights_only=True)
+        trainer.fit(module, loader(), ckpt_path=resume, **WEIGHTS_ONLY)
         return snapshot(module.model), perp
 
     whole, _ = run(tmp_path / "a", 2)

@@ -14,6 +14,7 @@ from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
+from versions import WEIGHTS_ONLY
 
 from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot, PERPRetraining, WeightPruning
 
@@ -42,7 +43,7 @@ def fit(module: L.LightningModule, data: Any, path: Path, *callbacks: L.Callback
     resume = settings.pop("resume", None)
     saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
     trainer = L.Trainer(**{**options, **quiet, **settings}, callbacks=list(callbacks), enable_checkpointing=saves)
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True if resume else None)
+    trainer.fit(module, data, ckpt_path=resume, **WEIGHTS_ONLY)
     return trainer
 
 

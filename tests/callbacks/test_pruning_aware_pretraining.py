@@ -12,13 +12,14 @@ import lightning as L
 import pytest
 import torch
 from gpt2_config import GPT2
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pruning_aware_models import SMALL, batches, count, fit, make_module, make_trainer, weights
 from structure_models import exact_rms_norms
 from tiny import make_tokens
 from transformers import AutoModelForCausalLM
+from versions import EMAWeightAveraging
 
 from lightning_prune import CausalLM, PruningAwarePretraining
 from lightning_prune.callbacks.checks import check_trainer, units_stay

@@ -8,10 +8,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import SMALL, batches, make_module, make_trainer, weights
 from tiny import make_tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
+from versions import EMAWeightAveraging
 
 from lightning_prune import CausalLM, PruningAwarePretraining
 from lightning_prune.checkpoints.export import export

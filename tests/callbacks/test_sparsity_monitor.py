@@ -11,7 +11,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import FSDPStrategy
 from tiny import TINY, make_tokens
@@ -74,8 +75,8 @@ def fit(
         module = CausalLM(config=TINY, learning_rate=1e-3)
     trainer = L.Trainer(
         accelerator="cpu", max_steps=steps, logger=logger or False, callbacks=list(callbacks), default_root_dir=folder,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, log_every_n_steps=1,
-        **{k: v for k, v in kwargs.items() if k != "ckpt_path"},
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        **{"enable_checkpointing": False, **{k: v for k, v in kwargs.items() if k != "ckpt_path"}},
     )  # fmt: skip
     data = DataLoader([{"input_ids": row} for row in make_tokens(32, 10, 300)], batch_size=4)
     trainer.fit(module, data, ckpt_path=kwargs.get("ckpt_path"))
@@ -259,3 +260,31 @@ def test_the_command_line_knows_the_short_name(capsys: pytest.CaptureFixture) ->
     printed = capsys.readouterr().out
     assert "class_path: lightning_prune.SparsityMonitor" in printed
     assert "every_n_steps: 7" in printed
+
+
+@pytest.mark.parametrize("kind", ["own", "wandb", "mlflow"])
+def test_loggers_of_runs_that_share_a_folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: every run has a history of its own, beside its checkpoints."""
+    if kind != "own":
+        pytest.importorskip(kind)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for run in range(2):
+        logger: Any = Recorder()
+        if kind == "wandb":
+            logger = WandbLogger(project="p", save_dir=tmp_path, offline=True)
+        elif kind == "mlflow":
+            logger = MLFlowLogger("e", tracking_uri=f"file:{tmp_path / 'mlruns'}")
+        elif run:
+            logger.version = 1
+        keep = ModelCheckpoint()
+        fit(tmp_path, pruning(), SparsityMonitor(every_n_steps=2), keep, logger=[logger], enable_checkpointing=True)
+        history = read_history(Path(keep.best_model_path).parents[1] / HISTORY_FILE)
+        assert [entry["step"] for entry in history.steps] == [0, 2, 4, 5]
+        if kind == "mlflow":
+            logged = logger.experiment.get_metric_history(logger.run_id, "sparsity/total")
+            assert [(m.step, m.value) for m in logged] == [(step, 0.5) for step in (0, 2, 4, 5)]
+        elif kind == "wandb":
+            assert logger.experiment.summary["sparsity/total"] == 0.5
+            logger.experiment.finish()
+    assert len(list(tmp_path.rglob(HISTORY_FILE))) == 2

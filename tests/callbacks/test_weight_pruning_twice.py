@@ -12,8 +12,18 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from perp_trainers import Losses, loader, make_module, make_trainer
 from torch import Tensor
+from versions import EMAWeightAveraging
 
-from lightning_prune import CausalLM, OneShot, PruningAwarePretraining, SparsityMonitor, WeightPruning, export, inspect
+from lightning_prune import (
+    ELSA,
+    CausalLM,
+    OneShot,
+    PruningAwarePretraining,
+    SparsityMonitor,
+    WeightPruning,
+    export,
+    inspect,
+)
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.checkpoints.mask_files import export_masks, load_masks
 from lightning_prune.report import report
@@ -157,3 +167,15 @@ def test_adapters_beside_two(order: tuple[int, ...], later: bool, tmp_path: Path
     assert_pruned(weights)
     for name, mask in (first.masks | second.masks).items():
         assert bool((weights[name][mask] != before[name][mask]).any()), name
+
+
+def test_averages_and_a_schedule_beside_two(tmp_path: Path) -> None:
+    """One trains into its sparsity, one prunes at once; the average of the weights keeps both masks."""
+    attention = WeightPruning(
+        score="magnitude", sparsity=0.5, targets=ATTENTION, schedule=ELSA(step=4, every_n_steps=2)
+    )
+    ffn, average = two()[1], EMAWeightAveraging(decay=0.5)
+    module = make_module()
+    make_trainer(tmp_path, attention, ffn, average, max_epochs=2).fit(module, loader())
+    assert attention.finished
+    assert_pruned(dict(module.named_parameters()))  # which are the average by now

@@ -239,7 +239,8 @@ def test_values_in_a_configuration(change, copy):
         ["quickstart", "--output", "{}/t.txt"],
     ],
 )
-def test_odd_arguments(args, files):
+def test_odd_arguments(args, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     survived([arg.replace("{}", str(files)) for arg in args])
 
 
@@ -253,5 +254,6 @@ def test_odd_arguments(args, files):
     ],
     ids=str,
 )
-def test_odd_numbers_of_a_fit(changes, copy):
+def test_odd_numbers_of_a_fit(changes, copy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an unknown user's home is a folder of that name here
     survived(["fit", "--config", fit_config(copy, **changes)])

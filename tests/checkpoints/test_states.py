@@ -12,6 +12,7 @@ from perp_models import halve
 from perp_trainers import GPT2, LLAMA, loader, make_module, make_trainer, pruning
 from tiny import snapshot
 from transformers import AutoModelForCausalLM
+from versions import WEIGHTS_ONLY
 
 from lightning_prune import CausalLM, PERPRetraining
 from lightning_prune.checkpoints.export import export
@@ -117,10 +118,10 @@ def test_validation_takes_it_and_training_says_what_is_missing(form: str, tmp_pa
         unmerge(checkpoint)
     expected = make_trainer(tmp_path).validate(module, loader(), verbose=False)
     other = make_module(seed=5)
-    found = make_trainer(tmp_path).validate(other, loader(), ckpt_path=checkpoint, weights_only=True, verbose=False)
+    found = make_trainer(tmp_path).validate(other, loader(), ckpt_path=checkpoint, **WEIGHTS_ONLY, verbose=False)
     assert found == expected
     with pytest.raises(ValueError, match=r"put PERPRetraining\(...\)"):
-        make_trainer(tmp_path).fit(make_module(), loader(), ckpt_path=checkpoint, weights_only=True)
+        make_trainer(tmp_path).fit(make_module(), loader(), ckpt_path=checkpoint, **WEIGHTS_ONLY)
 
 
 @pytest.mark.parametrize("damage", ["callback", "adapter", "matrix", "layers", "mask"])

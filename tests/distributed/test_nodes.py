@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from launching import Launched, free_port, launch_command
 from tiny import TINY, clean_environment
 from transformers import AutoModelForCausalLM
 
@@ -24,10 +24,29 @@ pytestmark = pytest.mark.distributed
 TEXT = EMBEDDED["austen"].read_text(encoding="utf-8")[20_000:60_000]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def torchrun(recipe: Path) -> Launched:
+    """Two agents with one process each."""
+    launcher, program = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "lightning-prune"))
+    assert shutil.which(launcher)
+    environment = clean_environment() | {"OMP_NUM_THREADS": "1"}
+    port = str(free_port())
+    agents = [
+        subprocess.Popen(
+            [
+                launcher, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node),
+                "--master-addr", "127.0.0.1", "--master-port", port, "--no-python",
+                program, "fit", "--config", str(recipe),
+            ],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    return Launched(max(abs(agent.returncode) for agent in agents), "".join(outputs))
 
 
 def model_parallel(data: int, tensor: int) -> dict[str, Any]:
@@ -65,28 +84,10 @@ def test_two_nodes_train_and_export_one_folder(strategy: str | dict[str, Any], d
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(config), encoding="utf-8")
 
-    torchrun, program = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "lightning-prune"))
-    assert shutil.which(torchrun)
-    environment = clean_environment()
-    environment |= {"OMP_NUM_THREADS": "1"}
-    port = str(free_port())
-    agents = [
-        subprocess.Popen(
-            [
-                torchrun, "--nnodes", "2", "--nproc-per-node", str(devices), "--node-rank", str(node),
-                "--master-addr", "127.0.0.1", "--master-port", port, "--no-python",
-                program, "fit", "--config", str(recipe),
-            ],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for node in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [agent.communicate(timeout=300)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    # One by the real launcher, which starts Python anew for each process.
+    fork = strategy != "ddp"
+    done = launch_command(2, devices, ["fit", "--config", str(recipe)]) if fork else torchrun(recipe)
+    assert done.returncode == 0, done.stderr[-6000:]
 
     (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
     assert checkpoint.is_dir() == (strategy != "ddp")

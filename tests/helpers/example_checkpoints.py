@@ -99,12 +99,12 @@ def write_ckpt(folder, state):
 def write_distributed(folder, state):
     optimizer = {"state": {n: {"exp_avg": torch.zeros_like(t), "step": 3} for n, t in state.items()}}
     whole = {"state_dict": state, "optimizer_0": optimizer, "note": "text"}
-    dcp.save(whole, checkpoint_id=folder / "d.ckpt", no_dist=True)
+    dcp.save(whole, checkpoint_id=folder / "d.ckpt")
     return folder / "d.ckpt"
 
 
 def write_distributed_flat(folder, state):
-    dcp.save(dict(state), checkpoint_id=folder / "flat", no_dist=True)
+    dcp.save(dict(state), checkpoint_id=folder / "flat")
     return folder / "flat"
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +17,8 @@ import worker
 from forking import start
 from safetensors.torch import load_file
 from tiny import clean_environment
+
+from lightning_prune.cli import main
 
 Case = tuple[Path, str, dict[str, Any]]  # folder, strategy, settings
 
@@ -47,16 +51,39 @@ def launch_calls(devices: int, run: Callable[..., Any], calls: list[tuple[Any, .
             start(_calls, run, calls, environment=environment | {"LOCAL_RANK": str(rank)}, log=log)
             for rank, log in enumerate(logs)
         ]
-        deadline = time.monotonic() + timeout
-        for process in ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        late = [process for process in ranks if process.is_alive()]
-        for process in late:
-            process.kill()
-            process.join()
-        said = "".join(log.read_text(errors="replace") for log in logs if log.exists())
-    assert not late, f"{len(late)} of {devices} processes did not end in {timeout} s:\n{said[-3000:]}"
+        return _ended(ranks, folder, timeout)
+
+
+def _ended(ranks: list[BaseProcess], folder: str, timeout: float) -> Launched:
+    deadline = time.monotonic() + timeout
+    for process in ranks:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [process for process in ranks if process.is_alive()]
+    for process in late:
+        process.kill()
+        process.join()
+    said = "".join(log.read_text(errors="replace") for log in sorted(Path(folder).iterdir()))
+    assert not late, f"{len(late)} of {len(ranks)} processes did not end in {timeout} s:\n{said[-3000:]}"
     return Launched(next((code for p in ranks if (code := p.exitcode or 0)), 0), said)
+
+
+def launch_command(nodes: int, devices: int, arguments: list[str], timeout: float = 300) -> Launched:
+    """Run a command of the command line on several nodes, with the variables that torchrun sets."""
+    port, world = str(free_port()), nodes * devices
+    with TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(world):
+            environment = clean_environment() | {
+                "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank % devices), "WORLD_SIZE": str(world),
+                "GROUP_RANK": str(rank // devices), "LOCAL_WORLD_SIZE": str(devices), "TORCHELASTIC_RUN_ID": "none",
+            }  # fmt: skip
+            ranks.append(start(_command, arguments, environment=environment, log=Path(folder) / str(rank)))
+        return _ended(ranks, folder, timeout)
+
+
+def _command(arguments: list[str]) -> None:
+    sys.exit(main(arguments))
 
 
 def _calls(run: Callable[..., Any], calls: list[tuple[Any, ...]]) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from shrinking_worker import LLAMA
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
+from versions import WeightAveraging
 from worker import STRATEGIES
 
 from lightning_prune import CausalLM, PruningAwarePretraining

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from perp_models import halve, make_gpt2, pruned, train, zeros
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
@@ -117,7 +118,7 @@ def test_hira_is_that_of_peft_which_merges_it_with_the_same_zeros(family: str) -
     model = add_adapters(plain, "hira", train=(), r=4)
     train(model, IDS)
     layers = dict(sparse_layers(model))
-    stock = get_peft_model(other, HiraConfig(r=4, target_modules=list(layers), fan_in_fan_out=family == "gpt2"))
+    stock = get_peft_model(other, peft.HiraConfig(r=4, target_modules=list(layers), fan_in_fan_out=family == "gpt2"))
     for name, layer in layers.items():
         theirs = other.get_submodule(name)
         for own, copied in zip(layer.matrices(), (theirs.hira_A, theirs.hira_B), strict=True):

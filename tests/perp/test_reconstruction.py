@@ -15,7 +15,6 @@ from perp_models import halve, make_gpt2, zeros
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GgufConfig
 
 from lightning_prune import CalibrationError, open_checkpoint, prune
 from lightning_prune.perp import add_adapters, reconstruct
@@ -521,5 +520,5 @@ def test_a_model_read_from_gguf_only_remembers_that_it_was_quantised() -> None:
     model.is_quantized = True
     with pytest.raises(ValueError, match="is quantised"):
         reconstruct(model, batches(), dense, masks, steps=1)
-    model.config.quantization_config = GgufConfig(dequantize=True)
+    model.config.quantization_config = transformers.GgufConfig(dequantize=True)
     assert reconstruct(model, batches(), dense, masks, steps=1).blocks

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import make_llama, make_tokens
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -198,6 +199,26 @@ def test_resumed_training_is_the_uninterrupted_one():
     hold.load_state_dict(saved["hold"])
     assert all(torch.equal(hold.masks[name], mask) for name, mask in masks.items())
     train(other, optimizer, data[3:])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("rate", [0.05, torch.tensor(0.05)])
+def test_states_that_torch_makes_by_a_step_are_loaded(rate):
+    """Its checkpoints step an optimizer without states, between the weights of a checkpoint and its masks."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    hold = hold_masks(model, make_masks(model), optimizer)
+    train(model, optimizer, inputs(3))
+    saved = copy.deepcopy((model.state_dict(), get_optimizer_state_dict(model, optimizer), hold.state_dict()))
+    other = make_model(seed=4)
+    fresh = torch.optim.AdamW(other.parameters(), lr=rate)
+    again = hold_masks(other, make_masks(other, seed=8), fresh)
+    other.load_state_dict(saved[0])
+    set_optimizer_state_dict(other, fresh, saved[1])
+    again.load_state_dict(saved[2])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    for one, two in ((model, optimizer), (other, fresh)):
+        train(one, two, inputs(2, seed=6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 

@@ -131,6 +131,17 @@ def test_prune_within_autocast_solves_as_without() -> None:
     assert sum(int((~m).sum()) for m in masks.values()) == sum(m.numel() for m in masks.values()) // 2
 
 
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_reduced_products_are_off_by_the_older_switch(setting: str) -> None:
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("setting", ["high", "medium", "cuda", "none"])
 def test_reduced_float32_products_are_off_inside_and_as_before_after(setting: str) -> None:
     cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul

@@ -2,6 +2,7 @@
 
 import pytest
 from jsonargparse import ArgumentParser
+from versions import instantiate
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.pruning.scores import GBLM, KFAC, Wanda
@@ -43,5 +44,5 @@ def test_a_description_holds_the_options_of_the_score_and_no_setting_of_memory()
 def test_yaml_names_a_score_or_its_class(score, expected):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(WeightPruning, "pruning")
-    callback = parser.instantiate(parser.parse_object({"pruning": {"score": score}})).pruning
+    callback = instantiate(parser, parser.parse_object({"pruning": {"score": score}})).pruning
     assert callback.settings.score == expected

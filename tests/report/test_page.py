@@ -8,16 +8,24 @@ import json
 import re
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from example_checkpoints import WRITERS, example_state
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from matplotlib.image import imread
+from pruning_aware_models import batches, count, make_module, make_trainer
 from report_pages import HOSTILE, Page, matrices, prune, write_results, write_run
 from safetensors.torch import save_file
+from tiny import TINY, make_tokens
+from torch.utils.data import DataLoader
 
+from lightning_prune import CausalLM, PruningAwarePretraining, SparsityMonitor, WeightPruning, export
 from lightning_prune.cli import main
 from lightning_prune.errors import CheckpointError, ResultsError
+from lightning_prune.history import HISTORY_FILE
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.report import report
 from lightning_prune.report.figures import WIDTH, histograms, line, strip
@@ -184,6 +192,66 @@ def test_runs_are_found(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="holds no model"):
         open_source(tmp_path / "empty")
+
+
+def test_checkpoints_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    """`SparsityMonitor` or the command line's file names where ModelCheckpoint was told to save."""
+    callbacks = [ModelCheckpoint(dirpath=tmp_path / "mine"), WeightPruning(score="magnitude"), SparsityMonitor()]
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, max_steps=2, accelerator="cpu", callbacks=callbacks, logger=CSVLogger(tmp_path),
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(CausalLM(config=TINY), DataLoader([{"input_ids": row} for row in make_tokens(8, 8)], batch_size=4))
+    run = Path(trainer.log_dir or "")
+    assert not (run / "checkpoints").exists()
+    source = open_source(run)
+    assert source.checkpoint.path.parent == tmp_path / "mine"
+    assert source.history.run["callbacks"][0]["name"] == "WeightPruning"
+    (run / HISTORY_FILE).unlink()
+    with pytest.raises(CheckpointError, match="holds no model"):
+        open_source(run)
+    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": f"{tmp_path}/mine"}}
+    (run / "config.yaml").write_text(json.dumps({"trainer": {"callbacks": [saving]}}))
+    assert open_source(run).checkpoint.path.parent == tmp_path / "mine"
+    # Of the folder alone nothing is known but the model.
+    alone = open_source(tmp_path / "mine")
+    assert (alone.run, alone.history.run) == (None, {})
+    assert "50.0 %" in page_of(tmp_path / "mine", tmp_path)[1].text
+
+
+def test_shrunk_models_tell_their_sizes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = make_module()
+    before = count(module)
+    callback = PruningAwarePretraining(target=0.6, end=4)
+    trainer = make_trainer(callback, max_steps=6)
+    trainer.fit(module, batches())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    export(tmp_path / "last.ckpt", tmp_path / "exported", tokenizer="none")
+    after = count(module)
+    assert after < 0.7 * before
+    for path in (tmp_path / "last.ckpt", tmp_path / "exported"):
+        text, page = page_of(path, tmp_path)
+        assert f"{before:,} → {after:,}" in page.text
+        assert f"{100 * after / before:.1f} % of the" in page.text
+        assert "smaller and faster wherever it runs" in page.text
+        assert "Nothing is pruned" not in text
+    ffn = module.model.config.intermediate_size
+    assert f"48 → {ffn}" in page_of(tmp_path / "last.ckpt", tmp_path)[1].text
+
+
+def test_two_of_four_is_told_exactly(tmp_path: Path) -> None:
+    weights = matrices()
+    for weight in weights.values():
+        groups = weight.abs().view(-1, 4)
+        weight.view(-1, 4)[groups < groups.topk(2, dim=1).values[:, 1:]] = 0
+    save_file(weights, tmp_path / "model.safetensors")
+    text, page = page_of(tmp_path / "model.safetensors", tmp_path)
+    assert "2:4 followed by every pruned matrix" in page.text
+    # Every cell of the table and the total.
+    assert re.findall(r"(\d\d\.\d+) %", text[text.index('id="sparsity"') : text.index('id="masks"')]) == ["50.0"] * (
+        text[text.index('id="sparsity"') : text.index('id="masks"')].count(" %")
+    )
 
 
 def test_damaged_side_files_are_notes_and_run_nothing(tmp_path: Path) -> None:

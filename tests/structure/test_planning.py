@@ -20,6 +20,11 @@ def random(*types, seed=0):
     return {t: torch.rand(STRUCTURE.places(t), STRUCTURE.units(t), generator=generator) for t in types}
 
 
+def plan(saliencies, goal, round_to=1):
+    planner = make_planner(STRUCTURE, goal, list(saliencies), round_to, one_by_one=not isinstance(goal, dict))
+    return plan_removal(saliencies, STRUCTURE, planner)
+
+
 def choose(saliencies, units=1, gone=None, **settings):
     """Sorted units by type as lists, and the saliencies compared."""
     settings = {"goal": 0.2, "types": list(saliencies), **settings}
@@ -96,9 +101,9 @@ def test_bad_multiples(round_to):
 
 def test_bad_saliencies():
     with pytest.raises(ValueError, match=r"shape \(3, 27\)"):
-        plan_removal({"ffn": torch.ones(3, 27)}, STRUCTURE, 0.8)
+        plan({"ffn": torch.ones(3, 27)}, 0.8)
     with pytest.raises(ValueError, match="NaN"):
-        plan_removal({"ffn": torch.full((3, 28), torch.nan)}, STRUCTURE, 0.8)
+        plan({"ffn": torch.full((3, 28), torch.nan)}, 0.8)
 
 
 # -- whole plans -------------------------------------------------------------------------------------------------
@@ -107,7 +112,7 @@ def test_bad_saliencies():
 @settings(max_examples=25, deadline=None)
 @given(share=st.floats(0.45, 1.0), seed=st.integers(0, 5), multiple=st.sampled_from([1, 4]))
 def test_a_share_is_met_or_missed_by_the_least_that_a_last_unit_allows(share, seed, multiple):
-    removal = plan_removal(random("attention", "ffn", "hidden", seed=seed), STRUCTURE, share, multiple)
+    removal = plan(random("attention", "ffn", "hidden", seed=seed), share, multiple)
     sizes = sizes_after(STRUCTURE, removal)
     count, limit = SHAPES.count(sizes), int(share * TOTAL)
     assert count <= limit
@@ -131,14 +136,14 @@ def test_a_plan_is_choosing_step_by_step():
         for t, places in chosen.items():
             before = removed.get(t, [[]] * len(places))
             removed[t] = [sorted(both[0] + both[1]) for both in zip(before, places, strict=True)]
-    planned = plan_removal(saliencies, STRUCTURE, 0.6)
+    planned = plan(saliencies, 0.6)
     assert {t: [p.tolist() for p in places] for t, places in planned.items()} == removed
 
 
 def test_sizes_are_reached_exactly_by_the_cheapest_units():
     saliencies = random("attention", "ffn", "hidden", "layer")
     target = {"hidden_size": 40, "intermediate_size": 20, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    removal = plan_removal(saliencies, STRUCTURE, target)
+    removal = plan(saliencies, target)
     assert sizes_after(STRUCTURE, removal) == Sizes(40, 20, 4, 2, 2, 8)
     for t, places in removal.items():
         for saliency, units in zip(saliencies[t], places, strict=True):

@@ -8,9 +8,9 @@ import structure_models as zoo
 import torch
 from tiny import snapshot
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from lightning_prune.structure import mask_units, plain_model, read_structure, remove_units, save_plain
+from lightning_prune.structure import mask_units, read_structure, remove_units, save_plain
 from lightning_prune.structure.masking import KeptChannelsNorm, unit_masks, unmask_norms
 from lightning_prune.structure.units import check_removal, sizes_after
 
@@ -41,8 +41,9 @@ def test_removed_saved_and_loaded_is_an_ordinary_model(name, which, tmp_path):
     remove_units(model, removal)
     sliced = zoo.logits(model)
     torch.testing.assert_close(sliced, zoo.logits(masked), atol=3e-4, rtol=3e-4)
-    save_plain(model, tmp_path)
+    model.save_pretrained(tmp_path)  # as anybody would, without a word to the package
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=False)
+    assert type(loaded) is type(model)
     torch.testing.assert_close(zoo.logits(loaded), sliced, atol=1e-5, rtol=1e-5)
     assert {n: tuple(p.shape) for n, p in loaded.named_parameters()} == {
         n: tuple(p.shape) for n, p in model.named_parameters()
@@ -312,15 +313,45 @@ def test_layers_that_depend_on_their_number_stay():
         remove_units(model, {"layer": [1]})
 
 
-def test_plain_model_shares_parameters_and_saves_a_tokenizer(tmp_path):
-    model = zoo.make("llama")
-    assert plain_model(model) is model
+def test_a_llama_is_another_class_only_while_its_heads_do_not_divide(tmp_path):
+    model, own = zoo.make("llama"), zoo.make("llama")
+    parameters, classes = list(model.parameters()), {type(m) for m in own.modules()}
+    before = zoo.logits(model)
+    remove_units(model, {"ffn": [[1]] * 3})
+    assert {type(m) for m in model.modules()} == classes
+    masked = copy.deepcopy(model)
+    mask_units(masked, {"hidden": [1]})
     remove_units(model, {"hidden": [1]})
-    plain = plain_model(model)
-    assert plain.config.model_type == "mistral"
-    assert plain.config.sliding_window is None
-    assert [id(p) for p in plain.parameters()] == [id(p) for p in model.parameters()]
-    assert torch.equal(zoo.logits(plain), zoo.logits(model))
+    assert model.config.model_type == "mistral"
+    assert model.config.sliding_window is None
+    assert not any(type(m).__name__.startswith("Llama") for m in model.modules())
+    assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    torch.testing.assert_close(zoo.logits(model), zoo.logits(masked), atol=3e-4, rtol=3e-4)
+    copied = copy.deepcopy(model)
+    for net in (model, copied):
+        remove_units(net, {"hidden": [0, 1, 2, 3, 4]})  # 42 channels, which six heads divide
+        assert {type(m) for m in net.modules()} == classes
+        assert net.config.model_type == "llama"
+    assert torch.equal(zoo.logits(copied), zoo.logits(model))
+    assert before.shape == zoo.logits(model).shape
+
+
+def test_a_class_of_ones_own_is_refused_sizes_that_it_could_not_load():
+    class Mine(LlamaForCausalLM):
+        pass
+
+    model = Mine(zoo.make("llama").config)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="it is a Mine, a class of your own"):
+        remove_units(model, {"hidden": [1]})
+    assert snapshot(model) == before
+    remove_units(model, {"hidden": [0, 1, 2, 3, 4, 5]})  # 42
+    assert type(model) is Mine
+
+
+def test_save_plain_saves_a_tokenizer(tmp_path):
+    model = zoo.make("llama")
 
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

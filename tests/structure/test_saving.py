@@ -14,7 +14,7 @@ from pruning_aware_models import SMALL, count, fit, make_module
 from tiny import make_tokens
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import CausalLM, PruningAwarePretraining
+from lightning_prune import CausalLM, PruningAwarePretraining, prune_structured
 from lightning_prune.checkpoints.export import export
 from lightning_prune.checkpoints.model import load_model
 from lightning_prune.errors import CheckpointError, ExportError
@@ -82,6 +82,33 @@ def test_sizes_that_a_llama_refuses_are_exported_as_a_mistral(tmp_path: Path) ->
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.hidden_size % model.config.num_attention_heads
     assert type(model).__name__ == "MistralForCausalLM"
+
+
+def load_and_compare(model: Any, folder: Path) -> None:
+    """Save as anybody would, without a word to the package."""
+    model.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded) is type(model)
+    assert count(loaded) == count(model)
+    torch.testing.assert_close(logits_of(loaded), logits_of(model), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+def test_what_save_pretrained_of_transformers_writes_loads(family: str, tmp_path: Path) -> None:
+    """27 hidden channels are no configuration of a Llama of four heads."""
+    module = make_module(config=FAMILIES[family])
+    fit(PruningAwarePretraining({"hidden_size": 27, "intermediate_size": 40}, end=6), module, max_steps=8)
+    load_and_compare(module.model, tmp_path / "callback")
+    pruned = make_module(config=FAMILIES[family]).model
+    types = ("attention", "ffn", "hidden")
+    prune_structured(pruned, target=0.61, types=types, saliency="magnitude", compensate=False, progress=False)
+    load_and_compare(pruned, tmp_path / "one shot")
+
+
+def test_gpt2_cannot_end_where_nothing_loads() -> None:
+    model = make_module(config=GPT2).model
+    with pytest.raises(ValueError, match="takes head_dim for hidden_size"):
+        prune_structured(model, target=0.9, types=("hidden",), saliency="magnitude", compensate=False, progress=False)
 
 
 def test_a_unit_that_has_come_back_is_not_dropped(tmp_path: Path) -> None:

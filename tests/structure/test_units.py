@@ -244,3 +244,17 @@ def test_table_names_every_parameter_of_a_model_from_the_hub_configuration():
         model = AutoModelForCausalLM.from_config(config)
     structure = read_structure(model)
     assert structure.shapes().count(structure.sizes) == 134_515_008
+
+
+def _ragged(name):
+    try:
+        model = zoo.make(name, per_layer_config={1: {"intermediate_size": 20}})
+    except Exception as error:
+        return "per-layer attribute" not in str(error)
+    return len({layer.mlp.up_proj.weight.shape for layer in model.model.layers}) > 1
+
+
+@pytest.mark.parametrize("name", zoo.RMS_FAMILIES)
+def test_no_class_of_a_family_reads_sizes_of_single_layers(name):
+    """Why FFN sizes that differ between layers are refused; when this fails they can be supported."""
+    assert not _ragged(name)

@@ -158,7 +158,7 @@ def test_byte_level_labels_by_counting_bytes(byte_tokenizer):
     for answer in ANSWERS:
         talk = [("user", "Who?\n"), ("assistant", answer), ("user", "好"), ("assistant", "No.")]
         row = encoded(talk, byte_tokenizer)
-        whole = byte_tokenizer.apply_chat_template(messages(talk))["input_ids"]
+        whole = byte_tokenizer.apply_chat_template(messages(talk), return_dict=True)["input_ids"]
         assert row["input_ids"] == whole
         tokens = byte_tokenizer.convert_ids_to_tokens(whole)
         ends = list(accumulate(len(token) for token in tokens))

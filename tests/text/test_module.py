@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from versions import WEIGHTS_ONLY
 
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.text.data import TextDataModule
@@ -296,7 +297,7 @@ def test_checkpoint_round_trip(tmp_path, data, batch, folder, origin):
     torch.testing.assert_close(loaded(batch["input_ids"]), model(batch["input_ids"]), rtol=0, atol=0)
     # saved once more, and resumed
     again = trainer(tmp_path, max_steps=3)
-    again.fit(loaded, datamodule=data, ckpt_path=tmp_path / "model.ckpt", weights_only=True)
+    again.fit(loaded, datamodule=data, ckpt_path=tmp_path / "model.ckpt", **WEIGHTS_ONLY)
     assert again.global_step == 3
     again.save_checkpoint(tmp_path / "again.ckpt")
     assert_same_weights(CausalLM.load_from_checkpoint(tmp_path / "again.ckpt", weights_only=True), loaded)
