@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import re
 import signal
@@ -179,8 +180,8 @@ class _Command:
 def parser_of(name: str) -> argparse.ArgumentParser:
     """Build the parser of one of the package's own commands from the signature and docstring of its function.
 
-    What has no default is positional, what is False by default a flag, and a sequence takes several values. What a
-    command line cannot say (``progress``, objects) is left out.
+    What has no default is positional, what is False by default a flag, a sequence takes several values, and a mapping is
+    written as JSON. What a command line cannot say (``progress``, objects) is left out.
     """
     command = COMMANDS[name]
     function = command.load()
@@ -207,13 +208,23 @@ def parser_of(name: str) -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction if parameter.default else "store_true"
             options["default"] = parameter.default
         else:
-            options |= {"type": kind, "default": parameter.default}
+            options |= {"type": _number_or_mapping if "dict" in kinds else kind, "default": parameter.default}
             if kinds & {"Sequence", "list"}:
                 options |= {"nargs": "+", "metavar": "VALUE"}
         parser.add_argument(*short, f"--{parameter.name}", **options)
     for option, settings in command.more.items():
         parser.add_argument(f"--{option}", **settings)
     return parser
+
+
+def _number_or_mapping(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, or JSON such as '{{\"bytes\": 200000000}}'")
+    return value
 
 
 def _helps_of(function: Callable[..., Any]) -> dict[str, str]:
@@ -256,8 +267,6 @@ def _version() -> str:
 
 
 def _inspect(inspect: Callable[..., Any], options: dict[str, Any]) -> int:
-    import json
-
     from lightning_prune.checkpoints.inspection import render
 
     found = inspect(options["path"])

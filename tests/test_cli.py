@@ -16,7 +16,7 @@ from tiny import TINY
 
 from lightning_prune import CausalLM
 from lightning_prune.checkpoints.inspection import inspect
-from lightning_prune.cli import main
+from lightning_prune.cli import main, parser_of
 from lightning_prune.pruning.masks import pack_masks
 from lightning_prune.text.data import EMBEDDED
 
@@ -109,6 +109,11 @@ def test_inspect_starts_without_lightning_and_transformers(tmp_path):
 # -- errors, version, help
 
 
+def test_a_target_is_a_number_or_a_mapping():
+    for text, target in (("0.9", 0.9), ("100000", 100000), ('{"bytes": 5, "x": "y"}', {"bytes": 5, "x": "y"})):
+        assert parser_of("shrink").parse_args(["a", "b", "--target", text]).target == target
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -119,6 +124,8 @@ def test_inspect_starts_without_lightning_and_transformers(tmp_path):
         (["inspect", "x", "--nonsense"], "nonsense"),
         (["sparsify"], "invalid choice"),
         (["quickstart", "--seed", "x"], "seed"),
+        (["shrink", "a", "b", "--target", "half"], "must be a number, or JSON such as"),
+        (["shrink", "a", "b", "--target", "true"], "must be a number, or JSON such as"),
         (["quickstart", "--steps", "0"], "steps=0 must be at least 1"),
         (["fit", "--config", "/no/such.yaml"], "File does not exist"),
         (["fit"], "Exactly one of model and config"),
