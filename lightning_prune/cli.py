@@ -180,8 +180,8 @@ class _Command:
 def parser_of(name: str) -> argparse.ArgumentParser:
     """Build the parser of one of the package's own commands from the signature and docstring of its function.
 
-    What has no default is positional, what is False by default a flag, a sequence takes several values, and a mapping is
-    written as JSON. What a command line cannot say (``progress``, objects) is left out.
+    What has no default is positional, what is False by default a flag, a sequence takes several values, and a mapping
+    is written as JSON. What a command line cannot say (``progress``, objects) is left out.
     """
     command = COMMANDS[name]
     function = command.load()
