@@ -15,7 +15,7 @@ from tiny import make_tokens
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import ELSA, CausalLM, CubicSchedule, WeightPruning, export, hold_masks, inspect, prune
+from lightning_prune import ELSA, CausalLM, CubicSchedule, WeightPruning, export, hold_masks, inspect, prune, report
 from lightning_prune.perp import add_adapters, reconstruct
 
 FAMILIES = ["mixtral", "gpt_oss"]  # out x in; in x out, with biases
@@ -69,6 +69,9 @@ def test_a_whole_life(family: str, tmp_path: Path) -> None:
     assert inspection.resurrected == 0
     zeros = {report.name: report.zeros for report in inspection.tensors if report.name in pruning.masks}
     assert zeros == {name: int((~mask).sum()) for name, mask in pruning.masks.items()}
+
+    page = report(tmp_path / "epoch=1.ckpt", tmp_path / "page.html", progress=False).read_text(encoding="utf-8")
+    assert all(f"layers.{layer}.mlp.experts.down_proj" in page for layer in range(2))
 
     exported = export(tmp_path / "epoch=1.ckpt", tmp_path / "out", progress=False)
     assert exported.totals(True) == inspection.totals(True)

@@ -21,7 +21,6 @@ CASES: dict[str, dict[str, Any]] = {
         **SETTINGS, "second_order": True, "second_order_every": 2, "end": 6, "trainer": {"accumulate_grad_batches": 2},
         "ddp": {"gradient_as_bucket_view": True, "find_unused_parameters": True},
     },
-<<<<<<< HEAD
     "then 2:4, then adapters": {
         **SETTINGS, "types": ["ffn", "hidden"], "end": 5, "round_to": 4, "masks_at": 7,
     },
@@ -31,8 +30,6 @@ CASES: dict[str, dict[str, Any]] = {
     "experts and heads": {
         "target": {"num_experts": 3, "num_key_value_heads": 1}, "types": ["attention", "expert"], "every_n_steps": 2,
     },
-=======
->>>>>>> parent of 32f16da (Experts go under DDP; the report shows them)
     "layers, static graph, clipping": {
         **SETTINGS, "types": ["ffn", "layer"], "ddp": {"static_graph": True}, "trainer": {"gradient_clip_val": 0.5},
     },

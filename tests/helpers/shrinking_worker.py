@@ -23,6 +23,9 @@ LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.1,
 }  # fmt: skip
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral", "intermediate_size": 32, "num_local_experts": 7, "num_experts_per_tok": 2,
+}  # fmt: skip
 
 
 def run(out: Path, devices: int, settings: dict[str, Any]) -> None:
@@ -31,7 +34,8 @@ def run(out: Path, devices: int, settings: dict[str, Any]) -> None:
     settings = dict(settings)
     resume, epochs = settings.pop("resume", None), settings.pop("epochs", 4)
     ddp, trainer_settings = settings.pop("ddp", {}), settings.pop("trainer", {})
-    module = CausalLM(config=LLAMA, learning_rate=1e-3, weight_decay=0.1, lr_schedule="constant")
+    config = MIXTRAL if "expert" in settings.get("types", ()) else LLAMA
+    module = CausalLM(config=config, learning_rate=1e-3, weight_decay=0.1, lr_schedule="constant")
     ids = torch.randint(64, (32, 8), generator=torch.Generator().manual_seed(0)).repeat(1, 3)
     samples = [{"input_ids": row} for row in ids]
     # Each rank's own samples, so that together they see in a step what one process would.
