@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import re
 import signal
@@ -207,13 +208,23 @@ def parser_of(name: str) -> argparse.ArgumentParser:
             options["action"] = argparse.BooleanOptionalAction if parameter.default else "store_true"
             options["default"] = parameter.default
         else:
-            options |= {"type": kind, "default": parameter.default}
+            options |= {"type": _number_or_mapping if "dict" in kinds else kind, "default": parameter.default}
             if kinds & {"Sequence", "list"}:
                 options |= {"nargs": "+", "metavar": "VALUE"}
         parser.add_argument(*short, f"--{parameter.name}", **options)
     for option, settings in command.more.items():
         parser.add_argument(f"--{option}", **settings)
     return parser
+
+
+def _number_or_mapping(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if isinstance(value, bool) or not isinstance(value, (float, int, dict)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, and no mapping such as '{{\"bytes\": 200000000}}'")
+    return value
 
 
 def _helps_of(function: Callable[..., Any]) -> dict[str, str]:

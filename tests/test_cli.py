@@ -16,7 +16,7 @@ from tiny import TINY
 
 from lightning_prune import CausalLM
 from lightning_prune.checkpoints.inspection import inspect
-from lightning_prune.cli import main
+from lightning_prune.cli import main, parser_of
 from lightning_prune.pruning.masks import pack_masks
 from lightning_prune.text.data import EMBEDDED
 
@@ -308,3 +308,15 @@ def test_ctrl_c_exits_130(config, tmp_path):
     error = (tmp_path / "log").read_text()
     assert process.exitcode == 130, error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "target"), [("0.9", 0.9), ("110000000", 110_000_000), ('{"bytes": 1000}', {"bytes": 1000})]
+)
+def test_a_target_is_a_number_or_a_mapping(text, target):
+    assert parser_of("shrink").parse_args(["model", "output", "--target", text]).target == target
+
+
+def test_another_target_is_an_error_with_an_example(capsys):
+    assert main(["shrink", "model", "output", "--target", "half"]) == 2
+    assert "'half' is no number, and no mapping such as" in capsys.readouterr().err
