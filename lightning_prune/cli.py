@@ -180,8 +180,8 @@ class _Command:
 def parser_of(name: str) -> argparse.ArgumentParser:
     """Build the parser of one of the package's own commands from the signature and docstring of its function.
 
-    What has no default is positional, what is False by default a flag, and a sequence takes several values. What a
-    command line cannot say (``progress``, objects) is left out.
+    What has no default is positional, what is False by default a flag, a sequence takes several values, and a mapping
+    is written as JSON. What a command line cannot say (``progress``, objects) is left out.
     """
     command = COMMANDS[name]
     function = command.load()
@@ -222,8 +222,8 @@ def _number_or_mapping(text: str) -> Any:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = None
-    if isinstance(value, bool) or not isinstance(value, (float, int, dict)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, and no mapping such as '{{\"bytes\": 200000000}}'")
+    if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, or JSON such as '{{\"bytes\": 200000000}}'")
     return value
 
 
@@ -267,8 +267,6 @@ def _version() -> str:
 
 
 def _inspect(inspect: Callable[..., Any], options: dict[str, Any]) -> int:
-    import json
-
     from lightning_prune.checkpoints.inspection import render
 
     found = inspect(options["path"])

@@ -109,6 +109,11 @@ def test_inspect_starts_without_lightning_and_transformers(tmp_path):
 # -- errors, version, help
 
 
+def test_a_target_is_a_number_or_a_mapping():
+    for text, target in (("0.9", 0.9), ("100000", 100000), ('{"bytes": 5, "x": "y"}', {"bytes": 5, "x": "y"})):
+        assert parser_of("shrink").parse_args(["a", "b", "--target", text]).target == target
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -119,6 +124,8 @@ def test_inspect_starts_without_lightning_and_transformers(tmp_path):
         (["inspect", "x", "--nonsense"], "nonsense"),
         (["sparsify"], "invalid choice"),
         (["quickstart", "--seed", "x"], "seed"),
+        (["shrink", "a", "b", "--target", "half"], "must be a number, or JSON such as"),
+        (["shrink", "a", "b", "--target", "true"], "must be a number, or JSON such as"),
         (["quickstart", "--steps", "0"], "steps=0 must be at least 1"),
         (["fit", "--config", "/no/such.yaml"], "File does not exist"),
         (["fit"], "Exactly one of model and config"),
@@ -319,4 +326,4 @@ def test_a_target_is_a_number_or_a_mapping(text, target):
 
 def test_another_target_is_an_error_with_an_example(capsys):
     assert main(["shrink", "model", "output", "--target", "half"]) == 2
-    assert "'half' is no number, and no mapping such as" in capsys.readouterr().err
+    assert "'half' must be a number, or JSON such as" in capsys.readouterr().err

@@ -264,7 +264,7 @@ def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Te
     ``training_step``.
 
     Raises:
-        ValueError: the training step optimises by itself (manual optimization) or takes the data iterator.
+        ValueError: the training step optimizes by itself (manual optimization) or takes the data iterator.
     """
     own = getattr(module, "calibration_loss", None)
     if callable(own):

@@ -592,7 +592,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     if not is_main_process():
         return
     settings = settings_of(model)
-    json.dumps(settings)  # before anything is written: an option may not be serialisable
+    json.dumps(settings)  # before anything is written: an option may not be serializable
     bits = {name: entry["bits"] for name, entry in packed.items()}
     shapes = {name: json.dumps([entry["shape"], entry["crc32"]]) for name, entry in packed.items()}
     folder.mkdir(parents=True, exist_ok=True)

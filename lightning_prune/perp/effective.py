@@ -279,7 +279,7 @@ _of_thread = threading.local()
 
 
 def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """An uninitialised tensor, valid until the next call from this thread with this dtype; None: use a new one.
+    """An uninitialized tensor, valid until the next call from this thread with this dtype; None: use a new one.
 
     As much memory is held per dtype as the largest request needed.
     """

@@ -401,7 +401,7 @@ class ScaleLoRALinear(CombinedLinear):
 
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
-        """Initialise so that ``B A`` is 1 everywhere."""
+        """Initialize so that ``B A`` is 1 everywhere."""
         (a, b), r = self.matrices(), self.r[adapter_name]
         if init_lora_weights == "gaussian":
             nn.init.normal_(a, std=1 / r)
@@ -471,7 +471,7 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
     """Refuse what cannot be adapted.
 
     Raises:
-        ValueError: the layer is no Linear or Conv1D, or its weight is quantised, sharded, offloaded, parametrised or
+        ValueError: the layer is no Linear or Conv1D, or its weight is quantised, sharded, offloaded, parametrized or
             without data.
     """
     if not isinstance(layer, (nn.Linear, Conv1D)):

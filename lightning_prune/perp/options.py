@@ -172,7 +172,7 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
     Args:
         model: A plain model, before any adapter.
         train: Any of ``"bias"`` (every parameter named bias, of norms too), ``"norm"`` (the parameters of
-            normalisation layers), ``"head"`` (the output embeddings) and ``"embedding"`` (all embeddings).
+            normalization layers), ``"head"`` (the output embeddings) and ``"embedding"`` (all embeddings).
 
     Returns:
         Parameters by name, each once; a part that the model does not have adds nothing, except that a missing head
@@ -204,7 +204,7 @@ def _parameters_of(model: nn.Module, part: str) -> Iterator[nn.Parameter]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises: by its name, since every family of transformers has an RMSNorm of its own."""
+    """Whether a module normalizes: by its name, since every family of transformers has an RMSNorm of its own."""
     own = list(module.parameters(recurse=False))
     return bool(own) and "norm" in type_name(module).lower() and all(p.dim() <= 1 for p in own)
 

@@ -2,7 +2,7 @@
 
 Alternates between weights that change the layer's outputs least and the nearest ones with enough zeros, until the set
 of kept weights stands (ADMM; Meng et al. 2024, arXiv 2406.07831, algorithm 1). Published ALPS keeps the largest weights
-of normalised inputs, which are those with the largest Wanda scores; here any score that is ``abs(W)`` times a factor
+of normalized inputs, which are those with the largest Wanda scores; here any score that is ``abs(W)`` times a factor
 says which are the largest. With the factors of kfac, output rows that matter more to the loss keep more.
 """
 

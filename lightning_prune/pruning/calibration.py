@@ -112,7 +112,7 @@ def collect(
         finally:
             reshard(model)
     sweep.padding.warn()
-    return _finish(taps, sweep.samples, ranks, sweep.unlabelled)
+    return _finish(taps, sweep.samples, ranks, sweep.unlabeled)
 
 
 def collect_forward(
@@ -166,7 +166,7 @@ class _Sweep:
         self.device = taps.all[0].target.weight.device
         self.padding = PaddingFinder(model)
         self.samples = 0
-        self.unlabelled = 0  # samples without a label, which are passed over
+        self.unlabeled = 0  # samples without a label, which are passed over
         self.how = How.UNKNOWN
         self.one_by_one = False
         self.queue: deque[tuple[Any, int]] = deque()  # batches taken apart, or to be run again
@@ -194,12 +194,12 @@ class _Sweep:
                 batches = self._look_at_first(batches if num_samples > 0 else ())
             for (batch, count), counting in in_step(self._units(batches, num_samples), self.lockstep):
                 advance(self._run_batch(batch, count, counting))
-        drawn = self.samples + self.unlabelled
+        drawn = self.samples + self.unlabeled
         if 0 < drawn < num_samples:
             warnings.warn(f"calibration data ended after {drawn} of num_samples={num_samples}", stacklevel=3)
-        if self.samples and self.unlabelled:
+        if self.samples and self.unlabeled:
             warnings.warn(
-                f"{self.unlabelled} of {drawn} calibration samples have no label (all are -100) and so no gradient; "
+                f"{self.unlabeled} of {drawn} calibration samples have no label (all are -100) and so no gradient; "
                 "they were passed over",
                 stacklevel=3,
             )
@@ -269,7 +269,7 @@ class _Sweep:
         if taps.counting:
             self.samples += count
         elif counting:
-            self.unlabelled += count
+            self.unlabeled += count
         return count if counting else 0
 
     def _again(self, batch: Any, count: int, split: bool) -> None:
@@ -312,12 +312,12 @@ class _Sweep:
             forward(self.model, batch, [tap.target for tap in self.taps.all])
 
 
-def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabelled: int = 0) -> dict[str, LayerStatistics]:
+def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0) -> dict[str, LayerStatistics]:
     """Check, sum over ranks, and return the statistics."""
     with synchronized_errors(ranks):
-        if not total and unlabelled:
+        if not total and unlabeled:
             raise CalibrationError(
-                f"none of the {unlabelled} calibration samples has a label to predict (all are -100, or it is a "
+                f"none of the {unlabeled} calibration samples has a label to predict (all are -100, or it is a "
                 "single token), so there is no loss to calibrate on; the weights are unchanged"
             )
         if not total:

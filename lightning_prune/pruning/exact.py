@@ -1,10 +1,10 @@
 """The exact remaining weights of a fixed mask: what changes a layer's outputs least.
 
-Minimises ``tr((W - W_dense) H (W - W_dense)^T)`` over all W that are zero where the mask is, row by row a least-squares
+Minimizes ``tr((W - W_dense) H (W - W_dense)^T)`` over all W that are zero where the mask is, row by row a least-squares
 problem of its own, by conjugate gradients with the diagonal of H as preconditioner (ALPS, Meng et al. 2024,
 arXiv 2406.07831, section 3.3; the optimum is that of OPTIMA's quadratic programs, arXiv 2512.13886).
 
-All rows run at once, each with its own step, and nothing is factorised: a singular or badly conditioned H is no error,
+All rows run at once, each with its own step, and nothing is factorized: a singular or badly conditioned H is no error,
 and rows may be some of a matrix.
 """
 
@@ -65,7 +65,7 @@ def exact_weights(
     dense = weight.to(hessian.dtype)
     hessian, norms = normalized(hessian, damping)
     keep = mask.to(dense.dtype)
-    step = torch.zeros_like(dense)  # from the dense weight times the mask, in normalised inputs
+    step = torch.zeros_like(dense)  # from the dense weight times the mask, in normalized inputs
     residual = (dense * norms * (1 - keep) @ hessian).mul_(keep)
     direction = residual.clone()
     squares = residual.square().sum(1, keepdim=True)  # [O, 1]

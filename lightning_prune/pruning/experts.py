@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -115,8 +116,13 @@ def _is_stack(parameter: Tensor | None) -> bool:
 
 
 def _takes_sorted(module: nn.Module) -> bool:
-    """Whether experts receive every token times its weight for each of them, ``[E * N, H]`` (Llama 4)."""
-    return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__)
+    """Whether experts receive every token times its weight for each of them, ``[E * N, H]`` (Llama 4).
+
+    Not before transformers 5, which has a file for experts: masks differed there from those of written-out experts.
+    """
+    return any(cls.__name__ == "Llama4TextExperts" for cls in type(module).__mro__) and (
+        find_spec("transformers.integrations.moe") is not None
+    )
 
 
 See = Callable[[nn.Module, int, Routed, Tensor, Tensor], None]

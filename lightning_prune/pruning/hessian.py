@@ -1,6 +1,6 @@
 """The Hessian solver: select weights and update the rest so that a layer's outputs change least.
 
-Minimises ``||X W^T - X W'^T||^2`` column by column (Optimal Brain Surgeon, Hassibi & Stork 1993; in this form
+Minimizes ``||X W^T - X W'^T||^2`` column by column (Optimal Brain Surgeon, Hassibi & Stork 1993; in this form
 SparseGPT, Frantar & Alistarh 2023, arXiv 2301.00774, algorithm 1). It serves SparseGPT, which selects as it goes, and
 the weight update on a mask that any other score has chosen.
 

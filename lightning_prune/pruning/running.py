@@ -38,8 +38,8 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
     inner = unwrapped(model)
     if not _is_pretrained(inner) or not isinstance(batch, Mapping):
         return causal_lm_loss(model, batch)
-    labelled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
-    if _is_causal_lm(inner) and (_shifts_labels(inner) or not labelled):
+    labeled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
+    if _is_causal_lm(inner) and (_shifts_labels(inner) or not labeled):
         return causal_lm_loss(model, batch)
     inputs = _cast(model, dict(batch))
     if _accepts(inner, "return_loss"):

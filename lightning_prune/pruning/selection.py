@@ -41,7 +41,7 @@ def row_thresholds(scores: Tensor, count: int) -> Tensor:
     """The count-th lowest score of each row of ``[R, C]``, as ``[R, 1]``."""
     rows, columns = scores.shape
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
-        # numpy's vectorised partition takes a quarter of the time of torch's kthvalue.
+        # numpy's vectorized partition takes a quarter of the time of torch's kthvalue.
         lowest = np.partition(scores.numpy(), count - 1, axis=1)[:, count - 1 : count]
         return torch.from_numpy(lowest.copy())
     if rows == 1 and columns > 4096:

@@ -426,7 +426,7 @@ def find_targets(
 
     Raises:
         ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
-            that is not a target (tied embeddings), is quantised, parametrised, or has no data (meta device).
+            that is not a target (tied embeddings), is quantised, parametrized, or has no data (meta device).
     """
     return select_layers(model, targets, ignore, frozen=frozen).targets
 
@@ -720,7 +720,7 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"
         )
     if weight.is_meta:
-        raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialise the model first")
+        raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialize the model first")
     return weight
 
 

@@ -167,14 +167,14 @@ def strip(values: Tensor) -> str:
     return f"M0 {HEIGHT}" + "".join(steps) + f"V{HEIGHT}z"
 
 
-# Okabe and Ito's colours, told apart by colour-blind readers, then shades for an eighth kind and more.
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#8FBC6B", "#E69F00", "#D55E00", "#CC79A7", "#7A6FAC", "#8C8C8C")
+# Okabe and Ito's colors, told apart by color-blind readers, then shades for an eighth kind and more.
+_COLORS = ("#0072B2", "#56B4E9", "#009E73", "#8FBC6B", "#E69F00", "#D55E00", "#CC79A7", "#7A6FAC", "#8C8C8C")
 # Up to this many bars stand side by side and can still be told apart; more become lines.
 _MOST_BARS = 72
 
 
 def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Path, title: str = "") -> Path:
-    """Draw the sparsity of every pruned layer: blocks from left to right, one colour for each kind of layer.
+    """Draw the sparsity of every pruned layer: blocks from left to right, one color for each kind of layer.
 
     Args:
         source: What `lightning_prune.inspect` found, or masks by parameter name (bool, True = kept).
@@ -205,13 +205,13 @@ def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Pa
     for i, kind in enumerate(kinds):
         here = [b for b in range(len(blocks)) if (blocks[b], kind) in shares]
         heights = [shares[blocks[b], kind] for b in here]
-        colour = _COLOURS[i % len(_COLOURS)]
+        color = _COLORS[i % len(_COLORS)]
         if as_bars:
             width = 0.84 / len(kinds)
             places = [b + (i - (len(kinds) - 1) / 2) * width for b in here]
-            axes.bar(places, heights, width * 0.92, color=colour, label=kind, zorder=2)
+            axes.bar(places, heights, width * 0.92, color=color, label=kind, zorder=2)
         else:
-            axes.plot(here, heights, "o-", color=colour, label=kind, linewidth=1.6, markersize=3.5, zorder=2)
+            axes.plot(here, heights, "o-", color=color, label=kind, linewidth=1.6, markersize=3.5, zorder=2)
     axes.axhline(total, color="#333333", linestyle="--", linewidth=1.0, zorder=3, label=f"all, {total:.1%}")
 
     axes.set_title(f"{title + ': ' if title else ''}{total:.2%} of {_short(cells)} weights are zero", loc="left")
@@ -256,7 +256,7 @@ def perplexity_over_sparsity(
     axes = figure.subplots()
     for i, (name, points) in enumerate(curves.items()):
         known = {0.0: dense, **dict(sorted(points.items()))}
-        color = _COLOURS[i % len(_COLOURS)]
+        color = _COLORS[i % len(_COLORS)]
         axes.plot(list(known), list(known.values()), "o-", color=color, label=name, linewidth=1.6, markersize=4)
     axes.axhline(dense, color="#333333", linestyle="--", linewidth=1.0, label=f"dense, {dense:.1f}")
     axes.set(xlabel="zeros", ylabel="perplexity, lower is better")
@@ -289,7 +289,7 @@ def _short(cells: Mapping[tuple[str, str], tuple[int, int]]) -> str:
     return str(numel)
 
 
-# Okabe and Ito's colours, told apart by colour-blind readers.
+# Okabe and Ito's colors, told apart by color-blind readers.
 _UNIT_COLORS = {"attention": "#0072B2", "ffn": "#E69F00", "hidden": "#009E73", "layer": "#CC79A7", "expert": "#D55E00"}
 _NAMES = {
     "attention": "attention (heads)",

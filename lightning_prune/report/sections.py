@@ -1,4 +1,4 @@
-"""The sections of a report as the template takes them: numbers become text, colours become percentages."""
+"""The sections of a report as the template takes them: numbers become text, colors become percentages."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def warning(inspection: Inspection) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, and how strong its colour is, 0 to 100."""
+    """Text, and how strong its color is, 0 to 100."""
 
     text: str
     tone: int
@@ -257,7 +257,7 @@ class MaskPicture:
 
 
 def mask_pictures(measured: Measured, layers: Sequence[str]) -> tuple[list[MaskPicture], tuple[float, float]]:
-    """Pictures of chosen matrices, all on one scale of colours, and the ends of that scale.
+    """Pictures of chosen matrices, all on one scale of colors, and the ends of that scale.
 
     Raises:
         ValueError: a pattern matches no pruned matrix.

@@ -10,6 +10,7 @@ unit is worth), `planning` (which go), `compensation` (the rest takes over),
 from lightning_prune.structure.families import Family, find_family, known_families, register_family
 from lightning_prune.structure.masking import mask_units
 from lightning_prune.structure.oneshot import StructuredReport, prune_structured
+from lightning_prune.structure.permutation import Permutation, permute_channels
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
 from lightning_prune.structure.saving import save_plain
@@ -18,6 +19,7 @@ from lightning_prune.structure.units import Structure, read_structure
 
 __all__ = [
     "Family",
+    "Permutation",
     "SaliencyAccumulator",
     "Sizes",
     "Structure",
@@ -25,6 +27,7 @@ __all__ = [
     "find_family",
     "known_families",
     "mask_units",
+    "permute_channels",
     "prune_structured",
     "read_structure",
     "register_family",

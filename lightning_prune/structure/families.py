@@ -32,7 +32,7 @@ class Family:
         inside: Parameters of a layer, named from the layer, and their axes, one for each dimension. Names that a model
             does not have (optional biases) are no error; parameters that are not listed are.
         outside: The other parameters, named from the model.
-        norms: Names of the normalisations over the hidden channels in a layer.
+        norms: Names of the normalizations over the hidden channels in a layer.
         final_norm: Name of the last one, named from the model.
         norm: ``"rmsnorm"``, ``"rmsnorm_plus_one"`` (multiplies with 1 + weight) or ``"layernorm"``.
         eps_field: Field of the configuration with epsilon of the RMS norms.

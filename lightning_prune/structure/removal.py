@@ -136,7 +136,7 @@ def _check_removable(structure: Structure, removal: Removal) -> None:
                 "model, and remove them then"
             )
         if p.is_meta:
-            raise ValueError(f"{name!r} has no data (meta device); load or initialise the model first")
+            raise ValueError(f"{name!r} has no data (meta device); load or initialize the model first")
     if "layer" in removal:
         check_layers_removable(structure)
     masked = masked_channels(structure)

@@ -93,7 +93,7 @@ class Structure:
         return [name for name, module in modules.items() if name.startswith(prefix) and expert_parameters(module)]
 
     def norm_names(self) -> list[str]:
-        """Names of the normalisations over the hidden channels, the final one last."""
+        """Names of the normalizations over the hidden channels, the final one last."""
         return [f"{layer}.{norm}" for layer in self.layer_names() for norm in self.family.norms] + [
             self.family.final_norm
         ]

@@ -49,10 +49,9 @@ class Recipe:
 # Best first, by the perplexities on the page of figures. What each costs was measured on SmolLM2-135M (hidden size 576,
 # CPU), in forward passes of one window of text: for each sample, and once for the whole model.
 _RECIPES: tuple[tuple[Recipe, float, float], ...] = (
-    (Recipe("kfac", 32, "obs", True), 3.2, 30.0),
-    (Recipe("kfac", 8, "obs", True), 3.2, 30.0),
-    (Recipe("sparsegpt", 32, sequential=True), 2.0, 30.0),
-    (Recipe("sparsegpt", 8, sequential=True), 2.0, 30.0),
+    (Recipe("kfac", 32, "alps", True), 3.2, 85.0),
+    (Recipe("kfac", 32, "exact", True), 3.2, 15.0),
+    (Recipe("kfac", 8, "exact", True), 3.2, 15.0),
     (Recipe("kfac", 32), 2.7, 3.5),
     (Recipe("kfac", 4), 2.7, 3.5),
     (Recipe("wanda", 32), 0.7, 1.0),
@@ -128,7 +127,7 @@ def compress(
         sparsity: Share of the weights to prune, default 0.5 or what an N:M pattern says.
         pattern: "unstructured", or "N:M" such as 2:4: N kept of every M consecutive inputs.
         score: "magnitude", "wanda", "gblm", "sparsegpt" or "kfac"; see `lightning_prune.prune`.
-        update: "obs" updates the remaining weights with each layer's Hessian.
+        update: "exact", "alps" or "obs": the remaining weights make up for the others, with each layer's Hessian.
         sequential: Block by block, each on the outputs of the pruned blocks before it.
         num_samples: Calibration samples of `seq_len` tokens, spread over the text.
         minutes: In place of `score`, `update`, `sequential` and `num_samples`: take the best of a measured table that
@@ -345,10 +344,9 @@ class _Job:
         width = getattr(self.model.config, "hidden_size", _WIDTH) / _WIDTH
         costs = {}
         for recipe, sample, once in _RECIPES:
-            # kfac's masks under N:M are Wanda's, and SparseGPT is better there; elsewhere kfac is.
-            if recipe.score == ("sparsegpt" if pattern == "unstructured" else "kfac"):
-                continue
-            solves = recipe.update is not None or recipe.score == "sparsegpt"  # in time that grows with the width
+            solves = recipe.update is not None  # in time that grows with the width
+            if recipe.score == "kfac" and not solves and pattern != "unstructured":
+                continue  # its masks under N:M are Wanda's
             costs[recipe] = window * (recipe.num_samples * sample + once * (width if solves else 1))
         fitting = next((recipe for recipe, cost in costs.items() if cost <= left), None)
         if fitting is None:

@@ -13,7 +13,7 @@ are interleaved; medians over all steps of a variant are shown, and the median o
 dense.
 
 `--paired` measures ours alone, with less noise: one fit in which enforcement is on, off, off, on and so forth (so that
-a machine that slows down steadily favours neither), and the steps of each pair are compared.
+a machine that slows down steadily favors neither), and the steps of each pair are compared.
 
 `--memory` measures instead the peak resident memory of the second epoch, each variant in a fresh process.
 
@@ -82,7 +82,7 @@ def masked_at(index: int) -> bool:
 
 
 def pairs_of(values: Sequence[float]) -> list[tuple[float, float]]:
-    """Neighbouring steps with and without masks, from a figure of each step."""
+    """Neighboring steps with and without masks, from a figure of each step."""
     pairs = zip(values[::2], values[1::2], strict=False)
     return [(a, b) if masked_at(2 * index) else (b, a) for index, (a, b) in enumerate(pairs)]
 

@@ -124,6 +124,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--windows", type=int, default=60, help="evaluation windows of each text (default 60)")
     p.add_argument("--window-length", type=int, default=256, help="tokens of a window (default 256)")
     p.add_argument("--draws", type=int, default=3, help="random removals (default 3)")
+    p.add_argument("--only", choices=("weights", "experts"), help="what to prune (default: both, one after the other)")
     p.add_argument("--threads", type=int, help="torch threads")
     p.add_argument("--json", type=Path, help="write the rows here; an existing file is added to")
     args = p.parse_args()
@@ -151,13 +152,13 @@ def main() -> None:
         rows.add({**row, **measures, **found})
 
     add("dense", "", {}, model)
-    for method in METHODS:
+    for method in METHODS if args.only != "experts" else ():
         for pattern in ("50", "2:4"):
             snapshot.restore()
             add(method, pattern, measured(model, sequences, method, pattern), model)
         add(method, "50", measured(dense_of(model), sequences, method, "50"), None)
     snapshot.restore()
-    for keep in (EXPERTS * 3 // 4, EXPERTS // 2):
+    for keep in (EXPERTS * 3 // 4, EXPERTS // 2) if args.only != "weights" else ():
         for method in REMOVALS:
             draws = []
             for seed in range(args.draws if method == "random" else 1):

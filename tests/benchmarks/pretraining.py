@@ -244,7 +244,7 @@ class EveryOtherStep(Callback):
 
 
 def overhead(args: argparse.Namespace, model: nn.Module, batches: Tensor, second_order: bool) -> dict[str, Any]:
-    """What saliency, or observing moments, adds to a step: pairs of neighbouring steps."""
+    """What saliency, or observing moments, adds to a step: pairs of neighboring steps."""
     target = target_parameters(model, args.targets[-1])
     if second_order:
         callback = callback_of(args, target, every_n_steps=NEVER, second_order=True, second_order_every=2)

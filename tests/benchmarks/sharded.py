@@ -10,7 +10,7 @@ processors. Measured on each rank, in MiB:
   gradients, optimizer states).
 
 With `--pairs`, what the callback costs a training step: one fit in which masks are held in step 1, not in 2 and 3, held
-in 4, and so on, so that neighbours make pairs and a machine that slows down steadily favours neither side:
+in 4, and so on, so that neighbors make pairs and a machine that slows down steadily favors neither side:
 
 - tokens_per_s, without: over all ranks, medians of the steps with and without masks held;
 - overhead: how much longer the masked step of a pair takes, median over pairs with its 95 % interval (bootstrap);

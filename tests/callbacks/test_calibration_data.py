@@ -477,7 +477,7 @@ def test_what_cannot_be_put_back_is_named() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.turns = itertools.cycle([1.0, 2.0])
-            self.sources = {"unlabelled": (row for row in rows())}
+            self.sources = {"unlabeled": (row for row in rows())}
             self.outbox = queue.Queue()
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

@@ -14,7 +14,7 @@ def problem(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A weight ``[O, I]``, inputs ``[T, I]``, and their ``X^T X`` up to a factor, float64.
 
-    Neighbouring inputs are correlated; those in `dead` are always zero.
+    Neighboring inputs are correlated; those in `dead` are always zero.
     """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)

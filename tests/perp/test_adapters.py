@@ -366,7 +366,7 @@ def quantised() -> nn.Module:
     return model
 
 
-def parametrised() -> nn.Module:
+def parametrized() -> nn.Module:
     model = pruned()
     l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 3)
     return model
@@ -395,7 +395,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (make_llama, {"masks": {"model.layers.0.mlp.up_proj.weight": torch.eye(96, 64) > 0}}, "call apply_masks"),
     (pruned, {"masks": {"nothing.weight": torch.ones(2, 2).bool()}}, "belong to another model"),
     (quantised, {}, "is quantised"),
-    (parametrised, {}, "is not a plain parameter"),
+    (parametrized, {}, "is not a plain parameter"),
     (lambda: pruned().to("meta"), {}, "no data"),
     (lambda: get_peft_model(pruned(), LoraConfig(target_modules=["q_proj"])), {}, "has adapters already"),
     (lambda: add_adapters(pruned()), {}, "has adapters already"),

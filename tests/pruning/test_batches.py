@@ -127,15 +127,15 @@ def test_containers_keep_their_class():
     ordered = OrderedDict(b=torch.arange(4), a=torch.arange(4))
     assert type(take(ordered, 0, 1)) is OrderedDict
     assert list(take(ordered, 0, 1)) == ["b", "a"]
-    labelled = Labelled(torch.arange(4), torch.arange(4), ["a", "b", "c", "d"])
-    part = take(labelled, 2, 4)
+    labeled = Labelled(torch.arange(4), torch.arange(4), ["a", "b", "c", "d"])
+    part = take(labeled, 2, 4)
     assert (part.x.tolist(), part.y.tolist(), part.names) == ([2, 3], [2, 3], ["c", "d"])
-    assert len(labelled.x) == 4
+    assert len(labeled.x) == 4
     meta = torch.device("meta")
     assert type(to_device(encoded, meta)) is BatchEncoding
     assert to_device(encoded, meta)["input_ids"].is_meta
-    assert to_device(labelled, meta).x.is_meta
-    assert not labelled.x.is_meta
+    assert to_device(labeled, meta).x.is_meta
+    assert not labeled.x.is_meta
     assert to_device(pack_sequence([torch.zeros(3, 2)]), torch.device("cpu")).data.shape == (3, 2)
 
 

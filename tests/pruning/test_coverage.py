@@ -236,7 +236,7 @@ def test_what_keep_holds_is_not_named():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Bilinear(8, 8, 1))
     with torch.no_grad():
         model[0].weight[:, ::2] = 0
-        model[2].weight.zero_()  # initialised to zero, not pruned
+        model[2].weight.zero_()  # initialized to zero, not pruned
     frozen = nn.Bilinear(8, 8, 2).requires_grad_(False)
     with torch.no_grad():
         frozen.weight[:, ::2] = 0  # stays as it is

@@ -175,7 +175,7 @@ def test_a_layer_without_gradient_is_named_and_not_pruned_by_position(score, oth
 # -- samples without a label -----------------------------------------------------------------------------------------
 
 
-def labelled_loss(model, batch, reduction):
+def labeled_loss(model, batch, reduction):
     logits = model(input_ids=batch["input_ids"]).logits[:, :-1].transpose(1, 2)
     labels = batch["labels"][:, 1:]
     if reduction == "mean":
@@ -195,7 +195,7 @@ def test_samples_without_labels_are_passed_over(reduction, empty):
 
     def run(rows, size):
         batches = [{"input_ids": ids[r], "labels": labels[r]} for r in torch.tensor(rows).split(size)]
-        loss = lambda m, b: labelled_loss(m, b, reduction)  # noqa: E731
+        loss = lambda m, b: labeled_loss(m, b, reduction)  # noqa: E731
         return collect(model, batches, targets, ALL, num_samples=len(rows), loss_fn=loss, progress=False)
 
     expected = run(full, 1)
@@ -215,7 +215,7 @@ def test_no_label_at_all_is_refused():
         with pytest.raises(CalibrationError, match="none of the 4 calibration samples has a label"):
             collect(
                 model, [batch], find_targets(model), ALL, num_samples=4,
-                loss_fn=lambda m, b, reduction=reduction: labelled_loss(m, b, reduction), progress=False,
+                loss_fn=lambda m, b, reduction=reduction: labeled_loss(m, b, reduction), progress=False,
             )  # fmt: skip
 
 

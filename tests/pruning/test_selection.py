@@ -41,7 +41,7 @@ def test_kth_smallest_of_several_tensors(values, dtype, cuts, data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_kth_smallest_at_every_rank_of_neighbouring_bit_patterns(dtype):
+def test_kth_smallest_at_every_rank_of_neighboring_bit_patterns(dtype):
     # Numbers that share their first 16 bits, and numbers either side of zero.
     near = torch.tensor([1.0], dtype=dtype).view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize])
     values = torch.cat([(near + i) for i in range(6)]).view(dtype)

@@ -101,7 +101,7 @@ def look(tmp_path: Path, page: str, widths: list[int], dark: bool) -> list[dict[
     assert CHROMIUM is not None
     outer = tmp_path / "outer.html"
     outer.write_text(MEASURE.replace("WIDTHS", str(widths)).replace("PAGE", html.escape(page)), encoding="utf-8")
-    # Chromium's preferred colour scheme: 0 is dark, 1 is light.
+    # Chromium's preferred color scheme: 0 is dark, 1 is light.
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-extensions", "--disable-sync",

@@ -165,7 +165,7 @@ def test_removals_that_do_not_fit_are_refused(removal, message):
         check_removal(read_structure(zoo.make("llama")), removal)
 
 
-def test_removals_are_normalised_and_merged():
+def test_removals_are_normalized_and_merged():
     structure = read_structure(zoo.make("llama"))
     checked = check_removal(structure, {"ffn": [[3, 1]] * 3, "hidden": [], "layer": [torch.tensor([1])]})
     assert list(checked) == ["ffn", "layer"]

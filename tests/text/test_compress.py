@@ -112,9 +112,9 @@ def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
 
     clock = iter(range(0, 10_000, 2))  # each look at it takes two seconds
     monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    table = {"kfac-obs": ("kfac", 8, 5.0, 20.0), "kfac": ("kfac", 4, 3.0, 8.0), "wanda": ("wanda", 4, 1.0, 1.0)}
+    table = {"kfac-exact": ("kfac", 8, 5.0, 20.0), "kfac": ("kfac", 4, 3.0, 8.0), "wanda": ("wanda", 4, 1.0, 1.0)}
     recipes = tuple(
-        (command.Recipe(score, samples, *(("obs", True) if name == "kfac-obs" else ())), sample, once)
+        (command.Recipe(score, samples, *(("exact", True) if name == "kfac-exact" else ())), sample, once)
         for name, (score, samples, sample, once) in table.items()
     )
     monkeypatch.setattr(command, "_RECIPES", recipes)
@@ -124,7 +124,7 @@ def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
     costs = [2 / 3 * (8 * 5 + 20 * width), 2 / 3 * (4 * 3 + 8), 2 / 3 * (4 + 1)]
     spent = 8 + 2 + 2
     small = {name: value for name, value in SMALL.items() if name != "num_samples"}
-    for cost, score in zip(costs, ("kfac with update obs, block by block, 8", "kfac, 4", "wanda, 4"), strict=True):
+    for cost, score in zip(costs, ("kfac with update exact, block by block, 8", "kfac, 4", "wanda, 4"), strict=True):
         clock = iter(range(0, 10_000, 2))
         done = compress(
             files.dense, tmp_path / "out", str(files.text), minutes=(spent + cost + 0.1) / 60, overwrite=True, **small

@@ -1,0 +1,123 @@
+"""Orders of channels for N:M: the model computes the same, its weights are only moved, and masks keep more."""
+
+import copy
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_llama, make_tokens
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config
+
+from lightning_prune import prune
+from lightning_prune.pruning.patterns import NM
+from lightning_prune.structure import permute_channels
+from lightning_prune.structure.permutation import best_order, kept_scores
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+MODELS = {
+    "llama": lambda: make_llama(tie_word_embeddings=True),
+    "qwen3": lambda: AutoModelForCausalLM.from_config(Qwen3Config(**SIZES, **HEADS)),
+    "gpt2": lambda: AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, **TOKENS)
+    ),
+    "opt": lambda: AutoModelForCausalLM.from_config(
+        OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+                  word_embed_proj_dim=16, max_position_embeddings=16)
+    ),
+}  # fmt: skip
+
+
+def build(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().double().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    return model, make_tokens(4, 12, 32)
+
+
+def input_norms(model, layers, tokens):
+    seen = {}
+    handles = [
+        layer.register_forward_hook(lambda m, x, _: seen.update({m: x[0].reshape(-1, x[0].shape[-1]).norm(dim=0)}))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(tokens)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def naive_kept(scores, n, m):
+    groups = np.sort(scores.reshape(len(scores), -1, m), axis=-1)
+    return groups[..., m - n :].sum()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("channels", [("hidden",), ("values",), ("ffn",), ("hidden", "values", "ffn")], ids="+".join)
+def test_the_model_computes_the_same_with_moved_weights(name, channels):
+    model, tokens = build(name)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        expected = model(tokens).logits
+        found = permute_channels(model, [tokens], "2:4", channels, num_samples=4, progress=False)
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)  # RMS norms are in float32
+        if name in ("gpt2", "opt"):
+            torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-11, atol=1e-11)
+    assert any(not torch.equal(before[n], p) for n, p in model.named_parameters())
+    assert all(torch.equal(before[n].flatten().sort().values, p.flatten().sort().values)
+               for n, p in model.named_parameters())  # fmt: skip
+    assert set(found.before) == set(found.after) == set(channels)
+    assert all(found.before[kind] < found.after[kind] for kind in channels)
+
+
+def test_shares_are_those_of_the_masks_that_are_made_then():
+    model, tokens = build("opt")
+    twin = copy.deepcopy(model)
+    found = permute_channels(model, [tokens], "2:4", ("ffn",), num_samples=4, progress=False)
+    for made, share in ((twin, found.before["ffn"]), (model, found.after["ffn"])):
+        kept, total = 0.0, 0.0
+        layers = [block.fc2 for block in made.model.decoder.layers]
+        norms = input_norms(made, layers, tokens)
+        scores = {layer: (layer.weight.detach().abs() * norms[layer]).numpy() for layer in layers}
+        masks = prune(made, [tokens], "wanda", pattern="2:4", num_samples=4, progress=False)
+        for number, layer in enumerate(layers):
+            mask = masks[f"model.decoder.layers.{number}.fc2.weight"].numpy()
+            kept, total = kept + (scores[layer] * mask).sum(), total + scores[layer].sum()
+        assert kept / total == pytest.approx(share, rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4)])
+def test_nearly_the_best_of_all_orders(n, m):
+    scores = torch.rand(6, 8, generator=torch.Generator().manual_seed(n)).double() ** 3
+    order = best_order(scores, NM(n, m))
+    assert sorted(order.tolist()) == list(range(8))
+    reached = naive_kept(scores[:, order].numpy(), n, m)
+    assert reached == pytest.approx(float(kept_scores(scores[:, order], NM(n, m))))
+    every = [
+        naive_kept(scores[:, [0, *first, *(c for c in range(1, 8) if c not in first)]].numpy(), n, m)
+        for first in combinations(range(1, 8), 3)
+    ]
+    assert max(every) >= reached >= 0.98 * max(every)
+    assert reached >= naive_kept(scores.numpy(), n, m)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pattern": "unstructured"}, "for N:M only"),
+        ({"pattern": "2:5"}, "do not divide by 5"),
+        ({"channels": ("heads",)}, "must be some of"),
+        ({"channels": "ffn"}, "must be some of"),
+        ({"channels": ()}, "must be some of"),
+    ],
+)
+def test_what_cannot_be_permuted_is_refused(arguments, message):
+    model, tokens = build("opt")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        permute_channels(model, [tokens], progress=False, **arguments)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
