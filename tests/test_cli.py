@@ -315,15 +315,3 @@ def test_ctrl_c_exits_130(config, tmp_path):
     error = (tmp_path / "log").read_text()
     assert process.exitcode == 130, error
     assert "Traceback" not in error
-
-
-@pytest.mark.parametrize(
-    ("text", "target"), [("0.9", 0.9), ("110000000", 110_000_000), ('{"bytes": 1000}', {"bytes": 1000})]
-)
-def test_a_target_is_a_number_or_a_mapping(text, target):
-    assert parser_of("shrink").parse_args(["model", "output", "--target", text]).target == target
-
-
-def test_another_target_is_an_error_with_an_example(capsys):
-    assert main(["shrink", "model", "output", "--target", "half"]) == 2
-    assert "'half' must be a number, or JSON such as" in capsys.readouterr().err
