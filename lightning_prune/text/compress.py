@@ -183,7 +183,7 @@ def compress(
 def shrink(
     model: str | Path,
     output: str | Path,
-    target: float | dict[str, float | int | str] = 0.75,
+    target: float | int | dict[str, Any] = 0.75,
     text: str | Sequence[str] = "austen",
     *,
     types: Sequence[str] = ("ffn",),
@@ -212,7 +212,7 @@ def shrink(
     Args:
         model: See `compress`.
         output: Folder to write.
-        target: Share of the parameters to keep, embeddings included; or {"bytes": B} of the parameters, or
+        target: Share of the parameters to keep, embeddings included, or their number, or {"bytes": B} of them, or
             {"seconds_per_token": S, "batch": N} on the device.
         text: Text to calibrate on: "austen", local files or a folder of them, or the name of a dataset on the hub.
         types: Units that may go: attention, ffn, stem (hidden channels), layer.

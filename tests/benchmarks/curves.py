@@ -210,6 +210,7 @@ def fit(module: Training, blocks: Tensor, plan: Plan, folder: Path, args: argpar
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    args.trained = True
     trainer.fit(module, Blocks(blocks, plan, args.batch_size), ckpt_path=last if last.exists() else None)
     done = trainer.global_step >= plan.total
     if done:
@@ -300,7 +301,7 @@ def run(
     step_tokens = args.batch_size * args.length
     if all(rows.find(**identity, tokens=p * step_tokens) for p in plan.points):
         return True
-    if time.monotonic() > args.until:
+    if args.trained and time.monotonic() > args.until:
         return False
     blocks = ordered_blocks(args.tokens / "train.bin", plan.total * args.batch_size, args.length, seed)
     calibration = blocks[: args.samples]
@@ -461,6 +462,7 @@ def arguments() -> argparse.Namespace:
     if (args.model is None) == (args.build is None):
         p.error("give --model, or --build, and not both")
     args.named = args.build or args.model.name
+    args.trained = False  # every call goes on to the next point or save at least
     args.until = time.monotonic() + 60 * args.minutes
     args.plan = plan_of(args.points, args.save_every, args.batch_size * args.length)
     args.evaluations = {

@@ -337,9 +337,9 @@ def test_shards_that_cannot_be_masked_are_refused(tensor: int, scaler: Any, mess
 
 def test_a_strategy_of_shards_without_shards_is_refused() -> None:
     structure = read_structure(make_module())
-    assert units_stay(structure, SimpleNamespace()) is False
+    assert units_stay(structure, SimpleNamespace(), ("ffn",)) is False
     with pytest.raises(ValueError, match="call fully_shard in configure_model"):
-        units_stay(structure, ModelParallelStrategy())
+        units_stay(structure, ModelParallelStrategy(), ("ffn",))
 
 
 def test_frozen_and_compiled_models_are_refused() -> None:
