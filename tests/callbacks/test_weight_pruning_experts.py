@@ -15,8 +15,9 @@ from tiny import make_tokens
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import ELSA, CausalLM, CubicSchedule, WeightPruning, export, hold_masks, inspect, prune, report
+from lightning_prune import ELSA, CausalLM, CubicSchedule, WeightPruning, export, hold_masks, inspect, prune
 from lightning_prune.perp import add_adapters, reconstruct
+from lightning_prune.report import report
 
 FAMILIES = ["mixtral", "gpt_oss"]  # out x in; in x out, with biases
 

@@ -71,7 +71,9 @@ def fabric_loop(folder: Path, way: str, rank: int = 0, ranks: int = 1, resumed: 
 def accelerate_loop(folder: Path, way: str, rank: int = 0, ranks: int = 1, resumed: bool = False) -> nn.Module:
     """The same; accelerate shards on GPUs alone."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # of an Accelerator that an earlier test of this process has made
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     plain, masks = pruned(seed=9 if resumed else 0)
     model, optimizer = accelerator.prepare(plain, optimizer_of(plain))
