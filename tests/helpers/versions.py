@@ -30,6 +30,7 @@ LACKING = (
     ("transformers", "5", "Gemma's factor beside its embedding", ("tests/structure/test_removal.py*gemma",
         "tests/structure/test_oneshot.py*gemma", "tests/structure/test_saving.py*gemma",
     )),
+    ("transformers", "5", "GPT-NeoX's head under the name of the others", ("tests/structure/*gpt_neox",)),
     ("transformers", "5", "these stacks, their names, or masks in float64", (
         "[encoder decoder]", "test_stacks.py::test_each_stack_meets_what_the_pruned_stacks_before_it_give[clip]",
         "[llava]", "test_clip_runs_with_its_contrastive_loss",
