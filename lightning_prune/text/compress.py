@@ -47,8 +47,8 @@ class Recipe:
 
 
 # Best first, by the perplexities on the page of figures. What each costs on SmolLM2-135M (hidden size 576, CPU), in
-# forward passes of one window of text: for each sample, and once for the whole model. Measured, but for ALPS, whose cost
-# is that of exact and the longer time of its solver.
+# forward passes of one window of text: for each sample, and once for the whole model. Measured, but for ALPS: that is
+# the cost of exact and the longer time of its solver.
 _RECIPES: tuple[tuple[Recipe, float, float], ...] = (
     (Recipe("kfac", 32, "alps", True), 3.2, 85.0),
     (Recipe("kfac", 32, "exact", True), 3.2, 15.0),
