@@ -12,6 +12,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes that a model can be loaded, kept or written in, by what a user calls them."""
+
 HEADS = (
     *("lm_head", "embed_out", "output_projection", "vocab_projector", "generator_lm_head", "text_lm_head"),
     *("predictions.decoder", "lm_loss", "pred_layer", "ctc_head", "seq_relationship", "sop_classifier"),

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_prune.checkpoints.cards import Making, described_files
 from lightning_prune.checkpoints.inspection import Inspection
 from lightning_prune.checkpoints.model import (
-    DTYPES,
     OF_LIGHTNING,
     LoadedModel,
     ReadModel,
@@ -34,6 +33,7 @@ from lightning_prune.checkpoints.model import (
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.checkpoints.states import shrunk_sizes
 from lightning_prune.errors import ExportError
+from lightning_prune.naming import DTYPES
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
 from lightning_prune.safety import add_check_sums, expanded, uninterrupted

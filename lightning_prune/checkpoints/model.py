@@ -26,13 +26,10 @@ from lightning_prune.checkpoints.sources import (
 )
 from lightning_prune.checkpoints.states import StoredMasks, stored_units
 from lightning_prune.errors import ExportError
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import DTYPES, clean_name
 from lightning_prune.progress import progress_bar
 from lightning_prune.safety import check_sum
 from lightning_prune.structure.saving import MaskedUnits, slice_masked_units
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The dtypes weights can be converted to, by name."""
 
 NO_TOKENIZER = "none"
 """In place of a tokenizer's source: go without one."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.naming import DTYPES
 from lightning_prune.pruning.running import model_device, quiet_model
 from lightning_prune.sharding import has_sharded_parameters
 from lightning_prune.structure.sizes import Sizes
 from lightning_prune.structure.units import Structure
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REPEATS = 15
 
 
@@ -47,8 +47,8 @@ def check_device_goal(goal: Any) -> None:
             raise ValueError(f"target has {sorted(unknown)} beside 'bytes'; only 'dtype' can be there")
         if isinstance(goal["bytes"], bool) or not isinstance(goal["bytes"], int) or goal["bytes"] < 1:
             raise ValueError(f"target['bytes']={goal['bytes']!r} must be a whole number of at least 1")
-        if goal.get("dtype", "float32") not in _DTYPES:
-            raise ValueError(f"target['dtype']={goal['dtype']!r} must be one of {', '.join(_DTYPES)}")
+        if goal.get("dtype", "float32") not in DTYPES:
+            raise ValueError(f"target['dtype']={goal['dtype']!r} must be one of {', '.join(DTYPES)}")
     elif is_latency(goal):
         if set(goal) - {"batch"} != {"seconds_per_token"}:
             raise ValueError(f"target has {sorted(goal)}; a time is {{'seconds_per_token': 0.01, 'batch': 1}}")
@@ -75,7 +75,7 @@ def parameters_in(goal: Any, structure: Structure, first: Sizes) -> Any:
         return goal
     dtypes = {p.dtype for p in structure.parameters().values()}
     if "dtype" in goal:
-        dtypes = {_DTYPES[goal["dtype"]]}
+        dtypes = {DTYPES[goal["dtype"]]}
     if len(dtypes) != 1:
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
         raise ValueError(

@@ -6,7 +6,7 @@ those of the FFN (rows of gate and up, columns of down), those of the values ins
 columns of o of every query head that it serves), and those of the residual stream (embeddings, norms, and every layer
 that reads or writes it). The permuted model is an ordinary model with the same outputs, to rounding.
 
-What is maximised is the sum of Wanda scores that an N:M mask keeps (the aim of Pool & Yu 2021, *Channel Permutations
+What is maximized is the sum of Wanda scores that an N:M mask keeps (the aim of Pool & Yu 2021, *Channel Permutations
 for N:M Sparsity*, NeurIPS; Wanda scores: Zhang et al. 2024, *Plug-and-Play*, ICLR). One channel of each group at a time
 is exchanged with those of the other groups, by the pair that gains most, until none does.
 

@@ -307,7 +307,7 @@ def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one
     if family.heads_divide_hidden and (reason := needs_other_class(structure)):
         raise ValueError(
             f"types={tuple(types)}: {family.model_type!r} wants a hidden size that its heads divide, and {reason}, so "
-            f"that it cannot be saved as another family in between: use types=('ffn',), ('layer',) or both, or "
+            "that it cannot be saved as another family in between: use types=('ffn',), ('layer',) or both, or "
             "prune_structured with final sizes as target that divide"
         )
 

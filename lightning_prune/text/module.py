@@ -33,6 +33,7 @@ from lightning_prune.checkpoints.sources import (
 from lightning_prune.checkpoints.states import units_in
 from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import NextTokenLoss
+from lightning_prune.naming import DTYPES
 from lightning_prune.pruning.running import IGNORE_INDEX, causal_lm_losses, next_token_labels, next_token_losses
 from lightning_prune.results import Table
 from lightning_prune.safety import add_check_sums
@@ -44,8 +45,6 @@ from lightning_prune.text.parallelize import parallelize
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class CausalLM(L.LightningModule):
@@ -114,7 +113,7 @@ class CausalLM(L.LightningModule):
         _check_source(model, config)
         if gguf_file is not None and model is None and tokenizer is None:
             raise ValueError(f"gguf_file={gguf_file!r} needs model, the folder or hub repository that holds it.")
-        _check_choice("dtype", dtype, tuple(_DTYPES))
+        _check_choice("dtype", dtype, tuple(DTYPES))
         _check_choice("lr_schedule", lr_schedule, ("constant", "linear", "cosine"))
         _check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
         _check_range("weight_decay", weight_decay, weight_decay >= 0, "0 or above")
@@ -129,7 +128,7 @@ class CausalLM(L.LightningModule):
                 )
         self.save_hyperparameters()
 
-        options: dict[str, Any] = {"dtype": _DTYPES[dtype]}
+        options: dict[str, Any] = {"dtype": DTYPES[dtype]}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
         self.model: Any = (
