@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.flo
 
 
 def compare(form: type, device: str) -> None:
-    """Every dtype with any bits in it (NaN and infinity among them), several blocks, and transposed tensors; alone and together."""
+    """Every dtype with any bits (NaN, infinity), several blocks, and transposed tensors; alone and together."""
     generator = torch.Generator().manual_seed(0)
     pairs, expectations = [], []
     for shape in SHAPES:
