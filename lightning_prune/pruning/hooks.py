@@ -23,6 +23,7 @@ from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.projections import Projection, projections_written_out
 from lightning_prune.pruning.statistics import (
     BACKWARD_STATISTICS,
     FORWARD_STATISTICS,
@@ -183,7 +184,10 @@ class Taps:
         try:
             for tap, module in modules:
                 handles.extend(self._hook(tap, module))
-            with written_out(module for _, module in modules if isinstance(module, ExpertMatrix)):
+            with (
+                written_out(module for _, module in modules if isinstance(module, ExpertMatrix)),
+                projections_written_out(module for _, module in modules if isinstance(module, Projection)),
+            ):
                 yield
         finally:
             for handle in handles:
