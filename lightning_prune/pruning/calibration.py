@@ -38,6 +38,7 @@ from lightning_prune.pruning.statistics import (
     OUTPUT_GRAD_NORM,
     LayerStatistics,
     check_finite,
+    values_of,
 )
 from lightning_prune.pruning.taking_apart import Decision, How, loss_of
 from lightning_prune.pruning.targets import Target
@@ -331,7 +332,7 @@ def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0) -> 
     with synchronized_errors(ranks):
         for tap in taps.all:
             results[tap.name] = tap.accumulator.result(total)
-            check_finite(tap.name, results[tap.name])
+        check_finite(results)
     if unreached:
         _fall_back(taps, unreached, results, ranks)
     return results
@@ -403,7 +404,8 @@ def _check_gradients(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ran
     asked = sorted(statistics & BACKWARD_STATISTICS)
     if not asked:
         return
-    mine = [int(any(bool(tap.accumulator.sums[name].any()) for name in asked)) for tap in taps]
+    there = values_of(tap.accumulator.sums[name].any() for tap in taps for name in asked)
+    mine = [int(any(there[i : i + len(asked)])) for i in range(0, len(there), len(asked))]
     every = [mine] if ranks is None else ranks.gather(mine)
     zero = [tap.name for tap, flags in zip(taps, zip(*every, strict=True), strict=True) if not any(flags)]
     if not zero:

@@ -30,6 +30,7 @@ from lightning_prune.pruning.statistics import (
     GRADIENTS,
     HESSIAN,
     Accumulator,
+    values_of,
     wide_dtype,
 )
 from lightning_prune.pruning.targets import CONVOLUTIONS, LayerKind, Target
@@ -257,7 +258,7 @@ class Taps:
         finally:
             self.probed = None
         leaks, self.leaks = self.leaks, []
-        return any(bool(leak) for leak in leaks)
+        return any(values_of(leaks))
 
     def _backward(self, loss: Tensor) -> None:
         self.device, self.in_backward = loss.device, True

@@ -31,7 +31,7 @@ from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.masks import PackedMasks, apply_masks, masks_from_zeros
-from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
+from lightning_prune.pruning.patterns import lowest_in_rows, nm_mask, refuse_nan
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
@@ -232,6 +232,7 @@ class _Run:
     apply: bool
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    nan: dict[str, Tensor] = field(default_factory=dict)  # whether there is any in a layer's scores
 
     @property
     def parts(self) -> Ranks | None:
@@ -261,6 +262,7 @@ class _Run:
             if not plan.sequential and plan.settings.solver is None:
                 tracked = self._tracked("Selecting")
                 parts = PackedMasks((t.name, self._select(t, self.statistics.get(t.name))) for t in tracked)
+                self._refuse_nan()
                 masks = PackedMasks(join_masks(plan.targets, parts))
                 if self.apply:
                     apply_masks(self.model, masks)
@@ -335,7 +337,7 @@ class _Run:
         return whole[slice(*bounds[0]), slice(*bounds[1])]
 
     def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
-        """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
+        """What the score makes of a matrix or a part of it, ``[o, i]``; a failure is every rank's."""
         score = cast(Score, self.plan.score)
         with synchronized_errors(self.parts):
             # A copy: a user's score may work in place.
@@ -343,7 +345,14 @@ class _Run:
             if not isinstance(scores, Tensor) or scores.shape != weight.shape:
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise ValueError(f"score {score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}")
-            return check_scores(scores if scores.is_floating_point() else scores.float(), target.name)
+            self.nan[target.name] = torch.isnan(scores).any()
+            return scores if scores.is_floating_point() else scores.float()
+
+    def _refuse_nan(self) -> None:
+        """Refuse NaN in scores since the last time; a failure is every rank's."""
+        found, self.nan = self.nan, {}
+        with synchronized_errors(self.parts):
+            refuse_nan(found)
 
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of the part of one matrix that is here."""
@@ -388,6 +397,8 @@ class _Run:
         """Select, update if asked for, write the weight; returns the mask of the part that is here."""
         settings, layout = self.plan.settings, target.layout
         mask = None if settings.selects_itself else self._select(target, statistics)
+        if mask is not None:
+            self._refuse_nan()
         if settings.solver is None:
             assert mask is not None
             target.mask(mask)
@@ -418,6 +429,7 @@ class _Run:
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
         kept = self._without_previous(target, layout.from_rows(kept))
+        self._refuse_nan()  # in what an update that chooses has asked the score
         if scores is not None:
             self._summarize(target, scores, kept)
         target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
