@@ -121,7 +121,9 @@ def _losses_in_pieces(model: nn.Module, inputs: dict[str, Any], labels: Tensor) 
     rows = max(_MOST_LOGITS // 2 // head.out_features, 1)
     losses = [
         checkpoint(_cross_entropy_of_rows, head, part, wanted, use_reentrant=False, preserve_rng_state=False)
-        for part, wanted in zip(hidden.flatten(0, 1).split(rows), targets.flatten().split(rows), strict=True)
+        for part, wanted in zip(
+            torch.split(hidden.flatten(0, 1), rows), torch.split(targets.flatten(), rows), strict=True
+        )
     ]
     return torch.cat(losses).view(targets.shape)[:, :-1]
 
