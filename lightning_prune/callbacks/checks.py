@@ -17,7 +17,7 @@ from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
 from lightning_prune.schedules import OneShot
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.device_goals import check_device_goal
 from lightning_prune.structure.planning import multiples_of
 from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
@@ -164,10 +164,11 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
         )
-    if has_sharded_parameters(module) and not is_kind(strategy, "ModelParallelStrategy"):
-        raise ValueError(
+    if not is_kind(strategy, "ModelParallelStrategy"):
+        refuse_shards(
+            module,
             f"parameters are sharded (DTensor) under {type(strategy).__name__} and cannot be sliced; use the "
-            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained"
+            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained",
         )
 
 
@@ -335,16 +336,17 @@ def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool,
                 "reconstruct fits blocks one by one on whole weights, which ModelParallelStrategy shards: pass "
                 "reconstruct=False, or use strategy='ddp'"
             )
-    elif has_sharded_parameters(module):
-        raise ValueError(
+    else:
+        refuse_shards(
+            module,
             f"parameters are sharded (DTensor) under {type(strategy).__name__}; use the "
-            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them"
+            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them",
         )
-    if has_sharded_parameters(module) and not has_adapters:
-        raise ValueError(
-            f"the parameters of {type(module).__name__} are sharded (DTensor) already, and adapters have to be "
-            "there before: build the module anew, from the saved weights, and call fully_shard in configure_model "
-            "alone"
+    if not has_adapters:
+        refuse_shards(
+            module,
+            f"the parameters of {type(module).__name__} are sharded (DTensor) already, and adapters have to be there "
+            "before: build the module anew, from the saved weights, and call fully_shard in configure_model alone",
         )
 
 

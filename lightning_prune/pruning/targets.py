@@ -236,7 +236,7 @@ class Target:
 
     def whole(self, part: Tensor) -> Tensor:
         """All of a matrix on every rank, ``[O, I]``, from this rank's part of it."""
-        return part if self.layout.mesh is None else self.kind.to_matrix(gather_whole(self.to_parameter(part)))
+        return self.kind.to_matrix(gather_whole(self.to_parameter(part)))
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
         """A matrix, shaped as `matrix` gives it, back to the parameter's shape and layout."""
@@ -256,10 +256,10 @@ class Target:
     def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
         """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
         layout = self.layout
-        if layout.mesh is None or ranks is None:
+        if (spread := layout.among(ranks)) is None:
             return lowest_in_layer
         first_row, counted = layout.row_bounds[0], layout.counted
-        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, counted)
+        return lambda scores, count: lowest_over_ranks(scores, count, spread, first_row, counted)
 
 
 @dataclass(frozen=True)
