@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning as L
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.naming import uncompiled
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
@@ -145,6 +147,15 @@ def _check_sharding(strategy: Any, trainer: L.Trainer) -> None:
             )
 
 
+def _is_compiled(module: L.LightningModule) -> bool:
+    """Whether a part of a module is compiled: by ``torch.compile``, as a module of Lightning, or by ``compile()``."""
+    try:
+        to_uncompiled(copy.copy(module))  # the copy alone forgets it
+    except ValueError:
+        return any(uncompiled(m) is not m or m._compiled_call_impl is not None for m in module.modules())
+    return True
+
+
 def check_module(module: L.LightningModule, strategy: Any) -> None:
     """Modules that cannot change their shapes.
 
@@ -156,10 +167,7 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             f"{type(module).__name__} uses manual optimization, where nobody says which gradients a step is made of; "
             "PruningAwarePretraining needs automatic optimization"
         )
-    compiled = getattr(module, "_compiler_ctx", None) is not None or any(
-        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
-    )
-    if compiled:
+    if _is_compiled(module):
         raise ValueError(
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
