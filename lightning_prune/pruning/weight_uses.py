@@ -116,7 +116,6 @@ class WeightUses(TorchFunctionMode):
 
     def _replaced(self, arguments: Any, function: str) -> Any:
         """Arguments with a leaf in a weight's place, whose gradient tells whether the loss depends on this use."""
-
         if type(arguments) is dict:
             return {key: self._replaced(value, function) for key, value in arguments.items()}
         if type(arguments) in (list, tuple):
