@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_prune.naming import uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.targets import Target, block_classes, type_name
 
@@ -123,12 +124,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DistributedDataParallel and PEFT."""
     while True:
         base = getattr(model, "get_base_model", None)
-        inner: Any = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = uncompiled(model)
+        if inner is model and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
-        if inner is None and callable(base):
+        if inner is model and callable(base):
             inner = base()
-        if inner is None or inner is model:
+        if inner is model:
             return model
         model = inner
 
