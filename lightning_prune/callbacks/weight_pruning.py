@@ -36,6 +36,7 @@ from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.holding import MaskHold
 from lightning_prune.pruning.masks import (
     Masks,
+    PackedMasks,
     follow_names,
     masks_hold,
     pack_masks,
@@ -169,7 +170,7 @@ class WeightPruning(L.Callback):
         self._distillation = Distillation.of(distill_from, distill_weight, temperature)
         self._elsa: ELSATraining | None = None  # until it has pruned
         self._elsa_state: dict[str, Any] | None = None  # of a checkpoint
-        self._masks: Masks = {}
+        self._masks = PackedMasks()
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._hold: MaskHold | None = None
         self._plan: PruningPlan | None = None
@@ -205,10 +206,10 @@ class WeightPruning(L.Callback):
             raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
 
     @property
-    def masks(self) -> Masks:
+    def masks(self) -> PackedMasks:
         """Bool masks by parameter name, True = kept, sharded as the parameters are; empty before pruning.
 
-        During a fit they are made anew each time, one byte a weight: keep them where they are needed often.
+        They are held as one bit a weight, and each is unpacked when it is asked for.
         """
         if self._hold is not None:
             return self._hold.masks
@@ -259,7 +260,7 @@ class WeightPruning(L.Callback):
         Args:
             rename: From a parameter's name as masks have it to its name now.
         """
-        self._masks = {rename(name): mask for name, mask in self._masks.items()}
+        self._masks = self._masks.renamed(rename)
         self._counts = {rename(name): counts for name, counts in self._counts.items()}
         self._target_names = tuple(map(rename, self._target_names))
         if self._hold is not None:
@@ -331,7 +332,7 @@ class WeightPruning(L.Callback):
         self._plan, self._uncounted, self._reported = plan, plan.coverage.uncounted, False
         stranger = self._owner is not None and self._owner() is not pl_module
         if stranger or (self._copied and not masks_hold(pl_module, self._masks)):
-            self._keep({})  # another module's; a loaded checkpoint's have no owner yet
+            self._keep(PackedMasks())  # another module's; a loaded checkpoint's have no owner yet
         self._copied = False
         self._check_data(trainer, plan)
         if isinstance(self.schedule, ELSA) and not self._masks:
@@ -494,9 +495,9 @@ class WeightPruning(L.Callback):
         if self._distillation is not None:
             self._distillation.end()
 
-    def _masks_at_rest(self) -> Masks:
+    def _masks_at_rest(self) -> PackedMasks:
         """The masks in main memory; shards stay on the devices of their mesh."""
-        return {n: at_rest(mask) for n, mask in self.masks.items()}
+        return PackedMasks((n, at_rest(mask)) for n, mask in self.masks.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and masks, nothing of a module, an optimizer or a fit that runs."""
@@ -532,7 +533,7 @@ class WeightPruning(L.Callback):
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
-    def _new_masks(self, trainer: L.Trainer, module: L.LightningModule, plan: PruningPlan) -> Masks:
+    def _new_masks(self, trainer: L.Trainer, module: L.LightningModule, plan: PruningPlan) -> PackedMasks:
         loss_fn, data, summary, previous = None, None, ScoreSummary(), self.masks
         reshard(module)
         if self._dense is not None:
@@ -571,17 +572,18 @@ class WeightPruning(L.Callback):
             )
         self._scores = summary
         # Layers that are no targets any more, of a checkpoint made with others, stay as they are.
-        return {**{name: mask for name, mask in previous.items() if name not in masks}, **masks}
+        return previous | masks
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
         if self._hold is None:
-            self._hold = MaskHold(module, masks)
+            # Else a module clips by itself, before the hook that comes before a step.
+            self._hold = MaskHold(module, masks, hook_gradients=not module.automatic_optimization)
         else:
             self._hold.update(masks)
         self._hold.watch(trainer.optimizers)
         self._keep(self._hold.masks)
-        self._masks = {}  # the hold has them
+        self._masks = PackedMasks()  # the hold has them
         self._mask_averages(trainer, module)
 
     def _mask_averages(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -593,7 +595,7 @@ class WeightPruning(L.Callback):
                 self._said.add(problem)
                 rank_zero_warn(problem)
 
-    def _keep(self, masks: Masks) -> None:
+    def _keep(self, masks: PackedMasks) -> None:
         """Take masks and count them; where they are sharded every rank must call."""
         self._masks = masks
         pruned = counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
@@ -606,7 +608,7 @@ class WeightPruning(L.Callback):
             self._hold.follow()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Mask gradients that something has changed since the backward pass, before they are clipped; or ELSA's."""
+        """Mask gradients, before they are clipped; or let ELSA change them first."""
         if self._elsa is not None:
             self._elsa.pull(optimizer)
         if self._hold is not None:
@@ -623,7 +625,7 @@ class WeightPruning(L.Callback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``.
+        """PackedMasks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``.
 
         Where weights are sharded every rank must call, and rank 0, which writes the checkpoint, alone gets the bits.
         """

@@ -15,7 +15,7 @@ from lightning_prune.checkpoints.reading import Checkpoint, fail, open_checkpoin
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.clearing import to_bytes
-from lightning_prune.pruning.masks import unpack_masks
+from lightning_prune.pruning.masks import PackedMasks, unpack_masks
 from lightning_prune.safety import is_stored_whole
 from lightning_prune.structure.saving import MaskedUnits
 from lightning_prune.structure.sizes import ATTENTION_UNITS
@@ -113,8 +113,8 @@ class StoredMasks:
         """Whether a tensor may count as a weight that a user would prune: it is not known to be an embedding."""
         return clean_name(name) not in self.uncounted
 
-    def masks(self) -> dict[str, Tensor]:
-        """All masks, unpacked, by the names they are stored under.
+    def masks(self) -> PackedMasks:
+        """All masks by the names they are stored under.
 
         Raises:
             CheckpointError: a mask is damaged.

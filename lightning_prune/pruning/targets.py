@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -361,8 +361,8 @@ def parameters_of(targets: Sequence[Target]) -> dict[str, nn.Parameter]:
     return {name: target.weight for name, target in {t.parameter: t for t in targets}.items()}
 
 
-def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the parameters' shapes and layouts, by parameter.
+def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield masks of the parameters' shapes and layouts, with the parameters' names.
 
     Args:
         targets: All targets of the parameters.
@@ -371,18 +371,16 @@ def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> dict[s
     users: dict[str, list[Target]] = {}
     for target in targets:
         users.setdefault(target.parameter, []).append(target)
-    masks = {}
     for name, (first, *others) in users.items():
         if not isinstance(first, SliceTarget):
-            masks[name] = first.to_parameter(parts[name])
+            yield name, first.to_parameter(parts[name])
             continue
         weight = first.weight
         own = torch.ones(local(weight).shape, dtype=torch.bool, device=weight.device)
         for target in (first, *others):
             slice_ = target.stored(own)
             slice_.copy_(target.kind.from_matrix(parts[target.name], slice_.shape))
-        masks[name] = as_shard_of(weight, own)
-    return masks
+        yield name, as_shard_of(weight, own)
 
 
 @dataclass(frozen=True)
