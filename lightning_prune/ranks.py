@@ -176,9 +176,6 @@ class ShardGroup:
 def shard_group(parameters: Mapping[str, Tensor]) -> ShardGroup | None:
     """The processes that a model's parameters are sharded over; None if they are whole.
 
-    Args:
-        parameters: By name.
-
     Raises:
         ValueError: see `cut_once`.
     """

@@ -91,11 +91,7 @@ def _averages_in(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tupl
 
 
 def _kept_by(callback: Any) -> Any:
-    """What an averaging callback of Lightning averages into; None before it has begun.
-
-    Raises:
-        RuntimeError: the callback keeps it elsewhere.
-    """
+    """What an averaging callback of Lightning averages into; None before it has begun."""
     if not hasattr(callback, "_average_model"):
         raise RuntimeError(
             f"{type(callback).__name__} of lightning {L.__version__} does not keep its average where 2.6 does "

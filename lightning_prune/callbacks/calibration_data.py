@@ -215,11 +215,7 @@ def _data_of(sampler: Any) -> Any:
 
 
 def _listed(sampler: Any, dataset: Any, most: int, seed: int) -> list[Any]:
-    """What a copy of a sampler yields in an epoch; up to `most` of one that knows no end.
-
-    Raises:
-        ValueError: it cannot be copied, or yields nothing.
-    """
+    """What a copy of a sampler yields in an epoch; up to `most` of one that knows no end."""
     shared, layer = [dataset], sampler
     while hasattr(layer, "__dict__"):
         shared += [v for v in vars(layer).values() if isinstance(v, (Dataset, Tensor, np.ndarray))]

@@ -195,11 +195,6 @@ def masked_while_shrinking(trainer: L.Trainer, callback: Any) -> bool:
 def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> dict[UnitType, int]:
     """Refuse a `WeightPruning` in the same Trainer whose masks could not follow a model that shrinks.
 
-    Args:
-        trainer: With both callbacks.
-        callback: The `PruningAwarePretraining`.
-        structure: Of the model.
-
     Returns:
         How many units of a type, side by side, have to go together for N:M groups to stay whole.
 

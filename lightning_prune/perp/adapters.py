@@ -260,11 +260,7 @@ def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None])
 
 
 def _head_name(model: nn.Module, adapter: str | None) -> str:
-    """Return the name of the output embeddings.
-
-    Raises:
-        ValueError: there are none, or there is no adapter to put on them.
-    """
+    """Return the name of the output embeddings."""
     if adapter is None:
         raise ValueError("adapt_head=True with adapter=None has no adapter to put on the head; name one, or remove it")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
