@@ -76,6 +76,7 @@ def test_counts_are_exact_and_nothing_else_changes(llama, tokens, score, where):
     check_only_masked(llama, before, masks)
 
 
+@pytest.mark.few_fast(12)
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("where", [None, "2:4", "4:8", "1:4"])
 @pytest.mark.parametrize(
@@ -332,6 +333,7 @@ def test_sequential_with_gradients_needs_batches_that_can_be_read_twice(llama, t
 # -- schedules --------------------
 
 
+@pytest.mark.few_fast(5)
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "kfac", "sparsegpt", "gblm"])
 @pytest.mark.parametrize("update", [None, "obs", "alps"])
 def test_masks_of_growing_sparsity_are_nested(score, update, tokens):
