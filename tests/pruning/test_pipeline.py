@@ -138,8 +138,13 @@ def test_an_update_keeps_the_mask_of_the_score(reference, update):
 
 
 @pytest.mark.few_fast(3)
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "gradient", "gblm", "kfac"])
-@pytest.mark.parametrize("where", ["layer", "row", "2:4"])
+@pytest.mark.parametrize(  # each score, and each place with a score of either kind
+    ("where", "score"),
+    [
+        *(("row", score) for score in ("magnitude", "wanda", "gradient", "gblm", "kfac")),
+        *((where, score) for where in ("layer", "2:4") for score in ("wanda", "kfac")),
+    ],
+)
 def test_alps_weighs_as_the_score_does(reference, score, where):
     """Whatever the score has beside the weight weighs; input norms are those of the damped Hessian."""
     model = copy.deepcopy(reference.model)
