@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import mask_averages
@@ -53,7 +52,7 @@ from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parame
 from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
-from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
+from lightning_prune.sharding import at_rest, counts_over_ranks, local, refuse_shards, reshard
 
 _STATE_VERSION = 1
 
@@ -324,11 +323,11 @@ class WeightPruning(L.Callback):
         """Prune, or take up the masks that are there, before the first batch."""
         plan = self._make_plan(pl_module, self._check_others(trainer, pl_module))
         self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
-        sharded = has_sharded_parameters(pl_module)
-        if sharded and not is_kind(trainer.strategy, "ModelParallelStrategy"):
-            raise ValueError(
+        if not is_kind(trainer.strategy, "ModelParallelStrategy"):
+            refuse_shards(
+                pl_module,
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
-                "ranks see the same samples; use strategy=ModelParallelStrategy()"
+                "ranks see the same samples; use strategy=ModelParallelStrategy()",
             )
         self._plan, self._uncounted, self._reported = plan, plan.coverage.uncounted, False
         stranger = self._owner is not None and self._owner() is not pl_module
@@ -498,7 +497,7 @@ class WeightPruning(L.Callback):
 
     def _masks_at_rest(self) -> PackedMasks:
         """The masks in main memory; shards stay on the devices of their mesh."""
-        return PackedMasks((n, m if isinstance(m, DTensor) else m.cpu()) for n, m in self.masks.items())
+        return PackedMasks((n, at_rest(mask)) for n, mask in self.masks.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and masks, nothing of a module, an optimizer or a fit that runs."""

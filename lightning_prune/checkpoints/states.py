@@ -41,11 +41,7 @@ def states_of(callbacks: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def shrunk_sizes(callbacks: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return sizes and parameters of a model before `PruningAwarePretraining` and now; empty for any other.
-
-    Args:
-        callbacks: See `states_of`.
-    """
+    """Return sizes and parameters of a model before `PruningAwarePretraining` and now; empty for any other."""
     found: dict[str, tuple[Any, Any]] = {}
     for state in states_of(callbacks, _SHRINKING).values():
         shrinking = state.get("shrinking") if isinstance(state, Mapping) else None
@@ -337,11 +333,6 @@ def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 def merged_state(state: Mapping[str, Tensor], callbacks: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """A state dict with its adapters merged, under the names of the plain model.
-
-    Args:
-        state: Of a checkpoint.
-        callbacks: States of its callbacks.
-        path: What errors call the checkpoint.
 
     Raises:
         CheckpointError: see `merged_checkpoint`.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import clean_name, own_parameters
 from lightning_prune.pruning.targets import Target, parameters_of
 from lightning_prune.safety import is_stored_whole, uninterrupted
 from lightning_prune.sharding import (
@@ -146,15 +146,17 @@ def current_weight(model: nn.Module, name: str) -> nn.Parameter | None:
     *path, last = name.split(".")
     for part in path:
         module = _unwrapped(module, part)
-        module = None if module is None else module._modules.get(part)
+        module = None if module is None else dict(module.named_children()).get(part)
     module = _unwrapped(module, last)
-    return None if module is None else module._parameters.get(last)
+    return None if module is None else own_parameters(module).get(last)
 
 
 def _unwrapped(module: nn.Module | None, part: str) -> nn.Module | None:
     """What a compiled or checkpointed module has inside, if that is where a part of a clean name is."""
-    while module is not None and part not in module._modules and part not in module._parameters:
-        module = module._modules.get("_orig_mod", module._modules.get("_checkpoint_wrapped_module"))
+    while module is not None and part not in (children := dict(module.named_children())):
+        if part in own_parameters(module):
+            break
+        module = children.get("_orig_mod", children.get("_checkpoint_wrapped_module"))
     return module
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from lightning_prune.naming import uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.targets import Target, block_classes, type_name
 
@@ -178,12 +179,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DistributedDataParallel and PEFT."""
     while True:
         base = getattr(model, "get_base_model", None)
-        inner: Any = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = uncompiled(model)
+        if inner is model and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
-        if inner is None and callable(base):
+        if inner is model and callable(base):
             inner = base()
-        if inner is None or inner is model:
+        if inner is model:
             return model
         model = inner
 

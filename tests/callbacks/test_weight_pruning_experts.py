@@ -49,6 +49,7 @@ def assert_held(module: CausalLM, masks: dict[str, torch.Tensor]) -> None:
         assert not torch.signbit(weight[~mask]).any(), name
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_life(family: str, tmp_path: Path) -> None:
     def pruner() -> WeightPruning:
@@ -90,6 +91,7 @@ def test_a_whole_life(family: str, tmp_path: Path) -> None:
     assert any(not torch.equal(p, module.get_parameter(n)) for n, p in kept.named_parameters())
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("model", "trainer"),
@@ -112,6 +114,7 @@ def test_masks_hold(family: str, model: dict[str, Any], trainer: dict[str, Any],
     assert sum("experts" in name for name in pruning.masks) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sequential", [False, True])
 def test_compiled_blocks_give_the_masks_of_plain_ones(family: str, sequential: bool, tmp_path: Path) -> None:
@@ -171,6 +174,7 @@ def test_where_experts_alone_are_pruned_there_is_nothing_to_adapt() -> None:
         add_adapters(model)
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reconstruct_fits_the_kept_weights_of_experts(family: str) -> None:
     model = make_moe(family)

@@ -42,6 +42,7 @@ def trainable(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", MERGED)
@@ -163,6 +164,7 @@ def test_a_head_that_cannot_be_adapted_is_refused() -> None:
         assert snapshot(model) == before
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("adapter", MERGED)
@@ -303,6 +305,7 @@ def test_gradient_checkpointing_trains_the_same(reentrant: bool) -> None:
     assert run(True) == run(False)
 
 
+@pytest.mark.slow
 def test_compiled_model_trains_the_same() -> None:
     def run(compiled: bool) -> list[float]:
         torch.manual_seed(3)

@@ -28,6 +28,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.few_fast(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", "lora", None])
 def test_round_trip(adapter: str | None, family: str, tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ DAMAGE: list[tuple[Any, Any, type[Exception], str]] = [
 ]
 
 
+@pytest.mark.few_fast(12)
 @pytest.mark.parametrize(("build", "damage", "error", "message"), DAMAGE)
 def test_what_does_not_fit_is_refused_and_nothing_changes(
     build: Any, damage: Any, error: type[Exception], message: str, tmp_path: Path
@@ -288,6 +290,7 @@ def killed_at(number: int, work: Any) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 def test_the_old_or_the_new_adapter_loads_wherever_saving_was_killed(old: bool, tmp_path: Path) -> None:
     def check_sum_of(model: nn.Module) -> int:
