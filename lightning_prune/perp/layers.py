@@ -33,6 +33,7 @@ from lightning_prune.perp.effective import (
 )
 from lightning_prune.pruning.clearing import to_bytes
 from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.running import has_hooks
 from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.sharding import gather_whole, is_sharded, local, refuse_shards, shard_bounds, take_shard
 
@@ -448,16 +449,6 @@ class KeptLoRALinear(SparseLinear):
             "adapter='lora' cannot be merged: B A is dense and would fill the zeros of the pruned weights. Keep the "
             "adapter apart (save_adapter), or train with adapter='mask_lora'"
         )
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether anything is to be called around a module's forward or backward pass.
-
-    PyTorch calls such hooks for a module that is called, and has no public way to ask for them.
-    """
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def own_weight(layer: nn.Module) -> nn.Parameter | None:

@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.naming import uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.targets import Target, block_classes, type_name
+from lightning_prune.sharding import local
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a forward pass runs in, such as autocast."""
@@ -102,7 +102,7 @@ def _losses_in_pieces(model: nn.Module, inputs: dict[str, Any], labels: Tensor) 
     inner = cast(Any, inner)
     head, body, config = inner.get_output_embeddings(), inner.base_model, inner.config.get_text_config()
     changed = any(getattr(config, name, None) not in (None, 1) for name in _CHANGES_OF_LOGITS)
-    plain = type(head) is nn.Linear and not head._forward_hooks and not isinstance(head.weight, DTensor)
+    plain = type(head) is nn.Linear and not has_hooks(head) and local(head.weight) is head.weight
     if not plain or changed or body is inner or labels.numel() * head.out_features <= _MOST_LOGITS:
         return None
     seen: list[Any] = []
@@ -187,6 +187,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is model:
             return model
         model = inner
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anything is to be called around a module's forward or backward pass.
+
+    PyTorch calls such hooks for a module that is called, and has no public way to ask for them.
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _is_pretrained(model: nn.Module) -> bool:

@@ -190,7 +190,8 @@ def masks(bench: Bench) -> dict[str, Any]:
 def perp(bench: Bench) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
-    from lightning_prune import add_adapters, prune
+    from lightning_prune import prune
+    from lightning_prune.perp import add_adapters
 
     ids = bench.batches()[0]["input_ids"]
     plain, ours = bench.model(bench.training_layers).train(), bench.model(bench.training_layers).train()
