@@ -168,7 +168,7 @@ class Taps:
     def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
         layout = target.layout
         (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
-        own = target.matrix().shape
+        own = target.part(target.weight).shape
         wide = wide_dtype(target.weight.dtype)
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name
-from lightning_prune.pruning.targets import Target, parameters_of
-from lightning_prune.safety import is_stored_whole, uninterrupted
+from lightning_prune.pruning.offloading import at_hand
+from lightning_prune.pruning.targets import Target
+from lightning_prune.safety import is_stored_whole, restored_on_failure, uninterrupted
 from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,
@@ -122,10 +123,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """
     weights = check_masks(model, masks)
     parts = {name: part_of(weight, masks[name]) for name, weight in weights.items()}
-    with uninterrupted():
+    holders = {id(p): (m, n) for m in model.modules() for n, p in m._parameters.items() if p is not None}
+    with uninterrupted(), restored_on_failure() as originals:
         for name, weight in weights.items():
-            own = local(weight)
-            own.masked_fill_(~parts[name].to(own.device), 0.0)
+            module, attribute = holders[id(weight)]
+            with at_hand(module, undo=originals.undo.append):
+                own = local(getattr(module, attribute))
+                own.masked_fill_(~parts[name].to(own.device), 0.0)
 
 
 def part_of(weight: Tensor, mask: Tensor) -> Tensor:
@@ -149,7 +153,11 @@ def masks_from_zeros(targets: Sequence[Target]) -> Masks:
     Raises:
         ValueError: no weight is zero.
     """
-    masks = {n: as_shard_of(weight, local(weight.detach()) != 0) for n, weight in parameters_of(targets).items()}
+    masks: Masks = {}
+    for name, target in {t.parameter: t for t in targets}.items():
+        with at_hand(target.module):
+            kept = local(target.weight.detach()) != 0
+        masks[name] = as_shard_of(target.weight, kept.cpu() if target.offloaded else kept)
     if not pruned_count(masks):
         raise ValueError(
             f"score='keep' takes the masks from the zeros of the loaded weights, but none of the {len(masks)} "
