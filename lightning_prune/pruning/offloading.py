@@ -55,12 +55,12 @@ def at_hand(
         undo: Takes what puts a changed weight back.
         discard: Let go of changes, as happens if the block fails.
     """
-    brought: list[tuple[Any, dict[str, Any], str, Any, int]] = []
+    brought: list[tuple[Any, Any, str, Any, int]] = []
     hooks = [(m, hook) for m in modules if (hook := _hook(m)) is not None and hook.offload]
     try:
         for module, hook in hooks:
             hook.offload = False
-            held: dict[str, Any]
+            held: Any
             for held in (module._parameters, module._buffers):
                 for name, away in held.items():
                     if away is None or not away.is_meta:
@@ -136,7 +136,9 @@ def check_offloaded(model: nn.Module, weights: Iterable[tuple[str, nn.Module, st
         ValueError: offloaded weights that are tied, or lie in the files of a checkpoint without a folder for new ones.
     """
     hooks = [(m, hook) for m in model.modules() if (hook := _hook(m)) is not None]
-    places = Counter(_identity(h.weights_map, name) for m, h in hooks for name, p in m._parameters.items() if p is not None)
+    places = Counter(
+        _identity(h.weights_map, name) for m, h in hooks for name, p in m._parameters.items() if p is not None
+    )
     for name, module, attribute in weights:
         if (hook := _hook(module)) is None:
             continue

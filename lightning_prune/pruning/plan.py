@@ -22,7 +22,6 @@ from lightning_prune.pruning.allocation import (
 from lightning_prune.pruning.coverage import Coverage, coverage_of
 from lightning_prune.pruning.offloading import check_offloaded
 from lightning_prune.pruning.patterns import NM
-from lightning_prune.pruning.running import checkpointed_layers
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, FORWARD_STATISTICS, HESSIAN
@@ -167,18 +166,14 @@ def make_plan(
 
 def _check_offloaded(plan: PruningPlan, model: nn.Module) -> None:
     away = [t for t in plan.targets if t.offloaded]
-    check_offloaded(model, [(t.name, t.module, t.parameter.rpartition(".")[2]) for t in away])
-    if not plan.dense_statistics & BACKWARD_STATISTICS:
-        return
-    # Autograd holds the weights that a forward pass has met until their backward, unless it runs again.
-    again = {m for layer in checkpointed_layers(model) for m in layer.modules()}
-    if held := [t.name for t in away if t.module not in again]:
+    # Autograd holds every weight that a forward pass has met until its backward.
+    if away and plan.dense_statistics & BACKWARD_STATISTICS:
         raise ValueError(
-            f"score={plan.score.name!r} runs a backward pass, which would hold all offloaded weights (device_map) at "
-            f"once, such as {held[0]!r}: call model.gradient_checkpointing_enable(gradient_checkpointing_kwargs="
-            "{'use_reentrant': False}) and model.train() first, or choose a score without gradients (wanda, sparsegpt) "
-            "with sequential=True"
+            f"score={plan.score.name!r}, or its allocation, needs a backward pass, which "
+            f"would hold all offloaded weights (device_map) at once, such as {away[0].name!r}: choose a score without "
+            "gradients (wanda, sparsegpt) with sequential=True, or load the model whole"
         )
+    check_offloaded(model, [(t.name, t.module, t.parameter.rpartition(".")[2]) for t in away])
 
 
 def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozenset[str]) -> None:

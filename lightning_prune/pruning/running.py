@@ -211,34 +211,32 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     caches = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    # By where they are: offloaded ones are replaced whenever they are brought.
-    trainable = [(m._parameters, n) for m in model.modules() for n, p in m._parameters.items() if p is not None and p.requires_grad]
-    trainable = trainable if freeze else []
+    trainable = [p for p in model.parameters() if p.requires_grad] if freeze else []
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []
     # A compiled model would not see hooks that were added after it was compiled.
     stance = torch.compiler.set_stance("force_eager")
     with torch.random.fork_rng(devices=devices), stance:
         try:
-            checkpointed = checkpointed_layers(model) if freeze else set()
+            checkpointed = _checkpointed_layers(model) if freeze else set()
             for module, _ in modes:
                 module.training = module in checkpointed
             for config in caches:
                 config.use_cache = False
-            for held, name in trainable:
-                held[name].requires_grad_(False)
+            for parameter in trainable:
+                parameter.requires_grad_(False)
             yield
         finally:
-            for held, name in trainable:
-                held[name].requires_grad_(True)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
             for config in caches:
                 config.use_cache = True
             for module, mode in modes:
                 module.training = mode
 
 
-def checkpointed_layers(model: nn.Module) -> set[nn.Module]:
-    """Return the layers that must stay in training mode, alone, so that transformers goes on checkpointing them.
+def _checkpointed_layers(model: nn.Module) -> set[nn.Module]:
+    """Layers that must stay in training mode, alone, so that transformers goes on checkpointing them.
 
     It checkpoints only layers in training mode, and a batch that fits in training may not fit without. Their parts
     are in evaluation mode all the same; a layer that applies dropout by itself is left out.

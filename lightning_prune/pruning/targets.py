@@ -739,8 +739,8 @@ def _checked_weight(name: str, layer: _Candidate, offloaded: bool) -> nn.Paramet
     if weight.is_meta and is_offloaded(layer.module):
         if not offloaded:
             raise ValueError(
-                f"the weight of {name!r} is offloaded to main memory or disk (device_map), where only `prune` takes it; "
-                "load the model without device_map"
+                f"the weight of {name!r} is offloaded to main memory or disk (device_map), where only `prune` "
+                "takes it; load the model without device_map"
             )
     elif weight.is_meta:
         raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialize the model first")
