@@ -329,9 +329,45 @@ class Layout:
         return local(spread.redistribute(placements=[target])).contiguous()
 
 
-@dataclass(frozen=True)
 class SliceLayout(Layout):
-    """Where one matrix ``(O, I)`` of a stack ``(E, O, I)`` lives; `transposed`: of a stack ``(E, I, O)``.
+    """Where one matrix ``(O, I)`` lives that is a part of its parameter."""
+
+    @property
+    def _parameter_cuts(self) -> list[tuple[int, int]]:
+        """Pairs of mesh dimension and dimension of the parameter."""
+        return _cuts(self.parameter) if isinstance(self.parameter, DTensor) else []
+
+    def forward_bounds(self, data_ranks: frozenset[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of the part that this rank's forward pass multiplies with.
+
+        Raises:
+            ValueError: ranks that see the same samples hold other parts.
+        """
+        if not all(self._over_data(mesh_dim, data_ranks) for mesh_dim, _ in self._parameter_cuts):
+            raise ValueError(
+                "experts or attention projections that are spread over ranks which see the same samples (expert or "
+                "tensor parallelism) cannot be calibrated on; shard them with fully_shard alone, or use a score "
+                "without data (magnitude)"
+            )
+        return super().forward_bounds(data_ranks)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The whole matrix on every rank, from this rank's part of it, ``[o, i]``."""
+        if self.mesh is None:
+            return part
+        (row, row_end), (column, column_end) = self.bounds
+        wide = part.to(torch.uint8) if part.dtype == torch.bool else part
+        whole = wide.new_zeros(self.shape)
+        if self.counted:
+            whole[row:row_end, column:column_end] = wide
+        for mesh_dim in range(self.mesh.ndim):
+            dist.all_reduce(whole, group=self._group(mesh_dim))
+        return whole.to(part.dtype)
+
+
+@dataclass(frozen=True)
+class StackLayout(SliceLayout):
+    """Where one matrix of a stack ``(E, O, I)`` lives; `transposed`: of a stack ``(E, I, O)``.
 
     Attributes:
         index: Which of the E.
@@ -352,13 +388,8 @@ class SliceLayout(Layout):
         return self.index - start if start <= self.index < stop else None
 
     @property
-    def _stack_cuts(self) -> list[tuple[int, int]]:
-        """Pairs of mesh dimension and dimension of the stack."""
-        return _cuts(self.parameter) if isinstance(self.parameter, DTensor) else []
-
-    @property
     def _matrix_cuts(self) -> list[tuple[int, int]]:
-        return [(mesh_dim, 2 - dim if self.transposed else dim - 1) for mesh_dim, dim in self._stack_cuts if dim]
+        return [(mesh_dim, 2 - dim if self.transposed else dim - 1) for mesh_dim, dim in self._parameter_cuts if dim]
 
     @property
     def bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -366,31 +397,41 @@ class SliceLayout(Layout):
         rows, columns = self._bounds(self._matrix_cuts)
         return rows if self.place is not None else (0, 0), columns
 
-    def forward_bounds(self, data_ranks: frozenset[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows and columns of the part that this rank's forward pass multiplies with.
 
-        Raises:
-            ValueError: ranks that see the same samples hold other experts, or other parts of them.
-        """
-        if not all(self._over_data(mesh_dim, data_ranks) for mesh_dim, _ in self._stack_cuts):
-            raise ValueError(
-                "experts that are spread over ranks which see the same samples (expert or tensor parallelism) cannot "
-                "be calibrated on; shard them with fully_shard alone, or use a score without data (magnitude)"
-            )
-        return super().forward_bounds(data_ranks)
+@dataclass(frozen=True)
+class RowsLayout(SliceLayout):
+    """Where some rows of a matrix live, as a matrix of their own.
 
-    def gather(self, part: Tensor) -> Tensor:
-        """The whole matrix on every rank, from this rank's part of it, ``[o, i]``."""
-        if self.mesh is None:
-            return part
-        (row, row_end), (column, column_end) = self.bounds
-        wide = part.to(torch.uint8) if part.dtype == torch.bool else part
-        whole = wide.new_zeros(self.shape)
-        if self.counted:
-            whole[row:row_end, column:column_end] = wide
-        for mesh_dim in range(self.mesh.ndim):
-            dist.all_reduce(whole, group=self._group(mesh_dim))
-        return whole.to(part.dtype)
+    Attributes:
+        first: The first of the rows.
+        last: The one behind them.
+    """
+
+    first: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(O, I)`` of the rows."""
+        return self.last - self.first, self.parameter.shape[1]
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """Start and stop of what is here of the rows, in this rank's part of the parameter."""
+        start, stop = shard_bounds(self.parameter)[0]
+        first, last = (min(max(row, start), stop) - start for row in (self.first, self.last))
+        return first, last
+
+    @property
+    def _matrix_cuts(self) -> list[tuple[int, int]]:
+        return [(mesh_dim, dim) for mesh_dim, dim in self._parameter_cuts if dim]
+
+    @property
+    def bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Start and stop of this rank's rows, counted from the first, and columns."""
+        start, (first, last) = shard_bounds(self.parameter)[0][0] - self.first, self.places
+        rows = (first + start, last + start) if first < last else (0, 0)
+        return rows, self._bounds(self._matrix_cuts)[1]
 
 
 def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -23,6 +23,7 @@ from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.projections import Projection, projections_written_out
 from lightning_prune.pruning.statistics import (
     BACKWARD_STATISTICS,
     FORWARD_STATISTICS,
@@ -183,7 +184,10 @@ class Taps:
         try:
             for tap, module in modules:
                 handles.extend(self._hook(tap, module))
-            with written_out(module for _, module in modules if isinstance(module, ExpertMatrix)):
+            with (
+                written_out(module for _, module in modules if isinstance(module, ExpertMatrix)),
+                projections_written_out(module for _, module in modules if isinstance(module, Projection)),
+            ):
                 yield
         finally:
             for handle in handles:
@@ -268,9 +272,13 @@ class Taps:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             key = "input" if "input" in kwargs else next(iter(kwargs), "")
             x = args[0] if args else kwargs.get(key)
+            name = tap.name.removesuffix(".weight")
             if not isinstance(x, Tensor):
-                name = tap.name.removesuffix(".weight")
                 raise CalibrationError(f"{name!r} receives {type(x).__name__}, not a tensor; add it to `ignore`")
+            if x.is_meta:
+                raise CalibrationError(
+                    f"{name!r} receives no data: a layer before it ran without its offloaded weights"
+                )
             if not self.backward:
                 self._enter(tap, layer, x, None)
                 self._take_input(tap, layer, x)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,8 +22,9 @@ from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
 from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
 from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
+from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out
 from lightning_prune.ranks import Ranks
-from lightning_prune.sharding import Layout, SliceLayout, as_shard_of, gather_whole, local
+from lightning_prune.sharding import Layout, RowsLayout, SliceLayout, StackLayout, as_shard_of, gather_whole, local
 
 DEFAULT_IGNORE = HEADS
 """Output layers, left alone unless `targets` names them; see `lightning_prune.naming.is_head`."""
@@ -119,6 +121,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 # A matrix that its module multiplies with by itself, without a layer that could be watched.
 INNER = replace(LINEAR, name="inner matrix")
+# One of an attention that is written out while samples run.
+PROJECTION = replace(LINEAR, name="projection")
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 # One expert's slice of a 3-D parameter, `[O, I]` or `[I, O]`; all its tokens come in one list.
@@ -228,7 +232,7 @@ class Target:
     @property
     def holders(self) -> tuple[nn.Module, ...]:
         """The modules of the model that hold the parameter."""
-        return self.modules
+        return tuple(vars(module).get("holder", (module,))[0] for module in self.modules)
 
     def stored(self, tensor: Tensor) -> Tensor:
         """What is here of the weight in a tensor of the parameter's shape and layout, as the parameter stores it."""
@@ -277,55 +281,37 @@ class Target:
         return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, counted)
 
 
-@dataclass(frozen=True)
-class ExpertTarget(Target):
-    """One expert's slice of a 3-D parameter, to prune like the weight of a layer.
-
-    Of a parameter that is sharded along its experts, a rank has the whole matrix or no row of it.
-    """
-
-    @property
-    def slice(self) -> ExpertMatrix:
-        """The matrix as a layer."""
-        first = self.modules[0]
-        assert isinstance(first, ExpertMatrix)
-        return first
+class SliceTarget(Target):
+    """A part of a parameter, to prune like the weight of a layer. Its modules are layers that stand in for it."""
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter of all experts, as it is now."""
-        return self.slice.weight
+        """The whole parameter, as it is now."""
+        weight = self.modules[0].weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     @property
     def numel(self) -> int:
-        """Number of weights of the expert."""
+        """Number of weights of the part."""
         return self.shape[0] * self.shape[1]
 
     @property
+    @abstractmethod
     def layout(self) -> SliceLayout:
         """Where the parts of the matrix are."""
-        return SliceLayout(self.weight, self.kind.transposed, self.slice.index)
 
     @property
     def parameter(self) -> str:
-        """The name of the parameter of all experts."""
+        """The name of the whole parameter."""
         return self.name.rpartition(".")[0]
 
-    @property
-    def holders(self) -> tuple[nn.Module, ...]:
-        """The modules of the model that hold the parameter."""
-        return tuple(m.experts for m in self.modules if isinstance(m, ExpertMatrix))
-
+    @abstractmethod
     def stored(self, tensor: Tensor) -> Tensor:
-        """What is here of the expert's slice, in a tensor of the parameter's shape and layout."""
-        place, stack = self.layout.place, local(tensor)
-        if place is not None:
-            return stack[place]
-        first, second = stack.shape[1:]
-        return stack.new_empty((first, 0) if self.kind.transposed else (0, second))
+        """What is here of the part, in a tensor of the whole parameter's shape and layout."""
 
     def whole(self, part: Tensor) -> Tensor:
-        """All of the expert's matrix on every rank, ``[O, I]``, from this rank's part of it."""
+        """All of the matrix on every rank, ``[O, I]``, from this rank's part of it."""
         return self.layout.gather(part)
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
@@ -335,6 +321,44 @@ class ExpertTarget(Target):
             TypeError: always.
         """
         raise TypeError(f"{self.name!r} is a slice of a parameter; join_masks makes one mask of all of them")
+
+
+class ExpertTarget(SliceTarget):
+    """One expert's slice of a 3-D parameter.
+
+    Of a parameter that is sharded along its experts, a rank has the whole matrix or no row of it.
+    """
+
+    @property
+    def layout(self) -> StackLayout:
+        """Where the parts of the matrix are."""
+        first = self.modules[0]
+        assert isinstance(first, ExpertMatrix)
+        return StackLayout(self.weight, self.kind.transposed, first.index)
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What is here of the expert's slice, in a tensor of the parameter's shape and layout."""
+        place, stack = self.layout.place, local(tensor)
+        if place is not None:
+            return stack[place]
+        first, second = stack.shape[1:]
+        return stack.new_empty((first, 0) if self.kind.transposed else (0, second))
+
+
+class ProjectionTarget(SliceTarget):
+    """The queries', keys' or values' rows of the matrix of a MultiheadAttention."""
+
+    @property
+    def layout(self) -> RowsLayout:
+        """Where the parts of the matrix are."""
+        first = self.modules[0]
+        assert isinstance(first, Projection)
+        return RowsLayout(self.weight, self.kind.transposed, *first.bounds)
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """What is here of the rows, in a tensor of the parameter's shape and layout."""
+        start, stop = self.layout.places
+        return local(tensor)[start:stop]
 
 
 def parameters_of(targets: Sequence[Target]) -> dict[str, nn.Parameter]:
@@ -354,7 +378,7 @@ def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> dict[s
         users.setdefault(target.parameter, []).append(target)
     masks = {}
     for name, (first, *others) in users.items():
-        if not isinstance(first, ExpertTarget):
+        if not isinstance(first, SliceTarget):
             masks[name] = first.to_parameter(parts[name])
             continue
         weight = first.weight
@@ -374,11 +398,13 @@ class _Candidate:
         module: What holds it.
         parameter: Its name there.
         kind: How it is stored.
+        attention: What multiplies with it, if its own module does not and can be written out.
     """
 
     module: nn.Module
     parameter: str = "weight"
     kind: LayerKind = LINEAR
+    attention: nn.MultiheadAttention | None = None
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -389,12 +415,15 @@ class _Candidate:
 def _candidates(model: nn.Module, adapters: Collection[nn.Module]) -> dict[str, _Candidate]:
     """The weights of a model that could be pruned: by the clean name of their layer, or of the parameter in others."""
     found = {}
+    attentions: dict[nn.Module, nn.MultiheadAttention] = {}
     for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and can_be_written_out(module):
+            attentions |= {module: module, module.out_proj: module}
         if module in adapters:
             continue
         for parameter, kind in stored_weights(module).items():
             name = path if parameter == "weight" else f"{path}.{parameter}" if path else parameter
-            found[clean_name(name)] = _Candidate(module, parameter, kind)
+            found[clean_name(name)] = _Candidate(module, parameter, kind, attentions.get(module))
     return found
 
 
@@ -503,7 +532,12 @@ def select_layers(
     chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
-    return Selection(_group_by_parameter(model, chosen, offloaded), left_out, frozenset(adapters))
+    if not offloaded and (away := [name for name, layer in chosen.items() if is_offloaded(layer.module)]):
+        raise ValueError(
+            f"the weight of {away[0]!r} is offloaded to main memory or disk (device_map), where only `prune` takes it; "
+            "load the model without device_map"
+        )
+    return Selection(_group_by_parameter(model, chosen, called), left_out, frozenset(adapters))
 
 
 def _nothing_to_prune(
@@ -537,7 +571,12 @@ def _reasons(
     inside = {id(layer.module) for layer in layers.values()}
     routers, frozen = _routers(model, layers), _frozen(model, layers)
     # Their parent reads their weights, and never calls them.
-    functional = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)} if called else set()
+    outputs = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    functional = {
+        layer.module
+        for layer in layers.values()
+        if called and layer.attention is None and (layer.kind is INNER or layer.module in outputs)
+    }
 
     def tied(weight: nn.Parameter | None) -> bool:
         return weight is not None and any(
@@ -552,7 +591,10 @@ def _reasons(
                 (HEAD, without_heads and (is_head(name) or tied(layer.weight))),
                 (ROUTER, name in routers),
                 (FROZEN, name in frozen),
-                (FUNCTIONAL, layer.module in functional or (called and layer.kind is INNER)),
+                (
+                    FUNCTIONAL,
+                    called and layer.attention is None and (layer.kind is INNER or layer.module in functional),
+                ),
                 (GROUPED, called and getattr(layer.module, "groups", 1) > 1),
             )
             if holds
@@ -682,12 +724,12 @@ def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     return users
 
 
-def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], offloaded: bool) -> list[Target]:
+def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], called: bool) -> list[Target]:
     names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
     users = _users(model)
     grouped: dict[int, list[tuple[str, _Candidate]]] = {}
     for name, layer in chosen.items():
-        grouped.setdefault(id(_checked_weight(name, layer, offloaded)), []).append((name, layer))
+        grouped.setdefault(id(_checked_weight(name, layer)), []).append((name, layer))
 
     found: list[Target] = []
     for key, layers in grouped.items():
@@ -698,29 +740,45 @@ def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], offload
                 f"the weight of {layers[0][0]!r} is tied to {', '.join(map(repr, outside))}, which is not a "
                 f"target: pruning one would prune both; add {layers[0][0]!r} to `ignore`, or untie them"
             )
-        made = _targets_of(names[key], [layer for _, layer in layers])
+        made = _targets_of(names[key], [layer for _, layer in layers], called)
         if not made:
             raise ValueError(f"tied layers of different types cannot be pruned: {[n for n, _ in layers]}")
         found.extend(made)
     return found
 
 
-def _targets_of(name: str, users: Sequence[_Candidate]) -> Sequence[Target]:
+def _targets_of(name: str, users: Sequence[_Candidate], called: bool) -> Sequence[Target]:
     """The targets that one parameter makes; none, if its users do not store it alike."""
     first, kinds = users[0], {layer.kind for layer in users}
     if len(kinds) > 1:
         return []
-    if first.kind not in (EXPERT, EXPERT_TRANSPOSED):
-        return [Target(name, first.module, first.kind, tuple(u.module for u in users), first.parameter)]
-    assert first.weight is not None
-    matrices = [
-        tuple(ExpertMatrix(user.module, user.parameter, index, first.kind.transposed) for user in users)
-        for index in range(len(first.weight))
-    ]
-    return [ExpertTarget(f"{name}.{i}", first.module, first.kind, slices) for i, slices in enumerate(matrices)]
+    if first.kind in (EXPERT, EXPERT_TRANSPOSED):
+        assert first.weight is not None
+        matrices = [
+            tuple(ExpertMatrix(user.module, user.parameter, index, first.kind.transposed) for user in users)
+            for index in range(len(first.weight))
+        ]
+        return [ExpertTarget(f"{name}.{i}", first.module, first.kind, slices) for i, slices in enumerate(matrices)]
+    written_out = called and any(user.attention is not None for user in users)
+    if written_out and first.parameter == "in_proj_weight":
+        return [
+            ProjectionTarget(f"{name}.{letter}", first.module, PROJECTION, tuple(_stand_in(u, i) for u in users))
+            for i, letter in enumerate("qkv")
+        ]
+    modules = tuple(_stand_in(u, OUTPUT) if written_out else u.module for u in users)
+    kind = PROJECTION if written_out and first.kind is INNER else first.kind
+    return [Target(name, first.module, kind, modules, first.parameter)]
 
 
-def _checked_weight(name: str, layer: _Candidate, offloaded: bool) -> nn.Parameter:
+def _stand_in(user: _Candidate, index: int) -> nn.Module:
+    """What runs when a weight is multiplied with: its layer, or a projection in the place of one."""
+    if user.attention is None:
+        return user.module
+    index = _PROJECTIONS.index(user.parameter) - 1 if user.parameter in _PROJECTIONS[1:] else index
+    return Projection(user.attention, index)
+
+
+def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
     weight = layer.weight
     if weight is None:
         raise ValueError(
@@ -736,13 +794,7 @@ def _checked_weight(name: str, layer: _Candidate, offloaded: bool) -> nn.Paramet
         raise ValueError(
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"
         )
-    if weight.is_meta and is_offloaded(layer.module):
-        if not offloaded:
-            raise ValueError(
-                f"the weight of {name!r} is offloaded to main memory or disk (device_map), where only `prune` "
-                "takes it; load the model without device_map"
-            )
-    elif weight.is_meta:
+    if weight.is_meta and not is_offloaded(layer.module):
         raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialize the model first")
     return weight
 

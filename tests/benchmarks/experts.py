@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--window-length", type=int, default=256, help="tokens of a window (default 256)")
     p.add_argument("--draws", type=int, default=3, help="random removals (default 3)")
     p.add_argument("--only", choices=("weights", "experts"), help="what to prune (default: both, one after the other)")
+    p.add_argument("--alone", nargs=2, metavar=("MODEL", "METHOD"), help="only time and memory of one, at 50 %%")
     p.add_argument("--threads", type=int, help="torch threads")
     p.add_argument("--json", type=Path, help="write the rows here; an existing file is added to")
     args = p.parse_args()
@@ -146,17 +149,23 @@ def main() -> None:
     weights = sum(p.numel() for p in model.parameters())
     print(f"{weights:,} parameters; share of tokens of an expert: {usage(model, sequences[:16])}", flush=True)
 
-    def add(method: str, what: str, measures: dict[str, Any], pruned: nn.Module | None) -> None:
-        row: dict[str, Any] = {"model": "mixture" if pruned is not None else "dense", "method": method, "what": what}
-        found = {} if pruned is None else common.perplexities(pruned, evaluations)
-        rows.add({**row, **measures, **found})
+    def add(method: str, what: str, measures: dict[str, Any]) -> None:
+        row = {"model": "mixture", "method": method, "what": what}
+        rows.add({**row, **measures, **common.perplexities(model, evaluations)})
 
-    add("dense", "", {}, model)
+    if args.alone:
+        kind, method = args.alone
+        measures = measured(model if kind == "mixture" else dense_of(model), sequences, method, "50")
+        rows.add({"model": kind, "method": method, "what": "50, alone", **measures})
+        return
+    add("dense", "", {})
     for method in METHODS if args.only != "experts" else ():
         for pattern in ("50", "2:4"):
             snapshot.restore()
-            add(method, pattern, measured(model, sequences, method, pattern), model)
-        add(method, "50", measured(dense_of(model), sequences, method, "50"), None)
+            add(method, pattern, measured(model, sequences, method, pattern))
+        for kind in ("mixture", "dense"):  # in processes of their own: memory once had is not given back
+            subprocess.run([sys.executable, *sys.argv, "--alone", kind, method], check=True)
+    rows = common.Rows(args.json, KEY) if args.json else rows
     snapshot.restore()
     for keep in (EXPERTS * 3 // 4, EXPERTS // 2) if args.only != "weights" else ():
         for method in REMOVALS:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from attention_models import TorchCausalLM
 from experts_models import make_moe
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -135,6 +136,9 @@ class Model(L.LightningModule):
             return
         if family in ("mixtral", "gpt_oss"):
             self.model = make_moe(family).float().train()
+            return
+        if family == "attention":
+            self.model = TorchCausalLM()
             return
         fields = {**LLAMA, "intermediate_size": intermediate_size}
         fields.pop("model_type")

@@ -1,5 +1,7 @@
 """Weights that are no Linear's: Conv1d, and the matrices inside of MultiheadAttention, LSTM, GRU and RNN."""
 
+import warnings
+
 import lightning as L
 import naive
 import pytest
@@ -128,9 +130,17 @@ def test_magnitude_reaches_inner_weights(name, how):
     assert measure_coverage(model).share == 1.0
 
 
-@pytest.mark.parametrize("name", INNER_MODELS)
+class OwnAttention(nn.MultiheadAttention):
+    """May compute anything."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "cell", "own attention"])
 def test_scores_from_data_leave_inner_weights_out_and_say_so(name):
-    model = nn.ModuleDict({"inner": INNER_MODELS[name](), "proj": nn.Linear(8, 8)})
+    inner = OwnAttention(8, 2) if name == "own attention" else INNER_MODELS[name]()
+    model = nn.ModuleDict({"inner": inner, "proj": nn.Linear(8, 8)})
     left = select_layers(model, called=True).left_out
     assert left.keys() >= {f"inner.{n}" for n in inner_names(model["inner"])}
     assert set(left.values()) == {"used functionally"}
@@ -141,6 +151,118 @@ def test_scores_from_data_leave_inner_weights_out_and_say_so(name):
     named = sorted(inner_names(model["inner"]))[0]
     with pytest.raises(ValueError, match=rf"'inner.{named}' is multiplied inside of \w+, .*score='magnitude'"):
         prune(model, [torch.randn(2, 8)], "wanda", targets=[named], progress=False)
+
+
+class WithLinears(nn.Module):
+    """What MultiheadAttention computes, with a Linear for every matrix and attention written from the formula."""
+
+    def __init__(self, attention):
+        super().__init__()
+        size, heads = attention.embed_dim, attention.num_heads
+        packed = attention.in_proj_weight is not None
+        weights = attention.in_proj_weight.chunk(3) if packed else [
+            attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+        ]  # fmt: skip
+        self.heads, self.names = heads, [f"in_proj_weight.{x}" for x in "qkv"] if packed else [
+            "q_proj_weight", "k_proj_weight", "v_proj_weight"
+        ]  # fmt: skip
+        self.layers = nn.ModuleList(nn.Linear(w.shape[1], size).double() for w in (*weights, attention.out_proj.weight))
+        biases = (*attention.in_proj_bias.chunk(3), attention.out_proj.bias)
+        with torch.no_grad():
+            for layer, weight, bias in zip(self.layers, (*weights, attention.out_proj.weight), biases, strict=True):
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+
+    def forward(self, query, key, value, padding):
+        q, k, v = (
+            layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, x in zip(self.layers, (query, key, value), strict=False)
+        )
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        mixed = scores.masked_fill(padding[:, None, None], float("-inf")).softmax(-1) @ v
+        return self.layers[3](mixed.transpose(1, 2).flatten(2))
+
+
+def attention_and_data(name):
+    torch.manual_seed(0)
+    kinds = {"self": {}, "cross": {}, "widths": {"kdim": 4, "vdim": 12}}
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, **kinds[name]).double()
+    nn.init.normal_(attention.in_proj_bias)
+    query, padding = torch.randn(4, 5, 8).double(), torch.zeros(4, 5, dtype=torch.bool)
+    padding[1, 3:] = True
+    if name == "self":
+        return attention, (query, query, query, padding)
+    key = torch.randn(4, 5, kinds[name].get("kdim", 8)).double()
+    value = torch.randn(4, 5, 12).double() if name == "widths" else key
+    return attention, (query, key, value, padding)
+
+
+def attention_loss(model, batch):
+    query, key, value, padding = batch
+    made = model(query, key, value, padding)
+    made = made[0] if isinstance(made, tuple) else made
+    return (made - 1).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("name", ["self", "cross", "widths"])
+def test_statistics_of_attention_are_those_of_linears(name, batch_size):
+    attention, data = attention_and_data(name)
+    reference = WithLinears(attention)
+    batches = [tuple(x[i : i + batch_size] for x in data) for i in range(0, 4, batch_size)]
+    if name == "self":
+        batches = [(q, q, q, padding) for q, _, _, padding in batches]
+    how = {"statistics": ALL_STATISTICS, "loss_fn": attention_loss, "num_samples": 4, "progress": False}
+    chosen = select_layers(attention, called=True)
+    assert not chosen.left_out
+    assert [t.name for t in chosen.targets] == [*reference.names, "out_proj.weight"]
+    found = collect(attention, batches, chosen.targets, **how)
+    expected = collect(reference, batches, find_targets(reference), **how)
+    for target, index in zip(chosen.targets, range(4), strict=True):
+        for key in ALL_STATISTICS:
+            known = expected[f"layers.{index}.weight"].get(key)
+            torch.testing.assert_close(found[target.name].get(key), known, rtol=1e-10, atol=1e-12)
+    assert "forward" not in vars(attention)
+
+
+@pytest.mark.parametrize("how", [{"score": "wanda"}, {"score": "gblm"}, {}, {"pattern": "2:4"}, {"score": "sparsegpt"},
+                                 {"update": "exact"}, {"update": "alps"}, {"group": "global"}])  # fmt: skip
+@pytest.mark.parametrize("name", ["self", "cross", "widths"])
+def test_attention_is_pruned_as_linears_are(name, how):
+    attention, data = attention_and_data(name)
+    reference = WithLinears(attention)
+    args = {"num_samples": 4, "loss_fn": attention_loss, "progress": False, **how}
+    masks = prune(attention, [data], **args)
+    prune(reference, [data], **args)
+    theirs = {n: layer.weight for n, layer in zip([*reference.names, "out_proj.weight"], reference.layers, strict=True)}
+    for parameter, mask in masks.items():
+        own = attention.get_parameter(parameter)
+        assert torch.equal(own != 0, mask)
+        parts = {parameter: own} if parameter in theirs else {
+            f"{parameter}.{x}": part for x, part in zip("qkv", own.chunk(3), strict=True)
+        }  # fmt: skip
+        for part_name, part in parts.items():
+            torch.testing.assert_close(part, theirs[part_name], rtol=1e-8, atol=1e-10)
+
+
+def test_an_encoder_that_runs_without_gradients_is_seen():
+    # In such passes torch computes whole encoder layers in one call.
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x = torch.randn(4, 5, 8)
+    target = {"targets": ["in_proj_weight"], "num_samples": 4, "progress": False}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    masks = prune(model, [x], "wanda", loss_fn=lambda m, b: m(b).square().mean((1, 2)), **target)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    seen = x.flatten(0, 1)
+    for index in range(2):
+        name = f"layers.{index}.self_attn.in_proj_weight"
+        norms = seen.square().sum(0).div(4).sqrt()
+        scores = (layer.self_attn.in_proj_weight.detach().abs() * norms).numpy()
+        if index == 0:  # the second layer sees what the first, dense one made
+            assert (masks[name].numpy() == naive.row_mask(scores, scores.size // 2)).all()
+        assert int(masks[name].sum()) == masks[name].numel() // 2
 
 
 class Tagger(L.LightningModule):
@@ -167,7 +289,8 @@ class Tagger(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
 
 
-def test_masks_hold_in_training_and_are_kept_by_the_next(tmp_path):
+@pytest.mark.parametrize("score", ["magnitude", "kfac"])
+def test_masks_hold_in_training_and_are_kept_by_the_next(tmp_path, score):
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(16, 5, 8, generator=generator), torch.randint(3, (16, 5), generator=generator))
 
@@ -179,15 +302,19 @@ def test_masks_hold_in_training_and_are_kept_by_the_next(tmp_path):
         trainer.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
 
-    module, pruning = Tagger(), WeightPruning(score="magnitude", sparsity=0.5, progress=False)
-    fit(module, pruning)
-    inner = {"encoder.self_attn.in_proj_weight", "gru.weight_hh_l0", "lstm.weight_ih_l0_reverse", "conv.weight"}
-    assert pruning.masks.keys() > inner
+    module, pruning = Tagger(), WeightPruning(score=score, sparsity=0.5, num_samples=8, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the recurrent weights are left out
+        fit(module, pruning)
+    inner = {"encoder.self_attn.in_proj_weight", "encoder.self_attn.out_proj.weight", "conv.weight"}
+    recurrent = {"gru.weight_hh_l0", "lstm.weight_ih_l0_reverse"}
+    assert pruning.masks.keys() > (inner | recurrent if score == "magnitude" else inner)
+    assert pruning.masks.keys().isdisjoint(recurrent) or score == "magnitude"
     for name, mask in pruning.masks.items():
         assert torch.equal(module.get_parameter(name) != 0, mask), name
     inspection = inspect(tmp_path / "last.ckpt", progress=False)
     assert inspection.resurrected == 0
-    assert inspection.totals().sparsity == pytest.approx(0.5, abs=0.01)
+    assert inspection.totals().sparsity == pytest.approx(0.5, abs=0.01) or score == "kfac"
 
     other, keeping = Tagger(), WeightPruning(score="keep")
     other.load_state_dict(module.state_dict())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils import OffloadedWeightsLoader
+from experts_models import make_moe
 from tiny import make_llama, make_tokens, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -87,6 +88,16 @@ def test_like_a_model_that_is_loaded_whole(way, score, settings, tmp_path):
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
     assert whole(model, tmp_path) == snapshot(expected)
     assert all(file.read_bytes() == old for file, old in before.items())  # a checkpoint's files are its owner's
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_experts(sequential, tmp_path):
+    expected, model, ids = make_moe("mixtral"), on_disk(make_moe("mixtral"), tmp_path), make_tokens(4, 8, vocab=32)
+    found = prune(model, [ids], "wanda", update="exact", sequential=sequential, num_samples=4)
+    masks = prune(expected, [ids], "wanda", update="exact", sequential=sequential, num_samples=4)
+    assert any("experts" in name for name in masks)
+    assert all(torch.equal(found[name], masks[name]) for name in masks)
+    assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
 def test_again_with_the_zeros_that_are_there(tmp_path):

@@ -360,15 +360,19 @@ def test_routers_are_left_alone_unless_named():
     assert left == dict.fromkeys(["0.gate", "0.shared_expert_gate", "1.router.classifier", "2"], "router")
 
 
-def test_a_layer_whose_weight_is_read_by_its_parent_is_pruned_where_nothing_must_be_seen():
+def test_attention_is_left_dense_where_it_must_be_seen_and_has_a_forward_of_its_own():
     model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     assert names_of(model) == ["self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"]
-    selection = select_layers(model, called=True)
-    assert selection.left_out == dict.fromkeys(["self_attn.in_proj_weight", "self_attn.out_proj"], "used functionally")
+    assert not select_layers(model, called=True).left_out
+    assert len(prune(model, [torch.randn(2, 5, 8)], score="wanda", num_samples=2, progress=False)) == 4
+    assert (model.self_attn.out_proj.weight == 0).sum() == 32
+    forward = model.self_attn.forward
+    model.self_attn.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # someone else's: it may do anything
+    unseen = dict.fromkeys(["self_attn.in_proj_weight", "self_attn.out_proj"], "used functionally")
+    assert select_layers(model, called=True).left_out == unseen
     before = model.self_attn.out_proj.weight.clone()
-    batches = [torch.randn(2, 5, 8)]
     with pytest.warns(UserWarning, match=r"self_attn\.out_proj\.weight \(1 tensor, .*\): used functionally"):
-        masks = prune(model, batches, score="wanda", num_samples=2, progress=False)
+        masks = prune(model, [torch.randn(2, 5, 8)], score="wanda", num_samples=2, progress=False)
     assert list(masks) == ["linear1.weight", "linear2.weight"]
     assert torch.equal(model.self_attn.out_proj.weight, before)
 
