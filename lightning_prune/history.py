@@ -132,12 +132,7 @@ _LONGEST = 200
 
 
 def run_facts(trainer: Any, module: Any) -> dict[str, Any]:
-    """Plain values for JSON.
-
-    Args:
-        trainer: A Trainer in its fit.
-        module: Its LightningModule.
-    """
+    """Return what is known of a Trainer's fit and its module, as plain values for JSON."""
     seed = os.environ.get(_SEED_VARIABLE, "")
     data = trainer.datamodule
     saving = [c for c in trainer.checkpoint_callbacks if isinstance(getattr(c, "dirpath", None), (str, Path))]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The dtypes that a model can be loaded, kept or written in, by what a user calls them."""
@@ -40,6 +40,18 @@ _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transf
 _TRANSPOSED_EXPERTS = frozenset({"gpt_oss", "llama4", "llama4_text", "openai_privacy_filter"})
 _EXPERTS_NAME = re.compile(r"\.experts\.(gate_up_proj|up_proj|down_proj)$")
 _CONV1D_NAME = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` wraps, any other as it is."""
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that a module holds itself, by the names they have there."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def is_head(name: str) -> bool:

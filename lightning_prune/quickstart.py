@@ -173,7 +173,7 @@ class _Quickstart:
                 score=BEST, num_samples=self.num_samples, calibration=calibration, progress=False, **setting
             )
             seconds = self.fit(module, self.retrain_steps, callback)
-            masks = {name.removeprefix("model."): mask for name, mask in callback.masks.items()}
+            masks = callback.masks.renamed(lambda name: name.removeprefix("model."))
             self.save(f"{BEST}, retrained", zeros, module, f"{BEST}-{_slug(zeros)}-retrained", seconds, masks)
 
         kfac = inspect(self.folder / "kfac-50", progress=False)

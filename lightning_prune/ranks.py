@@ -10,10 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from lightning_prune.errors import CalibrationError
-from lightning_prune.sharding import shard_dim
+from lightning_prune.sharding import cut_once
 
 _Unit = TypeVar("_Unit")
 
@@ -177,30 +176,8 @@ class ShardGroup:
 def shard_group(parameters: Mapping[str, Tensor]) -> ShardGroup | None:
     """The processes that a model's parameters are sharded over; None if they are whole.
 
-    Args:
-        parameters: By name.
-
     Raises:
-        ValueError: parameters that are cut more than once (tensor parallelism), over different processes, or only some
-            of them.
+        ValueError: see `cut_once`.
     """
-    found: dict[frozenset[int], ShardGroup] = {}
-    whole = [name for name, p in parameters.items() if not isinstance(p, DTensor)]
-    for name, p in parameters.items():
-        if not isinstance(p, DTensor):
-            continue
-        cut = [mesh_dim for mesh_dim, placement in enumerate(p.placements) if shard_dim(placement) is not None]
-        if len(cut) != 1:
-            raise ValueError(
-                f"{name!r} is laid out as {p.placements} over {p.device_mesh.ndim} mesh dimensions; units are found in "
-                "parameters that one dimension cuts (FSDP2 without tensor parallelism)"
-            )
-        group = p.device_mesh.get_group(cut[0])
-        ranks = frozenset(dist.get_process_group_ranks(group))
-        found.setdefault(ranks, ShardGroup(group, p.device_mesh.device_type))
-        if whole or len(found) > 1:
-            raise ValueError(
-                f"{name!r} is sharded over the processes {sorted(ranks)}, and {(whole or list(parameters))[0]!r} is "
-                "not: call fully_shard on the whole model, with one device mesh"
-            )
-    return next(iter(found.values()), None)
+    found = cut_once(parameters)
+    return None if found is None else ShardGroup(*found)

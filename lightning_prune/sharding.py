@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+_T = TypeVar("_T")
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -39,6 +42,27 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in model.parameters()) or any(
         isinstance(module, FSDPModule) for module in model.modules()
     )
+
+
+def refuse_shards(what: nn.Module | Tensor, message: str) -> None:
+    """Refuse a model with sharded parameters, or a tensor that is a shard.
+
+    Raises:
+        ValueError: with the message.
+    """
+    if is_sharded(what) if isinstance(what, Tensor) else has_sharded_parameters(what):
+        raise ValueError(message)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """Gather the weights of a sharded model on the CPU of the first process; None where nothing is sharded.
+
+    Every process must call; the others get an empty dictionary.
+    """
+    if not has_sharded_parameters(model):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))
 
 
 def check_device(device_type: str) -> None:
@@ -136,6 +160,13 @@ def as_shard_of(parameter: Tensor, part: Tensor) -> Tensor:
     )
 
 
+def laid_out_like(parameter: Tensor, mask: Tensor) -> Tensor:
+    """Gather a sharded mask of a parameter that is whole; any other mask as it is."""
+    if is_sharded(mask) and not is_sharded(parameter):
+        return cast(Tensor, gather_whole(mask.to(torch.uint8)).bool())
+    return mask
+
+
 def take_shard(parameter: Tensor, whole: Tensor) -> Tensor:
     """The part of `whole`, of the parameter's full shape, that this rank's shard of the parameter covers."""
     for dim, (start, stop) in enumerate(shard_bounds(parameter)):
@@ -190,6 +221,35 @@ def shard_bounds(parameter: Tensor) -> list[tuple[int, int]]:
     return _bounds(parameter.shape, parameter.device_mesh, _cuts(parameter))
 
 
+def cut_once(parameters: Mapping[str, Tensor]) -> tuple[dist.ProcessGroup, str] | None:
+    """Return the processes that parameters are sharded over and the type of their devices; None if all are whole.
+
+    Raises:
+        ValueError: parameters that are cut more than once (tensor parallelism), over different processes, or only some
+            of them.
+    """
+    found: dict[frozenset[int], tuple[dist.ProcessGroup, str]] = {}
+    whole = [name for name, p in parameters.items() if not isinstance(p, DTensor)]
+    for name, p in parameters.items():
+        if not isinstance(p, DTensor):
+            continue
+        cut = [mesh_dim for mesh_dim, placement in enumerate(p.placements) if shard_dim(placement) is not None]
+        if len(cut) != 1:
+            raise ValueError(
+                f"{name!r} is laid out as {p.placements} over {p.device_mesh.ndim} mesh dimensions; units are found in "
+                "parameters that one dimension cuts (FSDP2 without tensor parallelism)"
+            )
+        group = p.device_mesh.get_group(cut[0])
+        ranks = frozenset(dist.get_process_group_ranks(group))
+        found.setdefault(ranks, (group, p.device_mesh.device_type))
+        if whole or len(found) > 1:
+            raise ValueError(
+                f"{name!r} is sharded over the processes {sorted(ranks)}, and {(whole or list(parameters))[0]!r} is "
+                "not: call fully_shard on the whole model, with one device mesh"
+            )
+    return next(iter(found.values()), None)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the matrix ``(O, I)`` of a parameter lives: over ranks if it is a DTensor, else all of it is here.
@@ -237,6 +297,10 @@ class Layout:
             return not dist.is_initialized() or dist.get_rank() == 0
         copies = [m for m, p in enumerate(self.parameter.placements) if shard_dim(p) is None]
         return all(self.parameter.device_mesh.get_local_rank(m) == 0 for m in copies)
+
+    def among(self, ranks: _T | None) -> _T | None:
+        """Return the ranks that the matrix is spread over, of those given; None if all of it is here."""
+        return None if self.mesh is None else ranks
 
     # -- what tensor parallelism leaves to the layer's forward, before FSDP2 cuts it -------------------------------
 
@@ -476,6 +540,11 @@ def counts_over_ranks(tensors: Mapping[str, Tensor], count: Callable[[Tensor], i
 def count_over_ranks(masks: Mapping[str, Tensor], count: Callable[[Tensor], int]) -> int:
     """Sum of `count` over all masks; of those that are shards, over all ranks, every part once."""
     return sum(counts_over_ranks(masks, count).values())
+
+
+def at_rest(tensor: Tensor) -> Tensor:
+    """A tensor in main memory; a shard stays on the devices of its mesh."""
+    return tensor if isinstance(tensor, DTensor) else tensor.cpu()
 
 
 def gather_whole(tensor: Any) -> Any:

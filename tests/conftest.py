@@ -27,10 +27,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if item.get_closest_marker("few_fast") is not None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
         if (reason := missing_for(item.nodeid)) is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+    for several in cases.values():
+        number = several[0].get_closest_marker("few_fast").args[0]  # type: ignore[union-attr]
+        fast = {place * len(several) // number for place in range(number)}  # spread over all of them
+        for place, item in enumerate(several):
+            if place not in fast:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -467,6 +467,7 @@ def started():
         process.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("phase", ["calibration", "training", "export", "evaluate"])
 def test_ctrl_c_and_sigterm(phase, number, status, started, checkpoint, files, tmp_path):

@@ -93,6 +93,7 @@ def test_inspect_fails_where_masks_are_broken(tmp_path, capsys):
     assert "4 of 16 masked weights are not zero" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_inspect_starts_without_lightning_and_transformers(tmp_path):
     write_model(tmp_path)
     code = (
@@ -149,6 +150,7 @@ def test_user_errors_are_one_line_and_exit_2(args, message, capsys, tmp_path, mo
     assert "NoneType" not in lines[0]
 
 
+@pytest.mark.slow
 def test_the_process_prints_no_traceback():
     done = run("inspect", "/no/such/path")
     assert done.returncode == 2
@@ -215,6 +217,7 @@ def test_fit_validate_and_export(config, tmp_path, capsys):
         assert (tmp_path / "exported" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_resume_from_the_command_line(config, tmp_path):
     # As Lightning allows, a file for all commands may come before the command.
     content = {"fit": yaml.safe_load(config.read_text())}
@@ -298,6 +301,7 @@ def interruptible(*args):
     sys.exit(main(list(args)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_exits_130(config, tmp_path):
     content = yaml.safe_load(config.read_text())

@@ -159,6 +159,7 @@ def test_files_named_in_the_pages_exist() -> None:
                 assert (ROOT / name).exists(), f"{name_of(path)}: {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("mkdocs", "mkdocstrings", "material")),
     reason="the extra 'docs' is not installed",

@@ -58,15 +58,18 @@ class Worker:
             return b""
 
 
+@pytest.mark.slow
 def test_a_log_shows_nothing(tmp_path: Path) -> None:
     # With these rich takes any stream for a terminal.
     assert Worker(tmp_path / "run", terminal=False, FORCE_COLOR="1", TTY_COMPATIBLE="1").stderr() == ""
 
 
+@pytest.mark.slow
 def test_a_process_that_is_to_become_another_rank_shows_nothing(tmp_path: Path) -> None:
     assert Worker(tmp_path / "run", terminal=True, LOCAL_RANK="1").stderr() == ""
 
 
+@pytest.mark.slow
 def test_in_a_terminal_the_first_of_two_ranks_shows_every_bar(tmp_path: Path) -> None:
     workers = [Worker(tmp_path / str(rank), terminal=True, WORLD_SIZE="2", RANK=str(rank)) for rank in range(2)]
     first, second = (worker.stderr() for worker in workers)

@@ -113,6 +113,7 @@ def test_retraining_keeps_the_zeros_of_pruning(finished):
                 assert not torch.equal(before[name], after[name])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(tmp_path, monkeypatch):
     """With one score and one pattern, and fewer steps: a dense model, a pruned and a retrained one."""
     monkeypatch.setattr(module, "SCORES", ("kfac",))

@@ -56,6 +56,7 @@ def test_recipe_as_written_is_accepted(name, capsys):
     assert ("PruningAwarePretraining" if name in SHRINKING else "WeightPruning") in capsys.readouterr().out
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("name", SHRINKING)
 def test_shrinking_recipe_runs(name, tiny, tmp_path):
     checkpoint = fit_shortened(RECIPES / f"{name}.yaml", tiny, tmp_path)
@@ -69,6 +70,7 @@ def test_shrinking_recipe_runs(name, tiny, tmp_path):
         assert inspect(checkpoint, progress=False).pattern == "2:4"
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_recipe_runs(name, tiny, tmp_path):
     inspection = inspect(fit_shortened(RECIPES / f"{name}.yaml", tiny, tmp_path), progress=False)

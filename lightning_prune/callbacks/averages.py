@@ -18,7 +18,7 @@ from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.masks import apply_masks, named_weights
 from lightning_prune.pruning.targets import type_name
-from lightning_prune.sharding import gather_whole, is_sharded
+from lightning_prune.sharding import laid_out_like
 
 
 def averages(trainer: L.Trainer) -> list[nn.Module]:
@@ -69,15 +69,8 @@ def mask_averages(
                 "held to the masks; put the averaging callback after those that change the module"
             )
             continue
-        apply_masks(average, {name: _for_weight(mask, weights[name]) for name, mask in chosen.items()})
+        apply_masks(average, {name: laid_out_like(weights[name], mask) for name, mask in chosen.items()})
     return problems
-
-
-def _for_weight(mask: Tensor, weight: Tensor) -> Tensor:
-    if is_sharded(mask) and not is_sharded(weight):
-        whole: Tensor = gather_whole(mask.to(torch.uint8)).bool()
-        return whole
-    return mask
 
 
 def _averages_in(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[nn.Module, object | None]]:
@@ -98,11 +91,7 @@ def _averages_in(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tupl
 
 
 def _kept_by(callback: Any) -> Any:
-    """What an averaging callback of Lightning averages into; None before it has begun.
-
-    Raises:
-        RuntimeError: the callback keeps it elsewhere.
-    """
+    """What an averaging callback of Lightning averages into; None before it has begun."""
     if not hasattr(callback, "_average_model"):
         raise RuntimeError(
             f"{type(callback).__name__} of lightning {L.__version__} does not keep its average where 2.6 does "

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -66,7 +67,7 @@ class CalibrationData:
         self.local_samples = len(range(self.rank, num_samples, self.world))
         self.presplit = self.kept = self.once = False
         self._touched: dict[str, Any] = {}
-        training = trainer.fit_loop._data_source.instance
+        training = _training_source(trainer).instance
         if source is None:
             state = isolate_rng()
             state.__enter__()
@@ -82,7 +83,9 @@ class CalibrationData:
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:
-        trainer, module = self.trainer, self.trainer.lightning_module
+        trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
+        own = data is not None and is_overridden("on_before_batch_transfer", data)
+        hooks: Any = data if own else trainer.lightning_module
         for index, batch in enumerate(self.source):
             # Lightning looks for SIGTERM between training batches only, and calibration may take long. Several
             # processes get it at different samples, and would wait for each other: there it waits for the first batch.
@@ -91,7 +94,7 @@ class CalibrationData:
             if self.presplit or index % self.world == self.rank:
                 # As the training loop does.
                 batch = trainer.precision_plugin.convert_input(batch)
-                batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = hooks.on_before_batch_transfer(batch, dataloader_idx=0)
                 yield trainer.strategy.batch_to_device(batch)
 
     def untouched(self) -> AbstractContextManager[Any]:
@@ -212,11 +215,7 @@ def _data_of(sampler: Any) -> Any:
 
 
 def _listed(sampler: Any, dataset: Any, most: int, seed: int) -> list[Any]:
-    """What a copy of a sampler yields in an epoch; up to `most` of one that knows no end.
-
-    Raises:
-        ValueError: it cannot be copied, or yields nothing.
-    """
+    """What a copy of a sampler yields in an epoch; up to `most` of one that knows no end."""
     shared, layer = [dataset], sampler
     while hasattr(layer, "__dict__"):
         shared += [v for v in vars(layer).values() if isinstance(v, (Dataset, Tensor, np.ndarray))]
@@ -239,9 +238,14 @@ def _listed(sampler: Any, dataset: Any, most: int, seed: int) -> list[Any]:
     return found
 
 
+def _training_source(trainer: L.Trainer) -> Any:
+    """Where a fit gets its training data from; what was given to ``fit`` stands nowhere else before training."""
+    return trainer.fit_loop._data_source
+
+
 def _train_dataloader(trainer: L.Trainer) -> Any:
     # `trainer.train_dataloader` is None until training starts; its source knows the loader, module or datamodule.
-    loader = trainer.fit_loop._data_source.dataloader()
+    loader = _training_source(trainer).dataloader()
     several = isinstance(loader, (list, tuple, dict)) or is_kind(loader, "CombinedLoader")
     if several or not isinstance(loader, Iterable):
         raise ValueError(f"the training data is a {type(loader).__name__}, not one DataLoader: {_ADVICE}")

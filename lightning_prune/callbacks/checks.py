@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning as L
+from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.naming import uncompiled
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
 from lightning_prune.schedules import OneShot
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.device_goals import check_device_goal
 from lightning_prune.structure.planning import multiples_of
 from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
@@ -145,6 +147,15 @@ def _check_sharding(strategy: Any, trainer: L.Trainer) -> None:
             )
 
 
+def _is_compiled(module: L.LightningModule) -> bool:
+    """Whether a part of a module is compiled: by ``torch.compile``, as a module of Lightning, or by ``compile()``."""
+    try:
+        to_uncompiled(copy.copy(module))  # the copy alone forgets it
+    except ValueError:
+        return any(uncompiled(m) is not m or m._compiled_call_impl is not None for m in module.modules())
+    return True
+
+
 def check_module(module: L.LightningModule, strategy: Any) -> None:
     """Modules that cannot change their shapes.
 
@@ -156,18 +167,16 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             f"{type(module).__name__} uses manual optimization, where nobody says which gradients a step is made of; "
             "PruningAwarePretraining needs automatic optimization"
         )
-    compiled = getattr(module, "_compiler_ctx", None) is not None or any(
-        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
-    )
-    if compiled:
+    if _is_compiled(module):
         raise ValueError(
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
         )
-    if has_sharded_parameters(module) and not is_kind(strategy, "ModelParallelStrategy"):
-        raise ValueError(
+    if not is_kind(strategy, "ModelParallelStrategy"):
+        refuse_shards(
+            module,
             f"parameters are sharded (DTensor) under {type(strategy).__name__} and cannot be sliced; use the "
-            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained"
+            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them, or start from save_pretrained",
         )
 
 
@@ -185,11 +194,6 @@ def masked_while_shrinking(trainer: L.Trainer, callback: Any) -> bool:
 
 def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> dict[UnitType, int]:
     """Refuse a `WeightPruning` in the same Trainer whose masks could not follow a model that shrinks.
-
-    Args:
-        trainer: With both callbacks.
-        callback: The `PruningAwarePretraining`.
-        structure: Of the model.
 
     Returns:
         How many units of a type, side by side, have to go together for N:M groups to stay whole.
@@ -335,16 +339,17 @@ def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool,
                 "reconstruct fits blocks one by one on whole weights, which ModelParallelStrategy shards: pass "
                 "reconstruct=False, or use strategy='ddp'"
             )
-    elif has_sharded_parameters(module):
-        raise ValueError(
+    else:
+        refuse_shards(
+            module,
             f"parameters are sharded (DTensor) under {type(strategy).__name__}; use the "
-            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them"
+            "ModelParallelStrategy(tensor_parallel_size=1) that sharded them",
         )
-    if has_sharded_parameters(module) and not has_adapters:
-        raise ValueError(
-            f"the parameters of {type(module).__name__} are sharded (DTensor) already, and adapters have to be "
-            "there before: build the module anew, from the saved weights, and call fully_shard in configure_model "
-            "alone"
+    if not has_adapters:
+        refuse_shards(
+            module,
+            f"the parameters of {type(module).__name__} are sharded (DTensor) already, and adapters have to be there "
+            "before: build the module anew, from the saved weights, and call fully_shard in configure_model alone",
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_prune.pruning.elsa import ADMM, ELSA, SparseCopyScore
-from lightning_prune.pruning.masks import Masks, current_weight
+from lightning_prune.pruning.masks import PackedMasks, current_weight
 from lightning_prune.pruning.pipeline import run_plan
 from lightning_prune.pruning.plan import PruningPlan
 from lightning_prune.pruning.scores import Magnitude
@@ -109,13 +109,13 @@ class ELSATraining:
         if any(self._schedule.chooses_at(done) for done in range(seen + 1, step + 1)):
             self._admm.choose(self._masks())
 
-    def settle(self) -> Masks:
+    def settle(self) -> PackedMasks:
         """Make the weights their sparse copies, and return the masks."""
         masks = self._masks()
         self._admm.settle(masks)
         return masks
 
-    def _masks(self) -> Masks:
+    def _masks(self) -> PackedMasks:
         reshard(self._module)
         for name, parameter in self._admm.weights.items():
             if current_weight(self._module, name) is not parameter:

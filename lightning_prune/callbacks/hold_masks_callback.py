@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lightning_prune.checkpoints.mask_files import load_masks, save_masks
 from lightning_prune.pruning.holding import MaskHold, hold_masks
-from lightning_prune.pruning.masks import Masks, check_masks, follow_names, masks_from_zeros, masks_hold
+from lightning_prune.pruning.masks import PackedMasks, check_masks, follow_names, masks_from_zeros, masks_hold
 from lightning_prune.pruning.targets import find_targets
 from lightning_prune.sharding import has_sharded_parameters
 
@@ -77,12 +77,12 @@ class HoldMasksCallback(TrainerCallback):  # type: ignore[misc]
         masks = self._resumed_masks(args, state, model) if state.global_step else self._masks(model)
         self.hold = hold_masks(model, masks, optimizer)
 
-    def _masks(self, model: nn.Module) -> Masks:
+    def _masks(self, model: nn.Module) -> PackedMasks:
         if self._given is None:
             return masks_from_zeros(find_targets(model, frozen=True))
         return follow_names(model, load_masks(self._given) if isinstance(self._given, (str, Path)) else self._given)
 
-    def _resumed_masks(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> Masks:
+    def _resumed_masks(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> PackedMasks:
         """The masks of the checkpoint, which the Trainer does not name; or those given, if they are of its weights."""
         file = _folder(args, state) / MASK_FILE
         if file.is_file():

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
-from lightning_prune.sharding import local
+from lightning_prune.sharding import is_sharded, local
 
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), range, slice})
 _SKIPPED_TYPES = (
@@ -116,7 +115,7 @@ class State:
         held = [(value, f"{name}.{key}") for key, value in attributes.items()]
         for kind in (module._parameters, module._buffers):
             # FSDP2 exchanges its parameters by itself.
-            if not any(isinstance(value, DTensor) for value in kind.values()):
+            if not any(isinstance(value, Tensor) and is_sharded(value) for value in kind.values()):
                 self._container(kind, name)
             held += [(value, f"{name}.{key}") for key, value in kind.items()]
         return held + [(child, f"{name}.{key}") for key, child in module._modules.items()]
@@ -124,7 +123,7 @@ class State:
     def _tensor(self, tensor: Tensor, name: str) -> None:
         if not self.tensors or tensor.is_meta:
             return
-        plain = type(tensor) in (Tensor, DTensor) and tensor.layout == torch.strided and not tensor.is_nested
+        plain = type(local(tensor)) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
         if not plain or tensor.numel() * tensor.element_size() > _MOST_BYTES:
             self.parameters[name] = tensor
         else:

@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import mask_averages
@@ -37,6 +36,7 @@ from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.holding import MaskHold
 from lightning_prune.pruning.masks import (
     Masks,
+    PackedMasks,
     follow_names,
     masks_hold,
     pack_masks,
@@ -52,7 +52,7 @@ from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parame
 from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
-from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters, local, reshard
+from lightning_prune.sharding import at_rest, counts_over_ranks, local, refuse_shards, reshard
 
 _STATE_VERSION = 1
 
@@ -170,7 +170,7 @@ class WeightPruning(L.Callback):
         self._distillation = Distillation.of(distill_from, distill_weight, temperature)
         self._elsa: ELSATraining | None = None  # until it has pruned
         self._elsa_state: dict[str, Any] | None = None  # of a checkpoint
-        self._masks: Masks = {}
+        self._masks = PackedMasks()
         self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
         self._hold: MaskHold | None = None
         self._plan: PruningPlan | None = None
@@ -206,10 +206,10 @@ class WeightPruning(L.Callback):
             raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
 
     @property
-    def masks(self) -> Masks:
+    def masks(self) -> PackedMasks:
         """Bool masks by parameter name, True = kept, sharded as the parameters are; empty before pruning.
 
-        During a fit they are made anew each time, one byte a weight: keep them where they are needed often.
+        They are held as one bit a weight, and each is unpacked when it is asked for.
         """
         if self._hold is not None:
             return self._hold.masks
@@ -260,7 +260,7 @@ class WeightPruning(L.Callback):
         Args:
             rename: From a parameter's name as masks have it to its name now.
         """
-        self._masks = {rename(name): mask for name, mask in self._masks.items()}
+        self._masks = self._masks.renamed(rename)
         self._counts = {rename(name): counts for name, counts in self._counts.items()}
         self._target_names = tuple(map(rename, self._target_names))
         if self._hold is not None:
@@ -323,16 +323,16 @@ class WeightPruning(L.Callback):
         """Prune, or take up the masks that are there, before the first batch."""
         plan = self._make_plan(pl_module, self._check_others(trainer, pl_module))
         self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
-        sharded = has_sharded_parameters(pl_module)
-        if sharded and not is_kind(trainer.strategy, "ModelParallelStrategy"):
-            raise ValueError(
+        if not is_kind(trainer.strategy, "ModelParallelStrategy"):
+            refuse_shards(
+                pl_module,
                 f"parameters are sharded (DTensor) under {type(trainer.strategy).__name__}, which does not say which "
-                "ranks see the same samples; use strategy=ModelParallelStrategy()"
+                "ranks see the same samples; use strategy=ModelParallelStrategy()",
             )
         self._plan, self._uncounted, self._reported = plan, plan.coverage.uncounted, False
         stranger = self._owner is not None and self._owner() is not pl_module
         if stranger or (self._copied and not masks_hold(pl_module, self._masks)):
-            self._keep({})  # another module's; a loaded checkpoint's have no owner yet
+            self._keep(PackedMasks())  # another module's; a loaded checkpoint's have no owner yet
         self._copied = False
         self._check_data(trainer, plan)
         if isinstance(self.schedule, ELSA) and not self._masks:
@@ -495,9 +495,9 @@ class WeightPruning(L.Callback):
         if self._distillation is not None:
             self._distillation.end()
 
-    def _masks_at_rest(self) -> Masks:
+    def _masks_at_rest(self) -> PackedMasks:
         """The masks in main memory; shards stay on the devices of their mesh."""
-        return {n: mask if isinstance(mask, DTensor) else mask.cpu() for n, mask in self.masks.items()}
+        return PackedMasks((n, at_rest(mask)) for n, mask in self.masks.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and masks, nothing of a module, an optimizer or a fit that runs."""
@@ -533,7 +533,7 @@ class WeightPruning(L.Callback):
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
 
-    def _new_masks(self, trainer: L.Trainer, module: L.LightningModule, plan: PruningPlan) -> Masks:
+    def _new_masks(self, trainer: L.Trainer, module: L.LightningModule, plan: PruningPlan) -> PackedMasks:
         loss_fn, data, summary, previous = None, None, ScoreSummary(), self.masks
         reshard(module)
         if self._dense is not None:
@@ -572,17 +572,18 @@ class WeightPruning(L.Callback):
             )
         self._scores = summary
         # Layers that are no targets any more, of a checkpoint made with others, stay as they are.
-        return {**{name: mask for name, mask in previous.items() if name not in masks}, **masks}
+        return previous | masks
 
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
         if self._hold is None:
-            self._hold = MaskHold(module, masks)
+            # Else a module clips by itself, before the hook that comes before a step.
+            self._hold = MaskHold(module, masks, hook_gradients=not module.automatic_optimization)
         else:
             self._hold.update(masks)
         self._hold.watch(trainer.optimizers)
         self._keep(self._hold.masks)
-        self._masks = {}  # the hold has them
+        self._masks = PackedMasks()  # the hold has them
         self._mask_averages(trainer, module)
 
     def _mask_averages(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -594,7 +595,7 @@ class WeightPruning(L.Callback):
                 self._said.add(problem)
                 rank_zero_warn(problem)
 
-    def _keep(self, masks: Masks) -> None:
+    def _keep(self, masks: PackedMasks) -> None:
         """Take masks and count them; where they are sharded every rank must call."""
         self._masks = masks
         pruned = counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
@@ -607,7 +608,7 @@ class WeightPruning(L.Callback):
             self._hold.follow()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Mask gradients that something has changed since the backward pass, before they are clipped; or ELSA's."""
+        """Mask gradients, before they are clipped; or let ELSA change them first."""
         if self._elsa is not None:
             self._elsa.pull(optimizer)
         if self._hold is not None:
@@ -624,7 +625,7 @@ class WeightPruning(L.Callback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``.
+        """PackedMasks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``.
 
         Where weights are sharded every rank must call, and rank 0, which writes the checkpoint, alone gets the bits.
         """

@@ -55,14 +55,7 @@ class Making:
 
 
 def described_files(name: str, model: Any, found: Inspection, making: Making) -> dict[str, str]:
-    """Return the card and `sparsity.json` of a model by the names of their files.
-
-    Args:
-        name: What the card calls the model.
-        model: The transformers model.
-        found: What is in its weights.
-        making: How it came about.
-    """
+    """Return the card and `sparsity.json` of a model by the names of their files."""
     return {CARD_FILE: model_card(name, model, found, making), SPARSITY_FILE: _sparsity(found, making)}
 
 
@@ -91,14 +84,7 @@ def _sparsity(found: Inspection, making: Making) -> str:
 
 
 def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
-    """Return the text of a model card: Markdown, with the metadata of the Hugging Face hub in front.
-
-    Args:
-        name: See `described_files`.
-        model: See there.
-        found: See there.
-        making: See there.
-    """
+    """Return the text of a model card: Markdown, with the metadata of the Hugging Face hub in front."""
     prunable, everything = found.totals(), found.totals(True)
     pruned, shrunk = prunable.zeros > 0, making.sizes is not None
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"}

@@ -150,11 +150,7 @@ def write_model(
 
 
 def _tables_of(results: Mapping[str, Any], read: ReadModel, file: str) -> list[Table]:
-    """Tables of an evaluation of this model.
-
-    Raises:
-        ExportError: it measured another one.
-    """
+    """Tables of an evaluation of this model."""
     (measured,) = [model for model in results["models"] if model["role"] == "model"]
     own = LoadedModel("", read.model, None).facts()
     # Another dtype rounds, and so has other bits and zeros.

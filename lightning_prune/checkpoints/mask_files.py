@@ -116,7 +116,7 @@ def export_masks(checkpoint: str | Path, output: str | Path, overwrite: bool = F
             f"checkpoint={str(source.path)!r} holds no masks: the callback WeightPruning leaves them in Lightning "
             "checkpoints. Zeros are not masks, but score='keep' of WeightPruning takes them for such"
         )
-    masks = {_name(source, name): mask for name, mask in stored.masks().items()}
+    masks = stored.masks().renamed(lambda name: _name(source, name))
     facts = {"score": stored.score} if stored.score else {}
     save_masks(masks, target, **facts)
     return len(masks)

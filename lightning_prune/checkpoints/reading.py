@@ -391,9 +391,6 @@ def check_loads_safely(path: str | Path) -> None:
 def read_resumable(path: str | Path) -> Mapping[str, Any]:
     """Read a checkpoint as Lightning is about to, but without running what is in it.
 
-    Args:
-        path: See `check_loads_safely`.
-
     Returns:
         What Lightning stores beside the tensors; of a file the tensors too, mapped. Empty for an address.
 

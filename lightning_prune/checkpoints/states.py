@@ -15,7 +15,7 @@ from lightning_prune.checkpoints.reading import Checkpoint, fail, open_checkpoin
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.clearing import to_bytes
-from lightning_prune.pruning.masks import unpack_masks
+from lightning_prune.pruning.masks import PackedMasks, unpack_masks
 from lightning_prune.safety import is_stored_whole
 from lightning_prune.structure.saving import MaskedUnits
 from lightning_prune.structure.sizes import ATTENTION_UNITS
@@ -41,11 +41,7 @@ def states_of(callbacks: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def shrunk_sizes(callbacks: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return sizes and parameters of a model before `PruningAwarePretraining` and now; empty for any other.
-
-    Args:
-        callbacks: See `states_of`.
-    """
+    """Return sizes and parameters of a model before `PruningAwarePretraining` and now; empty for any other."""
     found: dict[str, tuple[Any, Any]] = {}
     for state in states_of(callbacks, _SHRINKING).values():
         shrinking = state.get("shrinking") if isinstance(state, Mapping) else None
@@ -113,8 +109,8 @@ class StoredMasks:
         """Whether a tensor may count as a weight that a user would prune: it is not known to be an embedding."""
         return clean_name(name) not in self.uncounted
 
-    def masks(self) -> dict[str, Tensor]:
-        """All masks, unpacked, by the names they are stored under.
+    def masks(self) -> PackedMasks:
+        """All masks by the names they are stored under.
 
         Raises:
             CheckpointError: a mask is damaged.
@@ -337,11 +333,6 @@ def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
 
 def merged_state(state: Mapping[str, Tensor], callbacks: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
     """A state dict with its adapters merged, under the names of the plain model.
-
-    Args:
-        state: Of a checkpoint.
-        callbacks: States of its callbacks.
-        path: What errors call the checkpoint.
 
     Raises:
         CheckpointError: see `merged_checkpoint`.

@@ -373,13 +373,7 @@ _MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
 
 
 def why_not_sparse(found: Inspection, model: nn.Module, device: torch.device) -> str | None:
-    """Why 2:4 products cannot be used here; None if they can.
-
-    Args:
-        found: What is in the model's weights.
-        model: The model.
-        device: Where it runs.
-    """
+    """Why 2:4 products cannot be used here; None if they can."""
     if found.pattern not in ("2:4", "1:4"):
         return "Sparse products need 2:4 in every layer that can be pruned."
     if device.type != "cuda":

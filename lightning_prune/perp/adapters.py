@@ -56,8 +56,8 @@ from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,
     gather_whole,
-    has_sharded_parameters,
-    is_sharded,
+    local,
+    refuse_shards,
     reshard,
 )
 
@@ -183,11 +183,11 @@ def check_plain_model(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has adapters already; merge or remove them first")
     if hasattr(model, "peft_config"):
         raise ValueError(f"{type(model).__name__} has adapters of PEFT already; merge or unload them first")
-    if has_sharded_parameters(model):
-        raise ValueError(
-            f"the parameters of {type(model).__name__} are sharded (DTensor) already; add adapters first, then call "
-            "fully_shard, so that they are sharded with the weights"
-        )
+    refuse_shards(
+        model,
+        f"the parameters of {type(model).__name__} are sharded (DTensor) already; add adapters first, then call "
+        "fully_shard, so that they are sharded with the weights",
+    )
     if getattr(model, "is_quantized", False) and _quantisation(model) != "gguf":  # GGUF is dequantised on loading
         raise ValueError(
             f"{type(model).__name__} is quantised: an adapter cannot be merged into it with its zeros kept. Load the "
@@ -248,8 +248,8 @@ def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None])
     # By memory: a weight may be tied as a parameter, as data, or by its layer, which stands in two places.
     users: dict[tuple[torch.device, int], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not parameter.is_meta and parameter.numel() and not is_sharded(parameter):
-            users.setdefault((parameter.device, parameter.data_ptr()), []).append(plain_name(name))
+        if not parameter.is_meta and (part := local(parameter)).numel():
+            users.setdefault((part.device, part.data_ptr()), []).append(plain_name(name))
     for layer, weight in weights.items():
         shared = users.get((weight.device, weight.data_ptr()), []) if weight is not None and weight.numel() else []
         if len(shared) > 1:
@@ -260,11 +260,7 @@ def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None])
 
 
 def _head_name(model: nn.Module, adapter: str | None) -> str:
-    """Return the name of the output embeddings.
-
-    Raises:
-        ValueError: there are none, or there is no adapter to put on them.
-    """
+    """Return the name of the output embeddings."""
     if adapter is None:
         raise ValueError("adapt_head=True with adapter=None has no adapter to put on the head; name one, or remove it")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]

@@ -18,7 +18,6 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.naming import plain_name
@@ -33,9 +32,10 @@ from lightning_prune.perp.effective import (
     thin_product,
 )
 from lightning_prune.pruning.clearing import to_bytes
+from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.targets import layer_kind
-from lightning_prune.sharding import gather_whole, is_sharded, local, shard_bounds, take_shard
+from lightning_prune.sharding import gather_whole, is_sharded, local, refuse_shards, shard_bounds, take_shard
 
 
 class SparseLinear(lora.Linear):
@@ -123,12 +123,12 @@ class SparseLinear(lora.Linear):
 
     def _check_gathered(self) -> None:
         self.check_sharded_with_adapter()
-        if is_sharded(self.base_weight):
-            raise ValueError(
-                "the weight of a layer with an adapter is a shard (DTensor) in its own forward pass: use FSDP2 without "
-                "tensor parallelism, call fully_shard on decoder blocks and on the transformers model, and call the "
-                "model as a whole"
-            )
+        refuse_shards(
+            self.base_weight,
+            "the weight of a layer with an adapter is a shard (DTensor) in its own forward pass: use FSDP2 without "
+            "tensor parallelism, call fully_shard on decoder blocks and on the transformers model, and call the "
+            "model as a whole",
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's: ``[..., I]`` to ``[..., O]``, the adapter's output added to the layer's."""
@@ -209,9 +209,8 @@ class SparseLinear(lora.Linear):
         """
         weight, whole = self._part_before_merge(), self.base_weight
         left, right = self.factors()
-        if isinstance(whole, DTensor):
-            rows, columns = (slice(*bounds) for bounds in shard_bounds(whole))
-            left, right = left[rows], right[:, columns]
+        rows, columns = (slice(*bounds) for bounds in shard_bounds(whole))
+        left, right = left[rows], right[:, columns]
         with full_precision():  # a merge in a training hook may run under autocast
             return self.combination()(weight, self.kept_part, left, right, None)
 
@@ -486,18 +485,18 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); make it "
             "permanent first (prune.remove, remove_parametrizations)"
         )
-    if is_sharded(weight):
-        raise ValueError(
-            f"the weight of {name!r} is sharded (DTensor) already; add adapters first, then call fully_shard, so that "
-            "they are sharded with the weights"
-        )
+    refuse_shards(
+        weight,
+        f"the weight of {name!r} is sharded (DTensor) already; add adapters first, then call fully_shard, so that "
+        "they are sharded with the weights",
+    )
     # bitsandbytes and torchao put tensor subclasses in the place of the weight, which may claim to be floating point.
     if not weight.is_floating_point() or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         raise ValueError(
             f"the weight of {name!r} is quantised ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
             "merged into it with its zeros kept. Load the model unquantised, retrain, merge, and quantise last"
         )
-    if weight.is_meta or hasattr(layer, "_hf_hook"):
+    if weight.is_meta or is_hooked(layer):
         raise ValueError(f"the weight of {name!r} has no data here (meta device or offloaded); load the model whole")
 
 

@@ -214,10 +214,6 @@ def check_sum(settings: Mapping[str, Any]) -> int:
 def checked_settings(settings: Mapping[str, Any], where: str) -> None:
     """Refuse settings that are damaged, or of another version.
 
-    Args:
-        settings: As read.
-        where: The file, for errors.
-
     Raises:
         ValueError: saying what is wrong.
     """

@@ -1,15 +1,16 @@
 """Set the pruned elements of tensors to +0.0 by their bits: a byte a weight on CPUs, one bit a weight on CUDA.
 
 A product with 0 would turn infinity into NaN and negatives into -0.0. On a CPU a mask is int8, all bits set where kept,
-and widened in pieces to the tensor's integer type; unpacking bits there takes half as long again and more. On CUDA one
-Triton kernel reads bits, one launch a tensor, and no memory beside; without Triton it is bytes there too.
+and widened in pieces to the tensor's integer type; unpacking bits there takes half as long again and more. On CUDA a
+Triton kernel reads bits, one launch for many tensors, and no memory beside; without Triton it is bytes there too.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -153,20 +154,53 @@ class BitMask:
         Raises:
             RuntimeError: the tensor is sparse.
         """
-        bits = _checked(tensor)
-        if not bits.is_contiguous():
-            bits.bitwise_and_(to_bytes(self.bool(), bits.device).to(bits.dtype))
-        elif bits.numel():
-            _launch(bits, self._bits)
+        clear_all([(self, tensor)])
+
+    def operands(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The bits of a contiguous tensor as integers, and those of the mask."""
+        return _checked(tensor), self._bits
 
 
-def _launch(bits: Tensor, mask: Tensor) -> None:
-    grid = (-(-bits.numel() // _BLOCK),)
-    if bits.device.type == "cuda":
-        with torch.cuda.device(bits.device):
-            _kernel()[grid](bits, mask, bits.numel(), BLOCK=_BLOCK)
+def clear_all(pairs: Iterable[tuple[HeldMask, Tensor]]) -> None:
+    """Set the pruned elements of tensors to +0.0, in place; as many as the kernel can take in one launch.
+
+    Raises:
+        RuntimeError: a tensor is sparse.
+    """
+    launches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
+    for mask, tensor in pairs:
+        if not isinstance(mask, BitMask):
+            mask.clear(tensor)
+            continue
+        values, bits = mask.operands(tensor)
+        if not values.is_contiguous():
+            values.bitwise_and_(to_bytes(mask.bool(), values.device).to(values.dtype))
+        elif values.numel():
+            # Only then does the kernel move 16 bytes at a time.
+            aligned = values.data_ptr() % 16 == 0 and values.numel() % 16 == 0
+            launches.setdefault((values.device, values.dtype, aligned), []).append((values, bits))
+    for (device, _, aligned), group in launches.items():
+        _launch(group, device, aligned)
+
+
+def _launch(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device, aligned: bool) -> None:
+    """One launch for values of one dtype and the bits of their masks."""
+    rows = tuple((values.data_ptr(), bits.data_ptr(), values.numel()) for values, bits in pairs)
+    grid = (-(-max(count for *_, count in rows) // _BLOCK), len(rows))
+    first = pairs[0][0]
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            table = _table(rows, device, torch.cuda.current_stream().cuda_stream)
+            _kernel()[grid](first, table, BLOCK=_BLOCK, ALIGNED=aligned)
     else:  # Triton's interpreter
-        _kernel()[grid](bits, mask, bits.numel(), BLOCK=_BLOCK)
+        _kernel()[grid](first, _table(rows, device, 0), BLOCK=_BLOCK, ALIGNED=aligned)
+
+
+@lru_cache(maxsize=4096)
+def _table(rows: tuple[tuple[int, int, int], ...], device: torch.device, stream: int) -> Tensor:
+    """Addresses and sizes, ``[N, 3]``, on the device; tensors mostly stay where they are. Of its stream alone."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
 @cache
@@ -175,7 +209,13 @@ def _kernel() -> Any:
     import triton.language as tl
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def clear_pruned(values, mask, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def clear_pruned(like, table, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+        row = table + tl.program_id(1) * 3
+        values = tl.load(row).to(like.dtype)
+        mask = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
+        count = tl.load(row + 2)
+        if ALIGNED:
+            values, count = tl.multiple_of(values, 16), tl.multiple_of(count, 16)
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
         byte = tl.load(mask + at // 8, mask=inside, other=0).to(tl.int32)
@@ -190,10 +230,10 @@ def _kernel() -> Any:
 def kernel_runs(device: torch.device) -> bool:
     """Whether the Triton kernel can be compiled for a device, and does what it should there."""
     try:
-        values = torch.full((13,), -1.5, device=device)
-        mask = torch.arange(13) % 3 == 0
-        BitMask(mask, device).clear(values)
-        right = torch.equal(values.cpu(), torch.where(mask, -1.5, 0.0))
+        masks = [torch.arange(size) % 3 == 0 for size in (13, 48, 16)]
+        values = [torch.full(mask.shape, -1.5, device=device) for mask in masks]
+        clear_all([(BitMask(mask, device), tensor) for mask, tensor in zip(masks, values, strict=True)])
+        right = all(torch.equal(v.cpu(), torch.where(m, -1.5, 0.0)) for v, m in zip(values, masks, strict=True))
         reason = "" if right else "its kernel computes something else"
     except ImportError:
         return False

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name, is_head, is_prunable
+from lightning_prune.naming import clean_name, is_head, is_prunable, own_parameters
 from lightning_prune.pruning.offloading import at_hand
 from lightning_prune.pruning.targets import (
     DEFAULT_IGNORE,
@@ -228,8 +228,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
     """Every parameter once, by its clean name and with the module that holds it."""
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in seen:
+        for name, parameter in own_parameters(module).items():
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
                 if not isinstance(parameter, nn.parameter.UninitializedParameter):
                     yield clean_name(f"{prefix}.{name}" if prefix else name), module, parameter

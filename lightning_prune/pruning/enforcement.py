@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
-from lightning_prune.pruning.clearing import held
+from lightning_prune.pruning.clearing import clear_all, held
+from lightning_prune.pruning.masks import PackedMasks
 from lightning_prune.sharding import as_shard_of, local
 
 
@@ -23,10 +26,11 @@ class Enforcer:
     def __init__(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self._weights = dict(weights)
         self._held = {id(p): held(local(masks[name]), local(p).device) for name, p in weights.items()}
+        self._masked: dict[int, tuple[Any, ...]] = {}  # what gradients were when they were masked last, by parameter
 
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self) -> PackedMasks:
         """The bool masks by name, laid out over ranks as the parameters are."""
-        return {name: as_shard_of(p, self._held[id(p)].bool()) for name, p in self._weights.items()}
+        return PackedMasks((name, as_shard_of(p, self._held[id(p)].bool())) for name, p in self._weights.items())
 
     def rename(self, rename: Callable[[str], str]) -> None:
         """Call the parameters by other names."""
@@ -51,30 +55,43 @@ class Enforcer:
     @torch.no_grad()
     def mask_weights(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Zero the pruned weights (of all parameters by default)."""
-        for parameter in self._weights.values() if parameters is None else parameters:
-            self._held[id(parameter)].clear(local(parameter.detach()))
+        parameters = self._weights.values() if parameters is None else parameters
+        clear_all((self._held[id(p)], local(p.detach())) for p in parameters)
 
     @torch.no_grad()
     def mask_gradients(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """Zero the gradients of pruned weights, where there are any."""
-        for parameter in self._weights.values() if parameters is None else parameters:
-            if parameter.grad is not None:
-                self._held[id(parameter)].clear(local(parameter.grad))
+        """Zero the gradients of pruned weights, where there are any that have changed since the last time."""
+        parameters = self._weights.values() if parameters is None else parameters
+        changed = [p for p in parameters if p.grad is not None and not self._is_masked(p)]
+        clear_all((self._held[id(p)], local(cast(Tensor, p.grad))) for p in changed)
+        for parameter in changed:
+            gradient = cast(Tensor, parameter.grad)
+            self._masked[id(parameter)] = (TensorWeakRef(gradient), _state(gradient))
+
+    def _is_masked(self, parameter: nn.Parameter) -> bool:
+        """Whether a gradient is the one that was masked last, and unchanged; unless changed through ``.data``."""
+        gradient, (known, state) = parameter.grad, self._masked.get(id(parameter), (None, None))
+        return known is not None and gradient is not None and known() is gradient and state == _state(gradient)
 
     @torch.no_grad()
     def mask_states(self, optimizer: Optimizer) -> None:
         """Zero momentum, variance and any other state of a weight's shape where the weight is pruned."""
-        for parameter in self.parameters_of(optimizer):
-            for state in optimizer.state.get(parameter, {}).values():
-                if isinstance(state, Tensor) and state.shape == parameter.shape and state.is_floating_point():
-                    self._held[id(parameter)].clear(local(state))
+        clear_all(
+            (self._held[id(parameter)], local(state))
+            for parameter in self.parameters_of(optimizer)
+            for state in optimizer.state.get(parameter, {}).values()
+            if isinstance(state, Tensor) and state.shape == parameter.shape and state.is_floating_point()
+        )
 
     @torch.no_grad()
     def resurrected(self) -> dict[str, int]:
         """How many pruned weights of each parameter (its part here) are not zero now; empty if masks hold."""
-        counts = {}
-        for name, parameter in self._weights.items():
-            alive = int((local(parameter.detach()) != 0).logical_and_(~self._held[id(parameter)].bool()).sum())
-            if alive:
-                counts[name] = alive
-        return counts
+        found = [(local(p.detach()) != 0).logical_and_(~self._held[id(p)].bool()).sum() for p in self._weights.values()]
+        counts = torch.stack([count.to(found[0].device) for count in found]).tolist() if found else []
+        return {name: count for name, count in zip(self._weights, counts, strict=True) if count}
+
+
+def _state(tensor: Tensor) -> tuple[int, int, int]:
+    """What changes when a tensor is written to, or given other memory."""
+    own = local(tensor)  # of a shard: what is written through the whole is counted there alone
+    return tensor._version, own._version, own.data_ptr()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_prune.naming import own_parameters
 from lightning_prune.pruning.offloading import at_hand
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
@@ -103,7 +104,8 @@ def expert_parameters(module: nn.Module) -> dict[str, bool]:
 
     Experts are known by what transformers gives them to run under any ``experts_implementation``; Llama 4's by name.
     """
-    names = [name for name in (*_UP, _DOWN) if _is_stack(module._parameters.get(name))]
+    own = own_parameters(module)
+    names = [name for name in (*_UP, _DOWN) if name in own and own[name].dim() == 3]
     if len(names) != 2 or names[1] != _DOWN:
         return {}
     if _takes_sorted(module):
@@ -111,10 +113,6 @@ def expert_parameters(module: nn.Module) -> dict[str, bool]:
     transposed = getattr(module, "is_transposed", None)
     known = isinstance(transposed, bool) and hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
     return dict.fromkeys(names, bool(transposed)) if known else {}
-
-
-def _is_stack(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.dim() == 3
 
 
 def _takes_sorted(module: nn.Module) -> bool:

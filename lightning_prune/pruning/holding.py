@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.pruning.enforcement import Enforcer
 from lightning_prune.pruning.masks import (
-    Masks,
+    PackedMasks,
     apply_masks,
     check_masks,
     current_weight,
@@ -116,20 +116,23 @@ def _check_stepped(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Opt
 class MaskHold:
     """The masks of a model in training, and the hooks that enforce them; `hold_masks` makes it.
 
-    Gradients of pruned weights are zeroed as soon as they are there, before anyone clips them, and again right before
-    an optimizer steps; weights right after. States of optimizers are zeroed when masks change. A parameter that was
-    replaced, moved or renamed since the last step is masked in turn.
+    Gradients of pruned weights are zeroed as soon as they are there, before anyone clips them, and right before an
+    optimizer steps if they have changed since (through ``.data``, which torch does not count, weights alone stay zero);
+    weights right after. States of optimizers are zeroed when masks change. A parameter that was replaced, moved or
+    renamed since the last step is masked in turn.
 
     Args:
         model: The model.
         masks: Bool masks by the names of its parameters.
+        hook_gradients: Mask each gradient when it is accumulated; False where `mask_gradients` is called before
+            gradients are clipped, which masks all of them at once.
 
     Raises:
         ValueError: see `hold_masks`.
     """
 
-    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], hook_gradients: bool = True) -> None:
+        self._model, self._hooks = model, hook_gradients
         self._optimizers: list[Optimizer] = []
         self._handles: list[Any] = []
         self._gradient_hooks: dict[int, Any] = {}  # by the id of the parameter, which its enforcer keeps
@@ -137,8 +140,8 @@ class MaskHold:
         self.update(masks)
 
     @property
-    def masks(self) -> Masks:
-        """Bool masks by parameter name, True = kept, sharded as the parameters are; made anew each time."""
+    def masks(self) -> PackedMasks:
+        """Bool masks by parameter name, True = kept, sharded as the parameters are; held as bits."""
         return self._enforcer.masks()
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
@@ -215,7 +218,7 @@ class MaskHold:
             )
 
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights that came without a backward pass, before they are clipped."""
+        """Zero the gradients of pruned weights, before they are clipped; of those that have changed."""
         self._enforcer.mask_gradients()
 
     def mask_weights(self) -> dict[str, int]:
@@ -263,7 +266,7 @@ class MaskHold:
         for gone in self._gradient_hooks.keys() - weights.keys():
             self._gradient_hooks.pop(gone).remove()
         for key, weight in weights.items():
-            if weight.requires_grad and key not in self._gradient_hooks:
+            if self._hooks and weight.requires_grad and key not in self._gradient_hooks:
                 hook: Any = weight.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
                 self._gradient_hooks[key] = hook
 

@@ -1,17 +1,18 @@
-"""Masks by parameter name: apply, count, and store as packed bits with a check sum."""
+"""Masks by parameter name: hold as packed bits, apply, count, and store with a check sum."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import clean_name, own_parameters
 from lightning_prune.pruning.offloading import at_hand
 from lightning_prune.pruning.targets import Target
 from lightning_prune.safety import is_stored_whole, restored_on_failure, uninterrupted
@@ -25,7 +26,68 @@ from lightning_prune.sharding import (
     take_shard,
 )
 
-Masks = dict[str, Tensor]
+Masks = MutableMapping[str, Tensor]
+
+
+class PackedMasks(MutableMapping[str, Tensor]):
+    """Bool masks by parameter name, held as one bit a weight.
+
+    A mask is unpacked each time it is asked for, so what is done to it in place is not kept: assign it, as to a dict.
+
+    Args:
+        masks: Bool masks by name, whole or sharded; an iterable of pairs is read one by one, so that no two masks need
+            to be there unpacked.
+
+    Example:
+        >>> masks = PackedMasks({"weight": torch.tensor([True, False])})
+        >>> masks["weight"].tolist(), list(masks)
+        ([True, False], ['weight'])
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] = ()) -> None:
+        # Bits of this rank's part, and an expanded element: its shape and its layout over ranks.
+        self._packed: dict[str, tuple[Tensor, Tensor]] = {}
+        if isinstance(masks, PackedMasks):
+            self._packed = dict(masks._packed)
+        else:
+            self.update(masks)
+
+    def __getitem__(self, name: str) -> Tensor:
+        bits, like = self._packed[name]
+        return as_shard_of(like, unpack_mask(bits, local(like).shape))
+
+    def __setitem__(self, name: str, mask: Tensor) -> None:
+        own = local(mask)
+        if own.dtype != torch.bool:
+            raise ValueError(f"the mask of {name!r} has dtype {own.dtype}; masks are torch.bool, True = kept")
+        like = torch.ones((), dtype=torch.bool, device=own.device).expand(own.shape)
+        self._packed[name] = (pack_mask(own), as_shard_of(mask, like))
+
+    def __delitem__(self, name: str) -> None:
+        del self._packed[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed)
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed  # the mapping's own would unpack
+
+    def __or__(self, others: Mapping[str, Tensor]) -> PackedMasks:
+        joined = PackedMasks(self)
+        joined._packed |= PackedMasks(others)._packed
+        return joined
+
+    def __repr__(self) -> str:
+        return f"PackedMasks({', '.join(f'{n!r}: {tuple(like.shape)}' for n, (_, like) in self._packed.items())})"
+
+    def renamed(self, rename: Callable[[str], str]) -> PackedMasks:
+        """The same masks by other names."""
+        masks = PackedMasks()
+        masks._packed = {rename(name): packed for name, packed in self._packed.items()}
+        return masks
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -33,19 +95,19 @@ def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {clean_name(name): parameter for name, parameter in model.named_parameters()}
 
 
-def follow_names(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
+def follow_names(model: nn.Module, masks: Mapping[str, Tensor]) -> PackedMasks:
     """Masks by the names that their parameters have now: adapters may have been put on or taken off since.
 
     A name that no parameter has, with PEFT's parts in it or without, stays.
     """
     names = named_weights(model)
     if masks.keys() <= names.keys():
-        return dict(masks)
+        return PackedMasks(masks)
     now: dict[str, str | None] = {}
     for name in names:
         key = _without_adapters(name)
         now[key] = None if key in now else name
-    return {name if name in names else now.get(_without_adapters(name)) or name: mask for name, mask in masks.items()}
+    return PackedMasks(masks).renamed(lambda n: n if n in names else now.get(_without_adapters(n)) or n)
 
 
 def _without_adapters(name: str) -> str:
@@ -85,15 +147,17 @@ def current_weight(model: nn.Module, name: str) -> nn.Parameter | None:
     *path, last = name.split(".")
     for part in path:
         module = _unwrapped(module, part)
-        module = None if module is None else module._modules.get(part)
+        module = None if module is None else dict(module.named_children()).get(part)
     module = _unwrapped(module, last)
-    return None if module is None else module._parameters.get(last)
+    return None if module is None else own_parameters(module).get(last)
 
 
 def _unwrapped(module: nn.Module | None, part: str) -> nn.Module | None:
     """What a compiled or checkpointed module has inside, if that is where a part of a clean name is."""
-    while module is not None and part not in module._modules and part not in module._parameters:
-        module = module._modules.get("_orig_mod", module._modules.get("_checkpoint_wrapped_module"))
+    while module is not None and part not in (children := dict(module.named_children())):
+        if part in own_parameters(module):
+            break
+        module = children.get("_orig_mod", children.get("_checkpoint_wrapped_module"))
     return module
 
 
@@ -122,14 +186,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         ValueError: see `check_masks`; nothing is changed then.
     """
     weights = check_masks(model, masks)
-    parts = {name: part_of(weight, masks[name]) for name, weight in weights.items()}
-    holders = {id(p): (m, n) for m in model.modules() for n, p in m._parameters.items() if p is not None}
+    holders = {id(p): (m, n) for m in model.modules() for n, p in own_parameters(m).items()}
     with uninterrupted(), restored_on_failure() as originals:
         for name, weight in weights.items():
             module, attribute = holders[id(weight)]
             with at_hand(module, undo=originals.undo.append):
                 own = local(getattr(module, attribute))
-                own.masked_fill_(~parts[name].to(own.device), 0.0)
+                own.masked_fill_(~part_of(weight, masks[name]).to(own.device), 0.0)
 
 
 def part_of(weight: Tensor, mask: Tensor) -> Tensor:
@@ -137,23 +200,23 @@ def part_of(weight: Tensor, mask: Tensor) -> Tensor:
     return local(mask) if is_sharded(mask) else take_shard(weight, mask)
 
 
-def shard_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Masks:
+def shard_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> PackedMasks:
     """Masks laid out over ranks as their parameters are; whole masks are cut, where the parameters are sharded.
 
     Raises:
         ValueError: see `check_masks`.
     """
     weights = check_masks(model, masks)
-    return {n: as_shard_of(weight, part_of(weight, masks[n]).contiguous()) for n, weight in weights.items()}
+    return PackedMasks((n, as_shard_of(weight, part_of(weight, masks[n]))) for n, weight in weights.items())
 
 
-def masks_from_zeros(targets: Sequence[Target]) -> Masks:
+def masks_from_zeros(targets: Sequence[Target]) -> PackedMasks:
     """Masks of the weights that are not exactly zero.
 
     Raises:
         ValueError: no weight is zero.
     """
-    masks: Masks = {}
+    masks = PackedMasks()
     for name, target in {t.parameter: t for t in targets}.items():
         with at_hand(target.module):
             kept = local(target.weight.detach()) != 0
@@ -191,18 +254,26 @@ def pack_mask(mask: Tensor) -> Tensor:
     >>> pack_mask(torch.tensor([True, False, False, False, False, False, False, True, True])).tolist()
     [129, 128]
     """
-    flat = mask.detach().reshape(-1).to(torch.uint8)
-    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    packed = torch.zeros(flat.shape[0], dtype=torch.uint8, device=flat.device)
-    for bit in range(8):
-        packed |= flat[:, bit] << (7 - bit)
-    return packed
+    flat = mask.detach().reshape(-1)
+    if flat.device.type == "cpu":  # numpy's takes a fiftieth of the time of eight shifts
+        return torch.from_numpy(np.packbits(flat.numpy()))
+    return bits_by_product(torch.nn.functional.pad(flat, (0, -flat.numel() % 8)))
+
+
+def bits_by_product(flat: Tensor) -> Tensor:
+    """The bits of a flat bool mask of whole bytes, as `pack_mask`, in three passes on any device."""
+    # Each product with eight bytes of 0 or 1 has them as bits in its highest byte.
+    products = flat.view(torch.int64).mul(0x8040201008040201 - (1 << 64))
+    return products.bitwise_right_shift_(56).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """The inverse of `pack_mask`."""
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
-    flat = ((packed[:, None] >> shifts) & 1).bool().view(-1)
+    if packed.device.type == "cpu":
+        flat = torch.from_numpy(np.unpackbits(packed.numpy())).view(torch.bool)
+    else:
+        shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+        flat = ((packed[:, None] >> shifts) & 1).bool().view(-1)
     size = torch.Size(shape)
     return flat[: size.numel()].view(size)
 
@@ -227,13 +298,13 @@ def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     return state
 
 
-def unpack_masks(state: Mapping[str, Any]) -> Masks:
+def unpack_masks(state: Mapping[str, Any]) -> PackedMasks:
     """The inverse of `pack_masks`.
 
     Raises:
         ValueError: naming the parameter whose mask is damaged.
     """
-    masks: Masks = {}
+    masks = PackedMasks()
     for name, entry in state.items():
         try:
             bits, shape, crc32 = entry["bits"], torch.Size(entry["shape"]), entry["crc32"]

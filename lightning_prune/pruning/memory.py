@@ -69,11 +69,11 @@ def walk_memory(
         raise ValueError(f"{type(model).__name__} names no decoder blocks (_no_split_modules)")
     block = max(blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
     matrices = [
-        kind.to_matrix(module._parameters[name]).shape
+        kind.to_matrix(getattr(module, name)).shape
         for path, module in block.named_modules()
         if not is_head(path)
         for name, kind in stored_weights(module).items()
-        if module._parameters[name].dim() == 2
+        if getattr(module, name).dim() == 2
     ]
     wide, size = max(max(shape) for shape in matrices), next(block.parameters()).element_size()
     narrow = min(inputs for _, inputs in matrices)

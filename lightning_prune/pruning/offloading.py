@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_prune.naming import own_parameters
 from lightning_prune.safety import uninterrupted
 
 Undo = Callable[[], None]
@@ -25,11 +26,16 @@ Undo = Callable[[], None]
 
 def _hook(module: nn.Module) -> Any:
     """The hook that brings a module's own weights for each forward pass; None if nothing does."""
-    hook = module.__dict__.get("_hf_hook")
+    hook = getattr(module, "_hf_hook", None)
     for each in getattr(hook, "hooks", (hook,)):
         if getattr(each, "weights_map", None) is not None:
             return each
     return None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether accelerate runs a module, wherever its weights are."""
+    return hasattr(module, "_hf_hook")
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -55,28 +61,28 @@ def at_hand(
         undo: Takes what puts a changed weight back.
         discard: Let go of changes, as happens if the block fails.
     """
-    brought: list[tuple[Any, Any, str, Any, int]] = []
+    brought: list[tuple[nn.Module, Any, str, Tensor, int]] = []
     hooks = [(m, hook) for m in modules if (hook := _hook(m)) is not None and hook.offload]
     try:
         for module, hook in hooks:
             hook.offload = False
-            held: Any
-            for held in (module._parameters, module._buffers):
-                for name, away in held.items():
-                    if away is None or not away.is_meta:
-                        continue
-                    # A copy: main memory may be where the module runs.
-                    here = hook.weights_map[name].to(device_of(module, away), away.dtype, copy=True)
-                    held[name] = nn.Parameter(here, away.requires_grad) if isinstance(away, nn.Parameter) else here
-                    brought.append((hook, held, name, away, held[name]._version))
+            for name, away in (*own_parameters(module).items(), *module.named_buffers(recurse=False)):
+                if not away.is_meta:
+                    continue
+                # A copy: main memory may be where the module runs.
+                here = hook.weights_map[name].to(device_of(module, away), away.dtype, copy=True)
+                here = nn.Parameter(here, away.requires_grad) if isinstance(away, nn.Parameter) else here
+                setattr(module, name, here)
+                brought.append((module, hook, name, away, here._version))
         yield
         with uninterrupted():
-            for hook, held, name, _, version in brought:
-                if not discard and held[name]._version != version:
-                    undo(_keep(hook.weights_map, name, held[name].detach()))
+            for module, hook, name, _, version in brought:
+                here = getattr(module, name).detach()
+                if not discard and here._version != version:
+                    undo(_keep(hook.weights_map, name, here))
     finally:
-        for _, held, name, away, _ in brought:
-            held[name] = away
+        for module, _, name, away, _ in brought:
+            setattr(module, name, away)
         for _, hook in hooks:
             hook.offload = True
 
@@ -136,9 +142,7 @@ def check_offloaded(model: nn.Module, weights: Iterable[tuple[str, nn.Module, st
         ValueError: offloaded weights that are tied, or lie in the files of a checkpoint without a folder for new ones.
     """
     hooks = [(m, hook) for m in model.modules() if (hook := _hook(m)) is not None]
-    places = Counter(
-        _identity(h.weights_map, name) for m, h in hooks for name, p in m._parameters.items() if p is not None
-    )
+    places = Counter(_identity(hook.weights_map, name) for m, hook in hooks for name in own_parameters(m))
     for name, module, attribute in weights:
         if (hook := _hook(module)) is None:
             continue

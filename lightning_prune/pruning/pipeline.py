@@ -30,7 +30,7 @@ from lightning_prune.pruning.allocation import (
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
-from lightning_prune.pruning.masks import Masks, apply_masks, masks_from_zeros
+from lightning_prune.pruning.masks import PackedMasks, apply_masks, masks_from_zeros
 from lightning_prune.pruning.offloading import at_hand
 from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
@@ -71,7 +71,7 @@ def prune(
     gradient_device: torch.device | str | None = None,
     progress: bool = True,
     ranks: Ranks | None = None,
-) -> Masks:
+) -> PackedMasks:
     """Prune a model in place and return its masks.
 
     What is left out is said: a warning if less than 90 % of the matrices outside embeddings and heads are pruned (see
@@ -127,6 +127,7 @@ def prune(
 
     Returns:
         Bool masks of the parameters' shapes by parameter name, True = kept; laid out over ranks as the parameters are.
+        They are held as one bit a weight, and unpacked when they are asked for.
 
     Raises:
         ValueError: an argument or a combination that is not supported; the message names value and choices.
@@ -186,7 +187,7 @@ def run_plan(
     ranks: Ranks | None = None,
     summary: ScoreSummary | None = None,
     apply: bool = True,
-) -> Masks:
+) -> PackedMasks:
     """Carry out a plan. `prune` and the callbacks both end here.
 
     Args:
@@ -239,7 +240,7 @@ class _Run:
         """Whose parts make up the whole, where weights are sharded."""
         return self.ranks if self.ranks is not None and self.ranks.lockstep else None
 
-    def masks(self) -> Masks:
+    def masks(self) -> PackedMasks:
         """Calibrate, select, update; then change the model."""
         plan = self.plan
         if plan.dense_statistics:
@@ -260,8 +261,8 @@ class _Run:
         with torch.no_grad():
             self.counts = self._allocate()
             if not plan.sequential and plan.settings.solver is None:
-                parts = {t.name: self._mask_of(t) for t in self._tracked("Selecting")}
-                masks = join_masks(plan.targets, parts)
+                parts = PackedMasks((t.name, self._mask_of(t)) for t in self._tracked("Selecting"))
+                masks = PackedMasks(join_masks(plan.targets, parts))
                 if self.apply:
                     apply_masks(self.model, masks)
                 return masks
@@ -432,17 +433,17 @@ class _Run:
         target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
         return kept
 
-    def _update_all(self, originals: Originals) -> Masks:
+    def _update_all(self, originals: Originals) -> PackedMasks:
         """Every layer with the Hessian of its dense inputs."""
-        parts: dict[str, Tensor] = {}
+        parts = PackedMasks()
         for target in self._tracked("Updating weights"):
             with at_hand(target.module, undo=originals.undo.append):
                 if not target.offloaded:
                     originals.keep(target.weight)
                 parts[target.name] = self._prune_layer(target, self.statistics[target.name])
-        return join_masks(self.plan.targets, parts)
+        return PackedMasks(join_masks(self.plan.targets, parts))
 
-    def _walk(self, originals: Originals) -> Masks:
+    def _walk(self, originals: Originals) -> PackedMasks:
         """Block by block, each on the outputs of the pruned blocks before it.
 
         Where weights are only masked they are put back behind the walk, and masked together when all masks are known:
@@ -450,7 +451,7 @@ class _Run:
         so there all copies stay.
         """
         plan = self.plan
-        parts: dict[str, Tensor] = {}
+        parts = PackedMasks()
         by_module: dict[int, list[Target]] = {}
         for target in plan.targets:
             by_module.setdefault(id(target.module), []).append(target)
@@ -474,22 +475,19 @@ class _Run:
                 for index, block in enumerate(walk.blocks):
                     layers = [target for m in block.modules() for target in by_module.get(id(m), ())]
                     with at_hand(*block.modules(), undo=originals.undo.append, discard=only_masked):
-                        parts |= self._prune_block(walk, index, layers, originals)
+                        parts.update(self._prune_block(walk, index, layers, originals))
                     if only_masked:
                         alone = [t for t in layers if len(t.modules) == 1 and not t.offloaded]
                         originals.put_back(target.weight for target in alone)
                     advance()
-            masks = join_masks(plan.targets, parts)
+            masks = PackedMasks(join_masks(plan.targets, parts))
             if only_masked:
                 apply_masks(self.model, masks)
         return masks
 
-    def _prune_block(
-        self, walk: BlockWalk, index: int, layers: Sequence[Target], originals: Originals
-    ) -> dict[str, Tensor]:
+    def _prune_block(self, walk: BlockWalk, index: int, layers: Sequence[Target], originals: Originals) -> PackedMasks:
         """Prune a block on its inputs, which become its outputs; returns the mask of each layer, as `_prune_layer`."""
-        parts: dict[str, Tensor] = {}
-        block = walk.blocks[index]
+        parts, block = PackedMasks(), walk.blocks[index]
         with gathered_around(self.model, block):
             statistics = collect_forward(
                 layers,

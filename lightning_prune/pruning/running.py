@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_prune.naming import own_parameters, uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.offloading import device_of
 from lightning_prune.pruning.targets import Target, block_classes, type_name
@@ -124,12 +125,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DistributedDataParallel and PEFT."""
     while True:
         base = getattr(model, "get_base_model", None)
-        inner: Any = model._modules.get("_orig_mod")
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = uncompiled(model)
+        if inner is model and isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
-        if inner is None and callable(base):
+        if inner is model and callable(base):
             inner = base()
-        if inner is None or inner is model:
+        if inner is model:
             return model
         model = inner
 
@@ -191,7 +192,7 @@ def _model_inputs(batch: Any) -> Any:
 
 def model_device(model: nn.Module) -> torch.device:
     """The device of the model's first parameter, when it runs."""
-    held = ((m, p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    held = ((m, p) for m in model.modules() for p in own_parameters(m).values())
     return next((device_of(m, p) for m, p in held), torch.device("cpu"))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.naming import HEADS, clean_name, is_head, name_matches
+from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters, uncompiled
 from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
 from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
@@ -68,13 +68,23 @@ def _rows(x: Tensor) -> Tensor:
     return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
 
 
+def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
+    """What a convolution adds before and after each dimension; of an odd sum the larger half comes after."""
+    if layer.padding == "same":
+        sums = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in sums]
+    if isinstance(layer.padding, str):  # "valid"
+        return [(0, 0)] * len(layer.kernel_size)
+    return [(size, size) for size in layer.padding]
+
+
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, kh*kw*C)``."""
     assert isinstance(layer, CONVOLUTIONS)
     flat = isinstance(layer, nn.Conv1d)
     x = x[None] if x.dim() == (2 if flat else 3) else x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    x = F.pad(x, [side for sizes in reversed(_padding(layer)) for side in sizes], mode=mode)
     kernel, stride, dilation = ((1, *of)[-2:] for of in (layer.kernel_size, layer.stride, layer.dilation))
     patches = F.unfold(x[:, :, None] if flat else x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
     b, _, t = patches.shape
@@ -155,12 +165,12 @@ def stored_weights(module: nn.Module) -> dict[str, LayerKind]:
     """Names of a module's own parameters that can be pruned, and how each is stored; those of adapters too."""
     if (kind := layer_kind(module)) is not None:
         # Speech models hold a Conv1d with a weight norm: it is left out, and the summary says so.
-        plain = kind is not CONVOLUTION1D or module._parameters.get("weight") is not None
+        plain = kind is not CONVOLUTION1D or "weight" in own_parameters(module)
         return {"weight": kind} if plain else {}
     if isinstance(module, nn.MultiheadAttention):
-        return {name: INNER for name in _PROJECTIONS if module._parameters.get(name) is not None}
+        return {name: INNER for name in _PROJECTIONS if name in own_parameters(module)}
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return {name: INNER for name in module._parameters if name.startswith("weight_")}
+        return {name: INNER for name in own_parameters(module) if name.startswith("weight_")}
     experts = expert_parameters(module)
     return {name: EXPERT_TRANSPOSED if transposed else EXPERT for name, transposed in experts.items()}
 
@@ -253,7 +263,7 @@ class Target:
 
     def whole(self, part: Tensor) -> Tensor:
         """All of a matrix on every rank, ``[O, I]``, from this rank's part of it."""
-        return part if self.layout.mesh is None else self.kind.to_matrix(gather_whole(self.to_parameter(part)))
+        return self.kind.to_matrix(gather_whole(self.to_parameter(part)))
 
     def to_parameter(self, matrix: Tensor) -> Tensor:
         """A matrix, shaped as `matrix` gives it, back to the parameter's shape and layout."""
@@ -275,10 +285,10 @@ class Target:
     def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
         """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
         layout = self.layout
-        if layout.mesh is None or ranks is None:
+        if (spread := layout.among(ranks)) is None:
             return lowest_in_layer
         first_row, counted = layout.row_bounds[0], layout.counted
-        return lambda scores, count: lowest_over_ranks(scores, count, ranks, first_row, counted)
+        return lambda scores, count: lowest_over_ranks(scores, count, spread, first_row, counted)
 
 
 class SliceTarget(Target):
@@ -366,8 +376,8 @@ def parameters_of(targets: Sequence[Target]) -> dict[str, nn.Parameter]:
     return {name: target.weight for name, target in {t.parameter: t for t in targets}.items()}
 
 
-def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Masks of the parameters' shapes and layouts, by parameter.
+def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield masks of the parameters' shapes and layouts, with the parameters' names.
 
     Args:
         targets: All targets of the parameters.
@@ -376,18 +386,16 @@ def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> dict[s
     users: dict[str, list[Target]] = {}
     for target in targets:
         users.setdefault(target.parameter, []).append(target)
-    masks = {}
     for name, (first, *others) in users.items():
         if not isinstance(first, SliceTarget):
-            masks[name] = first.to_parameter(parts[name])
+            yield name, first.to_parameter(parts[name])
             continue
         weight = first.weight
         own = torch.ones(local(weight).shape, dtype=torch.bool, device=parts[first.name].device)
         for target in (first, *others):
             slice_ = target.stored(own)
             slice_.copy_(target.kind.from_matrix(parts[target.name], slice_.shape))
-        masks[name] = as_shard_of(weight, own)
-    return masks
+        yield name, as_shard_of(weight, own)
 
 
 @dataclass(frozen=True)
@@ -409,7 +417,7 @@ class _Candidate:
     @property
     def weight(self) -> nn.Parameter | None:
         """The parameter; None where a layer keeps it in another form."""
-        return self.module._parameters.get(self.parameter)
+        return own_parameters(self.module).get(self.parameter)
 
 
 def _candidates(model: nn.Module, adapters: Collection[nn.Module]) -> dict[str, _Candidate]:
@@ -616,13 +624,10 @@ def _routers(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     """Layers that choose experts: by their type, or by their name beside a module or parameter named ``experts``."""
     beside: set[nn.Module] = set()
     for parent in model.modules():
-        own = (*parent._modules, *parent._parameters)
-        if any("experts" in name for name in own):
+        children = dict(parent.named_children())
+        if any("experts" in name for name in (*children, *own_parameters(parent))):
             beside.update(
-                part
-                for name, child in parent._modules.items()
-                if child is not None and _ROUTER_NAME.fullmatch(name)
-                for part in child.modules()
+                part for name, child in children.items() if _ROUTER_NAME.fullmatch(name) for part in child.modules()
             )
     return {name for name, layer in layers.items() if layer.module in beside or is_router(layer.module)}
 
@@ -667,7 +672,7 @@ def _packed_layers(model: nn.Module) -> list[str]:
     return [
         clean_name(name)
         for name, module in model.named_modules()
-        if any(key in module._buffers or key in module._parameters for key in _PACKED)
+        if any(key in _PACKED for key in (*own_parameters(module), *dict(module.named_buffers(recurse=False))))
     ]
 
 
@@ -718,9 +723,8 @@ def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Clean names and modules that hold each parameter, by its id."""
     users: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append((clean_name(name), module))
+        for parameter in own_parameters(module).values():
+            users.setdefault(id(parameter), []).append((clean_name(name), module))
     return users
 
 
@@ -832,7 +836,7 @@ def find_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
             blocks = [
                 (clean_name(f"{name}.{i}"), child)
                 for i, child in enumerate(module)
-                if type_name(getattr(child, "_orig_mod", child)) in classes
+                if type_name(uncompiled(child)) in classes
             ]
             if blocks and len(blocks) == len(module):
                 stacks.append(blocks)

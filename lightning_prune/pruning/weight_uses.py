@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.sharding import local
@@ -117,16 +116,16 @@ class WeightUses(TorchFunctionMode):
 
     def _replaced(self, arguments: Any, function: str) -> Any:
         """Arguments with a leaf in a weight's place, whose gradient tells whether the loss depends on this use."""
-
-        def replace(leaf: Any) -> Any:
-            if id(leaf) not in self.known:
-                return leaf
-            weight, name = self.known[id(leaf)]
-            stand_in = weight.detach().requires_grad_()
-            self.stand_ins.append((name, function, stand_in))
-            return stand_in
-
-        return tree_map(replace, arguments)
+        if type(arguments) is dict:
+            return {key: self._replaced(value, function) for key, value in arguments.items()}
+        if type(arguments) in (list, tuple):
+            return type(arguments)(self._replaced(value, function) for value in arguments)
+        if id(arguments) not in self.known:
+            return arguments
+        weight, name = self.known[id(arguments)]
+        stand_in = weight.detach().requires_grad_()
+        self.stand_ins.append((name, function, stand_in))
+        return stand_in
 
     def _product(self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)

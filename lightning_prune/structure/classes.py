@@ -93,6 +93,5 @@ def _converted(config: Any, model_type: str, **sizes: int) -> Any:
     fields = {name: value for name, value in fields.items() if name in known} | sizes
     if "sliding_window" in known:
         fields["sliding_window"] = None
-    found = AutoConfig.for_model(model_type, **fields)
-    found._attn_implementation = config._attn_implementation
-    return found
+    # Written by no `to_dict`, and read by no public name.
+    return AutoConfig.for_model(model_type, **fields, attn_implementation=config._attn_implementation)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_prune.naming import DTYPES
 from lightning_prune.pruning.running import model_device, quiet_model
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.sizes import Sizes
 from lightning_prune.structure.units import Structure
 
@@ -165,11 +165,13 @@ def latency_of(structure: Structure, goal: Mapping[str, Any], table: LatencyTabl
         ValueError: the parameters are shards, or have no data; a mixture of experts.
     """
     parameters = structure.parameters()
-    if has_sharded_parameters(structure.model) or any(p.is_meta for p in parameters.values()):
-        raise ValueError(
-            f"target={dict(goal)!r} is measured on whole weights of one device; give bytes, a number of parameters or "
-            "sizes where they are sharded"
-        )
+    whole = (
+        f"target={dict(goal)!r} is measured on whole weights of one device; give bytes, a number of parameters or "
+        "sizes where they are sharded"
+    )
+    refuse_shards(structure.model, whole)
+    if any(p.is_meta for p in parameters.values()):
+        raise ValueError(whole)
     if structure.sizes.num_experts:
         raise ValueError(
             f"target={dict(goal)!r} is not predicted for a mixture of experts, whose batches go to experts as the text "

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_prune.pruning.masks import Masks
@@ -130,10 +129,8 @@ def mask_units(
 
 def _zero(tensor: Tensor, entry: KeptIndices) -> None:
     """Zero what goes along a dimension; of a shard, what this rank has of it."""
-    gone = entry.gone
-    if isinstance(tensor, DTensor):
-        start, stop = shard_bounds(tensor)[entry.dim]
-        gone = gone[(gone >= start) & (gone < stop)] - start
+    start, stop = shard_bounds(tensor)[entry.dim]
+    gone = entry.gone[(entry.gone >= start) & (entry.gone < stop)] - start
     local(tensor).index_fill_(entry.dim, gone.to(tensor.device), 0.0)
 
 

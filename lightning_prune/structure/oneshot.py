@@ -17,7 +17,7 @@ from lightning_prune.pruning.calibration import LossFn, collect
 from lightning_prune.pruning.running import model_loss, on_device, quiet_model
 from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.safety import uninterrupted
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.compensation import compensation, observed_layers
 from lightning_prune.structure.device_goals import names_sizes
 from lightning_prune.structure.planning import Planner, RoundTo, attention_unit_of, make_planner, plan_removal
@@ -135,8 +135,7 @@ def prune_structured(
     check_saliency(saliency, SALIENCIES)
     if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 1 <= num_samples < 2**31:
         raise ValueError(f"num_samples={num_samples!r} must be an int of 1 or more, below 2**31")
-    if has_sharded_parameters(model):
-        raise ValueError("prune_structured needs whole parameters, these are sharded over processes: gather the model")
+    refuse_shards(model, "prune_structured needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)
     unit = attention_unit_of(target, structure.sizes, attention_unit)
     structure = read_structure(model, unit)

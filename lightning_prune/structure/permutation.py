@@ -28,7 +28,7 @@ from lightning_prune.pruning.scores import Wanda
 from lightning_prune.pruning.statistics import INPUT_NORM
 from lightning_prune.pruning.targets import find_targets
 from lightning_prune.safety import uninterrupted
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.units import Slice, Structure, read_structure
 
 CHANNELS = ("hidden", "values", "ffn")
@@ -141,8 +141,7 @@ def permute_channels(
         raise ValueError(f"pattern={pattern!r}: the order of channels matters for N:M only, such as '2:4'")
     if isinstance(channels, str) or not channels or set(channels) - set(CHANNELS):
         raise ValueError(f"channels={channels!r} must be some of {CHANNELS}")
-    if has_sharded_parameters(model):
-        raise ValueError("permute_channels needs whole parameters, these are sharded over processes: gather the model")
+    refuse_shards(model, "permute_channels needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)
     places = {kind: _places(structure, kind) for kind in CHANNELS if kind in channels}
     for kind, found in places.items():

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.safety import uninterrupted
-from lightning_prune.sharding import is_sharded
+from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.classes import change_class, class_for
 from lightning_prune.structure.masking import masked_channels, unmask_norms
 from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes
@@ -130,11 +130,11 @@ def _layers(removal: Removal) -> list[int]:
 
 def _check_removable(structure: Structure, removal: Removal) -> None:
     for name, p in structure.parameters().items():
-        if is_sharded(p):
-            raise ValueError(
-                f"{name!r} is sharded over processes and cannot be sliced: mask the units (mask_units), gather the "
-                "model, and remove them then"
-            )
+        refuse_shards(
+            p,
+            f"{name!r} is sharded over processes and cannot be sliced: mask the units (mask_units), gather the model, "
+            "and remove them then",
+        )
         if p.is_meta:
             raise ValueError(f"{name!r} has no data (meta device); load or initialize the model first")
     if "layer" in removal:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, device, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from lightning_prune.progress import is_main_process
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import whole_state
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.sizes import AttentionUnit
 from lightning_prune.structure.units import (
@@ -22,13 +21,6 @@ from lightning_prune.structure.units import (
     kept_indices,
     read_structure,
 )
-
-
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of a sharded model on the CPU of the first process, empty on the others; every process must call."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return state
 
 
 def without_masked_units(model: nn.Module, state: Mapping[str, Tensor] | None) -> nn.Module:
@@ -62,9 +54,9 @@ def save_plain(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> N
     Raises:
         ValueError: masked units are not zero any more.
     """
-    sharded, inner = has_sharded_parameters(model), find_language_model(model)[1]
-    state = whole_state(inner) if sharded else None
-    if sharded and not is_main_process():
+    inner = find_language_model(model)[1]
+    state = whole_state(inner)
+    if state is not None and not is_main_process():
         return
     plain: Any = without_masked_units(inner, state)
     plain.save_pretrained(str(folder), state_dict=state if noted_units(inner) is None else None)

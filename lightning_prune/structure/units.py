@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import clean_name, uncompiled
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.sharding import has_sharded_parameters
@@ -198,7 +198,7 @@ def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_modules():
         if hasattr(getattr(child, "config", None), "model_type") and hasattr(child, "get_output_embeddings"):
-            inner = getattr(child, "_orig_mod", child)
+            inner = uncompiled(child)
             if not any(inner in set(outer.modules()) for _, outer in found):
                 found.append((clean_name(f"{name}.").rstrip("."), inner))
     if len(found) != 1:

@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple
 import datasets
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.pruning.running import IGNORE_INDEX
+from lightning_prune.text.sequences import fingerprint
 
 TrainOn = Literal["assistant", "all"]
 Message = dict[str, str]
@@ -108,9 +108,7 @@ def tokenize_conversations(
                 "predicted": datasets.Value("int32"),
             }
         ),
-        new_fingerprint=Hasher.hash(
-            (_CACHE_VERSION, documents._fingerprint, identity, messages_field, block_size, train_on)
-        ),
+        new_fingerprint=fingerprint(documents, _CACHE_VERSION, identity, messages_field, block_size, train_on),
         desc="Tokenizing conversations",
     )
     counts = tokens.with_format("arrow")[:]

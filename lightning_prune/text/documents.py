@@ -120,11 +120,7 @@ def texts_of(
 
 
 def _encoding_of(files: list[Path], argument: str) -> str:
-    """The encoding that marks at the beginning of text files name, UTF-8 where there are none.
-
-    Raises:
-        ValueError: the files have several, or one looks like UTF-16 without a mark.
-    """
+    """The encoding that marks at the beginning of text files name, UTF-8 where there are none."""
     found = set()
     for file in files:
         with file.open("rb") as stream:

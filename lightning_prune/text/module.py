@@ -39,8 +39,8 @@ from lightning_prune.results import Table
 from lightning_prune.safety import add_check_sums
 from lightning_prune.schedules import LearningRateSchedule as Schedule
 from lightning_prune.schedules import learning_rate_factor
-from lightning_prune.sharding import has_sharded_parameters
-from lightning_prune.structure.saving import note_masked_units, whole_state, without_masked_units
+from lightning_prune.sharding import has_sharded_parameters, whole_state
+from lightning_prune.structure.saving import note_masked_units, without_masked_units
 from lightning_prune.text.parallelize import parallelize
 
 if TYPE_CHECKING:
@@ -369,7 +369,7 @@ class CausalLM(L.LightningModule):
         Raises:
             ValueError: masked units are not zero any more.
         """
-        self._save_pretrained(folder, whole_state(self.model) if has_sharded_parameters(self.model) else None)
+        self._save_pretrained(folder, whole_state(self.model))
 
     @rank_zero_only
     def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:

@@ -24,6 +24,12 @@ from lightning_prune.pruning.running import IGNORE_INDEX
 _CACHE_VERSION = 1
 
 
+def fingerprint(dataset: datasets.Dataset, *settings: Any) -> str:
+    """Return the cache key of what is made from a dataset by settings, which the library would guess from the code."""
+    key: str = Hasher.hash((dataset._fingerprint, *settings))
+    return key
+
+
 def tokenize(
     documents: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -51,7 +57,7 @@ def tokenize(
         num_proc=num_proc,
         remove_columns=documents.column_names,
         features=datasets.Features({"input_ids": datasets.Sequence(datasets.Value("int32"))}),
-        new_fingerprint=Hasher.hash((_CACHE_VERSION, documents._fingerprint, identity, text_field)),
+        new_fingerprint=fingerprint(documents, _CACHE_VERSION, identity, text_field),
         desc="Tokenizing",
     )
     return tokens
@@ -90,7 +96,7 @@ def pack(tokens: datasets.Dataset, block_size: int, keep_last: bool = False) -> 
         partial(_cut, block_size=block_size, keep_last=keep_last),
         batched=True,
         batch_size=-1,  # the whole stream: batches would each leave a rest
-        new_fingerprint=Hasher.hash((_CACHE_VERSION, tokens._fingerprint, block_size, keep_last)),
+        new_fingerprint=fingerprint(tokens, _CACHE_VERSION, block_size, keep_last),
         desc="Packing",
     )
     return blocks.with_format(None)

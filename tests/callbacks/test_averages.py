@@ -43,6 +43,7 @@ class Zeros(L.Callback):
         self.looks += bool(self.pruning.masks)
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("pruning_first", [True, False])
 @pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

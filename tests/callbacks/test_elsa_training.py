@@ -153,6 +153,7 @@ def test_a_second_fit_trains_with_the_masks_and_a_copy_is_a_fresh_start(tmp_path
     assert copied.finished
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize(
     "setting", [{"pattern": "2:4", "sparsity": None}, {"group": "global"}, {"group": "row"}], ids=str
 )

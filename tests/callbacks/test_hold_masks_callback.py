@@ -66,6 +66,7 @@ class Watch(TrainerCallback):
         self.steps += 1
 
 
+@pytest.mark.few_fast(3)
 @pytest.mark.parametrize("how", ["masks", "file", "zeros"])
 @pytest.mark.parametrize("setting", [{}, {"bf16": True, "gradient_accumulation_steps": 2}, {"optim": "sgd"}])
 def test_masks_hold_through_training(how: str, setting: dict[str, Any], tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_masks_hold_through_training(how: str, setting: dict[str, Any], tmp_path
     assert all(bool((model.get_parameter(name) != weight).any()) for name, weight in before.items())
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("again", ["same masks", "other masks", "zeros"])
 def test_a_resumed_run_is_the_uninterrupted_one(again: str, tmp_path: Path) -> None:
     model, masks = pruned()
@@ -176,6 +178,7 @@ def test_trl_trains_sparse(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_lightning_is_not_needed() -> None:
     program = (
         "import sys; sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"

@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Callable[[], list[Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("case", CASES)
 def test_callbacks_do_the_same_in_both_packages(case: str, tmp_path: Path) -> None:
     callbacks, settings = CASES[case]

@@ -80,6 +80,7 @@ def fit(path: Path, *others: L.Callback, **saving: Any) -> tuple[L.Trainer, Own,
     return trainer, module, pruner, seen
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_checkpoints_load_as_the_model_that_trained(weights_only: bool, tmp_path: Path) -> None:
     trainer, module, pruner, seen = fit(tmp_path, save_weights_only=weights_only)
@@ -220,6 +221,7 @@ def test_names_of_masks_are_those_of_the_module_whatever_happens(tmp_path: Path)
     assert load_merged_state(path).keys() == Own().state_dict().keys()
 
 
+@pytest.mark.slow
 def test_compiled_and_checkpointed_modules_have_the_same_checkpoints(tmp_path: Path) -> None:
     module, save = Own(), ModelCheckpoint(dirpath=tmp_path, filename="x", save_weights_only=True)
     module.net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("first", ["pruning", "perp"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_prune_retrain_and_merge_in_one_fit(name: str, first: str, tmp_path: Path) -> None:
@@ -106,6 +107,7 @@ def test_model_pruned_before_needs_no_pruner(tmp_path: Path, caplog: pytest.LogC
     assert all(torch.equal(z, before[n]) for n, z in zeros(module.model).items())
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("pruner", [True, False])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", None])
 def test_resume_is_bit_identical(adapter: str | None, pruner: bool, tmp_path: Path) -> None:

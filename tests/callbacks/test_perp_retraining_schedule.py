@@ -111,6 +111,7 @@ def simulate(
     return weights, masks
 
 
+@pytest.mark.few_fast(4)
 @pytest.mark.parametrize("first", ["pruning", "perp"])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora"])
 @pytest.mark.parametrize(
@@ -171,6 +172,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_resume_in_the_middle_is_bit_identical(schedule: str, settings: dict[str, Any], tmp_path: Path) -> None:

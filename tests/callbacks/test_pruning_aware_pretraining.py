@@ -33,6 +33,7 @@ def sizes_of(module: Any) -> dict[str, int]:
     return {name: getattr(module.model.config, name) for name in SIZES}
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize(
     ("target", "types"), [(0.6, ALL), (0.7, ("ffn",)), (14_000, ("ffn", "hidden")), (0.5, ("ffn", "layer"))]
 )

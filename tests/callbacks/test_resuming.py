@@ -32,6 +32,7 @@ def run(folder: Path, epochs: int, resume: Path | None = None, *others: L.Callba
     return module, callback
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -48,6 +48,7 @@ def assert_half_of_each_row(weight: torch.Tensor) -> None:
     assert int(zeros.sum()) <= 0.56 * weight.numel()
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 def test_small_sparse_and_retrained_in_any_order(order: tuple[int, ...]) -> None:
     callbacks = [shrinker(), pruner(sparsity=None, pattern="2:4", schedule=OneShot(8)), retrainer()]
@@ -69,6 +70,7 @@ def test_small_sparse_and_retrained_in_any_order(order: tuple[int, ...]) -> None
     assert all(p.requires_grad for p in module.parameters())  # merged
 
 
+@pytest.mark.few_fast(3)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -131,6 +133,7 @@ def whole_run(variant: str, folder: Path) -> tuple[CausalLM, Path]:
     return _DONE[variant]
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("variant", ["masks later", "masks from the start"])
 @pytest.mark.parametrize("at", [3, 6, 7, 8, 10])
 def test_resume_is_bit_identical_at_any_step(variant: str, at: int, tmp_path: Path) -> None:

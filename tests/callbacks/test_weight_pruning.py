@@ -165,6 +165,7 @@ def build(setting: Setting) -> tuple[L.LightningModule, WeightPruning]:
     return module, WeightPruning(**{"num_samples": 32, "progress": False, **setting.pruning})
 
 
+@pytest.mark.few_fast(6)
 def test_masks_hold_at_every_moment(setting: Setting, tmp_path: Any) -> None:
     module, pruning = build(setting)
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -182,6 +183,7 @@ def test_masks_hold_at_every_moment(setting: Setting, tmp_path: Any) -> None:
             assert bool((parameter[~mask] == 0).all())
 
 
+@pytest.mark.few_fast(4)
 def test_resume_is_bit_identical(setting: Setting, tmp_path: Any) -> None:
     if setting.name == "skipped step":
         pytest.skip("the stand-in for a scaler keeps a counter that no checkpoint holds")

@@ -49,6 +49,7 @@ def assert_held(module: CausalLM, masks: dict[str, torch.Tensor]) -> None:
         assert not torch.signbit(weight[~mask]).any(), name
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_life(family: str, tmp_path: Path) -> None:
     def pruner() -> WeightPruning:
@@ -112,6 +113,7 @@ def test_masks_hold(family: str, model: dict[str, Any], trainer: dict[str, Any],
     assert sum("experts" in name for name in pruning.masks) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sequential", [False, True])
 def test_compiled_blocks_give_the_masks_of_plain_ones(family: str, sequential: bool, tmp_path: Path) -> None:
@@ -171,6 +173,7 @@ def test_where_experts_alone_are_pruned_there_is_nothing_to_adapt() -> None:
         add_adapters(model)
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reconstruct_fits_the_kept_weights_of_experts(family: str) -> None:
     model = make_moe(family)

@@ -69,6 +69,7 @@ class Save(L.Callback):
         assert_zero(torch.load(path, weights_only=True)["state_dict"], self.pruning.masks)
 
 
+@pytest.mark.few_fast(4)
 @pytest.mark.parametrize("pruning_first", [True, False])
 @pytest.mark.parametrize("optimizer", [True, False])
 @pytest.mark.parametrize("how", WAYS)

@@ -56,6 +56,7 @@ def assert_pruned(weights: dict[str, Tensor]) -> None:
         assert bool(((weight.reshape(-1, 4) == 0).sum(1) == 2).all())
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("kind", [WeightPruning, Pruning])
 def test_a_run_of_two_is_resumed_exported_inspected_and_told(kind: type[WeightPruning], tmp_path: Path) -> None:
     def fit(ckpt_path: Path | None = None) -> tuple[CausalLM, list[float], tuple[WeightPruning, ...]]:
@@ -154,6 +155,7 @@ def test_the_summary_does_not_worry_over_what_the_other_prunes(
         make_trainer(tmp_path, two()[0], max_epochs=1).fit(make_module(), loader(8))
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 @pytest.mark.parametrize("later", [False, True])
 def test_adapters_beside_two(order: tuple[int, ...], later: bool, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ import torch
 
 from lightning_prune.pruning import clearing
 
-SHAPES = [(1,), (8,), (5, 7), (4, 3, 2, 5), (3, 4099), (0, 4)]
+SHAPES = [(1,), (8,), (16, 32), (5, 7), (4, 3, 2, 5), (3, 4099), (0, 4)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 
 
 def compare(form: type, device: str) -> None:
-    """Every dtype with any bits in it (NaN and infinity among them), several blocks, and transposed tensors."""
+    """Every dtype with any bits (NaN, infinity), several blocks, and transposed tensors; alone and together."""
     generator = torch.Generator().manual_seed(0)
+    pairs, expectations = [], []
     for shape in SHAPES:
         mask = torch.rand(shape, generator=generator) < 0.5
         held = form(mask, torch.device(device))
@@ -26,6 +27,11 @@ def compare(form: type, device: str) -> None:
             for tensor in (values.clone(), values.mT.contiguous().mT if values.dim() > 1 else values.clone()):
                 held.clear(tensor)
                 assert torch.equal(tensor.contiguous()[..., None].view(torch.uint8).cpu(), expected), (shape, dtype)
+            pairs.append((held, values))
+            expectations.append(expected)
+    clearing.clear_all(pairs)
+    for (_, values), expected in zip(pairs, expectations, strict=True):
+        assert torch.equal(values[..., None].view(torch.uint8).cpu(), expected), (values.shape, values.dtype)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -66,6 +67,7 @@ except ImportError:  # never made there: the tests that would are skipped
     EMAWeightAveraging = WeightAveraging = L.Callback  # type: ignore[misc, assignment]
 
 
+@cache  # asked for every test, and the answer is in a file
 def has(package: str, least: str) -> bool:
     """Whether a package is installed in a version or a later one."""
     return Version(version(package)) >= Version(least)

@@ -303,6 +303,7 @@ def test_gradient_checkpointing_trains_the_same(reentrant: bool) -> None:
     assert run(True) == run(False)
 
 
+@pytest.mark.slow
 def test_compiled_model_trains_the_same() -> None:
     def run(compiled: bool) -> list[float]:
         torch.manual_seed(3)

@@ -288,6 +288,7 @@ def killed_at(number: int, work: Any) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 def test_the_old_or_the_new_adapter_loads_wherever_saving_was_killed(old: bool, tmp_path: Path) -> None:
     def check_sum_of(model: nn.Module) -> int:

@@ -205,6 +205,7 @@ def test_a_forward_that_was_set_on_a_block_stays():
     assert calls == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False])
 def test_compiled_models(whole):
     model, ids = make_llama(), make_tokens(2, 8)

@@ -546,6 +546,7 @@ def test_bfloat16_aggregates(shared):
     check(found, expected, rtol=0.03, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistics", [ALL_STATISTICS, FORWARD_STATISTICS])
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_compiled_model(shared, statistics, warm):

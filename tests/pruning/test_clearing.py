@@ -48,7 +48,7 @@ def test_bits_take_an_eighth_and_what_the_kernel_does_not_reach_is_done_without_
 
 @pytest.mark.parametrize("failure", ["no triton", "no compiler", "wrong"])
 def test_a_kernel_that_does_not_run_leaves_bytes(monkeypatch, failure, recwarn):
-    def launch(bits, mask):
+    def launch(*_):
         if failure == "no triton":
             raise ModuleNotFoundError("No module named 'triton'")
         if failure == "no compiler":

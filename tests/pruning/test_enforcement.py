@@ -100,6 +100,33 @@ def test_gradients(dtype):
     assert (other.grad == 1).all()
 
 
+CHANGES = {
+    "in place": lambda p: p.grad.add_(1),
+    "through a view": lambda p: p.grad.view(-1)[:3].fill_(2),
+    "detached": lambda p: p.grad.detach().mul_(math.nan),
+    "clipped": lambda p: nn.utils.clip_grad_norm_([p], 1e-3),
+    "another": lambda p: setattr(p, "grad", torch.ones_like(p)),
+    "other memory": lambda p: setattr(p.grad, "data", torch.ones_like(p)),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, None])
+def test_a_gradient_is_masked_again_only_if_it_has_changed(change, monkeypatch):
+    weight = nn.Parameter(torch.randn(5, 7))
+    mask = torch.rand(5, 7) < 0.5
+    enforcer = Enforcer({"w": weight}, {"w": mask})
+    weight.grad = torch.randn(5, 7)
+    enforcer.mask_gradients()
+    with torch.no_grad():
+        CHANGES.get(change, lambda p: None)(weight)
+    before, cleared = weight.grad.clone(), []
+    monkeypatch.setattr(clearing.ByteMask, "clear", lambda self, tensor, own=clearing.ByteMask.clear: (
+        cleared.append(tensor), own(self, tensor)))  # fmt: skip
+    enforcer.mask_gradients()
+    assert len(cleared) == (change is not None)
+    check(weight.grad, before, mask)
+
+
 def test_sparse_gradients_are_refused():
     weight = nn.Parameter(torch.randn(4, 3))
     weight.grad = torch.eye(4, 3).to_sparse()

@@ -117,6 +117,7 @@ def assert_held(model: nn.Module) -> None:
         assert bool((weight[mask] != 0).all()), name
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_resumed_training_is_the_uninterrupted_one(loop: str, tmp_path: Path) -> None:
     model = LOOPS[loop](tmp_path, "one")

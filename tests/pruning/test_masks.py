@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune.pruning.masks import (
+    PackedMasks,
     apply_masks,
+    bits_by_product,
     mask_sparsity,
     masks_from_zeros,
     pack_mask,
@@ -36,6 +38,33 @@ def test_packing_round_trip(shape, density, seed, transposed):
     assert packed.dtype == torch.uint8
     np.testing.assert_array_equal(packed.numpy(), np.packbits(mask.numpy().reshape(-1)))
     assert torch.equal(unpack_mask(packed, mask.shape), mask)
+
+
+def test_packing_by_products_is_that_of_numpy():
+    """What a GPU does, tried on the CPU."""
+    for size in (0, 8, 4096):
+        mask = torch.rand(size) < 0.5
+        np.testing.assert_array_equal(bits_by_product(mask).numpy(), np.packbits(mask.numpy()))
+
+
+def test_packed_masks_are_a_mapping_of_an_eighth_of_the_memory():
+    masks = some_masks()
+    packed = PackedMasks(iter(masks.items()))
+    assert list(packed) == list(masks)
+    assert all(packed[name].dtype == torch.bool and torch.equal(packed[name], mask) for name, mask in masks.items())
+    assert sum(bits.nbytes for bits, _ in packed._packed.values()) == sum(-(-m.numel() // 8) for m in masks.values())
+    packed["a.weight"].fill_(False)  # a copy
+    assert torch.equal(packed["a.weight"], masks["a.weight"])
+    copied = copy.deepcopy(packed)
+    del packed["a.weight"]
+    packed["c"] = torch.zeros(3, dtype=torch.bool)
+    assert [*packed, *copied] == ["b.weight", "c", "a.weight", "b.weight"]
+    joined = copied | {"b.weight": ~masks["b.weight"]}
+    assert torch.equal(joined["b.weight"], ~masks["b.weight"])
+    assert list(joined.renamed(str.upper)) == ["A.WEIGHT", "B.WEIGHT"]
+    assert PackedMasks() == {}
+    with pytest.raises(ValueError, match=r"the mask of 'd' has dtype torch\.float32"):
+        packed["d"] = torch.ones(2)
 
 
 def some_masks():

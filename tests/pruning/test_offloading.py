@@ -49,7 +49,7 @@ WAYS = (in_memory, on_disk, in_checkpoint)
 
 
 def away(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if any(p.is_meta for p in m._parameters.values() if p is not None)]
+    return [m for m in model.modules() if any(p.is_meta for p in m.parameters(recurse=False))]
 
 
 def whole(model: nn.Module, folder: Path) -> dict[str, bytes]:

@@ -136,6 +136,7 @@ def test_an_update_keeps_the_mask_of_the_score(reference, update):
         assert errors[0] < errors[1], name
 
 
+@pytest.mark.few_fast(3)
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "gradient", "gblm", "kfac"])
 @pytest.mark.parametrize("where", ["layer", "row", "2:4"])
 def test_alps_weighs_as_the_score_does(reference, score, where):
