@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from statistics import mode
 
 from torch import nn
 
@@ -76,13 +77,13 @@ def walk_memory(
         if getattr(module, name).dim() == 2
     ]
     wide, size = max(max(shape) for shape in matrices), next(block.parameters()).element_size()
-    narrow = min(inputs for _, inputs in matrices)
+    hidden = mode(inputs for _, inputs in matrices)  # what most layers of a block take
     tokens = batch_size * length
     copies, squares = _WORK[update]
     return WalkMemory(
         weights=sum(p.numel() * p.element_size() for p in block.parameters()),
-        samples=num_samples * length * narrow * size,
-        batch=tokens * ((3 * wide + 4 * narrow) * size + 2 * 4 * wide),
+        samples=num_samples * length * hidden * size,
+        batch=tokens * ((3 * wide + 4 * hidden) * size + 2 * 4 * wide),
         hessians=0 if update is None else 4 * sum(i * i for _, i in matrices),
         solver=4 * max(copies * o * i + squares * i * i for o, i in matrices),
     )
