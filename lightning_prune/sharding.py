@@ -44,6 +44,11 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     )
 
 
+def joins(model: nn.Module, main: bool) -> bool:
+    """Whether a rank takes part in what is gathered from a model: the main one, and all where parameters are shards."""
+    return main or has_sharded_parameters(model)
+
+
 def refuse_shards(what: nn.Module | Tensor, message: str) -> None:
     """Refuse a model with sharded parameters, or a tensor that is a shard.
 

@@ -100,3 +100,27 @@ def test_at_most_nine_floors():
 
 def test_no_file_is_named_after_a_split():
     assert not [name for name in MODULES if name.endswith(SPLITS)]
+
+
+# Who asks whether one tensor is a shard, and who asks it of a model, beside `sharding.py`, whose functions take both.
+TENSORS = {"callbacks.traces", "perp.layers", "perp.masks", "pruning.hooks", "pruning.masks", "pruning.pipeline"}
+MODELS = {"callbacks.checks", "pruning.pipeline", "structure.units", "text.module"}
+
+
+def test_sharding_is_asked_for_in_few_files():
+    tensors, models = set(), set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name) and node.id in ("is_sharded", "DTensor"):
+                tensors.add(name)
+            elif isinstance(node, ast.Name) and node.id == "has_sharded_parameters":
+                models.add(name)
+            elif isinstance(node, ast.Compare):  # what is None without shards
+                inside = list(ast.walk(node))
+                if any(isinstance(n, ast.Attribute) and n.attr == "mesh" for n in inside):
+                    tensors.add(name)
+                if any(isinstance(n, ast.Name) and n.id == "shard_group" for n in inside):
+                    models.add(name)
+    assert tensors - {"sharding"} == TENSORS
+    assert models - {"sharding"} == MODELS
+    assert len(TENSORS) <= 6

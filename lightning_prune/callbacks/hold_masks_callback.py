@@ -14,7 +14,7 @@ from lightning_prune.checkpoints.mask_files import load_masks, save_masks
 from lightning_prune.pruning.holding import MaskHold, hold_masks
 from lightning_prune.pruning.masks import PackedMasks, check_masks, follow_names, masks_from_zeros, masks_hold
 from lightning_prune.pruning.targets import find_targets
-from lightning_prune.sharding import has_sharded_parameters
+from lightning_prune.sharding import joins
 
 MASK_FILE = "masks.safetensors"
 
@@ -103,8 +103,7 @@ class HoldMasksCallback(TrainerCallback):  # type: ignore[misc]
         folder = _folder(args, state)
         if self.hold is None or not folder.is_dir():
             return
-        model = rest["model"]
-        if args.should_save or has_sharded_parameters(model):  # which every rank gathers
+        if joins(rest["model"], args.should_save):
             save_masks(self.hold.masks, folder / MASK_FILE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **rest: Any) -> None:

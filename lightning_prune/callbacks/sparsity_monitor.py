@@ -17,7 +17,7 @@ from lightning_prune.history import HISTORY_FILE, append_step, begin_history, ru
 from lightning_prune.naming import place
 from lightning_prune.pruning.coverage import countable_weights
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parameters_of
-from lightning_prune.sharding import counts_over_ranks, has_sharded_parameters
+from lightning_prune.sharding import counts_over_ranks, joins
 
 
 class SparsityMonitor(L.Callback):
@@ -133,7 +133,7 @@ class SparsityMonitor(L.Callback):
         if step == self._last:  # several batches make one step under accumulation
             return
         self._last = step
-        if not trainer.is_global_zero and not has_sharded_parameters(module):
+        if not joins(module, trainer.is_global_zero):
             return
         weights = dict(self._targets_of(trainer, module))
         countable = {key if (key := layer_name(n)) in weights else n: w for n, w in countable_weights(module).items()}

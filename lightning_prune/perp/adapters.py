@@ -277,10 +277,11 @@ def _linear_targets(model: nn.Module) -> list[Target]:
 def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool:
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    return _has_pruned(weight, masks.get(f"{name}.weight"))
+    return has_pruned(weight, masks.get(f"{name}.weight"))
 
 
-def _has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
+def has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
+    """Whether a mask prunes any weight; without one, whether any is zero."""
     return not bool((weight.detach() if mask is None else mask).all())
 
 
@@ -291,7 +292,7 @@ def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later
     left = {
         name: weight
         for name, weight in parameters_of(others).items()
-        if pruned_later or _has_pruned(weight, masks.get(name))
+        if pruned_later or has_pruned(weight, masks.get(name))
     }
     if not left:
         return ""

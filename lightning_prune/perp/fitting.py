@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.perp.adapters import adapted_modules, attach, merge, remove_adapters
+from lightning_prune.perp.adapters import adapted_modules, attach, has_pruned, merge, remove_adapters
 from lightning_prune.perp.options import ReconstructSettings, select_parameters
 from lightning_prune.perp.record import find_retraining
 from lightning_prune.perp.windows import Window
@@ -112,7 +112,7 @@ class KeptWeights:
         parameters = named_weights(model)
         self._prunable = _by_block(list(parameters_of(find_targets(model, frozen=True))), blocks)
         self.weights = {
-            block: [w for w in names if _has_pruned(parameters[f"{block}.{w}"], masks.get(f"{block}.{w}"))]
+            block: [w for w in names if has_pruned(parameters[f"{block}.{w}"], masks.get(f"{block}.{w}"))]
             for block, names in self._prunable.items()
         }
 
@@ -145,10 +145,6 @@ class KeptWeights:
         finally:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
-
-
-def _has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
-    return not bool((weight.detach() if mask is None else mask).all())
 
 
 def _any_within(names: Iterable[str], within: Collection[str] | None) -> bool:

@@ -32,7 +32,6 @@ from lightning_prune.pruning.running import ForwardContext, forward, model_loss,
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     BACKWARD_STATISTICS,
-    GRADIENTS,
     HESSIAN,
     INPUT_NORM,
     OUTPUT_GRAD_NORM,
@@ -428,8 +427,8 @@ def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:
     for tap in taps.all:
         sums = tap.accumulator.sums
         for name in sorted(taps.statistics):
-            if name in GRADIENTS and tap.scattered:
-                continue  # summed with every backward
+            if name in tap.summed:
+                continue
             sums[name] = ranks.sum_samples(sums[name])
             if name in (INPUT_NORM, OUTPUT_GRAD_NORM):
                 dim = 1 if name == INPUT_NORM else 0

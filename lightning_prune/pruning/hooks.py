@@ -59,9 +59,9 @@ class Tap:
         return self.target.name
 
     @property
-    def scattered(self) -> bool:
-        """Whether each rank keeps a part of the gradients, which is summed over ranks with every backward."""
-        return self.layout.mesh is not None
+    def summed(self) -> frozenset[str]:
+        """The statistics of which each rank keeps a part, which is summed over ranks with every backward."""
+        return frozenset() if self.layout.mesh is None else GRADIENTS
 
 
 @dataclass
@@ -438,7 +438,7 @@ class Taps:
 
     def _add_gradients(self, tap: Tap, gradients: Iterable[Tensor]) -> None:
         """Add per-sample gradients ``[o, i]`` of the forward's part to the aggregate."""
-        if not tap.scattered:
+        if not tap.summed:
             for gradient in gradients if self.counting else ():
                 tap.accumulator.add_gradient(gradient, self.scale)
             return

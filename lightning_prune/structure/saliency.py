@@ -62,7 +62,7 @@ class SaliencyAccumulator:
         self.steps = 0
         self._weight = 0.0  # steps with those before the last reset, as far as they still count
         self._sums: dict[UnitType, Tensor] = {}
-        self._buffers: dict[torch.device, Tensor] = {}
+        self._scratch: dict[torch.device, Tensor] = {}
         self.follow(structure)
 
     def follow(self, structure: Structure, removal: Removal | None = None) -> None:
@@ -158,9 +158,9 @@ class SaliencyAccumulator:
     def _values(self, w: Tensor, g: Tensor | None) -> Tensor:
         """Saliency of every weight of a piece, in float32 or wider; valid until the next call."""
         dtype = torch.promote_types(w.dtype, torch.float32)
-        buffer = self._buffers.get(w.device)
+        buffer = self._scratch.get(w.device)
         if buffer is None or buffer.numel() < w.numel() or buffer.dtype != dtype:
-            buffer = self._buffers[w.device] = torch.empty(w.numel(), dtype=dtype, device=w.device)
+            buffer = self._scratch[w.device] = torch.empty(w.numel(), dtype=dtype, device=w.device)
         out = buffer[: w.numel()].view(w.shape)
         if self.kind == "magnitude":
             return torch.abs(w.to(dtype), out=out)

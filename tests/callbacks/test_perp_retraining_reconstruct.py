@@ -34,6 +34,7 @@ class AtStart(L.Callback):
             self.same = all(id(p) in held for p in pl_module.parameters() if p.requires_grad)
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("first", ["pruning", "perp"])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", None])
 def test_is_the_function_before_training(adapter: str | None, first: str, tmp_path: Path) -> None:

@@ -283,6 +283,7 @@ def test_checkpoint_is_that_of_the_plain_module(tmp_path: Any) -> None:
     )
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("damage", ["bits", "short", "shape", "name"])
 def test_damaged_masks_are_refused_by_name(damage: str, tmp_path: Any) -> None:
     module, pruning = build(SETTINGS[0])

@@ -91,6 +91,7 @@ def test_a_whole_life(family: str, tmp_path: Path) -> None:
     assert any(not torch.equal(p, module.get_parameter(n)) for n, p in kept.named_parameters())
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("model", "trainer"),

@@ -141,6 +141,7 @@ def copy(files: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
+@pytest.mark.few_fast(9)
 @pytest.mark.parametrize("damage", BINARY)
 @pytest.mark.parametrize("kind", ["a.ckpt", "model/model.safetensors", "exported/model.safetensors"])
 def test_weights(kind, damage, copy):

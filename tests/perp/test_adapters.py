@@ -42,6 +42,7 @@ def trainable(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if p.requires_grad]
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", MERGED)
@@ -163,6 +164,7 @@ def test_a_head_that_cannot_be_adapted_is_refused() -> None:
         assert snapshot(model) == before
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("adapter", MERGED)

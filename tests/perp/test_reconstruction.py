@@ -127,6 +127,7 @@ def simulate(
     return weights, reports
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora"])
 @pytest.mark.parametrize("teacher", ["dense", "pruned"])
 def test_is_the_simulation(adapter: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +216,7 @@ def fit_kept_weights(
     return weights, reports
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("window", ["half", "block"])
 @pytest.mark.parametrize("teacher", ["dense", "pruned"])
 def test_all_kept_weights_are_those_of_the_simulation(teacher: str, window: str) -> None:
@@ -235,6 +237,7 @@ def test_all_kept_weights_are_those_of_the_simulation(teacher: str, window: str)
     assert all(not model.get_parameter(n)[~m].view(torch.int64).any() for n, m in masks.items())
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_kept_weights_narrower_than_float32_are_trained_as_float32(dtype: torch.dtype) -> None:
     dense, model, masks = pair(dtype)
@@ -301,6 +304,7 @@ def test_a_half_that_fitting_would_worsen_is_put_back() -> None:
     assert snapshot(model) == before
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", None, "all"])

@@ -28,6 +28,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
+@pytest.mark.few_fast(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", "lora", None])
 def test_round_trip(adapter: str | None, family: str, tmp_path: Path) -> None:
@@ -210,6 +211,7 @@ DAMAGE: list[tuple[Any, Any, type[Exception], str]] = [
 ]
 
 
+@pytest.mark.few_fast(12)
 @pytest.mark.parametrize(("build", "damage", "error", "message"), DAMAGE)
 def test_what_does_not_fit_is_refused_and_nothing_changes(
     build: Any, damage: Any, error: type[Exception], message: str, tmp_path: Path

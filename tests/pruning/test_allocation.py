@@ -136,6 +136,7 @@ def test_owl_sparsities(reference, sparsity, multiple, spread):
     assert all(sparsity - spread - 1e-9 <= value <= sparsity + spread + 1e-9 for value in found.values())
 
 
+@pytest.mark.few_fast(24)
 @pytest.mark.parametrize("allocation", ["kfac", "owl", KFACAllocation(1.0, 0.3, 0.7), OWLAllocation(2.0, 0.3)])
 @pytest.mark.parametrize("score", ["wanda", "kfac", "magnitude"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.013, 0.5, 0.777, 0.97, 1.0])

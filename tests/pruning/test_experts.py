@@ -71,6 +71,7 @@ def naive_statistics(model: nn.Module, family: str) -> dict[str, dict[str, torch
     return sums
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_statistics_are_those_of_written_out_experts(family: str, size: int) -> None:
@@ -142,6 +143,7 @@ def test_n_m_runs_along_the_inputs(family: str) -> None:
             assert bool((along.unflatten(-1, (-1, 4)).sum(-1) == 2).all()), name
 
 
+@pytest.mark.few_fast(3)
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
 @pytest.mark.parametrize("score", ["wanda", "kfac", "gblm"])
 def test_every_implementation_gives_the_same_masks(family: str, score: str) -> None:

@@ -92,6 +92,7 @@ PADDED = [
 ]
 
 
+@pytest.mark.few_fast(4)
 @pytest.mark.parametrize("name", PADDED)
 def test_a_padded_batch_counts_as_its_samples_do(name):
     model = build(name)
@@ -130,6 +131,7 @@ def test_multiple_choice():
         torch.testing.assert_close(entry.gradient_l2.double(), gradients[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("lengths", [[4, 9, 2, 7], [6, 4, 5, 2], [12, 3, 1, 12]])
 def test_a_decoder_of_any_length_has_its_own_padding(lengths):
     model = build("t5")

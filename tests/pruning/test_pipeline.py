@@ -76,6 +76,7 @@ def test_counts_are_exact_and_nothing_else_changes(llama, tokens, score, where):
     check_only_masked(llama, before, masks)
 
 
+@pytest.mark.few_fast(12)
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize("where", [None, "2:4", "4:8", "1:4"])
 @pytest.mark.parametrize(
@@ -137,8 +138,13 @@ def test_an_update_keeps_the_mask_of_the_score(reference, update):
 
 
 @pytest.mark.few_fast(3)
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "gradient", "gblm", "kfac"])
-@pytest.mark.parametrize("where", ["layer", "row", "2:4"])
+@pytest.mark.parametrize(  # each score, and each place with a score of either kind
+    ("where", "score"),
+    [
+        *(("row", score) for score in ("magnitude", "wanda", "gradient", "gblm", "kfac")),
+        *((where, score) for where in ("layer", "2:4") for score in ("wanda", "kfac")),
+    ],
+)
 def test_alps_weighs_as_the_score_does(reference, score, where):
     """Whatever the score has beside the weight weighs; input norms are those of the damped Hessian."""
     model = copy.deepcopy(reference.model)
@@ -332,6 +338,7 @@ def test_sequential_with_gradients_needs_batches_that_can_be_read_twice(llama, t
 # -- schedules --------------------
 
 
+@pytest.mark.few_fast(5)
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "kfac", "sparsegpt", "gblm"])
 @pytest.mark.parametrize("update", [None, "obs", "alps"])
 def test_masks_of_growing_sparsity_are_nested(score, update, tokens):

@@ -83,6 +83,7 @@ def outside_of(model):
     return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and m not in inside]
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("name", SEVERAL)
 def test_each_stack_meets_what_the_pruned_stacks_before_it_give(name):
     model = build(name)

@@ -34,6 +34,7 @@ def learned(name="llama", steps=60):
     return model.eval(), [{"input_ids": ids}]
 
 
+@pytest.mark.few_fast(10)
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 @pytest.mark.parametrize("saliency", ["kfac", "taylor2", "magnitude"])
 def test_every_family(name, saliency, tmp_path):
@@ -113,6 +114,7 @@ def test_sizes_as_target(target, sizes, saliency):
     zoo.logits(model)
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("saliency", ["kfac", "taylor2", "magnitude"])
 @pytest.mark.parametrize(("family", "heads", "groups"), [("qwen2", 15, 5), ("phi3", 9, 3), ("gemma2", 9, 3)])
 @pytest.mark.parametrize("unit", ["group", "head"])

@@ -15,6 +15,7 @@ from lightning_prune.structure.masking import KeptChannelsNorm, unit_masks, unma
 from lightning_prune.structure.units import check_removal, sizes_after
 
 
+@pytest.mark.few_fast(17)
 @pytest.mark.parametrize(("name", "which"), zoo.CASES)
 def test_masked_is_sliced_in_float64(name, which, monkeypatch):
     zoo.exact_rms_norms(monkeypatch)
@@ -32,6 +33,7 @@ def test_masked_is_sliced_in_float64(name, which, monkeypatch):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
+@pytest.mark.few_fast(17)
 @pytest.mark.parametrize(("name", "which"), zoo.CASES)
 def test_removed_saved_and_loaded_is_an_ordinary_model(name, which, tmp_path):
     model, removal = zoo.make(name), zoo.removals(name)[which]
@@ -187,6 +189,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize(
     ("name", "kind"), [("llama", k) for k in OPTIMIZERS] + [(n, "adamw") for n in zoo.FAMILIES if n != "llama"]
 )
