@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
@@ -46,7 +48,7 @@ USES = {
     "_gradient_checkpointing_func": "pruning.running",
     "_apply_gate": "pruning.experts",
     "_get_feature_vector_attention_mask": "pruning.padding",
-    "_hf_hook": "perp.layers",
+    "_hf_hook": "pruning.offloading",
     "_register_custom_module": "perp.options",
     "_fingerprint": "text.sequences",
 }
@@ -154,3 +156,18 @@ def test_experts_have_a_gate() -> None:
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     assert callable(MixtralExperts._apply_gate)
+
+
+def test_accelerate_has_them() -> None:
+    layer = nn.Linear(2, 2)
+    weight = layer.weight.detach().clone()
+    cpu_offload(layer, torch.device("cpu"))
+    hook = layer._hf_hook
+    assert hook.offload
+    assert layer.weight.is_meta
+    assert torch.equal(hook.weights_map["weight"], weight)
+    assert torch.device(hook.execution_device).type == "cpu"
+    loader = OffloadedWeightsLoader(state_dict={"0.weight": weight})
+    prefixed = PrefixedDataset(loader, "0.")
+    assert (prefixed.dataset, prefixed.prefix) == (loader, "0.")
+    assert (loader.index, loader.save_folder, list(loader.state_dict)) == ({}, None, ["0.weight"])

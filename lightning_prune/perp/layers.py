@@ -32,6 +32,7 @@ from lightning_prune.perp.effective import (
     thin_product,
 )
 from lightning_prune.pruning.clearing import to_bytes
+from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.running import has_hooks
 from lightning_prune.pruning.targets import layer_kind
@@ -486,7 +487,7 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             f"the weight of {name!r} is quantised ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
             "merged into it with its zeros kept. Load the model unquantised, retrain, merge, and quantise last"
         )
-    if weight.is_meta or hasattr(layer, "_hf_hook"):
+    if weight.is_meta or is_hooked(layer):
         raise ValueError(f"the weight of {name!r} has no data here (meta device or offloaded); load the model whole")
 
 

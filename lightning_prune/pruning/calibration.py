@@ -163,7 +163,7 @@ class _Sweep:
         self.model, self.taps, self.loss_fn, self.forward_context = model, taps, loss_fn, forward_context
         self.ranks = ranks
         self.lockstep = ranks if ranks is not None and ranks.lockstep else None
-        self.device = taps.all[0].target.weight.device
+        self.device = taps.all[0].target.device
         self.padding = PaddingFinder(model)
         self.samples = 0
         self.unlabeled = 0  # samples without a label, which are passed over
@@ -343,7 +343,7 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
     Returns:
         Experts that no token was routed to, while others of their layer received some.
     """
-    device = taps.all[0].target.weight.device
+    device = taps.all[0].target.device
     missing = [len(taps.statistics - set(tap.accumulator.sums)) for tap in taps.all]
     every = [missing] if ranks is None else ranks.gather(missing)
     empty = [all(counts) for counts in zip(*every, strict=True)]

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.naming import uncompiled
+from lightning_prune.naming import own_parameters, uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
+from lightning_prune.pruning.offloading import device_of
 from lightning_prune.pruning.targets import Target, block_classes, type_name
 from lightning_prune.sharding import local
 
@@ -255,8 +256,9 @@ def _model_inputs(batch: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """The device of the model's first parameter, when it runs."""
+    held = ((m, p) for m in model.modules() for p in own_parameters(m).values())
+    return next((device_of(m, p) for m, p in held), torch.device("cpu"))
 
 
 def on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
