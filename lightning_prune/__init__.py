@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.holding import hold_masks as hold_masks
     from lightning_prune.pruning.masks import apply_masks as apply_masks
     from lightning_prune.pruning.masks import mask_sparsity as mask_sparsity
+    from lightning_prune.pruning.memory import walk_memory as walk_memory
     from lightning_prune.pruning.pipeline import prune as prune
     from lightning_prune.pruning.scores import Score as Score
     from lightning_prune.pruning.statistics import LayerStatistics as LayerStatistics
@@ -81,6 +82,7 @@ _HOMES = {
     "prune_structured": "structure.oneshot",
     "save_masks": "checkpoints.mask_files",
     "shrink": "text.compress",
+    "walk_memory": "pruning.memory",
 }
 
 __all__ = sorted(_HOMES)

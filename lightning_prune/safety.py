@@ -28,9 +28,14 @@ Keeper = Callable[[nn.Parameter], None]
 
 
 class Originals:
-    """Copies of parameters in main memory; of a sharded one, of this rank's part."""
+    """Copies of parameters in main memory; of a sharded one, of this rank's part.
+
+    Attributes:
+        undo: What else has to be done to put everything back, the latest first.
+    """
 
     def __init__(self) -> None:
+        self.undo: list[Callable[[], None]] = []
         self._copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def keep(self, parameter: nn.Parameter) -> None:
@@ -45,6 +50,9 @@ class Originals:
         with uninterrupted():
             for parameter, copy in chosen:
                 local(parameter).copy_(copy)
+            if parameters is None:
+                while self.undo:
+                    self.undo.pop()()
 
     def put_back(self, parameters: Iterable[nn.Parameter]) -> None:
         """Restore some parameters, and let go of their copies."""

@@ -10,6 +10,8 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
@@ -28,10 +30,10 @@ USES = {
     "_modules": "callbacks.traces",
     "_parameters": "callbacks.traces",
     "_buffers": "callbacks.traces",
-    "_forward_hooks": "perp.layers",
-    "_forward_pre_hooks": "perp.layers",
-    "_backward_hooks": "perp.layers",
-    "_backward_pre_hooks": "perp.layers",
+    "_forward_hooks": "pruning.running",
+    "_forward_pre_hooks": "pruning.running",
+    "_backward_hooks": "pruning.running",
+    "_backward_pre_hooks": "pruning.running",
     "_compiled_call_impl": "callbacks.checks",
     "_StorageInfo": "checkpoints.reading",
     "_MEM_FORMAT_ENCODING": "checkpoints.reading",
@@ -46,7 +48,7 @@ USES = {
     "_gradient_checkpointing_func": "pruning.running",
     "_apply_gate": "pruning.experts",
     "_get_feature_vector_attention_mask": "pruning.padding",
-    "_hf_hook": "perp.layers",
+    "_hf_hook": "pruning.offloading",
     "_register_custom_module": "perp.options",
     "_fingerprint": "text.sequences",
 }
@@ -155,3 +157,18 @@ def test_experts_have_a_gate() -> None:
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
     assert callable(MixtralExperts._apply_gate)
+
+
+def test_accelerate_has_them() -> None:
+    layer = nn.Linear(2, 2)
+    weight = layer.weight.detach().clone()
+    cpu_offload(layer, torch.device("cpu"))
+    hook = layer._hf_hook
+    assert hook.offload
+    assert layer.weight.is_meta
+    assert torch.equal(hook.weights_map["weight"], weight)
+    assert torch.device(hook.execution_device).type == "cpu"
+    loader = OffloadedWeightsLoader(state_dict={"0.weight": weight})
+    prefixed = PrefixedDataset(loader, "0.")
+    assert (prefixed.dataset, prefixed.prefix) == (loader, "0.")
+    assert (loader.index, loader.save_folder, list(loader.state_dict)) == ({}, None, ["0.weight"])

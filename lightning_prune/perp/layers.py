@@ -32,7 +32,9 @@ from lightning_prune.perp.effective import (
     thin_product,
 )
 from lightning_prune.pruning.clearing import to_bytes
+from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.running import has_hooks
 from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.sharding import gather_whole, is_sharded, local, refuse_shards, shard_bounds, take_shard
 
@@ -450,16 +452,6 @@ class KeptLoRALinear(SparseLinear):
         )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether anything is to be called around a module's forward or backward pass.
-
-    PyTorch calls such hooks for a module that is called, and has no public way to ask for them.
-    """
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def own_weight(layer: nn.Module) -> nn.Parameter | None:
     """Return a layer's weight if it is a parameter of the layer itself, neither computed nor missing."""
     return dict(layer.named_parameters(recurse=False)).get("weight")
@@ -495,7 +487,7 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             f"the weight of {name!r} is quantised ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
             "merged into it with its zeros kept. Load the model unquantised, retrain, merge, and quantise last"
         )
-    if weight.is_meta or hasattr(layer, "_hf_hook"):
+    if weight.is_meta or is_hooked(layer):
         raise ValueError(f"the weight of {name!r} has no data here (meta device or offloaded); load the model whole")
 
 

@@ -38,7 +38,8 @@ def alps_support(
 ) -> Tensor:
     """The mask of a matrix.
 
-    The host waits for the device once in `every` iterations.
+    The host waits for the device once in `every` iterations: queueing more of them before it knows whether the support
+    stands would cost more than the wait.
 
     Args:
         weight: ``[O, I]``, the dense weight, any float dtype; not changed.
@@ -64,7 +65,7 @@ def alps_support(
     dense = (weight.to(hessian.dtype) * norms).masked_fill_(dead, 0.0)  # inputs that were always zero go first
     factors = factors / norms
     fixed = dense @ hessian
-    inverse = _inverse(hessian, rho)
+    inverse, definite = _inverse(hessian, rho)
     # Where kept, the sparse weight D; where pruned, the scaled multiplier V / rho. One of the two is always zero.
     state, mask = dense, torch.ones_like(dense, dtype=torch.bool)
     seen = mask
@@ -80,18 +81,21 @@ def alps_support(
         growth = next(by for share, by in _GROWTH if changed >= share * kept)
         rho *= growth
         state = torch.where(mask, state, state / growth)  # the multiplier V stays
-        inverse = _inverse(hessian, rho)
+        inverse, _ = _inverse(hessian, rho, definite)
         seen = mask
     return mask
 
 
-def _inverse(hessian: Tensor, rho: float) -> Tensor:
-    """``(H + rho)^-1``; of an indefinite H, with rho grown tenfold until there is one."""
-    for _ in range(10):
+def _inverse(hessian: Tensor, rho: float, definite: bool = False) -> tuple[Tensor, bool]:
+    """``(H + rho)^-1``, and whether that is definite; if not, the inverse is of rho grown tenfold until it is.
+
+    If it is known to be `definite`, since it was with a smaller rho, the device is not asked.
+    """
+    for growth in range(10):
         shifted = hessian.clone()
         shifted.diagonal().add_(rho)
         lower, failed = torch.linalg.cholesky_ex(shifted)
-        if not int(failed):
-            return torch.cholesky_inverse(lower)
+        if definite or not int(failed):
+            return torch.cholesky_inverse(lower), not growth
         rho *= 10
     raise CalibrationError("the layer's Hessian X^T X is not finite; check the calibration data")

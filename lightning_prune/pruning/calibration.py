@@ -37,6 +37,7 @@ from lightning_prune.pruning.statistics import (
     OUTPUT_GRAD_NORM,
     LayerStatistics,
     check_finite,
+    values_of,
 )
 from lightning_prune.pruning.taking_apart import Decision, How, loss_of
 from lightning_prune.pruning.targets import Target
@@ -162,7 +163,7 @@ class _Sweep:
         self.model, self.taps, self.loss_fn, self.forward_context = model, taps, loss_fn, forward_context
         self.ranks = ranks
         self.lockstep = ranks if ranks is not None and ranks.lockstep else None
-        self.device = taps.all[0].target.weight.device
+        self.device = taps.all[0].target.device
         self.padding = PaddingFinder(model)
         self.samples = 0
         self.unlabeled = 0  # samples without a label, which are passed over
@@ -330,7 +331,7 @@ def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0) -> 
     with synchronized_errors(ranks):
         for tap in taps.all:
             results[tap.name] = tap.accumulator.result(total)
-            check_finite(tap.name, results[tap.name])
+        check_finite(results)
     if unreached:
         _fall_back(taps, unreached, results, ranks)
     return results
@@ -342,7 +343,7 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
     Returns:
         Experts that no token was routed to, while others of their layer received some.
     """
-    device = taps.all[0].target.weight.device
+    device = taps.all[0].target.device
     missing = [len(taps.statistics - set(tap.accumulator.sums)) for tap in taps.all]
     every = [missing] if ranks is None else ranks.gather(missing)
     empty = [all(counts) for counts in zip(*every, strict=True)]
@@ -402,7 +403,8 @@ def _check_gradients(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ran
     asked = sorted(statistics & BACKWARD_STATISTICS)
     if not asked:
         return
-    mine = [int(any(bool(tap.accumulator.sums[name].any()) for name in asked)) for tap in taps]
+    there = values_of(tap.accumulator.sums[name].any() for tap in taps for name in asked)
+    mine = [int(any(there[i : i + len(asked)])) for i in range(0, len(there), len(asked))]
     every = [mine] if ranks is None else ranks.gather(mine)
     zero = [tap.name for tap, flags in zip(taps, zip(*every, strict=True), strict=True) if not any(flags)]
     if not zero:

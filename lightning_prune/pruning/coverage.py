@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name, is_head, is_prunable, own_parameters
+from lightning_prune.pruning.offloading import at_hand
 from lightning_prune.pruning.targets import (
     DEFAULT_IGNORE,
     HEAD,
@@ -195,7 +196,9 @@ def coverage_of(
             reason = _reason(name, module, selection)
             groups.setdefault((_with_stars(name), reason, counts), []).append(size)
             if keeps_zeros and reason != "adapter" and (parameter.requires_grad or not trains):
-                zeros = _pruned_zeros(parameter, whole_rows=reason != "embedding")
+                with at_hand(module):
+                    here = getattr(module, name.rpartition(".")[2], parameter)
+                    zeros = _pruned_zeros(here, whole_rows=reason != "embedding")
                 lost |= {name: zeros} if zeros else {}
     return Coverage(
         parameters=parameters,

@@ -12,6 +12,7 @@ from torch.utils.weak import TensorWeakRef
 
 from lightning_prune.pruning.clearing import clear_all, held
 from lightning_prune.pruning.masks import PackedMasks
+from lightning_prune.pruning.statistics import values_of
 from lightning_prune.sharding import as_shard_of, local
 
 
@@ -87,8 +88,7 @@ class Enforcer:
     def resurrected(self) -> dict[str, int]:
         """How many pruned weights of each parameter (its part here) are not zero now; empty if masks hold."""
         found = [(local(p.detach()) != 0).logical_and_(~self._held[id(p)].bool()).sum() for p in self._weights.values()]
-        counts = torch.stack([count.to(found[0].device) for count in found]).tolist() if found else []
-        return {name: count for name, count in zip(self._weights, counts, strict=True) if count}
+        return {name: int(count) for name, count in zip(self._weights, values_of(found), strict=True) if count}
 
 
 def _state(tensor: Tensor) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune.naming import own_parameters
+from lightning_prune.pruning.offloading import at_hand
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 
@@ -146,7 +147,7 @@ def written_out(
     try:
         for experts, known in stacks.items():
             run = _run_sorted if _takes_sorted(experts) else partial(_run_routed, see=see)
-            vars(experts)["forward"] = partial(run, experts, _all_matrices(experts, known))
+            vars(experts)["forward"] = partial(_at_hand, run, experts, _all_matrices(experts, known))
         yield
     finally:
         for experts, forward in own.items():
@@ -154,6 +155,12 @@ def written_out(
                 vars(experts).pop("forward", None)  # back to the class's method
             else:
                 vars(experts)["forward"] = forward
+
+
+def _at_hand(run: Callable[..., Tensor], experts: nn.Module, *arguments: Any, **named: Any) -> Tensor:
+    """Run experts with their weights where they are needed: what brings offloaded ones stands aside here."""
+    with at_hand(experts):
+        return run(experts, *arguments, **named)
 
 
 def _all_matrices(

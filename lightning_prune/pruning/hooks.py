@@ -30,6 +30,7 @@ from lightning_prune.pruning.statistics import (
     GRADIENTS,
     HESSIAN,
     Accumulator,
+    values_of,
     wide_dtype,
 )
 from lightning_prune.pruning.targets import CONVOLUTIONS, LayerKind, Target
@@ -169,7 +170,7 @@ class Taps:
     def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
         layout = target.layout
         (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
-        own = target.matrix().shape
+        own = target.part(target.weight).shape
         wide = wide_dtype(target.weight.dtype)
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
@@ -257,7 +258,7 @@ class Taps:
         finally:
             self.probed = None
         leaks, self.leaks = self.leaks, []
-        return any(bool(leak) for leak in leaks)
+        return any(values_of(leaks))
 
     def _backward(self, loss: Tensor) -> None:
         self.device, self.in_backward = loss.device, True
@@ -272,9 +273,13 @@ class Taps:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             key = "input" if "input" in kwargs else next(iter(kwargs), "")
             x = args[0] if args else kwargs.get(key)
+            name = tap.name.removesuffix(".weight")
             if not isinstance(x, Tensor):
-                name = tap.name.removesuffix(".weight")
                 raise CalibrationError(f"{name!r} receives {type(x).__name__}, not a tensor; add it to `ignore`")
+            if x.is_meta:
+                raise CalibrationError(
+                    f"{name!r} receives no data: a layer before it ran without its offloaded weights"
+                )
             if not self.backward:
                 self._enter(tap, layer, x, None)
                 self._take_input(tap, layer, x)

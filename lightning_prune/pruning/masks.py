@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name, own_parameters
-from lightning_prune.pruning.targets import Target, parameters_of
-from lightning_prune.safety import is_stored_whole, uninterrupted
+from lightning_prune.pruning.offloading import at_hand
+from lightning_prune.pruning.targets import Target
+from lightning_prune.safety import is_stored_whole, restored_on_failure, uninterrupted
 from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,
@@ -185,10 +186,13 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         ValueError: see `check_masks`; nothing is changed then.
     """
     weights = check_masks(model, masks)
-    with uninterrupted():
+    holders = {id(p): (m, n) for m in model.modules() for n, p in own_parameters(m).items()}
+    with uninterrupted(), restored_on_failure() as originals:
         for name, weight in weights.items():
-            own = local(weight)
-            own.masked_fill_(~part_of(weight, masks[name]).to(own.device), 0.0)
+            module, attribute = holders[id(weight)]
+            with at_hand(module, undo=originals.undo.append):
+                own = local(getattr(module, attribute))
+                own.masked_fill_(~part_of(weight, masks[name]).to(own.device), 0.0)
 
 
 def part_of(weight: Tensor, mask: Tensor) -> Tensor:
@@ -212,8 +216,11 @@ def masks_from_zeros(targets: Sequence[Target]) -> PackedMasks:
     Raises:
         ValueError: no weight is zero.
     """
-    weights = parameters_of(targets)
-    masks = PackedMasks((n, as_shard_of(weight, local(weight.detach()) != 0)) for n, weight in weights.items())
+    masks = PackedMasks()
+    for name, target in {t.parameter: t for t in targets}.items():
+        with at_hand(target.module):
+            kept = local(target.weight.detach()) != 0
+        masks[name] = as_shard_of(target.weight, kept.cpu() if target.offloaded else kept)
     if not pruned_count(masks):
         raise ValueError(
             f"score='keep' takes the masks from the zeros of the loaded weights, but none of the {len(masks)} "

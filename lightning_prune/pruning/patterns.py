@@ -7,12 +7,14 @@ first in the matrix. So every rank and every re-run prunes the same weights, exa
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_prune.pruning.selection import kth_smallest, row_thresholds
+from lightning_prune.pruning.selection import kth_smallest, row_thresholds, thresholds_by_bisection
+from lightning_prune.pruning.statistics import values_of
 from lightning_prune.ranks import Ranks
 
 # Up to this group size, counting for each element how many of its group are smaller beats sorting.
@@ -55,15 +57,18 @@ def parse_pattern(pattern: str) -> NM | None:
     )
 
 
-def check_scores(scores: Tensor, name: str) -> Tensor:
-    """Refuse NaN.
+def refuse_nan(found: Mapping[str, Tensor]) -> None:
+    """Refuse scores that hold NaN; the host waits once for all of them.
+
+    Args:
+        found: Whether there is any, bool scalars by the name of the weight.
 
     Raises:
         ValueError: naming the weight.
     """
-    if bool(torch.isnan(scores).any()):
-        raise ValueError(f"the scores of {name!r} hold NaN; the weights are unchanged")
-    return scores
+    for name, bad in zip(found, values_of(found.values()), strict=True):
+        if bad:
+            raise ValueError(f"the scores of {name!r} hold NaN; the weights are unchanged")
 
 
 def lowest_in_layer(scores: Tensor, count: int) -> Tensor:
@@ -154,6 +159,8 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     _check_count(count, columns)
     if count == 0 or count == columns or not rows:
         return torch.full_like(scores, count == 0, dtype=torch.bool)
+    if scores.device.type != "cpu":
+        return lowest_by_bisection(scores, count)
     threshold = row_thresholds(scores, count)
     mask = scores > threshold
     # Of the scores equal to the threshold, the last ones stay until the number is right.
@@ -161,7 +168,25 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     missing = (columns - count) - mask.sum(dim=1, dtype=integer)  # [R]
     short = missing.nonzero().flatten()
     if len(short):
-        equal = scores[short] == threshold[short]
-        from_end = equal.flip(1).cumsum(1, dtype=integer).flip(1)  # 1 at the last equal score
-        mask[short] |= equal & (from_end <= missing[short, None])
+        mask[short] |= _last_equal(scores[short] == threshold[short], missing[short, None], integer)
     return mask
+
+
+def lowest_by_bisection(scores: Tensor, count: int) -> Tensor:
+    """Mask that prunes the `count` lowest scores of each row of ``[R, C]``, while the host waits for nothing.
+
+    Args:
+        scores: Without NaN, on any device; made for GPUs.
+        count: More than none, and less than all.
+    """
+    threshold = thresholds_by_bisection(scores, count)
+    mask = scores > threshold
+    integer = torch.int32 if scores.shape[1] < 2**31 else torch.int64
+    missing = (scores.shape[1] - count) - mask.sum(1, keepdim=True, dtype=integer)
+    return mask.logical_or_(_last_equal(scores == threshold, missing, integer))
+
+
+def _last_equal(equal: Tensor, number: Tensor, integer: torch.dtype) -> Tensor:
+    """The last `number` ``[R, 1]`` of what is true in each row of ``[R, C]``."""
+    order = equal.cumsum(1, dtype=integer)
+    return equal & (order > order[:, -1:] - number)

@@ -28,10 +28,11 @@ from lightning_prune.pruning.allocation import (
     uniform_counts,
 )
 from lightning_prune.pruning.batches import check_repeatable
-from lightning_prune.pruning.blocks import Samples, walk_stacks
+from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.masks import PackedMasks, apply_masks, masks_from_zeros
-from lightning_prune.pruning.patterns import check_scores, lowest_in_rows, nm_mask
+from lightning_prune.pruning.offloading import at_hand
+from lightning_prune.pruning.patterns import lowest_in_rows, nm_mask, refuse_nan
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
@@ -41,7 +42,7 @@ from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatisti
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, join_masks
 from lightning_prune.pruning.updates import ALPS, LayerRows
 from lightning_prune.ranks import Ranks, synchronized_errors
-from lightning_prune.safety import Keeper, Originals, restored_on_failure
+from lightning_prune.safety import Originals, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
 from lightning_prune.sharding import gathered_around, has_sharded_parameters
 
@@ -135,7 +136,8 @@ def prune(
     """
     chosen = make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed)
     how = (sparsity, pattern, group, allocation, update, num_samples, sequential)
-    plan = make_plan(model, PruningSettings(chosen, *how, targets, ignore, gradient_dtype, gradient_device, progress))
+    settings = PruningSettings(chosen, *how, targets, ignore, gradient_dtype, gradient_device, progress)
+    plan = make_plan(model, settings, offloaded=True)
     if plan.needs_data and batches is None:
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
     check_repeatable(batches, plan.passes, "batches")
@@ -232,6 +234,7 @@ class _Run:
     apply: bool
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    nan: dict[str, Tensor] = field(default_factory=dict)  # whether there is any in a layer's scores
 
     @property
     def parts(self) -> Ranks | None:
@@ -260,13 +263,14 @@ class _Run:
             self.counts = self._allocate()
             if not plan.sequential and plan.settings.solver is None:
                 tracked = self._tracked("Selecting")
-                parts = PackedMasks((t.name, self._select(t, self.statistics.get(t.name))) for t in tracked)
+                parts = PackedMasks((t.name, self._mask_of(t)) for t in tracked)
+                self._refuse_nan()
                 masks = PackedMasks(join_masks(plan.targets, parts))
                 if self.apply:
                     apply_masks(self.model, masks)
                 return masks
             with restored_on_failure() as originals:
-                masks = self._walk(originals) if plan.sequential else self._update_all(originals.keep)
+                masks = self._walk(originals) if plan.sequential else self._update_all(originals)
                 return masks
 
     def _tracked(self, description: str) -> Iterator[Target]:
@@ -335,7 +339,7 @@ class _Run:
         return whole[slice(*bounds[0]), slice(*bounds[1])]
 
     def _scored(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
-        """What the score makes of a matrix or a part of it, ``[o, i]``, checked; a failure is every rank's."""
+        """What the score makes of a matrix or a part of it, ``[o, i]``; a failure is every rank's."""
         score = cast(Score, self.plan.score)
         with synchronized_errors(self.parts):
             # A copy: a user's score may work in place.
@@ -343,7 +347,19 @@ class _Run:
             if not isinstance(scores, Tensor) or scores.shape != weight.shape:
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
                 raise ValueError(f"score {score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}")
-            return check_scores(scores if scores.is_floating_point() else scores.float(), target.name)
+            self.nan[target.name] = torch.isnan(scores).any()
+            return scores if scores.is_floating_point() else scores.float()
+
+    def _refuse_nan(self) -> None:
+        """Refuse NaN in scores since the last time; a failure is every rank's."""
+        found, self.nan = self.nan, {}
+        with synchronized_errors(self.parts):
+            refuse_nan(found)
+
+    def _mask_of(self, target: Target) -> Tensor:
+        """The mask of the part of one matrix that is here, kept where the matrix is kept."""
+        mask = self._select(target, self.statistics.get(target.name))
+        return mask.cpu() if target.offloaded else mask
 
     def _select(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """The mask of the part of one matrix that is here."""
@@ -386,8 +402,14 @@ class _Run:
 
     def _prune_layer(self, target: Target, statistics: LayerStatistics) -> Tensor:
         """Select, update if asked for, write the weight; returns the mask of the part that is here."""
+        mask = self._pruned(target, statistics)
+        return mask.cpu() if target.offloaded else mask
+
+    def _pruned(self, target: Target, statistics: LayerStatistics) -> Tensor:
         settings, layout = self.plan.settings, target.layout
         mask = None if settings.selects_itself else self._select(target, statistics)
+        if mask is not None:
+            self._refuse_nan()
         if settings.solver is None:
             assert mask is not None
             target.mask(mask)
@@ -418,17 +440,20 @@ class _Run:
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
         kept = self._without_previous(target, layout.from_rows(kept))
+        self._refuse_nan()  # in what an update that chooses has asked the score
         if scores is not None:
             self._summarize(target, scores, kept)
         target.write(layout.from_rows(weight).masked_fill(~kept, 0.0))
         return kept
 
-    def _update_all(self, keep: Keeper) -> PackedMasks:
+    def _update_all(self, originals: Originals) -> PackedMasks:
         """Every layer with the Hessian of its dense inputs."""
         parts = PackedMasks()
         for target in self._tracked("Updating weights"):
-            keep(target.weight)
-            parts[target.name] = self._prune_layer(target, self.statistics[target.name])
+            with at_hand(target.module, undo=originals.undo.append):
+                if not target.offloaded:
+                    originals.keep(target.weight)
+                parts[target.name] = self._prune_layer(target, self.statistics[target.name])
         return PackedMasks(join_masks(self.plan.targets, parts))
 
     def _walk(self, originals: Originals) -> PackedMasks:
@@ -462,29 +487,38 @@ class _Run:
             for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
                     layers = [target for m in block.modules() for target in by_module.get(id(m), ())]
-                    with gathered_around(self.model, block):
-                        statistics = collect_forward(
-                            layers,
-                            plan.block_statistics,
-                            ((b.padding, b.samples, b.counting) for b in walk.run(index)) if layers else (),
-                            self.ranks,
-                        )
-                    for target in layers:
-                        originals.keep(target.weight)
-                        parts[target.name] = self._prune_layer(
-                            target, _merge(statistics[target.name], self.statistics.get(target.name))
-                        )
-                    if index + 1 < len(walk.blocks):
-                        with gathered_around(self.model, block):
-                            for _ in walk.run(index, keep_output=True):
-                                pass
+                    with at_hand(*block.modules(), undo=originals.undo.append, discard=only_masked):
+                        parts.update(self._prune_block(walk, index, layers, originals))
                     if only_masked:
-                        originals.put_back(target.weight for target in layers if len(target.modules) == 1)
+                        alone = [t for t in layers if len(t.modules) == 1 and not t.offloaded]
+                        originals.put_back(target.weight for target in alone)
                     advance()
             masks = PackedMasks(join_masks(plan.targets, parts))
             if only_masked:
                 apply_masks(self.model, masks)
         return masks
+
+    def _prune_block(self, walk: BlockWalk, index: int, layers: Sequence[Target], originals: Originals) -> PackedMasks:
+        """Prune a block on its inputs, which become its outputs; returns the mask of each layer, as `_prune_layer`."""
+        parts, block = PackedMasks(), walk.blocks[index]
+        with gathered_around(self.model, block):
+            statistics = collect_forward(
+                layers,
+                self.plan.block_statistics,
+                ((b.padding, b.samples, b.counting) for b in walk.run(index)) if layers else (),
+                self.ranks,
+            )
+        for target in layers:
+            if not target.offloaded:  # what is changed of those is kept apart
+                originals.keep(target.weight)
+            parts[target.name] = self._prune_layer(
+                target, _merge(statistics[target.name], self.statistics.get(target.name))
+            )
+        if index + 1 < len(walk.blocks):
+            with gathered_around(self.model, block):
+                for _ in walk.run(index, keep_output=True):
+                    pass
+        return parts
 
 
 def _merge(block: LayerStatistics, dense: LayerStatistics | None) -> LayerStatistics:

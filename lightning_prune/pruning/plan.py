@@ -20,10 +20,11 @@ from lightning_prune.pruning.allocation import (
     uniform_counts,
 )
 from lightning_prune.pruning.coverage import Coverage, coverage_of
+from lightning_prune.pruning.offloading import check_offloaded
 from lightning_prune.pruning.patterns import NM
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
-from lightning_prune.pruning.statistics import FORWARD_STATISTICS, HESSIAN
+from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, FORWARD_STATISTICS, HESSIAN
 from lightning_prune.pruning.targets import CONVOLUTIONS, INNER, Target, find_stacks, select_layers, type_name
 from lightning_prune.schedules import Share, count_of, exact_share
 
@@ -128,13 +129,16 @@ class PruningPlan:
         return frozenset() if solver is None else solver.statistics
 
 
-def make_plan(model: nn.Module, settings: PruningSettings, beside: Collection[str] = ()) -> PruningPlan:
+def make_plan(
+    model: nn.Module, settings: PruningSettings, beside: Collection[str] = (), offloaded: bool = False
+) -> PruningPlan:
     """Fit settings to a model, and refuse those that do not; nothing is computed.
 
     Args:
         model: Any module.
         settings: What was asked for.
         beside: Names of weights that another pruning takes, which is no reason to worry.
+        offloaded: Whether to take weights that a `device_map` keeps in main memory or on disk.
 
     Raises:
         ValueError, TypeError: see `prune`.
@@ -147,7 +151,7 @@ def make_plan(model: nn.Module, settings: PruningSettings, beside: Collection[st
     read = score.statistics | allocation_statistics(allocation)
     if settings.solver is not None:
         read = read | settings.solver.statistics
-    selection = select_layers(model, settings.targets, settings.ignore, called=bool(read))
+    selection = select_layers(model, settings.targets, settings.ignore, called=bool(read), offloaded=offloaded)
     found = selection.targets
     _check_layers(found, nm, read)
     if isinstance(allocation, Mapping):  # fail now, not after calibration
@@ -156,7 +160,20 @@ def make_plan(model: nn.Module, settings: PruningSettings, beside: Collection[st
     plan = PruningPlan(settings, found, coverage, find_stacks(model), group, allocation, settings.num_samples)
     if plan.sequential:
         _check_sequential(plan, model)
+    _check_offloaded(plan, model)
     return plan
+
+
+def _check_offloaded(plan: PruningPlan, model: nn.Module) -> None:
+    away = [t for t in plan.targets if t.offloaded]
+    # Autograd holds every weight that a forward pass has met until its backward.
+    if away and plan.dense_statistics & BACKWARD_STATISTICS:
+        raise ValueError(
+            f"score={plan.score.name!r}, or its allocation, needs a backward pass, which "
+            f"would hold all offloaded weights (device_map) at once, such as {away[0].name!r}: choose a score without "
+            "gradients (wanda, sparsegpt) with sequential=True, or load the model whole"
+        )
+    check_offloaded(model, [(t.name, t.module, t.parameter.rpartition(".")[2]) for t in away])
 
 
 def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozenset[str]) -> None:

@@ -9,15 +9,18 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_prune.naming import uncompiled
+from lightning_prune.naming import own_parameters, uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
+from lightning_prune.pruning.offloading import device_of
 from lightning_prune.pruning.targets import Target, block_classes, type_name
+from lightning_prune.sharding import local
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a forward pass runs in, such as autocast."""
@@ -71,11 +74,64 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
             f"this score needs a loss: give a dict with input_ids for a causal language model (got "
             f"{type(batch).__name__}), or pass loss_fn=f(model, batch)"
         )
-    logits = getattr(model(**_cast(model, inputs)), "logits", None)
+    inputs, labels = _cast(model, inputs), next_token_labels(batch if isinstance(batch, Mapping) else inputs)
+    losses = _losses_in_pieces(model, inputs, labels)
+    if losses is not None:
+        return _mean_losses(losses, labels, IGNORE_INDEX)
+    logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")
-    labels = next_token_labels(batch if isinstance(batch, Mapping) else inputs)
     return causal_lm_losses(logits, labels, allow_empty=True)
+
+
+# Where there are more logits than these they are made in pieces of half as many, and again in the backward pass.
+_MOST_LOGITS = 1 << 27
+# What models call that which they do to the logits after the head, in their configurations.
+_CHANGES_OF_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def _losses_in_pieces(model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> Tensor | None:
+    """Cross-entropy of every next token, ``[B, T - 1]``, of logits that are never there whole.
+
+    Returns:
+        None where there are not many logits, or where they are not what a linear head makes of the last hidden states
+        (they are capped or scaled, say), or the head is sharded or calibrated on itself.
+    """
+    inner = unwrapped(model)
+    if not _is_pretrained(inner) or not _accepts(inner, "logits_to_keep"):
+        return None
+    inner = cast(Any, inner)
+    head, body, config = inner.get_output_embeddings(), inner.base_model, inner.config.get_text_config()
+    changed = any(getattr(config, name, None) not in (None, 1) for name in _CHANGES_OF_LOGITS)
+    plain = type(head) is nn.Linear and not has_hooks(head) and local(head.weight) is head.weight
+    if not plain or changed or body is inner or labels.numel() * head.out_features <= _MOST_LOGITS:
+        return None
+    seen: list[Any] = []
+    handle = body.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        last = model(**inputs, logits_to_keep=1).logits
+    finally:
+        handle.remove()
+    hidden = seen[0] if len(seen) == 1 else None
+    if (
+        not isinstance(hidden, Tensor)
+        or hidden.shape[:2] != labels.shape
+        or not torch.equal(head(hidden[:, -1:]), last)
+    ):
+        return None
+    targets = _next_targets(labels, IGNORE_INDEX)
+    rows = max(_MOST_LOGITS // 2 // head.out_features, 1)
+    losses = [
+        checkpoint(_cross_entropy_of_rows, head, part, wanted, use_reentrant=False, preserve_rng_state=False)
+        for part, wanted in zip(
+            torch.split(hidden.flatten(0, 1), rows), torch.split(targets.flatten(), rows), strict=True
+        )
+    ]
+    return torch.cat(losses).view(targets.shape)[:, :-1]
+
+
+def _cross_entropy_of_rows(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return _cross_entropy(head(hidden), targets, IGNORE_INDEX)
 
 
 def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
@@ -134,6 +190,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether anything is to be called around a module's forward or backward pass.
+
+    PyTorch calls such hooks for a module that is called, and has no public way to ask for them.
+    """
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def _is_pretrained(model: nn.Module) -> bool:
     """Whether the model is one of transformers; if it is, transformers has been imported."""
     transformers = sys.modules.get("transformers")
@@ -190,8 +256,9 @@ def _model_inputs(batch: Any) -> Any:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    """The device of the model's first parameter, when it runs."""
+    held = ((m, p) for m in model.modules() for p in own_parameters(m).values())
+    return next((device_of(m, p) for m, p in held), torch.device("cpu"))
 
 
 def on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
@@ -339,9 +406,9 @@ def causal_lm_losses(
         [1.3863, 1.3863]
     """
     losses = next_token_losses(logits, labels, ignore_index)  # [B, T - 1]
-    counts = (labels[:, 1:] != ignore_index).sum(dim=1)  # [B]
     if allow_empty:
-        return (losses.sum(dim=1) / counts.clamp(min=1)).masked_fill(counts == 0, float("nan"))
+        return _mean_losses(losses, labels, ignore_index)
+    counts = (labels[:, 1:] != ignore_index).sum(dim=1)  # [B]
     if bool((counts == 0).any()):
         empty = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(
@@ -349,6 +416,12 @@ def causal_lm_losses(
             f"{ignore_index} (ignore_index). Pass samples with at least two tokens that are not padding."
         )
     return losses.sum(dim=1) / counts
+
+
+def _mean_losses(losses: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """Means over the labels of each sample, ``[B]``; NaN of one without any."""
+    counts = (labels[:, 1:] != ignore_index).sum(dim=1)  # [B]
+    return (losses.sum(dim=1) / counts.clamp(min=1)).masked_fill(counts == 0, float("nan"))
 
 
 def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
@@ -370,13 +443,22 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
             f"logits must have shape (B, T, V) and labels (B, T); received {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}. Pass the labels unshifted, one for each position of the input."
         )
+    targets = _next_targets(labels, ignore_index)
+    return _cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index).view(targets.shape)[:, :-1]
+
+
+def _next_targets(labels: Tensor, ignore_index: int) -> Tensor:
     # The labels are shifted, not the logits: a slice of them would be copied, forward and backward.
     targets = torch.full_like(labels, ignore_index)
     targets[:, :-1] = labels[:, 1:]
+    return targets
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """Of rows, ``[N, V]`` and ``[N]`` to ``[N]``."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()  # the sum over V loses too much in half precision
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=ignore_index, reduction="none")
-    return losses.view(targets.shape)[:, :-1]
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
 
 
 def without_label(batch: Any) -> bool:

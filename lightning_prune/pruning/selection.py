@@ -38,7 +38,7 @@ class Threshold:
 
 
 def row_thresholds(scores: Tensor, count: int) -> Tensor:
-    """The count-th lowest score of each row of ``[R, C]``, as ``[R, 1]``."""
+    """The count-th lowest score of each row of ``[R, C]``, as ``[R, 1]``; what is quickest on a CPU."""
     rows, columns = scores.shape
     if scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float64):
         # numpy's vectorized partition takes a quarter of the time of torch's kthvalue.
@@ -47,6 +47,26 @@ def row_thresholds(scores: Tensor, count: int) -> Tensor:
     if rows == 1 and columns > 4096:
         return threshold_of(lambda: [scores], count, columns).value.view(1, 1)
     return scores.kthvalue(count, dim=1, keepdim=True).values
+
+
+def thresholds_by_bisection(scores: Tensor, count: int) -> Tensor:
+    """The count-th lowest score of each row of ``[R, C]``, without NaN, as ``[R, 1]``; the host waits for nothing.
+
+    Bit by bit, each by one pass: the lowest number that at least `count` scores of the row are not above.
+    """
+    integer = _INTEGER[scores.dtype]
+    limits, width = torch.iinfo(integer), 8 * scores.element_size()
+
+    def in_order(bits: Tensor) -> Tensor:
+        # Negative floats grow in magnitude with their bits. Its own inverse.
+        return (bits >> (width - 1)).bitwise_and_(limits.max).bitwise_xor_(bits)
+
+    places = in_order(scores.contiguous().view(integer))
+    found = torch.full((len(scores), 1), limits.min, dtype=integer, device=scores.device)
+    for bit in reversed(range(width)):
+        middle = found + ((1 << bit) - 1)
+        found = torch.where((places <= middle).sum(1, keepdim=True) < count, middle + 1, found)
+    return in_order(found).view(scores.dtype)
 
 
 def threshold_of(parts: Parts, k: int, number: int) -> Threshold:

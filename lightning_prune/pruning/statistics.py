@@ -6,8 +6,9 @@ Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -192,19 +193,32 @@ class Accumulator:
         return LayerStatistics(samples=samples, **values)
 
 
-def check_finite(name: str, statistics: LayerStatistics) -> None:
-    """Refuse statistics with NaN or infinity.
+def check_finite(results: Mapping[str, LayerStatistics]) -> None:
+    """Refuse statistics with NaN or infinity; the host waits once for all of them.
+
+    Args:
+        results: By weight.
 
     Raises:
         CalibrationError: naming the weight and the statistic.
     """
-    for statistic in sorted(ALL_STATISTICS):
-        value = getattr(statistics, statistic)
-        # A sum is finite only if every term is; it reads the tensor once and allocates nothing.
-        if value is not None and not torch.isfinite(value.sum(dtype=torch.float32)):
-            if bool(torch.isfinite(value).all()):
-                continue
+    found = [
+        (n, s, value)
+        for n, r in results.items()
+        for s in sorted(ALL_STATISTICS)
+        if (value := getattr(r, s)) is not None
+    ]
+    # A sum is finite only if every term is; it reads the tensor once and allocates nothing.
+    bad_sums = values_of(~torch.isfinite(value.sum(dtype=torch.float32)) for *_, value in found)
+    for (name, statistic, value), bad in zip(found, bad_sums, strict=True):
+        if bad and not bool(torch.isfinite(value).all()):
             raise CalibrationError(
                 f"calibration gave NaN or infinity in {statistic!r} of {name!r}; the weights are unchanged. "
                 "Check the data and the model's precision (bfloat16 or float32 instead of float16)"
             )
+
+
+def values_of(scalars: Iterable[Tensor]) -> list[Any]:
+    """The values of scalar tensors, for all of which the host waits once."""
+    here = list(scalars)
+    return torch.stack([scalar.to(here[0].device) for scalar in here]).tolist() if here else []

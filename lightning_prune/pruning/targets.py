@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters, uncompiled
 from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
+from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
 from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out
 from lightning_prune.ranks import Ranks
@@ -191,7 +192,8 @@ class Target:
         modules: All layers that use this one parameter (more than one where layers are tied).
         attribute: What `module` calls the parameter.
 
-    Of a sharded parameter (DTensor), `matrix` is this rank's part; `shape` and `numel` are of the whole.
+    Of a sharded parameter (DTensor), `matrix` is this rank's part; `shape` and `numel` are of the whole. One that is
+    offloaded is brought to where its layer runs for the time of a call.
     """
 
     name: str
@@ -211,6 +213,16 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """``(O, I)`` of the matrix."""
         return self.layout.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer runs."""
+        return device_of(self.module, self.weight)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the weight is kept elsewhere than where the layer runs."""
+        return is_offloaded(self.module)
 
     @property
     def numel(self) -> int:
@@ -238,7 +250,8 @@ class Target:
 
     def matrix(self) -> Tensor:
         """The weight as ``(O, I)``, or this rank's part of it; detached, in its own dtype."""
-        return self.part(self.weight.detach())
+        with at_hand(self.module):
+            return self.part(self.weight.detach())
 
     def part(self, tensor: Tensor) -> Tensor:
         """A tensor of the parameter's shape and layout as a matrix, as `matrix` gives the weight."""
@@ -259,13 +272,15 @@ class Target:
 
     def write(self, matrix: Tensor) -> None:
         """Overwrite the weight, or this rank's part of it."""
-        own = self.stored(self.weight.detach())
-        own.copy_(self.kind.from_matrix(matrix, own.shape))
+        with at_hand(self.module):
+            own = self.stored(self.weight.detach())
+            own.copy_(self.kind.from_matrix(matrix, own.shape))
 
     def mask(self, kept: Tensor) -> None:
         """Set weights to zero where a mask, shaped as `matrix` gives the weight, is False."""
-        own = self.stored(self.weight.detach())
-        own.masked_fill_(~self.kind.from_matrix(kept, own.shape), 0.0)
+        with at_hand(self.module):
+            own = self.stored(self.weight.detach())
+            own.masked_fill_(~self.kind.from_matrix(kept, own.shape), 0.0)
 
     def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
         """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
@@ -376,7 +391,7 @@ def join_masks(targets: Sequence[Target], parts: Mapping[str, Tensor]) -> Iterat
             yield name, first.to_parameter(parts[name])
             continue
         weight = first.weight
-        own = torch.ones(local(weight).shape, dtype=torch.bool, device=weight.device)
+        own = torch.ones(local(weight).shape, dtype=torch.bool, device=parts[first.name].device)
         for target in (first, *others):
             slice_ = target.stored(own)
             slice_.copy_(target.kind.from_matrix(parts[target.name], slice_.shape))
@@ -474,6 +489,7 @@ def select_layers(
     ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
     called: bool = False,
     frozen: bool = False,
+    offloaded: bool = False,
 ) -> Selection:
     """Divide the layers of a model as `find_targets` does, and say why the others are left alone.
 
@@ -483,6 +499,7 @@ def select_layers(
         ignore: See `find_targets`.
         called: Whether layers must run as modules, because statistics are read from their inputs and outputs.
         frozen: See `find_targets`.
+        offloaded: Whether to take weights that a `device_map` keeps in main memory or on disk.
 
     Raises:
         ValueError, TypeError: see `find_targets`.
@@ -523,6 +540,11 @@ def select_layers(
     chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
+    if not offloaded and (away := [name for name, layer in chosen.items() if is_offloaded(layer.module)]):
+        raise ValueError(
+            f"the weight of {away[0]!r} is offloaded to main memory or disk (device_map), where only `prune` takes it; "
+            "load the model without device_map"
+        )
     return Selection(_group_by_parameter(model, chosen, called), left_out, frozenset(adapters))
 
 
@@ -776,7 +798,7 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
         raise ValueError(
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"
         )
-    if weight.is_meta:
+    if weight.is_meta and not is_offloaded(layer.module):
         raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialize the model first")
     return weight
 

@@ -13,7 +13,8 @@ from tiny import snapshot
 from torch import nn
 
 from lightning_prune.perp import add_adapters
-from lightning_prune.perp.layers import SparseLinear, has_hooks
+from lightning_prune.perp.layers import SparseLinear
+from lightning_prune.pruning.running import has_hooks
 
 
 def nothing(*args: object) -> None:

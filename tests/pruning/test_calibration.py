@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from waiting import Waits
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.calibration import collect, collect_forward
@@ -716,10 +717,30 @@ def test_infinite_inputs_are_refused_naming_layer_and_statistic():
 
 
 def test_check_finite_is_not_fooled_by_a_sum_that_overflows():
-    check_finite("a", LayerStatistics(samples=1, gradient_l1=torch.full((4, 4), 3e38)))
-    check_finite("a", LayerStatistics(samples=1, gradient_l1=torch.tensor([[3e38, 3e38, -3e38, -3e38]])))
+    check_finite({"a": LayerStatistics(samples=1, gradient_l1=torch.full((4, 4), 3e38))})
+    check_finite({"a": LayerStatistics(samples=1, gradient_l1=torch.tensor([[3e38, 3e38, -3e38, -3e38]]))})
     with pytest.raises(CalibrationError):
-        check_finite("a", LayerStatistics(samples=1, gradient_l1=torch.tensor([math.inf, -math.inf])))
+        check_finite({"a": LayerStatistics(samples=1, gradient_l1=torch.tensor([math.inf, -math.inf]))})
+
+
+@pytest.mark.parametrize(
+    ("statistics", "batch"), [({"input_norm"}, 0), ({"input_norm", "output_grad_norm"}, 1), ({"gradient_l2"}, 1)]
+)
+def test_the_host_waits_for_no_layer_and_once_a_batch(statistics, batch):
+    """Once for the losses of a batch, whatever the number of layers; with what a model itself asks left out."""
+
+    def waits(layers, batches):
+        model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)))
+        data = [torch.randn(2, 6) for _ in range(batches)]
+        with Waits() as found:
+            collect(
+                model, data, find_targets(model), statistics, num_samples=2 * batches, progress=False,
+                loss_fn=lambda m, x: m(x).square().mean(1),
+            )  # fmt: skip
+        return len(found.operations)
+
+    assert waits(9, 3) == waits(2, 3)
+    assert waits(2, 7) - waits(2, 3) == 4 * batch
 
 
 def test_a_statistic_that_was_not_collected_is_named():

@@ -8,14 +8,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import Waits
 
 from lightning_prune.pruning.patterns import (
     NM,
-    check_scores,
+    lowest_by_bisection,
     lowest_in_layer,
     lowest_in_rows,
     nm_mask,
     parse_pattern,
+    refuse_nan,
 )
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -105,6 +107,21 @@ def test_large_layers_take_the_radix_path_to_the_same_masks(dtype, distinct, sha
         np.testing.assert_array_equal(mask.numpy(), naive.layer_mask(as_numpy(scores), count))
 
 
+@pytest.mark.parametrize("distinct", [1, 3, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_what_gpus_do_gives_the_same_masks_without_waiting(dtype, distinct):
+    generator = torch.Generator().manual_seed(distinct)
+    scores = (torch.randint(distinct, (5, 301), generator=generator) / distinct - 0.3).to(dtype)
+    scores[0, :9], scores[1, ::7], scores[2, 5:90] = -math.inf, math.inf, -0.0
+    for matrix, count in ((scores, 1), (scores, 150), (scores, 300), (scores.reshape(1, -1), 753)):
+        order = matrix.double().numpy().argsort(axis=1, kind="stable")[:, :count]
+        expected = torch.ones(matrix.shape, dtype=torch.bool).scatter_(1, torch.from_numpy(order), False)
+        with Waits() as waits:
+            found = lowest_by_bisection(matrix, count)
+        assert torch.equal(found, expected)
+        assert not waits.operations
+
+
 def test_minus_infinity_goes_first_and_infinity_last_in_a_large_layer():
     scores = torch.rand(80, 80)
     scores[5, 7:20] = -math.inf
@@ -144,10 +161,10 @@ def test_nm_refuses_inputs_that_do_not_divide():
 
 
 def test_nan_scores_are_refused_by_name():
+    refuse_nan({})
+    refuse_nan({"first": torch.tensor(False)})
     with pytest.raises(ValueError, match=r"'layer\.weight' hold NaN"):
-        check_scores(torch.tensor([1.0, math.nan]), "layer.weight")
-    scores = torch.tensor([1.0, math.inf])
-    assert check_scores(scores, "layer.weight") is scores
+        refuse_nan({"first": torch.tensor(False), "layer.weight": torch.tensor(True)})
 
 
 @pytest.mark.parametrize(("text", "n", "m"), [("2:4", 2, 4), ("1:4", 1, 4), ("16:64", 16, 64)])
