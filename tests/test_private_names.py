@@ -162,7 +162,7 @@ def test_accelerate_has_them() -> None:
     layer = nn.Linear(2, 2)
     weight = layer.weight.detach().clone()
     cpu_offload(layer, torch.device("cpu"))
-    hook = layer._hf_hook
+    hook = next(each for each in layer._hf_hook.hooks if each.weights_map is not None)
     assert hook.offload
     assert layer.weight.is_meta
     assert torch.equal(hook.weights_map["weight"], weight)
