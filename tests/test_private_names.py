@@ -30,10 +30,10 @@ USES = {
     "_modules": "callbacks.traces",
     "_parameters": "callbacks.traces",
     "_buffers": "callbacks.traces",
-    "_forward_hooks": "pruning.running",
-    "_forward_pre_hooks": "pruning.running",
-    "_backward_hooks": "pruning.running",
-    "_backward_pre_hooks": "pruning.running",
+    "_forward_hooks": "perp.layers",
+    "_forward_pre_hooks": "perp.layers",
+    "_backward_hooks": "perp.layers",
+    "_backward_pre_hooks": "perp.layers",
     "_compiled_call_impl": "callbacks.checks",
     "_StorageInfo": "checkpoints.reading",
     "_MEM_FORMAT_ENCODING": "checkpoints.reading",
@@ -62,9 +62,8 @@ def test_each_is_used_in_one_file() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
     }
     found: dict[str, set[str]] = {}
-    ours = _defined(trees.values())
     for name, tree in trees.items():
-        for private in _foreign(tree) - DOCUMENTED - OWN - ours:
+        for private in _foreign(tree) - DOCUMENTED - OWN - _defined(trees.values()):
             found.setdefault(private, set()).add(name)
     assert found == {private: {file} for private, file in USES.items()}
 
@@ -163,7 +162,7 @@ def test_accelerate_has_them() -> None:
     layer = nn.Linear(2, 2)
     weight = layer.weight.detach().clone()
     cpu_offload(layer, torch.device("cpu"))
-    (hook,) = (h for h in layer._hf_hook.hooks if getattr(h, "weights_map", None) is not None)
+    hook = next(each for each in layer._hf_hook.hooks if each.weights_map is not None)
     assert hook.offload
     assert layer.weight.is_meta
     assert torch.equal(hook.weights_map["weight"], weight)
