@@ -577,8 +577,9 @@ class WeightPruning(L.Callback):
     def _bind(self, trainer: L.Trainer, module: L.LightningModule, masks: Mapping[str, Tensor]) -> None:
         """Make masks those of the module's parameters as they are now, and of the optimizers' states."""
         if self._hold is None:
-            # Else a module clips by itself, before the hook that comes before a step.
-            self._hold = MaskHold(module, masks, hook_gradients=not module.automatic_optimization)
+            # On a CPU a gradient is masked while it is in the cache; a module that steps by itself clips by itself.
+            hook = module.device.type == "cpu" or not module.automatic_optimization
+            self._hold = MaskHold(module, masks, hook_gradients=hook)
         else:
             self._hold.update(masks)
         self._hold.watch(trainer.optimizers)
