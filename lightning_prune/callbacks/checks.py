@@ -345,6 +345,11 @@ def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool,
             f"parameters are sharded (DTensor) under {type(strategy).__name__}; use the "
             "ModelParallelStrategy(tensor_parallel_size=1) that sharded them",
         )
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            f"parameters of {type(module).__name__} have no values yet (meta device), and adapters are made from them: "
+            "load the weights in __init__ (CausalLM without read_once)"
+        )
     if not has_adapters:
         refuse_shards(
             module,

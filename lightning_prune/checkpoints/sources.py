@@ -11,7 +11,15 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from lightning_prune.checkpoints.reading import check_folder
 from lightning_prune.safety import expanded
@@ -100,11 +108,7 @@ def load_pretrained(
         FileNotFoundError: If a local path does not exist.
         ValueError: If the files are damaged, or weights are missing in them.
     """
-    name, kwargs = pretrained_arguments(model, gguf_file, "model")
-    if looks_like_path(model) and Path(name).is_dir() and "gguf_file" not in kwargs:
-        check_folder(Path(name))
-    if revision is not None:
-        kwargs["revision"] = revision
+    name, kwargs = _checked_arguments(model, gguf_file, revision)
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         # newer versions keep the weights of some architectures packed, out of reach of pruning and training
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -126,6 +130,59 @@ def load_pretrained(
     if "gguf_file" in kwargs:
         _forget_quantization(loaded)
     return loaded
+
+
+def empty_pretrained(
+    model: str, gguf_file: str | None = None, revision: str | None = None, options: dict[str, Any] | None = None
+) -> Any:
+    """Build what `load_pretrained` loads from its configuration alone.
+
+    Args:
+        model: As of `load_pretrained`.
+        gguf_file: As there.
+        revision: As there.
+        options: Further arguments of `from_config`, such as `dtype`.
+
+    Returns:
+        The model with parameters on the meta device and buffers in main memory, in training mode.
+
+    Raises:
+        FileNotFoundError: If a local path does not exist.
+        ValueError: If the configuration is not that of a causal language model.
+    """
+    name, kwargs = _checked_arguments(model, gguf_file, revision)
+    config = AutoConfig.from_pretrained(name, **kwargs)
+    with _parameters_on_meta():
+        built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **(options or {}))
+    if "gguf_file" in kwargs:
+        _forget_quantization(built)
+    return built
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Put the parameters of modules that are built on the meta device, one by one.
+
+    Under ``torch.device("meta")`` buffers would have no values either, nor tensors that are plain attributes.
+    """
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # tied ones are registered twice
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _checked_arguments(model: str, gguf_file: str | None, revision: str | None) -> tuple[str, dict[str, Any]]:
+    name, kwargs = pretrained_arguments(model, gguf_file, "model")
+    if looks_like_path(model) and Path(name).is_dir() and "gguf_file" not in kwargs:
+        check_folder(Path(name))
+    return name, kwargs if revision is None else {**kwargs, "revision": revision}
 
 
 def _forget_quantization(model: Any) -> None:

@@ -24,6 +24,7 @@ from lightning_prune.checkpoints.cards import Making, write_described
 from lightning_prune.checkpoints.model import LoadedModel
 from lightning_prune.checkpoints.reading import check_checkpoint_of, check_no_kernel, read_resumable
 from lightning_prune.checkpoints.sources import (
+    empty_pretrained,
     existing_path,
     has_tokenizer,
     load_pretrained,
@@ -42,6 +43,7 @@ from lightning_prune.schedules import learning_rate_factor
 from lightning_prune.sharding import has_sharded_parameters, whole_state
 from lightning_prune.structure.saving import note_masked_units, without_masked_units
 from lightning_prune.text.parallelize import parallelize
+from lightning_prune.text.reading_once import read_here, read_once
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -82,9 +84,13 @@ class CausalLM(L.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         reshard_after_forward: With `ModelParallelStrategy` (FSDP2): gather a block's weights again for its backward.
         cpu_offload: With `ModelParallelStrategy`: keep shards of weights and optimizer states in main memory.
+        read_once: Read the weights of `model` in `configure_model` in place of here: under `ModelParallelStrategy`
+            without tensor parallelism in the first process alone, which sends the others their shards; otherwise in
+            every process. Until then parameters are on the meta device, so only a Trainer can use the module.
 
     Raises:
-        ValueError: If an argument is out of range, or not exactly one of `model` and `config` is given.
+        ValueError: If an argument is out of range, not exactly one of `model` and `config` is given, or `read_once`
+            with `config`.
         FileNotFoundError: If a local path does not exist.
     """
 
@@ -108,6 +114,7 @@ class CausalLM(L.LightningModule):
         gradient_checkpointing: bool = False,
         reshard_after_forward: bool = True,
         cpu_offload: bool = False,
+        read_once: bool = False,
     ) -> None:
         super().__init__()
         _check_source(model, config)
@@ -126,15 +133,20 @@ class CausalLM(L.LightningModule):
                 raise ValueError(
                     f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio} exclude each other. Pass one."
                 )
+        if read_once and model is None:
+            raise ValueError(
+                "read_once=True needs model, whose weights it reads; with config there are none. Leave it out."
+            )
         self.save_hyperparameters()
 
         options: dict[str, Any] = {"dtype": DTYPES[dtype]}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
+        self._options, self._unread = options, read_once
         self.model: Any = (
-            load_pretrained(model, gguf_file, revision, options)
-            if model is not None
-            else _from_config(config, revision, options)
+            _from_config(config, revision, options)
+            if model is None
+            else (empty_pretrained if read_once else load_pretrained)(model, gguf_file, revision, options)
         )
         # from_pretrained returns the model in eval mode, which the Trainer keeps: no dropout, no checkpointing
         self.model.train()
@@ -150,18 +162,39 @@ class CausalLM(L.LightningModule):
     # ---- forward and losses
 
     def configure_model(self) -> None:
-        """Shard the model where the strategy is `ModelParallelStrategy`; do nothing under any other."""
-        if self.device_mesh is not None:
-            hp = self.hparams
-            parallelize(
-                self.model,
-                self.device_mesh,
-                reshard_after_forward=hp["reshard_after_forward"],
-                cpu_offload=hp["cpu_offload"],
+        """Read the weights if `read_once` left that for here, and shard the model under `ModelParallelStrategy`.
+
+        Raises:
+            ValueError: the model cannot be sharded; with `read_once`, the weights cannot be read, or are of another
+                model than it is by now.
+        """
+        hp, mesh = self.hparams, self.device_mesh
+        reshard, offload = hp["reshard_after_forward"], hp["cpu_offload"]
+        if self._unread and mesh is not None and mesh["tensor_parallel"].size() == 1:
+            shard = partial(parallelize, self.model, mesh, reshard_after_forward=reshard, cpu_offload=offload)
+            device = torch.device("cpu") if offload else self.trainer.strategy.root_device
+            read_once(self.model, self._read, shard, device)
+        else:
+            if self._unread:
+                read_here(self.model, self._read)
+            if mesh is not None:
+                parallelize(self.model, mesh, reshard_after_forward=reshard, cpu_offload=offload)
+        self._unread = False
+
+    def _read(self) -> Any:
+        hp = self.hparams
+        return load_pretrained(hp["model"], hp["gguf_file"], hp["revision"], self._options)
+
+    def _check_read(self) -> None:
+        if self._unread:
+            raise RuntimeError(
+                "CausalLM(read_once=True) has no weights yet: configure_model reads them, which a Trainer calls; leave "
+                "read_once out to use the module without one"
             )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of shape (B, T, V) for token ids of shape (B, T)."""
+        self._check_read()
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits
 
@@ -318,6 +351,7 @@ class CausalLM(L.LightningModule):
             config=json.loads(self.model.config.to_json_string(use_diff=False)),
             tokenizer=self._tokenizer_source,
             gguf_file=self._tokenizer_gguf,
+            read_once=False,  # the checkpoint has the weights
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -368,7 +402,9 @@ class CausalLM(L.LightningModule):
 
         Raises:
             ValueError: masked units are not zero any more.
+            RuntimeError: with `read_once`, before the weights are read.
         """
+        self._check_read()
         self._save_pretrained(folder, whole_state(self.model))
 
     @rank_zero_only
