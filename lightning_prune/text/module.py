@@ -192,6 +192,11 @@ class CausalLM(L.LightningModule):
                 "read_once out to use the module without one"
             )
 
+    def cpu(self) -> Any:
+        """Move to main memory; a model that is not read yet stays as it is."""
+        # Trainers call this after an error, and that of moving from the meta device would hide it.
+        return self if self._unread else super().cpu()
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits of shape (B, T, V) for token ids of shape (B, T)."""
         self._check_read()

@@ -77,6 +77,6 @@ def _check_same(model: nn.Module, loaded: nn.Module) -> None:
         first = differing[0]
         raise ValueError(
             f"read_once=True reads weights for a model that has changed since it was built: {len(differing)} of its "
-            f"parameters differ, such as {first!r}, here of shape {mine.get(first)}, in the source {read.get(first)}; change the "
-            "model after configure_model, or leave read_once out"
+            f"parameters differ, such as {first!r}, here of shape {mine.get(first)}, in the source {read.get(first)}; "
+            "change the model after configure_model, or leave read_once out"
         )

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from versions import WEIGHTS_ONLY
 
+from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.text.data import TextDataModule
 from lightning_prune.text.module import CausalLM, decay_groups, learning_rate_factor
@@ -278,12 +279,29 @@ def test_own_tokenizer_is_kept(tmp_path, data):
     assert model.tokenizer.name_or_path == str(tmp_path / "own")
 
 
+def test_without_a_trainer_nothing_is_read_once(tmp_path, folder, data, batch):
+    model = CausalLM(str(folder), read_once=True)
+    for use in (lambda: model(batch["input_ids"]), lambda: model.save_pretrained(tmp_path / "model")):
+        with pytest.raises(RuntimeError, match="read_once"):
+            use()
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match="needs model"):
+        CausalLM(config=LLAMA, read_once=True)
+    with pytest.raises(ValueError, match="without read_once"):
+        trainer(tmp_path, callbacks=[PERPRetraining()]).fit(model, datamodule=data)
+    model.configure_model()
+    assert_same_weights(model, CausalLM(str(folder)))
+
+
 # ---- checkpoints and saving
 
 
-@pytest.mark.parametrize("origin", ["config", "folder"])
+@pytest.mark.parametrize("origin", ["config", "folder", "read once"])
 def test_checkpoint_round_trip(tmp_path, data, batch, folder, origin):
-    model = random_model(learning_rate=0.01) if origin == "config" else CausalLM(str(folder))
+    if origin == "config":
+        model = random_model(learning_rate=0.01)
+    else:
+        model = CausalLM(str(folder), read_once=origin == "read once")
     run = trainer(tmp_path)
     run.fit(model, datamodule=data)
     run.save_checkpoint(tmp_path / "model.ckpt")
