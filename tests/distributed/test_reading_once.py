@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"dtype": "bfloat16", "precision": "bf16-true", "frozen": True, "gradient_checkpointing": True},
     ),
     "cast and offloaded": ("half", "fsdp2", {"cpu_offload": True}),
+    "a wider block": ("half", "fsdp2", {"dtype": "bfloat16", "precision": "bf16-mixed", "wide_block": True}),
     "gguf": ("model.gguf", "fsdp2", {}),
     "tensor parallelism": ("tied", "tp", {}),
     "ddp": ("tied", "ddp", {"frozen": True}),

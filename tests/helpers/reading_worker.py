@@ -42,7 +42,10 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
 
     def counted(source: str, *arguments: Any) -> Any:
         reads.append(source)
-        return _load(source, *arguments)
+        model = _load(source, *arguments)
+        if settings.get("wide_block", False):  # as families that keep some weights in float32
+            model.model.layers[0].float()
+        return model
 
     text_module.load_pretrained = counted
     try:
