@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from worker import STRATEGIES, Tokens
 
-from lightning_prune import CausalLM, PERPRetraining, WeightPruning
+from lightning_prune import CausalLM, WeightPruning
 from lightning_prune.sharding import gather_whole
 from lightning_prune.text import module as text_module
 
@@ -64,12 +64,11 @@ def _fit(out: Path, devices: int, strategy: str, settings: dict[str, Any], reads
         module.model.resize_token_embeddings(70)
     beginning = Beginning()
     pruning = WeightPruning(score="wanda", sparsity=0.5, num_samples=8, progress=False)
-    retraining = [PERPRetraining()] if settings.get("adapters", False) else []
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=STRATEGIES[strategy](), max_steps=settings.get("max_steps", 2),
         logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
         precision=settings.get("precision", "32-true"),
-        callbacks=[beginning, pruning, *retraining, ModelCheckpoint(dirpath=out, filename="end")],
+        callbacks=[beginning, pruning, ModelCheckpoint(dirpath=out, filename="end")],
     )  # fmt: skip
     refused = ""
     try:
