@@ -169,12 +169,21 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: it is damaged, or its configuration names a kernel of the hub, which would be fetched and run.
     """
-    check_no_kernel(folder / "config.json", _read_config(folder))
+    check_config(folder)
     if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*")):
         opened = _open_folder(folder)
         if opened.summed:
             for _ in opened.values():
                 pass
+
+
+def check_config(folder: Path) -> None:
+    """Read the configuration of a transformers folder before transformers does.
+
+    Raises:
+        CheckpointError: it is damaged, or names a kernel of the hub.
+    """
+    check_no_kernel(folder / "config.json", _read_config(folder))
 
 
 def check_no_kernel(path: Path | str, config: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_prune.checkpoints.reading import check_folder
+from lightning_prune.checkpoints.reading import check_config, check_folder
 from lightning_prune.safety import expanded
 
 
@@ -108,7 +108,7 @@ def load_pretrained(
         FileNotFoundError: If a local path does not exist.
         ValueError: If the files are damaged, or weights are missing in them.
     """
-    name, kwargs = _checked_arguments(model, gguf_file, revision)
+    name, kwargs = _checked_arguments(model, gguf_file, revision, check_folder)
     if "gguf_file" in kwargs and hasattr(transformers, "GgufConfig"):
         # newer versions keep the weights of some architectures packed, out of reach of pruning and training
         kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -150,7 +150,7 @@ def empty_pretrained(
         FileNotFoundError: If a local path does not exist.
         ValueError: If the configuration is not that of a causal language model.
     """
-    name, kwargs = _checked_arguments(model, gguf_file, revision)
+    name, kwargs = _checked_arguments(model, gguf_file, revision, check_config)
     config = AutoConfig.from_pretrained(name, **kwargs)
     with _parameters_on_meta():
         built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **(options or {}))
@@ -178,10 +178,12 @@ def _parameters_on_meta() -> Iterator[None]:
         hook.remove()
 
 
-def _checked_arguments(model: str, gguf_file: str | None, revision: str | None) -> tuple[str, dict[str, Any]]:
+def _checked_arguments(
+    model: str, gguf_file: str | None, revision: str | None, check: Callable[[Path], None]
+) -> tuple[str, dict[str, Any]]:
     name, kwargs = pretrained_arguments(model, gguf_file, "model")
     if looks_like_path(model) and Path(name).is_dir() and "gguf_file" not in kwargs:
-        check_folder(Path(name))
+        check(Path(name))
     return name, kwargs if revision is None else {**kwargs, "revision": revision}
 
 

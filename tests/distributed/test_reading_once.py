@@ -26,14 +26,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "everywhere": ("tied", "fsdp2", {"read_once": False}),
     "tied": ("tied", "fsdp2", {}),
     "frozen": ("half", "fsdp2", {**_HALF, "frozen": True, "gradient_checkpointing": True, "wide_block": True}),
-    "gguf": (
-        "model.gguf",
-        "fsdp2",
-        {"dtype": "bfloat16", "precision": "bf16-true", "cpu_offload": True, "max_steps": 1},
-    ),
+    "gguf": ("model.gguf", "fsdp2", {**_HALF, "cpu_offload": True}),
     "tensor parallelism": ("tied", "tp", {"max_steps": 1}),
-    "begun": ("tied", "fsdp2", {"max_steps": 1}),
-    "resumed": ("tied", "fsdp2", {"resume": "begun"}),
+    "resumed": ("tied", "fsdp2", {"resume": "everywhere/step=1.ckpt"}),
 }
 REFUSED = {
     "incomplete": ("incomplete", {}, "lacks 1 of the weights"),
@@ -88,7 +83,7 @@ def fits(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (source, strategy, settings) in CASES.items():
         case = {"read_once": True, **settings, "model": str(sources / source)}
         if "resume" in settings:
-            case["resume"] = str(out / settings["resume"] / "end.ckpt")
+            case["resume"] = str(out / settings["resume"])
         cases.append((out / name, strategy, case))
     for name, (source, settings, _) in REFUSED.items():
         case = {**settings, "model": str(sources / source), "read_once": True, "refused": True}
