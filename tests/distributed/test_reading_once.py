@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "frozen": ("half", "fsdp2", {**_HALF, "frozen": True, "gradient_checkpointing": True, "wide_block": True}),
     "gguf": ("model.gguf", "fsdp2", {**_HALF, "cpu_offload": True}),
     "tensor parallelism": ("tied", "tp", {"max_steps": 1}),
+    "resumed everywhere": ("tied", "fsdp2", {"resume": "everywhere/step=1.ckpt", "read_once": False}),
     "resumed": ("tied", "fsdp2", {"resume": "everywhere/step=1.ckpt"}),
 }
 REFUSED = {
@@ -115,14 +116,14 @@ def test_one_process_reads_and_all_have_the_weights(name: str, sources: Path, fi
         assert all(torch.equal(value, tensors[n]) for n, value in found.items())
 
 
-@pytest.mark.parametrize("name", ["tied", "resumed"])
-def test_training_goes_on_as_from_weights_read_everywhere(name: str, fits: Path) -> None:
-    for expected, found in zip(results(fits / "everywhere", 2), results(fits / name, 2), strict=True):
+@pytest.mark.parametrize(("reference", "name"), [("everywhere", "tied"), ("resumed everywhere", "resumed")])
+def test_training_goes_on_as_from_weights_read_everywhere(reference: str, name: str, fits: Path) -> None:
+    for expected, found in zip(results(fits / reference, 2), results(fits / name, 2), strict=True):
         ends = [n for n in expected if n.startswith("end.")]
         assert any(not torch.equal(expected[n], expected[f"begin.{n.removeprefix('end.')}"]) for n in ends)
         assert all(torch.equal(expected[n], found[n]) for n in ends)
     for file in ("config.json", "generation_config.json"):
-        texts = [json.loads((fits / each / "model" / file).read_text()) for each in ("everywhere", name)]
+        texts = [json.loads((fits / each / "model" / file).read_text()) for each in (reference, name)]
         assert texts[0] == texts[1]
 
 

@@ -65,9 +65,6 @@ def _fit(out: Path, devices: int, strategy: str, settings: dict[str, Any], reads
     beginning = Beginning()
     pruning = WeightPruning(score="wanda", sparsity=0.5, num_samples=8, progress=False)
     saving = ModelCheckpoint(dirpath=out, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    tokens = Tokens()
-    # Every batch of a rank is the same: loaders begin anew where a fit is resumed.
-    loader = DataLoader([tokens[i % 8] for i in range(len(tokens))], batch_size=4)
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=STRATEGIES[strategy](), max_steps=settings.get("max_steps", 2),
         logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
@@ -76,7 +73,7 @@ def _fit(out: Path, devices: int, strategy: str, settings: dict[str, Any], reads
     )  # fmt: skip
     refused = ""
     try:
-        trainer.fit(module, loader, ckpt_path=settings.get("resume"))
+        trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=settings.get("resume"))
     except (ValueError, RuntimeError) as error:
         if not settings.get("refused", False):
             raise
