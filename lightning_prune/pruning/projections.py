@@ -44,10 +44,12 @@ class Projection(nn.Module):
         return self.inside[0]
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The parameter that the matrix is, or is a part of, as it is now: gathered while a sharded model runs."""
-        weight = getattr(self.holder[0], self.name)
-        assert isinstance(weight, nn.Parameter)
+    def weight(self) -> Tensor:
+        """What the matrix is, or is a part of, as it is now: gathered while a sharded model runs.
+
+        A parameter if it is pruned; beside such ones it may be computed (parametrizations).
+        """
+        weight: Tensor = getattr(self.holder[0], self.name)
         return weight
 
     @property

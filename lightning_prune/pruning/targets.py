@@ -656,7 +656,9 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
 
     def holds(layer: _Candidate) -> bool:
         module, weight = layer.module, layer.weight
-        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if "bias" not in n):
+        # Of modules with several matrices (attention, experts) each counts for itself.
+        parts = module.named_parameters() if weight is None or layer.parameter == "weight" else [("", weight)]
+        if module in retrained or any(p.requires_grad for n, p in parts if "bias" not in n):
             return False
         return weight is None or _packed_form(weight) is None or module in around
 
