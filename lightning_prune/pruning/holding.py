@@ -74,8 +74,8 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
     weights = check_masks(model, masks)
     if away := [name for name, weight in weights.items() if weight.is_meta]:
         raise ValueError(
-            f"{away[0]!r} has no data here (offloaded by a device_map, or on the meta device), so nothing trains it: load "
-            "the model whole, or leave its mask out"
+            f"{away[0]!r} has no data here (offloaded by a device_map, or on the meta device), so nothing trains it: "
+            "load the model whole, or leave its mask out"
         )
     _check_stepped(weights, optimizers)
     hold = MaskHold(model, masks)

@@ -589,7 +589,7 @@ def _reasons(
     def tied(weight: nn.Parameter | None) -> bool:
         return weight is not None and any(
             id(m) not in inside and (isinstance(m, nn.Embedding) or "Embed" in type_name(m))
-            for _, m in users[id(weight)]
+            for _, m in users.get(id(weight), ())
         )
 
     return {
@@ -739,6 +739,11 @@ def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], called:
 
     found: list[Target] = []
     for key, layers in grouped.items():
+        if not (key in users and key in names):
+            raise ValueError(
+                f"{layers[0][0]!r} has another parameter each time it is looked at (as PEFT's LoRA of a "
+                "MultiheadAttention has), which no mask could follow: add it to `ignore`"
+            )
         inside = {id(layer.module) for _, layer in layers}
         outside = [name for name, module in users[key] if id(module) not in inside]
         if outside:

@@ -6,6 +6,7 @@ import lightning as L
 import naive
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -283,6 +284,16 @@ def test_computed_matrices_are_left_out_and_their_attention_runs():
                       loss_fn=lambda m, b: losses.append(attention_loss(m, b)))  # fmt: skip
     assert list(masks) == ["out_proj.weight"]
     torch.testing.assert_close(losses[0], expected.detach())
+
+
+def test_parameters_that_are_made_anew_are_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "proj": nn.Linear(8, 8)})
+    adapted = get_peft_model(model, LoraConfig(target_modules=["attention"], r=2))
+    with pytest.raises(ValueError, match="another parameter each time it is looked at"):
+        find_targets(adapted)
+    assert [t.name for t in find_targets(adapted, ignore=["attention.*"], frozen=True)] == [
+        "base_model.model.proj.weight"
+    ]
 
 
 class Tagger(L.LightningModule):
