@@ -62,8 +62,9 @@ def test_each_is_used_in_one_file() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
     }
     found: dict[str, set[str]] = {}
+    ours = DOCUMENTED | OWN | _defined(trees.values())
     for name, tree in trees.items():
-        for private in _foreign(tree) - DOCUMENTED - OWN - _defined(trees.values()):
+        for private in _foreign(tree) - ours:
             found.setdefault(private, set()).add(name)
     assert found == {private: {file} for private, file in USES.items()}
 
