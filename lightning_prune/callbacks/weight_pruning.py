@@ -644,7 +644,7 @@ class WeightPruning(L.Callback):
 
     def describe_masks(self) -> dict[str, Any]:
         """Return score, settings and number of the masks in plain values, for a model card."""
-        masks = len(self._masks)
+        masks = len(self._counts)  # in a fit too, when the hold has them
         return {"score": self.settings.score.name, "settings": self._described(), "masks": masks}
 
     def _described(self) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def _scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
     found: Tensor | None = getattr(_kept, str(dtype), None)
     if found is None or found.numel() < size:
-        found = torch.empty(size, dtype=dtype)
+        with torch.inference_mode(False):  # it outlives the mode that it is first needed in
+            found = torch.empty(size, dtype=dtype, device=device)
         setattr(_kept, str(dtype), found)
     return found
 

@@ -158,7 +158,7 @@ def measure_coverage(
     Raises:
         ValueError, TypeError: see `prune`.
     """
-    return coverage_of(model, select_layers(model, targets, ignore))
+    return coverage_of(model, select_layers(model, targets, ignore, offloaded=True))
 
 
 def coverage_of(

@@ -29,6 +29,14 @@ class Enforcer:
         self._held = {id(p): held(local(masks[name]), local(p).device) for name, p in weights.items()}
         self._masked: dict[int, tuple[Any, ...]] = {}  # what gradients were when they were masked last, by parameter
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies keep: nothing that goes by the identity of a tensor."""
+        return {"weights": self._weights, "held": {n: self._held[id(p)] for n, p in self._weights.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._weights, self._masked = state["weights"], {}
+        self._held = {id(p): state["held"][n] for n, p in self._weights.items()}
+
     def masks(self) -> PackedMasks:
         """The bool masks by name, laid out over ranks as the parameters are."""
         return PackedMasks((name, as_shard_of(p, self._held[id(p)].bool())) for name, p in self._weights.items())

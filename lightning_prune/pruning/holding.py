@@ -48,7 +48,7 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
 
     Raises:
         ValueError: there are no masks, one does not fit its parameter, a masked parameter that is trained belongs to
-            no optimizer given, or the model is sharded by FSDP1. Nothing is changed then.
+            no optimizer given or is offloaded, or the model is sharded by FSDP1. Nothing is changed then.
         TypeError: `optimizer` is none.
 
     Example::
@@ -71,7 +71,13 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
         bare = bare.module
     model = bare
     masks = follow_names(model, masks)
-    _check_stepped(check_masks(model, masks), optimizers)
+    weights = check_masks(model, masks)
+    if away := [name for name, weight in weights.items() if weight.is_meta]:
+        raise ValueError(
+            f"{away[0]!r} has no data here (offloaded by a device_map, or on the meta device), so nothing trains it: "
+            "load the model whole, or leave its mask out"
+        )
+    _check_stepped(weights, optimizers)
     hold = MaskHold(model, masks)
     hold.watch(optimizers)
     return hold

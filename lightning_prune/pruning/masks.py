@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name, own_parameters
-from lightning_prune.pruning.offloading import at_hand
+from lightning_prune.pruning.offloading import at_hand, check_offloaded
 from lightning_prune.pruning.targets import Target
 from lightning_prune.safety import is_stored_whole, restored_on_failure, uninterrupted
 from lightning_prune.sharding import (
@@ -79,6 +79,14 @@ class PackedMasks(MutableMapping[str, Tensor]):
         joined = PackedMasks(self)
         joined._packed |= PackedMasks(others)._packed
         return joined
+
+    def __eq__(self, others: object) -> bool:
+        if not isinstance(others, Mapping) or self.keys() != others.keys():
+            return False
+        return all(torch.equal(local(mask).cpu(), local(others[name]).cpu()) for name, mask in self.items())
+
+    def __copy__(self) -> PackedMasks:
+        return PackedMasks(self)
 
     def __repr__(self) -> str:
         return f"PackedMasks({', '.join(f'{n!r}: {tuple(like.shape)}' for n, (_, like) in self._packed.items())})"
@@ -183,10 +191,11 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Interrupts wait until every layer is done, so the model is never half pruned.
 
     Raises:
-        ValueError: see `check_masks`; nothing is changed then.
+        ValueError: see `check_masks` and, for offloaded weights, `check_offloaded`; nothing is changed then.
     """
     weights = check_masks(model, masks)
     holders = {id(p): (m, n) for m in model.modules() for n, p in own_parameters(m).items()}
+    check_offloaded(model, [(name, *holders[id(weight)]) for name, weight in weights.items()])
     with uninterrupted(), restored_on_failure() as originals:
         for name, weight in weights.items():
             module, attribute = holders[id(weight)]

@@ -139,12 +139,15 @@ def check_offloaded(model: nn.Module, weights: Iterable[tuple[str, nn.Module, st
         weights: Name of each in the model, the module that holds it, and its name there.
 
     Raises:
-        ValueError: offloaded weights that are tied, or lie in the files of a checkpoint without a folder for new ones.
+        ValueError: offloaded weights that are tied, or lie in the files of a checkpoint without a folder for new ones;
+            weights without data that no hook of their own module brings.
     """
     hooks = [(m, hook) for m in model.modules() if (hook := _hook(m)) is not None]
     places = Counter(_identity(hook.weights_map, name) for m, hook in hooks for name in own_parameters(m))
     for name, module, attribute in weights:
         if (hook := _hook(module)) is None:
+            if getattr(module, attribute).is_meta:
+                raise ValueError(f"{name!r} has no data here (meta device): load the model whole")
             continue
         if places[_identity(hook.weights_map, attribute)] > 1:
             raise ValueError(

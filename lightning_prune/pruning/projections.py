@@ -44,10 +44,12 @@ class Projection(nn.Module):
         return self.inside[0]
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The parameter that the matrix is, or is a part of, as it is now: gathered while a sharded model runs."""
-        weight = getattr(self.holder[0], self.name)
-        assert isinstance(weight, nn.Parameter)
+    def weight(self) -> Tensor:
+        """What the matrix is, or is a part of, as it is now: gathered while a sharded model runs.
+
+        A parameter if it is pruned; beside such ones it may be computed (parametrizations).
+        """
+        weight: Tensor = getattr(self.holder[0], self.name)
         return weight
 
     @property
@@ -124,7 +126,8 @@ def _run(
     turned = attention.batch_first and query.dim() == 3
     states = [projection(x) for projection, x in zip(inputs, (query, key, value), strict=True)]
     q, k, v = (x.transpose(0, 1) if turned else x for x in states)
-    one = torch.eye(attention.embed_dim, dtype=q.dtype, device=q.device)  # its products change no number
+    # Its products change no number, but for the rounding of TF32.
+    one = torch.eye(attention.embed_dim, dtype=q.dtype, device=q.device)
     mixed, weights = F.multi_head_attention_forward(
         q, k, v, attention.embed_dim, attention.num_heads, None, None, attention.bias_k, attention.bias_v,
         attention.add_zero_attn, attention.dropout, one, None, training=attention.training,

@@ -88,7 +88,7 @@ class Decision:
         if 0 in sizes:
             return How.WHOLE, "its tensors do not share a first dimension"
         if max(sizes) == 1:
-            return How.UNKNOWN, ""
+            return self._untold(), ""
         assert size is not None
         pair = batch if size <= 2 else take(batch, 0, 2)
         losses, failure = self._loss(pair)
@@ -106,6 +106,10 @@ class Decision:
         if kind is _Kind.FAILED:
             return self._of_whole(batch, failure)
         return self._of_scalar(batch, max(sizes))
+
+    def _untold(self) -> How:
+        """What is right in any layout: tokens may come first, and a later batch have as many samples as tokens."""
+        return How.ONE_BY_ONE if self.taps.of_weights else How.UNKNOWN
 
     def _loss(self, batch: Any) -> tuple[Tensor | None, Exception | None]:
         """The loss of a batch, or why it has none."""
@@ -136,7 +140,7 @@ class Decision:
             return How.TOGETHER, ""  # sums over all samples and tokens, in any order
         finite = torch.isfinite(losses.detach()).flatten().tolist()
         if not any(value for (value,) in meet(self.lockstep, None, [int(any(finite))])):
-            return How.UNKNOWN, ""
+            return self._untold(), ""
         chosen = finite.index(True) if any(finite) else 0
         value = float(losses.detach().flatten()[chosen])
         mixed = taps.not_per_sample

@@ -589,7 +589,7 @@ def _reasons(
     def tied(weight: nn.Parameter | None) -> bool:
         return weight is not None and any(
             id(m) not in inside and (isinstance(m, nn.Embedding) or "Embed" in type_name(m))
-            for _, m in users[id(weight)]
+            for _, m in users.get(id(weight), ())
         )
 
     return {
@@ -656,7 +656,9 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
 
     def holds(layer: _Candidate) -> bool:
         module, weight = layer.module, layer.weight
-        if module in retrained or any(p.requires_grad for n, p in module.named_parameters() if "bias" not in n):
+        # Of modules with several matrices (attention, experts) each counts for itself.
+        parts = module.named_parameters() if weight is None or layer.parameter == "weight" else [("", weight)]
+        if module in retrained or any(p.requires_grad for n, p in parts if "bias" not in n):
             return False
         return weight is None or _packed_form(weight) is None or module in around
 
@@ -737,6 +739,11 @@ def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], called:
 
     found: list[Target] = []
     for key, layers in grouped.items():
+        if not (key in users and key in names):
+            raise ValueError(
+                f"{layers[0][0]!r} has another parameter each time it is looked at (as PEFT's LoRA of a "
+                "MultiheadAttention has), which no mask could follow: add it to `ignore`"
+            )
         inside = {id(layer.module) for _, layer in layers}
         outside = [name for name, module in users[key] if id(module) not in inside]
         if outside:

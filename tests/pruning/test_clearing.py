@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 
 import clearing_cases
 import pytest
@@ -28,6 +29,16 @@ def test_bits_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_memory_to_work_in_outlives_inference_mode(monkeypatch):
+    monkeypatch.setattr(clearing, "_kept", threading.local())
+    mask = ByteMask(torch.tensor([True, False]), CPU)
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        tensor = torch.ones(2)
+        with mode:
+            mask.clear(tensor)
+        assert tensor.tolist() == [1.0, 0.0]
 
 
 def test_a_cpu_holds_bytes():

@@ -309,6 +309,20 @@ def test_a_copy_of_the_model_is_free():
         assert (other[0].weight.grad[~masks["0.weight"]] != 0).any()
 
 
+def test_a_copy_of_a_hold_has_its_masks():
+    model = make_model()
+    masks = make_masks(model)
+    model.hold = hold_masks(model, masks, torch.optim.SGD(model.parameters(), lr=0.1))
+    model(inputs(1)[0]).square().sum().backward()  # a gradient is known then
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert other.hold.masks == masks
+        other.hold.mask_gradients()
+        assert not other.hold.mask_weights()
+
+
 def test_masks_of_prune_hold_in_a_transformers_model():
     model = make_llama()
     batches = [{"input_ids": make_tokens(2, 12, seed=s)} for s in range(3)]

@@ -6,6 +6,7 @@ import lightning as L
 import naive
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -265,6 +266,36 @@ def test_an_encoder_that_runs_without_gradients_is_seen():
         assert int(masks[name].sum()) == masks[name].numel() // 2
 
 
+@pytest.mark.parametrize("name", ["in_proj_weight", "weight_hh_l0"])
+def test_each_matrix_is_frozen_for_itself(name):
+    model = nn.ModuleDict({"inner": nn.GRU(8, 8) if "hh" in name else nn.MultiheadAttention(8, 2)})
+    model["inner"].get_parameter(name).requires_grad_(False)
+    assert select_layers(model).left_out == {f"inner.{name}": "frozen"}
+
+
+def test_computed_matrices_are_left_out_and_their_attention_runs():
+    attention, data = attention_and_data("self")
+    nn.utils.parametrizations.spectral_norm(attention, "in_proj_weight")
+    expected = attention_loss(attention.eval(), data)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is left out
+        masks = prune(attention, [data], "wanda", num_samples=4, progress=False,
+                      loss_fn=lambda m, b: losses.append(attention_loss(m, b)))  # fmt: skip
+    assert list(masks) == ["out_proj.weight"]
+    torch.testing.assert_close(losses[0], expected.detach())
+
+
+def test_parameters_that_are_made_anew_are_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "proj": nn.Linear(8, 8)})
+    adapted = get_peft_model(model, LoraConfig(target_modules=["attention"], r=2))
+    with pytest.raises(ValueError, match="another parameter each time it is looked at"):
+        find_targets(adapted)
+    assert [t.name for t in find_targets(adapted, ignore=["attention.*"], frozen=True)] == [
+        "base_model.model.proj.weight"
+    ]
+
+
 class Tagger(L.LightningModule):
     """Convolution, attention and recurrent layers, one after the other."""
 
@@ -294,10 +325,14 @@ def test_masks_hold_in_training_and_are_kept_by_the_next(tmp_path, score):
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(16, 5, 8, generator=generator), torch.randint(3, (16, 5), generator=generator))
 
+    class Describing(L.Callback):
+        def on_train_end(self, trainer, module):
+            assert trainer.callbacks[0].describe_masks()["masks"] == len(trainer.callbacks[0].masks) > 0
+
     def fit(module, pruning, resume=None):
         trainer = L.Trainer(
             accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            enable_checkpointing=False, callbacks=[pruning],
+            enable_checkpointing=False, callbacks=[pruning, Describing()],
         )  # fmt: skip
         trainer.fit(module, DataLoader(data, batch_size=4), ckpt_path=resume)
         trainer.save_checkpoint(tmp_path / "last.ckpt")

@@ -63,6 +63,10 @@ def test_packed_masks_are_a_mapping_of_an_eighth_of_the_memory():
     assert torch.equal(joined["b.weight"], ~masks["b.weight"])
     assert list(joined.renamed(str.upper)) == ["A.WEIGHT", "B.WEIGHT"]
     assert PackedMasks() == {}
+    alike = copy.copy(joined)
+    assert alike == joined == dict(joined) != copied
+    del alike["a.weight"]
+    assert "a.weight" in joined
     with pytest.raises(ValueError, match=r"the mask of 'd' has dtype torch\.float32"):
         packed["d"] = torch.ones(2)
 

@@ -14,7 +14,7 @@ from tiny import make_llama, make_tokens, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_prune import CalibrationError, prune
+from lightning_prune import CalibrationError, apply_masks, hold_masks, measure_coverage, prune
 from lightning_prune.pruning import offloading
 from lightning_prune.pruning.targets import find_targets
 
@@ -183,6 +183,12 @@ def test_refused_before_anything_changes(tmp_path):
         prune(tied, score="magnitude", targets=["lm_head"])
     with pytest.raises(ValueError, match="only `prune` takes it"):
         find_targets(tied)
+    name, weight = "model.embed_tokens.weight", tied.lm_head.weight
+    masks = {name: torch.zeros(weight.shape, dtype=torch.bool)}
+    with pytest.raises(ValueError, match=rf"'{name}' is tied to another weight"):
+        apply_masks(tied, masks)
+    with pytest.raises(ValueError, match=rf"'{name}' has no data here \(offloaded"):
+        hold_masks(tied, masks, torch.optim.SGD(tied.parameters()))
     bare = in_checkpoint(make_llama(), tmp_path, offload_folder=None)
     with pytest.raises(ValueError, match="offload_folder="):
         prune(bare, BATCHES, "wanda", sequential=True, num_samples=4)
@@ -191,6 +197,14 @@ def test_refused_before_anything_changes(tmp_path):
             prune(bare, BATCHES, score, **settings)
     with torch.device("meta"), pytest.raises(ValueError, match="has no data"):
         prune(make_llama(), score="magnitude")
+    with torch.device("meta"):
+        empty = make_llama()
+    with pytest.raises(ValueError, match=rf"'{name}' has no data here"):
+        apply_masks(empty, masks)
+
+
+def test_coverage_is_that_of_the_whole_model(tmp_path):
+    assert measure_coverage(in_memory(make_llama(), tmp_path)) == measure_coverage(make_llama())
 
 
 def test_a_copy_of_the_model_keeps_its_files(tmp_path):

@@ -239,6 +239,11 @@ def test_time_first_layers(shape):
         assert_right(TimeFirst(), data(*shape, 6), squares)
 
 
+def test_a_first_batch_of_one_sample_does_not_tell_the_layout():
+    one, four = torch.randn(1, 4, 6), torch.randn(4, 4, 6)  # as many samples as tokens
+    assert_right(TimeFirst(), [one, four], squares)
+
+
 # -- hooks of others -------------------------------------------------------------------------------------------------
 
 
