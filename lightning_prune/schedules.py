@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from numbers import Real
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -139,8 +140,8 @@ def check_schedule(schedule: Schedule | None) -> Schedule:
 
 
 Share = float | Fraction
-# No float with more digits than these is written by hand.
-_WRITTEN = 10**15
+# No share with more decimals than these is written by hand.
+_WRITTEN = 12
 _RATIO = 10**6
 
 
@@ -156,7 +157,7 @@ def exact_share(value: Share) -> Fraction:
     if isinstance(value, Fraction):
         return value
     decimal = Fraction(str(value))
-    if decimal.denominator * 10 > _WRITTEN:
+    if -int(Decimal(str(value)).as_tuple().exponent) > _WRITTEN:
         ratio = decimal.limit_denominator(_RATIO)
         if float(ratio) == float(value):
             return ratio
