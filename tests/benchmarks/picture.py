@@ -48,7 +48,7 @@ def read_table() -> tuple[float, dict[str, dict[int, float]]]:
 def main() -> None:
     dense, curves = read_table()
     plt.rcParams["svg.hashsalt"] = "perplexity"  # the same file from the same figures
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     colors = iter(("#9a9a9a", "#c26a2d", "#8a5fb0", "#4d8b57", "#b03a5b", "#63a4d8", "#1f77b4", "#0b3d91"))
     for name, points in curves.items():
         strong = name in OURS
@@ -66,7 +66,7 @@ def main() -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", which="major", alpha=0.3)
     axes.set_title("SmolLM2-135M, nothing retrained: lower is better", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     PICTURE.parent.mkdir(exist_ok=True)
     figure.savefig(PICTURE, metadata={"Date": None})
 
