@@ -626,7 +626,7 @@ class WeightPruning(L.Callback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """PackedMasks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``.
+        """Masks packed to bits (uint8 tensors), and what made them; loads under ``weights_only=True``.
 
         Where weights are sharded every rank must call, and rank 0, which writes the checkpoint, alone gets the bits.
         """

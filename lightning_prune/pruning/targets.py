@@ -599,10 +599,7 @@ def _reasons(
                 (HEAD, without_heads and (is_head(name) or tied(layer.weight))),
                 (ROUTER, name in routers),
                 (FROZEN, name in frozen),
-                (
-                    FUNCTIONAL,
-                    called and layer.attention is None and (layer.kind is INNER or layer.module in functional),
-                ),
+                (FUNCTIONAL, layer.module in functional),
                 (GROUPED, called and getattr(layer.module, "groups", 1) > 1),
             )
             if holds

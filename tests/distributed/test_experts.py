@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from experts_models import WORDS, make_moe
 from launching import (
-    Case,
     assert_enforced,
     assert_same_on_all_ranks,
     fit,
-    launch,
     launch_calls,
+    launch_two_steps,
     masks,
     results,
     share_of_other_masks,
@@ -113,11 +112,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the ranks of every case wrote."""
-    folder = tmp_path_factory.mktemp("experts")
-    cases: list[Case] = [(folder / n, strategy, {"max_steps": 2, **how}) for n, (strategy, how) in CASES.items()]
-    done = launch(2, *cases)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return launch_two_steps(tmp_path_factory.mktemp("experts"), CASES)
 
 
 @pytest.mark.parametrize("name", CASES)

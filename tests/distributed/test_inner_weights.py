@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import Case, assert_enforced, assert_same_on_all_ranks, fit, launch, masks, results, share_of_other_masks
+from launching import (
+    assert_enforced,
+    assert_same_on_all_ranks,
+    fit,
+    launch_two_steps,
+    masks,
+    results,
+    share_of_other_masks,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -21,14 +29,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the ranks of every case wrote."""
-    folder = tmp_path_factory.mktemp("attention")
-    cases: list[Case] = [
-        (folder / name, strategy, {"family": "attention", "max_steps": 2, **how})
-        for name, (strategy, how) in CASES.items()
-    ]
-    done = launch(2, *cases)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return launch_two_steps(tmp_path_factory.mktemp("attention"), CASES, family="attention")
 
 
 @pytest.mark.parametrize("name", CASES)

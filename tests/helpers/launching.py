@@ -39,6 +39,15 @@ def launch(devices: int, *cases: Case, timeout: float = 300, run: Callable[..., 
                         timeout=timeout)  # fmt: skip
 
 
+def launch_two_steps(folder: Path, cases: dict[str, tuple[str, dict[str, Any]]], **common: Any) -> Path:
+    """Fit named cases (strategy and settings) for two steps on two ranks; returns the folder that holds theirs."""
+    done = launch(
+        2, *((folder / n, strategy, {"max_steps": 2, **common, **how}) for n, (strategy, how) in cases.items())
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
 def launch_calls(devices: int, run: Callable[..., Any], calls: list[tuple[Any, ...]], timeout: float = 300) -> Launched:
     """Call a function of a module several times, in processes that Lightning takes for those of a launcher."""
     environment = clean_environment() | {
