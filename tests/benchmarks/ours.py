@@ -20,7 +20,7 @@ from lightning_prune.pruning.patterns import lowest_in_layer, lowest_in_rows, nm
 from lightning_prune.pruning.scores import kfac_score
 from lightning_prune.pruning.statistics import Accumulator
 from lightning_prune.pruning.targets import find_targets
-from lightning_prune.structure import read_structure, remove_units
+from lightning_prune.structure import permute_channels, read_structure, remove_units
 
 # What a sweep collects for each score.
 STATISTICS = {
@@ -50,6 +50,13 @@ def ours_prune(
         progress=False,
         **options,
     )
+
+
+def ours_permute(model: nn.Module, sequences: Tensor, pattern: str, batch_size: int) -> dict[str, list[float]]:
+    """`permute_channels` end to end: the share of the scores that a mask keeps, before and after, of every kind."""
+    batches = common.batched(sequences, batch_size)
+    done = permute_channels(model, batches, pattern, num_samples=len(sequences), progress=False)
+    return {kind: [done.before[kind], done.after[kind]] for kind in done.before}
 
 
 def ours_stages() -> dict[str, list[tuple[Any, str]]]:

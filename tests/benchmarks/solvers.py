@@ -6,7 +6,8 @@ sweep. The seconds are those of the whole; of products ``X^T X``; of the solver 
 left, the forward and backward passes.
 
 With ``-fit`` behind a method's name the weights that are kept are fitted to the dense model after it, half a block at a
-time (`reconstruct`).
+time (`reconstruct`). With ``permuted-`` before it the channels are put in another order first (`permute_channels`, N:M
+only). ``--tasks`` adds the accuracy on minimal pairs.
 
     python tests/benchmarks/solvers.py --model FOLDER --calibration TEXT --evaluation TEXT TEXT2 \\
         --samples 16 --length 512 --windows 20 --patterns 50 2:4 --methods wanda kfac-alps --draws 3 --json FILE
@@ -24,7 +25,7 @@ from typing import Any
 
 import common
 import torch
-from ours import ours_prune, ours_reconstruct, ours_stages
+from ours import ours_permute, ours_prune, ours_reconstruct, ours_stages, ours_tasks
 
 FIT = {"train": "all", "batch_size": 2}  # the weights that are kept, half a block at a time, one pass over the samples
 WALK = {"sequential": True}
@@ -40,7 +41,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac-exact": ("kfac", {"update": "exact"} | WALK),
     "kfac-alps": ("kfac", {"update": "alps"} | WALK),
 }
-FITTED = tuple(f"{method}-fit" for method in METHODS)
+FIT_AFTER, PERMUTED = "-fit", "permuted-"
+NAMES = [start + method + end for start in ("", PERMUTED) for method in METHODS for end in ("", FIT_AFTER)]
 PATTERNS = ("50", "60", "70", "80", "2:4", "4:8")
 KEY = ("method", "pattern", "draw", "model", "calibration", "windows")
 
@@ -80,11 +82,13 @@ def timed(stages: dict[str, list[tuple[Any, str]]], synchronize: Callable[[], No
 
 def main() -> None:
     p = common.parser(__doc__)
-    p.add_argument("--methods", nargs="+", choices=(*METHODS, *FITTED), metavar="METHOD", default=list(METHODS))
+    p.add_argument("--methods", nargs="+", choices=NAMES, metavar="METHOD", default=list(METHODS))
     p.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS), help="percent, or N:M")
     p.add_argument("--draws", type=int, default=3, help="draws that the calibration text is divided into (default 3)")
     p.add_argument("--only-draws", nargs="+", type=int, help="which of them to run (default: all)")
     p.add_argument("--batch-size", type=int, default=4, help="sequences in one calibration batch")
+    p.add_argument("--tasks", help="folder of .jsonl files of minimal pairs")
+    p.add_argument("--pairs", type=int, default=100, help="pairs of each task (default 100)")
     p.add_argument("--device", default="cpu")
     args = p.parse_args()
     cuda = args.device.startswith("cuda")
@@ -99,12 +103,16 @@ def main() -> None:
     def run(method: str, pattern: str, draw: int) -> dict[str, Any]:
         identity = {"method": method, "pattern": pattern, "draw": f"{draw + 1}/{args.draws}"} | settings
         found = rows.find(**identity)
-        if found is not None and found["perplexity"].keys() >= evaluations.keys():
+        if (
+            found is not None
+            and found["perplexity"].keys() >= evaluations.keys()
+            and (not args.tasks or found.get("pairs", {}).get("of each") == args.pairs)
+        ):
             return found
         snapshot.restore()
         row = dict(identity)
         if method != "dense":
-            score, options = METHODS[method.removesuffix("-fit")]
+            score, options = METHODS[method.removesuffix(FIT_AFTER).removeprefix(PERMUTED)]
             nm = ":" in pattern
             how = (score, 0.5 if nm else int(pattern) / 100, pattern if nm else "unstructured")
             sequences = draw_of(tokens, args.samples, args.length, draw, args.draws)
@@ -113,9 +121,12 @@ def main() -> None:
                 held = torch.cuda.memory_allocated()
             with common.PeakMemory() as memory, timed(ours_stages(), synchronize) as seconds:
                 start = time.perf_counter()
+                if method.startswith(PERMUTED):
+                    row["kept by the score"] = ours_permute(model, sequences, pattern, args.batch_size)
+                if method.endswith(FIT_AFTER):
+                    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
                 masks = ours_prune(model, sequences, *how, args.batch_size, **options)
-                if method in FITTED:
-                    dense = {name: weight.to(args.device) for name, weight in snapshot.values.items()}
+                if method.endswith(FIT_AFTER):
                     ours_reconstruct(model, sequences, dense, masks, **FIT)
                 synchronize()
                 whole = time.perf_counter() - start
@@ -125,6 +136,9 @@ def main() -> None:
             row |= {"sparsity": common.sparsity_of(masks), "MiB above": peak / 2**20}
             row["seconds"] = {"whole": whole, **seconds, "passes": whole - sum(seconds.values())}
         row["perplexity"] = common.perplexities(model, evaluations)
+        if args.tasks:
+            found = ours_tasks(model, tokenizer, args.tasks, args.pairs)
+            row["pairs"] = {"of each": args.pairs, **found}
         rows.add(row)
         return row
 
@@ -134,6 +148,8 @@ def main() -> None:
             values = [row["perplexity"][text] for row in found]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             result[text] = f"{statistics.mean(values):.2f}{spread}"
+        if args.tasks:
+            result["pairs"] = statistics.mean(row["pairs"]["mean"] for row in found)
         if method != "dense":
             for stage in found[0]["seconds"]:
                 result[f"{stage} s"] = statistics.mean(row["seconds"][stage] for row in found)
