@@ -26,6 +26,7 @@ from lightning_prune.perp.effective import (
     Elementwise,
     effective_linear,
     effective_weight,
+    kept_by_sign,
     masked_growth,
     masked_product,
     masked_sum,
@@ -36,7 +37,16 @@ from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.running import has_hooks
 from lightning_prune.pruning.targets import layer_kind
-from lightning_prune.sharding import gather_whole, is_sharded, local, refuse_shards, shard_bounds, take_shard
+from lightning_prune.sharding import (
+    as_shard_of,
+    count_over_ranks,
+    gather_whole,
+    is_sharded,
+    local,
+    refuse_shards,
+    shard_bounds,
+    take_shard,
+)
 
 
 class SparseLinear(lora.Linear):
@@ -93,6 +103,29 @@ class SparseLinear(lora.Linear):
         part = self.base_part
         kept = self.kept if self.kept.shape == part.shape else take_shard(self.base_weight, self.kept).contiguous()
         return kept.to(part.device)
+
+    @torch.no_grad()
+    def hold(self, kept: Tensor, gathered: torch.dtype | None = None) -> None:
+        """Take a mask that has been checked; where the weight is a shard every rank must call.
+
+        Args:
+            kept: Of `base_part`, bool. Of a shard it is also written into the zeros.
+            gathered: The dtype that FSDP2 gathers the weight in; None: its own.
+        """
+        weight, part = self.base_weight, self.base_part
+        if not is_sharded(weight):
+            self.kept.copy_(to_bytes(kept, self.kept.device))
+            return
+        zero = part == 0
+        part.masked_fill_(zero, 0.0).masked_fill_(zero & kept, -0.0)
+        self.kept = to_bytes(kept, part.device)
+        if gathered in (None, part.dtype):
+            return
+        # Weights too small for the dtype that FSDP2 gathers in would become +0.0, as if pruned. Such a layer holds its
+        # mask whole: float32 weights have none of them in bfloat16 (below 1e-40), but may in float16 (3e-8).
+        lost = as_shard_of(weight, kept & (kept_by_sign(part.to(gathered)) == 0))
+        if count_over_ranks({"": lost}, lambda part: int(part.sum())):
+            self.kept = to_bytes(gather_whole(as_shard_of(weight, kept.to(torch.uint8))).bool(), part.device)
 
     @property
     def weight(self) -> Tensor:
