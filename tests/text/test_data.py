@@ -277,10 +277,10 @@ def test_paragraphs_and_lines_as_documents(cache, chapters):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"block_size": 1}, "block_size=1 must be at least 2"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
-        ({"num_proc": 0}, "num_proc=0 must be at least 1"),
+        ({"block_size": 1}, "block_size=1 must be a whole number of at least 2"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must be a whole number of at least 0"),
+        ({"num_proc": 0}, "num_proc=0 must be a whole number of at least 1"),
         ({"validation_share": 1.0}, "validation_share=1.0 must lie in"),
         ({"sample_by": "word"}, "sample_by='word' is not known"),
         ({"source": []}, "source is empty"),
