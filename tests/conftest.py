@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -42,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for place, item in enumerate(several):
             if place not in fast:
                 item.add_marker("slow")
+    # Files that take long come first, so that no worker is left alone with one at the end.
+    weights: Counter[Path] = Counter()
+    for item in items:
+        long = item.get_closest_marker("slow") or item.get_closest_marker("distributed")
+        weights[item.path] += 50 if long else 1
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(autouse=True)
