@@ -26,13 +26,13 @@ def naive_perplexity(folder, tokenizer, text, seq_len, stride):
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     total, tokens, predicted_to = 0.0, 0, 0
-    for start in range(0, len(ids) - seq_len + 1, stride):
-        window = torch.tensor([ids[start : start + seq_len]])
-        with torch.no_grad():
-            logits = model(input_ids=window, use_cache=False).logits[0].log_softmax(-1)
+    starts = range(0, len(ids) - seq_len + 1, stride)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids[s : s + seq_len] for s in starts]), use_cache=False).logits
+    for start, found in zip(starts, logits.log_softmax(-1).numpy(), strict=True):
         for position in range(1, seq_len):
             if start + position >= predicted_to and not (start and position < seq_len - stride):
-                total -= float(logits[position - 1, window[0, position]])
+                total -= float(found[position - 1, ids[start + position]])
                 tokens += 1
         predicted_to = start + seq_len
     return math.exp(total / tokens), tokens

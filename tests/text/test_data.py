@@ -291,14 +291,14 @@ def test_argument_errors(kwargs, message):
         TextDataModule(**kwargs)
 
 
-def test_source_errors(cache, tmp_path):
+def test_source_errors(cache, chapters, tmp_path):
     def setup(source, **kwargs):
         data_module(cache, source, **kwargs).setup("fit")
 
     with pytest.raises(FileNotFoundError, match=r"source='./missing.txt' is not an existing"):
         setup("./missing.txt")
     with pytest.raises(FileNotFoundError, match="validation='validation' is not an existing"):
-        setup("austen", validation="validation")
+        setup(str(chapters / "0.txt"), validation="validation")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="is empty"):
         setup(str(tmp_path / "empty.txt"))
