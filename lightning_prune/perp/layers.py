@@ -494,14 +494,14 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
     """Refuse what cannot be adapted.
 
     Raises:
-        ValueError: the layer is no Linear or Conv1D, or its weight is quantised, sharded, offloaded, parametrized or
+        ValueError: the layer is no Linear or Conv1D, or its weight is quantized, sharded, offloaded, parametrized or
             without data.
     """
     if not isinstance(layer, (nn.Linear, Conv1D)):
         kind = layer_kind(layer)
         what = kind.name if kind is not None else type(layer).__name__
         raise ValueError(
-            f"{name!r} is a {what}; adapters go with nn.Linear and Conv1D, unquantised: leave it out of target_modules"
+            f"{name!r} is a {what}; adapters go with nn.Linear and Conv1D, unquantized: leave it out of target_modules"
         )
     weight = own_weight(layer)
     if weight is None:
@@ -517,8 +517,8 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
     # bitsandbytes and torchao put tensor subclasses in the place of the weight, which may claim to be floating point.
     if not weight.is_floating_point() or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         raise ValueError(
-            f"the weight of {name!r} is quantised ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
-            "merged into it with its zeros kept. Load the model unquantised, retrain, merge, and quantise last"
+            f"the weight of {name!r} is quantized ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
+            "merged into it with its zeros kept. Load the model unquantized, retrain, merge, and quantize last"
         )
     if weight.is_meta or is_hooked(layer):
         raise ValueError(f"the weight of {name!r} has no data here (meta device or offloaded); load the model whole")
