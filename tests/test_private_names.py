@@ -21,9 +21,9 @@ from versions import has
 
 PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 # What has no public name, and the one file that knows it. Of each below there is a thing that has it. If one goes, an
-# error says so. Two could also come to mean something else, and have no public way out: a loader that is given to `fit`
-# stands nowhere but in `_data_source` before training begins, so that another one would be calibrated on; and layers
-# of one's own are made known to PEFT by `_register_custom_module` alone, so what PEFT has built is looked at afterwards.
+# error says so. Two could also come to mean something else, and have no public way out. A loader that is given to `fit`
+# stands nowhere but in `_data_source` before training begins: another one would be calibrated on. And layers of one's
+# own are made known to PEFT by `_register_custom_module` alone: what PEFT has built is looked at afterwards.
 USES = {
     "_orig_mod": "naming",
     "_base": "pruning.hooks",
