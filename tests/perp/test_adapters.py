@@ -380,7 +380,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (pruned, {"train": "norm"}, r"write train=\('norm',\)"),
     (pruned, {"train": ["norms"]}, "unknown part 'norms'"),
     (pruned, {"rank": 4}, "rank=4 is no option of LoRA"),
-    (pruned, {"r": 0}, "r=0 must be an integer"),
+    (pruned, {"r": 0}, "r=0 must be a whole number"),
     (pruned, {"lora_dropout": 0.1}, "adapter and weight are one matrix"),
     (pruned, {"use_dora": True}, "use_dora=True is not supported"),
     (pruned, {"bias": "all"}, r"use train=\('bias',\)"),
