@@ -1,7 +1,7 @@
 """Text as blocks of tokens: a LightningDataModule on the datasets library.
 
-The way of the data: files or the hub -> documents (`documents`) -> tokens -> blocks -> batches (`sequences`), or without
-any preparation a stream of them. Conversations are samples of their own (`chat`).
+The way of the data: files or the hub -> documents (`documents`) -> tokens -> blocks -> batches (`sequences`), or
+without any preparation a stream of them. Conversations are samples of their own (`chat`).
 
 Letters: B samples, T tokens (block_size).
 """
