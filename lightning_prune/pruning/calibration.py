@@ -3,7 +3,7 @@
 Forward statistics (input norms, Hessians) cost one forward a sample. Gradient statistics cost one forward and one
 backward: the parameters are frozen meanwhile, so that autograd makes no weight gradient at all, and hooks form each
 layer's own (see `hooks`). So a batch of B samples gives the aggregate of B batches of one, and no full
-set of gradients ever exists.
+set of gradients ever exists. Blocks of offloaded weights run again in the backward pass (see `recomputing`).
 
 Where parameters are sharded, forward and backward passes hold collectives, so the ranks run in lock step: each meets
 the others before and after every forward pass, one whose samples have ended repeats its last without counting it,
@@ -17,6 +17,7 @@ import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Tap, Taps
 from lightning_prune.pruning.padding import Padding, PaddingFinder
+from lightning_prune.pruning.recomputing import recomputed
 from lightning_prune.pruning.running import ForwardContext, forward, model_loss, quiet_model, without_label
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
@@ -40,7 +42,7 @@ from lightning_prune.pruning.statistics import (
     values_of,
 )
 from lightning_prune.pruning.taking_apart import Decision, How, loss_of
-from lightning_prune.pruning.targets import Target
+from lightning_prune.pruning.targets import Target, find_blocks
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard, settle
 
@@ -106,7 +108,9 @@ def collect(
     # In lock step errors meet inside; an error elsewhere must not start a collective that no other rank is in.
     outside = None if sweep.lockstep is not None else ranks
     settle(model)
-    with synchronized_errors(outside), quiet_model(model, freeze=taps.backward):
+    with synchronized_errors(outside), quiet_model(model, freeze=taps.backward), ExitStack() as stack:
+        if taps.backward and any(target.offloaded for target in targets):
+            stack.enter_context(recomputed(block for _, block in find_blocks(model)))
         try:
             sweep.run(batches, num_samples, progress)
         finally:

@@ -172,6 +172,8 @@ class Taps:
         (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
         own = target.part(target.weight).shape
         wide = wide_dtype(target.weight.dtype)
+        if device is None and target.offloaded:
+            device = torch.device("cpu")  # where there may be room for as many numbers as the model has weights
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
         accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
@@ -299,6 +301,8 @@ class Taps:
             call = self.calls.pop()
             while call.layer is not layer:  # a layer inside failed, and the model went on
                 call = self.calls.pop()
+            if self.watched:
+                self.uses.forget(call)
             if not isinstance(output, Tensor):
                 if self.backward:
                     self.fail(

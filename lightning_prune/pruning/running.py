@@ -277,7 +277,8 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     caches = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    trainable = [p for p in model.parameters() if p.requires_grad] if freeze else []
+    # By name: a device map makes new parameters with every forward pass.
+    trainable = [(m, n) for m in model.modules() for n, p in own_parameters(m).items() if freeze and p.requires_grad]
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []
     # A compiled model would not see hooks that were added after it was compiled.
@@ -289,12 +290,12 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
                 module.training = module in checkpointed
             for config in caches:
                 config.use_cache = False
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(False)
             yield
         finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(True)
             for config in caches:
                 config.use_cache = True
             for module, mode in modes:
