@@ -229,8 +229,25 @@ class Taps:
         self.whole, self.calls = whole, []
         self.uses.begin()
         self.last_input, self.failure, self.not_per_sample = None, None, False
+        self.settle()
         for tap in self.all:
             tap.uses, tap.pending, tap.at_once = 0, [], True
+
+    def settle(self) -> None:
+        """Let what the last forward (and backward) pass has added stand."""
+        for tap in self.all:
+            tap.accumulator.settle()
+
+    def undo(self, only: bool) -> bool:
+        """Take back what the last pass has added before it failed; `only` says that no other has added anything.
+
+        Returns:
+            Whether that can be done.
+        """
+        self.last_input = None
+        for tap in self.all:
+            tap.pending = []
+        return all(tap.accumulator.undo(only) for tap in self.all)
 
     def run_backward(self, loss: Tensor, everywhere: Sequence[Sequence[int]]) -> None:
         """Backward of a loss, and the sums it feeds.

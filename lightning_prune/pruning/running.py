@@ -40,10 +40,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         ValueError: the model makes no loss of the batch; the message says what to add.
     """
     inner = unwrapped(model)
-    if not _is_pretrained(inner) or not isinstance(batch, Mapping):
-        return causal_lm_loss(model, batch)
-    labeled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
-    if _is_causal_lm(inner) and (_shifts_labels(inner) or not labeled):
+    if not _is_pretrained(inner) or predicts_next_tokens(model, batch):
         return causal_lm_loss(model, batch)
     inputs = _cast(model, dict(batch))
     if _accepts(inner, "return_loss"):
@@ -58,6 +55,17 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"{add}pass loss_fn=f(model, batch)"
         )
     return loss
+
+
+def predicts_next_tokens(model: nn.Module, batch: Any) -> bool:
+    """Whether `model_loss` gives each sample a loss of its own because the model is a causal one of transformers."""
+    inner = unwrapped(model)
+    if not _is_pretrained(inner):
+        return False
+    if not isinstance(batch, Mapping):
+        return True
+    labeled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
+    return _is_causal_lm(inner) and (_shifts_labels(inner) or not labeled)
 
 
 def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
