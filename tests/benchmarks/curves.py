@@ -39,6 +39,7 @@ import math
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,7 @@ class Arm:
     retrain: bool = False
 
 
+SIZES = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "intermediate_size", "hidden_size")
 KFAC: dict[str, Any] = {"saliency": "kfac", "compensate": True}
 SECOND_ORDER: dict[str, Any] = {"second_order": True, "second_order_every": 4, "second_order_decay": 0.98}
 ARMS = {
@@ -333,6 +335,7 @@ def run(
     def measure(module: Training, step: int, seconds: float) -> None:
         row = identity | {"tokens": step * step_tokens}
         row["parameters"] = sum(p.numel() for p in module.model.parameters())
+        row["sizes"] = {name: getattr(module.model.config, name) for name in SIZES}
         row["perplexity"] = common.perplexities(module.model, args.evaluations, args.batch_size)
         if args.tasks and step == plan.total:
             row |= tasks_of(module.model, args)
@@ -394,22 +397,37 @@ def build(folder: Path, args: argparse.Namespace) -> bool:
 # --------------------------------------------------------------------------------------- output
 
 
-def tables(rows: common.Rows, text: str) -> str:
-    """One table for each target and loss: perplexity on a text at every point, means over seeds."""
+FIGURES: dict[str, Callable[[dict[str, Any], str], float | None]] = {
+    "perplexity": lambda row, text: row["perplexity"][text],
+    "tokens a second": lambda row, text: row["tokens_per_s"],
+    "MiB held": lambda row, text: row["held_MiB"],
+}
+
+
+def tables(rows: common.Rows, text: str, figure: str = "perplexity") -> str:
+    """One table for each target and loss: a figure at every point, means over seeds."""
     parts = []
     for target, loss in dict.fromkeys((r["target"], r["loss"]) for r in rows.rows if r["target"] is not None):
         lines = []
-        for name in ARMS:
-            mine = [r for r in rows.rows if r["arm"] == name and r["loss"] == loss and r["target"] in (target, None)]
-            if not mine:
-                continue
-            line = {"arm": name, "seeds": len({r["seed"] for r in mine}), "parameters": mine[-1]["parameters"]}
+        for (name, pruning, training), mine in ways(rows, target, loss).items():
+            line = {"arm": name, "pruning": pruning, "training": training}
+            line |= {"seeds": len({r["seed"] for r in mine}), "parameters": mine[-1]["parameters"]}
             for tokens in sorted({r["tokens"] for r in mine}):
-                values = [r["perplexity"][text] for r in mine if r["tokens"] == tokens]
-                line[f"{tokens:,}"] = f"{sum(values) / len(values):.2f}"
-            lines.append(line | {"tokens/s at the end": round(mine[-1]["tokens_per_s"] or 0)})
-        parts.append(f"{target:.0%} of the decoder, {loss}, {text}\n\n{common.markdown(lines)}")
+                found = [FIGURES[figure](r, text) for r in mine if r["tokens"] == tokens]
+                known = [value for value in found if value is not None]
+                line[f"{tokens:,}"] = f"{sum(known) / len(known):.2f}" if known else ""
+            lines.append(line)
+        parts.append(f"{target:.0%} of the decoder, {loss}, {figure}, {text}\n\n{common.markdown(lines)}")
     return "\n\n".join(parts)
+
+
+def ways(rows: common.Rows, target: float, loss: str) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Rows of a target and loss, those of the dense model among them, by arm, pruning and training."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows.rows, key=lambda row: list(ARMS).index(row["arm"])):
+        if row["loss"] == loss and row["target"] in (target, None):
+            found.setdefault((row["arm"], row["pruning"], row["training"]), []).append(row)
+    return found
 
 
 def draw(rows: common.Rows, path: Path, text: str) -> None:
@@ -422,16 +440,14 @@ def draw(rows: common.Rows, path: Path, text: str) -> None:
     plt.rcParams["svg.hashsalt"] = "curves"  # the same file from the same figures
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 6 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (target, loss) in zip(axes[0], panels, strict=True):
-        for name in ARMS:
-            mine = [r for r in rows.rows if r["arm"] == name and r["loss"] == loss and r["target"] in (target, None)]
+        for (name, *_), mine in ways(rows, target, loss).items():
             points: dict[int, list[float]] = {}
             for row in mine:
                 points.setdefault(row["tokens"], []).append(row["perplexity"][text])
-            if points:
-                xs = sorted(points)
-                means = [sum(points[x]) / len(points[x]) for x in xs]
-                style = "-" if name.startswith("aware") else ":" if name in ("dense", "fresh") else "--"
-                axis.plot([x / 1e6 for x in xs], means, style, marker="o", markersize=3, label=name)
+            xs = sorted(points)
+            means = [sum(points[x]) / len(points[x]) for x in xs]
+            style = "-" if name.startswith("aware") else ":" if name in ("dense", "fresh") else "--"
+            axis.plot([x / 1e6 for x in xs], means, style, marker="o", markersize=3, label=name)
         axis.set(title=f"{target:.0%} of the decoder, {loss}", xlabel="million tokens", yscale="log")
         axis.set_ylabel(f"perplexity, {text}")
         axis.legend(fontsize=7)
@@ -535,6 +551,8 @@ def main() -> None:
                     ]
     for text in args.texts:
         print(tables(rows, text))
+    for figure in list(FIGURES)[1:]:
+        print(tables(rows, args.texts[0], figure))
     if args.picture:
         draw(rows, args.picture, args.texts[0])
     print(f"left: {', '.join(left)}; the same command goes on" if left else "all done", flush=True)
