@@ -48,7 +48,7 @@ class State:
     """The state of objects, however nested, at the time it is made.
 
     Containers, attributes, tensors, arrays and random generators are remembered; parameters are only gathered in
-    `parameters`, since `watch_parameters` copies those that are written to.
+    `parameters`, since `WatchedParameters` copies those that are written to.
 
     Args:
         roots: The objects, by the names that they are called in messages.

@@ -1,20 +1,21 @@
 """Text as blocks of tokens: a LightningDataModule on the datasets library.
 
-The way of the data: files or the hub -> documents (`text_files`) -> tokens -> blocks -> batches (`text_blocks`), or
-without any preparation a stream of them (`text_stream`). Conversations are samples of their own (`chat_data`).
+The way of the data: files or the hub -> documents (`documents`) -> tokens -> blocks -> batches (`sequences`), or without
+any preparation a stream of them. Conversations are samples of their own (`chat`).
 
 Letters: B samples, T tokens (block_size).
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.checkpoints.sources import load_tokenizer, trained_tokenizer
@@ -34,6 +35,50 @@ from lightning_prune.text.sequences import StreamedBlocks, TextPrefix, collate, 
 __all__ = ["EMBEDDED", "TextDataModule", "collate", "pack", "tokenize"]
 
 
+class ResumableLoader(DataLoader[Any]):
+    """Batches in an order of each epoch's own, which go on where a resumed fit had stopped.
+
+    Lightning keeps the state of a loader that has one, and has others begin the epoch anew. The batches before are read
+    and dropped.
+    """
+
+    trainer: Callable[[], L.Trainer | None] = staticmethod(lambda: None)  # a function, which copies do not copy
+    epoch = 0
+    _begun = False  # whether a batch of the epoch was read: Lightning may begin a pass twice
+    _dropped = 0
+
+    def begin(self, epoch: int, dropped: int = 0) -> None:
+        """Go on with this epoch in the next pass, after so many batches."""
+        self.epoch, self._begun, self._dropped = epoch, False, dropped
+
+    def state_dict(self) -> dict[str, int]:
+        trainer = self.trainer()
+        if trainer is None:
+            return {}
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        batches = progress.current.processed
+        if progress.is_last_batch or batches >= trainer.num_training_batches:
+            return {"epoch": self.epoch + 1, "batches": 0}
+        return {"epoch": self.epoch, "batches": batches}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        if state:
+            self.begin(state["epoch"], state["batches"])
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self._begun:
+            self.begin(self.epoch + 1)
+        order = self.dataset if isinstance(self.dataset, StreamedBlocks) else self.sampler
+        if isinstance(order, (StreamedBlocks, DistributedSampler)):  # Lightning takes another to overfit batches
+            order.set_epoch(self.epoch)
+        return self._rest(super().__iter__(), self._dropped)
+
+    def _rest(self, batches: Iterator[Any], dropped: int) -> Iterator[Any]:
+        for batch in islice(batches, dropped, None):
+            self._begun = True
+            yield batch
+
+
 class TextDataModule(L.LightningDataModule):
     """Blocks of text for a causal language model.
 
@@ -47,6 +92,9 @@ class TextDataModule(L.LightningDataModule):
     longest of its batch ("attention_mask"). Labels are -100 outside what the assistant says, which includes its
     end-of-turn token. What is longer than `block_size` is cut at its end; where no label is left, the conversation is
     dropped. A warning counts both.
+
+    Each epoch has an order of its own, which processes share. A resumed fit goes on with the next batch, also within an
+    epoch.
 
     Args:
         source: "austen" (*Pride and Prejudice*, embedded in the package), local .txt, .jsonl, .json or .parquet
@@ -208,57 +256,49 @@ class TextDataModule(L.LightningDataModule):
             self._test = self._blocks(hp["test"], "test")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches of training blocks in an order given by `seed`."""
-        if self.hparams["streaming"]:
-            return self._streaming_loader()
-        order = torch.Generator().manual_seed(self.hparams["seed"])
-        return self._loader(self.train_dataset, shuffle=True, generator=order)
+        """Batches of training blocks in an order given by `seed` and the epoch; a resumed fit goes on with the next."""
+        hp = self.hparams
+        if hp["streaming"]:
+            stream, names = _prepared(self._stream, "the stream"), (hp["text_field"], hp["block_size"])
+            blocks = StreamedBlocks(stream, self.tokenizer, *names, seed=hp["seed"], **self._share())
+            return self._loader(blocks, ResumableLoader, collate_fn=collate, drop_last=True)
+        data = self.train_dataset
+        order: DistributedSampler[Any] = DistributedSampler(data, seed=hp["seed"], shuffle=True, **self._share())
+        return self._loader(data.with_format("numpy"), ResumableLoader, collate_fn=self._collate(), sampler=order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Batches of validation blocks in the order of the text; an empty list if nothing is held out."""
-        return self._loader(self.val_dataset) if len(self.val_dataset) else []
+        return self._in_order(self.val_dataset) if len(self.val_dataset) else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of test blocks in the order of the text."""
         if self.hparams["test"] is None:
             raise ValueError("There is no test text. Pass test=, files or a split of the hub dataset.")
-        return self._loader(self.test_dataset)
+        return self._in_order(self.test_dataset)
 
-    def _loader(self, blocks: datasets.Dataset, **kwargs: Any) -> DataLoader[Any]:
-        hp = self.hparams
-        padded = hp["keep_last"] or hp["messages_field"] is not None
+    def _in_order(self, blocks: datasets.Dataset) -> DataLoader[Any]:
+        return self._loader(blocks.with_format("numpy"), collate_fn=self._collate())
+
+    def _share(self) -> dict[str, Any]:
+        """Which of the processes that read different samples this is, and how many they are."""
+        found = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return found or {"rank": 0, "num_replicas": 1}
+
+    def _collate(self) -> Callable[[list[Any]], dict[str, Any]]:
+        padded = self.hparams["keep_last"] or self.hparams["messages_field"] is not None
         pad_id = self.tokenizer.pad_token_id if padded else None
         if padded and pad_id is None:
             pad_id = self.tokenizer.eos_token_id
-        return DataLoader(
-            blocks.with_format("numpy"),
-            batch_size=hp["batch_size"],
-            num_workers=hp["num_workers"],
-            persistent_workers=hp["num_workers"] > 0,
-            collate_fn=partial(collate, pad_id=pad_id),
-            **kwargs,
-        )
+        return partial(collate, pad_id=pad_id)
 
-    def _streaming_loader(self) -> DataLoader[Any]:
-        hp = self.hparams
-        split = (self.trainer.distributed_sampler_kwargs if self.trainer is not None else None) or {}
-        blocks = StreamedBlocks(
-            _prepared(self._stream, "the stream"),
-            self.tokenizer,
-            hp["text_field"],
-            hp["block_size"],
-            seed=hp["seed"],
-            **split,
-        )
-        workers = hp["num_workers"]
-        return DataLoader(
-            blocks,
-            batch_size=hp["batch_size"],
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=collate,
-            drop_last=True,
-        )
+    def _loader(self, data: Any, kind: type[DataLoader[Any]] = DataLoader, **how: Any) -> DataLoader[Any]:
+        size, workers = self.hparams["batch_size"], self.hparams["num_workers"]
+        loader = kind(data, batch_size=size, num_workers=workers, persistent_workers=workers > 0, **how)
+        if isinstance(loader, ResumableLoader) and (trainer := self.trainer) is not None:
+            progress: Any = trainer.fit_loop.epoch_progress.current
+            loader.begin(progress.processed)  # of a resumed fit not the first
+            loader.trainer = lambda: trainer
+        return loader
 
     def _streamed_documents(self, source: str | list[str]) -> datasets.IterableDataset:
         hp = self.hparams

@@ -211,12 +211,15 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
         self.tokenizer = tokenizer
         self.text_field = text_field
         self.block_size = block_size
-        self.epoch = 0
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]  # workers live on
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the passes that follow, which decides their order with the seed."""
+        self.epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Blocks ``{"input_ids": [T]}``, int64."""
-        self.documents.set_epoch(self.epoch)
-        self.epoch += 1
+        self.documents.set_epoch(int(self.epoch))
         rest = np.empty(0, dtype=np.int64)
         texts = (row[self.text_field] for row in self.documents)
         while batch := self._next(texts):

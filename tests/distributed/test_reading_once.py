@@ -116,7 +116,10 @@ def test_one_process_reads_and_all_have_the_weights(name: str, sources: Path, fi
         assert all(torch.equal(value, tensors[n]) for n, value in found.items())
 
 
-@pytest.mark.parametrize(("reference", "name"), [("everywhere", "tied"), ("resumed everywhere", "resumed")])
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [("everywhere", "tied"), ("resumed everywhere", "resumed"), ("everywhere", "resumed everywhere")],
+)
 def test_training_goes_on_as_from_weights_read_everywhere(reference: str, name: str, fits: Path) -> None:
     for expected, found in zip(results(fits / reference, 2), results(fits / name, 2), strict=True):
         ends = [n for n in expected if n.startswith("end.")]

@@ -10,12 +10,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DistributedSampler
 from worker import STRATEGIES, Tokens
 
 from lightning_prune import CausalLM, WeightPruning
 from lightning_prune.sharding import gather_whole
 from lightning_prune.text import module as text_module
+from lightning_prune.text.data import ResumableLoader
 
 _load = text_module.load_pretrained
 _MODEL = ("model", "dtype", "cpu_offload", "gradient_checkpointing", "read_once")
@@ -72,8 +73,12 @@ def _fit(out: Path, devices: int, strategy: str, settings: dict[str, Any], reads
         callbacks=[beginning, pruning, saving],
     )  # fmt: skip
     refused = ""
+    data = Tokens()
+    order: DistributedSampler[Any] = DistributedSampler(data, devices, trainer.global_rank)
+    loader = ResumableLoader(data, batch_size=4, sampler=order)
+    loader.trainer = lambda: trainer
     try:
-        trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=settings.get("resume"))
+        trainer.fit(module, loader, ckpt_path=settings.get("resume"))
     except (ValueError, RuntimeError) as error:
         if not settings.get("refused", False):
             raise

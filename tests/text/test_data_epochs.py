@@ -1,0 +1,121 @@
+"""A resumed fit trains on the batches that an uninterrupted one would have trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_prune.checkpoints.sources import trained_tokenizer
+from lightning_prune.text.data import EMBEDDED, TextDataModule
+
+TEXT = EMBEDDED["austen"].read_text(encoding="utf-8")[:20_000]
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+}  # fmt: skip
+
+
+class Seeing(L.LightningModule):
+    """Keeps the batches it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        self.seen.append(batch["input_ids"].clone())
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("text")
+    for part in range(4):  # several files, for several workers
+        (folder / f"{part}.txt").write_text(TEXT[part * 5_000 : (part + 1) * 5_000], encoding="utf-8")
+    tokenizer = trained_tokenizer([TEXT], 300, folder / "tokenizers")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return folder, tokenizer
+
+
+def data_of(made: tuple[Path, Any], **how: Any) -> TextDataModule:
+    folder = made[0]
+    return TextDataModule(
+        [str(folder / f"{part}.txt") for part in range(4)], tokenizer=str(folder / "tokenizer"), block_size=64,
+        batch_size=16, cache_dir=str(folder / "cache"), validation_share=0.0, **how,
+    )  # fmt: skip
+
+
+def fit(
+    made: tuple[Path, Any], how: dict[str, Any], ends: dict[str, Any], out: Path, resume: Path | None = None
+) -> Any:
+    """Batches that a fit trained on, and those of an epoch."""
+    module = Seeing()
+    saving = [
+        ModelCheckpoint(out, filename="{step}", every_n_train_steps=1, save_top_k=-1),
+        ModelCheckpoint(out, filename="end {step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True),
+    ]
+    trainer = L.Trainer(
+        **QUIET, **ends, callbacks=saving if resume is None else [], enable_checkpointing=resume is None
+    )
+    trainer.fit(module, data_of(made, **how), ckpt_path=resume)
+    return module.seen
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("ends", "workers"),
+    [({"max_epochs": 3}, 2), ({"max_epochs": 3, "limit_train_batches": 4}, 0), ({"max_steps": 30}, 0)],
+    ids=str,
+)
+def test_the_batches_after_a_resume_are_the_next_ones(
+    ends: dict[str, Any], streaming: bool, workers: int, made: tuple[Path, Any], tmp_path: Path
+) -> None:
+    how = {"streaming": streaming, "num_workers": workers}
+    whole = fit(made, how, ends, tmp_path)
+    ended = sorted(int(path.stem.removeprefix("end step=")) for path in tmp_path.glob("end step=*.ckpt"))
+    length = ended[0]
+    assert not torch.equal(torch.cat(whole[:length]), torch.cat(whole[length : 2 * length]))  # another order
+    # Within an epoch, and at its end as a step's and as an epoch's checkpoint. With max_steps Lightning takes the first
+    # batch after an epoch's checkpoint for a whole epoch, whatever the loader.
+    for name, at in (("", 2), ("", length), ("end ", length), ("", length + 1), ("end ", 2 * length), ("", 2 * length)):
+        if name and "max_steps" in ends:
+            continue
+        rest = fit(made, how, ends, tmp_path, tmp_path / f"{name}step={at}.ckpt")
+        assert len(rest) == len(whole) - at, (name, at)
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[at:], strict=True)), (name, at)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_without_a_trainer_each_pass_has_an_order_of_its_own(streaming: bool, made: tuple[Path, Any]) -> None:
+    data = data_of(made, streaming=streaming)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    first, second = (torch.cat([batch["input_ids"] for batch in loader]) for _ in range(2))
+    assert not torch.equal(first, second)
+    again = data.train_dataloader()
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in again]), first)
+
+
+def test_processes_share_the_blocks_of_an_epoch(made: tuple[Path, Any]) -> None:
+    seen = []
+    for rank in range(2):
+        data, progress = (
+            data_of(made),
+            SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=1))),
+        )
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank}, fit_loop=progress)
+        data.setup("fit")
+        seen.append({tuple(row) for batch in data.train_dataloader() for row in batch["input_ids"].tolist()})
+    whole = {tuple(row) for row in data.train_dataset["input_ids"]}
+    assert seen[0] | seen[1] == whole
+    assert len(seen[0] & seen[1]) <= 1  # filled up to an even number
