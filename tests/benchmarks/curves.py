@@ -315,8 +315,8 @@ def run(
     arm, plan = ARMS[name], args.plan
     identity = {
         "arm": name, "target": None if name == "dense" else share, "loss": loss, "seed": seed, "model": args.named,
-        "training": f"{args.batch_size}x{args.length}, {plan.total} steps, lr {args.learning_rate} {args.rates}, "
-        f"{args.precision}",
+        "training": f"{args.batch_size}x{args.length}, {plan.total} steps, lr {args.learning_rate} {args.rates}"
+        f"{'' if args.rates == 'cosine' else f' until {args.shrink_share}'}, {args.precision}",
         "pruning": pruning_of(arm, args),
     }  # fmt: skip
     step_tokens = args.batch_size * args.length
