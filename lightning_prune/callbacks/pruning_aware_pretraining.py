@@ -107,7 +107,7 @@ class PruningAwarePretraining(L.Callback):
         saliency: ``"taylor2"``, ``abs(g w - 1/2 g^2 w^2)`` (LLM-Pruner, arXiv 2305.11627, with the diagonal
             Fisher); ``"taylor1"``, ``abs(g w)``; ``"magnitude"``, ``abs(w)``; or ``"kfac"``,
             ``sum over i of W_ij^2 E[delta_i^2] E[x_j^2]`` of the layers that read a unit, from the training's
-            own passes.
+            own passes; with `second_order`, of what is left of the unit when the others have been updated for it.
         saliency_decay: Share of the saliency so far that a pruning keeps for the next, from 0 (the paper: only
             what came since the last pruning counts) to below 1. With small batches and few steps between prunings
             a running mean chooses better units.
@@ -276,7 +276,13 @@ class PruningAwarePretraining(L.Callback):
         if self.second_order:
             moments = StreamedMoments(structure, self.types, self.second_order_decay)
         if self.saliency == "kfac":
-            saliency: SaliencyAccumulator = StreamedKFAC(structure, self.types, sum_of(trainer), self.saliency_decay)
+            saliency: SaliencyAccumulator = StreamedKFAC(
+                structure,
+                self.types,
+                sum_of(trainer),
+                self.saliency_decay,
+                None if moments is None else moments.unexplained,
+            )
         else:
             saliency = SaliencyAccumulator(structure, self.types, self.saliency, self.saliency_decay)
         # Masks are sliced with the weights: no unit waits for it, so that masks and scores know only what is there.

@@ -20,6 +20,7 @@ from lightning_prune.pruning.patterns import NM, lowest_in_layer, nm_mask
 from lightning_prune.pruning.precision import full_precision
 
 DAMPING = 0.01
+_INDEFINITE = "the layer's Hessian X^T X is not positive definite even when damped; use more calibration samples"
 BLOCK = 128
 
 
@@ -53,9 +54,7 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
             if not int(failed) and bool(torch.isfinite(factor).all()):
                 return factor
         damping *= 10
-    raise CalibrationError(
-        "the layer's Hessian X^T X is not positive definite even when damped; use more calibration samples"
-    )
+    raise CalibrationError(_INDEFINITE)
 
 
 @full_precision()
@@ -136,14 +135,11 @@ def compensated(weight: Tensor, hessian: Tensor, lost: Tensor, damping: float = 
     Raises:
         CalibrationError: the matrix stays indefinite, or the result is not finite.
     """
-    dtype = torch.float32 if hessian.device.type == "mps" else torch.float64
     stays = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
     stays[lost.to(hessian.device)] = False
     kept, lost = stays.nonzero().flatten(), (~stays).nonzero().flatten()
-    diagonal = hessian.diagonal().to(dtype).clone()
-    alive = diagonal != 0  # units that are masked already must not count in the mean
-    scale = diagonal[alive].mean() if bool(alive.any()) else torch.ones((), dtype=dtype, device=diagonal.device)
-    diagonal[~alive] = scale
+    diagonal, scale = _diagonal(hessian)
+    dtype = diagonal.dtype
     qq = hessian[kept][:, kept].to(dtype)  # [q, q]
     qp = hessian[kept][:, lost].to(dtype)  # [q, p]
     for attempt in range(4):
@@ -157,6 +153,47 @@ def compensated(weight: Tensor, hessian: Tensor, lost: Tensor, damping: float = 
             result = result.to(weight)
             if bool(torch.isfinite(result).all()):
                 return result
-    raise CalibrationError(
-        "the layer's Hessian X^T X is not positive definite even when damped; use more calibration samples"
-    )
+    raise CalibrationError(_INDEFINITE)
+
+
+def _diagonal(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal in float64 (float32 on MPS), with its mean in place of zeros, and that mean, which leaves them out.
+
+    Zeros are inputs that were always zero, such as units that are masked already.
+    """
+    diagonal = hessian.diagonal().to(torch.float32 if hessian.device.type == "mps" else torch.float64).clone()
+    alive = diagonal != 0
+    scale = diagonal[alive].mean() if bool(alive.any()) else torch.ones_like(diagonal[0])
+    return torch.where(alive, diagonal, scale), scale
+
+
+@full_precision()
+def unexplained(hessian: Tensor, groups: Tensor, damping: float = DAMPING) -> Tensor:
+    """Of each group of inputs, the second moments that all other inputs cannot stand in for.
+
+    With ``A`` this matrix of a group, a row of weights ``w`` on it changes the layer's output by ``w A w^T`` when the
+    group goes and `compensated` has updated the others: the least that is possible (optimal brain surgeon, Hassibi &
+    Stork 1992). It is the inverse of the group's block in the inverse Hessian.
+
+    Args:
+        hessian: ``X^T X``, ``[I, I]``, up to a factor; not changed.
+        groups: Indices of inputs, ``[U, M]``.
+        damping: See `compensated`.
+
+    Returns:
+        ``[U, M, M]``, up to the same factor, in float64 (float32 on MPS).
+
+    Raises:
+        CalibrationError: the matrix stays indefinite.
+    """
+    diagonal, scale = _diagonal(hessian)
+    damped, groups = hessian.to(diagonal.dtype, copy=True), groups.to(hessian.device)
+    for attempt in range(4):
+        damped.diagonal().copy_(diagonal + damping * 10**attempt * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(factor)
+            blocks: Tensor = torch.linalg.inv(inverse[groups[:, :, None], groups[:, None, :]])
+            added = damped.diagonal() - hessian.diagonal()
+            return blocks - torch.diag_embed(added[groups])
+    raise CalibrationError(_INDEFINITE)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
-from lightning_prune.pruning.hessian import DAMPING, compensated
+from lightning_prune.pruning.hessian import DAMPING, compensated, unexplained
 from lightning_prune.pruning.statistics import HESSIAN
 from lightning_prune.ranks import shard_group
 from lightning_prune.safety import uninterrupted
@@ -135,10 +135,12 @@ class StreamedMoments:
         self.decay = decay
         self.hessians: dict[str, Tensor] = {}
         self.weights: dict[str, float] = {}
+        self._unexplained: dict[str, Tensor] = {}
         self.stream = StreamedStatistics(structure, {})
         self._follow(structure)
 
     def _follow(self, structure: Structure) -> None:
+        self._unexplained.clear()
         self._observed = observed_layers(structure, self.types)
         self.stream.follow(structure, dict.fromkeys(self._observed.values(), frozenset({HESSIAN})))
 
@@ -157,6 +159,7 @@ class StreamedMoments:
             mean = total / tokens
             if not bool(torch.isfinite(mean.sum())):  # an overflowing step, which a gradient scaler skips too
                 continue
+            self._unexplained.pop(name, None)
             before, weight = self.hessians.get(name), 1 + self.decay * self.weights.get(name, 0.0)
             self.hessians[name] = mean if before is None else before.to(mean.device).lerp_(mean, 1 / weight)
             self.weights[name] = weight
@@ -170,12 +173,32 @@ class StreamedMoments:
         """Return the moments of every layer's inputs, as `compensate` takes them."""
         return {name: self.hessians[observed] for name, observed in self._observed.items()}
 
+    def unexplained(self, layer: str, units: Tensor) -> Tensor | None:
+        """Return what of a layer's inputs the others cannot stand in for, as a share of all inputs' second moments.
+
+        Args:
+            layer: Its name.
+            units: All its inputs by unit, ``[U, M]``.
+
+        Returns:
+            ``[U, M, M]``, see `lightning_prune.pruning.hessian.unexplained`; None of a layer that is not re-fitted, or
+            was not seen yet.
+        """
+        name = self._observed.get(layer, "")
+        if name not in self.hessians:
+            return None
+        if name not in self._unexplained:  # once for queries, keys and values, until their moments change
+            hessian = self.hessians[name]
+            self._unexplained[name] = unexplained(hessian, units) / hessian.diagonal().sum()
+        return self._unexplained[name]
+
     # -- following the model -----------------------------------------------------------------------------------------
 
     def mask(self, structure: Structure, removal: Removal) -> None:
         """Forget the inputs that are masked, which are zero from now on."""
         for name, lost in lost_inputs(structure, removal).items():
             if name in self.hessians:
+                self._unexplained.pop(name, None)
                 hessian = self.hessians[name]
                 lost = lost.to(hessian.device)
                 hessian[lost] = 0.0
@@ -211,5 +234,6 @@ class StreamedMoments:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]], device: torch.device) -> None:
         """Take up the moments of `state_dict`."""
+        self._unexplained.clear()
         self.hessians = {name: hessian.to(device) for name, hessian in state["hessians"].items()}
         self.weights = {name: float(weight) for name, weight in state["weights"].items()}

@@ -21,6 +21,8 @@ GRADIENT_SALIENCIES = ("taylor2", "taylor1", "magnitude")
 TRAINING_SALIENCIES = (*GRADIENT_SALIENCIES, "kfac")
 SALIENCIES = (*TRAINING_SALIENCIES, "reap")
 
+Unexplained = Callable[[str, Tensor], Tensor | None]
+
 INPUT_AXIS: dict[str, str] = {"attention": "q", "ffn": "f", "hidden": "d"}
 """Axis that the layers reading a type's units have as inputs."""
 
@@ -256,7 +258,10 @@ def _read_types(types: Sequence[str]) -> tuple[str, ...]:
 @torch.no_grad()
 @full_precision()
 def kfac_saliency(
-    structure: Structure, statistics: Mapping[str, LayerStatistics], types: Sequence[str]
+    structure: Structure,
+    statistics: Mapping[str, LayerStatistics],
+    types: Sequence[str],
+    unexplained: Unexplained | None = None,
 ) -> dict[str, Tensor]:
     """Unit saliencies from the diagonal of the Kronecker-factored Fisher, ``[P, U]`` by type.
 
@@ -270,6 +275,10 @@ def kfac_saliency(
         structure: Of the model.
         statistics: Input and output-gradient norms by parameter name, of `reader_targets`.
         types: Unit types.
+        unexplained: Says of a layer and its inputs by unit, ``[U, M]``, which second moments the other inputs cannot
+            stand in for, ``[U, M, M]``, as a share of all inputs' (see `StreamedMoments.unexplained`). They take the
+            place of ``E[x_j^2]``: the loss increase is then that after the update of what remains (optimal brain
+            surgeon). Where it says None, or is None, nothing is taken to be updated.
     """
     targets = {t.name: t for t in reader_targets(structure, types)}
     totals: dict[str, Tensor] = {}
@@ -279,9 +288,12 @@ def kfac_saliency(
         for names in structure.readers(unit_type):
             total = torch.zeros(structure.units(unit_type), dtype=torch.float64)
             for name in names:
-                target = targets[f"{name}.weight"]
-                inputs = _input_saliency(target, statistics[target.name])
-                total += inputs.cpu().double()[by_axis[INPUT_AXIS[unit_type]]].sum(1)
+                target, units = targets[f"{name}.weight"], by_axis[INPUT_AXIS[unit_type]]
+                left = None if unexplained is None else unexplained(name, units)
+                if left is None:
+                    total += _input_saliency(target, statistics[target.name]).cpu().double()[units].sum(1)
+                else:
+                    total += _updated_saliency(target, statistics[target.name], units, left).cpu().double()
             places.append(total)
         totals[unit_type] = torch.stack(places)
     shards = shard_group(structure.parameters())
@@ -313,6 +325,21 @@ def _input_saliency(target: Target, statistics: LayerStatistics) -> Tensor:
     return found
 
 
+def _updated_saliency(target: Target, statistics: LayerStatistics, units: Tensor, unexplained: Tensor) -> Tensor:
+    """``sum over i of W_iu E[delta_i^2] A_u W_iu^T`` of every unit's inputs u, ``[U]``; this rank's rows' share of it.
+
+    ``A_u`` is `unexplained` times all inputs' second moments.
+    """
+    weight = target.rows()  # [r, I]
+    start, stop = target.layout.row_bounds
+    weight = weight.to(wide_dtype(weight.dtype))
+    scale = statistics.get(INPUT_NORM).square().sum()
+    rows = statistics.get(OUTPUT_GRAD_NORM).square()[start:stop].to(weight)
+    picked = weight[:, units.to(weight.device)]  # [r, U, M]
+    products = torch.einsum("rum,run->umn", picked * rows[:, None, None], picked)
+    return (products * unexplained.to(products)).sum((1, 2)) * scale.to(products)
+
+
 class StreamedKFAC(SaliencyAccumulator):
     """Sums of kfac saliency by unit, over training steps, with what `SaliencyAccumulator` offers.
 
@@ -324,6 +351,7 @@ class StreamedKFAC(SaliencyAccumulator):
         types: Unit types to score.
         reduce: Sums a tensor over processes that see different samples.
         decay: Share of all sums that a `reset` keeps.
+        unexplained: See `kfac_saliency`; None where pruning does not update what remains.
 
     Attributes:
         stream: The hooks on the layers that read units.
@@ -337,11 +365,13 @@ class StreamedKFAC(SaliencyAccumulator):
         types: Sequence[str],
         reduce: Callable[[Tensor], Tensor] | None = None,
         decay: float = 0.0,
+        unexplained: Unexplained | None = None,
     ) -> None:
         self.stream = StreamedStatistics(structure, {})
         super().__init__(structure, types, decay=decay)
         self.kind = "kfac"
         self._reduce = reduce
+        self._unexplained = unexplained
 
     def follow(self, structure: Structure, removal: Removal | None = None) -> None:
         """See `SaliencyAccumulator.follow`; the hooks move with the layers."""
@@ -370,7 +400,7 @@ class StreamedKFAC(SaliencyAccumulator):
             target.name: LayerStatistics(1, input_norm=next(norms), output_grad_norm=next(norms))
             for target in self._targets
         }
-        for unit_type, means in kfac_saliency(self.structure, statistics, self.types).items():
+        for unit_type, means in kfac_saliency(self.structure, statistics, self.types, self._unexplained).items():
             sums = self._sums[unit_type]  # type: ignore[index]
             sums += (means * self.structure.unit_weights(unit_type)).to(sums)
         self._count_step()

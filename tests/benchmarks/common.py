@@ -99,19 +99,19 @@ def batched(sequences: Tensor, batch_size: int = 1) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor) -> float:
-    """`exp` of the mean negative log-likelihood of all predicted tokens; one window at a time."""
+def perplexity(model: nn.Module, windows: Tensor, at_once: int = 1) -> float:
+    """`exp` of the mean negative log-likelihood of all predicted tokens; so many windows at a time."""
     model.eval()
     total, count = 0.0, 0
-    for window in windows:
-        logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
-        total += nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
-        count += window.numel() - 1
+    for part in windows.split(at_once):
+        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        total += nn.functional.cross_entropy(logits, part[:, 1:].flatten(), reduction="sum").item()
+        count += len(logits)
     return math.exp(total / count)
 
 
-def perplexities(model: nn.Module, evaluations: dict[str, Tensor]) -> dict[str, float]:
-    return {name: perplexity(model, windows) for name, windows in evaluations.items()}
+def perplexities(model: nn.Module, evaluations: dict[str, Tensor], at_once: int = 1) -> dict[str, float]:
+    return {name: perplexity(model, windows, at_once) for name, windows in evaluations.items()}
 
 
 class Snapshot:

@@ -17,10 +17,15 @@ number of parameters or just below; a target is the share of the parameters in t
 - aware-2:4: shrinks less, to as many bytes (in bfloat16, with 2 bits for each weight kept) as the target has, and is
   pruned to 2:4 when it has its size; aware-2:4-perp: then trains PERP's adapters instead of the weights.
 
+`--set NAME=VALUE` gives the arms aware-* other arguments of the callback, `--oneshot-types` the one-shot arms other
+unit types, and `--rates` all arms another course of the learning rate: so that single factors can be studied.
+
 `--losses distill` adds to the cross-entropy the divergence from the dense model, in equal shares, for every arm.
 
 It runs in pieces: after `--minutes` it stops at the next point or save (every `--save-every` tokens) and says what is
-left; the same command goes on from the checkpoints in `--work`. Rows of `--json` are not made again. `--build` trains
+left; the same command goes on from the checkpoints in `--work`. Tokens a second are those of the wall clock on a GPU,
+and of the time of this process on a CPU, which others may share; memory is what parameters, gradients and optimizer
+hold, and on a GPU the peak besides. Rows of `--json` are not made again. `--build` trains
 the dense model first, from random weights on the same file, where there is none: `--build hidden_size=128,...`.
 `--dry-run` does everything on a tiny model of its own in about a minute. `--picture FILE` draws the rows.
 """
@@ -28,12 +33,15 @@ the dense model first, from random weights on the same file, where there is none
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import shutil
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +77,7 @@ class Arm:
     retrain: bool = False
 
 
+SIZES = ("num_hidden_layers", "num_key_value_heads", "num_attention_heads", "intermediate_size", "hidden_size")
 KFAC: dict[str, Any] = {"saliency": "kfac", "compensate": True}
 SECOND_ORDER: dict[str, Any] = {"second_order": True, "second_order_every": 4, "second_order_decay": 0.98}
 ARMS = {
@@ -87,6 +96,19 @@ ARMS = {
 
 
 # --------------------------------------------------------------------------------------- training
+
+
+def share_of_rate(args: argparse.Namespace, steps: int, step: int) -> float:
+    """Warm-up and cosine to a tenth; in other courses, the cosine starts, or all begins anew, when shrinking ends."""
+    end = round(args.shrink_share * steps) if args.rates != "cosine" else 0
+    if args.rates == "rewarm":
+        step, steps = (step, end) if step < end else (step - end, steps - end)
+        end = 0
+    warmup = max(1, round(args.warmup * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    first = max(warmup, end)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, max(0, step - first) / max(1, steps - first))))
 
 
 @dataclass
@@ -132,14 +154,7 @@ class Training(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.rate, weight_decay=0.0)
-        warmup = max(1, round(self.args.warmup * self.steps))
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, self.steps - warmup))))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(share_of_rate, self.args, self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -157,23 +172,28 @@ class Blocks(lightning.LightningDataModule):
         return DataLoader(self.blocks[done * self.batch_size : stop * self.batch_size], batch_size=self.batch_size)
 
 
+def clock(device: torch.device) -> float:
+    """Seconds: of the wall on a GPU, of this process on a CPU."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Pieces(Callback):
     """At every stop: measure if it is a point, save, and end the fit if the time is up."""
 
     def __init__(self, plan: Plan, measure: Any, until: float) -> None:
         self.plan, self.measure, self.until = plan, measure, until
         self.seconds = 0.0  # of training since the last point
-        self._started = self._longest = 0.0
+        self._started = self._since = self._longest = 0.0
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._started = time.perf_counter()
+        self._started, self._since = clock(module.device), time.monotonic()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        if module.device.type == "cuda":
-            torch.cuda.synchronize()
-        took = time.perf_counter() - self._started
-        self.seconds += took
-        self._longest = max(self._longest, took)
+        self.seconds += clock(module.device) - self._started
+        self._longest = max(self._longest, time.monotonic() - self._since)
         if trainer.global_step in self.plan.points[:-1]:  # the last one is measured when adapters are merged
             self.measure(module, trainer.global_step, self.seconds)
             self.seconds = 0.0
@@ -268,7 +288,7 @@ def callbacks_of(arm: Arm, model: nn.Module, share: float, plan: Plan, args: arg
     end = max(2, round(args.shrink_share * plan.total))
     target = target_parameters(model, min(1.0, share / BYTES_OF_2TO4) if arm.sparse else share)
     settings = {"types": args.types, "saliency_decay": args.saliency_decay, "every_n_steps": args.every, "end": end}
-    found: list[Any] = [PruningAwarePretraining(target, **settings, **arm.shrink)]
+    found: list[Any] = [PruningAwarePretraining(target, **(settings | arm.shrink | args.set))]
     if arm.sparse:
         found.append(
             WeightPruning("magnitude", sparsity=None, pattern="2:4", schedule=OneShot(end + 2), progress=False)
@@ -284,7 +304,7 @@ def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
     """What decides the figures of an arm besides the training."""
     if arm.shrink is not None:
         every = f"every {args.every} until {args.shrink_share} of the steps, decay {args.saliency_decay}"
-        return f"{'+'.join(args.types)} {every}"
+        return " ".join(["+".join(args.types), every, *(f"{name}={value}" for name, value in args.set.items())])
     return "+".join(types_of(arm, args)) if arm.oneshot is not None else ""
 
 
@@ -295,7 +315,8 @@ def run(
     arm, plan = ARMS[name], args.plan
     identity = {
         "arm": name, "target": None if name == "dense" else share, "loss": loss, "seed": seed, "model": args.named,
-        "training": f"{args.batch_size}x{args.length}, {plan.total} steps, lr {args.learning_rate}, {args.precision}",
+        "training": f"{args.batch_size}x{args.length}, {plan.total} steps, lr {args.learning_rate} {args.rates}"
+        f"{'' if args.rates == 'cosine' else f' until {args.shrink_share}'}, {args.precision}",
         "pruning": pruning_of(arm, args),
     }  # fmt: skip
     step_tokens = args.batch_size * args.length
@@ -314,14 +335,15 @@ def run(
     def measure(module: Training, step: int, seconds: float) -> None:
         row = identity | {"tokens": step * step_tokens}
         row["parameters"] = sum(p.numel() for p in module.model.parameters())
-        row["perplexity"] = common.perplexities(module.model, args.evaluations)
+        row["sizes"] = {name: getattr(module.model.config, name) for name in SIZES}
+        row["perplexity"] = common.perplexities(module.model, args.evaluations, args.batch_size)
         if args.tasks and step == plan.total:
             row |= tasks_of(module.model, args)
         before = max((p for p in plan.points if p < step), default=0)
         row["tokens_per_s"] = (step - before) * step_tokens / seconds if seconds else None
-        cuda = args.device == "cuda"
-        row["memory_MiB"] = (torch.cuda.max_memory_allocated() if cuda else common.rss()) / 2**20
-        if cuda:
+        row["held_MiB"] = held(module) / 2**20 if step else None
+        if args.device == "cuda":
+            row["peak_MiB"] = torch.cuda.max_memory_allocated() / 2**20
             torch.cuda.reset_peak_memory_stats()
         module.model.train()
         rows.add(row)
@@ -333,6 +355,14 @@ def run(
     if done and not args.keep:
         shutil.rmtree(folder)
     return done
+
+
+def held(module: Training) -> int:
+    """Bytes of the parameters, a gradient of each, and the optimizer's states."""
+    tensors = [*module.parameters(), *(p for p in module.parameters() if p.requires_grad)]
+    for optimizer in module.trainer.optimizers:
+        tensors += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def tasks_of(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
@@ -355,7 +385,7 @@ def build(folder: Path, args: argparse.Namespace) -> bool:
     blocks = ordered_blocks(args.tokens / "train.bin", plan.total * args.batch_size, args.length, 10**6)
 
     def measure(module: Training, step: int, seconds: float) -> None:
-        found = common.perplexities(module.model, args.evaluations)
+        found = common.perplexities(module.model, args.evaluations, args.batch_size)
         print(f"dense model after {step * args.batch_size * args.length:,} tokens: {found}", flush=True)
 
     done = fit(module, blocks, plan, folder / "training", args, measure)
@@ -367,22 +397,37 @@ def build(folder: Path, args: argparse.Namespace) -> bool:
 # --------------------------------------------------------------------------------------- output
 
 
-def tables(rows: common.Rows, text: str) -> str:
-    """One table for each target and loss: perplexity on a text at every point, means over seeds."""
+FIGURES: dict[str, Callable[[dict[str, Any], str], float | None]] = {
+    "perplexity": lambda row, text: row["perplexity"][text],
+    "tokens a second": lambda row, text: row["tokens_per_s"],
+    "MiB held": lambda row, text: row["held_MiB"],
+}
+
+
+def tables(rows: common.Rows, text: str, figure: str = "perplexity") -> str:
+    """One table for each target and loss: a figure at every point, means over seeds."""
     parts = []
     for target, loss in dict.fromkeys((r["target"], r["loss"]) for r in rows.rows if r["target"] is not None):
         lines = []
-        for name in ARMS:
-            mine = [r for r in rows.rows if r["arm"] == name and r["loss"] == loss and r["target"] in (target, None)]
-            if not mine:
-                continue
-            line = {"arm": name, "seeds": len({r["seed"] for r in mine}), "parameters": mine[-1]["parameters"]}
+        for (name, pruning, training), mine in ways(rows, target, loss).items():
+            line = {"arm": name, "pruning": pruning, "training": training}
+            line |= {"seeds": len({r["seed"] for r in mine}), "parameters": mine[-1]["parameters"]}
             for tokens in sorted({r["tokens"] for r in mine}):
-                values = [r["perplexity"][text] for r in mine if r["tokens"] == tokens]
-                line[f"{tokens:,}"] = f"{sum(values) / len(values):.2f}"
-            lines.append(line | {"tokens/s at the end": round(mine[-1]["tokens_per_s"] or 0)})
-        parts.append(f"{target:.0%} of the decoder, {loss}, {text}\n\n{common.markdown(lines)}")
+                found = [FIGURES[figure](r, text) for r in mine if r["tokens"] == tokens]
+                known = [value for value in found if value is not None]
+                line[f"{tokens:,}"] = f"{sum(known) / len(known):.2f}" if known else ""
+            lines.append(line)
+        parts.append(f"{target:.0%} of the decoder, {loss}, {figure}, {text}\n\n{common.markdown(lines)}")
     return "\n\n".join(parts)
+
+
+def ways(rows: common.Rows, target: float, loss: str) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Rows of a target and loss, those of the dense model among them, by arm, pruning and training."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows.rows, key=lambda row: list(ARMS).index(row["arm"])):
+        if row["loss"] == loss and row["target"] in (target, None):
+            found.setdefault((row["arm"], row["pruning"], row["training"]), []).append(row)
+    return found
 
 
 def draw(rows: common.Rows, path: Path, text: str) -> None:
@@ -395,16 +440,14 @@ def draw(rows: common.Rows, path: Path, text: str) -> None:
     plt.rcParams["svg.hashsalt"] = "curves"  # the same file from the same figures
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 6 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (target, loss) in zip(axes[0], panels, strict=True):
-        for name in ARMS:
-            mine = [r for r in rows.rows if r["arm"] == name and r["loss"] == loss and r["target"] in (target, None)]
+        for (name, *_), mine in ways(rows, target, loss).items():
             points: dict[int, list[float]] = {}
             for row in mine:
                 points.setdefault(row["tokens"], []).append(row["perplexity"][text])
-            if points:
-                xs = sorted(points)
-                means = [sum(points[x]) / len(points[x]) for x in xs]
-                style = "-" if name.startswith("aware") else ":" if name in ("dense", "fresh") else "--"
-                axis.plot([x / 1e6 for x in xs], means, style, marker="o", markersize=3, label=name)
+            xs = sorted(points)
+            means = [sum(points[x]) / len(points[x]) for x in xs]
+            style = "-" if name.startswith("aware") else ":" if name in ("dense", "fresh") else "--"
+            axis.plot([x / 1e6 for x in xs], means, style, marker="o", markersize=3, label=name)
         axis.set(title=f"{target:.0%} of the decoder, {loss}", xlabel="million tokens", yscale="log")
         axis.set_ylabel(f"perplexity, {text}")
         axis.legend(fontsize=7)
@@ -418,6 +461,13 @@ DRY = {
     "build_tokens": 8192, "points": [0, 2048, 4096], "save_every": 1024, "targets": [0.5], "losses": ["ce", "distill"],
     "seeds": [0], "windows": 2, "window_length": 32, "length": 32, "batch_size": 4, "samples": 8,
 }  # fmt: skip
+
+
+def json_or_word(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def arguments() -> argparse.Namespace:
@@ -446,6 +496,13 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--saliency-decay", type=float, default=0.9)
     p.add_argument("--every", type=int, default=1, help="steps between prunings (default 1)")
     p.add_argument("--shrink-share", type=float, default=0.5, help="share of the steps in which the model shrinks")
+    p.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="arguments of the arms aware-*, as JSON")
+    p.add_argument(
+        "--rates",
+        default="cosine",
+        choices=("cosine", "hold", "rewarm"),
+        help="of learning: warm-up and cosine; held while the model shrinks, then cosine; or both once more from there",
+    )
     p.add_argument("--samples", type=int, default=64, help="calibration blocks of the one-shot arms (default 64)")
     p.add_argument("--texts", nargs="+", default=["held_out"], help="token files to evaluate on")
     p.add_argument("--windows", type=int, default=40, help="evaluation windows of each text (default 40)")
@@ -461,6 +518,7 @@ def arguments() -> argparse.Namespace:
         vars(args).update(DRY, model=None)
     if (args.model is None) == (args.build is None):
         p.error("give --model, or --build, and not both")
+    args.set = {name: json_or_word(value) for name, value in (pair.split("=", 1) for pair in args.set)}
     args.named = args.build or args.model.name
     args.trained = False  # every call goes on to the next point or save at least
     args.until = time.monotonic() + 60 * args.minutes
@@ -493,6 +551,8 @@ def main() -> None:
                     ]
     for text in args.texts:
         print(tables(rows, text))
+    for figure in list(FIGURES)[1:]:
+        print(tables(rows, args.texts[0], figure))
     if args.picture:
         draw(rows, args.picture, args.texts[0])
     print(f"left: {', '.join(left)}; the same command goes on" if left else "all done", flush=True)

@@ -108,6 +108,53 @@ def test_moments_weigh_steps_by_their_age_and_leave_padding_out() -> None:
     assert stream.hessians["model.layers.0.mlp.down_proj"][5].any()
 
 
+def test_kfac_of_variant_b_is_the_loss_increase_after_the_update() -> None:
+    """By least squares in float64, one unit after the other; a channel that another one repeats costs nothing."""
+    model = make_llama()
+    down = model.get_submodule("model.layers.1.mlp.down_proj").weight
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj"):
+            weight = model.get_submodule(f"model.layers.1.mlp.{name}").weight
+            weight[7] = weight[20]
+        down[:, 7] *= 100  # so that it is the most salient channel before the update
+    structure = read_structure(model)
+    moments = StreamedMoments(structure, ALL, decay=0.5)
+    stream, plain = StreamedKFAC(structure, ALL, unexplained=moments.unexplained), StreamedKFAC(structure, ALL)
+    ids = make_tokens(16, 12)
+    for observer in (moments.stream, stream.stream, plain.stream):
+        observer.watch()
+        observer.listening = True
+    model(ids, labels=ids).loss.backward()
+    for observer in (moments.stream, stream.stream, plain.stream):
+        observer.listening = False
+    moments.end_step()
+    stream.add()
+    plain.add()
+
+    heads = structure.sizes.num_attention_heads // structure.sizes.num_key_value_heads * structure.sizes.head_dim
+    expected = {t: torch.zeros_like(stream.sums(t)) for t in ALL}
+    for name, (x, delta) in passes(model, ids).items():
+        weight = model.get_submodule(name).weight.detach().double()
+        layer = int(name.split(".")[2]) if "layers" in name else 0
+        kind = {"o_proj": "attention", "down_proj": "ffn"}.get(name.split(".")[-1], "hidden")
+        size = heads if kind == "attention" else 1
+        ridge = 0.01 * x.square().sum() / x.shape[1]
+        for unit in range(x.shape[1] // size):
+            lost = torch.arange(unit * size, (unit + 1) * size)
+            kept = torch.tensor([i for i in range(x.shape[1]) if i not in lost])
+            # Outputs weigh with the squares of their gradients.
+            wanted = x[:, lost] @ weight[:, lost].t() * delta.square().sum(0).sqrt()
+            design = torch.cat([x[:, kept], ridge.sqrt() * torch.eye(len(kept)).double()])
+            wanted = torch.cat([wanted, torch.zeros(len(kept), wanted.shape[1]).double()])
+            residual = wanted - design @ torch.linalg.lstsq(design, wanted, driver="gelsd").solution
+            expected[kind][layer if kind != "hidden" else 0, unit] += residual.square().sum()
+    for unit_type in ALL:
+        torch.testing.assert_close(stream.sums(unit_type), expected[unit_type], rtol=1e-3, atol=0)
+    assert bool((stream.sums("ffn") <= plain.sums("ffn")).all())
+    assert plain.sums("ffn")[1].argmax() == 7
+    assert stream.sums("ffn")[1, 7] < 0.1 * plain.sums("ffn")[1, 7]
+
+
 def hooks(module: torch.nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
 

@@ -68,6 +68,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.few_fast(9)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("score", "settings"),

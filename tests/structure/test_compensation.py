@@ -8,7 +8,7 @@ import torch
 from tiny import snapshot
 
 from lightning_prune import CalibrationError
-from lightning_prune.pruning.hessian import compensated
+from lightning_prune.pruning.hessian import compensated, unexplained
 from lightning_prune.structure import read_structure
 from lightning_prune.structure.compensation import compensate, compensation, observed_layers
 from lightning_prune.structure.units import check_removal
@@ -63,6 +63,34 @@ def test_matrices_that_cannot_be_solved_are_refused():
     bad = -torch.eye(4)
     with pytest.raises(CalibrationError, match="positive definite"):
         compensated(torch.ones(2, 4), bad, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("groups", [[[0], [4], [8]], [[0, 1, 2], [3, 8, 4], [5, 6, 7]]])
+def test_unexplained_is_what_the_update_leaves_of_the_error(groups):
+    """Of the squared change of the outputs, with the ridge that the update has, by least squares for each group."""
+    x, w = problem()
+    h = x.T @ x
+    ridge = DAMPING * np.mean(np.diag(h))
+    got = unexplained(torch.from_numpy(h), torch.tensor(groups)).numpy()
+    for matrix, lost in zip(got, groups, strict=True):
+        new = least_squares(x, w, lost)
+        kept = [i for i in range(9) if i not in lost]
+        for row, updated in zip(w, new, strict=True):
+            left = np.sum((x @ (updated - row)) ** 2) + ridge * np.sum((updated - row)[kept] ** 2)
+            assert row[lost] @ matrix @ row[lost] == pytest.approx(left, rel=1e-9)
+
+
+def test_unexplained_leaves_out_what_was_always_zero():
+    x, _ = problem()
+    padded = np.zeros((12, 12))
+    padded[:9, :9] = x.T @ x
+    got = unexplained(torch.from_numpy(padded), torch.tensor([[1, 2, 10], [9, 10, 11]])).numpy()
+    expected = unexplained(torch.from_numpy(x.T @ x), torch.tensor([[1, 2]])).numpy()
+    np.testing.assert_allclose(got[0, :2, :2], expected[0], rtol=1e-9)
+    np.testing.assert_allclose(got[0, 2], 0, atol=1e-9)
+    np.testing.assert_allclose(got[1], 0, atol=1e-9)
+    with pytest.raises(CalibrationError, match="positive definite"):
+        unexplained(-torch.eye(4), torch.tensor([[0]]))
 
 
 REMOVAL = {"attention": [[0], [1], [2]], "ffn": [[1, 5]] * 3, "hidden": [0, 7, 30]}
