@@ -431,17 +431,26 @@ def _run_trainer(arguments: list[str] | None) -> int:
             """Measure what was trained if nothing has yet, save it where it was asked for, and say where it is."""
             finish_fit(self.trainer, self.model, self.datamodule, self.config["fit"]["save_pretrained"])
 
-        def before_instantiate_classes(self) -> None:
-            """Look at a checkpoint where Lightning does not yet ask for it (before 2.6)."""
-            if not hasattr(LightningCLI, "_parse_ckpt_path"):
-                self._parse_ckpt_path()
+        def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+            """Parse, and keep the checkpoint from Lightning 2.6, which would read it without our checks."""
+            super().parse_arguments(parser, args)
+            self.checkpoint = self._command().get("ckpt_path")
+            if self.checkpoint:
+                self._command().ckpt_path = None
 
-        def _parse_ckpt_path(self) -> None:
+        def _command(self) -> Any:
+            return self.config[self.config["subcommand"]]
+
+        def before_instantiate_classes(self) -> None:
             """Take the architecture from a checkpoint, also from one that no command line wrote."""
-            command = self.config[self.config["subcommand"]]
-            path = command.get("ckpt_path")
-            if not path or path in ("best", "last", "hpc") or path.startswith("registry"):
+            if self.checkpoint:
+                self._take_architecture(self.checkpoint)
+                self._command().ckpt_path = self.checkpoint
+
+        def _take_architecture(self, path: str) -> None:
+            if path in ("best", "last", "hpc") or path.startswith("registry"):
                 return  # the Trainer finds it; callbacks read it before it is loaded
+            command = self._command()
             checkpoint = read_resumable(path)
             if Path(path).is_dir():
                 return

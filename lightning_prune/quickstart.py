@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.errors import check_whole
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.pipeline import prune
@@ -108,8 +109,7 @@ def quickstart(
         ValueError: if a number is below 1, or a saved model does not have the zeros of its masks.
     """
     for name, value in (("steps", steps), ("retrain_steps", retrain_steps), ("num_samples", num_samples)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+        check_whole(name, value)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet():

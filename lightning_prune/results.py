@@ -67,6 +67,18 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
 
 
+def short(value: float) -> str:
+    """A number of weights in three digits.
+
+    >>> short(106168320), short(999), short(1.5e9)
+    ('106 M', '999', '1.5 B')
+    """
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f}"
+
+
 def check_outputs(outputs: Sequence[str]) -> list[Path]:
     """The files to write results to, checked before work of minutes or hours begins.
 

@@ -9,6 +9,8 @@ from fractions import Fraction
 from numbers import Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from lightning_prune.errors import check_whole
+
 
 @runtime_checkable
 class Schedule(Protocol):
@@ -208,9 +210,7 @@ class ShrinkSchedule:
 
     def __post_init__(self) -> None:
         for name, least in (("start", 0), ("every", 1), ("units", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{_ARGUMENTS[name]}={value!r} must be a whole number of at least {least}")
+            check_whole(_ARGUMENTS[name], getattr(self, name), least)
         if self.end is not None and (not isinstance(self.end, int) or self.end <= self.start):
             raise ValueError(
                 f"end={self.end!r} must be a step after start={self.start}, or None for units_per_pruning units at "

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
 
 _T = TypeVar("_T")
 
@@ -211,11 +211,12 @@ def _bounds(shape: Sequence[int], mesh: DeviceMesh | None, cuts: Sequence[tuple[
 def _cuts(parameter: DTensor) -> list[tuple[int, int]]:
     """Pairs of mesh and tensor dimension, in the order in which the parameter was cut."""
     found = [
-        (mesh_dim, dim, isinstance(placement, _StridedShard))
+        (mesh_dim, dim, getattr(placement, "split_factor", 1) > 1)
         for mesh_dim, placement in enumerate(parameter.placements)
         if (dim := shard_dim(placement)) is not None and parameter.device_mesh.size(mesh_dim) > 1
     ]
-    # FSDP2 cuts what tensor parallelism left, though its mesh dimension comes first.
+    # FSDP2 cuts what tensor parallelism left, though its mesh dimension comes first. It says into how many parts
+    # tensor parallelism had split (`split_factor`) in a placement that has no public name.
     return [(m, dim) for m, dim, _ in sorted(found, key=lambda cut: cut[2])]
 
 

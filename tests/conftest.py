@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import naive
 import pytest
-import torch
-import torch.distributed as dist
-from tiny import LAYERS, Reference, make_llama, make_tokens
-from torch import Tensor, nn
-from versions import missing_for
+
+# Heavy libraries are imported by functions: with several workers, the process that starts them has to load this file
+# first, and needs none of them.
+if TYPE_CHECKING:
+    from tiny import Reference
+    from torch import Tensor, nn
 
 # The tests run in as many processes as there are cores; processes started by tests inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
-
-
-torch.set_num_threads(1)
-
 
 # Started in the background (nohup, some CI systems), a process inherits that Ctrl-C is ignored; some tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -29,6 +28,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_threa
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+    from versions import missing_for
+
+    torch.set_num_threads(1)  # a plugin may have imported it before the variable was set
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("few_fast") is not None:
@@ -41,11 +44,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for place, item in enumerate(several):
             if place not in fast:
                 item.add_marker("slow")
+    # Files that take long come first, so that no worker is left alone with one at the end.
+    weights: Counter[Path] = Counter()
+    for item in items:
+        long = item.get_closest_marker("slow") or item.get_closest_marker("distributed")
+        weights[item.path] += 50 if long else 1
+    items.sort(key=lambda item: -weights[item.path])
 
 
 @pytest.fixture(autouse=True)
 def no_group_outlives_a_test() -> Iterator[None]:
     """A Trainer that refuses a strategy has started its process group by then, and leaves it to this process."""
+    import torch.distributed as dist
+
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -53,22 +64,31 @@ def no_group_outlives_a_test() -> Iterator[None]:
 
 @pytest.fixture
 def llama() -> nn.Module:
+    from tiny import make_llama
+
     return make_llama()
 
 
 @pytest.fixture
 def llama_factory() -> Callable[..., nn.Module]:
+    from tiny import make_llama
+
     return make_llama
 
 
 @pytest.fixture
 def tokens() -> Callable[..., Tensor]:
+    from tiny import make_tokens
+
     return make_tokens
 
 
 @pytest.fixture(scope="session")
 def reference() -> Reference:
     """Not to be changed: copy the model."""
+    import naive
+    from tiny import LAYERS, Reference, make_llama, make_tokens
+
     model, ids = make_llama().double(), make_tokens(5, 12)
     statistics = naive.statistics(model, [{"input_ids": row[None]} for row in ids], LAYERS)
     weights = {name: model.get_parameter(name).detach().numpy().copy() for name in LAYERS}

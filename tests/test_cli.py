@@ -127,7 +127,7 @@ def test_a_target_is_a_number_or_a_mapping():
         (["quickstart", "--seed", "x"], "seed"),
         (["shrink", "a", "b", "--target", "half"], "must be a number, or JSON such as"),
         (["shrink", "a", "b", "--target", "true"], "must be a number, or JSON such as"),
-        (["quickstart", "--steps", "0"], "steps=0 must be at least 1"),
+        (["quickstart", "--steps", "0"], "steps=0 must be a whole number of at least 1"),
         (["fit", "--config", "/no/such.yaml"], "File does not exist"),
         (["fit"], "Exactly one of model and config"),
         (["fit", "--model.learning_rat", "1"], "learning_rat"),

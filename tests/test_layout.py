@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 # From the ground up: a file may import from its own box and from those before it.
@@ -30,9 +29,15 @@ def box(name: str) -> str:
     return name.partition(".")[0]
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Everything in a file."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def imports(path: Path) -> set[str]:
     """Full names of the modules that a file imports, also inside functions and for types alone."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    nodes = nodes_of(path)
     found = {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -56,7 +61,10 @@ def inside(module: str) -> str | None:
     raise AssertionError(f"{module} is nowhere in the package")
 
 
-ARROWS = {name: {a for m in imports(path) if (a := inside(m)) not in (None, name)} for name, path in MODULES.items()}
+@cache
+def arrows() -> dict[str, set[str]]:
+    """Of each module those that it imports."""
+    return {n: {a for m in imports(path) if (a := inside(m)) not in (None, n)} for n, path in MODULES.items()}
 
 
 def test_every_box_has_its_place():
@@ -64,19 +72,17 @@ def test_every_box_has_its_place():
     assert len(ORDER) <= 20
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_imports_point_down(name):
-    mine = ORDER.index(box(name))
-    upward = [other for other in ARROWS[name] if ORDER.index(box(other)) > mine]
+def test_imports_point_down():
     # The root names everything, and nobody goes through it: names are imported from where they are.
-    assert not upward, f"{name} imports {upward}"
+    order = {b: place for place, b in enumerate(ORDER)}
+    assert not [(n, o) for n, others in arrows().items() for o in others if order[box(o)] > order[box(n)]]
 
 
 def test_no_circle():
     # The folders' own files name what is in them, for users.
     graph = {
-        name: {other for other in arrows if not other.endswith("__init__")}
-        for name, arrows in ARROWS.items()
+        name: {other for other in others if not other.endswith("__init__")}
+        for name, others in arrows().items()
         if not name.endswith("__init__")
     }
     assert len(list(TopologicalSorter(graph).static_order())) == len(graph)
@@ -91,7 +97,7 @@ def test_heavy_libraries_stay_in_their_boxes():
 
 def test_at_most_nine_floors():
     """A box stands one floor above the highest that it imports."""
-    below = {b: {box(o) for n in MODULES if box(n) == b for o in ARROWS[n]} - {b} for b in ORDER}
+    below = {b: {box(o) for n in MODULES if box(n) == b for o in arrows()[n]} - {b} for b in ORDER}
     floors: dict[str, int] = {}
     for name in TopologicalSorter(below).static_order():
         floors[name] = 1 + max((floors[other] for other in below[name]), default=0)
@@ -103,14 +109,14 @@ def test_no_file_is_named_after_a_split():
 
 
 # Who asks whether one tensor is a shard, and who asks it of a model, beside `sharding.py`, whose functions take both.
-TENSORS = {"callbacks.traces", "perp.layers", "perp.masks", "pruning.hooks", "pruning.masks", "pruning.pipeline"}
+TENSORS = {"callbacks.traces", "perp.layers", "pruning.hooks", "pruning.masks", "pruning.pipeline"}
 MODELS = {"callbacks.checks", "pruning.pipeline", "structure.units", "text.module"}
 
 
 def test_sharding_is_asked_for_in_few_files():
     tensors, models = set(), set()
     for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.Name) and node.id in ("is_sharded", "DTensor"):
                 tensors.add(name)
             elif isinstance(node, ast.Name) and node.id == "has_sharded_parameters":

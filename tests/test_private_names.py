@@ -13,21 +13,20 @@ import transformers
 from accelerate import cpu_offload
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from tiny import make_llama
 from torch import nn
 from torch.distributed.checkpoint import filesystem, metadata
-from torch.distributed.tensor import placement_types
-from versions import WeightAveraging, has
+from versions import has
 
 PACKAGE = Path(__file__).parent.parent / "lightning_prune"
-# What has no public name, and the one file that knows it. Of each below there is a thing that has it.
+# What has no public name, and the one file that knows it. Of each below there is a thing that has it. If one goes, an
+# error says so. Two could also come to mean something else, and have no public way out. A loader that is given to `fit`
+# stands nowhere but in `_data_source` before training begins: another one would be calibrated on. And layers of one's
+# own are made known to PEFT by `_register_custom_module` alone: what PEFT has built is looked at afterwards.
 USES = {
-    "_StridedShard": "sharding",
     "_orig_mod": "naming",
     "_base": "pruning.hooks",
-    "_modules": "callbacks.traces",
     "_parameters": "callbacks.traces",
     "_buffers": "callbacks.traces",
     "_forward_hooks": "pruning.running",
@@ -41,8 +40,6 @@ USES = {
     "_ddp_comm_state": "callbacks.checks",
     "_data_source": "callbacks.calibration_data",
     "_batches_that_stepped": "callbacks.sparsity_monitor",
-    "_average_model": "callbacks.averages",
-    "_parse_ckpt_path": "cli",
     "_attn_implementation": "structure.classes",
     "_no_split_modules": "pruning.targets",
     "_gradient_checkpointing_func": "pruning.running",
@@ -73,14 +70,15 @@ def _defined(trees: object) -> set[str]:
     """Private attributes that classes of the package give themselves."""
     defined: set[str] = set()
     for tree in trees:  # type: ignore[attr-defined]
-        for cls in (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)):
-            for node in ast.walk(cls):
-                if isinstance(node, ast.FunctionDef):
-                    defined.add(node.name)
-                elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    defined.add(node.id)
-                elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                    defined.add(node.attr)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                defined.add(node.attr)
+            for part in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(part, ast.FunctionDef):
+                    defined.add(part.name)
+                elif isinstance(part, (ast.Assign, ast.AnnAssign)):
+                    names = part.targets if isinstance(part, ast.Assign) else [part.target]
+                    defined |= {name.id for name in names if isinstance(name, ast.Name)}
     return defined - USES.keys()
 
 
@@ -96,14 +94,12 @@ def _foreign(tree: ast.AST) -> set[str]:
             names |= {part for alias in node.names for part in alias.name.split(".")}
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr"):
             names |= {a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)}
-        elif isinstance(node, ast.FunctionDef) and node.name == "_parse_ckpt_path":
-            names.add(node.name)
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
 
 
 def test_torch_has_them() -> None:
     layer = nn.Linear(2, 2)
-    for name in ("_modules", "_parameters", "_buffers"):
+    for name in ("_parameters", "_buffers"):
         assert isinstance(getattr(layer, name), dict)
     register = {
         "_forward_hooks": layer.register_forward_hook,
@@ -124,7 +120,6 @@ def test_torch_has_them() -> None:
     assert layer._compiled_call_impl is not None
     for module, name in ((metadata, "_MEM_FORMAT_ENCODING"), (filesystem, "_StorageInfo")):
         assert isinstance(getattr(module, name), type)
-    assert issubclass(placement_types._StridedShard, placement_types.Placement)
 
 
 def test_lightning_has_them() -> None:
@@ -136,9 +131,6 @@ def test_lightning_has_them() -> None:
     assert callable(trainer.fit_loop._data_source.dataloader)
     assert trainer.fit_loop.epoch_loop._batches_that_stepped == 0
     assert LightningModule()._trainer is None
-    if has("lightning", "2.6"):
-        assert hasattr(WeightAveraging(), "_average_model")
-        assert callable(LightningCLI._parse_ckpt_path)
 
 
 def test_transformers_peft_and_datasets_have_them() -> None:

@@ -16,7 +16,7 @@ from lightning_prune import quickstart as module
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.cli import main
 from lightning_prune.quickstart import SCORES, check_zeros, quickstart, unigram_perplexity
-from lightning_prune.text.data import TextDataModule
+from lightning_prune.text.data import EMBEDDED, TextDataModule
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 
@@ -28,6 +28,16 @@ def run(folder, **kwargs):
         small = {"steps": 12, "retrain_steps": 3, "num_samples": 8}
         results = quickstart(folder, console=Console(file=out, width=120), **(small | kwargs))
     return results, out.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short(tmp_path_factory):
+    """The beginning of the book."""
+    file = tmp_path_factory.mktemp("book") / "text.txt"
+    file.write_text(EMBEDDED["austen"].read_text(encoding="utf-8")[:250_000], encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EMBEDDED, "austen", file)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.callbacks.kinds import is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.masks import apply_masks, named_weights
 from lightning_prune.pruning.targets import type_name
@@ -27,8 +27,7 @@ def averages(trainer: L.Trainer) -> list[nn.Module]:
     Raises:
         RuntimeError: see `_kept_by`.
     """
-    found = [_kept_by(c) for c in _callbacks(trainer) if is_kind(c, "WeightAveraging")]
-    return [average.module for average in found if average is not None]
+    return [_kept_by(c, trainer).module for c in callbacks_of(trainer) if is_kind(c, "WeightAveraging")]
 
 
 def mask_averages(
@@ -76,34 +75,32 @@ def mask_averages(
 def _averages_in(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[nn.Module, object | None]]:
     """Averaged modules; with each, who holds an ``AveragedModel`` that need not be one of the whole module."""
     seen: set[int] = set()
-    for callback in _callbacks(trainer):
+    for callback in callbacks_of(trainer):
         if is_kind(callback, "WeightAveraging", "StochasticWeightAveraging"):
-            average = _kept_by(callback)
-            if average is not None:
-                seen.add(id(average))
-                yield (average.module if isinstance(average, AveragedModel) else average), None
+            average = _kept_by(callback, trainer)
+            seen.add(id(average))
+            yield (average.module if isinstance(average, AveragedModel) else average), None
     inside = ((m, module) for m in module.modules())
-    beside = ((value, owner) for owner in (module, *_callbacks(trainer)) for value in _values(vars(owner)))
+    beside = ((value, owner) for owner in (module, *callbacks_of(trainer)) for value in _values(vars(owner)))
     for value, owner in (*inside, *beside):
         if isinstance(value, AveragedModel) and id(value) not in seen:
             seen.add(id(value))
             yield value.module, owner
 
 
-def _kept_by(callback: Any) -> Any:
-    """What an averaging callback of Lightning averages into; None before it has begun."""
-    if not hasattr(callback, "_average_model"):
-        raise RuntimeError(
-            f"{type(callback).__name__} of lightning {L.__version__} does not keep its average where 2.6 does "
-            "(`_average_model`), so the average cannot be held to the masks: use lightning 2.6, or leave the callback "
-            "out while weights are pruned"
-        )
-    return callback._average_model
+def _kept_by(callback: Any, trainer: L.Trainer) -> Any:
+    """What an averaging callback of Lightning averages into, which it makes in ``setup``.
 
-
-def _callbacks(trainer: L.Trainer) -> list[Any]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
+    Raises:
+        RuntimeError: no attribute of the callback is a model.
+    """
+    for value in vars(callback).values():
+        if isinstance(value, nn.Module) and value is not trainer.lightning_module:
+            return value
+    raise RuntimeError(
+        f"no attribute of {type(callback).__name__} (lightning {L.__version__}) is an averaged model, so the average "
+        "cannot be held to the masks: use lightning 2.6, or leave the callback out while weights are pruned"
+    )
 
 
 def _values(attributes: Mapping[str, Any]) -> Iterator[Any]:

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_prune.callbacks.kinds import is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.errors import check_whole
 from lightning_prune.naming import uncompiled
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
@@ -45,11 +46,8 @@ def check_settings(callback: Any) -> None:
     if callback.attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
     for name in ("second_order_every", "compact_every", "round_to"):
-        value = getattr(callback, name)
-        if name == "round_to" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if name != "round_to" or callback.round_to is not None:
+            check_whole(name, getattr(callback, name))
     for name in ("saliency_decay", "second_order_decay"):
         if not 0 <= getattr(callback, name) < 1:
             raise ValueError(f"{name}={getattr(callback, name)!r} must be in [0, 1)")
@@ -102,13 +100,12 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
             f"saliency='kfac' squares output gradients, which precision={trainer.precision!r} scales from step to "
             "step; use precision='bf16-mixed', or another saliency"
         )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     if len(pruners_of(trainer)) > 1:
         raise ValueError(
             "PruningAwarePretraining beside two WeightPruning is not supported: prune all layers with one of them, or "
             "in a fit of its own, on the small model that save_pretrained writes"
         )
-    for other in callbacks:
+    for other in callbacks_of(trainer):
         if other is callback:
             continue
         if is_kind(other, "StochasticWeightAveraging", "ModelPruning"):
@@ -138,8 +135,7 @@ def _check_sharding(strategy: Any, trainer: L.Trainer) -> None:
             f"PruningAwarePretraining does not support precision={trainer.precision!r} where parameters are sharded: "
             "its scaler may skip a step on one process alone; use precision='bf16-mixed'"
         )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for other in callbacks:
+    for other in callbacks_of(trainer):
         if is_kind(other, "WeightAveraging"):
             raise ValueError(
                 f"{type(other).__name__} keeps a copy of the model in which no units are masked where parameters are "
@@ -182,8 +178,7 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
 
 def neighbor(trainer: L.Trainer, kind: type[_C]) -> _C | None:
     """Return the first callback of a kind in the Trainer, None without one."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
 def masked_while_shrinking(trainer: L.Trainer, callback: Any) -> bool:
@@ -447,8 +442,7 @@ def check_after_shrinking(
             "the module has adapters of an earlier fit, and PruningAwarePretraining needs the plain model: merge them "
             "(lightning_prune.perp.merge), or take PruningAwarePretraining out"
         )
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    if (average := next((c for c in callbacks if is_kind(c, "WeightAveraging")), None)) is not None:
+    if (average := next((c for c in callbacks_of(trainer) if is_kind(c, "WeightAveraging")), None)) is not None:
         raise ValueError(
             f"{type(average).__name__} averages the weights that the module has at fit start, and adapters come later: "
             "leave it out, or run PERPRetraining in a fit of its own"

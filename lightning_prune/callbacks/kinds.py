@@ -6,9 +6,19 @@ and a version may lack a class that later ones have.
 
 from __future__ import annotations
 
+from typing import Any
+
+import lightning as L
+
 _PACKAGES = ("lightning.", "pytorch_lightning.", "lightning_fabric.")
 
 
 def is_kind(value: object, *names: str) -> bool:
     """Return whether an object is of one of Lightning's classes of these names, or of a class made from one."""
     return any(c.__name__ in names and c.__module__.startswith(_PACKAGES) for c in type(value).__mro__)
+
+
+def callbacks_of(trainer: L.Trainer) -> list[Any]:
+    """Return the callbacks of a Trainer, in its order; Lightning declares no type for the attribute."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

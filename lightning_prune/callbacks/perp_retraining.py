@@ -25,7 +25,7 @@ from lightning_prune.callbacks.checks import (
 )
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
-from lightning_prune.callbacks.kinds import is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
 from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
 from lightning_prune.callbacks.rewrapping import put_in_place, without_wrapper
@@ -205,7 +205,7 @@ class PERPRetraining(L.Callback):
         model = self._model(pl_module)
         found = find_retraining(model)
         check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None)
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         if self in callbacks:
             check_order(callbacks, self)
         if self.reconstruct is not None:

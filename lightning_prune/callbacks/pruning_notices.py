@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_prune.callbacks.kinds import is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.schedules import Schedule
@@ -92,8 +92,7 @@ def warn_of_missing_sparsity(schedule: Schedule, step: int, pruned: int, planned
 
 def warn_of_choice_by_score(trainer: L.Trainer, schedule: Schedule) -> None:
     """Warn of callbacks that compare weights of different sparsities while a schedule prunes."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         choosing = is_kind(callback, "ModelCheckpoint") and callback.save_top_k != 0
         if not (choosing or is_kind(callback, "EarlyStopping")) or callback.monitor is None:
             continue

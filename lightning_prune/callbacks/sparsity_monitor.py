@@ -10,9 +10,10 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.copies import copied_state
-from lightning_prune.callbacks.kinds import is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.weight_pruning import pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.errors import check_whole
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
 from lightning_prune.naming import place
 from lightning_prune.pruning.coverage import countable_weights
@@ -70,8 +71,7 @@ class SparsityMonitor(L.Callback):
         history: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps!r} must be a whole number of at least 1, such as 100")
+        check_whole("every_n_steps", every_n_steps, hint=", such as 100")
         self.every_n_steps = every_n_steps
         self.per_layer = per_layer
         self.targets = targets
@@ -197,9 +197,8 @@ def _folder_of(trainer: L.Trainer) -> Path:
 
 
 def _saliency_of(trainer: L.Trainer) -> dict[str, float]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     found: dict[str, float] = {}
-    for callback in callbacks:
+    for callback in callbacks_of(trainer):
         values = getattr(callback, "saliency", None)
         if isinstance(values, Mapping):
             found |= {layer_name(str(name)): float(value) for name, value in values.items() if value is not None}

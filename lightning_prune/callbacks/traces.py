@@ -118,7 +118,7 @@ class State:
             if not any(isinstance(value, Tensor) and is_sharded(value) for value in kind.values()):
                 self._container(kind, name)
             held += [(value, f"{name}.{key}") for key, value in kind.items()]
-        return held + [(child, f"{name}.{key}") for key, child in module._modules.items()]
+        return held + [(child, f"{name}.{key}") for key, child in module.named_children()]
 
     def _tensor(self, tensor: Tensor, name: str) -> None:
         if not self.tensors or tensor.is_meta:

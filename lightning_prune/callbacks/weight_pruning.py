@@ -18,7 +18,7 @@ from lightning_prune.callbacks.calibration_data import CalibrationData, calibrat
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.elsa_training import ELSATraining, check_elsa_fit, check_elsa_settings
-from lightning_prune.callbacks.kinds import is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.pruning_notices import (
     last_step,
     warn_of_a_schedule_that_ends_too_late,
@@ -697,8 +697,7 @@ class WeightPruning(L.Callback):
 
 def pruners_of(trainer: L.Trainer) -> list[WeightPruning]:
     """The `WeightPruning` callbacks of a Trainer, in its order."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if isinstance(callback, WeightPruning)]
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightPruning)]
 
 
 def _weights_to_prune(pruner: WeightPruning, module: nn.Module) -> dict[str, nn.Parameter]:

@@ -23,7 +23,6 @@ from lightning_prune.checkpoints.model import (
     OF_LIGHTNING,
     LoadedModel,
     ReadModel,
-    first_line,
     quiet_transformers,
     read_model,
     same_bits,
@@ -32,7 +31,7 @@ from lightning_prune.checkpoints.model import (
 )
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.checkpoints.states import shrunk_sizes
-from lightning_prune.errors import ExportError
+from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables

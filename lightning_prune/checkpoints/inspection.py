@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from lightning_prune.checkpoints.reading import open_checkpoint, readable
+from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint, readable
 from lightning_prune.checkpoints.states import StoredMasks
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import as_matrix, block_order, is_prunable, order_kinds, place
@@ -213,10 +214,29 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
     Raises:
         CheckpointError: the path does not exist, is damaged, or is of none of these formats.
     """
-    checkpoint = open_checkpoint(path)
+    return replace(inspect_checkpoint(open_checkpoint(path), "Counting zeros", progress), path=str(Path(path)))
+
+
+def inspect_checkpoint(
+    checkpoint: Checkpoint,
+    message: str,
+    progress: bool = True,
+    see: Callable[[TensorReport, Tensor, Tensor | None], None] = lambda *_: None,
+) -> Inspection:
+    """Inspect a checkpoint that is open, one tensor in memory at a time.
+
+    Args:
+        checkpoint: The checkpoint.
+        message: Stands before the bar.
+        progress: See `inspect`.
+        see: Called with the report of each tensor, the tensor, and its mask.
+
+    Raises:
+        CheckpointError: see `inspect`.
+    """
     masks = StoredMasks.of(checkpoint)
     reports: list[TensorReport] = []
-    with progress_bar("Counting zeros", len(checkpoint), enabled=progress) as advance:
+    with progress_bar(message, len(checkpoint), enabled=progress) as advance:
         for name, tensor in checkpoint.items():
             mask = None if masks is None else masks.take(name, tuple(tensor.shape))
             counted = masks is None or masks.counts(name)
@@ -225,12 +245,13 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
                     name, tensor, mask, checkpoint.model_type, checkpoint.ties.get(name), counted=counted
                 )
             reports.append(report)
+            see(report, tensor, mask)
             del tensor, mask
             advance()
     if not reports:
-        raise CheckpointError(f"{path} holds no tensors")
+        raise CheckpointError(f"{checkpoint.path} holds no tensors")
     return Inspection(
-        path=str(Path(path)),
+        path=str(checkpoint.path),
         format=checkpoint.format,
         bytes_on_disk=checkpoint.bytes_on_disk,
         tensors=reports,

@@ -25,7 +25,7 @@ from lightning_prune.checkpoints.sources import (
     looks_like_path,
 )
 from lightning_prune.checkpoints.states import StoredMasks, stored_units
-from lightning_prune.errors import ExportError
+from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES, clean_name
 from lightning_prune.progress import progress_bar
 from lightning_prune.safety import check_sum
@@ -416,11 +416,6 @@ def some_of(names: list[str]) -> str:
     return f"{len(names)} such as {names[0]!r}" if len(names) > 1 else repr(names[0])
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says first, or its type."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
 @dataclass(frozen=True)
 class LoadedModel:
     """A model, on the CPU and in evaluation mode unless it was given as an object.
@@ -533,9 +528,7 @@ def device_of(device: str | None) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device={device!r} is not there ({str(error).splitlines()[0]}); use 'cpu', or leave it out"
-        ) from error
+        raise ValueError(f"device={device!r} is not there ({first_line(error)}); use 'cpu', or leave it out") from error
     return found
 
 

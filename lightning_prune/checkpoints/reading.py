@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_prune.errors import CheckpointError
+from lightning_prune.errors import CheckpointError, first_line
 from lightning_prune.safety import check_claims, check_records, check_sum, stored_sums
 
 
@@ -592,9 +592,8 @@ def readable(path: Path, name: str | None = None) -> Iterator[None]:
         zlib.error,
     ) as error:
         what = f" (tensor {name!r})" if name else ""
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{path}{what} is damaged, cut off, or of another format: {reason}; copy or download it again"
+            f"{path}{what} is damaged, cut off, or of another format: {first_line(error)}; copy or download it again"
         ) from error
 
 

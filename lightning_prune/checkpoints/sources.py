@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lightning_prune.checkpoints.reading import check_config, check_folder
+from lightning_prune.errors import first_line
 from lightning_prune.safety import expanded
 
 
@@ -119,8 +120,9 @@ def load_pretrained(
     except (torch.OutOfMemoryError, MemoryError, OSError):
         raise
     except Exception as error:  # each family raises its own for files that are damaged, or not of it
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"model={model!r} cannot be loaded, it may be damaged or cut off: {reason}") from error
+        raise ValueError(
+            f"model={model!r} cannot be loaded, it may be damaged or cut off: {first_line(error)}"
+        ) from error
     if info["missing_keys"]:  # transformers warns, and goes on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -253,10 +255,9 @@ def _readable(source: str) -> Iterator[None]:
     except (OSError, MemoryError):  # say it themselves
         raise
     except Exception as error:  # that of the tokenizers library is Exception itself
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"tokenizer={source!r} cannot be loaded, it may be damaged or no tokenizer: {reason}; copy or download it "
-            "again"
+            f"tokenizer={source!r} cannot be loaded, it may be damaged or no tokenizer: {first_line(error)}; copy or "
+            "download it again"
         ) from error
 
 

@@ -270,7 +270,7 @@ def add_states(checkpoint: dict[str, Any], states: Mapping[str, Mapping[str, Any
 def load_merged_state(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a checkpoint for the plain LightningModule, with adapters merged that were being trained.
 
-    Only needed for checkpoints written under FSDP2 or by older versions: others hold it as their ``state_dict``.
+    Only needed for checkpoints written under FSDP2: others hold it as their ``state_dict``.
 
     Args:
         path: A ``.ckpt`` file, or the folder of a distributed checkpoint.

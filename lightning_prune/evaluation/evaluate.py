@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_prune.checkpoints.model import LoadedModel, context_of, device_of, load_model, on
 from lightning_prune.checkpoints.sources import existing_path
+from lightning_prune.errors import check_whole
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.evaluation.tasks import check_lm_eval, read_tasks, zero_shot
 from lightning_prune.history import versions
@@ -83,8 +84,8 @@ def evaluate(
     least = {"seq_len": 2, "stride": 1, "max_windows": 1, "limit": 1, "batch_size": 1}
     asked = {"seq_len": seq_len, "stride": stride, "max_windows": max_windows, "limit": limit, "batch_size": batch_size}
     for name, value in asked.items():
-        if value is not None and value < least[name]:
-            raise ValueError(f"{name}={value} must be at least {least[name]}")
+        if value is not None:
+            check_whole(name, value, least[name])
     if tasks:
         check_lm_eval()
         read_tasks(tasks)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from lightning_prune.checkpoints.inspection import Inspection
 from lightning_prune.checkpoints.model import context_of, device_of, load_model
+from lightning_prune.errors import check_whole
 from lightning_prune.evaluation.perplexity import evaluating
 from lightning_prune.history import versions
 from lightning_prune.progress import progress_bar
@@ -70,11 +71,9 @@ def benchmark(
     settings: dict[str, Any]
     settings = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
     for name, value in settings.items():
-        least = 2 if name == "repeats" else 1
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
-    if warmup < 0:
-        raise ValueError(f"warmup={warmup} must be 0 or above")
+        if name != "prompt_tokens" or value is not None:
+            check_whole(name, value, least=2 if name == "repeats" else 1)
+    check_whole("warmup", warmup, least=0)
     place = device_of(device)
     sources = [("dense", dense), ("pruned", model)] if dense is not None else [("pruned", model)]
     loaded = [load_model(source, None, dtype, role, progress) for role, source in sources if source is not None]

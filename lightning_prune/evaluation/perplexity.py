@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_prune.errors import check_whole
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.running import IGNORE_INDEX, next_token_losses
 
@@ -125,8 +126,7 @@ def perplexity(
     windows, overlap = _windows(data, seq_len, stride)
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all windows.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    check_whole("batch_size", batch_size)
     count = min(len(windows), max_windows or len(windows))
     chosen = [i * len(windows) // count if spread else i for i in range(count)]
     metric = NextTokenLoss()

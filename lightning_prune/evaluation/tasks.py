@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.checkpoints.sources import existing_path
+from lightning_prune.errors import check_whole, first_line
 from lightning_prune.evaluation.perplexity import evaluating
 from lightning_prune.results import TaskResult
 from lightning_prune.safety import expanded
@@ -68,10 +69,9 @@ def zero_shot(
         ValueError: lm-eval is not installed, a task is unknown, its data cannot be had, a local sample is longer than
             the model's context, or the model's probabilities are NaN.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be at least 1, or None for all samples")
+    check_whole("batch_size", batch_size)
+    if limit is not None:
+        check_whole("limit", limit, hint=", or None for all samples")
     check_lm_eval()
     local, names = read_tasks(tasks)
     if not local and not names:
@@ -127,10 +127,9 @@ def _load(local: Sequence[LocalTask], names: Sequence[str]) -> Any:
     try:
         loaded = manager.load([*map(_definition, local), *names])
     except (OSError, ConnectionError, ValueError, ImportError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"tasks: lm-eval cannot load the data of {', '.join(names) or 'the files'}: {reason}; its tasks come "
-            "from the hub, .jsonl files need no network"
+            f"tasks: lm-eval cannot load the data of {', '.join(names) or 'the files'}: {first_line(error)}; its "
+            "tasks come from the hub, .jsonl files need no network"
         ) from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:

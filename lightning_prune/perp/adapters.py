@@ -98,7 +98,7 @@ def add_adapters(
 
     Raises:
         TypeError, ValueError: an option that is unknown or does not go with the variant; no weight is pruned; masks
-            of another model; quantised, sharded or missing weights; nothing to train. The model is as it was then.
+            of another model; quantized, sharded or missing weights; nothing to train. The model is as it was then.
 
     Example::
 
@@ -169,7 +169,7 @@ def attach(
 
 
 def check_plain_model(model: nn.Module) -> None:
-    """Refuse a model that cannot take adapters: it has some, is sharded or quantised, or is a LightningModule."""
+    """Refuse a model that cannot take adapters: it has some, is sharded or quantized, or is a LightningModule."""
     if hasattr(model, "training_step"):  # by its method, so that the functional core does not import lightning
         raise ValueError(
             f"{type(model).__name__} is a LightningModule: pass the transformers model in it (module.model), or use "
@@ -188,14 +188,14 @@ def check_plain_model(model: nn.Module) -> None:
         f"the parameters of {type(model).__name__} are sharded (DTensor) already; add adapters first, then call "
         "fully_shard, so that they are sharded with the weights",
     )
-    if getattr(model, "is_quantized", False) and _quantisation(model) != "gguf":  # GGUF is dequantised on loading
+    if getattr(model, "is_quantized", False) and _quantization(model) != "gguf":  # GGUF is dequantized on loading
         raise ValueError(
-            f"{type(model).__name__} is quantised: an adapter cannot be merged into it with its zeros kept. Load the "
-            "model unquantised, retrain, merge, and quantise last"
+            f"{type(model).__name__} is quantized: an adapter cannot be merged into it with its zeros kept. Load the "
+            "model unquantized, retrain, merge, and quantize last"
         )
 
 
-def _quantisation(model: nn.Module) -> str | None:
+def _quantization(model: nn.Module) -> str | None:
     """The method's name in the model's configuration."""
     settings = getattr(getattr(model, "config", None), "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)

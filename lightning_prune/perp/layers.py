@@ -26,6 +26,7 @@ from lightning_prune.perp.effective import (
     Elementwise,
     effective_linear,
     effective_weight,
+    kept_by_sign,
     masked_growth,
     masked_product,
     masked_sum,
@@ -36,7 +37,16 @@ from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.running import has_hooks
 from lightning_prune.pruning.targets import layer_kind
-from lightning_prune.sharding import gather_whole, is_sharded, local, refuse_shards, shard_bounds, take_shard
+from lightning_prune.sharding import (
+    as_shard_of,
+    count_over_ranks,
+    gather_whole,
+    is_sharded,
+    local,
+    refuse_shards,
+    shard_bounds,
+    take_shard,
+)
 
 
 class SparseLinear(lora.Linear):
@@ -93,6 +103,29 @@ class SparseLinear(lora.Linear):
         part = self.base_part
         kept = self.kept if self.kept.shape == part.shape else take_shard(self.base_weight, self.kept).contiguous()
         return kept.to(part.device)
+
+    @torch.no_grad()
+    def hold(self, kept: Tensor, gathered: torch.dtype | None = None) -> None:
+        """Take a mask that has been checked; where the weight is a shard every rank must call.
+
+        Args:
+            kept: Of `base_part`, bool. Of a shard it is also written into the zeros.
+            gathered: The dtype that FSDP2 gathers the weight in; None: its own.
+        """
+        weight, part = self.base_weight, self.base_part
+        if not is_sharded(weight):
+            self.kept.copy_(to_bytes(kept, self.kept.device))
+            return
+        zero = part == 0
+        part.masked_fill_(zero, 0.0).masked_fill_(zero & kept, -0.0)
+        self.kept = to_bytes(kept, part.device)
+        if gathered in (None, part.dtype):
+            return
+        # Weights too small for the dtype that FSDP2 gathers in would become +0.0, as if pruned. Such a layer holds its
+        # mask whole: float32 weights have none of them in bfloat16 (below 1e-40), but may in float16 (3e-8).
+        lost = as_shard_of(weight, kept & (kept_by_sign(part.to(gathered)) == 0))
+        if count_over_ranks({"": lost}, lambda part: int(part.sum())):
+            self.kept = to_bytes(gather_whole(as_shard_of(weight, kept.to(torch.uint8))).bool(), part.device)
 
     @property
     def weight(self) -> Tensor:
@@ -461,14 +494,14 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
     """Refuse what cannot be adapted.
 
     Raises:
-        ValueError: the layer is no Linear or Conv1D, or its weight is quantised, sharded, offloaded, parametrized or
+        ValueError: the layer is no Linear or Conv1D, or its weight is quantized, sharded, offloaded, parametrized or
             without data.
     """
     if not isinstance(layer, (nn.Linear, Conv1D)):
         kind = layer_kind(layer)
         what = kind.name if kind is not None else type(layer).__name__
         raise ValueError(
-            f"{name!r} is a {what}; adapters go with nn.Linear and Conv1D, unquantised: leave it out of target_modules"
+            f"{name!r} is a {what}; adapters go with nn.Linear and Conv1D, unquantized: leave it out of target_modules"
         )
     weight = own_weight(layer)
     if weight is None:
@@ -484,8 +517,8 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
     # bitsandbytes and torchao put tensor subclasses in the place of the weight, which may claim to be floating point.
     if not weight.is_floating_point() or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         raise ValueError(
-            f"the weight of {name!r} is quantised ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
-            "merged into it with its zeros kept. Load the model unquantised, retrain, merge, and quantise last"
+            f"the weight of {name!r} is quantized ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
+            "merged into it with its zeros kept. Load the model unquantized, retrain, merge, and quantize last"
         )
     if weight.is_meta or is_hooked(layer):
         raise ValueError(f"the weight of {name!r} has no data here (meta device or offloaded); load the model whole")

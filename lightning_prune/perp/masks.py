@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.naming import plain_name
-from lightning_prune.perp.effective import kept_by_sign
-from lightning_prune.perp.layers import SparseLinear, sparse_layers
-from lightning_prune.pruning.clearing import to_bytes
+from lightning_prune.perp.layers import sparse_layers
 from lightning_prune.pruning.masks import part_of
 from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,
-    gather_whole,
     gathered_dtypes,
-    is_sharded,
     local,
     reshard,
 )
@@ -57,32 +53,9 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None, gathe
             new[name] = checked_mask(f"{name}.weight", mask, weight)
         else:
             new[name] = (local(weight) != 0) | layer.stays_dense
-    for name, layer in layers.items():
-        if not is_sharded(layer.base_weight):
-            layer.kept.copy_(to_bytes(new[name], layer.kept.device))
-    sharded = {name: layer for name, layer in layers.items() if is_sharded(layer.base_weight)}
-    if sharded:
-        _set_sharded_masks(model, sharded, new, gather)
-
-
-def _set_sharded_masks(
-    model: nn.Module, layers: Mapping[str, SparseLinear], masks: Mapping[str, Tensor], gather: bool
-) -> None:
-    """Hold a rank's parts of masks, and write them into the zeros of the weights."""
     dtypes = gathered_dtypes(model) if gather else {}
     for name, layer in layers.items():
-        weight, part, kept = layer.base_weight, layer.base_part, masks[name]
-        zero = part == 0
-        part.masked_fill_(zero, 0.0).masked_fill_(zero & kept, -0.0)
-        layer.kept = to_bytes(kept, part.device)
-        dtype = dtypes.get(layer.get_base_layer(), part.dtype)
-        if dtype == part.dtype:
-            continue
-        # Weights too small for the dtype that FSDP2 gathers in would become +0.0, as if pruned. Such a layer holds its
-        # mask whole: float32 weights have none of them in bfloat16 (below 1e-40), but may in float16 (3e-8).
-        lost = as_shard_of(weight, kept & (kept_by_sign(part.to(dtype)) == 0))
-        if count_over_ranks({name: lost}, lambda part: int(part.sum())):
-            layer.kept = to_bytes(gather_whole(as_shard_of(weight, kept.to(torch.uint8))).bool(), part.device)
+        layer.hold(new[name], dtypes.get(layer.get_base_layer()))
 
 
 def checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:

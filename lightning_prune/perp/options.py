@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_prune.errors import check_whole
 from lightning_prune.perp.layers import CombinedLinear, find_variant
 from lightning_prune.pruning.targets import type_name
 
@@ -87,8 +88,7 @@ def check_options(adapter: str | None, options: Mapping[str, Any]) -> None:
         return
     layer = find_variant(adapter)
     rank, dropout = options.get("r", DEFAULT_RANK), options.get("lora_dropout", 0.0)
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"r={rank!r} must be an integer >= 1, such as {DEFAULT_RANK}")
+    check_whole("r", rank, hint=f", such as {DEFAULT_RANK}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"lora_dropout={dropout!r} must be a number in [0, 1)")
     if dropout and issubclass(layer, CombinedLinear):

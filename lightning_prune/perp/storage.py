@@ -9,7 +9,7 @@ would give wrong outputs and, merged, fill the zeros:
 
 The configuration names the two others, and what they hold: their names are part of their check sums. So one step, in
 which the configuration is replaced, puts a new adapter in the place of an old one, and a folder is at no moment without
-one of them, whatever is killed. Folders of older versions have names without check sums.
+one of them, whatever is killed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lightning_prune.pruning.masks import Masks, unpack_masks
 CONFIG_FILE = "adapter_config.json"
 # PEFT names an unknown type in its error, so the type says what to do.
 PEFT_TYPE = "LIGHTNING_PRUNE_PERP: load this adapter with lightning_prune.perp.load_adapter"
-_OLD_NAMES = {"adapter": "perp_adapter.safetensors", "masks": "perp_masks.safetensors"}
+_FILES = ("adapter", "masks")
 _OURS = re.compile(r"\.?perp_(adapter|masks)(-[0-9a-f]{16})?\.safetensors(\.new)?")
 
 
@@ -130,11 +130,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def files_of(settings: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Return names and digests of the files that the configuration names; no digests in folders of older versions."""
-    if "files" not in settings:
-        return {what: {"name": name, "sha256": None} for what, name in _OLD_NAMES.items()}
+    """Return names and digests of the files that the configuration names."""
     try:
-        files = {what: dict(settings["files"][what]) for what in _OLD_NAMES}
+        files = {what: dict(settings["files"][what]) for what in _FILES}
         sound = all(_OURS.fullmatch(file["name"]) and isinstance(file["sha256"], str) for file in files.values())
     except (KeyError, TypeError, ValueError):
         sound = False
@@ -147,7 +145,7 @@ def _checked_file(folder: Path, file: Mapping[str, Any]) -> Path:
     path: Path = folder / file["name"]
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is missing: the adapter was not saved completely")
-    if file["sha256"] is not None and _digest(path) != file["sha256"]:
+    if _digest(path) != file["sha256"]:
         raise ValueError(f"{str(path)!r} is damaged: its check sum is another; take another copy")
     return path
 
@@ -185,8 +183,6 @@ def read_masks(folder: Path, file: Mapping[str, Any], model: nn.Module) -> Masks
 VERSION = 1
 _PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights")
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-# Written by older versions. They have selected the layers, which are named; run again they could only do harm.
-_SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def settings_of(model: nn.Module) -> dict[str, Any]:
@@ -219,7 +215,7 @@ def checked_settings(settings: Mapping[str, Any], where: str) -> None:
     """
     if settings.get("version") != VERSION:
         raise ValueError(f"{where} has version {settings.get('version')!r}, not {VERSION}; update lightning-prune")
-    if "crc32" in settings and settings["crc32"] != check_sum(settings):
+    if settings.get("crc32") != check_sum(settings):
         raise ValueError(f"{where} is damaged, or was changed by hand: its check sum is another; save the adapter anew")
     options, adapter = settings.get("options"), settings.get("adapter")
     if not isinstance(options, dict) or not isinstance(settings.get("train"), list):
@@ -227,7 +223,7 @@ def checked_settings(settings: Mapping[str, Any], where: str) -> None:
     targets = options.get("target_modules", [])
     if "adapter" not in settings or not _are_names(targets) or bool(targets) != (adapter is not None):
         raise ValueError(f"{where} is damaged: 'target_modules' is no list of names, or 'adapter' is missing")
-    unknown = sorted(options.keys() - {*_PLAIN, *_PATTERNS, *_SELECTING, "target_modules"}, key=repr)
+    unknown = sorted(options.keys() - {*_PLAIN, *_PATTERNS, "target_modules"}, key=repr)
     if unknown:
         raise ValueError(f"{where} has the option {unknown[0]!r}, which no adapter of save_adapter has")
     try:
@@ -262,20 +258,22 @@ def options_for(
             f"{strange[0]!r} of {where} is no module of {type(model).__name__}: the adapter belongs to another model"
         )
     rank = options.get("r", DEFAULT_RANK)
-    ranks = _by_layer(options, "rank_pattern", targets, where)
-    alphas = _by_layer(options, "alpha_pattern", targets, where) if find_variant(settings["adapter"]).scaled else {}
+    patterns = {field: options.get(field) or {} for field in _PATTERNS}
+    for field, pattern in patterns.items():
+        _check_pattern(field, pattern, targets, where)
+    if not find_variant(settings["adapter"]).scaled:
+        del patterns["alpha_pattern"]
     for name in targets:
-        stored = weights.get(f"{name}.lora_A")
-        if stored is not None and (stored.dim() != 2 or stored.shape[0] != ranks.get(name, rank)):
+        stored, told = weights.get(f"{name}.lora_A"), patterns["rank_pattern"].get(re.escape(name), rank)
+        if stored is not None and (stored.dim() != 2 or stored.shape[0] != told):
             raise ValueError(
-                f"{where} gives {name!r} the rank {ranks.get(name, rank)}, but the adapter's matrix has shape "
+                f"{where} gives {name!r} the rank {told}, but the adapter's matrix has shape "
                 f"{tuple(stored.shape)}: it is damaged, or belongs to another model"
             )
     return {
         **{name: options[name] for name in _PLAIN if name in options},
         "target_modules": list(targets),
-        **({"rank_pattern": {re.escape(n): v for n, v in ranks.items()}} if ranks else {}),
-        **({"alpha_pattern": {re.escape(n): v for n, v in alphas.items()}} if alphas else {}),
+        **{field: pattern for field, pattern in patterns.items() if pattern},
     }
 
 
@@ -283,28 +281,15 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
-def _by_layer(options: Mapping[str, Any], field: str, targets: Collection[str], where: str) -> dict[str, Any]:
-    """Values of a pattern for the layers it names, by whole names or their ends; nothing is run."""
-    pattern = options.get(field) or {}
-    if not isinstance(pattern, dict) or len(pattern) > len(targets):
-        raise ValueError(f"{where} is damaged: {field!r} must give numbers to layers, at most one to each")
-    values = {}
-    for key, value in pattern.items():
-        name = re.sub(r"\\(.)", r"\1", key)
-        if key != re.escape(name) and not re.fullmatch(r"[\w.-]+", key):
-            raise ValueError(
-                f"{where} has the regular expression {key!r} in {field!r}, which is not run, since it may be written "
-                "to hang: save the adapter anew, which names every layer"
-            )
+def _check_pattern(field: str, pattern: Any, targets: Collection[str], where: str) -> None:
+    """Refuse numbers of layers that are out of range, and patterns that are no layer's whole name: PEFT runs them."""
+    names = {re.escape(name) for name in targets}
+    if not isinstance(pattern, dict) or not pattern.keys() <= names:
+        raise ValueError(
+            f"{where} is damaged: {field!r} must give numbers to layers of 'target_modules', each by its whole name; a "
+            "regular expression is not run, since it may be written to hang"
+        )
+    for name, value in pattern.items():
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not (whole if field == "rank_pattern" else is_scaling(value)):
             raise ValueError(f"{where} has {value!r} for {name!r} in {field!r}, which is out of range")
-        values[name] = value
-    found = {}
-    for target in targets:
-        parts = target.split(".")
-        ends = (".".join(parts[start:]) for start in range(len(parts)))
-        end = next((end for end in ends if end in values), None)
-        if end is not None:
-            found[target] = values[end]
-    return found

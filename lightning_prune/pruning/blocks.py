@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.batches import batch_size
 from lightning_prune.pruning.batches import samples as first_samples
+from lightning_prune.pruning.forwards import forwards_replaced
 from lightning_prune.pruning.padding import Padding, PaddingFinder
 from lightning_prune.pruning.running import ForwardContext
 from lightning_prune.pruning.targets import type_name
@@ -204,20 +205,14 @@ class BlockWalk:
 
             return record
 
-        # A forward may have been set on the block itself (device maps of accelerate, torch.compile).
-        own = [block.__dict__.get("forward") for block in self.blocks]
         padding = self.padding.find(batch)
-        try:
-            for index, block in enumerate(self.blocks):
-                block.__dict__["forward"] = recorder(index)
-            with self.padding.watching(), self.samples.forward_context(), contextlib.suppress(_AllRecordedError):
-                self.samples.run(self.samples.model, batch)
-        finally:
-            for block, forward in zip(self.blocks, own, strict=True):
-                if forward is None:
-                    block.__dict__.pop("forward", None)  # back to the class's method
-                else:
-                    block.__dict__["forward"] = forward
+        with (
+            forwards_replaced({block: recorder(index) for index, block in enumerate(self.blocks)}),
+            self.padding.watching(),
+            self.samples.forward_context(),
+            contextlib.suppress(_AllRecordedError),
+        ):
+            self.samples.run(self.samples.model, batch)
         if self.optional and not calls:
             return None
         if len(calls) != len(self.blocks):

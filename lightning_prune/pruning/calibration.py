@@ -3,7 +3,7 @@
 Forward statistics (input norms, Hessians) cost one forward a sample. Gradient statistics cost one forward and one
 backward: the parameters are frozen meanwhile, so that autograd makes no weight gradient at all, and hooks form each
 layer's own (see `hooks`). So a batch of B samples gives the aggregate of B batches of one, and no full
-set of gradients ever exists.
+set of gradients ever exists. Blocks of offloaded weights run again in the backward pass (see `recomputing`).
 
 Where parameters are sharded, forward and backward passes hold collectives, so the ranks run in lock step: each meets
 the others before and after every forward pass, one whose samples have ended repeats its last without counting it,
@@ -27,8 +27,17 @@ from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Tap, Taps
+from lightning_prune.pruning.offloading import put_away
 from lightning_prune.pruning.padding import Padding, PaddingFinder
-from lightning_prune.pruning.running import ForwardContext, forward, model_loss, quiet_model, without_label
+from lightning_prune.pruning.room import Room
+from lightning_prune.pruning.running import (
+    ForwardContext,
+    forward,
+    model_loss,
+    predicts_next_tokens,
+    quiet_model,
+    without_label,
+)
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     BACKWARD_STATISTICS,
@@ -40,7 +49,7 @@ from lightning_prune.pruning.statistics import (
     values_of,
 )
 from lightning_prune.pruning.taking_apart import Decision, How, loss_of
-from lightning_prune.pruning.targets import Target
+from lightning_prune.pruning.targets import Target, find_blocks
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard, settle
 
@@ -106,12 +115,16 @@ def collect(
     # In lock step errors meet inside; an error elsewhere must not start a collective that no other rank is in.
     outside = None if sweep.lockstep is not None else ranks
     settle(model)
-    with synchronized_errors(outside), quiet_model(model, freeze=taps.backward):
+    with synchronized_errors(outside), quiet_model(model, freeze=taps.backward), sweep.room:
+        if any(target.offloaded for target in targets):
+            sweep.room.recompute()
         try:
             sweep.run(batches, num_samples, progress)
         finally:
             reshard(model)
     sweep.padding.warn()
+    if told := str(sweep.room):
+        warnings.warn(told, stacklevel=2)
     return _finish(taps, sweep.samples, ranks, sweep.unlabeled)
 
 
@@ -167,6 +180,8 @@ class _Sweep:
         self.padding = PaddingFinder(model)
         self.samples = 0
         self.unlabeled = 0  # samples without a label, which are passed over
+        self.decision = Decision(model, taps, loss_fn or model_loss, forward_context, self.lockstep)
+        self.room = Room([block for _, block in find_blocks(model)] if taps.backward else [])
         self.how = How.UNKNOWN
         self.one_by_one = False
         self.queue: deque[tuple[Any, int]] = deque()  # batches taken apart, or to be run again
@@ -193,7 +208,7 @@ class _Sweep:
             if self.taps.backward:
                 batches = self._look_at_first(batches if num_samples > 0 else ())
             for (batch, count), counting in in_step(self._units(batches, num_samples), self.lockstep):
-                advance(self._run_batch(batch, count, counting))
+                advance(self._run_or_divide(batch, count, counting))
         drawn = self.samples + self.unlabeled
         if 0 < drawn < num_samples:
             warnings.warn(f"calibration data ended after {drawn} of num_samples={num_samples}", stacklevel=3)
@@ -208,18 +223,17 @@ class _Sweep:
         """Settle on how batches are run, alike on every rank, by the first of them; returns all of them."""
         iterator, batch, error = iter(batches), None, None
         chosen, reason = How.UNKNOWN, ""
-        decision = Decision(self.model, self.taps, self.loss_fn or model_loss, self.forward_context, self.lockstep)
         try:
             batch = next((item for item in iterator if batch_size(item) != 0), None)
             if self.lockstep is None and batch is not None:
-                chosen, reason = decision.make(batch)
+                chosen, reason = self._decide(batch)
         except Exception as caught:
             error = caught
         if self.lockstep is not None:
             if error is None and batch is None:
                 error = no_sample(" on this rank")
             meet(self.lockstep, error, [])
-            chosen, reason = decision.make(batch)
+            chosen, reason = self.decision.make(batch)
         self.how = How(max(how for (how,) in meet(self.ranks, error, [chosen])))
         self.one_by_one = self.how is How.ONE_BY_ONE
         if self.how is How.WHOLE:
@@ -236,10 +250,56 @@ class _Sweep:
         """Batches to run and the number of their samples; taken apart once that has proved necessary."""
         source = samples(batches, num_samples, cut=lambda: self.how is not How.WHOLE)
         while (unit := self.queue.popleft() if self.queue else next(source, None)) is not None:
-            if self.one_by_one and (size := batch_size(unit[0]) or 1) > 1:
-                self.queue.extendleft((take(unit[0], i, i + 1), 1) for i in reversed(range(size)))
+            size = batch_size(unit[0]) or 1
+            together = 1 if self.one_by_one else self.room.samples_in(unit[0], size)
+            if together < size:
+                starts = reversed(range(0, size, together))
+                self.queue.extendleft((take(unit[0], i, i + together), min(together, size - i)) for i in starts)
             else:
                 yield unit
+
+    # -- where memory is short -------------------------------------------------------------------------------------
+
+    def _decide(self, batch: Any) -> tuple[How, str]:
+        """What `Decision.make` says; where its two samples do not fit, what is known without them."""
+        try:
+            return self.decision.make(batch)
+        except torch.OutOfMemoryError as caught:
+            problem = caught.with_traceback(None)  # whose frames hold what did not fit
+        put_away(self.model)
+        alone = self._gives_own_losses(batch)
+        if not self.room.make(take(batch, 0, 2), 2, alone):
+            raise problem
+        return (How.ONE_BY_ONE, "") if alone else self.decision.make(batch)
+
+    def _gives_own_losses(self, batch: Any) -> bool:
+        return self.loss_fn is None and predicts_next_tokens(self.model, batch)
+
+    def _run_or_divide(self, batch: Any, count: int, counting: bool) -> int:
+        """Run a batch; returns the number of samples dealt with, 0 where it will be run again with less memory."""
+        try:
+            return self._run_batch(batch, count, counting)
+        except torch.OutOfMemoryError as caught:
+            problem = caught.with_traceback(None)  # whose frames hold what did not fit
+        put_away(self.model)
+        # In lock step the others are in the middle of a pass.
+        if self.lockstep is not None or not self.taps.undo(only=not self.samples):
+            raise problem
+        if not self.room.make(batch, batch_size(batch) or 1, self._divisible(batch)):
+            raise problem
+        self.queue.appendleft((batch, count))
+        return 0
+
+    def _divisible(self, batch: Any) -> bool:
+        """Whether pieces of a batch give the same sums as all of it."""
+        if self.how is How.WHOLE or (batch_size(batch) or 1) == 1:
+            return False
+        if not self.taps.backward or self._gives_own_losses(batch):
+            return True
+        try:
+            return self.decision.of_each_alone(batch)
+        except torch.OutOfMemoryError:
+            return False
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
@@ -314,6 +374,7 @@ class _Sweep:
 
 def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0) -> dict[str, LayerStatistics]:
     """Check, sum over ranks, and return the statistics."""
+    taps.settle()
     with synchronized_errors(ranks):
         if not total and unlabeled:
             raise CalibrationError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.errors import check_whole
 from lightning_prune.pruning.masks import pack_masks, part_of, unpack_masks
 from lightning_prune.pruning.scores import Score
 from lightning_prune.pruning.statistics import LayerStatistics
@@ -49,9 +50,7 @@ class ELSA(OneShot):
 
     def __post_init__(self) -> None:
         for name in ("step", "every_n_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} of ELSA must be an integer >= 1")
+            check_whole(name, getattr(self, name))
         if self.every_n_steps > self.step:
             raise ValueError(
                 f"every_n_steps={self.every_n_steps} of ELSA is more than step={self.step}: nothing would be chosen "

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune.naming import own_parameters
+from lightning_prune.pruning.forwards import forwards_replaced
 from lightning_prune.pruning.offloading import at_hand
 
 _UP, _DOWN = ("gate_up_proj", "up_proj"), "down_proj"
@@ -130,31 +131,25 @@ See = Callable[[nn.Module, int, Routed, Tensor, Tensor], None]
 
 @contextmanager
 def written_out(
-    matrices: Iterable[ExpertMatrix], others: Iterable[nn.Module] = (), see: See | None = None
+    matrices: Iterable[ExpertMatrix], beside: Iterable[nn.Module] = (), see: See | None = None
 ) -> Iterator[None]:
     """While the block runs, the experts that some matrices belong to call each of their matrices as a module.
 
     Args:
         matrices: Known from outside, to put hooks on.
-        others: More modules that hold experts.
+        beside: More modules that hold experts.
         see: Called with such a module, the number of an expert, the R tokens routed to it, what it makes of them
             ``[R, H]``, and their weights ``[R]``. Not for experts that receive weighted tokens (Llama 4).
     """
-    stacks: dict[nn.Module, dict[str, dict[int, ExpertMatrix]]] = {experts: {} for experts in others}
+    stacks: dict[nn.Module, dict[str, dict[int, ExpertMatrix]]] = {experts: {} for experts in beside}
     for matrix in matrices:
         stacks.setdefault(matrix.experts, {}).setdefault(matrix.name, {})[matrix.index] = matrix
-    own = {experts: vars(experts).get("forward") for experts in stacks}
-    try:
-        for experts, known in stacks.items():
-            run = _run_sorted if _takes_sorted(experts) else partial(_run_routed, see=see)
-            vars(experts)["forward"] = partial(_at_hand, run, experts, _all_matrices(experts, known))
+    others: dict[nn.Module, Callable[..., Tensor]] = {}
+    for experts, known in stacks.items():
+        run = _run_sorted if _takes_sorted(experts) else partial(_run_routed, see=see)
+        others[experts] = partial(_at_hand, run, experts, _all_matrices(experts, known))
+    with forwards_replaced(others):
         yield
-    finally:
-        for experts, forward in own.items():
-            if forward is None:
-                vars(experts).pop("forward", None)  # back to the class's method
-            else:
-                vars(experts)["forward"] = forward
 
 
 def _at_hand(run: Callable[..., Tensor], experts: nn.Module, *arguments: Any, **named: Any) -> Tensor:

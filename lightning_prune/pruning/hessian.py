@@ -193,7 +193,7 @@ def unexplained(hessian: Tensor, groups: Tensor, damping: float = DAMPING) -> Te
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             inverse = torch.cholesky_inverse(factor)
-            blocks = torch.linalg.inv(inverse[groups[:, :, None], groups[:, None, :]])
+            blocks: Tensor = torch.linalg.inv(inverse[groups[:, :, None], groups[:, None, :]])
             added = damped.diagonal() - hessian.diagonal()
             return blocks - torch.diag_embed(added[groups])
     raise CalibrationError(_INDEFINITE)

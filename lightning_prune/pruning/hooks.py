@@ -172,6 +172,8 @@ class Taps:
         (row, row_end), (column, column_end) = layout.forward_bounds(self.data_ranks)
         own = target.part(target.weight).shape
         wide = wide_dtype(target.weight.dtype)
+        if device is None and target.offloaded:
+            device = torch.device("cpu")  # where there may be room for as many numbers as the model has weights
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
         accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
@@ -227,8 +229,25 @@ class Taps:
         self.whole, self.calls = whole, []
         self.uses.begin()
         self.last_input, self.failure, self.not_per_sample = None, None, False
+        self.settle()
         for tap in self.all:
             tap.uses, tap.pending, tap.at_once = 0, [], True
+
+    def settle(self) -> None:
+        """Let what the last forward (and backward) pass has added stand."""
+        for tap in self.all:
+            tap.accumulator.settle()
+
+    def undo(self, only: bool) -> bool:
+        """Take back what the last pass has added before it failed; `only` says that no other has added anything.
+
+        Returns:
+            Whether that can be done.
+        """
+        self.last_input = None
+        for tap in self.all:
+            tap.pending = []
+        return all(tap.accumulator.undo(only) for tap in self.all)
 
     def run_backward(self, loss: Tensor, everywhere: Sequence[Sequence[int]]) -> None:
         """Backward of a loss, and the sums it feeds.
@@ -299,6 +318,8 @@ class Taps:
             call = self.calls.pop()
             while call.layer is not layer:  # a layer inside failed, and the model went on
                 call = self.calls.pop()
+            if self.watched:
+                self.uses.forget(call)
             if not isinstance(output, Tensor):
                 if self.backward:
                     self.fail(

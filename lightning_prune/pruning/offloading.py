@@ -87,6 +87,14 @@ def at_hand(
             hook.offload = True
 
 
+def put_away(model: nn.Module) -> None:
+    """Let go of weights that were brought for a forward pass which failed: a later change of them would be lost."""
+    for module in model.modules():
+        hook = _hook(module)
+        if hook is not None and hook.offload and any(not p.is_meta for p in own_parameters(module).values()):
+            hook.post_forward(module, None)
+
+
 def _place(weights: Any, name: str) -> tuple[Any, str]:
     """The mapping that keeps a tensor (accelerate's loader, or one in memory), and its name there."""
     while hasattr(weights, "prefix"):

@@ -31,7 +31,7 @@ from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.masks import PackedMasks, apply_masks, masks_from_zeros
-from lightning_prune.pruning.offloading import at_hand
+from lightning_prune.pruning.offloading import at_hand, put_away
 from lightning_prune.pruning.patterns import lowest_in_rows, nm_mask, refuse_nan
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
@@ -119,7 +119,8 @@ def prune(
         seed: Of ``"random"``.
         gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate, one
             buffer a pruned weight. Sums in bfloat16 stop growing after some 256 samples of equal size.
-        gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's.
+        gradient_device: Device of the gradient aggregate, such as ``"cpu"``; default the weight's, main memory
+            where that is offloaded.
         progress: Show progress bars in a terminal.
         ranks: The processes that prune together, each with batches and `num_samples` of its own (see
             `lightning_prune.Ranks`); every one must call. Where parameters are sharded over one mesh dimension it is
@@ -211,8 +212,12 @@ def run_plan(
         return masks
     share, before = exact_share(fraction), previous or {}
     run = _Run(plan, model, batches, loss_fn, share, before, forward_context, ranks, summary, apply)
-    with memory_advice(plan):
-        masks = run.masks()
+    try:
+        with memory_advice(plan):
+            masks = run.masks()
+    except BaseException:
+        put_away(model)
+        raise
     if summary is not None and run.parts is not None:
         summary.sum_over(run.parts)
     return masks

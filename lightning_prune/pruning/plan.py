@@ -166,12 +166,13 @@ def make_plan(
 
 def _check_offloaded(plan: PruningPlan, model: nn.Module) -> None:
     away = [t for t in plan.targets if t.offloaded]
-    # Autograd holds every weight that a forward pass has met until its backward.
-    if away and plan.dense_statistics & BACKWARD_STATISTICS:
+    # Autograd holds every weight that a forward pass has met until its backward, unless blocks run again then.
+    if away and plan.dense_statistics & BACKWARD_STATISTICS and not plan.blocks:
         raise ValueError(
-            f"score={plan.score.name!r}, or its allocation, needs a backward pass, which "
-            f"would hold all offloaded weights (device_map) at once, such as {away[0].name!r}: choose a score without "
-            "gradients (wanda, sparsegpt) with sequential=True, or load the model whole"
+            f"score={plan.score.name!r}, or its allocation, needs a backward pass, and {type(model).__name__} names no "
+            "decoder blocks (_no_split_modules) whose weights could be brought one after the other, so all offloaded "
+            f"weights (device_map) would be held at once, such as {away[0].name!r}: choose a score without gradients "
+            "(wanda, sparsegpt, magnitude), or load the model whole"
         )
     check_offloaded(model, [(t.name, t.module, t.parameter.rpartition(".")[2]) for t in away])
 

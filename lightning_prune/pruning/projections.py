@@ -9,13 +9,16 @@ Dimensions: B samples, T tokens, E channels of the queries, I inputs of a projec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_prune.pruning.forwards import forwards_replaced
 
 _PARAMETERS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 OUTPUT = 3
@@ -83,17 +86,17 @@ def projections_written_out(projections: Iterable[Projection]) -> Iterator[None]
     known: dict[nn.MultiheadAttention, dict[int, Projection]] = {}
     for projection in projections:
         known.setdefault(projection.attention, {})[projection.index] = projection
+    others: dict[nn.Module, Callable[..., Any]] = {
+        attention: partial(_run, attention, [found.get(i) or Projection(attention, i) for i in range(4)])
+        for attention, found in known.items()
+    }
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # encoders compute whole layers in one call otherwise
     try:
-        for attention, found in known.items():
-            every = [found.get(index) or Projection(attention, index) for index in range(4)]
-            vars(attention)["forward"] = partial(_run, attention, every)
-        yield
+        with forwards_replaced(others):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for attention in known:
-            vars(attention).pop("forward", None)  # back to the class's method
 
 
 def _run(

@@ -40,10 +40,7 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
         ValueError: the model makes no loss of the batch; the message says what to add.
     """
     inner = unwrapped(model)
-    if not _is_pretrained(inner) or not isinstance(batch, Mapping):
-        return causal_lm_loss(model, batch)
-    labeled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
-    if _is_causal_lm(inner) and (_shifts_labels(inner) or not labeled):
+    if not _is_pretrained(inner) or predicts_next_tokens(model, batch):
         return causal_lm_loss(model, batch)
     inputs = _cast(model, dict(batch))
     if _accepts(inner, "return_loss"):
@@ -58,6 +55,17 @@ def model_loss(model: nn.Module, batch: Any) -> Tensor:
             f"{add}pass loss_fn=f(model, batch)"
         )
     return loss
+
+
+def predicts_next_tokens(model: nn.Module, batch: Any) -> bool:
+    """Whether `model_loss` gives each sample a loss of its own because the model is a causal one of transformers."""
+    inner = unwrapped(model)
+    if not _is_pretrained(inner):
+        return False
+    if not isinstance(batch, Mapping):
+        return True
+    labeled = any(batch.get(name) is not None for name in _LOSS_INPUTS)
+    return _is_causal_lm(inner) and (_shifts_labels(inner) or not labeled)
 
 
 def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -277,7 +285,8 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     caches = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    trainable = [p for p in model.parameters() if p.requires_grad] if freeze else []
+    # By name: a device map makes new parameters with every forward pass.
+    trainable = [(m, n) for m in model.modules() for n, p in own_parameters(m).items() if freeze and p.requires_grad]
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []
     # A compiled model would not see hooks that were added after it was compiled.
@@ -289,12 +298,12 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
                 module.training = module in checkpointed
             for config in caches:
                 config.use_cache = False
-            for parameter in trainable:
-                parameter.requires_grad_(False)
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(False)
             yield
         finally:
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for module, name in trainable:
+                getattr(module, name).requires_grad_(True)
             for config in caches:
                 config.use_cache = True
             for module, mode in modes:

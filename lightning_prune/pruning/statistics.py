@@ -109,6 +109,12 @@ class Accumulator:
             256 samples of equal size.
         gradient_device: Where the gradient aggregate lives; default beside the layer.
         dtype: Of products and results: that of `wide_dtype` for the weight.
+
+    Attributes:
+        samples: Number of samples.
+        sums: What batches have added up to.
+        staged: Vectors that the last batch adds, which `settle` does. Matrices are too large to be held twice.
+        unsettled: Whether it has added to a matrix already.
     """
 
     statistics: frozenset[str]
@@ -118,6 +124,8 @@ class Accumulator:
     dtype: torch.dtype = torch.float32
     samples: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    staged: dict[str, Tensor] = field(default_factory=dict)
+    unsettled: bool = False
 
     @full_precision()
     def input_increments(self, x: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
@@ -134,10 +142,37 @@ class Accumulator:
     def add(self, increments: Mapping[str, Tensor]) -> None:
         """Add to the sums; the increments stay the caller's."""
         for name, value in increments.items():
-            if name in self.sums:
-                self.sums[name] += value
-            else:
-                self.sums[name] = value.clone()
+            if name != HESSIAN:
+                self.staged[name] = self.staged[name] + value if name in self.staged else value
+                continue
+            self.unsettled = True
+            self._add_to_sum(name, value)
+
+    def _add_to_sum(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value
+        else:
+            self.sums[name] = value.clone()
+
+    def settle(self) -> None:
+        """Let what the last batch has added stand."""
+        for name, value in self.staged.items():
+            self._add_to_sum(name, value)
+        self.staged, self.unsettled = {}, False
+
+    def undo(self, only: bool) -> bool:
+        """Take back what the last batch has added; `only` says that no other has added anything.
+
+        Returns:
+            Whether that can be done.
+        """
+        if self.unsettled and not only:
+            return False
+        if self.unsettled:
+            for total in self.sums.values():
+                total.zero_()
+        self.staged, self.unsettled = {}, False
+        return True
 
     def add_output_gradient(self, delta: Tensor, scale: float) -> None:
         """Take in `scale` times the output gradients, ``[B, T, O]``."""
@@ -146,6 +181,7 @@ class Accumulator:
 
     def add_gradient(self, gradient: Tensor, scale: float) -> None:
         """Take in `scale` times the weight gradient of one sample, ``[O, I]``; it may be overwritten."""
+        self.unsettled = True
         for name in self.statistics & GRADIENTS:
             aggregate = self.sums.get(name)
             if aggregate is None:

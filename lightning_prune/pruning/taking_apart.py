@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,13 @@ class Decision:
             return self._of_whole(batch, failure)
         return self._of_scalar(batch, max(sizes))
 
+    def of_each_alone(self, batch: Any) -> bool:
+        """Whether the first two samples of a batch have a loss each that depends on its own rows alone."""
+        pair = take(batch, 0, 2)
+        losses, problem = self._loss(pair)
+        alone = problem is None and losses is not None and losses.dim() == 1 and losses.shape[0] == 2
+        return alone and not self.taps.not_per_sample and not self.taps.probe(cast(Tensor, losses), 0)
+
     def _untold(self) -> How:
         """What is right in any layout: tokens may come first, and a later batch have as many samples as tokens."""
         return How.ONE_BY_ONE if self.taps.of_weights else How.UNKNOWN
@@ -120,6 +127,8 @@ class Decision:
             with self.forward_context():
                 return loss_of(self.loss_fn(self.model, batch), self.taps)
         except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError) and self.lockstep is None:
+                raise  # which says nothing of the loss
             return None, error
 
     def _of_whole(self, batch: Any, failure: Exception | None) -> tuple[How, str]:

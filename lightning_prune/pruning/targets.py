@@ -478,7 +478,7 @@ def find_targets(
 
     Raises:
         ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
-            that is not a target (tied embeddings), is quantised, parametrized, or has no data (meta device).
+            that is not a target (tied embeddings), is quantized, parametrized, or has no data (meta device).
     """
     return select_layers(model, targets, ignore, frozen=frozen).targets
 
@@ -561,7 +561,7 @@ def _nothing_to_prune(
         text += f"; {reason}: {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}"
     packed = _packed_layers(model)
     if packed:
-        return f"{text}. {len(packed)} layers such as {packed[0]!r} are quantised: prune before quantising"
+        return f"{text}. {len(packed)} layers such as {packed[0]!r} are quantized: prune before quantizing"
     return (
         f"{text}. Widen `targets` or shorten `ignore`; heads, routers and frozen layers are pruned if `targets` names "
         "them"
@@ -641,7 +641,7 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
         and any(parameter.requires_grad for parameter in parent.parameters())
         for module in parent.modules()
     }
-    # A quantised weight never requires a gradient: what counts is whether more than such layers is frozen around it.
+    # A quantized weight never requires a gradient: what counts is whether more than such layers is frozen around it.
     weights = {id(p) for layer in layers.values() for p in layer.module.parameters()}
     around = {
         module
@@ -662,7 +662,7 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     return {name for name, layer in layers.items() if holds(layer)}
 
 
-# Layers of other packages that keep quantised weights in buffers or under other names.
+# Layers of other packages that keep quantized weights in buffers or under other names.
 _PACKED = ("qweight", "W_q", "weight_packed", "qzeros")
 
 
@@ -797,7 +797,7 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
         raise ValueError(f"the weight of {name!r} has no shape yet (lazy layer); run the model once first")
     form = _packed_form(weight)
     if form is not None:
-        raise ValueError(f"the weight of {name!r} is quantised ({form}); prune before quantising, or ignore the layer")
+        raise ValueError(f"the weight of {name!r} is quantized ({form}); prune before quantizing, or ignore the layer")
     if weight.layout is not torch.strided:
         raise ValueError(
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_prune.pruning.offloading import is_offloaded
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.sharding import local
 
@@ -86,16 +87,23 @@ class WeightUses(TorchFunctionMode):
         """Know the weight that a layer is called with: a shard is another tensor while its layer runs."""
         self.known[id(layer.weight)] = layer.weight, name  # type: ignore[assignment]
 
+    def forget(self, call: LayerCall) -> None:
+        """Let go of a weight that was brought for a call which is over."""
+        if is_offloaded(vars(call.layer).get("holder", (call.layer,))[0]):
+            self.known = {key: known for key, known in self.known.items() if known[1] != call.name}
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the function; where it is a use that hooks do not see, with a stand-in for the weight."""
         kwargs = kwargs or {}
+        call = self.taps.calls[-1] if self.taps.calls else None
+        if call is not None and is_offloaded(call.layer):  # its weight has come since the layer was called
+            self.add(call.name, call.layer)
         names = {self.known[id(leaf)][1] for leaf in _leaves((*args, *kwargs.values())) if id(leaf) in self.known}
         function = getattr(func, "__name__", "")
         if not names or function in _WITHOUT_GRADIENT or func == _DATA:
             return func(*args, **kwargs)
-        call = self.taps.calls[-1] if self.taps.calls else None
         if call is not None and names == {call.name} and function in _PRODUCTS:
             return self._product(call, func, args, kwargs)
         if function == "__get__" or function in _SAME_VALUES:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_prune.checkpoints.inspection import Inspection
 from lightning_prune.naming import block_order, order_kinds, place
 from lightning_prune.pruning.score_histograms import BINS, LOWEST, ScoreSummary
+from lightning_prune.results import short
 from lightning_prune.structure.shrinking import ShrinkRecord, pruned_ratios
 
 WIDTH, HEIGHT = 600, 160
@@ -196,8 +197,8 @@ def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Pa
     blocks = list(dict.fromkeys(block for block, _ in cells))
     kinds = order_kinds(kind for _, kind in cells)
     shares = {key: zeros / numel for key, (zeros, numel) in cells.items()}
-    zeros = sum(z for z, _ in cells.values())
-    total = zeros / sum(n for _, n in cells.values())
+    numel = sum(n for _, n in cells.values())
+    total = sum(z for z, _ in cells.values()) / numel
 
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -214,7 +215,10 @@ def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Pa
             axes.plot(here, heights, "o-", color=color, label=kind, linewidth=1.6, markersize=3.5, zorder=2)
     axes.axhline(total, color="#333333", linestyle="--", linewidth=1.0, zorder=3, label=f"all, {total:.1%}")
 
-    axes.set_title(f"{title + ': ' if title else ''}{total:.2%} of {_short(cells)} weights are zero", loc="left")
+    axes.set_title(
+        f"{title + ': ' if title else ''}{total:.2%} of {short(numel)} weights are zero",
+        loc="left",
+    )
     axes.set_xlabel("block")
     axes.set_ylabel("sparsity")
     axes.set_ylim(0.0, min(1.0, max(0.05, *shares.values(), total) * 1.12))
@@ -281,14 +285,6 @@ def cells_of(source: Inspection | Mapping[str, Tensor]) -> dict[tuple[str, str],
     return cells
 
 
-def _short(cells: Mapping[tuple[str, str], tuple[int, int]]) -> str:
-    numel = sum(n for _, n in cells.values())
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if numel >= size:
-            return f"{numel / size:.1f} {unit}"
-    return str(numel)
-
-
 # Okabe and Ito's colors, told apart by color-blind readers.
 _UNIT_COLORS = {"attention": "#0072B2", "ffn": "#E69F00", "hidden": "#009E73", "layer": "#CC79A7", "expert": "#D55E00"}
 _NAMES = {
@@ -336,7 +332,7 @@ def shrinking_picture(history: Sequence[ShrinkRecord], path: str | Path, title: 
         axes.spines["top"].set_visible(False)
     left.spines["right"].set_visible(False)
     first, last = history[0], history[-1]
-    change = f"{_count(first.parameters)} to {_count(last.parameters)} parameters"
+    change = f"{short(first.parameters)} to {short(last.parameters)} parameters"
     figure.suptitle(f"{title + ': ' if title else ''}{change}", x=0.01, ha="left")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -375,7 +371,7 @@ def _draw_sizes(axes: Any, history: Sequence[ShrinkRecord], x: Sequence[float]) 
         x, parameters, color=_SIZE, linestyle="--", label="parameters", linewidth=1.4, drawstyle="steps-post", zorder=2
     )
     size.set_ylim(0.0, max(parameters) * 1.05)
-    size.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _count(value)))
+    size.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     size.spines["top"].set_visible(False)
     return [*axes.get_lines(), *size.get_lines()]
 
@@ -390,10 +386,3 @@ def _scale(largest: float) -> tuple[float, str]:
         if largest >= size:
             return size, unit
     return 1.0, ""
-
-
-def _count(value: float) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"

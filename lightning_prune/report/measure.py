@@ -16,13 +16,11 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from lightning_prune.checkpoints.inspection import Inspection, TensorReport, report_tensor
+from lightning_prune.checkpoints.inspection import Inspection, TensorReport, inspect_checkpoint
 from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint
-from lightning_prune.checkpoints.states import StoredMasks
-from lightning_prune.errors import CheckpointError, ResultsError
+from lightning_prune.errors import CheckpointError, ResultsError, first_line
 from lightning_prune.history import HISTORY_FILE, SparsityHistory, read_history
 from lightning_prune.naming import as_matrix, clean_name
-from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.score_histograms import ScoreSummary
 
 CELLS = 96
@@ -54,7 +52,7 @@ class Structure:
         return self.row_spread + self.column_spread
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measured:
     """A model as a report sees it.
 
@@ -68,10 +66,10 @@ class Measured:
     """
 
     inspection: Inspection
-    structures: dict[str, Structure] = field(default_factory=dict)
-    magnitudes: ScoreSummary = field(default_factory=ScoreSummary)
-    dense: bool = False
-    dense_bytes: int | None = None
+    structures: dict[str, Structure]
+    magnitudes: ScoreSummary
+    dense: bool
+    dense_bytes: int | None
 
 
 def measure(checkpoint: Checkpoint, dense: str | Path | None = None, progress: bool = True) -> Measured:
@@ -85,42 +83,24 @@ def measure(checkpoint: Checkpoint, dense: str | Path | None = None, progress: b
     Raises:
         CheckpointError: a tensor cannot be read, or `dense` has none of the pruned layers, or other shapes.
     """
-    masks = StoredMasks.of(checkpoint)
     before = None if dense is None else _Dense(dense)
-    reports: list[TensorReport] = []
-    measured = Measured(Inspection("", "", 0, reports), dense=before is not None)
-    with progress_bar("Reading weights", len(checkpoint), enabled=progress) as advance:
-        for name, tensor in checkpoint.items():
-            mask = None if masks is None else masks.take(name, tuple(tensor.shape))
-            counted = masks is None or masks.counts(name)
-            report = report_tensor(
-                name, tensor, mask, checkpoint.model_type, checkpoint.ties.get(name), counted=counted
-            )
-            reports.append(report)
-            if report.prunable and report.tied_to is None:
-                weight = as_matrix(name, tensor, checkpoint.model_type)
-                kept = (weight != 0) if mask is None else as_matrix(name, mask, checkpoint.model_type)
-                if report.zeros:
-                    measured.structures[name] = structure_of(kept)
-                _take_magnitudes(measured.magnitudes, name, weight, kept, before, checkpoint.model_type)
-            del tensor, mask
-            advance()
-    if not reports:
-        raise CheckpointError(f"{checkpoint.path} holds no tensors")
-    if before is not None:
-        measured.dense_bytes = before.bytes
-        if not before.used:
-            raise CheckpointError(
-                f"dense={str(dense)!r} has none of the layers of {checkpoint.path}: it is another model"
-            )
-    measured.inspection = Inspection(
-        path=str(checkpoint.path),
-        format=checkpoint.format,
-        bytes_on_disk=checkpoint.bytes_on_disk,
-        tensors=reports,
-        masks=None if masks is None else masks.count,
-    )
-    return measured
+    structures: dict[str, Structure] = {}
+    magnitudes = ScoreSummary()
+
+    def see(report: TensorReport, tensor: Tensor, mask: Tensor | None) -> None:
+        if not report.prunable or report.tied_to is not None:
+            return
+        name, family = report.name, checkpoint.model_type
+        weight = as_matrix(name, tensor, family)
+        kept = (weight != 0) if mask is None else as_matrix(name, mask, family)
+        if report.zeros:
+            structures[name] = structure_of(kept)
+        _take_magnitudes(magnitudes, name, weight, kept, before, family)
+
+    inspection = inspect_checkpoint(checkpoint, "Reading weights", progress, see)
+    if before is not None and not before.used:
+        raise CheckpointError(f"dense={str(dense)!r} has none of the layers of {checkpoint.path}: it is another model")
+    return Measured(inspection, structures, magnitudes, before is not None, None if before is None else before.bytes)
 
 
 def structure_of(kept: Tensor) -> Structure:
@@ -305,8 +285,7 @@ def _read(source: Source, file: Path, load: Any) -> dict[str, Any]:
             raise ValueError(f"it has {file.stat().st_size:,} bytes")
         loaded = load(file)
     except (OSError, ValueError, yaml.YAMLError, csv.Error, RecursionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        source.notes.append(f"{file.name} was left out: {reason}")
+        source.notes.append(f"{file.name} was left out: {first_line(error)}")
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
@@ -419,8 +398,7 @@ def read_results(path: str | Path) -> Results:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ResultsError(f"results={str(path)!r} cannot be read: {reason}; give JSON files") from error
+        raise ResultsError(f"results={str(path)!r} cannot be read: {first_line(error)}; give JSON files") from error
     rows = [row for row in map(_row, _entries(loaded)) if row is not None]
     if not rows:
         raise ResultsError(

@@ -17,6 +17,7 @@ from lightning_prune.report import sections
 from lightning_prune.report.figures import histograms
 from lightning_prune.report.measure import Measured, Results, Source, measure, open_source, read_results
 from lightning_prune.report.sections import summarize
+from lightning_prune.safety import replace_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 """Where the page's template and style are."""
@@ -61,12 +62,7 @@ def report(
     source = open_source(path)
     page = render(source, measure(source.checkpoint, dense, progress), read, layers)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".part")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(output, page)
     return output
 
 

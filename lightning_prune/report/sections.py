@@ -18,6 +18,7 @@ from lightning_prune.naming import block_order, name_matches, order_kinds, place
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.report.figures import Line, cells_of, line, picture, strip
 from lightning_prune.report.measure import Measured, Results, Source, Structure, before_and_after, nested
+from lightning_prune.results import short
 
 _MOST_PICTURES = 12
 _MOST_CURVES = 12
@@ -55,18 +56,6 @@ def number(value: float) -> str:
     return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.4g}"
 
 
-def count(value: int) -> str:
-    """A number of weights, short.
-
-    >>> count(106168320), count(999)
-    ('106.2 M', '999')
-    """
-    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return str(value)
-
-
 def title(path: Path) -> str:
     """What a path is called: a run's ``version_3`` says nothing without the folder it is in."""
     path = path.resolve()
@@ -90,15 +79,15 @@ def tiles(source: Source, measured: Measured, results: Sequence[Results]) -> lis
     inspection = measured.inspection
     prunable = inspection.totals()
     found = [
-        Tile("Sparsity", share(prunable.sparsity), f"of {count(prunable.numel)} prunable weights are zero"),
-        Tile("Weights left", count(prunable.numel - prunable.zeros), f"in {prunable.tensors} matrices"),
+        Tile("Sparsity", share(prunable.sparsity), f"of {short(prunable.numel)} prunable weights are zero"),
+        Tile("Weights left", short(prunable.numel - prunable.zeros), f"in {prunable.tensors} matrices"),
         Tile("Pattern", inspection.pattern or "", "followed by every pruned matrix"),
         Tile("On disk", format_bytes(inspection.bytes_on_disk), inspection.format),
     ]
     lost = shrunk(source)
     if "parameters" in lost:
         dense, left = lost["parameters"]
-        found.insert(0, Tile("Parameters", count(left), f"{share(left / dense)} of the {count(dense)} before"))
+        found.insert(0, Tile("Parameters", short(left), f"{share(left / dense)} of the {short(dense)} before"))
     if not prunable.zeros:
         found[-2] = Tile("Pattern", "none", "no weights are zero" if lost else "nothing is pruned")
     elif inspection.pattern is None:

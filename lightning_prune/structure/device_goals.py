@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.errors import check_whole
 from lightning_prune.naming import DTYPES
 from lightning_prune.pruning.running import model_device, quiet_model
 from lightning_prune.sharding import refuse_shards
@@ -45,8 +46,7 @@ def check_device_goal(goal: Any) -> None:
     if _is_bytes(goal):
         if unknown := set(goal) - {"bytes", "dtype"}:
             raise ValueError(f"target has {sorted(unknown)} beside 'bytes'; only 'dtype' can be there")
-        if isinstance(goal["bytes"], bool) or not isinstance(goal["bytes"], int) or goal["bytes"] < 1:
-            raise ValueError(f"target['bytes']={goal['bytes']!r} must be a whole number of at least 1")
+        check_whole("target['bytes']", goal["bytes"])
         if goal.get("dtype", "float32") not in DTYPES:
             raise ValueError(f"target['dtype']={goal['dtype']!r} must be one of {', '.join(DTYPES)}")
     elif is_latency(goal):
@@ -55,8 +55,7 @@ def check_device_goal(goal: Any) -> None:
         seconds, batch = goal["seconds_per_token"], goal.get("batch", 1)
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise ValueError(f"target['seconds_per_token']={seconds!r} must be a number above 0")
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ValueError(f"target['batch']={batch!r} must be a whole number of at least 1")
+        check_whole("target['batch']", batch)
 
 
 def parameters_in(goal: Any, structure: Structure, first: Sizes) -> Any:

@@ -221,7 +221,7 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
 
     Raises:
         ValueError: an architecture that is not known, or a parameter that its table does not describe (adapters,
-            another head, quantised or packed weights).
+            another head, quantized or packed weights).
     """
     if attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={attention_unit!r} must be one of {ATTENTION_UNITS}")
@@ -263,7 +263,7 @@ def _axes(model: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
             raise ValueError(
                 f"{name!r} ({p.dim()} dimensions, {p.dtype}) is not in the description of the family "
                 f"{family.model_type!r}: only a plain causal language model of it can be shrunk. Merge or remove "
-                "adapters and dequantise; for another architecture see CONTRIBUTING.md, 'A family of your own'"
+                "adapters and dequantize; for another architecture see CONTRIBUTING.md, 'A family of your own'"
             )
         axes[name] = tuple(entry.split())
     return axes

@@ -17,6 +17,7 @@ from lightning_prune.checkpoints.cards import Making
 from lightning_prune.checkpoints.export import check_apart, check_replaceable, write_model
 from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
+from lightning_prune.errors import check_whole
 from lightning_prune.evaluation.perplexity import evaluating, perplexity
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.pipeline import prune
@@ -285,8 +286,7 @@ class _Job:
     ) -> None:
         """Load the model, and put it on the device."""
         for name, value in counts.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+            check_whole(name, value)
         place = device_of(device)
         self.say(f"Loading {self.source}")
         self.loaded = load_model(self.source, tokenizer, dtype, "model", self.progress)

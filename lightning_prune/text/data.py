@@ -1,7 +1,7 @@
 """Text as blocks of tokens: a LightningDataModule on the datasets library.
 
-The way of the data: files or the hub -> documents (`documents`) -> tokens -> blocks -> batches (`sequences`), or without
-any preparation a stream of them. Conversations are samples of their own (`chat`).
+The way of the data: files or the hub -> documents (`documents`) -> tokens -> blocks -> batches (`sequences`), or
+without any preparation a stream of them. Conversations are samples of their own (`chat`).
 
 Letters: B samples, T tokens (block_size).
 """
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.checkpoints.sources import load_tokenizer, trained_tokenizer
+from lightning_prune.errors import check_whole
 from lightning_prune.safety import expanded
 from lightning_prune.text.chat import check_chat_tokenizer, tokenize_conversations
 from lightning_prune.text.documents import (
@@ -182,11 +183,11 @@ class TextDataModule(L.LightningDataModule):
                 f"streaming=True with tokenizer={tokenizer!r} and keep_last={keep_last}: a stream is read once, so "
                 "name a tokenizer that exists, and leave keep_last out."
             )
-        _check_at_least("block_size", block_size, 2)
-        _check_at_least("batch_size", batch_size, 1)
-        _check_at_least("num_workers", num_workers, 0)
+        check_whole("block_size", block_size, 2)
+        check_whole("batch_size", batch_size)
+        check_whole("num_workers", num_workers, 0)
         if num_proc is not None:
-            _check_at_least("num_proc", num_proc, 1)
+            check_whole("num_proc", num_proc)
         if not 0 <= validation_share < 1:
             raise ValueError(f"validation_share={validation_share} must lie in [0, 1). Try 0.05.")
         if sample_by not in ("document", "paragraph", "line"):
@@ -406,8 +407,3 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [str(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}.")

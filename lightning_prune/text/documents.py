@@ -12,6 +12,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from lightning_prune.checkpoints.sources import existing_path, looks_like_path
+from lightning_prune.errors import first_line
 from lightning_prune.safety import expanded
 
 EMBEDDED = {"austen": Path(__file__).parent / "embedded" / "austen.txt"}
@@ -86,7 +87,7 @@ def local_documents(
         problem = next(filter(None, problems), None)
         if problem is None:
             cause = (error.__cause__ if isinstance(error, DatasetGenerationError) else None) or error
-            problem = f"cannot be read as {reader}: {(str(cause) or type(cause).__name__).splitlines()[0]}"
+            problem = f"cannot be read as {reader}: {first_line(cause)}"
         raise ValueError(f"{argument}={source!r}: {problem}") from error
 
 
@@ -179,8 +180,9 @@ def saved_rows(source: str, split: str, argument: str, streaming: bool = False) 
     except MemoryError:
         raise
     except Exception as error:  # JSON, Arrow and the datasets library each raise their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{argument}={source!r} cannot be read as a folder of save_to_disk: {reason}") from error
+        raise ValueError(
+            f"{argument}={source!r} cannot be read as a folder of save_to_disk: {first_line(error)}"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise ValueError(f"{argument}={source!r} has the splits {sorted(saved)}, no {split!r}; name one")

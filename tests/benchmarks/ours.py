@@ -15,7 +15,9 @@ from lightning_prune.evaluation.evaluate import evaluate
 from lightning_prune.perp import reconstruct
 from lightning_prune.pruning import pipeline
 from lightning_prune.pruning.allocation import KFACAllocation, exact_counts, kfac_sparsities
+from lightning_prune.pruning.alps import alps_support
 from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.exact import exact_weights, normalized
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_in_rows, nm_mask, parse_pattern
 from lightning_prune.pruning.scores import kfac_score
 from lightning_prune.pruning.statistics import Accumulator
@@ -114,6 +116,25 @@ def ours_select(scores: Iterable[Tensor], sparsity: float, group: str) -> list[T
         return [lowest_in_layer(s, int(sparsity * s.numel())) for s in scores]
     pattern = parse_pattern(group)
     return [nm_mask(s, pattern) for s in scores]
+
+
+def ours_normalized(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The Hessian of inputs that have norm 1, and their norms."""
+    return normalized(hessian)
+
+
+def ours_exact(weight: Tensor, hessian: Tensor, mask: Tensor) -> Tensor:
+    return exact_weights(weight, hessian, mask)
+
+
+def ours_nm_mask(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
+    """Wanda's mask."""
+    return nm_mask(weight.abs() * normalized(hessian)[1], parse_pattern(pattern))
+
+
+def ours_alps_mask(weight: Tensor, hessian: Tensor, pattern: str) -> Tensor:
+    """ALPS's mask as published."""
+    return alps_support(weight, hessian, normalized(hessian)[1], lambda s: nm_mask(s, parse_pattern(pattern)))
 
 
 class OursKfac:

@@ -6,8 +6,8 @@ sweep. The seconds are those of the whole; of products ``X^T X``; of the solver 
 left, the forward and backward passes.
 
 With ``-fit`` behind a method's name the weights that are kept are fitted to the dense model after it, half a block at a
-time (`reconstruct`). With ``permuted-`` before it the channels are put in another order first (`permute_channels`, N:M
-only). ``--tasks`` adds the accuracy on minimal pairs.
+time (`reconstruct`); the row without the fit is made on the way. With ``permuted-`` before it the channels are put in
+another order first (`permute_channels`, N:M only). ``--tasks`` adds the accuracy on minimal pairs.
 
     python tests/benchmarks/solvers.py --model FOLDER --calibration TEXT --evaluation TEXT TEXT2 \\
         --samples 16 --length 512 --windows 20 --patterns 50 2:4 --methods wanda kfac-alps --draws 3 --json FILE
@@ -100,47 +100,62 @@ def main() -> None:
     evaluations = {name: w.to(args.device) for name, w in common.evaluations_of(args, tokenizer).items()}
     snapshot, rows, settings = common.Snapshot(model), common.Rows(args.json, KEY), common.settings_of(args)
 
-    def run(method: str, pattern: str, draw: int) -> dict[str, Any]:
+    def known(method: str, pattern: str, draw: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What tells a row from others, and the row if the file has it."""
         identity = {"method": method, "pattern": pattern, "draw": f"{draw + 1}/{args.draws}"} | settings
         found = rows.find(**identity)
-        if (
-            found is not None
-            and found["perplexity"].keys() >= evaluations.keys()
-            and (not args.tasks or found.get("pairs", {}).get("of each") == args.pairs)
-        ):
-            return found
-        snapshot.restore()
-        row = dict(identity)
-        if method != "dense":
-            score, options = METHODS[method.removesuffix(FIT_AFTER).removeprefix(PERMUTED)]
-            nm = ":" in pattern
-            how = (score, 0.5 if nm else int(pattern) / 100, pattern if nm else "unstructured")
-            sequences = draw_of(tokens, args.samples, args.length, draw, args.draws)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
-            with common.PeakMemory() as memory, timed(ours_stages(), synchronize) as seconds:
-                start = time.perf_counter()
-                if method.startswith(PERMUTED):
-                    row["kept by the score"] = ours_permute(model, sequences, pattern, args.batch_size)
-                if method.endswith(FIT_AFTER):
-                    dense = {name: p.detach().clone() for name, p in model.named_parameters()}
-                masks = ours_prune(model, sequences, *how, args.batch_size, **options)
-                if method.endswith(FIT_AFTER):
-                    ours_reconstruct(model, sequences, dense, masks, **FIT)
-                synchronize()
-                whole = time.perf_counter() - start
-            if not common.same_zeros(model, masks):
-                raise RuntimeError(f"{method}: a pruned weight is not zero")
-            peak = torch.cuda.max_memory_allocated() - held if cuda else memory.peak - memory.start
-            row |= {"sparsity": common.sparsity_of(masks), "MiB above": peak / 2**20}
-            row["seconds"] = {"whole": whole, **seconds, "passes": whole - sum(seconds.values())}
+        whole = found is not None and found["perplexity"].keys() >= evaluations.keys()
+        if whole and args.tasks and found.get("pairs", {}).get("of each") != args.pairs:
+            whole = False
+        return identity, found if whole else None
+
+    def measure(row: dict[str, Any]) -> dict[str, Any]:
         row["perplexity"] = common.perplexities(model, evaluations)
         if args.tasks:
-            found = ours_tasks(model, tokenizer, args.tasks, args.pairs)
-            row["pairs"] = {"of each": args.pairs, **found}
+            row["pairs"] = {"of each": args.pairs, **ours_tasks(model, tokenizer, args.tasks, args.pairs)}
         rows.add(row)
         return row
+
+    def run(method: str, pattern: str, draw: int) -> dict[str, Any]:
+        row, found = known(method, pattern, draw)
+        if found is not None:
+            return found
+        snapshot.restore()
+        if method == "dense":
+            return measure(row)
+        plain = method.removesuffix(FIT_AFTER)
+        score, options = METHODS[plain.removeprefix(PERMUTED)]
+        nm = ":" in pattern
+        how = (score, 0.5 if nm else int(pattern) / 100, pattern if nm else "unstructured")
+        sequences = draw_of(tokens, args.samples, args.length, draw, args.draws)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        with common.PeakMemory() as memory, timed(ours_stages(), synchronize) as seconds:
+            start = time.perf_counter()
+            if method.startswith(PERMUTED):
+                row["kept by the score"] = ours_permute(model, sequences, pattern, args.batch_size)
+            dense = {name: p.detach().clone() for name, p in model.named_parameters()} if plain != method else {}
+            masks = ours_prune(model, sequences, *how, args.batch_size, **options)
+            synchronize()
+            whole = time.perf_counter() - start
+        row["sparsity"] = common.sparsity_of(masks)
+        row["seconds"] = {"whole": whole, **seconds, "passes": whole - sum(seconds.values())}
+        peak = torch.cuda.max_memory_allocated() - held if cuda else memory.peak - memory.start
+        row["MiB above"] = peak / 2**20
+        before, measured = known(plain, pattern, draw)
+        if measured is None:
+            measure(row | before)
+        if plain != method:
+            start = time.perf_counter()
+            ours_reconstruct(model, sequences, dense, masks, **FIT)
+            synchronize()
+            fit = time.perf_counter() - start
+            row["seconds"] |= {"whole": whole + fit, "passes": row["seconds"]["passes"] + fit}
+            measure(row)
+        if not common.same_zeros(model, masks):
+            raise RuntimeError(f"{method}: a pruned weight is not zero")
+        return known(method, pattern, draw)[1] or row
 
     def line(method: str, pattern: str, found: list[dict[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {"pattern": pattern, "method": method, "draws": len(found)}

@@ -191,7 +191,7 @@ def test_an_average_that_nothing_tells_the_place_of_is_said(tmp_path: Path) -> N
 def test_an_average_kept_elsewhere_is_an_error(tmp_path: Path) -> None:
     class Other(EMAWeightAveraging):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            self.elsewhere = self.__dict__.pop("_average_model")
+            self.elsewhere = {"average": self.__dict__.pop("_average_model")}
 
-    with pytest.raises(RuntimeError, match=r"Other of lightning .* use lightning 2.6"):
+    with pytest.raises(RuntimeError, match=r"no attribute of Other .* use lightning 2.6"):
         make_trainer(tmp_path, Other(), magnitude(), max_steps=2).fit(module())

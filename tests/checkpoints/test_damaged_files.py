@@ -152,6 +152,7 @@ def test_weights(kind, damage, copy):
             refused(args)
 
 
+@pytest.mark.few_fast(12)
 @pytest.mark.parametrize("damage", TEXTS)
 @pytest.mark.parametrize(
     "kind",

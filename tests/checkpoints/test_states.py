@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def fitted(path: Path, name: str) -> tuple[CausalLM, Path, float]:
-    """A module merged at fit end, the checkpoint of right before that, and its sparsity."""
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[CausalLM, Path]]:
+    """A module merged at fit end and the checkpoint of right before that, neither to be changed; each made once."""
+    return cache(lambda name: _fitted(tmp_path_factory.mktemp("fit"), name))
+
+
+def _fitted(path: Path, name: str) -> tuple[CausalLM, Path]:
     setting = SETTINGS[name]
     module, pruner = make_module(setting.get("config", LLAMA)), pruning()
     if not setting.get("pruner", True):
@@ -42,22 +49,22 @@ def fitted(path: Path, name: str) -> tuple[CausalLM, Path, float]:
     save = ModelCheckpoint(dirpath=path, filename="end")
     perp = PERPRetraining(**setting.get("perp", {}))
     make_trainer(path, perp, *callbacks, save, max_epochs=1, **setting.get("trainer", {})).fit(module, loader())
-    zeros = [(p == 0).sum() / p.numel() for n, p in module.named_parameters() if "layers" in n and p.dim() == 2]
-    return module, path / "end.ckpt", float(sum(zeros) / len(zeros)) if zeros else 0.5
+    return module, path / "end.ckpt"
 
 
-def unmerge(checkpoint: Path, prefix: str = "model.") -> None:
-    """Give a checkpoint the form of shards and of older versions: base weights and adapters under PEFT's names."""
+def unmerged(checkpoint: Path, folder: Path, prefix: str = "model.") -> Path:
+    """A copy of a checkpoint in the form of shards: base weights and adapters under PEFT's names."""
     stored = torch.load(checkpoint, weights_only=True)
     perp = next(state for key, state in stored["callbacks"].items() if key.startswith("PERPRetraining"))
-    unmerged, start = perp.pop("unmerged"), f"{prefix}base_model.model."
-    names = {key.replace(start, prefix).replace(".base_layer.", "."): key for key in unmerged if "lora_" not in key}
+    parts, start = perp.pop("unmerged"), f"{prefix}base_model.model."
+    names = {key.replace(start, prefix).replace(".base_layer.", "."): key for key in parts if "lora_" not in key}
     names = {key: names.get(key, start + key.removeprefix(prefix)) for key in stored["state_dict"]}
-    stored["state_dict"] = {**{names[key]: t for key, t in stored["state_dict"].items()}, **unmerged}
+    stored["state_dict"] = {**{names[key]: t for key, t in stored["state_dict"].items()}, **parts}
     for key, state in stored["callbacks"].items():
         if key.startswith("WeightPruning"):
             state["masks"] = {names[name]: mask for name, mask in state["masks"].items()}
-    torch.save(stored, checkpoint)
+    torch.save(stored, folder / "unmerged.ckpt")
+    return folder / "unmerged.ckpt"
 
 
 FORMS = [
@@ -66,11 +73,11 @@ FORMS = [
 
 
 @pytest.mark.parametrize(("name", "form"), FORMS)
-def test_is_the_merged_model(name: str, form: str, tmp_path: Path) -> None:
-    module, checkpoint, _ = fitted(tmp_path, name)
+def test_is_the_merged_model(name: str, form: str, fits: Any, tmp_path: Path) -> None:
+    module, checkpoint = fits(name)
     merged = snapshot(module.model)
     if form == "unmerged":
-        unmerge(checkpoint)
+        checkpoint = unmerged(checkpoint, tmp_path)
     keys = torch.load(checkpoint, weights_only=True)["state_dict"].keys()
     assert any("lora_A" in key for key in keys) == (form == "unmerged")
 
@@ -99,10 +106,10 @@ def test_merged_models_have_the_exact_sparsity_they_had_before(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("form", ["merged", "unmerged"])
-def test_inspect_and_export_take_both_forms(form: str, tmp_path: Path) -> None:
-    _, checkpoint, _ = fitted(tmp_path, "mask_lora")
+def test_inspect_and_export_take_both_forms(form: str, fits: Any, tmp_path: Path) -> None:
+    _, checkpoint = fits("mask_lora")
     if form == "unmerged":
-        unmerge(checkpoint)
+        checkpoint = unmerged(checkpoint, tmp_path)
     found = inspect(checkpoint, progress=False)
     assert found.masks == 14
     assert found.resurrected == 0
@@ -112,10 +119,10 @@ def test_inspect_and_export_take_both_forms(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["merged", "unmerged"])
-def test_validation_takes_it_and_training_says_what_is_missing(form: str, tmp_path: Path) -> None:
-    module, checkpoint, _ = fitted(tmp_path, "mask_lora")
+def test_validation_takes_it_and_training_says_what_is_missing(form: str, fits: Any, tmp_path: Path) -> None:
+    module, checkpoint = fits("mask_lora")
     if form == "unmerged":
-        unmerge(checkpoint)
+        checkpoint = unmerged(checkpoint, tmp_path)
     expected = make_trainer(tmp_path).validate(module, loader(), verbose=False)
     other = make_module(seed=5)
     found = make_trainer(tmp_path).validate(other, loader(), ckpt_path=checkpoint, **WEIGHTS_ONLY, verbose=False)
@@ -125,9 +132,8 @@ def test_validation_takes_it_and_training_says_what_is_missing(form: str, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["callback", "adapter", "matrix", "layers", "mask"])
-def test_what_cannot_be_merged_is_refused(damage: str, tmp_path: Path) -> None:
-    _, checkpoint, _ = fitted(tmp_path, "mask_lora")
-    unmerge(checkpoint)
+def test_what_cannot_be_merged_is_refused(damage: str, fits: Any, tmp_path: Path) -> None:
+    checkpoint = unmerged(fits("mask_lora")[1], tmp_path)
     stored = torch.load(checkpoint, weights_only=True)
     key = next(k for k in stored["callbacks"] if k.startswith("PERPRetraining"))
     state, message = stored["callbacks"][key], "damaged"

@@ -26,13 +26,13 @@ def naive_perplexity(folder, tokenizer, text, seq_len, stride):
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     total, tokens, predicted_to = 0.0, 0, 0
-    for start in range(0, len(ids) - seq_len + 1, stride):
-        window = torch.tensor([ids[start : start + seq_len]])
-        with torch.no_grad():
-            logits = model(input_ids=window, use_cache=False).logits[0].log_softmax(-1)
+    starts = range(0, len(ids) - seq_len + 1, stride)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids[s : s + seq_len] for s in starts]), use_cache=False).logits
+    for start, found in zip(starts, logits.log_softmax(-1).numpy(), strict=True):
         for position in range(1, seq_len):
             if start + position >= predicted_to and not (start and position < seq_len - stride):
-                total -= float(logits[position - 1, window[0, position]])
+                total -= float(found[position - 1, ids[start + position]])
                 tokens += 1
         predicted_to = start + seq_len
     return math.exp(total / tokens), tokens
@@ -100,12 +100,12 @@ def test_command(files, tmp_path, capsys):
         (["--text", "/no/such.txt"], "text='/no/such.txt' is not an existing file"),
         (["--text", "EMPTY"], "is empty"),
         (["--text", "BINARY"], "is not UTF-8"),
-        (["--text", "TEXT", "--seq_len", "1"], "seq_len=1 must be at least 2"),
+        (["--text", "TEXT", "--seq_len", "1"], "seq_len=1 must be a whole number of at least 2"),
         (["--text", "TEXT", "--seq_len", "65"], "seq_len=65 is longer than the 64 tokens"),
-        (["--text", "TEXT", "--stride", "0"], "stride=0 must be at least 1"),
+        (["--text", "TEXT", "--stride", "0"], "stride=0 must be a whole number of at least 1"),
         (["--text", "TEXT", "--seq_len", "32", "--stride", "33"], "stride=33 must not be above"),
         (["--text", "SHORT", "--seq_len", "32"], "fewer than one window of seq_len=32"),
-        (["--text", "TEXT", "--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--text", "TEXT", "--batch_size", "0"], "batch_size=0 must be a whole number of at least 1"),
         (["--text", "TEXT", "--device", "gpu"], "device='gpu' is not there"),
         (["--text", "TEXT", "--dtype", "int8"], "dtype='int8' is not known"),
         (["--text", "TEXT", "--baseline", "/no/such"], "baseline='/no/such' is not an existing"),

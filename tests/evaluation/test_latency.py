@@ -164,9 +164,9 @@ def test_command(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--repeats", "1"], "repeats=1 must be at least 2"),
-        (["--batch_size", "0"], "batch_size=0 must be at least 1"),
-        (["--warmup", "-1"], "warmup=-1 must be 0 or above"),
+        (["--repeats", "1"], "repeats=1 must be a whole number of at least 2"),
+        (["--batch_size", "0"], "batch_size=0 must be a whole number of at least 1"),
+        (["--warmup", "-1"], "warmup=-1 must be a whole number of at least 0"),
         (["--prompt_tokens", "60", "--new_tokens", "5"], "more than the 64 tokens"),
         (["--dense", "/no/such"], "dense='/no/such' is not an existing file"),
         (["--device", "cuda:99"], "device='cuda:99' is not there"),

@@ -358,14 +358,14 @@ def test_a_diverged_adapter_is_not_merged() -> None:
     assert snapshot(model) == before
 
 
-def quantised() -> nn.Module:
-    class Quantised(nn.Linear):
+def quantized() -> nn.Module:
+    class Quantized(nn.Linear):
         def __init__(self) -> None:
             super().__init__(64, 96, bias=False)
             self.weight = nn.Parameter(torch.zeros(96, 64, dtype=torch.int8), requires_grad=False)
 
     model = pruned()
-    model.model.layers[0].mlp.up_proj = Quantised()
+    model.model.layers[0].mlp.up_proj = Quantized()
     return model
 
 
@@ -380,7 +380,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (pruned, {"train": "norm"}, r"write train=\('norm',\)"),
     (pruned, {"train": ["norms"]}, "unknown part 'norms'"),
     (pruned, {"rank": 4}, "rank=4 is no option of LoRA"),
-    (pruned, {"r": 0}, "r=0 must be an integer"),
+    (pruned, {"r": 0}, "r=0 must be a whole number"),
     (pruned, {"lora_dropout": 0.1}, "adapter and weight are one matrix"),
     (pruned, {"use_dora": True}, "use_dora=True is not supported"),
     (pruned, {"bias": "all"}, r"use train=\('bias',\)"),
@@ -397,7 +397,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (make_llama, {"target_modules": ["up_proj"]}, "prune the model first"),
     (make_llama, {"masks": {"model.layers.0.mlp.up_proj.weight": torch.eye(96, 64) > 0}}, "call apply_masks"),
     (pruned, {"masks": {"nothing.weight": torch.ones(2, 2).bool()}}, "belong to another model"),
-    (quantised, {}, "is quantised"),
+    (quantized, {}, "is quantized"),
     (parametrized, {}, "is not a plain parameter"),
     (lambda: pruned().to("meta"), {}, "no data"),
     (lambda: get_peft_model(pruned(), LoraConfig(target_modules=["q_proj"])), {}, "has adapters already"),
@@ -452,8 +452,8 @@ def test_merging_needs_adapters() -> None:
         merge(pruned())
 
 
-def test_a_model_dequantised_from_gguf_is_taken() -> None:
-    """transformers goes on calling it quantised."""
+def test_a_model_dequantized_from_gguf_is_taken() -> None:
+    """transformers goes on calling it quantized."""
     model = pruned()
     model.is_quantized = True
     model.config.quantization_config = {"quant_method": "gguf"}

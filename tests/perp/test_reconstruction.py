@@ -519,10 +519,10 @@ def test_bad_arguments_change_nothing(arguments: dict[str, Any], error: type[Exc
     assert snapshot(model) == before
 
 
-def test_a_model_read_from_gguf_only_remembers_that_it_was_quantised() -> None:
+def test_a_model_read_from_gguf_only_remembers_that_it_was_quantized() -> None:
     dense, model, masks = pair()
     model.is_quantized = True
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="is quantized"):
         reconstruct(model, batches(), dense, masks, steps=1)
     model.config.quantization_config = transformers.GgufConfig(dequantize=True)
     assert reconstruct(model, batches(), dense, masks, steps=1).blocks

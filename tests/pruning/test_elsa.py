@@ -107,7 +107,7 @@ def test_a_state_of_other_weights_is_refused(strange: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"step": 0}, "step=0 of ELSA"),
+        ({"step": 0}, "step=0 must be a whole number"),
         ({"every_n_steps": 0}, "every_n_steps=0"),
         ({"step": 8, "every_n_steps": 9}, "nothing would be chosen"),
         ({"penalty": 0.0}, r"penalty=0\.0"),

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
+import naive
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils import OffloadedWeightsLoader
 from experts_models import make_moe
-from tiny import make_llama, make_tokens, snapshot
+from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CalibrationError, apply_masks, hold_masks, measure_coverage, prune
 from lightning_prune.pruning import offloading
-from lightning_prune.pruning.targets import find_targets
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.statistics import ALL_STATISTICS
+from lightning_prune.pruning.targets import find_targets, select_layers
 
 IDS = make_tokens(4, 8)
 BATCHES = [IDS[:2], IDS[2:]]
@@ -62,6 +68,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.few_fast(9)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("score", "settings"),
@@ -72,6 +79,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
         ("wanda", {"allocation": "owl"}),
         ("sparsegpt", {}),
         ("magnitude", {"group": "global"}),
+        ("kfac", {}),
+        ("kfac", {"sequential": True, "update": "alps"}),
+        ("gblm", {"sequential": True}),
     ],
     ids=str,
 )
@@ -88,6 +98,28 @@ def test_like_a_model_that_is_loaded_whole(way, score, settings, tmp_path):
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
     assert whole(model, tmp_path) == snapshot(expected)
     assert all(file.read_bytes() == old for file, old in before.items())  # a checkpoint's files are its owner's
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradient_statistics_are_those_of_the_naive_loop(way, checkpointed, tmp_path):
+    plain = make_llama().double()
+    expected = naive.statistics(plain, [{"input_ids": row[None]} for row in IDS], LAYERS)
+    model = way(copy.deepcopy(plain), tmp_path)
+    if checkpointed:  # by transformers itself
+        model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    modules, trained = away(model), [p.requires_grad for p in model.parameters()]
+    targets = select_layers(model, offloaded=True).targets
+    found = collect(model, [{"input_ids": ids} for ids in BATCHES], targets, ALL_STATISTICS, num_samples=4)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        for statistic, value in values.items():
+            mine = getattr(found[name], statistic)
+            torch.testing.assert_close(mine, torch.from_numpy(value), rtol=1e-10, atol=1e-12)
+            assert mine.device.type == "cpu"
+    assert away(model) == modules
+    assert [p.requires_grad for p in model.parameters()] == trained
+    assert all(trained)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -124,9 +156,9 @@ class Counting(OffloadedWeightsLoader):
         return super().__getitem__(key)
 
 
-def watched(model: nn.Module) -> Counting:
+def watched(model: nn.Module, counter: type[Counting] = Counting) -> Any:
     found = [hook for m in model.modules() if (hook := offloading._hook(m)) is not None]
-    counting = Counting(found[0].weights_map.dataset)
+    counting = counter(found[0].weights_map.dataset)
     for hook in found:
         hook.weights_map.dataset = counting
     return counting
@@ -142,18 +174,73 @@ def test_a_block_is_read_once_to_be_pruned_and_once_to_be_masked(tmp_path):
     assert counting.reads.count("model.layers.0.mlp.up_proj.weight") == 3
 
 
+class Bytes(bytearray):
+    """Memory that can be watched."""
+
+
+class Weighing(Counting):
+    """Notes how many bytes of what was read are held, by anyone: a module or autograd."""
+
+    def __init__(self, loader: OffloadedWeightsLoader) -> None:
+        super().__init__(loader)
+        self.held = self.most = 0
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        tensor = super().__getitem__(key)
+        memory = Bytes(tensor.numpy().tobytes())
+        self.held += len(memory)
+        self.most = max(self.most, self.held)
+        weakref.finalize(memory, self.let_go, len(memory))
+        return torch.frombuffer(memory, dtype=tensor.dtype).reshape(tensor.shape)
+
+    def let_go(self, size: int) -> None:
+        self.held -= size
+
+
+@pytest.mark.parametrize("score", ["kfac", "gblm"])
+def test_a_backward_pass_holds_the_weights_of_one_block(score, tmp_path):
+    model = make_llama(num_hidden_layers=6)
+    block, head = (sum(p.nbytes for p in m.parameters()) for m in (model.model.layers[0], model.lm_head))
+    weighing = watched(on_disk(model, tmp_path), Weighing)
+    prune(model, [IDS], score, num_samples=4)
+    reads = weighing.reads.count("model.layers.1.input_layernorm.weight")
+    # Forward and backward; two samples had run before, to see whether each has a loss, and gradients, of its own.
+    assert reads == {"kfac": 3, "gblm": 4}[score]
+    gc.collect()
+    assert weighing.held == 0
+    assert block <= weighing.most <= block + head + 4096
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 3
+
+
+def test_a_layer_that_scales_its_product_is_seen(tmp_path):
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.__class__ = Scaled
+    with pytest.raises(CalibrationError, match=r"'model.layers.1.mlp.up_proj' changes the product"):
+        prune(on_disk(model, tmp_path), BATCHES, "kfac", num_samples=4, targets=["*"])
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("where", ["calibration", "update", "writing"])
+@pytest.mark.parametrize("where", ["calibration", "layer", "backward", "update", "writing"])
 def test_a_failure_leaves_the_weights_as_they_were(way, where, tmp_path, monkeypatch):
     model = way(make_llama(), tmp_path)
     before, files = whole(model, tmp_path), set(contents(tmp_path))
-    hook, calls = None, []
+    calls = []
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    layer = model.model.layers[1].mlp.up_proj
+    own = layer._old_forward
     if where == "calibration":
-
-        def fail(*_: object) -> None:
-            raise KeyboardInterrupt
-
         hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    elif where == "layer":  # when accelerate has brought its weight
+        layer._old_forward = fail
+    elif where == "backward":
+        hook = layer.register_forward_hook(lambda _, args, output: output.register_hook(fail) and None)
     else:
         name = "prune_with_hessian" if where == "update" else "_keep"
         module = "lightning_prune.pruning." + ("updates" if where == "update" else "offloading")
@@ -167,10 +254,12 @@ def test_a_failure_leaves_the_weights_as_they_were(way, where, tmp_path, monkeyp
 
         monkeypatch.setattr(f"{module}.{name}", fail_late)
     modules = away(model)
-    with pytest.raises(KeyboardInterrupt if where == "calibration" else (OSError, CalibrationError)):
-        prune(model, BATCHES, "sparsegpt", sequential=True, num_samples=4)
-    assert hook is None or len(calls) == 0
-    if hook is not None:
+    late = where in ("update", "writing")
+    with pytest.raises((OSError, CalibrationError) if late else KeyboardInterrupt):
+        prune(model, BATCHES, "kfac" if where == "backward" else "sparsegpt", sequential=late, num_samples=4)
+    assert bool(calls) == late
+    layer._old_forward = own
+    if where in ("calibration", "backward"):
         hook.remove()
     assert away(model) == modules
     assert set(contents(tmp_path)) == files
@@ -192,9 +281,10 @@ def test_refused_before_anything_changes(tmp_path):
     bare = in_checkpoint(make_llama(), tmp_path, offload_folder=None)
     with pytest.raises(ValueError, match="offload_folder="):
         prune(bare, BATCHES, "wanda", sequential=True, num_samples=4)
-    for score, settings in (("kfac", {}), ("gblm", {"sequential": True}), ("magnitude", {"allocation": "kfac"})):
-        with pytest.raises(ValueError, match=r"backward pass.*sequential=True"):
-            prune(bare, BATCHES, score, **settings)
+    blockless = cpu_offload(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.device("cpu"))
+    for score, settings in (("kfac", {}), ("gblm", {}), ("magnitude", {"allocation": "kfac"})):
+        with pytest.raises(ValueError, match=r"needs a backward pass, and Sequential names no decoder blocks"):
+            prune(blockless, [torch.ones(2, 4)], score, loss_fn=lambda model, x: model(x).sum(1), **settings)
     with torch.device("meta"), pytest.raises(ValueError, match="has no data"):
         prune(make_llama(), score="magnitude")
     with torch.device("meta"):

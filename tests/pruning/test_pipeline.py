@@ -485,6 +485,7 @@ PLANS = [
 ]
 
 
+@pytest.mark.few_fast(8)
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("error", [OSError("disk gone"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 def test_a_loader_that_raises_changes_nothing(llama, tokens, plan, error):

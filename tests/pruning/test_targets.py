@@ -160,10 +160,10 @@ def test_weights_that_cannot_be_pruned_are_refused():
     for layer in (pruned, normed):
         with pytest.raises(ValueError, match="weight of '0' is not a plain parameter"):
             find_targets(nn.Sequential(layer))
-    quantised = nn.Linear(3, 3)
-    quantised.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"weight of '0' is quantised \(torch\.int8\)"):
-        find_targets(nn.Sequential(quantised))
+    quantized = nn.Linear(3, 3)
+    quantized.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"weight of '0' is quantized \(torch\.int8\)"):
+        find_targets(nn.Sequential(quantized))
     with pytest.raises(ValueError, match="weight of '0' has no data"):
         find_targets(nn.Sequential(nn.Linear(3, 3, device="meta")))
 
@@ -404,12 +404,12 @@ def packed(layer):
 
 
 @pytest.mark.parametrize("part", ["all", "mlp", "one"])
-def test_quantised_weights_are_refused_before_calibration(llama, part):
+def test_quantized_weights_are_refused_before_calibration(llama, part):
     for name, layer in llama.named_modules():
         chosen = {"all": "_proj", "mlp": "mlp", "one": "1.mlp.up_proj"}[part]
         if isinstance(layer, nn.Linear) and chosen in name:
             packed(layer)
-    with pytest.raises(ValueError, match=r"weight of '.*' is quantised \(Packed, torch.float32\)"):
+    with pytest.raises(ValueError, match=r"weight of '.*' is quantized \(Packed, torch.float32\)"):
         find_targets(llama)
     if part != "all":
         assert len(names_of(llama, ignore=["lm_head", "mlp"])) == 8
@@ -421,7 +421,7 @@ def test_other_forms_of_weights(llama):
     assert names_of(nn.Sequential(own)) == ["0"]
     eight = nn.Linear(3, 3)
     eight.weight = nn.Parameter(torch.ones(3, 3).to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ValueError, match=r"is quantised \(torch\.float8_e4m3fn\)"):
+    with pytest.raises(ValueError, match=r"is quantized \(torch\.float8_e4m3fn\)"):
         find_targets(nn.Sequential(eight))
     with pytest.raises(ValueError, match="weight of '0' has no shape yet"):
         find_targets(nn.Sequential(nn.LazyLinear(3)))
@@ -432,11 +432,11 @@ def test_other_forms_of_weights(llama):
     # Packed layers of other packages are no Linear at all.
     gptq = nn.Module()
     gptq.register_buffer("qweight", torch.ones(2, 2, dtype=torch.int32))
-    with pytest.raises(ValueError, match="1 layers such as 'body' are quantised"):
+    with pytest.raises(ValueError, match="1 layers such as 'body' are quantized"):
         find_targets(nn.ModuleDict({"body": gptq, "lm_head": nn.Linear(3, 3)}))
 
 
-def test_a_quantised_teacher_is_a_frozen_teacher(llama):
+def test_a_quantized_teacher_is_a_frozen_teacher(llama):
     for layer in llama.modules():
         if isinstance(layer, nn.Linear):
             packed(layer)

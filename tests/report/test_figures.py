@@ -42,7 +42,7 @@ def test_bars_have_the_heights_of_the_masks(figures, tmp_path):
     heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
     assert heights == {kind.split(".")[1]: pytest.approx(expected(found, kind)) for kind in KINDS}
     total = sum(int((~m).sum()) for m in found.values()) / sum(m.numel() for m in found.values())
-    assert f"gblm: {total:.2%} of 2.9 k weights are zero" == axes.get_title(loc="left")
+    assert f"gblm: {total:.2%} of 2.88 k weights are zero" == axes.get_title(loc="left")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
     assert matplotlib.image.imread(path).shape[:2] == (630, 1350)
 

@@ -327,7 +327,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["report", str(run), "-o", str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert output.read_bytes() == before  # what was there survives
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".page.html.*"))
 
 
 def test_a_dense_model_and_broken_masks_are_told(tmp_path: Path) -> None:

@@ -277,10 +277,10 @@ def test_paragraphs_and_lines_as_documents(cache, chapters):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"block_size": 1}, "block_size=1 must be at least 2"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"num_workers": -1}, "num_workers=-1 must be at least 0"),
-        ({"num_proc": 0}, "num_proc=0 must be at least 1"),
+        ({"block_size": 1}, "block_size=1 must be a whole number of at least 2"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number of at least 1"),
+        ({"num_workers": -1}, "num_workers=-1 must be a whole number of at least 0"),
+        ({"num_proc": 0}, "num_proc=0 must be a whole number of at least 1"),
         ({"validation_share": 1.0}, "validation_share=1.0 must lie in"),
         ({"sample_by": "word"}, "sample_by='word' is not known"),
         ({"source": []}, "source is empty"),
@@ -291,14 +291,14 @@ def test_argument_errors(kwargs, message):
         TextDataModule(**kwargs)
 
 
-def test_source_errors(cache, tmp_path):
+def test_source_errors(cache, chapters, tmp_path):
     def setup(source, **kwargs):
         data_module(cache, source, **kwargs).setup("fit")
 
     with pytest.raises(FileNotFoundError, match=r"source='./missing.txt' is not an existing"):
         setup("./missing.txt")
     with pytest.raises(FileNotFoundError, match="validation='validation' is not an existing"):
-        setup("austen", validation="validation")
+        setup(str(chapters / "0.txt"), validation="validation")
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="is empty"):
         setup(str(tmp_path / "empty.txt"))

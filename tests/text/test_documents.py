@@ -56,7 +56,6 @@ def test_what_cannot_be_read_is_refused_with_the_reason(name, content, message, 
 def test_evaluate_reads_a_marked_text_and_refuses_zero_bytes(tmp_path):
     folder = tmp_path / "model"
     module = CausalLM(config=TINY)
-    data = TextDataModule("austen", vocab_size=300, block_size=16, cache_dir=str(tmp_path / "c"))
     (tmp_path / "train.txt").write_text(TEXT)
     data = TextDataModule(tmp_path / "train.txt", vocab_size=300, block_size=16, cache_dir=str(tmp_path / "c"))
     module.tokenizer = data.tokenizer

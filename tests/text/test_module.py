@@ -13,7 +13,7 @@ from versions import WEIGHTS_ONLY
 
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.evaluation.perplexity import perplexity
-from lightning_prune.text.data import TextDataModule
+from lightning_prune.text.data import EMBEDDED, TextDataModule
 from lightning_prune.text.module import CausalLM, decay_groups, learning_rate_factor
 
 GGUF = os.environ.get("LIGHTNING_PRUNE_SMOLLM2")
@@ -31,13 +31,15 @@ LLAMA = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "text.txt").write_text(EMBEDDED["austen"].read_text(encoding="utf-8")[:60_000], encoding="utf-8")
     module = TextDataModule(
-        "austen",
+        str(folder / "text.txt"),
         sample_by="paragraph",
         vocab_size=400,
         block_size=32,
         batch_size=2,
-        cache_dir=str(tmp_path_factory.mktemp("cache")),
+        cache_dir=str(folder),
     )
     module.setup("fit")
     return module

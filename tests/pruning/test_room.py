@@ -1,0 +1,164 @@
+"""Where a batch does not fit it is run in pieces, or with blocks that are recomputed, and nothing is counted twice."""
+
+from __future__ import annotations
+
+import naive
+import pytest
+import torch
+from experts_models import make_moe
+from tiny import LAYERS, make_llama, make_tokens
+from torch import Tensor, nn
+
+from lightning_prune import prune
+from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.statistics import ALL_STATISTICS, HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM
+from lightning_prune.pruning.targets import find_targets
+
+IDS = make_tokens(8, 6)
+LAST = "model.layers.1.mlp.down_proj"
+
+
+def refuse() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+class Short:
+    """A device on which a layer does not take more than so many tokens at once, and what was tried there."""
+
+    def __init__(self, layer: nn.Module, tokens: int, where: str) -> None:
+        self.tokens, self.where, self.tried = tokens, where, []
+        layer.register_forward_pre_hook(self.before)
+        layer.register_forward_hook(self.after)
+
+    def before(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.tried.append(args[0].shape[:-1].numel())
+        if self.where == "forward" and self.tried[-1] > self.tokens:
+            refuse()
+
+    def after(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.where == "backward" and output.requires_grad and self.tried[-1] > self.tokens:
+            output.register_hook(lambda _: refuse())
+
+
+@pytest.fixture(scope="module")
+def expected():
+    model = make_llama().double()
+    return model, naive.statistics(model, [{"input_ids": row[None]} for row in IDS], LAYERS)
+
+
+def check(found, expected, statistics):
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].samples == len(IDS)
+        for statistic in statistics:
+            value = torch.from_numpy(values[statistic])
+            torch.testing.assert_close(getattr(found[name], statistic), value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [12, 6])
+@pytest.mark.parametrize(
+    ("statistics", "where"),
+    [
+        ({INPUT_NORM}, "forward"),
+        ({HESSIAN}, "forward"),
+        ({INPUT_NORM, OUTPUT_GRAD_NORM}, "forward"),
+        ({INPUT_NORM, OUTPUT_GRAD_NORM}, "backward"),
+        (ALL_STATISTICS, "backward"),
+    ],
+    ids=str,
+)
+def test_pieces_give_the_statistics_of_the_naive_loop(expected, statistics, where, tokens):
+    model, values = make_llama().double(), expected[1]
+    # Others have been seen by then: those before it in the forward pass, those behind it in the backward pass.
+    short = Short(model.get_submodule(LAST if where == "forward" else "model.layers.0.mlp.up_proj"), tokens, where)
+    with pytest.warns(UserWarning, match=rf"batches of \d samples ran in pieces of {tokens // 6}.*are the same"):
+        found = collect(model, [{"input_ids": IDS}], find_targets(model), statistics, num_samples=8)
+    check(found, values, statistics)
+    assert short.tried[-8 // (tokens // 6) :] == [tokens] * (8 // (tokens // 6))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_longer_batches_that_come_later(expected, where):
+    model = make_llama().double()
+    short = Short(model.get_submodule(LAST), 12, where)
+    batches = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:5]}, {"input_ids": IDS[5:]}]
+    statistics = {INPUT_NORM, OUTPUT_GRAD_NORM}
+    with pytest.warns(UserWarning, match="pieces of 2"):
+        found = collect(model, batches, find_targets(model), statistics, num_samples=8)
+    check(found, expected[1], statistics)
+    assert short.tried.count(24) == 1  # the third batch is divided before it is tried
+    assert 18 not in short.tried
+
+
+def test_what_has_been_added_to_sums_of_other_batches_is_not_counted_twice():
+    model = make_llama()
+    Short(model.get_submodule(LAST), 12, "forward")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(torch.OutOfMemoryError, match=r"while pruning.*sequential=True"):
+        prune(model, [IDS[:1], IDS[1:]], "sparsegpt", num_samples=8)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def contrastive(model, batch):
+    """One loss a sample, of which each needs the others."""
+    hidden = nn.functional.normalize(model.model(input_ids=batch["input_ids"]).last_hidden_state.mean(1), dim=1)
+    return -torch.log_softmax(hidden @ hidden.t(), 1).diagonal()
+
+
+def whole(model, batch):
+    return contrastive(model, batch).mean()
+
+
+def alone(model, batch):
+    return model(input_ids=batch["input_ids"]).logits.square().mean((1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:the loss of a calibration batch cannot be taken apart")
+@pytest.mark.parametrize("score", ["kfac", "gblm"])
+@pytest.mark.parametrize("loss", [contrastive, whole])
+def test_a_loss_of_the_whole_batch_is_not_divided(loss, score):
+    model = make_llama()
+    Short(model.get_submodule(LAST), 24, "backward")
+    with pytest.raises(torch.OutOfMemoryError, match="smaller calibration batches"):
+        prune(model, [{"input_ids": IDS}], score, num_samples=8, loss_fn=loss)
+
+
+def test_a_loss_of_ones_own_is_divided_if_each_sample_has_its_own():
+    model = make_llama().double()
+    targets, statistics = find_targets(model), {INPUT_NORM, OUTPUT_GRAD_NORM}
+    wanted = collect(model, [{"input_ids": IDS}], targets, statistics, num_samples=8, loss_fn=alone)
+    Short(model.get_submodule(LAST), 24, "backward")
+    with pytest.warns(UserWarning, match="pieces of 4"):
+        found = collect(model, [{"input_ids": IDS}], targets, statistics, num_samples=8, loss_fn=alone)
+    for name in wanted:
+        for statistic in statistics:
+            torch.testing.assert_close(found[name].get(statistic), wanted[name].get(statistic), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_blocks_are_recomputed_where_one_sample_does_not_fit(expected, size):
+    model = make_llama().double()
+    first = model.model.layers[0]
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if "forward" not in vars(first):  # it holds all activations
+            refuse()
+
+    model.get_submodule(LAST).register_forward_pre_hook(before)
+    batches = [{"input_ids": part} for part in IDS.split(size)]
+    with pytest.warns(UserWarning, match="blocks ran again in the backward pass; the statistics are the same"):
+        found = collect(model, batches, find_targets(model), ALL_STATISTICS, num_samples=8)
+    check(found, expected[1], ALL_STATISTICS)
+    assert "forward" not in vars(first)
+
+
+def test_experts_in_pieces():
+    model, ids = make_moe("mixtral"), IDS % 32
+    targets, statistics = find_targets(model), {INPUT_NORM, OUTPUT_GRAD_NORM}
+    wanted = collect(model, [{"input_ids": ids}], targets, statistics, num_samples=8)
+    Short(model.model.layers[1].self_attn.q_proj, 24, "backward")
+    with pytest.warns(UserWarning, match="pieces of 4"):
+        found = collect(model, [{"input_ids": ids}], targets, statistics, num_samples=8)
+    for name in wanted:
+        for statistic in statistics:
+            torch.testing.assert_close(found[name].get(statistic), wanted[name].get(statistic), rtol=1e-10, atol=1e-12)
