@@ -57,7 +57,9 @@ class StreamedStatistics:
 
     def take(self) -> dict[str, Accumulator]:
         """Return the sums of the step by layer, those of layers that were seen, and begin the next step."""
-        taken = getattr(self, "_sums", {})
+        taken: dict[str, Accumulator] = getattr(self, "_sums", {})
+        for sums in taken.values():
+            sums.settle()
         self._sums: dict[str, Accumulator] = {}
         self.tokens: dict[str, int] = {}
         return taken
