@@ -104,7 +104,8 @@ def prune_structured(
             ``"layer"``, ``"expert"`` (as many of every layer, down to what a token is sent to). FFN alone is the
             default, since without training it costs least. Of several, the type with the cheapest next unit by mean
             saliency a weight is taken each time.
-        saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"taylor1"``,
+        saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal, with `compensate` of what is
+            left of a unit when the others have been re-fitted for it; ``"taylor1"``,
             ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
             gradient is that of its mean loss, so Taylor depends on how samples are batched. For experts alone also
             ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
