@@ -65,12 +65,13 @@ def test_the_default_is_kfac_with_compensation_of_ffn_channels():
     assert report.sizes.intermediate_size == 28 - count
     for i, n in enumerate(names):
         w, s = before[n], found[f"{n}.weight"]
-        saliency = (s["output_grad_norm"][:, None] ** 2 * w**2).sum(0) * s["input_norm"] ** 2
-        gone = sorted(np.argsort(saliency)[:count])
+        h = s["hessian"]
+        ridge = 0.01 * np.mean(np.diag(h))
+        unexplained = 1 / np.diag(np.linalg.inv(h + ridge * np.eye(28))) - ridge  # by the other channels
+        gone = sorted(np.argsort((s["output_grad_norm"][:, None] ** 2 * w**2).sum(0) * unexplained)[:count])
         assert report.removal["ffn"][i].tolist() == gone
         kept = [f for f in range(28) if f not in gone]
-        h = s["hessian"]
-        damped = h[np.ix_(kept, kept)] + 0.01 * np.mean(np.diag(h)) * np.eye(len(kept))
+        damped = h[np.ix_(kept, kept)] + ridge * np.eye(len(kept))
         expected = w[:, kept] + w[:, gone] @ h[np.ix_(gone, kept)] @ np.linalg.inv(damped)
         np.testing.assert_allclose(model.get_submodule(n).weight.detach().numpy(), expected, atol=2e-4)
         gate = f"model.layers.{i}.mlp.gate_proj"
