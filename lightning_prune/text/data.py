@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import datasets
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from lightning_prune.checkpoints.sources import load_tokenizer, trained_tokenizer
@@ -43,7 +44,7 @@ class ResumableLoader(DataLoader[Any]):
     and dropped.
     """
 
-    trainer: Callable[[], L.Trainer | None] = staticmethod(lambda: None)  # a function, which copies do not copy
+    trainer: L.Trainer | None = None  # which no copy has
     epoch = 0
     _begun = False  # whether a batch of the epoch was read: Lightning may begin a pass twice
     _dropped = 0
@@ -52,8 +53,11 @@ class ResumableLoader(DataLoader[Any]):
         """Go on with this epoch in the next pass, after so many batches."""
         self.epoch, self._begun, self._dropped = epoch, False, dropped
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "trainer"}
+
     def state_dict(self) -> dict[str, int]:
-        trainer = self.trainer()
+        trainer = self.trainer
         if trainer is None:
             return {}
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
@@ -70,7 +74,7 @@ class ResumableLoader(DataLoader[Any]):
         if self._begun:
             self.begin(self.epoch + 1)
         order = self.dataset if isinstance(self.dataset, StreamedBlocks) else self.sampler
-        if isinstance(order, (StreamedBlocks, DistributedSampler)):  # Lightning takes another to overfit batches
+        if isinstance(order, (StreamedBlocks, DistributedSampler)):  # not without a Trainer, nor to overfit batches
             order.set_epoch(self.epoch)
         return self._rest(super().__iter__(), self._dropped)
 
@@ -264,7 +268,11 @@ class TextDataModule(L.LightningDataModule):
             blocks = StreamedBlocks(stream, self.tokenizer, *names, seed=hp["seed"], **self._share())
             return self._loader(blocks, ResumableLoader, collate_fn=collate, drop_last=True)
         data = self.train_dataset
-        order: DistributedSampler[Any] = DistributedSampler(data, seed=hp["seed"], shuffle=True, **self._share())
+        order: Sampler[Any]
+        if self.trainer is None:  # Fabric shares this one out to processes, as any but a DistributedSampler
+            order = RandomSampler(data, generator=torch.Generator().manual_seed(hp["seed"]))
+        else:
+            order = DistributedSampler(data, seed=hp["seed"], shuffle=True, **self._share())
         return self._loader(data.with_format("numpy"), ResumableLoader, collate_fn=self._collate(), sampler=order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
@@ -282,6 +290,12 @@ class TextDataModule(L.LightningDataModule):
 
     def _share(self) -> dict[str, Any]:
         """Which of the processes that read different samples this is, and how many they are."""
+        if self.trainer is None and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "streaming=True without a Trainer, in one of several processes: which of the documents are its own "
+                "cannot be told. Pass a DataLoader of lightning_prune.text.sequences.StreamedBlocks(rank=, "
+                "num_replicas=), or streaming=False"
+            )
         found = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return found or {"rank": 0, "num_replicas": 1}
 
@@ -298,7 +312,7 @@ class TextDataModule(L.LightningDataModule):
         if isinstance(loader, ResumableLoader) and (trainer := self.trainer) is not None:
             progress: Any = trainer.fit_loop.epoch_progress.current
             loader.begin(progress.processed)  # of a resumed fit not the first
-            loader.trainer = lambda: trainer
+            loader.trainer = trainer
         return loader
 
     def _streamed_documents(self, source: str | list[str]) -> datasets.IterableDataset:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import SingleDeviceStrategy
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -119,3 +123,49 @@ def test_processes_share_the_blocks_of_an_epoch(made: tuple[Path, Any]) -> None:
     whole = {tuple(row) for row in data.train_dataset["input_ids"]}
     assert seen[0] | seen[1] == whole
     assert len(seen[0] & seen[1]) <= 1  # filled up to an even number
+
+
+class TwoProcesses(SingleDeviceStrategy):
+    """What Fabric asks of a strategy of several processes, of which this is one."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("cpu")
+        self.distributed_sampler_kwargs = {"num_replicas": 2, "rank": rank}
+
+
+def test_processes_of_fabric_share_the_blocks_of_an_epoch(made: tuple[Path, Any]) -> None:
+    passes: list[list[set[Any]]] = []
+    for rank in range(2):
+        data = data_of(made)
+        data.setup("fit")
+        loader: Any = Fabric(strategy=TwoProcesses(rank)).setup_dataloaders(data.train_dataloader())
+        passes.append([{tuple(row) for batch in loader for row in batch["input_ids"].tolist()} for _ in range(2)])
+    whole = {tuple(row) for row in data.train_dataset["input_ids"]}
+    for first, second in zip(*passes, strict=True):
+        assert first | second == whole
+        assert len(first & second) <= 1
+    assert passes[0][0] != passes[0][1]  # each epoch deals them out anew
+
+
+def test_a_stream_that_several_processes_would_all_read_whole_is_refused(
+    made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = data_of(made, streaming=True)
+    data.setup("fit")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"streaming=True without a Trainer.*StreamedBlocks\(rank="):
+        data.train_dataloader()
+
+
+def test_copies_are_apart_from_the_fit(made: tuple[Path, Any]) -> None:
+    data, module = data_of(made), Seeing()
+    trainer = L.Trainer(**QUIET, max_epochs=1, limit_train_batches=1, enable_checkpointing=False)
+    trainer.fit(module, data)
+    loader: Any = trainer.train_dataloader
+    assert loader.trainer is trainer
+    copies = [copy.deepcopy(loader), pickle.loads(pickle.dumps(loader))]
+    following = next(iter(loader))["input_ids"]
+    for again in copies:
+        assert again.trainer is None
+        assert torch.equal(next(iter(again))["input_ids"], following)
