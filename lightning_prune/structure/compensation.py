@@ -115,7 +115,10 @@ def unexplained_of(moments: Mapping[str, Tensor]) -> Unexplained:
 
     def left(layer: str, units: Tensor) -> Tensor | None:
         hessian = moments.get(layer)
-        return None if hessian is None else unexplained(hessian, units) / hessian.diagonal().sum()
+        if hessian is None:
+            return None
+        total = hessian.diagonal().sum()
+        return unexplained(hessian, units) / torch.where(total > 0, total, 1)  # 0 of inputs that were always zero
 
     return left
 

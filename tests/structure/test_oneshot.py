@@ -225,6 +225,21 @@ def test_failures_leave_the_model_bit_identical(saliency, source, error):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(("kind", "dead"), [("ffn", "mlp.up_proj"), ("attention", "self_attn.v_proj")])
+def test_units_that_give_nothing_are_the_first_to_go(kind, dead):
+    """Units of a layer whose inputs are all zero: also where every one of its units is such."""
+    model = zoo.make("llama")
+    with torch.no_grad():
+        model.model.layers[1].get_submodule(dead).weight.zero_()
+        for name, p in model.named_parameters():
+            if kind == "ffn" and name.endswith("mlp.up_proj.weight"):
+                p[:3] = 0.0
+    report = prune_structured(model, data(), 0.95, [kind], num_samples=4)
+    assert all(p.isfinite().all() for p in model.parameters())
+    if kind == "ffn":
+        assert all({0, 1, 2} <= set(lost.tolist()) for i, lost in enumerate(report.removal["ffn"]) if i != 1)
+
+
 @pytest.mark.parametrize("saliency", ["kfac", "taylor2"])
 def test_nan_in_the_loss(saliency):
     model = zoo.make("llama")
