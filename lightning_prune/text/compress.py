@@ -186,17 +186,23 @@ def compress(
         compress("HuggingFaceTB/SmolLM2-135M", "pruned", "train.txt", sparsity=0.5)
     """
     recipe = Recipe(score, num_samples, update, sequential, permute, fit)
-    if minutes is not None and (minutes <= 0 or recipe != Recipe("kfac", 16)):
+    number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool)
+    if minutes is not None and not (number and minutes > 0 and recipe == Recipe("kfac", 16)):
         raise ValueError(
-            f"minutes={minutes} must be above 0, and stands in place of score, update, sequential, permute, fit and "
-            f"num_samples, which are {recipe}; remove minutes, or these"
+            f"minutes={minutes!r} must be a number above 0, and stands in place of score, update, sequential, permute, "
+            f"fit and num_samples, which are {recipe}; remove minutes, or these"
         )
     if permute and parse_pattern(pattern) is None:
-        raise ValueError(f"permute=True: the order of channels matters for N:M only, not for pattern={pattern!r}")
+        raise ValueError(
+            f"permute=True: the order of channels matters for N:M only, not for pattern={pattern!r}; use one such as "
+            "'2:4', or leave permute out"
+        )
     # For its checks, before anything long begins.
     PruningSettings(make_score(score), sparsity, pattern, update=update, num_samples=num_samples, sequential=sequential)
     job = _Job(model, output, console, overwrite, progress)
     job.open(tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch": batch_size})
+    if permute:
+        check_permutable(job.model, pattern)
     most = num_samples if minutes is None else max(known.num_samples for known, *_ in _RECIPES)
     job.read(text, text_name, text_split, text_field, most, windows, prompt)
     job.measure("dense")

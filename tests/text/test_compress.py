@@ -112,6 +112,13 @@ def test_orders_and_fits_are_those_of_the_functions(files, tmp_path, capsys):
     )
 
 
+def test_orders_that_cannot_be_are_refused_before_anything_is_measured(files, tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"pattern='3:5': 32 channels of 'hidden' do not divide by 5"):
+        compress(files.dense, tmp_path / "out", str(files.text), pattern="3:5", permute=True, **SMALL)
+    assert "perplexity" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_shrink_ends_with_an_ordinary_model(files, tmp_path):
     done = shrink(files.dense, tmp_path / "out", 0.9, str(files.text), **SMALL)
     check_report(done, files.dense, files.text)
@@ -165,7 +172,10 @@ def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="are too few on this device; the quickest takes"):
         compress(files.dense, tmp_path / "new", str(files.text), minutes=spent / 60, **small)
     assert not (tmp_path / "new").exists()
-    for wrong in ({"minutes": -1}, {"minutes": 5, "score": "wanda"}, {"minutes": 5, "num_samples": 4}):
+    for wrong in (
+        {"minutes": -1}, {"minutes": float("nan")}, {"minutes": "5"}, {"minutes": 5, "score": "wanda"},
+        {"minutes": 5, "num_samples": 4},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="stands in place of score"):
             compress(files.dense, tmp_path / "new", **wrong)
 
