@@ -151,6 +151,11 @@ def gathered_around(model: nn.Module, module: nn.Module) -> Iterator[None]:
         reshard(module)
 
 
+def runs_alone(part: nn.Module, whole: nn.Module) -> bool:
+    """Whether a part can be called without the module around it, whose FSDP2 gathers what the part does not itself."""
+    return isinstance(part, FSDPModule) or not isinstance(whole, FSDPModule)
+
+
 def as_shard_of(parameter: Tensor, part: Tensor) -> Tensor:
     """A DTensor laid out as `parameter` is, from this rank's part of it; a plain `parameter` leaves the part plain."""
     if not isinstance(parameter, DTensor):
@@ -193,7 +198,7 @@ def shard_dim(placement: Placement) -> int | None:
     return int(dim)
 
 
-def _chunk(start: int, stop: int, parts: int, index: int) -> tuple[int, int]:
+def chunk(start: int, stop: int, parts: int, index: int) -> tuple[int, int]:
     """The index-th of `parts` pieces of a range, cut as ``torch.chunk`` does: the last ones may be short or empty."""
     each = -(-(stop - start) // parts)
     return min(start + index * each, stop), min(start + (index + 1) * each, stop)
@@ -204,7 +209,7 @@ def _bounds(shape: Sequence[int], mesh: DeviceMesh | None, cuts: Sequence[tuple[
     bounds = [(0, size) for size in shape]
     for mesh_dim, dim in cuts:
         assert mesh is not None
-        bounds[dim] = _chunk(*bounds[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+        bounds[dim] = chunk(*bounds[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
     return bounds
 
 
@@ -367,7 +372,7 @@ class Layout:
         rows = self.bounds[0]
         if self._column_cut is None or self.mesh is None:
             return rows
-        return _chunk(*rows, self.mesh.size(self._column_cut), self.mesh.get_local_rank(self._column_cut))
+        return chunk(*rows, self.mesh.size(self._column_cut), self.mesh.get_local_rank(self._column_cut))
 
     def to_rows(self, part: Tensor) -> Tensor:
         """This rank's part ``[o, i]`` of a matrix to whole rows of it, ``[r, I]``: pieces change ranks if need be."""
@@ -504,7 +509,7 @@ class RowsLayout(SliceLayout):
         return rows, self._bounds(self._matrix_cuts)[1]
 
 
-def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over a group, cut along the first dimension as ``torch.chunk`` does; each rank gets its piece."""
     parts, size = dist.get_world_size(group), tensor.shape[0]
     each = -(-size // parts)
@@ -513,11 +518,11 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         tensor = torch.cat([tensor, padding])
     own = tensor.new_empty(each, *tensor.shape[1:])
     dist.reduce_scatter_single(own, tensor.contiguous(), group=group)
-    start, stop = _chunk(0, size, parts, dist.get_rank(group))
+    start, stop = chunk(0, size, parts, dist.get_rank(group))
     return own[: stop - start]
 
 
-def all_gather(part: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+def all_gather(part: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
     """The whole of a tensor cut along its first dimension, of length `size`, as `reduce_scatter` cuts it."""
     parts = dist.get_world_size(group)
     each = -(-size // parts)
