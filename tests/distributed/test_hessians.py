@@ -60,7 +60,7 @@ def check(address: str, world: int, replicas: int) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    ranks = Ranks(lockstep=True)
+    ranks, mine = Ranks(lockstep=True), batches(rank, world)
     held: list[tuple[int, int]] = []
 
     def counted(function: Any) -> Any:
@@ -80,17 +80,16 @@ def check(address: str, world: int, replicas: int) -> None:
         assert all(rows == columns for rows, columns in held)
         held.clear()
         model = shard(make(), replicas)
-        found = prune(model, batches(rank, world), num_samples=6, progress=False, ranks=ranks, **settings)
+        found = prune(model, mine, num_samples=len(mine), progress=False, ranks=ranks, **settings)
         assert len(held) == len(alone) == 14
         assert [rows for rows, _ in held] == [columns // world for _, columns in held]
         assert sum(rows * columns for rows, columns in held) * world == sum(alone)
         assert all(torch.equal(whole(found[name]), mask) for name, mask in expected.items())
         for name, parameter in model.named_parameters():
-            torch.testing.assert_close(whole(parameter.detach()), one.get_parameter(name), rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(whole(parameter.detach()), one.get_parameter(name), rtol=1e-5, atol=1e-7)
     # Experts: a rank meets some that another does not, and a few meet no token at all.
     one, model = make(experts=True), shard(make(experts=True), replicas)
     wanted = collect(one, batches(0, 1), find_targets(one), {INPUT_NORM, HESSIAN}, num_samples=6, progress=False)
-    mine = batches(rank, world)
     sums = collect(
         model, mine, find_targets(model), {INPUT_NORM, HESSIAN}, num_samples=len(mine), ranks=ranks, progress=False
     )
