@@ -26,7 +26,7 @@ from lightning_prune.pruning.calibration import collect
 from lightning_prune.pruning.patterns import NM, nm_mask, parse_pattern
 from lightning_prune.pruning.scores import Wanda
 from lightning_prune.pruning.statistics import INPUT_NORM
-from lightning_prune.pruning.targets import find_targets
+from lightning_prune.pruning.targets import Target, find_targets
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.units import Slice, Structure, read_structure
@@ -101,6 +101,39 @@ def kept_scores(scores: Tensor, pattern: NM) -> Tensor:
     return (scores * nm_mask(scores, pattern)).sum(dtype=torch.float64)
 
 
+def check_permutable(
+    model: nn.Module, pattern: str, channels: Sequence[str] = CHANNELS
+) -> tuple[Structure, NM, dict[str, list[tuple[list[Slice], list[str]]]], dict[str, Target]]:
+    """Find what `permute_channels` would put in order, which stays as it is.
+
+    Returns:
+        The model's structure, the pattern, the places with an order of their own by kind of channel, and what can be
+        pruned, by name.
+
+    Raises:
+        ValueError: see `permute_channels`.
+    """
+    nm = parse_pattern(pattern)
+    if nm is None:
+        raise ValueError(f"pattern={pattern!r}: the order of channels matters for N:M only, such as '2:4'")
+    if isinstance(channels, str) or not channels or set(channels) - set(CHANNELS):
+        raise ValueError(f"channels={channels!r} must be some of {CHANNELS}")
+    refuse_shards(model, "permute_channels needs whole parameters, these are sharded over processes: gather the model")
+    structure = read_structure(model)
+    places = {kind: _places(structure, kind) for kind in CHANNELS if kind in channels}
+    for kind, found in places.items():
+        for slices, _ in found:
+            if (size := slices[0].indices.shape[0]) % nm.m:
+                raise ValueError(f"pattern={pattern!r}: {size} channels of {kind!r} do not divide by {nm.m}")
+    targets = {t.name: t for t in find_targets(structure.model)}
+    for kind, found in places.items():
+        for _, readers in found:
+            readers[:] = [name for name in readers if name in targets]
+            if not readers:
+                raise ValueError(f"channels={channels!r}: no layer to prune reads {kind!r} channels; leave them out")
+    return structure, nm, places, targets
+
+
 def permute_channels(
     model: nn.Module,
     batches: Iterable[Any],
@@ -136,24 +169,7 @@ def permute_channels(
         permute_channels(model, batches, "2:4")
         prune(model, batches, pattern="2:4", update="exact", sequential=True)
     """
-    nm = parse_pattern(pattern)
-    if nm is None:
-        raise ValueError(f"pattern={pattern!r}: the order of channels matters for N:M only, such as '2:4'")
-    if isinstance(channels, str) or not channels or set(channels) - set(CHANNELS):
-        raise ValueError(f"channels={channels!r} must be some of {CHANNELS}")
-    refuse_shards(model, "permute_channels needs whole parameters, these are sharded over processes: gather the model")
-    structure = read_structure(model)
-    places = {kind: _places(structure, kind) for kind in CHANNELS if kind in channels}
-    for kind, found in places.items():
-        for slices, _ in found:
-            if (size := slices[0].indices.shape[0]) % nm.m:
-                raise ValueError(f"pattern={pattern!r}: {size} channels of {kind!r} do not divide by {nm.m}")
-    targets = {t.name: t for t in find_targets(structure.model)}
-    for kind, found in places.items():
-        for _, readers in found:
-            readers[:] = [name for name in readers if name in targets]
-            if not readers:
-                raise ValueError(f"channels={channels!r}: no layer to prune reads {kind!r} channels; leave them out")
+    structure, nm, places, targets = check_permutable(model, pattern, channels)
     names = sorted({name for found in places.values() for _, readers in found for name in readers})
     statistics = collect(
         structure.model,

@@ -19,39 +19,59 @@ from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
 from lightning_prune.errors import check_whole
 from lightning_prune.evaluation.perplexity import evaluating, perplexity
+from lightning_prune.perp.reconstruction import reconstruct
 from lightning_prune.pruning.masks import Masks
+from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.pruning.pipeline import prune
 from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.results import Table
 from lightning_prune.safety import expanded
 from lightning_prune.structure.oneshot import prune_structured
+from lightning_prune.structure.permutation import check_permutable, permute_channels
 from lightning_prune.text.documents import texts_of
 
 _WINDOW = 512  # tokens, where the model takes as many
 _PLENTY = 16  # times the text that is needed is read, to take samples from different parts of it
 _HELD_OUT = 10  # one part in so many is kept for the perplexities
 _WRITTEN = 24  # tokens that the models write
+_FITTED = 2  # samples in one step of a fit
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `compress` prunes; the arguments are those of `lightning_prune.prune`."""
+    """How `compress` prunes.
+
+    Attributes:
+        score: Of `lightning_prune.prune`, as `num_samples`, `update` and `sequential`.
+        permute: Whether channels are put in another order before (`lightning_prune.structure.permute_channels`).
+        fit: Whether the weights that stay are fitted then, half a block at a time (`lightning_prune.perp.reconstruct`).
+    """
 
     score: str
     num_samples: int
     update: str | None = None
     sequential: bool = False
+    permute: bool = False
+    fit: bool = False
 
     def __str__(self) -> str:
-        update = "" if self.update is None else f" with update {self.update}"
-        return f"{self.score}{update}{', block by block' if self.sequential else ''}, {self.num_samples} samples"
+        steps = ["channels in another order"] if self.permute else []
+        steps.append(self.score if self.update is None else f"{self.score} with update {self.update}")
+        steps += ["block by block"] if self.sequential else []
+        steps += ["half-block fit"] if self.fit else []
+        return f"{', '.join(steps)}, {self.num_samples} samples"
+
+    def pruning(self) -> dict[str, Any]:
+        """Arguments of `lightning_prune.prune`."""
+        return {name: value for name, value in asdict(self).items() if name not in ("permute", "fit")}
 
 
 # Best first, by the perplexities on the page of figures. What each costs on SmolLM2-135M (hidden size 576, CPU), in
-# forward passes of one window of text: for each sample, and once for the whole model. Measured, but for ALPS: that is
-# the cost of exact and the longer time of its solver.
+# forward passes of one window of text, measured: for each sample, and once for the whole model.
 _RECIPES: tuple[tuple[Recipe, float, float], ...] = (
-    (Recipe("kfac", 32, "alps", True), 3.2, 85.0),
+    (Recipe("kfac", 32, "alps", True, permute=True, fit=True), 12.8, 305.0),
+    (Recipe("kfac", 32, "alps", True, fit=True), 12.8, 140.0),
+    (Recipe("kfac", 32, "alps", True), 3.2, 140.0),
     (Recipe("kfac", 32, "exact", True), 3.2, 15.0),
     (Recipe("kfac", 8, "exact", True), 3.2, 15.0),
     (Recipe("kfac", 32), 2.7, 3.5),
@@ -59,6 +79,7 @@ _RECIPES: tuple[tuple[Recipe, float, float], ...] = (
     (Recipe("wanda", 32), 0.7, 1.0),
     (Recipe("wanda", 4), 0.7, 1.0),
 )
+_SWEEP = 2.7  # more for each sample where a walk needs kfac's gradients, which N:M does not
 _WIDTH = 576
 
 
@@ -99,6 +120,8 @@ def compress(
     score: str = "kfac",
     update: str | None = None,
     sequential: bool = False,
+    permute: bool = False,
+    fit: bool = False,
     num_samples: int = 16,
     minutes: float | None = None,
     text_name: str | None = None,
@@ -131,9 +154,13 @@ def compress(
         score: "magnitude", "wanda", "gblm", "sparsegpt" or "kfac"; see `lightning_prune.prune`.
         update: "exact", "alps" or "obs": the remaining weights make up for the others, with each layer's Hessian.
         sequential: Block by block, each on the outputs of the pruned blocks before it.
+        permute: Put channels in an order first in which N:M loses less; see
+            `lightning_prune.structure.permute_channels`, which knows the families that it can do this to.
+        fit: Fit the weights that stay to the dense model's outputs afterwards, half a block at a time; see
+            `lightning_prune.perp.reconstruct`.
         num_samples: Calibration samples of `seq_len` tokens, spread over the text.
-        minutes: In place of `score`, `update`, `sequential` and `num_samples`: take the best of a measured table that
-            the command can do in about so many minutes on this device.
+        minutes: In place of `score`, `update`, `sequential`, `permute`, `fit` and `num_samples`: take the best of a
+            measured table that the command can do in about so many minutes on this device.
         text_name: Configuration of a hub dataset, such as wikitext-2-raw-v1.
         text_split: Split of a hub dataset.
         text_field: Field that holds the text.
@@ -158,12 +185,14 @@ def compress(
 
         compress("HuggingFaceTB/SmolLM2-135M", "pruned", "train.txt", sparsity=0.5)
     """
-    recipe = Recipe(score, num_samples, update, sequential)
+    recipe = Recipe(score, num_samples, update, sequential, permute, fit)
     if minutes is not None and (minutes <= 0 or recipe != Recipe("kfac", 16)):
         raise ValueError(
-            f"minutes={minutes} must be above 0, and stands in place of score, update, sequential and num_samples, "
-            f"which are {recipe}; remove minutes, or these"
+            f"minutes={minutes} must be above 0, and stands in place of score, update, sequential, permute, fit and "
+            f"num_samples, which are {recipe}; remove minutes, or these"
         )
+    if permute and parse_pattern(pattern) is None:
+        raise ValueError(f"permute=True: the order of channels matters for N:M only, not for pattern={pattern!r}")
     # For its checks, before anything long begins.
     PruningSettings(make_score(score), sparsity, pattern, update=update, num_samples=num_samples, sequential=sequential)
     job = _Job(model, output, console, overwrite, progress)
@@ -174,11 +203,19 @@ def compress(
     if minutes is not None:
         recipe = job.recipe_for(60 * minutes, pattern)
         job.samples = _spread(job.samples, recipe.num_samples)
-    settings: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, **asdict(recipe)}
-    settings["num_samples"] = len(job.samples)
+    how: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, **recipe.pruning()}
+    how["num_samples"] = len(job.samples)
     job.say(f"Pruning by {recipe} of {job.seq_len} tokens")
-    masks = prune(job.model, job.batches(batch_size), **settings, progress=progress)
+    if recipe.permute:
+        permute_channels(job.model, job.batches(batch_size), pattern, num_samples=len(job.samples), progress=progress)
+    dense = {name: p.detach().clone() for name, p in job.model.named_parameters()} if recipe.fit else {}
+    masks = prune(job.model, job.batches(batch_size), **how, progress=progress)
+    if recipe.fit:
+        samples, count = job.batches(_FITTED), len(job.samples)
+        reconstruct(job.model, samples, dense, masks, train="all", num_samples=count, progress=progress)
+        del dense
     job.measure("pruned")
+    settings = {**how, "permute": recipe.permute, "fit": recipe.fit}
     return job.write(job.model, Making(recipe.score, [settings], len(masks)), settings, masks)
 
 
@@ -343,11 +380,14 @@ class _Job:
         # The pruned model is measured too, and writing takes about as long as loading.
         left = seconds - (time.monotonic() - self.started) - self.measuring - self.loading
         width = getattr(self.model.config, "hidden_size", _WIDTH) / _WIDTH
-        costs = {}
+        costs, nm = {}, pattern != "unstructured"
         for recipe, sample, once in _RECIPES:
             solves = recipe.update is not None  # in time that grows with the width
-            if recipe.score == "kfac" and not solves and pattern != "unstructured":
+            if recipe.score == "kfac" and not solves and nm:
                 continue  # its masks under N:M are Wanda's
+            if recipe.permute and not (nm and self._permutable(pattern)):
+                continue
+            sample += _SWEEP if solves and not nm else 0
             costs[recipe] = window * (recipe.num_samples * sample + once * (width if solves else 1))
         fitting = next((recipe for recipe, cost in costs.items() if cost <= left), None)
         if fitting is None:
@@ -355,6 +395,13 @@ class _Job:
             raise ValueError(f"minutes={seconds / 60:g} are too few on this device; the quickest takes {needed:.1f}")
         self.say(f"Within {seconds / 60:g} minutes: {fitting} (about {costs[fitting] / 60:.1f} of them)")
         return fitting
+
+    def _permutable(self, pattern: str) -> bool:
+        try:
+            check_permutable(self.model, pattern)
+        except ValueError:
+            return False
+        return True
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """The samples as batches of whole sequences, [B, T] each."""

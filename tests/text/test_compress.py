@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_prune import compress, prune, shrink
 from lightning_prune.cli import main
+from lightning_prune.perp import reconstruct
+from lightning_prune.structure import permute_channels
 from lightning_prune.text.compress import Compressed
 from lightning_prune.text.documents import texts_of
 
@@ -82,6 +85,33 @@ def test_prune_is_prune_of_the_samples(files, tmp_path, capsys):
     assert repr(done.written) in shown
 
 
+def test_orders_and_fits_are_those_of_the_functions(files, tmp_path, capsys):
+    samples, _ = windows_of(files.dense, files.text)
+    model = AutoModelForCausalLM.from_pretrained(files.dense)
+    dense = copy.deepcopy(model)
+    for each in (model, dense):
+        permute_channels(each, [{"input_ids": samples}], "2:4", num_samples=4, progress=False)
+    order = model.model.embed_tokens.weight.detach().clone()
+    assert not torch.equal(order, AutoModelForCausalLM.from_pretrained(files.dense).model.embed_tokens.weight)
+    batches = [{"input_ids": samples}]
+    masks = prune(model, batches, pattern="2:4", update="exact", sequential=True, num_samples=4, progress=False)
+    before = copy.deepcopy(model.state_dict())
+    pairs = [{"input_ids": rows} for rows in samples.split(2)]
+    reconstruct(model, pairs, dense, masks, train="all", num_samples=4, progress=False)
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    done = compress(
+        files.dense, tmp_path / "out", str(files.text), pattern="2:4", update="exact", sequential=True, permute=True,
+        fit=True, **SMALL,
+    )  # fmt: skip
+    found = AutoModelForCausalLM.from_pretrained(done.output).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    assert done.settings["permute"]
+    assert "channels in another order, kfac with update exact, block by block, half-block fit, 4 samples" in (
+        capsys.readouterr().out
+    )
+
+
 def test_shrink_ends_with_an_ordinary_model(files, tmp_path):
     done = shrink(files.dense, tmp_path / "out", 0.9, str(files.text), **SMALL)
     check_report(done, files.dense, files.text)
@@ -107,7 +137,7 @@ def test_the_commands(files, tmp_path, capsys):
 
 
 def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
-    """Costs by hand: passes of the table times the seconds that a window took, of what is left."""
+    """Costs by hand: passes of the table, and of kfac's sweep, times the seconds of a window, of what is left."""
     from lightning_prune.text import compress as command
 
     clock = iter(range(0, 10_000, 2))  # each look at it takes two seconds
@@ -121,7 +151,7 @@ def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "_WIDTH", 64)
     width = AutoModelForCausalLM.from_pretrained(files.dense).config.hidden_size / 64
     # Two seconds a measurement, of three windows; two of loading; ten have gone by when it is asked.
-    costs = [2 / 3 * (8 * 5 + 20 * width), 2 / 3 * (4 * 3 + 8), 2 / 3 * (4 + 1)]
+    costs = [2 / 3 * (8 * (5 + 2.7) + 20 * width), 2 / 3 * (4 * 3 + 8), 2 / 3 * (4 + 1)]
     spent = 8 + 2 + 2
     small = {name: value for name, value in SMALL.items() if name != "num_samples"}
     for cost, score in zip(costs, ("kfac with update exact, block by block, 8", "kfac, 4", "wanda, 4"), strict=True):
@@ -151,6 +181,7 @@ def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
         (["--text_field", "words"], "text_field='words' names no text"),
         (["--seq_len", "100000"], "seq_len=100000"),
         (["--prompt", "x", "--update", "best"], "update"),
+        (["--permute"], "permute=True: the order of channels matters for N:M only"),
     ],
 )
 def test_a_failure_leaves_the_old_folder(files, tmp_path, capsys, options, message):
