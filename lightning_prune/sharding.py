@@ -151,6 +151,11 @@ def gathered_around(model: nn.Module, module: nn.Module) -> Iterator[None]:
         reshard(module)
 
 
+def runs_alone(part: nn.Module, whole: nn.Module) -> bool:
+    """Whether a part can be called without the module around it, whose FSDP2 gathers what the part does not itself."""
+    return isinstance(part, FSDPModule) or not isinstance(whole, FSDPModule)
+
+
 def as_shard_of(parameter: Tensor, part: Tensor) -> Tensor:
     """A DTensor laid out as `parameter` is, from this rank's part of it; a plain `parameter` leaves the part plain."""
     if not isinstance(parameter, DTensor):

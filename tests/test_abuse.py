@@ -335,7 +335,7 @@ def test_out_of_memory_in_calibration(score, message, tmp_path):
 
     def hungry(batch):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) >= 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
         return loss(batch)
 
@@ -346,7 +346,7 @@ def test_out_of_memory_in_calibration(score, message, tmp_path):
         make_trainer(tmp_path, pruning).fit(module, loader())
     assert "Tried to allocate 2.00 GiB" in str(error.value)
     assert "\n" not in str(error.value)
-    assert len(calls) == 3
+    assert len(calls) == (3 if score["score"] == "wanda" else 4)  # once more, with blocks that run again in backward
     assert snapshot(module) == before
     assert pruning.masks == {}
     assert all(p.grad is None and p.requires_grad for p in module.parameters())

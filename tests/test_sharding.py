@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import make_llama, make_tokens
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from lightning_prune import prune
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.sharding import gathered_dtypes, reshard, settle, shard_dim
 
@@ -119,3 +121,15 @@ def test_what_fsdp_cut_after_tensor_parallelism_is_told_from_what_was_cut_before
     assert shard_dim(strided) == 0
     assert strided.split_factor == 2
     assert not hasattr(Shard(0), "split_factor")
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_language_model_that_is_sharded_around_its_body(mesh: DeviceMesh, sequential: bool) -> None:
+    ids = make_tokens(2, 6)
+    plain, model = make_llama(), make_llama()
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    expected = prune(plain, [ids], "wanda", sequential=sequential, num_samples=2)
+    found = prune(model, [ids], "wanda", sequential=sequential, num_samples=2)
+    assert all(torch.equal(found[name].full_tensor(), mask) for name, mask in expected.items())

@@ -20,7 +20,7 @@ from lightning_prune.naming import own_parameters, uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.offloading import device_of
 from lightning_prune.pruning.targets import Target, block_classes, type_name
-from lightning_prune.sharding import local
+from lightning_prune.sharding import local, runs_alone
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a forward pass runs in, such as autocast."""
@@ -156,7 +156,7 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
         inputs = {name: value for name, value in inputs.items() if name not in _LOSS_INPUTS}
     inputs = _cast(model, inputs)
     body = getattr(model, "base_model", None)
-    if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict):
+    if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict) and runs_alone(body, model):
         inside = set(body.modules())
         known = all(name not in inputs or _accepts(body, name) for name in ("input_ids", "inputs_embeds"))
         if known and all(module in inside for target in targets for module in target.holders):
