@@ -233,10 +233,7 @@ def sparsity_per_layer(source: Inspection | Mapping[str, Tensor], path: str | Pa
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return _saved(figure, path)
 
 
 def perplexity_over_sparsity(
@@ -268,8 +265,14 @@ def perplexity_over_sparsity(
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.legend(frameon=False)
+    return _saved(figure, path)
+
+
+def _saved(figure: Any, path: str | Path) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    return Path(path)
+    return path
 
 
 def cells_of(source: Inspection | Mapping[str, Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -334,10 +337,7 @@ def shrinking_picture(history: Sequence[ShrinkRecord], path: str | Path, title: 
     first, last = history[0], history[-1]
     change = f"{short(first.parameters)} to {short(last.parameters)} parameters"
     figure.suptitle(f"{title + ': ' if title else ''}{change}", x=0.01, ha="left")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return path
+    return _saved(figure, path)
 
 
 def _draw_saliency(axes: Any, history: Sequence[ShrinkRecord], x: Sequence[float]) -> None:

@@ -15,7 +15,7 @@ from lightning_prune.pruning.statistics import HESSIAN
 from lightning_prune.ranks import shard_group
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local
-from lightning_prune.structure.saliency import INPUT_AXIS, reader_targets
+from lightning_prune.structure.saliency import INPUT_AXIS, Unexplained, reader_targets
 from lightning_prune.structure.streaming import StreamedStatistics
 from lightning_prune.structure.units import Removal, Structure, renumbered, unit_indices
 
@@ -110,6 +110,16 @@ def lost_inputs(structure: Structure, removal: Removal) -> dict[str, Tensor]:
     return found
 
 
+def unexplained_of(moments: Mapping[str, Tensor]) -> Unexplained:
+    """Return what `kfac_saliency` asks of the layers that have such moments, by name."""
+
+    def left(layer: str, units: Tensor) -> Tensor | None:
+        hessian = moments.get(layer)
+        return None if hessian is None else unexplained(hessian, units) / hessian.diagonal().sum()
+
+    return left
+
+
 class StreamedMoments:
     """A decayed mean of ``X^T X`` for every layer that reads units, from the training's own forward passes.
 
@@ -188,8 +198,9 @@ class StreamedMoments:
         if name not in self.hessians:
             return None
         if name not in self._unexplained:  # once for queries, keys and values, until their moments change
-            hessian = self.hessians[name]
-            self._unexplained[name] = unexplained(hessian, units) / hessian.diagonal().sum()
+            left = unexplained_of(self.hessians)(name, units)
+            assert left is not None
+            self._unexplained[name] = left
         return self._unexplained[name]
 
     # -- following the model -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from lightning_prune.pruning.running import model_loss, on_device, quiet_model
 from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards
-from lightning_prune.structure.compensation import compensation, observed_layers
+from lightning_prune.structure.compensation import compensation, observed_layers, unexplained_of
 from lightning_prune.structure.device_goals import names_sizes
 from lightning_prune.structure.planning import Planner, RoundTo, attention_unit_of, make_planner, plan_removal
 from lightning_prune.structure.removal import remove_units
@@ -104,7 +104,10 @@ def prune_structured(
             ``"layer"``, ``"expert"`` (as many of every layer, down to what a token is sent to). FFN alone is the
             default, since without training it costs least. Of several, the type with the cheapest next unit by mean
             saliency a weight is taken each time.
-        saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"taylor1"``,
+        saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"obs"``: the same of what
+            is left of a unit when the others have been re-fitted for it (optimal brain surgeon; with `compensate`).
+            That is better where training follows, and worse without it where many channels go at once, since each is
+            judged as if those that can stand in for it stayed. ``"taylor1"``,
             ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
             gradient is that of its mean loss, so Taylor depends on how samples are batched. For experts alone also
             ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
@@ -142,6 +145,8 @@ def prune_structured(
     planner = make_planner(structure, target, checked, round_to, one_by_one=not names_sizes(target))
     if saliency == "reap" and checked != ("expert",):
         raise ValueError(f"saliency='reap' is of experts, and types={checked!r}: use types=('expert',), or 'kfac'")
+    if saliency == "obs" and not compensate:
+        raise ValueError("saliency='obs' judges units after the re-fit: pass compensate=True, or saliency='kfac'")
     if batches is None and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
     run = _OneShot(structure, checked, saliency, compensate, num_samples, loss_fn, progress)
@@ -163,7 +168,7 @@ class _OneShot:
     ) -> None:
         self.structure, self.types, self.saliency, self.compensate = structure, types, saliency, compensate
         self.num_samples, self.loss_fn, self.progress = num_samples, loss_fn, progress
-        self.statistics: dict[str, LayerStatistics] = {}
+        self.hessians: dict[str, Tensor] = {}
 
     def run(self, batches: Iterable[Any], planner: Planner) -> StructuredReport:
         structure = self.structure
@@ -192,13 +197,15 @@ class _OneShot:
         if self.saliency == "reap":
             model, loss_fn, progress = structure.model, self.loss_fn, self.progress
             return {"expert": reap_saliency(structure, on_device(model, data), loss_fn, len(data), progress)}
-        if self.saliency == "kfac":
+        if self.saliency in ("kfac", "obs"):
             wanted = {INPUT_NORM, OUTPUT_GRAD_NORM}
             # Hidden channels and experts have too many readers to hold a Hessian each: those come in a second sweep.
             if self.compensate and not {"hidden", "expert"} & set(self.types):
                 wanted.add(HESSIAN)
-            self.statistics = self._collect(data, reader_targets(structure, self.types), wanted)
-            return dict(kfac_saliency(structure, self.statistics, self.types))
+            statistics = self._collect(data, reader_targets(structure, self.types), wanted)
+            self.hessians = {name: s.hessian for name, s in statistics.items() if s.hessian is not None}
+            updated = unexplained_of(self._moments(data)) if self.saliency == "obs" else None
+            return kfac_saliency(structure, statistics, self.types, updated)
         scores = SaliencyAccumulator(structure, self.types, self.saliency)
         if self.saliency == "magnitude":
             scores.add()
@@ -235,16 +242,19 @@ class _OneShot:
 
     def _compensated(self, data: list[Any], removal: Removal) -> dict[str, Tensor]:
         """New weights of the layers that lose inputs."""
-        observed = observed_layers(self.structure, list(removal))
-        names = {f"{name}.weight" for name in observed.values()}
-        targets = [t for t in reader_targets(self.structure, list(removal)) if t.name in names]
-        if not targets:
-            return {}
-        statistics = self.statistics
-        if any(t.name not in statistics or statistics[t.name].hessian is None for t in targets):
-            statistics = self._collect(data, targets, {HESSIAN})
-        moments = {name: statistics[f"{seen}.weight"].get(HESSIAN) for name, seen in observed.items()}
-        return compensation(self.structure, removal, moments, progress=self.progress)
+        moments = self._moments(data, list(removal))
+        return compensation(self.structure, removal, moments, progress=self.progress) if moments else {}
+
+    def _moments(self, data: list[Any], types: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Second moments of the inputs of layers that can be updated, by name; in a sweep of their own if need be."""
+        types = self.types if types is None else types
+        observed = observed_layers(self.structure, types)
+        names = {f"{name}.weight" for name in observed.values()} - self.hessians.keys()
+        targets = [t for t in reader_targets(self.structure, types) if t.name in names]
+        if targets:
+            found = self._collect(data, targets, {HESSIAN})
+            self.hessians |= {name: statistics.get(HESSIAN) for name, statistics in found.items()}
+        return {name: self.hessians[f"{seen}.weight"] for name, seen in observed.items()}
 
 
 @contextmanager

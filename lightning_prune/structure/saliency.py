@@ -19,7 +19,7 @@ from lightning_prune.structure.units import Removal, Structure, unit_indices
 
 GRADIENT_SALIENCIES = ("taylor2", "taylor1", "magnitude")
 TRAINING_SALIENCIES = (*GRADIENT_SALIENCIES, "kfac")
-SALIENCIES = (*TRAINING_SALIENCIES, "reap")
+SALIENCIES = (*TRAINING_SALIENCIES, "obs", "reap")
 
 Unexplained = Callable[[str, Tensor], Tensor | None]
 
@@ -280,6 +280,27 @@ def kfac_saliency(
             place of ``E[x_j^2]``: the loss increase is then that after the update of what remains (optimal brain
             surgeon). Where it says None, or is None, nothing is taken to be updated.
     """
+    result = _read_saliency(structure, statistics, [t for t in types if t != "layer"], unexplained)
+    if "layer" in types:  # nothing in a layer that goes could be updated
+        plain = _read_saliency(structure, statistics, ["layer"])
+        per_layer = [
+            plain[t].sum(1) * structure.unit_weights(t) / structure.unit_weights("layer") for t in ("attention", "ffn")
+        ]
+        result["layer"] = (per_layer[0] + per_layer[1])[None]
+    if "expert" in types:
+        outputs = [[_input_saliency(t, statistics[t.name]).sum() for t in ts] for ts in expert_outputs(structure)]
+        result["expert"] = torch.stack([torch.stack(o).cpu().double() for o in outputs])
+        result["expert"] /= structure.unit_weights("expert")
+    return {str(t): result[t] for t in check_types(types)}
+
+
+def _read_saliency(
+    structure: Structure,
+    statistics: Mapping[str, LayerStatistics],
+    types: Sequence[str],
+    unexplained: Unexplained | None = None,
+) -> dict[str, Tensor]:
+    """`kfac_saliency` of the types that layers read."""
     targets = {t.name: t for t in reader_targets(structure, types)}
     totals: dict[str, Tensor] = {}
     for unit_type in _read_types(types):
@@ -299,17 +320,7 @@ def kfac_saliency(
     shards = shard_group(structure.parameters())
     if shards is not None:
         totals = shards.sum_all(totals)
-    result = {t: total / structure.unit_weights(t) for t, total in totals.items()}
-    if "layer" in types:
-        per_layer = [
-            result[t].sum(1) * structure.unit_weights(t) / structure.unit_weights("layer") for t in ("attention", "ffn")
-        ]
-        result["layer"] = (per_layer[0] + per_layer[1])[None]
-    if "expert" in types:
-        outputs = [[_input_saliency(t, statistics[t.name]).sum() for t in ts] for ts in expert_outputs(structure)]
-        result["expert"] = torch.stack([torch.stack(o).cpu().double() for o in outputs])
-        result["expert"] /= structure.unit_weights("expert")
-    return {str(t): result[t] for t in check_types(types)}
+    return {t: total / structure.unit_weights(t) for t, total in totals.items()}
 
 
 def _input_saliency(target: Target, statistics: LayerStatistics) -> Tensor:

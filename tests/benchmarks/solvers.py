@@ -151,7 +151,8 @@ def main() -> None:
             ours_reconstruct(model, sequences, dense, masks, **FIT)
             synchronize()
             fit = time.perf_counter() - start
-            row["seconds"] |= {"whole": whole + fit, "passes": row["seconds"]["passes"] + fit}
+            passes = row["seconds"]["passes"] + fit
+            row["seconds"] = row["seconds"] | {"whole": whole + fit, "passes": passes}
             measure(row)
         if not common.same_zeros(model, masks):
             raise RuntimeError(f"{method}: a pruned weight is not zero")

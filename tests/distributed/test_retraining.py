@@ -62,6 +62,15 @@ _FITS = [
 _STEPS = {"trainer": {"max_steps": 6, "max_epochs": -1}}
 
 
+# How shards are laid out, which replicas know nothing of: cases that differ in it alone share a fit of these.
+_LAYOUT = ("parallel", "leave_gathered")
+
+
+def on_replicas(name: str) -> str:
+    """The folder of the fit under DDP that a case is compared with."""
+    return f"ddp {json.dumps({key: value for key, value in CASES[name].items() if key not in _LAYOUT})}"
+
+
 def with_steps(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "trainer": {**settings.get("trainer", {}), **_STEPS["trainer"]}}
 
@@ -76,9 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks ended with, all cases in one launch."""
     folder = tmp_path_factory.mktemp("retraining")
     sharded = [(folder / name, "fsdp2", with_steps(settings)) for name, settings in CASES.items()]
-    replicated = [
-        (folder / f"{name} ddp", "ddp", with_steps(settings)) for name, settings in CASES.items() if name not in _ALONE
-    ]
+    compared = {on_replicas(name): settings for name, settings in CASES.items() if name not in _ALONE}
+    replicated = [(folder / name, "ddp", with_steps(settings)) for name, settings in compared.items()]
     start(2, *sharded, *replicated)
     return folder
 
@@ -105,7 +113,7 @@ def test_trains_and_merges_as_under_ddp(name: str, folder: Path) -> None:
     if name not in _ALONE:
         # What is rounded to bfloat16 differs by a bit where sums are taken in another order.
         tolerance = {"rtol": 2e-2, "atol": 2e-3} if name.startswith("bf16") else {"rtol": 1e-4, "atol": 1e-5}
-        assert_is_ddp(ranks[0], results(folder / f"{name} ddp", 2), **tolerance)
+        assert_is_ddp(ranks[0], results(folder / on_replicas(name), 2), **tolerance)
 
 
 def assert_merged_alike(ranks: list[dict[str, Tensor]]) -> None:
@@ -151,7 +159,7 @@ def assert_is_one_process(folder: Path, ranks: list[dict[str, Tensor]]) -> None:
 
 @pytest.mark.parametrize("name", ["bf16", "bf16 and tiny weights"])
 def test_a_policy_of_bfloat16_trains_nearly_as_float32(name: str, folder: Path) -> None:
-    state, exact = results(folder / name, 2)[0], results(folder / "kept zeros ddp", 2)[0]
+    state, exact = results(folder / name, 2)[0], results(folder / on_replicas("kept zeros"), 2)[0]
     assert all(v.dtype == torch.float32 for n, v in state.items() if n.startswith("weight."))
     torch.testing.assert_close(state["losses"], exact["losses"], rtol=5e-3, atol=0.0)
     torch.testing.assert_close(state["logits"], exact["logits"], rtol=5e-2, atol=5e-3, check_dtype=False)
