@@ -63,7 +63,7 @@ class Ranks:
     def spreads(self, layout: Layout) -> bool:
         """Whether the Hessian of a layer is spread: each rank keeps some rows of it (not under tensor parallelism)."""
         all_differ = dist.get_world_size(self.data_group) == self.world_size > 1
-        return self.lockstep and layout.mesh is not None and all_differ
+        return self.lockstep and layout.among(self) is not None and all_differ
 
     def sum_to_rows(self, hessian: Tensor) -> Tensor:
         """Sum ``[I, I]`` over the ranks that saw different samples; each gets its rows of the sum, ``[i, I]``."""
