@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_prune.errors import CalibrationError
-from lightning_prune.sharding import cut_once
+from lightning_prune.sharding import Layout, all_gather, chunk, cut_once, reduce_scatter
 
 _Unit = TypeVar("_Unit")
 
@@ -59,6 +59,25 @@ class Ranks:
         sent = tensor.to(self.device) if tensor.device.type == "cpu" else tensor
         dist.all_reduce(sent, group=group)
         return sent.to(tensor.device)
+
+    def spreads(self, layout: Layout) -> bool:
+        """Whether the Hessian of a layer is spread: each rank keeps some rows of it (not under tensor parallelism)."""
+        all_differ = dist.get_world_size(self.data_group) == self.world_size > 1
+        return self.lockstep and layout.among(self) is not None and all_differ
+
+    def sum_to_rows(self, hessian: Tensor) -> Tensor:
+        """Sum ``[I, I]`` over the ranks that saw different samples; each gets its rows of the sum, ``[i, I]``."""
+        return reduce_scatter(hessian, self.data_group)
+
+    def own_rows(self, hessian: Tensor) -> Tensor:
+        """This rank's rows of ``[I, I]``, which every rank has whole."""
+        size, rank = dist.get_world_size(self.data_group), dist.get_rank(self.data_group)
+        start, stop = chunk(0, len(hessian), size, rank)
+        return hessian[start:stop].clone()
+
+    def whole_of_rows(self, rows: Tensor) -> Tensor:
+        """All rows of a square matrix, ``[I, I]``, from this rank's of `sum_to_rows`."""
+        return all_gather(rows, rows.shape[1], self.data_group)
 
     def gather(self, values: list[int]) -> list[list[int]]:
         """The integers of every process, in the order of ranks."""

@@ -198,7 +198,7 @@ def shard_dim(placement: Placement) -> int | None:
     return int(dim)
 
 
-def _chunk(start: int, stop: int, parts: int, index: int) -> tuple[int, int]:
+def chunk(start: int, stop: int, parts: int, index: int) -> tuple[int, int]:
     """The index-th of `parts` pieces of a range, cut as ``torch.chunk`` does: the last ones may be short or empty."""
     each = -(-(stop - start) // parts)
     return min(start + index * each, stop), min(start + (index + 1) * each, stop)
@@ -209,7 +209,7 @@ def _bounds(shape: Sequence[int], mesh: DeviceMesh | None, cuts: Sequence[tuple[
     bounds = [(0, size) for size in shape]
     for mesh_dim, dim in cuts:
         assert mesh is not None
-        bounds[dim] = _chunk(*bounds[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
+        bounds[dim] = chunk(*bounds[dim], mesh.size(mesh_dim), mesh.get_local_rank(mesh_dim))
     return bounds
 
 
@@ -372,7 +372,7 @@ class Layout:
         rows = self.bounds[0]
         if self._column_cut is None or self.mesh is None:
             return rows
-        return _chunk(*rows, self.mesh.size(self._column_cut), self.mesh.get_local_rank(self._column_cut))
+        return chunk(*rows, self.mesh.size(self._column_cut), self.mesh.get_local_rank(self._column_cut))
 
     def to_rows(self, part: Tensor) -> Tensor:
         """This rank's part ``[o, i]`` of a matrix to whole rows of it, ``[r, I]``: pieces change ranks if need be."""
@@ -509,7 +509,7 @@ class RowsLayout(SliceLayout):
         return rows, self._bounds(self._matrix_cuts)[1]
 
 
-def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Sum over a group, cut along the first dimension as ``torch.chunk`` does; each rank gets its piece."""
     parts, size = dist.get_world_size(group), tensor.shape[0]
     each = -(-size // parts)
@@ -518,11 +518,11 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         tensor = torch.cat([tensor, padding])
     own = tensor.new_empty(each, *tensor.shape[1:])
     dist.reduce_scatter_single(own, tensor.contiguous(), group=group)
-    start, stop = _chunk(0, size, parts, dist.get_rank(group))
+    start, stop = chunk(0, size, parts, dist.get_rank(group))
     return own[: stop - start]
 
 
-def all_gather(part: Tensor, size: int, group: dist.ProcessGroup) -> Tensor:
+def all_gather(part: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
     """The whole of a tensor cut along its first dimension, of length `size`, as `reduce_scatter` cuts it."""
     parts = dist.get_world_size(group)
     each = -(-size // parts)

@@ -423,6 +423,8 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
         for name in absent:
             inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]
             tap.accumulator.fill(name, (tap.forward_shape[0], inputs), device)
+            if name == HESSIAN and tap.spread and ranks is not None:
+                tap.accumulator.sums[name] = ranks.own_rows(tap.accumulator.sums[name])
     return unreached
 
 
@@ -448,14 +450,21 @@ def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerSta
         sums = sums if parts is None else parts.sum_parts(sums)
         return sums[:, 0] / sums[:, 1]
 
+    def whole(tap: Tap, value: Tensor) -> Tensor:
+        return ranks.whole_of_rows(value) if ranks is not None and name == HESSIAN and tap.spread else value
+
     for tap in unreached:
         others = [t for t in taps.all if t.target.parameter == tap.target.parameter and t not in unreached]
         found: dict[str, Any] = {}
         for name in sorted(taps.statistics):
             own = results[tap.name].get(name)
-            least = float(mean_squares(name, [results[other.name].get(name) for other in others]).min())
-            same = torch.full_like(own, least**0.5)
-            found[name] = torch.eye(len(own)).to(own) * least if name == HESSIAN else same
+            known = [whole(other, results[other.name].get(name)) for other in others]
+            least = float(mean_squares(name, known).min())
+            if name != HESSIAN:
+                found[name] = torch.full_like(own, least**0.5)
+                continue
+            equal = torch.eye(own.shape[1]).to(own) * least
+            found[name] = ranks.own_rows(equal) if ranks is not None and tap.spread else equal
         results[tap.name] = replace(results[tap.name], **found)
 
 

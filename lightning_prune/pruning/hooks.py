@@ -51,6 +51,8 @@ class Tap:
     layout: Layout  # as it is trained: in a forward pass FSDP2 has the parameter gathered
     forward_shape: tuple[int, int]  # of the matrix that this rank's forward pass multiplies with
     uses: int = 0
+    spread: bool = False  # each rank keeps some rows of the Hessian
+    waiting: list[Tensor] = field(default_factory=list)  # inputs [n, I] of a pass, whose products are summed after it
     at_once: bool = True  # used once by every rank: its gradient is complete when the backward of its input runs
     pending: list[Tensor] = field(default_factory=list)  # [B, O, I], the sum over uses, until the backward is done
 
@@ -61,8 +63,9 @@ class Tap:
 
     @property
     def summed(self) -> frozenset[str]:
-        """The statistics of which each rank keeps a part, which is summed over ranks with every backward."""
-        return frozenset() if self.layout.mesh is None else GRADIENTS
+        """The statistics of which each rank keeps a part, which is summed over ranks with every pass."""
+        hessian = frozenset({HESSIAN} if self.spread else ())
+        return hessian if self.layout.mesh is None else hessian | GRADIENTS
 
 
 @dataclass
@@ -72,7 +75,9 @@ class _Increments:
     x: Tensor
     version: int
     kind: LayerKind
+    spread: bool
     values: dict[str, Tensor]
+    rows: Tensor | None  # whose products are summed after the pass
 
 
 class _Record:
@@ -140,7 +145,7 @@ class Taps:
         gradient_device: torch.device | str | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.statistics = statistics
+        self.statistics, self.ranks = statistics, ranks
         self.backward = bool(statistics & BACKWARD_STATISTICS)
         self.group = None if ranks is None else ranks.data_group
         self.data_ranks = frozenset[int]() if ranks is None else ranks.data_ranks()
@@ -177,7 +182,8 @@ class Taps:
         # Gradient aggregates are as exact as the weights, unless less was asked for.
         gradient_dtype = wide if gradient_dtype == torch.float32 else gradient_dtype
         accumulator = Accumulator(self.statistics, (own[0], own[1]), gradient_dtype, device, wide)
-        return Tap(target, accumulator, layout, (row_end - row, column_end - column))
+        spread = self.ranks is not None and HESSIAN in self.statistics and self.ranks.spreads(layout)
+        return Tap(target, accumulator, layout, (row_end - row, column_end - column), spread=spread)
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -235,8 +241,40 @@ class Taps:
 
     def settle(self) -> None:
         """Let what the last forward (and backward) pass has added stand."""
+        self._sum_products()
         for tap in self.all:
             tap.accumulator.settle()
+
+    @torch.no_grad()
+    def _sum_products(self) -> None:
+        """Sum over ranks what the inputs of the last pass add to Hessians of which each rank keeps some rows.
+
+        Not in hooks: a rank may have met a layer that another did not (experts).
+        """
+        spread = [tap for tap in self.all if tap.spread]
+        if not spread or self.ranks is None:
+            return
+        said: list[int] = []
+        before: list[Tensor] = []
+        for tap in spread:  # layers that share an input (q, k, v) share the product
+            same = bool(before) and list(map(id, tap.waiting)) == list(map(id, before))
+            said += [len(tap.waiting), same]
+            before = tap.waiting
+        every = self.ranks.gather(said)
+        part: Tensor | None = None
+        for i, tap in enumerate(spread):
+            if part is None or not all(answers[2 * i + 1] for answers in every):
+                if not any(answers[2 * i] for answers in every):
+                    part = None
+                    continue
+                inputs = tap.target.shape[1]
+                total = torch.zeros(inputs, inputs, dtype=tap.accumulator.dtype, device=self.ranks.device)
+                for rows in tap.waiting:
+                    total = total.to(rows.device).add_(tap.accumulator.products(rows))
+                part = self.ranks.sum_to_rows(total)
+            tap.accumulator.add({HESSIAN: part})
+        for tap in spread:
+            tap.waiting = []
 
     def undo(self, only: bool) -> bool:
         """Take back what the last pass has added before it failed; `only` says that no other has added anything.
@@ -369,14 +407,26 @@ class Taps:
         if self.failure is not None or not (self.counting or HESSIAN in self.statistics):
             return
         known = self.last_input
-        if known is None or known.x is not x or known.version != x._version or known.kind is not tap.target.kind:
+        kind, spread = tap.target.kind, tap.spread
+        if known is None or known.x is not x or (known.version, known.kind, known.spread) != (x._version, kind, spread):
             rows = self._input_rows(tap, layer, x.detach())
-            increments = tap.accumulator.input_increments(rows, self._keep_for(tap, layer, x, rows, routed_to(layer)))
+            keep = self._keep_for(tap, layer, x, rows, routed_to(layer))
+            known = _Increments(x, x._version, kind, spread, *self._increments(tap, rows, keep))
             # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
-            known = _Increments(x, x._version, tap.target.kind, increments)
             self.last_input = None if isinstance(layer, CONVOLUTIONS) else known
+        self._add_input(tap, known.values, known.rows)
+
+    def _increments(self, tap: Tap, rows: Tensor, keep: Tensor | None) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What rows ``[B, T, I]`` add to the sums, and those whose products wait for the end of the pass."""
+        values = tap.accumulator.input_increments(rows, keep, products=not tap.spread)
+        flat = rows.reshape(-1, rows.shape[-1])
+        # A copy, since the model may change its activations in place.
+        return values, (flat.clone() if keep is None else flat[keep.reshape(-1)]) if tap.spread else None
+
+    def _add_input(self, tap: Tap, values: dict[str, Tensor], rows: Tensor | None) -> None:
         if self.counting:
-            tap.accumulator.add(known.values)
+            tap.accumulator.add(values)
+            tap.waiting += [] if rows is None else [rows]
 
     def _input_rows(self, tap: Tap, layer: nn.Module, x: Tensor) -> Tensor:
         """``[B, T, I]``; with tensor parallelism the inputs of the forward's part, unless products of all are asked."""
@@ -421,7 +471,7 @@ class Taps:
                 seen = self._input_rows(tap, record.layer, x) if HESSIAN in self.statistics else rows
                 if self.counting:
                     keep = self._keep_for(tap, record.layer, x, seen, record.routed)
-                    accumulator.add(accumulator.input_increments(seen, keep))
+                    self._add_input(tap, *self._increments(tap, seen, keep))
             if self.counting:
                 accumulator.add_output_gradient(deltas, self.scale)
             if not self.statistics & GRADIENTS:

@@ -330,10 +330,18 @@ class _Run:
 
     def _scores(self, target: Target, statistics: LayerStatistics | None) -> Tensor:
         """Scores of the part of the matrix that is here, ``[o, i]``; weights that are pruned already come first."""
-        scores = self._worth(target, target.matrix(), statistics or LayerStatistics(samples=0))
+        statistics = LayerStatistics(samples=0) if statistics is None else self._with_hessian(target, statistics)
+        scores = self._worth(target, target.matrix(), statistics)
         if (previous := self.previous.get(target.parameter)) is not None:
             scores = scores.masked_fill(~target.part(previous).to(scores.device), -math.inf)
         return scores
+
+    def _with_hessian(self, target: Target, statistics: LayerStatistics) -> LayerStatistics:
+        """The statistics of a layer with all rows of its Hessian, which ranks keep a part of each."""
+        rows, ranks = statistics.hessian, self.ranks
+        if rows is None or ranks is None or not ranks.spreads(target.layout) or statistics.whole:
+            return statistics
+        return replace(statistics, hessian=ranks.whole_of_rows(rows), whole=True)
 
     def _worth(self, target: Target, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """Scores of a weight in the place of the part of the matrix that is here, ``[o, i]``."""
@@ -412,6 +420,7 @@ class _Run:
 
     def _pruned(self, target: Target, statistics: LayerStatistics) -> Tensor:
         settings, layout = self.plan.settings, target.layout
+        statistics = self._with_hessian(target, statistics)
         mask = None if settings.selects_itself else self._select(target, statistics)
         if mask is not None:
             self._refuse_nan()

@@ -42,7 +42,9 @@ class LayerStatistics:
         gradient_l1: ``[O, I]``, ``sum over samples of abs(G)`` (GBLM, arXiv 2311.04902, sec. 3). Of a sharded
             weight, this rank's part of the matrix.
         gradient_l2: ``[O, I]``, ``sqrt(sum over samples of G^2)``; the same.
-        hessian: ``[I, I]``, ``X^T X`` over all tokens, divided by n; whole on every rank.
+        hessian: ``[I, I]``, ``X^T X`` over all tokens, divided by n. Where `Ranks.spreads` it, some rows of it,
+            until a layer is scored and solved.
+        whole: Whether that has been gathered.
     """
 
     samples: int
@@ -51,6 +53,7 @@ class LayerStatistics:
     gradient_l1: Tensor | None = None
     gradient_l2: Tensor | None = None
     hessian: Tensor | None = None
+    whole: bool = False
 
     def part(self, bounds: tuple[tuple[int, int], tuple[int, int]]) -> LayerStatistics:
         """Those of some rows and columns: vectors are cut; gradients are taken to be of that part already."""
@@ -128,16 +131,25 @@ class Accumulator:
     unsettled: bool = False
 
     @full_precision()
-    def input_increments(self, x: Tensor, keep: Tensor | None) -> dict[str, Tensor]:
-        """What inputs ``[B, T, I]`` of B samples add to the sums; `keep` ``[B, T]`` marks real tokens."""
+    def input_increments(self, x: Tensor, keep: Tensor | None, products: bool = True) -> dict[str, Tensor]:
+        """What inputs ``[B, T, I]`` of B samples add to the sums; `keep` ``[B, T]`` marks real tokens.
+
+        Without `products` nothing of the Hessian's.
+        """
         increments: dict[str, Tensor] = {}
         if INPUT_NORM in self.statistics:
             increments[INPUT_NORM] = _squares(x, keep)
-        if HESSIAN in self.statistics:
+        if products and HESSIAN in self.statistics:
             flat = x.reshape(-1, x.shape[-1])
-            flat = (flat if keep is None else flat[keep.reshape(-1)]).to(self.dtype)  # [B*T, I]
-            increments[HESSIAN] = flat.t() @ flat
+            flat = flat if keep is None else flat[keep.reshape(-1)]
+            increments[HESSIAN] = self.products(flat)
         return increments
+
+    @full_precision()
+    def products(self, rows: Tensor) -> Tensor:
+        """``X^T X`` of rows ``[n, I]``."""
+        rows = rows.to(self.dtype)
+        return rows.t() @ rows
 
     def add(self, increments: Mapping[str, Tensor]) -> None:
         """Add to the sums; the increments stay the caller's."""
@@ -215,7 +227,7 @@ class Accumulator:
 
     def result(self, samples: int) -> LayerStatistics:
         """The statistics over `samples` samples. Consumes the aggregates."""
-        values: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
         for name in self.statistics:
             total = self.sums[name]
             if name in (INPUT_NORM, OUTPUT_GRAD_NORM):

@@ -104,8 +104,10 @@ def prune_structured(
             ``"layer"``, ``"expert"`` (as many of every layer, down to what a token is sent to). FFN alone is the
             default, since without training it costs least. Of several, the type with the cheapest next unit by mean
             saliency a weight is taken each time.
-        saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal, with `compensate` of what is
-            left of a unit when the others have been re-fitted for it; ``"taylor1"``,
+        saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"obs"``: the same of what
+            is left of a unit when the others have been re-fitted for it (optimal brain surgeon; with `compensate`).
+            That is better where training follows, and worse without it where many channels go at once, since each is
+            judged as if those that can stand in for it stayed. ``"taylor1"``,
             ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
             gradient is that of its mean loss, so Taylor depends on how samples are batched. For experts alone also
             ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
@@ -143,6 +145,8 @@ def prune_structured(
     planner = make_planner(structure, target, checked, round_to, one_by_one=not names_sizes(target))
     if saliency == "reap" and checked != ("expert",):
         raise ValueError(f"saliency='reap' is of experts, and types={checked!r}: use types=('expert',), or 'kfac'")
+    if saliency == "obs" and not compensate:
+        raise ValueError("saliency='obs' judges units after the re-fit: pass compensate=True, or saliency='kfac'")
     if batches is None and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
     run = _OneShot(structure, checked, saliency, compensate, num_samples, loss_fn, progress)
@@ -193,16 +197,15 @@ class _OneShot:
         if self.saliency == "reap":
             model, loss_fn, progress = structure.model, self.loss_fn, self.progress
             return {"expert": reap_saliency(structure, on_device(model, data), loss_fn, len(data), progress)}
-        if self.saliency == "kfac":
+        if self.saliency in ("kfac", "obs"):
             wanted = {INPUT_NORM, OUTPUT_GRAD_NORM}
             # Hidden channels and experts have too many readers to hold a Hessian each: those come in a second sweep.
             if self.compensate and not {"hidden", "expert"} & set(self.types):
                 wanted.add(HESSIAN)
             statistics = self._collect(data, reader_targets(structure, self.types), wanted)
             self.hessians = {name: s.hessian for name, s in statistics.items() if s.hessian is not None}
-            return kfac_saliency(
-                structure, statistics, self.types, unexplained_of(self._moments(data)) if self.compensate else None
-            )
+            updated = unexplained_of(self._moments(data)) if self.saliency == "obs" else None
+            return kfac_saliency(structure, statistics, self.types, updated)
         scores = SaliencyAccumulator(structure, self.types, self.saliency)
         if self.saliency == "magnitude":
             scores.add()

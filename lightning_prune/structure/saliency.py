@@ -19,7 +19,7 @@ from lightning_prune.structure.units import Removal, Structure, unit_indices
 
 GRADIENT_SALIENCIES = ("taylor2", "taylor1", "magnitude")
 TRAINING_SALIENCIES = (*GRADIENT_SALIENCIES, "kfac")
-SALIENCIES = (*TRAINING_SALIENCIES, "reap")
+SALIENCIES = (*TRAINING_SALIENCIES, "obs", "reap")
 
 Unexplained = Callable[[str, Tensor], Tensor | None]
 

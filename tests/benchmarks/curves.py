@@ -10,7 +10,7 @@ number of parameters or just below; a target is the share of the parameters in t
 - dense: nothing is removed;
 - aware-A-taylor, aware-B-taylor, aware-A-kfac, aware-B-kfac: `PruningAwarePretraining` without and with second-order
   updates, by the paper's Taylor saliency and by kfac's; the target is reached after `--shrink-share` of the tokens;
-- oneshot-kfac: `prune_structured` with kfac saliency and compensation first;
+- oneshot-kfac: `prune_structured` with kfac saliency and compensation first; oneshot-obs: with obs saliency;
 - oneshot-taylor: by the Taylor saliency without compensation first, LLM-Pruner's way;
 - oneshot-magnitude: by the magnitude of units first;
 - fresh: random weights in the shape of oneshot-kfac;
@@ -87,6 +87,7 @@ ARMS = {
     "aware-A-kfac": Arm(shrink={"saliency": "kfac"}),
     "aware-B-kfac": Arm(shrink={"saliency": "kfac", **SECOND_ORDER}),
     "oneshot-kfac": Arm(oneshot=KFAC),
+    "oneshot-obs": Arm(oneshot=KFAC | {"saliency": "obs"}),
     "oneshot-taylor": Arm(oneshot={"saliency": "taylor1", "compensate": False}),
     "oneshot-magnitude": Arm(oneshot={"saliency": "magnitude", "compensate": False}),
     "fresh": Arm(oneshot=KFAC, fresh=True),
@@ -297,7 +298,7 @@ def callbacks_of(arm: Arm, model: nn.Module, share: float, plan: Plan, args: arg
 
 
 def types_of(arm: Arm, args: argparse.Namespace) -> list[str]:
-    return args.oneshot_types if arm.oneshot == KFAC else args.pruner_types
+    return args.oneshot_types if arm.oneshot and arm.oneshot["compensate"] else args.pruner_types
 
 
 def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
@@ -491,7 +492,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--fresh-learning-rate", type=float, default=1e-3, help="of random weights (default 1e-3)")
     p.add_argument("--warmup", type=float, default=0.02, help="share of the steps (default 0.02)")
     p.add_argument("--types", nargs="+", default=["attention", "ffn", "hidden"], help="of the arms aware-*")
-    p.add_argument("--oneshot-types", nargs="+", default=["ffn"], help="of oneshot-kfac")
+    p.add_argument("--oneshot-types", nargs="+", default=["ffn"], help="of oneshot-kfac and oneshot-obs")
     p.add_argument("--pruner-types", nargs="+", default=["attention", "ffn"], help="of oneshot-taylor and -magnitude")
     p.add_argument("--saliency-decay", type=float, default=0.9)
     p.add_argument("--every", type=int, default=1, help="steps between prunings (default 1)")

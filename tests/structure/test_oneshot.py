@@ -51,14 +51,15 @@ def test_every_family(name, saliency, tmp_path):
     torch.testing.assert_close(zoo.logits(AutoModelForCausalLM.from_pretrained(tmp_path)), zoo.logits(model))
 
 
-def test_the_default_is_kfac_with_compensation_of_ffn_channels():
+@pytest.mark.parametrize("settings", [{}, {"saliency": "obs"}], ids=["default", "obs"])
+def test_the_default_is_kfac_with_compensation_of_ffn_channels(settings):
     """Against the formulas in float64: the channels, and the down projections."""
     model, ids = zoo.make("mistral"), [d["input_ids"] for d in data()]
     names = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
     samples = [{"input_ids": row[None]} for batch in ids for row in batch]
     found = naive.statistics(model, samples, {f"{n}.weight": n for n in names})
     before = {n: naive.matrix(m, m.weight).copy() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    report = prune_structured(model, [{"input_ids": i} for i in ids], 0.9, progress=False, num_samples=8)
+    report = prune_structured(model, [{"input_ids": i} for i in ids], 0.9, progress=False, num_samples=8, **settings)
     assert list(report.removal) == ["ffn"]
     per_channel = 3 * 48 * 3
     count = -(-(report.parameters_before - int(0.9 * report.parameters_before)) // per_channel)
@@ -68,7 +69,8 @@ def test_the_default_is_kfac_with_compensation_of_ffn_channels():
         h = s["hessian"]
         ridge = 0.01 * np.mean(np.diag(h))
         unexplained = 1 / np.diag(np.linalg.inv(h + ridge * np.eye(28))) - ridge  # by the other channels
-        gone = sorted(np.argsort((s["output_grad_norm"][:, None] ** 2 * w**2).sum(0) * unexplained)[:count])
+        moments = unexplained if settings else s["input_norm"] ** 2
+        gone = sorted(np.argsort((s["output_grad_norm"][:, None] ** 2 * w**2).sum(0) * moments)[:count])
         assert report.removal["ffn"][i].tolist() == gone
         kept = [f for f in range(28) if f not in gone]
         damped = h[np.ix_(kept, kept)] + ridge * np.eye(len(kept))
