@@ -37,6 +37,19 @@ from lightning_prune.text.sequences import StreamedBlocks, TextPrefix, collate, 
 __all__ = ["EMBEDDED", "TextDataModule", "collate", "pack", "tokenize"]
 
 
+class _Reader:
+    """The Trainer that reads a loader, which copies of the loader do not have.
+
+    Lightning sets attributes of a loader anew on the one it may put in its place, and keeps them beside it.
+    """
+
+    def __init__(self, trainer: L.Trainer | None = None) -> None:
+        self.trainer = trainer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Reader, ()
+
+
 class ResumableLoader(DataLoader[Any]):
     """Batches in an order of each epoch's own, which go on where a resumed fit had stopped.
 
@@ -44,7 +57,7 @@ class ResumableLoader(DataLoader[Any]):
     and dropped.
     """
 
-    trainer: L.Trainer | None = None  # which no copy has
+    reader = _Reader()
     epoch = 0
     _begun = False  # whether a batch of the epoch was read: Lightning may begin a pass twice
     _dropped = 0
@@ -53,11 +66,8 @@ class ResumableLoader(DataLoader[Any]):
         """Go on with this epoch in the next pass, after so many batches."""
         self.epoch, self._begun, self._dropped = epoch, False, dropped
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "trainer"}
-
     def state_dict(self) -> dict[str, int]:
-        trainer = self.trainer
+        trainer = self.reader.trainer
         if trainer is None:
             return {}
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
@@ -312,7 +322,7 @@ class TextDataModule(L.LightningDataModule):
         if isinstance(loader, ResumableLoader) and (trainer := self.trainer) is not None:
             progress: Any = trainer.fit_loop.epoch_progress.current
             loader.begin(progress.processed)  # of a resumed fit not the first
-            loader.trainer = trainer
+            loader.reader = _Reader(trainer)
         return loader
 
     def _streamed_documents(self, source: str | list[str]) -> datasets.IterableDataset:
