@@ -206,8 +206,8 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
         rank: int = 0,
         num_replicas: int = 1,
     ) -> None:
-        shuffled = documents.select_columns([text_field]).shuffle(seed=seed, buffer_size=buffer_size)
-        self.documents = split_dataset_by_node(shuffled, rank=rank, world_size=num_replicas)
+        self.documents = documents.select_columns([text_field])
+        self.seed, self.buffer_size, self.rank, self.num_replicas = seed, buffer_size, rank, num_replicas
         self.tokenizer = tokenizer
         self.text_field = text_field
         self.block_size = block_size
@@ -219,9 +219,11 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Blocks ``{"input_ids": [T]}``, int64."""
-        self.documents.set_epoch(int(self.epoch))
+        # Not `set_epoch` of the documents: workers share that number, and each would add to it.
+        shuffled = self.documents.shuffle(seed=self.seed + int(self.epoch), buffer_size=self.buffer_size)
+        documents = split_dataset_by_node(shuffled, rank=self.rank, world_size=self.num_replicas)
         rest = np.empty(0, dtype=np.int64)
-        texts = (row[self.text_field] for row in self.documents)
+        texts = (row[self.text_field] for row in documents)
         while batch := self._next(texts):
             found = [text for text in batch if text and text.strip()]
             if not found:

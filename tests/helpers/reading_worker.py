@@ -76,7 +76,7 @@ def _fit(out: Path, devices: int, strategy: str, settings: dict[str, Any], reads
     data = Tokens()
     order: DistributedSampler[Any] = DistributedSampler(data, devices, trainer.global_rank)
     loader = ResumableLoader(data, batch_size=4, sampler=order)
-    loader.trainer = lambda: trainer
+    loader.reader = type(loader.reader)(trainer)
     try:
         trainer.fit(module, loader, ckpt_path=settings.get("resume"))
     except (ValueError, RuntimeError) as error:
