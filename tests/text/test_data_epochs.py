@@ -78,7 +78,11 @@ def fit(
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("ends", "workers"),
-    [({"max_epochs": 3}, 2), ({"max_epochs": 3, "limit_train_batches": 4}, 0), ({"max_steps": 30}, 0)],
+    [
+        pytest.param({"max_epochs": 3}, 2, marks=pytest.mark.slow),
+        ({"max_epochs": 3, "limit_train_batches": 4}, 0),
+        pytest.param({"max_steps": 30}, 0, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_the_batches_after_a_resume_are_the_next_ones(
