@@ -3,7 +3,7 @@
 Forward statistics (input norms, Hessians) cost one forward a sample. Gradient statistics cost one forward and one
 backward: the parameters are frozen meanwhile, so that autograd makes no weight gradient at all, and hooks form each
 layer's own (see `hooks`). So a batch of B samples gives the aggregate of B batches of one, and no full
-set of gradients ever exists. Blocks of offloaded weights run again in the backward pass (see `recomputing`).
+set of gradients ever exists. Blocks of offloaded weights run again in the backward pass (see `room`).
 
 Where parameters are sharded, forward and backward passes hold collectives, so the ranks run in lock step: each meets
 the others before and after every forward pass, one whose samples have ended repeats its last without counting it,

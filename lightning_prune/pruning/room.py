@@ -1,16 +1,23 @@
-"""Make do with less memory where a calibration batch does not fit: smaller batches, blocks that are recomputed."""
+"""Make do with less memory where a calibration batch does not fit: smaller batches, blocks that are recomputed.
+
+Autograd keeps every weight and every activation that a forward pass has met until its backward. Of a block that is
+checkpointed it keeps the inputs; the block runs again in the backward pass, which brings its weights once more, and
+both go when its backward is done.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_prune.pruning.batches import tensors_of
-from lightning_prune.pruning.recomputing import recomputed
+from lightning_prune.pruning.forwards import forwards_replaced
 
 
 class Room(ExitStack):
@@ -65,3 +72,12 @@ class Room(ExitStack):
 
 def _numbers(batch: Any, size: int) -> int:
     return max([size, *(tensor.numel() for tensor in tensors_of(batch))])
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """While the code inside runs, blocks run again in the backward pass; those in training mode do so by themselves."""
+    others = {block: partial(checkpoint, block.forward, use_reentrant=False) for block in blocks if not block.training}
+    # A block that stops once autograd has all it needs would leave the weights of a layer where they were brought.
+    with set_checkpoint_early_stop(False), forwards_replaced(others):
+        yield
