@@ -106,6 +106,7 @@ def namespace(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dic
     }
 
 
+@pytest.mark.few_fast(10)
 @pytest.mark.parametrize("path", TEXTS, ids=name_of)
 def test_the_code_runs(path: Path, hub: Path, namespace: dict[str, Any], tmp_path: Path) -> None:
     if not is_complete(path):

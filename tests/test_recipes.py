@@ -63,6 +63,7 @@ def parser():
     return found[0]
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("name", sorted((*EXPECTED, *SHRINKING)))
 def test_recipe_as_written_is_accepted(name, parser):
     """Every argument exists and has the right type, of the Trainer, the model, the data and the callbacks."""

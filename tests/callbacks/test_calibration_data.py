@@ -243,6 +243,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.few_fast(8)
 @pytest.mark.parametrize("kind", LOADERS)
 def test_training_sees_the_batches_that_it_would_see_without(kind: str) -> None:
     expected = fit(LOADERS[kind]())

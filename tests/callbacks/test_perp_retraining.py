@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few_fast(6)
+@pytest.mark.few_fast(3)
 @pytest.mark.parametrize(  # which callback comes first matters to no setting of its own
     ("name", "first"),
     [*((name, "pruning") for name in SETTINGS), *((name, "perp") for name in ("plain", "accumulate", "some layers"))],
@@ -109,7 +109,7 @@ def test_model_pruned_before_needs_no_pruner(tmp_path: Path, caplog: pytest.LogC
     assert all(torch.equal(z, before[n]) for n, z in zeros(module.model).items())
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("pruner", [True, False])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", None])
 def test_resume_is_bit_identical(adapter: str | None, pruner: bool, tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_moments_weigh_steps_by_their_age_and_leave_padding_out() -> None:
     assert stream.hessians["model.layers.0.mlp.down_proj"][5].any()
 
 
+@pytest.mark.slow
 def test_kfac_of_variant_b_is_the_loss_increase_after_the_update() -> None:
     """By least squares in float64, one unit after the other; a channel that another one repeats costs nothing."""
     model = make_llama()

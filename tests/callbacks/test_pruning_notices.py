@@ -67,6 +67,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path / "end.ckpt"
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize(("change", "named"), CHANGES, ids=lambda v: "+".join(v) if isinstance(v, dict) else "")
 def test_each_other_setting_is_named_with_both_values(
     change: dict[str, Any], named: list[str], checkpoint: Path, tmp_path: Path
@@ -185,6 +186,7 @@ def test_a_fit_that_has_nothing_to_train_is_said_too(tmp_path: Path) -> None:
     assert ["the model is dense" in text for text in texts] == [True]
 
 
+@pytest.mark.few_fast(4)
 @pytest.mark.parametrize("scores", [{"score": "kfac"}, {"score": "wanda"}, {"score": "wanda", "pattern": "2:4"}])
 @pytest.mark.parametrize("schedule", [None, OneShot(5), OneShot(24)])
 def test_a_schedule_that_is_reached_is_no_news(scores: dict[str, Any], schedule: Any, tmp_path: Path) -> None:
@@ -220,6 +222,7 @@ def test_a_second_fit_begins_with_what_the_first_has_pruned(tmp_path: Path) -> N
 # -- metrics while a schedule prunes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.few_fast(4)
 @pytest.mark.parametrize(
     ("make", "named"),
     [

@@ -70,7 +70,7 @@ def test_small_sparse_and_retrained_in_any_order(order: tuple[int, ...]) -> None
     assert all(p.requires_grad for p in module.parameters())  # merged
 
 
-@pytest.mark.few_fast(3)
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -133,7 +133,7 @@ def whole_run(variant: str, folder: Path) -> tuple[CausalLM, Path]:
     return _DONE[variant]
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("variant", ["masks later", "masks from the start"])
 @pytest.mark.parametrize("at", [3, 6, 7, 8, 10])
 def test_resume_is_bit_identical_at_any_step(variant: str, at: int, tmp_path: Path) -> None:

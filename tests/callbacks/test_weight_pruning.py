@@ -183,7 +183,7 @@ def test_masks_hold_at_every_moment(setting: Setting, tmp_path: Any) -> None:
             assert bool((parameter[~mask] == 0).all())
 
 
-@pytest.mark.few_fast(4)
+@pytest.mark.few_fast(3)
 def test_resume_is_bit_identical(setting: Setting, tmp_path: Any) -> None:
     if setting.name == "skipped step":
         pytest.skip("the stand-in for a scaler keeps a counter that no checkpoint holds")

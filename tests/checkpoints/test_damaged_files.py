@@ -246,6 +246,7 @@ def test_odd_arguments(args, files, tmp_path, monkeypatch):
     survived([arg.replace("{}", str(files)) for arg in args])
 
 
+@pytest.mark.few_fast(5)
 @pytest.mark.parametrize(
     "changes",
     [

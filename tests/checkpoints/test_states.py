@@ -72,6 +72,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.few_fast(5)
 @pytest.mark.parametrize(("name", "form"), FORMS)
 def test_is_the_merged_model(name: str, form: str, fits: Any, tmp_path: Path) -> None:
     module, checkpoint = fits(name)

@@ -38,6 +38,7 @@ def naive_perplexity(folder, tokenizer, text, seq_len, stride):
     return math.exp(total / tokens), tokens
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("stride", [None, 10])
 def test_perplexity_of_both_models_is_the_naive_one(stride, files):
     results = evaluate(

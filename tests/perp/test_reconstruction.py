@@ -266,6 +266,7 @@ def test_adapters_can_be_fitted_half_by_half(adapter: str | None) -> None:
     assert all(not model.get_parameter(n)[~m].any() for n, m in masks.items())
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize(
     ("config", "middle"),
     [
@@ -304,7 +305,7 @@ def test_a_half_that_fitting_would_worsen_is_put_back() -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.few_fast(6)
+@pytest.mark.few_fast(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", None, "all"])

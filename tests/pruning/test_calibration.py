@@ -99,6 +99,7 @@ def test_unknown_statistics_are_refused(shared):
         collect(shared[0], [shared[1]], find_targets(shared[0]), ["input_nrm", "hessian"])
 
 
+@pytest.mark.few_fast(8)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("labels", ["given", "from padding"])
 @pytest.mark.parametrize("statistics", [ALL_STATISTICS, FORWARD_STATISTICS])

@@ -161,6 +161,7 @@ def fit(model, *callbacks, **kwargs):
     return trainer
 
 
+@pytest.mark.few_fast(5)
 @pytest.mark.parametrize("case", CASES)
 def test_the_callback_file_and_monitor_have_the_same_figures(case, caplog, tmp_path):
     make, pruned, dense, _ = CASES[case]

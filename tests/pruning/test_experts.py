@@ -100,6 +100,7 @@ def reference_mask(scores: torch.Tensor, sparsity: float, group: str) -> torch.T
     return kept.scatter_(1, lowest, False).view(scores.shape)
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("score", ["magnitude", "wanda", "gblm", "kfac"])
 def test_masks_are_those_of_written_out_experts(family: str, score: str) -> None:

@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.few_fast(9)
+@pytest.mark.few_fast(5)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     ("score", "settings"),
@@ -100,6 +100,7 @@ def test_like_a_model_that_is_loaded_whole(way, score, settings, tmp_path):
     assert all(file.read_bytes() == old for file, old in before.items())  # a checkpoint's files are its owner's
 
 
+@pytest.mark.few_fast(3)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradient_statistics_are_those_of_the_naive_loop(way, checkpointed, tmp_path):
@@ -223,6 +224,7 @@ def test_a_layer_that_scales_its_product_is_seen(tmp_path):
         prune(on_disk(model, tmp_path), BATCHES, "kfac", num_samples=4, targets=["*"])
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("where", ["calibration", "layer", "backward", "update", "writing"])
 def test_a_failure_leaves_the_weights_as_they_were(way, where, tmp_path, monkeypatch):

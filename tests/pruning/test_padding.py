@@ -272,6 +272,7 @@ def test_clip_runs_with_its_contrastive_loss():
     torch.testing.assert_close(model_loss(model, batch), model(**batch, return_loss=True).loss)
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("name", ["bert tagger", "bert masked lm", "bart", "t5", "bert question answering"])
 def test_masks_are_those_of_a_loss_fn(name):
     batch, _ = batch_of(name)

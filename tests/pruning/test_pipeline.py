@@ -49,6 +49,7 @@ def parameters(model):
 # -- every score with every pattern --------------------
 
 
+@pytest.mark.few_fast(36)
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("where", ["row", "layer", "global", "2:4", "4:8", "1:4"])
 def test_counts_are_exact_and_nothing_else_changes(llama, tokens, score, where):

@@ -174,7 +174,7 @@ def naive_scores(reference, case):
     return CACHE[case]
 
 
-@pytest.mark.few_fast(17)
+@pytest.mark.few_fast(9)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("where", ["own", "row", "layer", "global", "2:4"])
 def test_masks_are_those_of_the_naive_scores(reference, case, where):

@@ -34,7 +34,7 @@ def learned(name="llama", steps=60):
     return model.eval(), [{"input_ids": ids}]
 
 
-@pytest.mark.few_fast(10)
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 @pytest.mark.parametrize("saliency", ["kfac", "taylor2", "magnitude"])
 def test_every_family(name, saliency, tmp_path):

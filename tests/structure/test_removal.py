@@ -33,7 +33,7 @@ def test_masked_is_sliced_in_float64(name, which, monkeypatch):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-@pytest.mark.few_fast(17)
+@pytest.mark.few_fast(8)
 @pytest.mark.parametrize(("name", "which"), zoo.CASES)
 def test_removed_saved_and_loaded_is_an_ordinary_model(name, which, tmp_path):
     model, removal = zoo.make(name), zoo.removals(name)[which]
@@ -209,6 +209,7 @@ def test_training_goes_on_as_with_masks(name, kind):
     assert losses[0] == pytest.approx(losses[1], rel=2e-6)
 
 
+@pytest.mark.few_fast(6)
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 def test_states_are_those_of_the_sliced_model(name, monkeypatch):
     """Adam's states after slicing are what the sliced model's own gradients would have made them."""

@@ -237,6 +237,7 @@ def test_unlimited_training_needs_a_constant_schedule(tmp_path, data):
     trainer(tmp_path, **unlimited).fit(random_model(lr_schedule="constant", warmup_steps=3), datamodule=data)
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing": True}, {"fused": True, "weight_decay": 0.1}])
 def test_fit(tmp_path, data, kwargs):
     model = random_model(learning_rate=3e-3, lr_schedule="constant", **kwargs)
