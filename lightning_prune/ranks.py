@@ -63,7 +63,7 @@ class Ranks:
     def spreads(self, layout: Layout) -> bool:
         """Whether the Hessian of a layer is spread: each rank keeps some rows of it (not under tensor parallelism)."""
         all_differ = dist.get_world_size(self.data_group) == self.world_size > 1
-        return self.lockstep and layout.among(self) is not None and all_differ
+        return self.lockstep and layout.if_spread(self) is not None and all_differ
 
     def sum_to_rows(self, hessian: Tensor) -> Tensor:
         """Sum ``[I, I]`` over the ranks that saw different samples; each gets its rows of the sum, ``[i, I]``."""
@@ -172,15 +172,17 @@ class ShardGroup:
     """The processes that together hold each parameter once; other such groups may hold copies of the shards.
 
     Attributes:
-        group: Their process group.
+        group: Their process group; None: parameters are whole, and sums are what they are.
         device_type: Of the tensors that it sends.
     """
 
-    group: dist.ProcessGroup
-    device_type: str
+    group: dist.ProcessGroup | None = None
+    device_type: str = "cpu"
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the processes, on the tensor's device; the tensor may be overwritten."""
+        if self.group is None:
+            return values
         sent = values.to(self.device_type)  # offloaded shards are in main memory
         dist.all_reduce(sent, group=self.group)
         return sent.to(values.device)
@@ -192,11 +194,10 @@ class ShardGroup:
         return {key: part.view(v.shape) for part, (key, v) in zip(parts, values.items(), strict=True)}
 
 
-def shard_group(parameters: Mapping[str, Tensor]) -> ShardGroup | None:
-    """The processes that a model's parameters are sharded over; None if they are whole.
+def shard_group(parameters: Mapping[str, Tensor]) -> ShardGroup:
+    """The processes that a model's parameters are sharded over.
 
     Raises:
         ValueError: see `cut_once`.
     """
-    found = cut_once(parameters)
-    return None if found is None else ShardGroup(*found)
+    return ShardGroup(*(cut_once(parameters) or ()))

@@ -44,6 +44,12 @@ def has_sharded_parameters(model: nn.Module) -> bool:
     )
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of one that FSDP2 shards, by making a subclass of it, the original class."""
+    cls = type(module)
+    return cls.__bases__[-1] if issubclass(cls, FSDPModule) and len(cls.__bases__) > 1 else cls
+
+
 def joins(model: nn.Module, main: bool) -> bool:
     """Whether a rank takes part in what is gathered from a model: the main one, and all where parameters are shards."""
     return main or has_sharded_parameters(model)
@@ -56,6 +62,16 @@ def refuse_shards(what: nn.Module | Tensor, message: str) -> None:
         ValueError: with the message.
     """
     if is_sharded(what) if isinstance(what, Tensor) else has_sharded_parameters(what):
+        raise ValueError(message)
+
+
+def refuse_shard_root(module: nn.Module, message: str) -> None:
+    """Refuse a module that ``fully_shard`` was called on; one that is sharded as a part of another is let pass.
+
+    Raises:
+        ValueError: with the message.
+    """
+    if isinstance(module, FSDPModule):
         raise ValueError(message)
 
 
@@ -309,9 +325,9 @@ class Layout:
         copies = [m for m, p in enumerate(self.parameter.placements) if shard_dim(p) is None]
         return all(self.parameter.device_mesh.get_local_rank(m) == 0 for m in copies)
 
-    def among(self, ranks: _T | None) -> _T | None:
-        """Return the ranks that the matrix is spread over, of those given; None if all of it is here."""
-        return None if self.mesh is None else ranks
+    def if_spread(self, given: _T | None) -> _T | None:
+        """Return what is given if the matrix is spread over ranks; None if all of it is here."""
+        return None if self.mesh is None else given
 
     # -- what tensor parallelism leaves to the layer's forward, before FSDP2 cuts it -------------------------------
 

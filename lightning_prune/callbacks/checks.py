@@ -240,7 +240,7 @@ def units_stay(structure: Structure, strategy: Any, types: Sequence[str]) -> boo
     Raises:
         ValueError: a strategy of shards without shards, or parameters of which only some are; experts.
     """
-    sharded = shard_group(structure.parameters()) is not None
+    sharded = shard_group(structure.parameters()).group is not None
     if sharded and "expert" in types:
         raise ValueError(
             f"types={types!r} with sharded parameters: experts cannot be masked (a router would go on choosing them), "

@@ -18,7 +18,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lightning_prune.naming import plain_name
 from lightning_prune.perp.layers import SparseLinear, check_base_layer, find_variant, own_weight, sparse_layers
@@ -57,6 +56,7 @@ from lightning_prune.sharding import (
     count_over_ranks,
     gather_whole,
     local,
+    refuse_shard_root,
     refuse_shards,
     reshard,
 )
@@ -518,11 +518,11 @@ class SparsePeftModel(PeftModel):
         Raises:
             ValueError: ``fully_shard`` was given this wrapper, which the merge takes off, and its shards with it.
         """
-        if isinstance(self, FSDPModule):
-            raise ValueError(
-                "fully_shard was called on the PEFT model, which does not outlive the merge; call it on the "
-                "transformers model in it: fully_shard(model.get_base_model())"
-            )
+        refuse_shard_root(
+            self,
+            "fully_shard was called on the PEFT model, which does not outlive the merge; call it on the "
+            "transformers model in it: fully_shard(model.get_base_model())",
+        )
         return super().forward(*args, **kwargs)
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:

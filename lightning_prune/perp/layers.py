@@ -17,7 +17,6 @@ import torch
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.naming import plain_name
@@ -43,6 +42,7 @@ from lightning_prune.sharding import (
     gather_whole,
     is_sharded,
     local,
+    refuse_shard_root,
     refuse_shards,
     shard_bounds,
     take_shard,
@@ -149,11 +149,11 @@ class SparseLinear(lora.Linear):
         Raises:
             ValueError: its adapter would be left out, and every rank would train its own.
         """
-        if isinstance(self.base_layer, FSDPModule):
-            raise ValueError(
-                "fully_shard was called on a linear layer without its adapter; call it on decoder blocks and on the "
-                "transformers model, so that both are sharded together"
-            )
+        refuse_shard_root(
+            self.base_layer,
+            "fully_shard was called on a linear layer without its adapter; call it on decoder blocks and on the "
+            "transformers model, so that both are sharded together",
+        )
 
     def _check_gathered(self) -> None:
         self.check_sharded_with_adapter()

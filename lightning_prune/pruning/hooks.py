@@ -65,7 +65,7 @@ class Tap:
     def summed(self) -> frozenset[str]:
         """The statistics of which each rank keeps a part, which is summed over ranks with every pass."""
         hessian = frozenset({HESSIAN} if self.spread else ())
-        return hessian if self.layout.mesh is None else hessian | GRADIENTS
+        return hessian | (self.layout.if_spread(GRADIENTS) or frozenset())
 
 
 @dataclass

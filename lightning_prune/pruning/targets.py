@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,7 +23,16 @@ from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
 from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out
 from lightning_prune.ranks import Ranks
-from lightning_prune.sharding import Layout, RowsLayout, SliceLayout, StackLayout, as_shard_of, gather_whole, local
+from lightning_prune.sharding import (
+    Layout,
+    RowsLayout,
+    SliceLayout,
+    StackLayout,
+    as_shard_of,
+    gather_whole,
+    local,
+    plain_class,
+)
 
 DEFAULT_IGNORE = HEADS
 """Output layers, left alone unless `targets` names them; see `lightning_prune.naming.is_head`."""
@@ -176,9 +184,8 @@ def stored_weights(module: nn.Module) -> dict[str, LayerKind]:
 
 
 def type_name(module: nn.Module) -> str:
-    """Name of a module's class; of one that FSDP2 shards, by making a subclass of it, that of the original class."""
-    cls = type(module)
-    return (cls.__bases__[-1] if issubclass(cls, FSDPModule) and len(cls.__bases__) > 1 else cls).__name__
+    """Name of a module's class, whether FSDP2 shards it or not."""
+    return plain_class(module).__name__
 
 
 @dataclass(frozen=True)
@@ -285,7 +292,7 @@ class Target:
     def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
         """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
         layout = self.layout
-        if (spread := layout.among(ranks)) is None:
+        if (spread := layout.if_spread(ranks)) is None:
             return lowest_in_layer
         first_row, counted = layout.row_bounds[0], layout.counted
         return lambda scores, count: lowest_over_ranks(scores, count, spread, first_row, counted)

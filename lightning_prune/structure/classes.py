@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.naming import clean_name
+from lightning_prune.sharding import plain_class
 from lightning_prune.structure.families import Family, find_family
 
 _OWN = "_lightning_prune_own_family"
@@ -36,7 +37,7 @@ def own_family(model: nn.Module) -> Family:
 
 def is_own_class(model: nn.Module) -> bool:
     """Return whether the class of a model is one that transformers has not."""
-    return not type(model).__module__.startswith("transformers.")
+    return not plain_class(model).__module__.startswith("transformers.")
 
 
 def class_for(model: nn.Module, hidden_size: int, heads: int) -> ClassChange:

@@ -62,7 +62,6 @@ def compensation(
     """
     targets = {t.name: t for t in reader_targets(structure, [t for t in removal if t in INPUT_AXIS])}
     lost = lost_inputs(structure, removal)
-    shards = shard_group(structure.parameters())
     weights: dict[str, Tensor] = {}
     failure: CalibrationError | None = None
     with progress_bar("Compensating", len(lost), progress) as advance:
@@ -72,12 +71,10 @@ def compensation(
             try:
                 rows = compensated(rows, moments[name], indices, damping)
             except CalibrationError as error:
-                if shards is None:
-                    raise
-                failure = error  # the other ranks wait in the exchange of rows
+                failure = error  # raised at the end: other ranks wait in the exchange of rows
             weights[target.name] = target.to_parameter(target.layout.from_rows(rows))
             advance()
-    if shards is not None and int(shards.sum(torch.tensor(int(failure is not None)))):
+    if int(shard_group(structure.parameters()).sum(torch.tensor(int(failure is not None)))):
         raise failure or CalibrationError("a layer's update failed on another rank; use more calibration samples")
     return weights
 

@@ -128,8 +128,7 @@ class SaliencyAccumulator:
                 step[unit_type][place] += by_dim[dim][indices].sum(1)
             if layer is not None:
                 step["layer"][0, layer] += by_dim[dims[0]].sum()
-        if self._shards is not None:
-            step = self._shards.sum_all(step)
+        step = self._shards.sum_all(step)
         if bool(torch.stack([torch.isfinite(s).all() for s in step.values()]).all()):
             for unit_type, sums in step.items():
                 self._sums[unit_type] += sums
@@ -317,9 +316,7 @@ def _read_saliency(
                     total += _updated_saliency(target, statistics[target.name], units, left).cpu().double()
             places.append(total)
         totals[unit_type] = torch.stack(places)
-    shards = shard_group(structure.parameters())
-    if shards is not None:
-        totals = shards.sum_all(totals)
+    totals = shard_group(structure.parameters()).sum_all(totals)
     return {t: total / structure.unit_weights(t) for t, total in totals.items()}
 
 

@@ -177,7 +177,7 @@ class CausalLM(L.LightningModule):
         else:
             if self._unread:
                 read_here(self.model, self._read)
-            if mesh is not None:
+            if mesh is not None and not has_sharded_parameters(self.model):
                 parallelize(self.model, mesh, reshard_after_forward=reshard, cpu_offload=offload)
         self._unread = False
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from lightning_prune.pruning.targets import find_blocks
@@ -20,7 +20,7 @@ _HEADS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 def parallelize(
     model: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True, cpu_offload: bool = False
 ) -> None:
-    """Shard a model in place, each decoder block by itself and the rest with the root; a sharded model stays as it is.
+    """Shard a model in place, each decoder block by itself and the rest with the root.
 
     Args:
         model: A transformers model with decoder blocks (``_no_split_modules``), or a PEFT model around one. For tensor
@@ -35,8 +35,6 @@ def parallelize(
         ValueError: the model has no decoder blocks, no plan for tensor parallelism, or sizes that do not divide.
         RuntimeError: this PyTorch cannot shard on the device.
     """
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        return
     if hasattr(model, "get_base_model"):  # of PEFT, which goes when adapters are merged
         model = model.get_base_model()  # type: ignore[operator]
     blocks = find_blocks(model)
