@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_prune import ELSA, CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
+from lightning_prune import ALPS, ELSA, CausalLM, CubicSchedule, SparsityMonitor, WeightPruning, apply_masks, prune
 from lightning_prune.pruning.running import causal_lm_losses
 from lightning_prune.sharding import gather_whole, local
 
@@ -219,7 +219,9 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         schedule = ELSA(*steps, penalty=1.0)
     twice, with_monitor = settings.pop("twice", False), settings.pop("monitor", False)
     read_alone = settings.pop("read_alone", False)
-    resume, max_steps = settings.pop("resume", None), settings.pop("max_steps", 4)
+    if (iterations := settings.pop("iterations", None)) is not None:
+        settings["update"] = ALPS(iterations=iterations)
+    resume, max_steps, saved = settings.pop("resume", None), settings.pop("max_steps", 4), settings.pop("saved", True)
     trainer_settings = settings.pop("trainer", {})
     share = settings.pop("calibration_batches", None)  # fewer batches than ranks leave one without any
     calibration = None if share is None else list(DataLoader(Tokens(), batch_size=4))[:share]
@@ -230,10 +232,11 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         pruning = WeightPruning(**{**common, **settings})
     monitor = [SparsityMonitor(every_n_steps=2)] if with_monitor else []
     alone = [ReadAlone(pruning)] if read_alone else []
+    save = [ModelCheckpoint(dirpath=out, filename="end")] if saved else []
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=STRATEGIES[strategy](), max_steps=max_steps, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out,
-        callbacks=[*monitor, pruning, *alone, ModelCheckpoint(dirpath=out, filename="end")], **trainer_settings,
+        callbacks=[*monitor, pruning, *alone, *save], enable_checkpointing=saved, **trainer_settings,
     )  # fmt: skip
     trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
     if strategy == "ddp_forkserver":  # only the weights come back from the processes
