@@ -188,7 +188,9 @@ class ShardGroup:
         return sent.to(values.device)
 
     def sum_all(self, values: Mapping[_K, Tensor]) -> dict[_K, Tensor]:
-        """`sum` of several tensors of one dtype, in one collective."""
+        """`sum` of several tensors of one dtype, or of none, in one collective."""
+        if self.group is None or not values:
+            return dict(values)
         flat = self.sum(torch.cat([v.flatten() for v in values.values()]))
         parts = torch.split(flat, [v.numel() for v in values.values()])
         return {key: part.view(v.shape) for part, (key, v) in zip(parts, values.items(), strict=True)}

@@ -250,3 +250,6 @@ def test_kfac_is_the_sum_over_rows_of_the_readers(name):
     prefix = structure.family.layers
     numel = sum(p.numel() for n, p in model.named_parameters() if n.startswith(f"{prefix}.0."))
     np.testing.assert_allclose(got["layer"].numpy(), layer / numel, rtol=1e-4)
+    for unit_type in TYPES:
+        alone = kfac_saliency(structure, statistics, [unit_type])
+        assert alone.keys() == {unit_type} and torch.equal(alone[unit_type], got[unit_type])
