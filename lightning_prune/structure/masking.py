@@ -20,7 +20,14 @@ from lightning_prune.pruning.masks import Masks
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local, shard_bounds
 from lightning_prune.structure.sizes import AttentionUnit
-from lightning_prune.structure.units import KeptIndices, Structure, check_removal, kept_indices, read_structure
+from lightning_prune.structure.units import (
+    KeptIndices,
+    Structure,
+    check_data,
+    check_removal,
+    kept_indices,
+    read_structure,
+)
 
 
 class KeptChannelsNorm(nn.LayerNorm):
@@ -108,6 +115,7 @@ def mask_units(
     structure = read_structure(model, attention_unit)
     checked = check_removal(structure, removal)
     check_maskable(checked)
+    check_data(structure)
     kept = kept_indices(structure, checked)
     removed = set(_removed_layers(structure, checked))
     norms = _layer_norms(structure) if structure.family.norm == "layernorm" and "hidden" in checked else {}

@@ -31,7 +31,7 @@ from lightning_prune.structure.saliency import (
     reader_targets,
 )
 from lightning_prune.structure.sizes import AttentionUnit, Goal, Sizes, UnitType, check_types
-from lightning_prune.structure.units import Removal, Structure, read_structure
+from lightning_prune.structure.units import Removal, Structure, check_data, read_structure
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def prune_structured(
         raise ValueError(f"num_samples={num_samples!r} must be an int of 1 or more, below 2**31")
     refuse_shards(model, "prune_structured needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)
+    check_data(structure)
     unit = attention_unit_of(target, structure.sizes, attention_unit)
     structure = read_structure(model, unit)
     planner = make_planner(structure, target, checked, round_to, one_by_one=not names_sizes(target))

@@ -29,7 +29,7 @@ from lightning_prune.pruning.statistics import INPUT_NORM
 from lightning_prune.pruning.targets import Target, find_targets
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards
-from lightning_prune.structure.units import Slice, Structure, read_structure
+from lightning_prune.structure.units import Slice, Structure, check_data, read_structure
 
 CHANNELS = ("hidden", "values", "ffn")
 # Rows that are looked at, of the many that read the residual stream.
@@ -120,6 +120,7 @@ def check_permutable(
         raise ValueError(f"channels={channels!r} must be some of {CHANNELS}")
     refuse_shards(model, "permute_channels needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)
+    check_data(structure)
     places = {kind: _places(structure, kind) for kind in CHANNELS if kind in channels}
     for kind, found in places.items():
         for slices, _ in found:
@@ -148,7 +149,7 @@ def permute_channels(
     Call it before pruning. The model computes what it did, to rounding, and stays an ordinary one.
 
     Args:
-        model: A transformers model of a known family, or a module that holds one; not sharded.
+        model: A transformers model of a known family, or a module that holds one; not sharded or offloaded.
         batches: Calibration data as in `lightning_prune.prune`; input norms are taken in one forward sweep.
         pattern: ``"N:M"``.
         channels: Which orders to choose: any of ``"hidden"``, ``"values"``, ``"ffn"``.
@@ -160,8 +161,8 @@ def permute_channels(
         What share of the scores is kept, before and after.
 
     Raises:
-        ValueError: an unknown kind, no N:M pattern, an unknown architecture, sharded parameters, channels that do not
-            divide by M, or that no layer to prune reads.
+        ValueError: an unknown kind, no N:M pattern, an unknown architecture, sharded or offloaded parameters,
+            channels that do not divide by M, or that no layer to prune reads.
         CalibrationError: see `lightning_prune.prune`.
 
     Example::

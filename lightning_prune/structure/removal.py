@@ -25,6 +25,7 @@ from lightning_prune.structure.units import (
     KeptIndices,
     Removal,
     Structure,
+    check_data,
     check_layers_removable,
     check_removal,
     check_sizes,
@@ -135,8 +136,7 @@ def _check_removable(structure: Structure, removal: Removal) -> None:
             f"{name!r} is sharded over processes and cannot be sliced: mask the units (mask_units), gather the model, "
             "and remove them then",
         )
-        if p.is_meta:
-            raise ValueError(f"{name!r} has no data (meta device); load or initialize the model first")
+    check_data(structure)
     if "layer" in removal:
         check_layers_removable(structure)
     masked = masked_channels(structure)

@@ -338,6 +338,20 @@ def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Te
     return places
 
 
+def check_data(structure: Structure) -> None:
+    """Refuse parameters whose numbers are not here: what is written to them would be lost.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, p in structure.parameters().items():
+        if p.is_meta:
+            raise ValueError(
+                f"{name!r} has no data here (meta device, or offloaded to main memory or disk by a device_map): load "
+                "the whole model into memory, without offloading"
+            )
+
+
 def check_unit_types(structure: Structure, types: Sequence[str]) -> None:
     """Refuse unit types that a family cannot lose.
 

@@ -3,10 +3,12 @@
 import pytest
 import structure_models as zoo
 import torch
+from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
+from lightning_prune.structure import mask_units, permute_channels, prune_structured, remove_units
 from lightning_prune.structure.families import Family, find_family, known_families, register_family
 from lightning_prune.structure.sizes import (
     Sizes,
@@ -258,3 +260,21 @@ def _ragged(name):
 def test_no_class_of_a_family_reads_sizes_of_single_layers(name):
     """Why FFN sizes that differ between layers are refused; when this fails they can be supported."""
     assert not _ragged(name)
+
+
+@pytest.mark.parametrize("offloaded", ["model.embed_tokens", "model.norm", "lm_head"])
+def test_what_is_not_in_memory_is_refused_before_anything_changes(offloaded, tmp_path):
+    model = zoo.make("mistral")
+    disk_offload(model.get_submodule(offloaded), str(tmp_path), torch.device("cpu"))
+    before = model(zoo.tokens()).logits
+    batches = [{"input_ids": zoo.tokens()}]
+    for change in (
+        lambda: permute_channels(model, batches, progress=False),
+        lambda: prune_structured(model, batches, 0.9, ("hidden",), progress=False),
+        lambda: prune_structured(model, batches, 0.9, saliency="magnitude", progress=False),
+        lambda: mask_units(model, {"hidden": [0]}),
+        lambda: remove_units(model, {"hidden": [0]}),
+    ):
+        with pytest.raises(ValueError, match=rf"'{offloaded}.weight' has no data here.*load the whole model"):
+            change()
+    assert torch.equal(model(zoo.tokens()).logits, before)
