@@ -252,4 +252,5 @@ def test_kfac_is_the_sum_over_rows_of_the_readers(name):
     np.testing.assert_allclose(got["layer"].numpy(), layer / numel, rtol=1e-4)
     for unit_type in TYPES:
         alone = kfac_saliency(structure, statistics, [unit_type])
-        assert alone.keys() == {unit_type} and torch.equal(alone[unit_type], got[unit_type])
+        assert alone.keys() == {unit_type}
+        assert torch.equal(alone[unit_type], got[unit_type])
