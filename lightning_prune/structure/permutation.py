@@ -122,16 +122,14 @@ def check_permutable(
     structure = read_structure(model)
     check_data(structure)
     places = {kind: _places(structure, kind) for kind in CHANNELS if kind in channels}
-    for kind, found in places.items():
-        for slices, _ in found:
-            if (size := slices[0].indices.shape[0]) % nm.m:
-                raise ValueError(f"pattern={pattern!r}: {size} channels of {kind!r} do not divide by {nm.m}")
     targets = {t.name: t for t in find_targets(structure.model)}
     for kind, found in places.items():
-        for _, readers in found:
+        for slices, readers in found:
             readers[:] = [name for name in readers if name in targets]
             if not readers:
                 raise ValueError(f"channels={channels!r}: no layer to prune reads {kind!r} channels; leave them out")
+            if (size := slices[0].indices.shape[0]) % nm.m:
+                raise ValueError(f"pattern={pattern!r}: {size} channels of {kind!r} do not divide by {nm.m}")
     return structure, nm, places, targets
 
 
@@ -219,7 +217,12 @@ def _value_heads(structure: Structure) -> list[tuple[list[Slice], list[str]]]:
     sizes = structure.sizes
     k, g, e = sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim
     inputs = torch.arange(k * g * e).view(k, g, e).transpose(1, 2)  # [k, e, g]
-    outputs = {"kv": torch.arange(k * e).view(k, e, 1), "qkv": (k * g + k) * e + torch.arange(k * e).view(k, e, 1)}
+    rows = torch.arange(k * e).view(k, e, 1)
+    outputs = {
+        "kv": rows,
+        "qkv": (k * g + k) * e + rows,
+        "heads": torch.arange(k * 3 * e).view(k, 3 * e, 1)[:, 2 * e :],
+    }
     found = []
     readers = structure.readers("attention")
     for layer, (output,) in enumerate(readers):
@@ -229,8 +232,13 @@ def _value_heads(structure: Structure) -> list[tuple[list[Slice], list[str]]]:
                 for dim, axis in enumerate(structure.axes[name]):
                     if name == f"{output}.weight" and axis == "q":
                         slices.append(Slice(name, dim, inputs[head]))
-                    elif axis == "qkv" or (axis == "kv" and ".v_proj." in name):
+                    elif axis in ("qkv", "heads") or (axis == "kv" and ".v_proj." in name):
                         slices.append(Slice(name, dim, outputs[axis][head]))
+            if all(s.name == f"{output}.weight" for s in slices):
+                raise ValueError(
+                    f"channels={CHANNELS[1]!r}: what writes the values of {structure.family.model_type!r} is not "
+                    f"known, since none of its parameters is called v_proj; leave them out: channels={CHANNELS[::2]}"
+                )
             found.append((slices, [f"{output}.weight"]))
     return found
 

@@ -1,17 +1,19 @@
 """Orders of channels for N:M: the model computes the same, its weights are only moved, and masks keep more."""
 
 import copy
+import dataclasses
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
+from experts_models import make_moe
 from tiny import make_llama, make_tokens
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig, Qwen3Config
 
 from lightning_prune import prune
 from lightning_prune.pruning.patterns import NM
-from lightning_prune.structure import permute_channels
+from lightning_prune.structure import permutation, permute_channels, read_structure
 from lightning_prune.structure.permutation import best_order, kept_scores
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -27,6 +29,7 @@ MODELS = {
         OPTConfig(vocab_size=32, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
                   word_embed_proj_dim=16, max_position_embeddings=16)
     ),
+    "gpt_neox": lambda: AutoModelForCausalLM.from_config(GPTNeoXConfig(**SIZES, num_attention_heads=2)),
 }  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def test_the_model_computes_the_same_with_moved_weights(name, channels):
         expected = model(tokens).logits
         found = permute_channels(model, [tokens], "2:4", channels, num_samples=4, progress=False)
         torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-4)  # RMS norms are in float32
-        if name in ("gpt2", "opt"):
+        if name in ("gpt2", "opt", "gpt_neox"):
             torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-11, atol=1e-11)
     assert any(not torch.equal(before[n], p) for n, p in model.named_parameters())
     assert all(torch.equal(before[n].flatten().sort().values, p.flatten().sort().values)
@@ -121,3 +124,14 @@ def test_what_cannot_be_permuted_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         permute_channels(model, [tokens], progress=False, **arguments)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+def test_channels_that_a_model_has_nowhere_to_put_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="no layer to prune reads 'ffn' channels; leave them out"):
+        permute_channels(make_moe("mixtral"), [make_tokens(2, 8, 32)], progress=False)
+    model, tokens = build("llama")
+    known = read_structure(model)
+    renamed = {n: tuple("-" if ".v_proj." in n and a == "kv" else a for a in axes) for n, axes in known.axes.items()}
+    monkeypatch.setattr(permutation, "read_structure", lambda _: dataclasses.replace(known, axes=renamed))
+    with pytest.raises(ValueError, match=r"what writes the values of 'llama' is not known.*\('hidden', 'ffn'\)"):
+        permute_channels(model, [tokens], progress=False)
