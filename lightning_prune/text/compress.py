@@ -199,8 +199,15 @@ def compress(
         )
     # For its checks, before anything long begins.
     PruningSettings(make_score(score), sparsity, pattern, update=update, num_samples=num_samples, sequential=sequential)
+    if (fit or minutes is not None) and (sparsity == 0 or score == "keep"):
+        raise ValueError(
+            f"fit={fit} and minutes={minutes} with sparsity={sparsity} and score={score!r}: nothing goes that what "
+            "stays could make up for; use a sparsity above 0 and another score, or leave fit and minutes out"
+        )
     job = _Job(model, output, console, overwrite, progress)
-    job.open(tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch": batch_size})
+    job.open(
+        tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
+    )
     if permute:
         check_permutable(job.model, pattern)
     most = num_samples if minutes is None else max(known.num_samples for known, *_ in _RECIPES)
@@ -290,7 +297,9 @@ def shrink(
         shrink("HuggingFaceTB/SmolLM2-135M", "smaller", target=0.8)
     """
     job = _Job(model, output, console, overwrite, progress)
-    job.open(tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch": batch_size})
+    job.open(
+        tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
+    )
     job.read(text, text_name, text_split, text_field, num_samples, windows, prompt)
     job.measure("dense")
     wanted = f"{target:.0%}" if isinstance(target, float) else str(target)
@@ -330,6 +339,8 @@ class _Job:
         """Load the model, and put it on the device."""
         for name, value in counts.items():
             check_whole(name, value)
+        if seq_len is not None:
+            check_whole("seq_len", seq_len, 2)
         place = device_of(device)
         self.say(f"Loading {self.source}")
         self.loaded = load_model(self.source, tokenizer, dtype, "model", self.progress)
@@ -337,7 +348,7 @@ class _Job:
         if self.loaded.tokenizer is None:
             raise ValueError(f"{self.source} has no tokenizer; give one (--tokenizer)")
         context = context_of(self.loaded)
-        self.seq_len = seq_len or min(_WINDOW, context or _WINDOW)
+        self.seq_len = min(_WINDOW, context or _WINDOW) if seq_len is None else seq_len
         if self.seq_len < 2 or (context is not None and self.seq_len > context):
             raise ValueError(f"seq_len={seq_len} must lie between 2 and the {context} tokens that the model takes")
         self.model: Any = self.loaded.model.to(place)
@@ -372,9 +383,12 @@ class _Job:
             )
         held_out = max(1, len(rows) // _HELD_OUT)
         self.samples, self.windows = _spread(rows[:-held_out], num_samples), _spread(rows[-held_out:], windows)
-        start = self.windows[0][: min(16, self.seq_len // 2)]
-        # It may begin inside a word.
-        self.prompt = prompt or self.tokenizer.decode(start, skip_special_tokens=True).split(maxsplit=1)[-1]
+        starts = self.windows[:, : min(16, self.seq_len // 2)]
+        words = [self.tokenizer.decode(start, skip_special_tokens=True).split(maxsplit=1) for start in starts]
+        # The first may begin inside a word.
+        self.prompt = prompt or next((found[-1] for found in words if found), "")
+        if not self.prompt:
+            raise ValueError(f"no window of held-out text={text!r} begins with a word: give a prompt (--prompt)")
 
     def recipe_for(self, seconds: float, pattern: str) -> Recipe:
         """The best recipe that fits into what is left of so many seconds since the job began.

@@ -190,6 +190,11 @@ def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
         (["--text", "/no/such.txt"], "is not an existing file"),
         (["--text_field", "words"], "text_field='words' names no text"),
         (["--seq_len", "100000"], "seq_len=100000"),
+        (["--seq_len", "0"], "seq_len=0 must be"),
+        (["--batch_size", "0"], "batch_size=0 must be"),
+        (["--fit", "--sparsity", "0"], "nothing goes that what stays could make up for"),
+        (["--fit", "--score", "keep"], "nothing goes that what stays could make up for"),
+        (["--minutes", "5", "--sparsity", "0"], "nothing goes that what stays could make up for"),
         (["--prompt", "x", "--update", "best"], "update"),
         (["--permute"], "permute=True: the order of channels matters for N:M only"),
     ],
@@ -206,6 +211,13 @@ def test_a_failure_leaves_the_old_folder(files, tmp_path, capsys, options, messa
     assert message in error
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_written_begins_with_a_word(files, tmp_path):
+    text, blank = tmp_path / "text.txt", "\n \t" * 400
+    text.write_text(files.text.read_text(encoding="utf-8")[:2000] + blank, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no window of held-out text=.*begins with a word: give a prompt"):
+        compress(files.dense, tmp_path / "out", str(text), **SMALL)
 
 
 def test_the_model_itself_is_no_output(files, tmp_path):
