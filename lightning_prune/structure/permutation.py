@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_prune.pruning.calibration import collect
 from lightning_prune.pruning.patterns import NM, nm_mask, parse_pattern
+from lightning_prune.pruning.running import on_device
 from lightning_prune.pruning.scores import Wanda
 from lightning_prune.pruning.statistics import INPUT_NORM
 from lightning_prune.pruning.targets import Target, find_targets
@@ -172,7 +173,7 @@ def permute_channels(
     names = sorted({name for found in places.values() for _, readers in found for name in readers})
     statistics = collect(
         structure.model,
-        batches,
+        on_device(structure.model, batches),
         [targets[name] for name in names],
         frozenset({INPUT_NORM}),
         num_samples=num_samples,

@@ -30,7 +30,7 @@ from lightning_prune import (
     prune,
     prune_structured,
 )
-from lightning_prune.structure import save_plain
+from lightning_prune.structure import permute_channels, save_plain
 
 ACCELERATOR = os.environ.get("GPU_TESTS_ON", "cuda")
 ON_CPU = ACCELERATOR == "cpu"
@@ -220,6 +220,13 @@ def test_prune_structured() -> None:
     batch = {"input_ids": IDS[:16].to(ACCELERATOR), "labels": IDS[:16].to(ACCELERATOR)}
     prune_structured(model, [batch], target=0.8)
     assert model(input_ids=batch["input_ids"]).logits.isfinite().all()
+
+
+def test_channels_in_another_order() -> None:
+    model = make_model().to(ACCELERATOR).double()
+    before = model(IDS[:2].to(ACCELERATOR)).logits
+    permute_channels(model, [IDS[:16]], num_samples=16, progress=False)
+    torch.testing.assert_close(model(IDS[:2].to(ACCELERATOR)).logits, before, atol=1e-4, rtol=1e-4)
 
 
 def test_a_checkpoint_of_the_device_is_exported_and_evaluated(tmp_path: Path) -> None:

@@ -135,3 +135,15 @@ def test_channels_that_a_model_has_nowhere_to_put_are_refused(monkeypatch):
     monkeypatch.setattr(permutation, "read_structure", lambda _: dataclasses.replace(known, axes=renamed))
     with pytest.raises(ValueError, match=r"what writes the values of 'llama' is not known.*\('hidden', 'ffn'\)"):
         permute_channels(model, [tokens], progress=False)
+
+
+def test_batches_go_to_the_device_of_the_model():
+    class Elsewhere(torch.Tensor):
+        def to(self, device, **_):
+            moved.append(device)
+            return self.as_subclass(torch.Tensor)
+
+    moved = []
+    model, tokens = build("llama")
+    permute_channels(model, [tokens.as_subclass(Elsewhere)], num_samples=4, progress=False)
+    assert moved == [torch.device("cpu")]
