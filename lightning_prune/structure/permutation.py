@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.errors import check_whole
 from lightning_prune.pruning.calibration import collect
 from lightning_prune.pruning.patterns import NM, nm_mask, parse_pattern
 from lightning_prune.pruning.running import on_device
@@ -160,8 +161,8 @@ def permute_channels(
         What share of the scores is kept, before and after.
 
     Raises:
-        ValueError: an unknown kind, no N:M pattern, an unknown architecture, sharded or offloaded parameters,
-            channels that do not divide by M, or that no layer to prune reads.
+        ValueError: a number that is out of range, an unknown kind, no N:M pattern, an unknown architecture, sharded or
+            offloaded parameters, channels that do not divide by M, or that no layer to prune reads.
         CalibrationError: see `lightning_prune.prune`.
 
     Example::
@@ -169,6 +170,8 @@ def permute_channels(
         permute_channels(model, batches, "2:4")
         prune(model, batches, pattern="2:4", update="exact", sequential=True)
     """
+    check_whole("num_samples", num_samples)
+    check_whole("rounds", rounds, 0)
     structure, nm, places, targets = check_permutable(model, pattern, channels)
     names = sorted({name for found in places.values() for _, readers in found for name in readers})
     statistics = collect(

@@ -116,6 +116,8 @@ def test_nearly_the_best_of_all_orders(n, m):
         ({"channels": ("heads",)}, "must be some of"),
         ({"channels": "ffn"}, "must be some of"),
         ({"channels": ()}, "must be some of"),
+        ({"num_samples": 0}, "num_samples=0 must be"),
+        ({"rounds": -1}, "rounds=-1 must be"),
     ],
 )
 def test_what_cannot_be_permuted_is_refused(arguments, message):
