@@ -37,6 +37,31 @@ from lightning_prune.text.sequences import StreamedBlocks, TextPrefix, collate, 
 __all__ = ["EMBEDDED", "TextDataModule", "collate", "pack", "tokenize"]
 
 
+class EpochLoader(DataLoader[Any]):
+    """Batches in an order of each epoch's own."""
+
+    epoch = 0
+    _begun = False  # whether a batch of the epoch was read: Lightning may begin a pass twice
+    _dropped = 0
+
+    def begin(self, epoch: int, dropped: int = 0) -> None:
+        """Go on with this epoch in the next pass, after so many batches, which are read and dropped."""
+        self.epoch, self._begun, self._dropped = epoch, False, dropped
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self._begun:
+            self.begin(self.epoch + 1)
+        order = self.dataset if isinstance(self.dataset, StreamedBlocks) else self.sampler
+        if isinstance(order, (StreamedBlocks, DistributedSampler)):  # not without a Trainer, nor to overfit batches
+            order.set_epoch(self.epoch)
+        return self._rest(super().__iter__(), self._dropped)
+
+    def _rest(self, batches: Iterator[Any], dropped: int) -> Iterator[Any]:
+        for batch in islice(batches, dropped, None):
+            self._begun = True
+            yield batch
+
+
 class _Reader:
     """The Trainer that reads a loader, which copies of the loader do not have.
 
@@ -50,21 +75,13 @@ class _Reader:
         return _Reader, ()
 
 
-class ResumableLoader(DataLoader[Any]):
-    """Batches in an order of each epoch's own, which go on where a resumed fit had stopped.
+class ResumableLoader(EpochLoader):
+    """Batches that go on where a resumed fit had stopped, of a loader whose Trainer is known.
 
-    Lightning keeps the state of a loader that has one, and has others begin the epoch anew. The batches before are read
-    and dropped.
+    Lightning keeps the state of a loader that has one. It has others begin the epoch anew, and warns of that.
     """
 
     reader = _Reader()
-    epoch = 0
-    _begun = False  # whether a batch of the epoch was read: Lightning may begin a pass twice
-    _dropped = 0
-
-    def begin(self, epoch: int, dropped: int = 0) -> None:
-        """Go on with this epoch in the next pass, after so many batches."""
-        self.epoch, self._begun, self._dropped = epoch, False, dropped
 
     def state_dict(self) -> dict[str, int]:
         trainer = self.reader.trainer
@@ -79,19 +96,6 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         if state:
             self.begin(state["epoch"], state["batches"])
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if self._begun:
-            self.begin(self.epoch + 1)
-        order = self.dataset if isinstance(self.dataset, StreamedBlocks) else self.sampler
-        if isinstance(order, (StreamedBlocks, DistributedSampler)):  # not without a Trainer, nor to overfit batches
-            order.set_epoch(self.epoch)
-        return self._rest(super().__iter__(), self._dropped)
-
-    def _rest(self, batches: Iterator[Any], dropped: int) -> Iterator[Any]:
-        for batch in islice(batches, dropped, None):
-            self._begun = True
-            yield batch
 
 
 class TextDataModule(L.LightningDataModule):
@@ -109,7 +113,7 @@ class TextDataModule(L.LightningDataModule):
     dropped. A warning counts both.
 
     Each epoch has an order of its own, which processes share. A resumed fit goes on with the next batch, also within an
-    epoch.
+    epoch, where the Trainer is given this module (not the loader alone).
 
     Args:
         source: "austen" (*Pride and Prejudice*, embedded in the package), local .txt, .jsonl, .json or .parquet
@@ -273,17 +277,19 @@ class TextDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training blocks in an order given by `seed` and the epoch; a resumed fit goes on with the next."""
         hp = self.hparams
+        # Without a Trainer nobody says which batches were trained on, so nothing is kept that could be taken for it.
+        kind = EpochLoader if self.trainer is None else ResumableLoader
         if hp["streaming"]:
             stream, names = _prepared(self._stream, "the stream"), (hp["text_field"], hp["block_size"])
             blocks = StreamedBlocks(stream, self.tokenizer, *names, seed=hp["seed"], **self._share())
-            return self._loader(blocks, ResumableLoader, collate_fn=collate, drop_last=True)
+            return self._loader(blocks, kind, collate_fn=collate, drop_last=True)
         data = self.train_dataset
         order: Sampler[Any]
         if self.trainer is None:  # Fabric shares this one out to processes, as any but a DistributedSampler
             order = RandomSampler(data, generator=torch.Generator().manual_seed(hp["seed"]))
         else:
             order = DistributedSampler(data, seed=hp["seed"], shuffle=True, **self._share())
-        return self._loader(data.with_format("numpy"), ResumableLoader, collate_fn=self._collate(), sampler=order)
+        return self._loader(data.with_format("numpy"), kind, collate_fn=self._collate(), sampler=order)
 
     def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
         """Batches of validation blocks in the order of the text; an empty list if nothing is held out."""

@@ -114,6 +114,20 @@ def test_without_a_trainer_each_pass_has_an_order_of_its_own(streaming: bool, ma
     assert torch.equal(torch.cat([batch["input_ids"] for batch in again]), first)
 
 
+def test_a_loader_without_its_module_is_not_taken_for_one_that_goes_on(made: tuple[Path, Any], tmp_path: Path) -> None:
+    data = data_of(made)
+    data.setup("fit")
+
+    def fit_alone(resume: Path | None = None) -> None:
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        trainer = L.Trainer(**QUIET, max_epochs=1, limit_train_batches=3, callbacks=saving)
+        trainer.fit(Seeing(), data.train_dataloader(), ckpt_path=resume)
+
+    fit_alone()
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        fit_alone(tmp_path / "step=1.ckpt")
+
+
 def test_processes_share_the_blocks_of_an_epoch(made: tuple[Path, Any]) -> None:
     seen = []
     for rank in range(2):
