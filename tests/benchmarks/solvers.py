@@ -7,7 +7,8 @@ left, the forward and backward passes.
 
 With ``-fit`` behind a method's name the weights that are kept are fitted to the dense model after it, half a block at a
 time (`reconstruct`); the row without the fit is made on the way. With ``permuted-`` before it the channels are put in
-another order first (`permute_channels`, N:M only). ``--tasks`` adds the accuracy on minimal pairs.
+another order first (`permute_channels`, N:M only). With ``reference-`` before it the published algorithm runs as
+`reference.py` writes it out, one sequence at a time. ``--tasks`` adds the accuracy on minimal pairs.
 
     python tests/benchmarks/solvers.py --model FOLDER --calibration TEXT --evaluation TEXT TEXT2 \\
         --samples 16 --length 512 --windows 20 --patterns 50 2:4 --methods wanda kfac-alps --draws 3 --json FILE
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import common
+import reference
 import torch
 from ours import ours_permute, ours_prune, ours_reconstruct, ours_stages, ours_tasks
 
@@ -41,8 +43,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfac-exact": ("kfac", {"update": "exact"} | WALK),
     "kfac-alps": ("kfac", {"update": "alps"} | WALK),
 }
-FIT_AFTER, PERMUTED = "-fit", "permuted-"
+FIT_AFTER, PERMUTED, PUBLISHED = "-fit", "permuted-", "reference-"
 NAMES = [start + method + end for start in ("", PERMUTED) for method in METHODS for end in ("", FIT_AFTER)]
+NAMES += [PUBLISHED + "wanda", PUBLISHED + "sparsegpt"]
 PATTERNS = ("50", "60", "70", "80", "2:4", "4:8")
 KEY = ("method", "pattern", "draw", "model", "calibration", "windows")
 
@@ -124,7 +127,8 @@ def main() -> None:
         if method == "dense":
             return measure(row)
         plain = method.removesuffix(FIT_AFTER)
-        score, options = METHODS[plain.removeprefix(PERMUTED)]
+        published = method.startswith(PUBLISHED)
+        score, options = METHODS[plain.removeprefix(PERMUTED).removeprefix(PUBLISHED)]
         nm = ":" in pattern
         how = (score, 0.5 if nm else int(pattern) / 100, pattern if nm else "unstructured")
         sequences = draw_of(tokens, args.samples, args.length, draw, args.draws)
@@ -136,7 +140,10 @@ def main() -> None:
             if method.startswith(PERMUTED):
                 row["kept by the score"] = ours_permute(model, sequences, pattern, args.batch_size)
             dense = {name: p.detach().clone() for name, p in model.named_parameters()} if plain != method else {}
-            masks = ours_prune(model, sequences, *how, args.batch_size, **options)
+            if published:
+                masks, _ = reference.prune(model, sequences, *how)
+            else:
+                masks = ours_prune(model, sequences, *how, args.batch_size, **options)
             synchronize()
             whole = time.perf_counter() - start
         row["sparsity"] = common.sparsity_of(masks)
