@@ -207,8 +207,8 @@ def test_a_failure_leaves_the_old_folder(files, tmp_path, capsys, options, messa
     command = ["prune", str(files.dense), str(tmp_path / "out"), *text, *small, "--overwrite", *options]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in error.splitlines()[-1]  # datasets may have said before that it reads a text
+    assert "Traceback" not in error
     assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
