@@ -17,6 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from lightning_prune import prune
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.sharding import gathered_dtypes, reshard, settle, shard_dim
+from lightning_prune.structure.classes import is_own_class
 
 
 @pytest.fixture
@@ -113,6 +114,10 @@ def test_a_class_that_fsdp_made_has_its_original_name(mesh: DeviceMesh) -> None:
     fully_shard(module, mesh=mesh)
     assert type(module) is not Router
     assert type_name(module) == "Router"
+    assert is_own_class(module)
+    llama = make_llama()
+    fully_shard(llama, mesh=mesh)
+    assert not is_own_class(llama)
 
 
 def test_what_fsdp_cut_after_tensor_parallelism_is_told_from_what_was_cut_before() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.naming import clean_name, uncompiled
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.targets import layer_kind
+from lightning_prune.sharding import plain_class
 from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.families import Family, find_family
 from lightning_prune.structure.sizes import ATTENTION_UNITS, IN_LAYERS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
@@ -424,7 +425,7 @@ def needs_other_class(structure: Structure) -> str | None:
     if target is None:
         return "no other family has the same parameters"
     if is_own_class(structure.model):
-        return f"it is a {type(structure.model).__name__}, a class of your own"
+        return f"it is a {plain_class(structure.model).__name__}, a class of your own"
     biases = [name for name in structure.axes if name.endswith(".bias")]
     return f"it has biases ({biases[0]})" if biases else None
 

@@ -384,7 +384,7 @@ class _Job:
         held_out = max(1, len(rows) // _HELD_OUT)
         self.samples, self.windows = _spread(rows[:-held_out], num_samples), _spread(rows[-held_out:], windows)
         starts = self.windows[:, : min(16, self.seq_len // 2)]
-        words = [self.tokenizer.decode(start, skip_special_tokens=True).split(maxsplit=1) for start in starts]
+        words = (self.tokenizer.decode(start, skip_special_tokens=True).split(maxsplit=1) for start in starts)
         # The first may begin inside a word.
         self.prompt = prompt or next((found[-1] for found in words if found), "")
         if not self.prompt:
