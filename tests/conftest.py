@@ -62,6 +62,16 @@ def no_group_outlives_a_test() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def what_a_test_registers_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family or an adapter of a test, or of a page that it runs, would be known to the tests after it."""
+    from lightning_prune.perp import layers
+    from lightning_prune.structure import families
+
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.setattr(layers, "_VARIANTS", dict(layers._VARIANTS))
+
+
 @pytest.fixture
 def llama() -> nn.Module:
     from tiny import make_llama

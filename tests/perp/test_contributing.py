@@ -39,11 +39,6 @@ def logits(model: nn.Module) -> Tensor:
     return y
 
 
-@pytest.fixture(autouse=True)
-def _own_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "_VARIANTS", dict(variants._VARIANTS))
-
-
 @pytest.fixture
 def _registered() -> None:
     (code,) = re.findall(
