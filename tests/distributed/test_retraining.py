@@ -31,14 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
     "distilled": {"pruned_before": True, "distilled": True},
     "norms alone": {"pruned_before": True, "adapter": None},
     "gpt2": {"pruned_before": True, "family": "gpt2"},
-    "head and embedding": {"train": ["bias", "norm", "head", "embedding"]},
+    "head and embedding": {"pruned_before": True, "train": ["bias", "norm", "head", "embedding"]},
     "accumulated and clipped": {"trainer": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}},
     "root only": {"pruned_before": True, "parallel": {"root_only": True}, "leave_gathered": True},
-    "gathered once": {"parallel": {"reshard_after_forward": False}, "leave_gathered": True},
+    "gathered once": {"pruned_before": True, "parallel": {"reshard_after_forward": False}, "leave_gathered": True},
     "offload": {"pruned_before": True, "parallel": {"offload": True}},
     "bf16": {"pruned_before": True, "parallel": {"bf16": True}},
     "bf16 and tiny weights": {"pruned_before": True, "tiny": True, "parallel": {"bf16": True}},
-    "bf16-mixed": {"trainer": {"precision": "bf16-mixed"}},
+    "bf16-mixed": {"pruned_before": True, "trainer": {"precision": "bf16-mixed"}},
     "bf16 model": {"pruned_before": True, "trainer": {"precision": "bf16-true"}},
     # One output and rank one over two ranks: the second holds no row of gate_proj and up_proj, nor of any A.
     "rank without rows": {"pruned_before": True, "intermediate_size": 1, "r": 1},
@@ -72,7 +72,9 @@ def on_replicas(name: str) -> str:
 
 
 def with_steps(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, "trainer": {**settings.get("trainer", {}), **_STEPS["trainer"]}}
+    """Settings of a fit of six steps; checkpoints of gathered parameters alone are read."""
+    saved = settings.get("leave_gathered", False)
+    return {**settings, "trainer": {**settings.get("trainer", {}), **_STEPS["trainer"]}, "saved": saved}
 
 
 def start(devices: int, *cases: tuple[Path, str, dict[str, Any]]) -> None:

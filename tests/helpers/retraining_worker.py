@@ -129,6 +129,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     trained_on, weights_only = settings.pop("trained_on", False), settings.pop("weights_only", False)
     pruner_first = settings.pop("pruner_first", False)
     twice, leave_gathered = settings.pop("twice", False), settings.pop("leave_gathered", False)
+    saved = settings.pop("saved", True)
     perp = PERPRetraining(**{"masks": masks or None, "r": 4, "merge": not twice, "seed": 0, **settings})
     watch, save = (
         Watch(leave_gathered),
@@ -150,7 +151,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
 
     callbacks: list[L.Callback] = [watch, perp, *([] if pruner is None else [pruner])]
     callbacks = [watch, *callbacks[:0:-1]] if pruner_first else callbacks
-    trainer = make_trainer(*callbacks, save)
+    trainer = make_trainer(*callbacks, *([save] if saved else []))
     trainer.fit(module, DataLoader(Tokens(), batch_size=4), ckpt_path=resume)
     if weights_only and isinstance(
         module, CausalLM
