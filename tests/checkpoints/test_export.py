@@ -4,14 +4,14 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from launching import launch_calls
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from tiny import TINY, make_tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
@@ -548,37 +548,28 @@ def test_command(trained, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-SHARDED = """
-import sys
-import lightning as L, torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_prune import CausalLM, WeightPruning
-
-torch.set_num_threads(1)
-L.seed_everything(0)
-module = CausalLM(config=CONFIG)
-rows = [{"input_ids": row} for row in torch.randint(320, (16, 16))]
-trainer = L.Trainer(
-    accelerator="cpu", devices=2, max_steps=2, logger=False,
-    strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[WeightPruning(score="magnitude", sparsity=0.5, progress=False)],
-)
-trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=4))
-trainer.save_checkpoint(sys.argv[1] + "/sharded.ckpt")
-state = {n: p.full_tensor() for n, p in module.model.state_dict().items()}
-if trainer.global_rank == 0:
-    torch.save(state, sys.argv[1] + "/whole.pt")
-"""
+def fit_shards(folder: Path) -> None:
+    torch.set_num_threads(1)
+    L.seed_everything(0, verbose=False)
+    module = CausalLM(config=FAMILIES["tied"] | {"intermediate_size": 45})
+    rows = [{"input_ids": row} for row in torch.randint(320, (16, 16))]
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, max_steps=2, logger=False, enable_checkpointing=False,
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[WeightPruning(score="magnitude", sparsity=0.5, progress=False)],
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=4))
+    trainer.save_checkpoint(folder / "sharded.ckpt")
+    state = {n: p.full_tensor() for n, p in module.model.state_dict().items()}
+    if trainer.global_rank == 0:
+        torch.save(state, folder / "whole.pt")
 
 
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_shards_of_two_processes(tmp_path):
-    script = tmp_path / "fit.py"
-    script.write_text(SHARDED.replace("CONFIG", repr(FAMILIES["tied"] | {"intermediate_size": 45})))
-    command = [sys.executable, str(script), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ, check=False)
+    done = launch_calls(2, fit_shards, [(tmp_path,)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "sharded.ckpt").glob("*.distcp"))) == 2
     inspection = export(tmp_path / "sharded.ckpt", tmp_path / "out")

@@ -10,6 +10,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from torch.multiprocessing import start_processes
+
 import lightning_prune
 
 # What the package imports inside functions only.
@@ -29,6 +31,11 @@ def start(function: Callable[..., Any], *arguments: Any, environment: Mapping[st
     process = CONTEXT.Process(target=_child, args=(dict(environment), str(log), function, arguments))
     process.start()
     return process
+
+
+def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function of a module with each rank and these arguments, in processes; what one raises is raised."""
+    start_processes(function, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def _child(environment: dict[str, str], log: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forking import on_ranks
 from tiny import make_llama, make_tokens
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -390,7 +390,7 @@ def _on_each_rank(rank: int, ranks: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_train_as_one(tmp_path: Path):
-    mp.spawn(_on_each_rank, (2, str(tmp_path)), nprocs=2)
+    on_ranks(2, _on_each_rank, 2, str(tmp_path))
     masks = make_masks(make_model())
     expected, expected_norms = naive_training(masks, inputs(5))
     for rank in range(2):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forking import on_ranks
 from launching import free_port
 from tiny import make_llama, make_tokens
 from torch import Tensor, nn
@@ -145,4 +145,4 @@ def _on_each_rank(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(_on_each_rank, (free_port(), str(tmp_path)), nprocs=2)
+    on_ranks(2, _on_each_rank, free_port(), str(tmp_path))
