@@ -170,21 +170,38 @@ def test_masks_are_those_of_one_process(name: str, folder: Path) -> None:
 
 
 # Tensor parallelism over 2 ranks trains on the batches of one process, 2 x 2 on those of two. torch clips no gradients
-# that lie on several meshes, so there is no clipping in their cases.
-@pytest.mark.parametrize(
-    ("strategy", "devices", "processes", "clipping"),
-    [("fsdp2", 2, 2, 0.1), ("tp", 2, 1, None), ("hsdp", 2, 2, 0.1), ("2d", 4, 2, None)],
-)
-def test_training_is_that_of_ddp(
-    strategy: str, devices: int, processes: int, clipping: float | None, tmp_path: Path
-) -> None:
-    trainer = {"gradient_clip_val": clipping, "accumulate_grad_batches": 2}
-    settings = {"score": "gblm", "gradual": True, "max_steps": 6, "trainer": trainer}
-    parallel = {"parallel": {"replicas": 2}} if strategy == "hsdp" else {}
-    for folder, count, case, more in (("ddp", processes, "ddp", {}), (strategy, devices, strategy, parallel)):
-        done = launch(count, (tmp_path / folder, case, {**settings, **more}))
+# that lie on several meshes, so there is no clipping in their cases. Name: processes, strategy, clipping, more.
+TRAINED: dict[str, tuple[int, str, float | None, dict[str, Any]]] = {
+    "one": (1, "ddp", None, {}),
+    "two": (2, "ddp", None, {}),
+    "two clipped": (2, "ddp", 0.1, {}),
+    "fsdp2": (2, "fsdp2", 0.1, {}),
+    "tp": (2, "tp", None, {}),
+    "hsdp": (2, "hsdp", 0.1, {"parallel": {"replicas": 2}}),
+    "2d": (4, "2d", None, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `TRAINED`, fits of 6 steps; those of one number of processes share a launch."""
+    folder = tmp_path_factory.mktemp("trained")
+    for devices in (1, 2, 4):
+        cases: list[Case] = []
+        for name, (count, strategy, clipping, more) in TRAINED.items():
+            trainer = {"gradient_clip_val": clipping, "accumulate_grad_batches": 2}
+            settings = {"score": "gblm", "gradual": True, "max_steps": 6, "trainer": trainer, "saved": False, **more}
+            cases += [(folder / name, strategy, settings)] if count == devices else []
+        done = launch(devices, *cases)
         assert done.returncode == 0, done.stderr[-3000:]
-    ddp, sharded = results(tmp_path / "ddp", processes)[0], results(tmp_path / strategy, devices)[0]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "like"), [("fsdp2", "two clipped"), ("tp", "one"), ("hsdp", "two clipped"), ("2d", "two")]
+)
+def test_training_is_that_of_ddp(strategy: str, like: str, trained: Path) -> None:
+    (ddp, *_), (sharded, *_) = (results(trained / name, TRAINED[name][0]) for name in (like, strategy))
     assert_enforced(sharded)
     assert share_of_other_masks(ddp, sharded) <= 2e-4
     for name in (n for n in ddp if n.startswith("weight.")):
