@@ -23,7 +23,6 @@ _PRODUCTS = frozenset(
         *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
         *("matmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "__matmul__", "__rmatmul__", "einsum"),
         *("dot", "vdot", "inner", "vecdot", "linalg_vecdot", "tensordot", "bilinear", "multi_head_attention_forward"),
-        *("embedding", "embedding_bag"),
     )
 )
 # What they return is the weight, or some of it, in another form.

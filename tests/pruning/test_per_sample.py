@@ -355,7 +355,7 @@ def rows(model, batch):
     return squares(model, batch) + F.linear(batch, model[0].weight[:2]).square().flatten(1).mean(1)
 
 
-def halves(model, batch):
+def columns(model, batch):
     first, _ = model[0].weight.t().chunk(2)
     return squares(model, batch) + (batch[..., : len(first)] @ first).square().flatten(1).mean(1)
 
@@ -368,7 +368,7 @@ def contracted(model, batch):
     return squares(model, batch) + torch.tensordot(batch, model[0].weight, ([-1], [1])).square().flatten(1).mean(1)
 
 
-ELSEWHERE = [functional, transposed, direct, rows, halves, by_vectors, contracted]
+ELSEWHERE = [functional, transposed, direct, rows, columns, by_vectors, contracted]
 
 
 @pytest.mark.parametrize("loss", ELSEWHERE, ids=lambda f: f.__name__)
