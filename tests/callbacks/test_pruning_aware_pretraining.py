@@ -315,6 +315,7 @@ def test_training_that_is_too_short_ends_as_a_small_model_and_says_so() -> None:
         ({"target": 0.5, "attention_unit": "row"}, "attention_unit='row'"),
         ({"target": 0.5, "distill_from": "x", "distill_weight": 0.0}, "distill_weight=0.0"),
         ({"target": 0.5, "temperature": 0.0}, "temperature=0.0"),
+        ({"target": 0.5, "picture": "curve.foo"}, r"picture=.curve\.foo. ends in .foo.; pictures are written as .*png"),
         ({"target": 0.5, "second_order_decay": 1.0}, "second_order_decay=1.0"),
     ],
 )
