@@ -116,13 +116,22 @@ def settle(model: nn.Module) -> None:
         if isinstance(module, FSDPModule) and module not in covered:
             check_device(next((p.device.type for p in module.parameters()), "none"))
             covered.update(module.modules())
-            outermost: Any = module
-            outermost.pass_without_work = lambda argument: argument
-            register_fsdp_forward_method(outermost, "pass_without_work")
-            # On an accelerator FSDP2 moves the arguments, and some versions of it fail where there are none.
-            outermost.pass_without_work(None)
-            del outermost.pass_without_work
-            outermost.reshard()  # it stays gathered after a forward pass
+            pass_without_work(module)
+            module.reshard()  # it stays gathered after a forward pass
+
+
+def pass_without_work(module: Any) -> None:
+    """Let a module of FSDP2 pass through start and end of a forward pass; every rank must call, or run the module."""
+    module.pass_without_work = lambda argument: argument
+    register_fsdp_forward_method(module, "pass_without_work")
+    # On an accelerator FSDP2 moves the arguments, and some versions of it fail where there are none.
+    module.pass_without_work(None)
+    del module.pass_without_work
+
+
+def gathering(module: nn.Module) -> list[nn.Module]:
+    """The modules of FSDP2 in a module, itself included, outer ones first: each gathers its own parameters to run."""
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:

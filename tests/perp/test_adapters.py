@@ -8,6 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from peft import LoraConfig, get_peft_model
 from perp_models import halve, make_gpt2, pruned, train, zeros
 from tiny import make_llama, make_tokens, snapshot
@@ -452,6 +454,16 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(build: Any, arguments:
     assert meta or snapshot(model) == before
     if build is pruned:  # and it can be tried again
         add_adapters(model)
+
+
+def test_a_model_that_accelerate_runs_is_refused_though_its_weights_are_here() -> None:
+    model = dispatch_model(pruned(), {"": "cpu"}, force_hooks=True)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"q_proj' is run by accelerate.*remove_hook_from_submodules"):
+        add_adapters(model)
+    assert snapshot(model) == before
+    remove_hook_from_submodules(model)
+    add_adapters(model)
 
 
 def test_failure_inside_peft_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
