@@ -19,6 +19,7 @@ from lightning_prune.naming import uncompiled
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
+from lightning_prune.report.figures import check_picture
 from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.device_goals import check_device_goal
@@ -60,6 +61,8 @@ def check_settings(callback: Any) -> None:
         raise ValueError(f"distill_weight={callback.distill_weight!r} must be above 0 and at most 1")
     if not callback.temperature > 0:
         raise ValueError(f"temperature={callback.temperature!r} must be above 0")
+    if callback.picture is not None:
+        check_picture(callback.picture, "picture")
     target = callback.target
     if isinstance(target, bool) or not isinstance(target, (int, float, dict)):
         raise TypeError(

@@ -213,6 +213,8 @@ class PERPRetraining(L.Callback):
         for pruner in pruners:
             check_pruner(pruner, self)
         self._beside_pruner, self._unmerged = bool(pruners), None
+        if self._module is None or self._module() is not pl_module:
+            self._loaded_masks = {}  # another module's, such as one that was tested
         self._resumed = self._started = self._goes_on = False
         self._left_on = found is not None
         self._waits = neighbor(trainer, PruningAwarePretraining) is not None
@@ -481,7 +483,7 @@ class PERPRetraining(L.Callback):
         """
         module = None if self._module is None else self._module()
         state: dict[str, Any] = {"version": _STATE_VERSION, "callback": "PERPRetraining", "masks": {}, "layers": {}}
-        state["settings"], state["begun"] = _settings_of(self), not self._waits
+        state["settings"], state["begun"], state["started"] = _settings_of(self), not self._waits, self._started
         if module is not None and self.adapter is not None:
             model = self._model(module)
             state["layers"] = {name: layer.combining() for name, layer in sparse_layers(model)}
@@ -507,7 +509,7 @@ class PERPRetraining(L.Callback):
             raise ValueError(f"the checkpoint's PERPRetraining state has version {version!r}, not {_STATE_VERSION}")
         _check_same(state_dict["settings"], _settings_of(self), "the checkpoint's adapters were")
         self._loaded_masks = unpack_masks(state_dict["masks"])
-        self._resumed = True
+        self._resumed = state_dict.get("started", True)
         if self._waits and state_dict.get("begun", True):
             self._goes_on, self._unmerged = True, state_dict.get(UNMERGED)
 

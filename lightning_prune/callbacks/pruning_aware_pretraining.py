@@ -178,6 +178,7 @@ class PruningAwarePretraining(L.Callback):
         self.tokens = 0
         self._shrinking: Shrinking | None = None
         self._owner: weakref.ref[L.LightningModule] | None = None
+        self._loading: weakref.ref[L.LightningModule] | None = None  # what a checkpoint is being loaded into
         self._loaded: dict[str, Any] | None = None  # of a checkpoint, not yet bound to the module
         self._copied = False  # what is loaded comes from a copied callback, whose module is not known
         self._distillation: Distillation | None = None
@@ -210,7 +211,15 @@ class PruningAwarePretraining(L.Callback):
             state = None if shrinking.compact_every is None else shrinking.state_dict()
         loaded = {"_loaded": state, "_copied": self._copied or shrinking is not None}
         return copied_state(
-            self, _shrinking=None, _owner=None, _distillation=None, _unwrap=[], _waiting=False, _begun=False, **loaded
+            self,
+            _shrinking=None,
+            _owner=None,
+            _loading=None,
+            _distillation=None,
+            _unwrap=[],
+            _waiting=False,
+            _begun=False,
+            **loaded,
         )
 
     # -- life of a fit -------------------------------------------------------------------------------------------
@@ -257,9 +266,9 @@ class PruningAwarePretraining(L.Callback):
             return
         self._waiting, self._begun = False, True
         reshard(pl_module)
-        owner = None if self._owner is None else self._owner()
-        before = self._shrinking if owner is pl_module else None
-        state = self._loaded or (before.state_dict() if before is not None else None)
+        state = self._loaded or (None if self._shrinking is None else self._shrinking.state_dict())
+        if self._owner is not None and self._owner() is not pl_module:
+            state = None  # another module's, such as one that was tested
         structure = read_structure(pl_module, self.attention_unit)
         if self._copied and state is not None and not _shrunk_to(state, structure.sizes):
             state = None
@@ -381,6 +390,7 @@ class PruningAwarePretraining(L.Callback):
             stream.release()
         if self._distillation is not None:
             self._distillation.end()
+        self._begun = False
         self._let_go()
 
     def _let_go(self) -> None:
@@ -445,8 +455,12 @@ class PruningAwarePretraining(L.Callback):
             "shrinking": shrinking.state_dict(),
         }
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note which module the state of a checkpoint is of."""
+        self._loading = weakref.ref(pl_module)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a checkpoint; it is bound to the model when the fit starts.
+        """Take up a checkpoint; it is bound to the model when the fit starts, or at once in the midst of one.
 
         Raises:
             ValueError: an unknown version, or statistics made with other settings.
@@ -464,8 +478,11 @@ class PruningAwarePretraining(L.Callback):
                     f"{mine[name]!r}; resume with the same, or start a new training from load_from_checkpoint"
                 )
         self.tokens = int(state_dict["tokens"])
-        self._loaded = state_dict["shrinking"]
-        self._copied = False
+        self._owner, self._loading, self._copied = self._loading, None, False
+        if self._begun:  # by a callback that tries something and goes back, such as a LearningRateFinder
+            self._now.load_state_dict(state_dict["shrinking"])
+        else:
+            self._loaded = state_dict["shrinking"]
 
     def _settings(self) -> dict[str, Any]:
         return {name: list(self.types) if name == "types" else getattr(self, name) for name in _SAME}

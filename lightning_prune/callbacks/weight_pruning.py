@@ -171,7 +171,8 @@ class WeightPruning(L.Callback):
         self._elsa: ELSATraining | None = None  # until it has pruned
         self._elsa_state: dict[str, Any] | None = None  # of a checkpoint
         self._masks = PackedMasks()
-        self._owner: weakref.ref[L.LightningModule] | None = None  # None: masks of a checkpoint, not yet bound
+        self._owner: weakref.ref[L.LightningModule] | None = None  # None: of masks that no Trainer has loaded
+        self._loading: weakref.ref[L.LightningModule] | None = None  # what a checkpoint is being loaded into
         self._hold: MaskHold | None = None
         self._plan: PruningPlan | None = None
         self._uncounted: tuple[str, ...] = ()
@@ -182,6 +183,8 @@ class WeightPruning(L.Callback):
         self._target_names: tuple[str, ...] = ()
         self._planned: int | None = None  # of the targets, in the end; None before a fit, and with score="keep"
         self._seen_step = 0
+        self._started = False  # training, in this fit
+        self._restored = False  # from a checkpoint, in the midst of training
         self._reported = False
         self._said: set[str] = set()
         self._stage: str | None = None
@@ -332,7 +335,8 @@ class WeightPruning(L.Callback):
         self._plan, self._uncounted, self._reported = plan, plan.coverage.uncounted, False
         stranger = self._owner is not None and self._owner() is not pl_module
         if stranger or (self._copied and not masks_hold(pl_module, self._masks)):
-            self._keep(PackedMasks())  # another module's; a loaded checkpoint's have no owner yet
+            self._keep(PackedMasks())  # another module's
+            self._elsa = self._elsa_state = None
         self._copied = False
         self._check_data(trainer, plan)
         if isinstance(self.schedule, ELSA) and not self._masks:
@@ -390,14 +394,8 @@ class WeightPruning(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up with a checkpoint: steps and optimizer states are restored only now."""
-        self._seen_step = trainer.global_step
-        if self._hold is None:
-            self._begin(trainer, pl_module)
-        else:
-            self._hold.clear_states()
-            self._mask_averages(trainer, pl_module)  # a checkpoint may have brought them
-        if isinstance(self.schedule, ELSA) and self._hold is None:
-            self._elsa = self._elsa_of(trainer, pl_module)
+        self._started = True
+        self._take_up(trainer, pl_module)
         if self._distillation is not None:
             self._distillation.begin(pl_module)
         if not self.finished and self._planned is not None:
@@ -406,10 +404,22 @@ class WeightPruning(L.Callback):
             if trainer.global_step < self.schedule.end:
                 warn_of_choice_by_score(trainer, self.schedule)
 
+    def _take_up(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._restored, self._seen_step = False, trainer.global_step
+        if self._hold is None:
+            self._begin(trainer, module)
+        else:
+            self._hold.clear_states()
+            self._mask_averages(trainer, module)  # a checkpoint may have brought them
+        if isinstance(self.schedule, ELSA) and self._hold is None:
+            self._elsa = self._elsa_of(trainer, module)
+
     def _elsa_of(self, trainer: L.Trainer, module: L.LightningModule) -> ELSATraining:
         assert isinstance(self.schedule, ELSA)
         assert self._plan is not None
         state, self._elsa_state = self._elsa_state, None
+        if self._elsa is not None:  # of an earlier fit
+            state = self._elsa.state_dict()
         return ELSATraining(trainer, module, self._plan, self.schedule, ranks_of(trainer), state)
 
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -491,7 +501,9 @@ class WeightPruning(L.Callback):
         self._masks = self._masks_at_rest()
         if self._hold is not None:
             self._hold.remove()
-        self._hold = self._plan = self._data = self._elsa = self._teardown = None
+        # What ELSA has come to stays, for a checkpoint that is saved now, or another fit.
+        self._hold = self._plan = self._data = self._teardown = None
+        self._started = False
         if self._distillation is not None:
             self._distillation.end()
 
@@ -509,6 +521,8 @@ class WeightPruning(L.Callback):
             _data=None,
             _teardown=None,
             _owner=None,
+            _loading=None,
+            _started=False,
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
             _dense=None,
@@ -604,6 +618,8 @@ class WeightPruning(L.Callback):
 
     def _follow(self, trainer: L.Trainer) -> None:
         """Give the masks to the parameters, and to the optimizers, that are there now."""
+        if self._restored:  # by a callback that tries something and goes back, such as a LearningRateFinder
+            self._take_up(trainer, trainer.lightning_module)
         if self._hold is not None:
             self._hold.watch(trainer.optimizers)
             self._hold.follow()
@@ -630,6 +646,7 @@ class WeightPruning(L.Callback):
 
         Where weights are sharded every rank must call, and rank 0, which writes the checkpoint, alone gets the bits.
         """
+        elsa = self._elsa_state if self._elsa is None else self._elsa.state_dict()
         return {
             "version": _STATE_VERSION,
             "callback": "WeightPruning",  # also of a subclass, which its key does not say
@@ -639,7 +656,7 @@ class WeightPruning(L.Callback):
             "scores": self._scores.state_dict(),
             "uncounted": list(self._uncounted),
             "settings": self._described(),
-            **({} if self._elsa is None else {"elsa": self._elsa.state_dict()}),
+            **({} if elsa is None else {"elsa": elsa}),
         }
 
     def describe_masks(self) -> dict[str, Any]:
@@ -657,6 +674,7 @@ class WeightPruning(L.Callback):
         Raises:
             ValueError: the checkpoint has masks of a `WeightPruning` that is not in the Trainer.
         """
+        self._loading = weakref.ref(pl_module)
         states = checkpoint["callbacks"]
         pruners = pruners_of(trainer)
         left = states_of(states, "WeightPruning").keys() - {pruner.state_key for pruner in pruners}
@@ -670,7 +688,7 @@ class WeightPruning(L.Callback):
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take masks from a checkpoint; they are bound to the parameters at fit start.
+        """Take masks from a checkpoint; they are bound to the parameters when training starts or goes on.
 
         Raises:
             ValueError: an unknown version, or a damaged mask, with the parameter's name.
@@ -685,11 +703,11 @@ class WeightPruning(L.Callback):
             saved = {**(state_dict.get("settings") or {}), **{name: state_dict.get(name) for name in own}}
             warn_of_other_settings(saved, {**own, **self._described()}, score)
         self._keep(masks)
-        self._elsa_state = state_dict.get("elsa")
+        self._elsa, self._elsa_state = None, state_dict.get("elsa")
         self._scores = ScoreSummary.from_state(state_dict.get("scores"))
         self._uncounted = tuple(state_dict.get("uncounted", ()))
-        self._owner = None
-        self._copied = False
+        self._owner, self._loading = self._loading, None
+        self._copied, self._restored = False, self._started
         if self._hold is not None:
             self._hold.remove()
             self._hold = None

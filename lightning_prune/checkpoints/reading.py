@@ -142,18 +142,23 @@ def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / ".metadata").is_file():
         return _open_distributed(folder)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            return _open_index(folder / index)
-    whole = sorted(folder.glob("*.safetensors"))
-    # Some folders hold the same weights twice, under the name transformers reads and under another.
-    whole = [f for f in whole if f.name == "model.safetensors"] or whole
-    if whole:
-        return _open_safetensors(folder, whole)
-    if (folder / "pytorch_model.bin").is_file():
-        checkpoint = _open_torch(folder / "pytorch_model.bin")
+    # What transformers reads, in its order: a folder may hold weights twice, or an index of shards that are gone.
+    if (file := folder / "model.safetensors").is_file():
+        return _open_safetensors(folder, [file])
+    if (file := folder / "model.safetensors.index.json").is_file():
+        return _open_index(file)
+    if (file := folder / "pytorch_model.bin").is_file():
+        checkpoint = _open_torch(file)
         checkpoint.config = _read_config(folder)
         return checkpoint
+    if (file := folder / "pytorch_model.bin.index.json").is_file():
+        return _open_index(file)
+    if whole := sorted(folder.glob("*.safetensors")):
+        shards = Counter(part.groups() for f in whole if (part := re.fullmatch(r"(.+)-\d+-of-(\d+)", f.stem)))
+        for (stem, count), found in shards.items():
+            if found != int(count):
+                fail(folder, f"holds {found} of the {count} shards {stem}-*.safetensors; download or copy the others")
+        return _open_safetensors(folder, whole)
     checkpoints = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("*.bin"))
     hint = f"; did you mean {str(checkpoints[0])!r}?" if checkpoints else ""
     fail(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ def states_of(callbacks: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {
         str(key): state
         for key, state in callbacks.items()
-        if state and (str(key).startswith(kind) or (isinstance(state, Mapping) and state.get("callback") == kind))
+        if state
+        and (re.match(rf"{kind}\b", str(key)) or (isinstance(state, Mapping) and state.get("callback") == kind))
     }
 
 
@@ -64,6 +66,7 @@ class StoredMasks:
         score: Name of the score that made them; of several callbacks, all names.
         settings: What else each callback says of how it pruned, in plain values.
         uncounted: Names of embeddings that their names do not show to be such; see `lightning_prune.pruning.coverage`.
+        tensors: Names of the tensors that the masks are for; a mask that has the name of one is of no other.
     """
 
     path: Path
@@ -71,6 +74,7 @@ class StoredMasks:
     score: str | None = None
     settings: Sequence[dict[str, Any]] = ()
     uncounted: frozenset[str] = frozenset()
+    tensors: frozenset[str] = frozenset()
 
     @property
     def names(self) -> set[str]:
@@ -103,7 +107,8 @@ class StoredMasks:
             for name in names
             if isinstance(name, str)
         )
-        return cls(checkpoint.path, packed, ", ".join(scores) or None, settings, uncounted)
+        tensors = frozenset(map(clean_name, checkpoint))
+        return cls(checkpoint.path, packed, ", ".join(scores) or None, settings, uncounted, tensors)
 
     def counts(self, name: str) -> bool:
         """Whether a tensor may count as a weight that a user would prune: it is not known to be an embedding."""
@@ -122,9 +127,10 @@ class StoredMasks:
 
     def find(self, name: str) -> str | None:
         """Name of a tensor's mask, or None. Masks may be named from further inside the model than the tensor."""
-        parts = clean_name(name).split(".")
+        name = clean_name(name)
+        parts = name.split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
-        return next((tail for tail in tails if tail in self.packed), None)
+        return next((t for t in tails if t in self.packed and (t == name or t not in self.tensors)), None)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """The mask of a tensor, or None.
@@ -322,7 +328,7 @@ def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not has_adapters(checkpoint) or _state_of(checkpoint.callbacks) is None:
         return checkpoint
-    adapters = _Adapters(checkpoint.path, checkpoint.callbacks)
+    adapters = _Adapters(checkpoint.path, checkpoint.callbacks, checkpoint)
     return dataclasses.replace(
         checkpoint,
         loaders=dict(adapters.merged(checkpoint.loaders)),
@@ -343,7 +349,7 @@ def merged_state(state: Mapping[str, Tensor], callbacks: Mapping[str, Any], path
             "holds adapters that PERPRetraining did not make; merge them with the program that did, and save again",
         )
     loads: dict[str, _Load] = {name: tensor.detach for name, tensor in state.items()}
-    return {name: load() for name, load in _Adapters(Path(path), callbacks).merged(loads)}
+    return {name: load() for name, load in _Adapters(Path(path), callbacks, loads).merged(loads)}
 
 
 def plain_name(name: str) -> str:
@@ -377,7 +383,7 @@ def _renamed_masks(callbacks: Mapping[str, Any], rename: Callable[[str], str]) -
 class _Adapters:
     """What the callback's state says of adapters, and the masks of `WeightPruning` or of its own."""
 
-    def __init__(self, path: Path, callbacks: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, callbacks: Mapping[str, Any], names: Iterable[str]) -> None:
         self._path = path
         state = _state_of(callbacks) or {}
         settings, layers = state.get("settings"), state.get("layers")
@@ -401,7 +407,7 @@ class _Adapters:
         for other in states_of(_renamed_masks(callbacks, plain_name), _PRUNING).values():
             if isinstance(other, Mapping):
                 packed.update(other.get("masks") or {})
-        self._masks = StoredMasks(path, packed)
+        self._masks = StoredMasks(path, packed, tensors=frozenset(map(plain_name, names)))
 
     def merged(self, loads: Mapping[str, _Load]) -> Iterator[tuple[str, _Load]]:
         """Plain names, and functions that load what the weights are after the merge."""

@@ -495,7 +495,7 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
 
     Raises:
         ValueError: the layer is no Linear or Conv1D, or its weight is quantized, sharded, offloaded, parametrized or
-            without data.
+            without data, or accelerate runs it.
     """
     if not isinstance(layer, (nn.Linear, Conv1D)):
         kind = layer_kind(layer)
@@ -520,8 +520,14 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             f"the weight of {name!r} is quantized ({type(weight.data).__name__}, {weight.dtype}): an adapter cannot be "
             "merged into it with its zeros kept. Load the model unquantized, retrain, merge, and quantize last"
         )
-    if weight.is_meta or is_hooked(layer):
+    if weight.is_meta:
         raise ValueError(f"the weight of {name!r} has no data here (meta device or offloaded); load the model whole")
+    if is_hooked(layer):
+        raise ValueError(
+            f"{name!r} is run by accelerate, which spreads the model over devices (device_map), and an adapter would "
+            "go around that; load the model on one device, or take the hooks off "
+            "(accelerate.hooks.remove_hook_from_submodules) and move it there"
+        )
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:

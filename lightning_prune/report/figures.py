@@ -268,6 +268,19 @@ def perplexity_over_sparsity(
     return _saved(figure, path)
 
 
+def check_picture(path: str | Path, argument: str) -> None:
+    """Refuse a picture of a format that cannot be written, before anything long begins.
+
+    Raises:
+        ValueError: naming the argument, and the formats there are.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if (ending := Path(path).suffix.lstrip(".").lower()) and ending not in known:
+        raise ValueError(f"{argument}={str(path)!r} ends in {ending!r}; pictures are written as {', '.join(known)}")
+
+
 def _saved(figure: Any, path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

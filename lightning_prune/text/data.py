@@ -82,12 +82,21 @@ class ResumableLoader(EpochLoader):
     """
 
     reader = _Reader()
+    _trained: int | None = None  # batches in all when the pass began: until there are more, the progress is the last's
+
+    def begin(self, epoch: int, dropped: int = 0) -> None:
+        super().begin(epoch, dropped)
+        if (trainer := self.reader.trainer) is not None:
+            progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+            self._trained = progress.total.processed
 
     def state_dict(self) -> dict[str, int]:
         trainer = self.reader.trainer
         if trainer is None:
             return {}
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.total.processed == self._trained:
+            return {"epoch": self.epoch, "batches": self._dropped}
         batches = progress.current.processed
         if progress.is_last_batch or batches >= trainer.num_training_batches:
             return {"epoch": self.epoch + 1, "batches": 0}
@@ -327,8 +336,8 @@ class TextDataModule(L.LightningDataModule):
         loader = kind(data, batch_size=size, num_workers=workers, persistent_workers=workers > 0, **how)
         if isinstance(loader, ResumableLoader) and (trainer := self.trainer) is not None:
             progress: Any = trainer.fit_loop.epoch_progress.current
-            loader.begin(progress.processed)  # of a resumed fit not the first
             loader.reader = _Reader(trainer)
+            loader.begin(progress.processed)  # of a resumed fit not the first
         return loader
 
     def _streamed_documents(self, source: str | list[str]) -> datasets.IterableDataset:

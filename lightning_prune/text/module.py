@@ -314,13 +314,13 @@ class CausalLM(L.LightningModule):
         check_checkpoint_of(self.trainer)
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
-        if tokenizer is not None:
+        if isinstance(tokenizer, PreTrainedTokenizerBase):  # a data module of the user's own may hold another kind
             self._check_vocabulary(tokenizer)
             if self._tokenizer is None and self._tokenizer_source is None:
                 self.tokenizer = tokenizer
         positions = getattr(self.model.config, "max_position_embeddings", None)
         block_size = getattr(datamodule, "block_size", None)
-        if positions is not None and block_size is not None and block_size > positions:
+        if isinstance(positions, int) and isinstance(block_size, int) and block_size > positions:
             raise ValueError(
                 f"block_size={block_size} of the data module exceeds the model's {positions} positions "
                 "(max_position_embeddings). Use shorter blocks."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,23 @@ def test_resumed_it_goes_on_to_the_bit(step: int, tmp_path: Path) -> None:
     fit(tmp_path / "b", resumed, again, ckpt_path=tmp_path / f"step={step}.ckpt")
     assert all(torch.equal(p, resumed.get_parameter(n)) for n, p in whole.named_parameters())
     assert all(torch.equal(mask, again.masks[n]) for n, mask in pruner.masks.items())
+
+
+@pytest.mark.parametrize("ending", ["done", "failed"])
+def test_a_checkpoint_saved_after_an_unfinished_fit_goes_on_to_the_bit(ending: str, tmp_path: Path) -> None:
+    class Fail(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if ending == "failed" and trainer.global_step == 10:
+                raise RuntimeError("power cut")
+
+    whole, cut, resumed = Net(), Net(), Net()
+    fit(tmp_path, whole, elsa())
+    trainer = make_trainer(tmp_path, elsa(), Fail(), max_epochs=10, precision="64-true")
+    with nullcontext() if ending == "done" else pytest.raises(RuntimeError, match="power cut"):
+        trainer.fit(cut, data())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    fit(tmp_path / "b", resumed, elsa(), ckpt_path=tmp_path / "after.ckpt")
+    assert all(torch.equal(p, resumed.get_parameter(n)) for n, p in whole.named_parameters())
 
 
 def test_a_second_fit_trains_with_the_masks_and_a_copy_is_a_fresh_start(tmp_path: Path) -> None:

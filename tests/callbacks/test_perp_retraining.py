@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from versions import WEIGHTS_ONLY
 
-from lightning_prune import CausalLM, CubicSchedule, WeightPruning
+from lightning_prune import CausalLM, CubicSchedule, WeightPruning, prune
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.perp import SparsePeftModel, trainable_share
 
@@ -157,6 +157,23 @@ def test_two_fits_with_the_same_callbacks(tmp_path: Path) -> None:
         make_trainer(tmp_path, perp, pruner, max_epochs=1).fit(module, loader())
         assert isinstance(module.model, LlamaForCausalLM)
         assert all(not module.get_parameter(n)[~m].any() for n, m in pruner.masks.items())
+
+
+def test_masks_of_a_tested_checkpoint_are_not_those_of_another_module(tmp_path: Path) -> None:
+    class Tested(CausalLM):
+        test_dataloader = staticmethod(loader)
+
+    def pruned(seed: int) -> tuple[CausalLM, Any]:
+        L.seed_everything(seed, verbose=False)
+        module = Tested(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
+        return module, prune(module.model, list(loader()), score="magnitude", sparsity=0.5, progress=False)
+
+    perp, save = PERPRetraining(r=4), ModelCheckpoint(tmp_path, filename="one", every_n_train_steps=1)
+    make_trainer(tmp_path, perp, save, max_steps=1).fit(pruned(0)[0], loader())
+    make_trainer(tmp_path, perp).test(pruned(0)[0], ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    module, masks = pruned(1)
+    make_trainer(tmp_path, perp, max_steps=2).fit(module, loader())
+    assert all(torch.equal(module.model.get_parameter(n) != 0, mask) for n, mask in masks.items())
 
 
 def test_interrupted_fit_leaves_the_adapters_on(tmp_path: Path) -> None:

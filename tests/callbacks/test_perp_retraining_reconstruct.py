@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from perp_models import halve
 from perp_trainers import Losses, loader, make_module, make_trainer, pruning
 from tiny import snapshot
@@ -118,6 +118,22 @@ def test_resume_does_not_reconstruct_again(tmp_path: Path) -> None:
     resumed, perp = run(tmp_path / "b", 2, tmp_path / "a" / "epoch=0.ckpt")
     assert resumed == whole
     assert perp.reconstruction is None
+
+
+@pytest.mark.parametrize("first", ["pruning", "perp"])
+def test_a_callback_that_goes_back_before_training_is_no_resume(first: str, tmp_path: Path) -> None:
+    def fit(*finders: L.Callback) -> tuple[AtStart, PERPRetraining]:
+        start, perp = AtStart(), PERPRetraining(r=4, reconstruct=OPTIONS)
+        pruner = pruning()
+        both = [pruner, perp] if first == "pruning" else [perp, pruner]
+        make_trainer(tmp_path, *both, *finders, start, max_steps=1).fit(make_module(), loader())
+        return start, perp
+
+    finder = LearningRateFinder(num_training_steps=2, early_stop_threshold=None, update_attr=False)
+    (start, perp), (expected, alone) = fit(finder), fit()
+    assert perp.reconstruction == alone.reconstruction
+    assert alone.reconstruction is not None
+    assert all(torch.equal(weight, start.weights[n]) for n, weight in expected.weights.items())
 
 
 def test_a_second_fit_has_no_dense_weights(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from gpt2_config import GPT2
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from own_modules import FindAgain
 from pruning_aware_models import SMALL, batches, count, fit, make_module, make_trainer, weights
 from structure_models import exact_rms_norms
 from tiny import make_tokens
@@ -55,6 +56,40 @@ def test_the_target_is_reached_and_the_model_is_ordinary(target: Any, types: tup
     torch.testing.assert_close(loaded(ids).logits, module.eval()(ids), rtol=1e-5, atol=1e-5)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert sizes_of(module) == {name: getattr(loaded.config, name) for name in SIZES}
+
+
+def test_a_tested_checkpoint_is_not_that_of_another_module(tmp_path: Path) -> None:
+    class Tested(CausalLM):
+        def test_dataloader(self) -> Any:
+            return batches(samples=4)
+
+    callback, trainer = PruningAwarePretraining(0.7, end=4), make_trainer(max_steps=6)
+    trainer.callbacks.append(callback)
+    trainer.fit(make_module(), batches())
+    trainer.save_checkpoint(tmp_path / "small.ckpt")
+    make_trainer(callback).test(Tested(config=SMALL), ckpt_path=tmp_path / "small.ckpt", verbose=False)
+    alone = PruningAwarePretraining(0.7, end=4)
+    module, expected = fit(callback, make_module(5), max_steps=6), fit(alone, make_module(5), max_steps=6)
+    assert callback.history == alone.history
+    assert all(torch.equal(p, expected.get_parameter(n)) for n, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("finder", [0, 1])
+def test_what_goes_back_to_a_checkpoint_in_the_midst_of_a_fit_changes_nothing(finder: int, tmp_path: Path) -> None:
+    def twice(*finders: L.Callback) -> tuple[Any, PruningAwarePretraining]:
+        """A fit that ends before the target, and one that goes on."""
+        module, callback = make_module(), PruningAwarePretraining(0.6, end=20, second_order=True)
+        both = [callback, *finders] if finder else [*finders, callback]
+        for steps in (8, 24):
+            trainer = make_trainer(*both, max_steps=steps, max_epochs=12, default_root_dir=tmp_path)
+            trainer.fit(module, batches(samples=16))
+        return module, callback
+
+    module, callback = twice(FindAgain("learning_rate"))
+    expected, alone = twice()
+    assert callback.finished
+    assert callback.history == alone.history
+    assert all(torch.equal(p, expected.get_parameter(n)) for n, p in module.named_parameters())
 
 
 def test_sizes_by_name() -> None:
@@ -280,6 +315,7 @@ def test_training_that_is_too_short_ends_as_a_small_model_and_says_so() -> None:
         ({"target": 0.5, "attention_unit": "row"}, "attention_unit='row'"),
         ({"target": 0.5, "distill_from": "x", "distill_weight": 0.0}, "distill_weight=0.0"),
         ({"target": 0.5, "temperature": 0.0}, "temperature=0.0"),
+        ({"target": 0.5, "picture": "curve.foo"}, r"picture=.curve\.foo. ends in .foo.; pictures are written as .*png"),
         ({"target": 0.5, "second_order_decay": 1.0}, "second_order_decay=1.0"),
     ],
 )

@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
-from own_modules import Classifier, Manual, dataset, make_trainer, squared_error
+from own_modules import Classifier, FindAgain, Manual, dataset, make_trainer, squared_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_prune import CubicSchedule, LinearSchedule, OneShot, WeightPruning, prune
+from lightning_prune import ELSA, CubicSchedule, LinearSchedule, OneShot, WeightPruning, prune
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -323,6 +323,44 @@ def test_validate_before_fit_and_fit_twice(tmp_path: Any) -> None:
         nn.init.normal_(p)
     make_trainer(tmp_path, pruning).fit(other)  # another module is pruned for itself
     assert any(not torch.equal(first[n], m) for n, m in pruning.masks.items())
+
+
+def test_masks_of_a_tested_checkpoint_are_not_those_of_another_module(tmp_path: Any) -> None:
+    class Tested(Classifier):
+        test_step, test_dataloader = Classifier.validation_step, Classifier.val_dataloader
+
+    pruning, alone = (WeightPruning(score="magnitude", sparsity=0.5) for _ in range(2))
+    trainer = make_trainer(tmp_path, pruning, max_epochs=1)
+    trainer.fit(Tested())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    make_trainer(tmp_path, pruning).test(Tested(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    torch.manual_seed(99)
+    other = Tested()
+    twin = copy.deepcopy(other)
+    make_trainer(tmp_path, pruning, max_epochs=0).fit(other)
+    make_trainer(tmp_path, alone, max_epochs=0).fit(twin)
+    assert pruning.masks.keys() == alone.masks.keys()
+    assert all(torch.equal(mask, pruning.masks[n]) for n, mask in alone.masks.items())
+
+
+@pytest.mark.parametrize("schedule", [None, LinearSchedule(0, 30, 5), ELSA(30, 4)], ids=str)
+@pytest.mark.parametrize("finder", [0, 1])
+def test_what_goes_back_to_a_checkpoint_in_the_midst_of_a_fit_changes_nothing(
+    finder: int, schedule: Any, tmp_path: Any
+) -> None:
+    def fit(*callbacks: L.Callback) -> tuple[L.LightningModule, WeightPruning]:
+        torch.manual_seed(0)
+        module, pruning = Classifier(dropout=0.0), WeightPruning("magnitude", 0.5, schedule=schedule, progress=False)
+        both = [pruning, *callbacks] if finder else [*callbacks, pruning]
+        trainer = make_trainer(tmp_path, *both, Watch(pruning), max_epochs=4)
+        trainer.fit(module, DataLoader(dataset(), batch_size=8))
+        return module, pruning
+
+    module, pruning = fit(FindAgain())
+    expected, alone = fit()
+    assert pruning.finished
+    assert all(torch.equal(mask, pruning.masks[n]) for n, mask in alone.masks.items())
+    assert all(torch.equal(p, expected.get_parameter(n)) for n, p in module.named_parameters())
 
 
 def test_callback_added_to_a_dense_run_catches_up(tmp_path: Any) -> None:

@@ -264,6 +264,23 @@ def test_resurrected_weights_are_found(tmp_path):
     assert sum(r + k for r, k in found.values()) == 3
 
 
+def test_a_mask_is_of_the_tensor_that_has_its_name(tmp_path):
+    """Not of another whose name ends alike; and a callback of somebody else's may be called nearly as ours."""
+    masks = {"fc.weight": torch.rand(4, 8) > 0.5, "net.fc.weight": torch.rand(4, 8) > 0.5}
+    state = {"encoder.fc.weight": torch.ones(8, 4), "fc.weight": masks["fc.weight"].float()}
+    state["module.net.fc.weight"] = masks["net.fc.weight"].float()  # its mask is named from further inside
+    callbacks = {
+        "WeightPruning": {"callback": "WeightPruning", "masks": pack_masks(masks)},
+        "WeightPruningStats": {"seen": 3},
+    }
+    checkpoint = {"state_dict": state, "callbacks": callbacks, "pytorch-lightning_version": "2.6.0"}
+    torch.save(checkpoint, tmp_path / "two.ckpt")
+    found = {t.name: t.mask for t in inspect(tmp_path / "two.ckpt").tensors}
+    assert found["encoder.fc.weight"] is None
+    for name, own in (("fc.weight", "fc.weight"), ("module.net.fc.weight", "net.fc.weight")):
+        assert (found[name].masked, found[name].resurrected) == (int((~masks[own]).sum()), 0)
+
+
 def test_masks_that_do_not_fit_or_are_damaged(tmp_path):
     masks = {"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4, dtype=torch.bool)}
     with pytest.raises(CheckpointError, match="its mask"):

@@ -17,6 +17,8 @@ from example_checkpoints import (
     write_folder,
     write_shards,
 )
+from tiny import make_llama
+from transformers import AutoModelForCausalLM
 
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.checkpoints.reading import open_checkpoint
@@ -123,3 +125,20 @@ def test_missing_pieces(tmp_path):
     (shards / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors, which is missing"):
         inspect(shards)
+    (shards / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"holds 2 of the 00003 shards model-\*"):
+        inspect(shards)
+
+
+@pytest.mark.parametrize("files", ["whole, index", "index, whole", "whole, bin"])
+def test_of_several_models_in_a_folder_the_one_that_transformers_reads(files, tmp_path):
+    for seed, kind in enumerate(files.split(", ")):
+        model = make_llama(seed)
+        if kind == "bin":
+            torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        else:
+            model.save_pretrained(tmp_path, max_shard_size="60KB" if kind == "index" else "1GB")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    found = open_checkpoint(tmp_path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -95,6 +95,19 @@ class Manual(Classifier):
                 self.manual_backward(loss)
                 self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
             optimizer.step()
+
+
+class FindAgain(LearningRateFinder):
+    """Looks for a rate at every epoch's start, as Lightning's documentation shows, goes back, and takes none."""
+
+    def __init__(self, attr_name: str = "") -> None:
+        super().__init__(num_training_steps=3, early_stop_threshold=None, update_attr=False, attr_name=attr_name)
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.lr_find(trainer, pl_module)
 
 
 def squared_error(module: nn.Module, batch: Any) -> Tensor:

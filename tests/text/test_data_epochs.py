@@ -103,6 +103,43 @@ def test_the_batches_after_a_resume_are_the_next_ones(
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[at:], strict=True)), (name, at)
 
 
+class AtStart(L.Callback):
+    """Saves before the first batch, and at the start of every epoch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / "start.ckpt")
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.folder / f"epoch {trainer.current_epoch}.ckpt")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("reload", [0, 1])
+def test_checkpoints_from_before_the_first_batch_of_a_pass_name_it(
+    reload: int, streaming: bool, made: tuple[Path, Any], tmp_path: Path
+) -> None:
+    how, ends = {"streaming": streaming}, {"max_epochs": 3, "limit_train_batches": 4}
+    whole = fit(made, how, ends, tmp_path)
+
+    def state(name: str) -> Any:
+        loops = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["loops"]
+        return loops["fit_loop"]["state_dict"]["combined_loader"]
+
+    for at, expected in ((2, {"epoch": 0, "batches": 2}), (4, {"epoch": 1, "batches": 0})):
+        trainer = L.Trainer(
+            **QUIET, **ends, callbacks=AtStart(tmp_path), reload_dataloaders_every_n_epochs=reload,
+            enable_checkpointing=False,
+        )  # fmt: skip
+        trainer.fit(Seeing(), data_of(made, **how), ckpt_path=tmp_path / f"step={at}.ckpt")
+        assert state("start") == [expected]
+        assert state("epoch 2") == [{"epoch": 2, "batches": 0}]
+        rest = fit(made, how, ends, tmp_path, tmp_path / "start.ckpt")
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[at:], strict=True)), at
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_without_a_trainer_each_pass_has_an_order_of_its_own(streaming: bool, made: tuple[Path, Any]) -> None:
     data = data_of(made, streaming=streaming)
@@ -133,7 +170,10 @@ def test_processes_share_the_blocks_of_an_epoch(made: tuple[Path, Any]) -> None:
     for rank in range(2):
         data, progress = (
             data_of(made),
-            SimpleNamespace(epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=1))),
+            SimpleNamespace(
+                epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=1)),
+                epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=SimpleNamespace(processed=3))),
+            ),
         )
         data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank}, fit_loop=progress)
         data.setup("fit")

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from versions import WEIGHTS_ONLY
@@ -272,6 +273,19 @@ def test_tokenizer_and_blocks_must_fit(tmp_path, data):
         trainer(tmp_path).fit(CausalLM(config={**LLAMA, "vocab_size": 399}), datamodule=data)
     with pytest.raises(ValueError, match=r"block_size=32 .* exceeds the model's 16 positions"):
         trainer(tmp_path).fit(CausalLM(config={**LLAMA, "max_position_embeddings": 16}), datamodule=data)
+
+
+@pytest.mark.parametrize("held", ["gpt2", Tokenizer(models.BPE())], ids=["name", "of tokenizers"])
+def test_a_data_module_may_call_something_else_its_tokenizer(tmp_path, held):
+    class Own(L.LightningDataModule):
+        tokenizer, block_size = held, (16, 16)
+
+        def train_dataloader(self):
+            return DataLoader([{"input_ids": torch.arange(16)}])
+
+    module = CausalLM(config=LLAMA)
+    trainer(tmp_path, max_steps=1).fit(module, Own())
+    assert module.tokenizer is None
 
 
 def test_own_tokenizer_is_kept(tmp_path, data):
