@@ -17,6 +17,16 @@ from lightning_prune.sharding import Layout, all_gather, chunk, cut_once, reduce
 _Unit = TypeVar("_Unit")
 
 
+class ShortOfMemoryError(torch.OutOfMemoryError):
+    """Memory ran out in a pass for which no rank waits any more: it may run again in a way that needs less.
+
+    Attributes:
+        here: On this rank.
+    """
+
+    here = True
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The processes of one distributed pruning. Every rank of the default group must make the same calls.
@@ -60,10 +70,19 @@ class Ranks:
         dist.all_reduce(sent, group=group)
         return sent.to(tensor.device)
 
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return dist.get_rank()
+
+    @property
+    def all_differ(self) -> bool:
+        """Whether each rank has samples of its own (not under tensor parallelism)."""
+        return dist.get_world_size(self.data_group) == self.world_size
+
     def spreads(self, layout: Layout) -> bool:
         """Whether the Hessian of a layer is spread: each rank keeps some rows of it (not under tensor parallelism)."""
-        all_differ = dist.get_world_size(self.data_group) == self.world_size > 1
-        return self.lockstep and layout.if_spread(self) is not None and all_differ
+        return self.lockstep and layout.if_spread(self) is not None and self.all_differ and self.world_size > 1
 
     def sum_to_rows(self, hessian: Tensor) -> Tensor:
         """Sum ``[I, I]`` over the ranks that saw different samples; each gets its rows of the sum, ``[i, I]``."""
@@ -89,17 +108,33 @@ class Ranks:
     def agree(self, error: BaseException | None) -> None:
         """Meet; if any rank has an error, every rank raises: its own, or that of the first rank that failed.
 
+        All raise a `ShortOfMemoryError`, or none does: it gives way to any other error.
+
         Raises:
             CalibrationError: another rank failed.
+            ShortOfMemoryError: another rank's.
             BaseException: `error`, if there is one.
         """
-        messages: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
+        messages: list[tuple[bool, str] | None] = [None] * self.world_size
+        mine: tuple[bool, str] | None
+        if isinstance(error, ShortOfMemoryError):
+            mine = (True, f"rank {self.rank} ran out of memory: {error}" if error.here else str(error))
+        elif error is not None:
+            mine = (False, f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        else:
+            mine = None
+        dist.all_gather_object(messages, mine)
+        failed = [message for message in messages if message is not None]
+        useful = all(short for short, _ in failed)
+        if error is not None and (useful or not isinstance(error, ShortOfMemoryError)):
             raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise CalibrationError(f"rank {rank} failed: {message}")
+        for short, text in failed:
+            if not short:
+                raise CalibrationError(text)
+            if useful:
+                problem = ShortOfMemoryError(text)
+                problem.here = False
+                raise problem
 
 
 def meet(ranks: Ranks | None, error: Exception | None, values: list[int]) -> list[list[int]]:

@@ -49,8 +49,7 @@ class OneShot:
     step: int = 0
 
     def __post_init__(self) -> None:
-        if self.step < 0:
-            raise ValueError(f"step={self.step} must be >= 0")
+        check_whole("step", self.step, 0)
 
     @property
     def start(self) -> int:
@@ -90,8 +89,10 @@ class LinearSchedule:
     exponent = 1
 
     def __post_init__(self) -> None:
-        if not (0 <= self.start < self.end and self.every >= 1):
-            raise ValueError(f"{self!r} needs 0 <= start < end and every >= 1")
+        # A step such as 0.5 * 1001 would never come, and its masks neither.
+        whole = all(type(value) is int for value in (self.start, self.end, self.every))
+        if not (whole and 0 <= self.start < self.end and self.every >= 1):
+            raise ValueError(f"{self!r} needs 0 <= start < end and every >= 1, all of them whole numbers")
 
     def updates_at(self, step: int) -> bool:
         """True at start, start + every, ... and at end."""

@@ -22,6 +22,10 @@ from torch.distributed.tensor.placement_types import Placement
 
 _T = TypeVar("_T")
 
+# Older versions of torch have them under the names that newer ones warn of.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
@@ -112,13 +116,22 @@ def settle(model: nn.Module) -> None:
         if isinstance(module, FSDPModule) and module not in covered:
             check_device(next((p.device.type for p in module.parameters()), "none"))
             covered.update(module.modules())
-            outermost: Any = module
-            outermost.pass_without_work = lambda argument: argument
-            register_fsdp_forward_method(outermost, "pass_without_work")
-            # On an accelerator FSDP2 moves the arguments, and some versions of it fail where there are none.
-            outermost.pass_without_work(None)
-            del outermost.pass_without_work
-            outermost.reshard()  # it stays gathered after a forward pass
+            pass_without_work(module)
+            module.reshard()  # it stays gathered after a forward pass
+
+
+def pass_without_work(module: Any) -> None:
+    """Let a module of FSDP2 pass through start and end of a forward pass; every rank must call, or run the module."""
+    module.pass_without_work = lambda argument: argument
+    register_fsdp_forward_method(module, "pass_without_work")
+    # On an accelerator FSDP2 moves the arguments, and some versions of it fail where there are none.
+    module.pass_without_work(None)
+    del module.pass_without_work
+
+
+def gathering(module: nn.Module) -> list[nn.Module]:
+    """The modules of FSDP2 in a module, itself included, outer ones first: each gathers its own parameters to run."""
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
 def reshard(model: nn.Module) -> None:
@@ -533,7 +546,7 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         padding = tensor.new_zeros(each * parts - size, *tensor.shape[1:])
         tensor = torch.cat([tensor, padding])
     own = tensor.new_empty(each, *tensor.shape[1:])
-    dist.reduce_scatter_single(own, tensor.contiguous(), group=group)
+    _reduce_scatter(own, tensor.contiguous(), group=group)
     start, stop = chunk(0, size, parts, dist.get_rank(group))
     return own[: stop - start]
 
@@ -545,7 +558,7 @@ def all_gather(part: Tensor, size: int, group: dist.ProcessGroup | None) -> Tens
     padded = part.new_zeros(each, *part.shape[1:])
     padded[: part.shape[0]] = part
     whole = part.new_empty(each * parts, *part.shape[1:])
-    dist.all_gather_single(whole, padded, group=group)
+    _all_gather(whole, padded, group=group)
     return whole[:size]
 
 

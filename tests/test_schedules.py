@@ -43,16 +43,20 @@ def test_one_shot(step):
 
 
 @pytest.mark.parametrize("kind", [LinearSchedule, CubicSchedule])
-@pytest.mark.parametrize("arguments", [(-1, 5, 1), (5, 5, 1), (6, 5, 1), (0, 5, 0), (0, 5, -2)])
+@pytest.mark.parametrize(
+    "arguments",
+    [(-1, 5, 1), (5, 5, 1), (6, 5, 1), (0, 5, 0), (0, 5, -2), (0, 5.5, 1), (0, 5.0, 1), (0, 5, 1.5), ("0", 5, 1)],
+)
 def test_impossible_schedules_are_refused(kind, arguments):
-    with pytest.raises(ValueError, match="needs 0 <= start < end and every >= 1") as caught:
+    with pytest.raises(ValueError, match="needs 0 <= start < end and every >= 1, all of them whole") as caught:
         kind(*arguments)
     assert kind.__name__ in str(caught.value)
 
 
-def test_one_shot_refuses_a_negative_step():
-    with pytest.raises(ValueError, match="step=-1 must be >= 0"):
-        OneShot(-1)
+@pytest.mark.parametrize("step", [-1, 1.5, "1", True])
+def test_one_shot_refuses_what_is_no_step(step):
+    with pytest.raises(ValueError, match=f"step={step!r} must be a whole number of at least 0"):
+        OneShot(step)
 
 
 def test_check_schedule():

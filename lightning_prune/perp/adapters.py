@@ -318,7 +318,8 @@ def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftMode
     config = make_config(adapter, record.options)
     # The names are decided; what selected them must not act again on PEFT's side.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    built = SparsePeftModel(model, config)
+    with _of_no_family(model):
+        built = SparsePeftModel(model, config)
     # PEFT documents the registration of layer classes as experimental, and builds a plain LoRA where it fails.
     for name in record.options["target_modules"]:
         if type(module := model.get_submodule(name)) is not find_variant(adapter):
@@ -327,6 +328,24 @@ def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftMode
                 f"{adapter!r}, which would fill its zeros; install a version of PEFT that this package was tested with"
             )
     return built
+
+
+@contextmanager
+def _of_no_family(model: nn.Module) -> Iterator[None]:
+    """Hide from PEFT of which family a model is, while it builds adapters on layers whose names are decided.
+
+    It takes names such as gate_proj for experts of transformers 4, in families that have experts, and puts plain LoRA
+    on the parameters that hold those now; and it refuses out_proj of Mamba's, which multiplies with `layer.weight`
+    by itself (see `SparseLinear.weight`).
+    """
+    told = getattr(getattr(model, "config", None), "__dict__", {})
+    had = {name: told[name] for name in ("model_type",) if name in told}
+    told["model_type"] = ""
+    try:
+        yield
+    finally:
+        del told["model_type"]
+        told.update(had)
 
 
 # -- taking them off again -------------------------------------------------------------------------------------------

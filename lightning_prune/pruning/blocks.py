@@ -14,21 +14,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
-from lightning_prune.pruning.batches import batch_size
+from lightning_prune.pruning.batches import batch_size, take
 from lightning_prune.pruning.batches import samples as first_samples
 from lightning_prune.pruning.forwards import forwards_replaced
 from lightning_prune.pruning.padding import Padding, PaddingFinder
+from lightning_prune.pruning.room import Passes, Room, numbers_in
 from lightning_prune.pruning.running import ForwardContext
 from lightning_prune.pruning.targets import type_name
-from lightning_prune.ranks import Ranks, in_step, no_sample, synchronized_errors
+from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard
+
+_T = TypeVar("_T")
 
 
 class _AllRecordedError(Exception):
@@ -55,6 +59,7 @@ class BlockBatch:
         samples: B.
         calls: What each block receives beside the hidden states.
         device: Where the blocks run.
+        numbers: In the largest tensor of the batch; 0 of one that cannot be taken apart.
         counting: False for a batch that only keeps other ranks company.
     """
 
@@ -64,6 +69,7 @@ class BlockBatch:
     samples: int
     calls: list[_Call]
     device: torch.device
+    numbers: int
     counting: bool = True
 
     @property
@@ -87,6 +93,7 @@ class Samples:
         forward_context: Makes the context that forward passes run in (autocast).
         ranks: Whose parameters are sharded, so that they run in lock step; or None.
         offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
+        room: In what pieces batches run.
     """
 
     model: nn.Module
@@ -96,6 +103,7 @@ class Samples:
     forward_context: ForwardContext = contextlib.nullcontext
     ranks: Ranks | None = None
     offload: torch.device | None = None
+    room: Room = field(default_factory=Room)
 
 
 class BlockWalk:
@@ -108,6 +116,7 @@ class BlockWalk:
 
     Raises:
         CalibrationError: no sample, or the model does not pass its blocks one tensor of hidden states.
+        ShortOfMemoryError: memory ran out; with ranks in lock step, on any of them.
     """
 
     def __init__(self, samples: Samples, blocks: Sequence[nn.Module], optional: bool = False) -> None:
@@ -116,14 +125,19 @@ class BlockWalk:
         self.to_the_end = samples.ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
         self.optional = optional and samples.ranks is None
         self.padding = PaddingFinder(samples.model)
+        self.recording = Passes(samples.model, samples.ranks)
+        self.passes = [Passes(samples.model, samples.ranks, block) for block in self.blocks]
         self.batches = []
         seen = False
-        for (batch, size), counting in in_step(first_samples(samples.batches, samples.number), samples.ranks):
-            seen = True
-            if (recorded := self._record(batch, size)) is not None:
-                recorded.counting = counting
-                self.batches.append(recorded)
-        reshard(samples.model)
+        units = samples.room.units(first_samples(samples.batches, samples.number))
+        try:
+            for (batch, size), counting in in_step(units, samples.ranks):
+                seen = True
+                if (recorded := self._record(batch, size)) is not None:
+                    recorded.counting = counting
+                    self.batches.append(recorded)
+        finally:
+            reshard(samples.model)
         if not seen:
             raise no_sample()
         if not self.batches:
@@ -137,12 +151,26 @@ class BlockWalk:
         """Run every batch through block `index`; each is yielded before it runs.
 
         With `keep_output`, the outputs become the inputs of the next block.
+
+        Raises:
+            ShortOfMemoryError: memory ran out; with ranks in lock step, on any of them.
         """
         for batch in self.batches:
             yield batch
-            output = self.forward(index, batch, batch.hidden)
+            output = self._finished(
+                self.passes[index], partial(self.forward, index, batch, batch.hidden), batch.numbers, batch.samples
+            )
             if keep_output:
+                assert output is not None
                 batch.hidden = self.put_by(output)
+
+    def _finished(self, passes: Passes, work: Callable[[], _T], numbers: int, size: int) -> _T | None:
+        """What a pass over a batch gives, once no rank has run out of memory in it."""
+        result, short = passes.run(work)
+        if short is not None:
+            self.samples.room.missed = numbers, size
+        meet(self.samples.ranks, short, [])
+        return result
 
     def forward(
         self, index: int, batch: BlockBatch, hidden: Tensor, weights: Mapping[str, Tensor] | None = None
@@ -206,13 +234,14 @@ class BlockWalk:
             return record
 
         padding = self.padding.find(batch)
+        numbers = 0 if batch_size(batch) is None else numbers_in(batch, size)
         with (
             forwards_replaced({block: recorder(index) for index, block in enumerate(self.blocks)}),
             self.padding.watching(),
             self.samples.forward_context(),
             contextlib.suppress(_AllRecordedError),
         ):
-            self.samples.run(self.samples.model, batch)
+            self._finished(self.recording, partial(self.samples.run, self.samples.model, batch), numbers, size)
         if self.optional and not calls:
             return None
         if len(calls) != len(self.blocks):
@@ -220,7 +249,7 @@ class BlockWalk:
         if batch_size(batch) is None:
             size = first[0].shape[0]
         hidden = first[0].detach()
-        return BlockBatch(self.put_by(hidden), padding, self.blocks[0], size, calls, hidden.device)
+        return BlockBatch(self.put_by(hidden), padding, self.blocks[0], size, calls, hidden.device, numbers)
 
 
 def walk_stacks(
@@ -257,7 +286,8 @@ def walk_stacks(
 
 
 def _running_order(samples: Samples, stacks: Sequence[Sequence[nn.Module]], first: Sequence[Any]) -> list[int]:
-    """Positions of stacks as the first batch runs through them; as they are in the model where it misses one."""
+    """Positions of stacks as the first sample runs through them; as they are in the model where it misses one."""
+    first = [take(batch, 0, 1) if batch_size(batch) else batch for batch in first]
     ran: dict[int, None] = {}
     handles = [
         stack[0].register_forward_pre_hook(lambda *_, position=position: ran.setdefault(position))

@@ -7,7 +7,7 @@ set of gradients ever exists. Blocks of offloaded weights run again in the backw
 
 Where parameters are sharded, forward and backward passes hold collectives, so the ranks run in lock step: each meets
 the others before and after every forward pass, one whose samples have ended repeats its last without counting it,
-and an error of one is the error of all.
+and an error of one is the error of all. Memory that runs out in a forward pass is made for by all of them (see `room`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +28,7 @@ from lightning_prune.pruning.batches import batch_size, is_sequences, samples, t
 from lightning_prune.pruning.hooks import Tap, Taps
 from lightning_prune.pruning.offloading import put_away
 from lightning_prune.pruning.padding import Padding, PaddingFinder
-from lightning_prune.pruning.room import Room
+from lightning_prune.pruning.room import Passes, Room, numbers_in
 from lightning_prune.pruning.running import (
     ForwardContext,
     forward,
@@ -50,7 +49,7 @@ from lightning_prune.pruning.statistics import (
 )
 from lightning_prune.pruning.taking_apart import Decision, How, loss_of
 from lightning_prune.pruning.targets import Target, find_blocks
-from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
+from lightning_prune.ranks import Ranks, ShortOfMemoryError, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard, settle
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -180,11 +179,10 @@ class _Sweep:
         self.padding = PaddingFinder(model)
         self.samples = 0
         self.unlabeled = 0  # samples without a label, which are passed over
-        self.decision = Decision(model, taps, loss_fn or model_loss, forward_context, self.lockstep)
+        self.passes = Passes(model, self.lockstep)
+        self.decision = Decision(model, taps, loss_fn or model_loss, forward_context, self.passes)
         self.room = Room([block for _, block in find_blocks(model)] if taps.backward else [])
         self.how = How.UNKNOWN
-        self.one_by_one = False
-        self.queue: deque[tuple[Any, int]] = deque()  # batches taken apart, or to be run again
         if taps.backward and self._runs_in_half():
             taps.scale = _HALF_SCALE
 
@@ -207,7 +205,8 @@ class _Sweep:
         ):
             if self.taps.backward:
                 batches = self._look_at_first(batches if num_samples > 0 else ())
-            for (batch, count), counting in in_step(self._units(batches, num_samples), self.lockstep):
+            source = samples(batches, num_samples, cut=lambda: self.how is not How.WHOLE)
+            for (batch, count), counting in in_step(self.room.units(source), self.lockstep):
                 advance(self._run_or_divide(batch, count, counting))
         drawn = self.samples + self.unlabeled
         if 0 < drawn < num_samples:
@@ -233,9 +232,9 @@ class _Sweep:
             if error is None and batch is None:
                 error = no_sample(" on this rank")
             meet(self.lockstep, error, [])
-            chosen, reason = self.decision.make(batch)
+            chosen, reason = self._decide(batch)
         self.how = How(max(how for (how,) in meet(self.ranks, error, [chosen])))
-        self.one_by_one = self.how is How.ONE_BY_ONE
+        self.room.alone = self.how is How.ONE_BY_ONE
         if self.how is How.WHOLE:
             warnings.warn(
                 "the loss of a calibration batch cannot be taken apart into losses of its samples"
@@ -246,18 +245,6 @@ class _Sweep:
             )
         return iterator if batch is None else itertools.chain([batch], iterator)
 
-    def _units(self, batches: Iterable[Any], num_samples: int) -> Iterator[tuple[Any, int]]:
-        """Batches to run and the number of their samples; taken apart once that has proved necessary."""
-        source = samples(batches, num_samples, cut=lambda: self.how is not How.WHOLE)
-        while (unit := self.queue.popleft() if self.queue else next(source, None)) is not None:
-            size = batch_size(unit[0]) or 1
-            together = 1 if self.one_by_one else self.room.samples_in(unit[0], size)
-            if together < size:
-                starts = reversed(range(0, size, together))
-                self.queue.extendleft((take(unit[0], i, i + together), min(together, size - i)) for i in starts)
-            else:
-                yield unit
-
     # -- where memory is short -------------------------------------------------------------------------------------
 
     def _decide(self, batch: Any) -> tuple[How, str]:
@@ -265,11 +252,12 @@ class _Sweep:
         try:
             return self.decision.make(batch)
         except torch.OutOfMemoryError as caught:
-            problem = caught.with_traceback(None)  # whose frames hold what did not fit
+            problem = self._known_to_all(caught)
         put_away(self.model)
         alone = self._gives_own_losses(batch)
-        if not self.room.make(take(batch, 0, 2), 2, alone):
-            raise problem
+        size = min(batch_size(batch) or 1, 2)
+        pair = take(batch, 0, size)
+        self.room.make(problem, numbers_in(pair, size), size, alone, self.lockstep)
         return (How.ONE_BY_ONE, "") if alone else self.decision.make(batch)
 
     def _gives_own_losses(self, batch: Any) -> bool:
@@ -280,25 +268,31 @@ class _Sweep:
         try:
             return self._run_batch(batch, count, counting)
         except torch.OutOfMemoryError as caught:
-            problem = caught.with_traceback(None)  # whose frames hold what did not fit
+            problem = self._known_to_all(caught)
         put_away(self.model)
-        # In lock step the others are in the middle of a pass.
-        if self.lockstep is not None or not self.taps.undo(only=not self.samples):
-            raise problem
-        if not self.room.make(batch, batch_size(batch) or 1, self._divisible(batch)):
-            raise problem
-        self.queue.appendleft((batch, count))
+        meet(self.lockstep, None if self.taps.undo(only=not self.samples) else problem, [])
+        size = batch_size(batch) or 1
+        self.room.make(problem, numbers_in(batch, size), size, self._divisible(batch), self.lockstep)
+        if counting:
+            self.room.queue.appendleft((batch, count))
         return 0
+
+    def _known_to_all(self, problem: torch.OutOfMemoryError) -> torch.OutOfMemoryError:
+        """An error without its frames, which hold what did not fit; raised again where other ranks are in a pass."""
+        if self.lockstep is not None and not isinstance(problem, ShortOfMemoryError):
+            raise problem
+        return problem.with_traceback(None)
 
     def _divisible(self, batch: Any) -> bool:
         """Whether pieces of a batch give the same sums as all of it."""
-        if self.how is How.WHOLE or (batch_size(batch) or 1) == 1:
+        if self.how is How.WHOLE or batch_size(batch) is None:
             return False
         if not self.taps.backward or self._gives_own_losses(batch):
             return True
         try:
             return self.decision.of_each_alone(batch)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as caught:
+            self._known_to_all(caught)
             return False
 
     # -- one batch -----------------------------------------------------------------------------------------------
@@ -306,14 +300,16 @@ class _Sweep:
     def _run_batch(self, batch: Any, count: int, counting: bool) -> int:
         """Run a batch; returns the number of samples dealt with."""
         taps, size = self.taps, batch_size(batch)
-        if self.one_by_one and size is not None and size > 1:  # a repeated batch
-            batch, size = take(batch, 0, 1), 1
+        if not counting and size is not None:  # repeated, and maybe too large by now
+            size = self.room.samples_in(batch, size)
+            batch = take(batch, 0, size)
         whole = self.how is How.WHOLE or size is None
         taps.begin(size, self.padding.find(batch), is_sequences(batch), counting, whole)
         with taps.watching():
+            short: ShortOfMemoryError | None = None
             if not taps.backward:
                 with self.forward_context():
-                    self._forward(batch)
+                    _, short = self.passes.run(lambda: self._forward(batch))
             else:
                 losses, problem = self._losses(batch, size, counting)
                 split = problem is None and losses is None
@@ -325,7 +321,7 @@ class _Sweep:
                     return 0
                 assert losses is not None
                 taps.run_backward(losses.sum() * taps.scale, [uses for _, *uses in every])
-        meet(self.lockstep, taps.failure, [])
+        meet(self.lockstep, short or taps.failure, [])
         if taps.counting:
             self.samples += count
         elif counting:
@@ -335,14 +331,17 @@ class _Sweep:
     def _again(self, batch: Any, count: int, split: bool) -> None:
         """Put a batch first in the queue, taken apart if its samples have to run one by one."""
         if split and self.taps.not_per_sample:
-            self.one_by_one = True  # by the model's layout: so do all that follow
+            self.room.alone = True  # by the model's layout: so do all that follow
         parts = [(take(batch, i, i + 1), 1) for i in range(count)] if split else [(batch, count)]
-        self.queue.extendleft(reversed(parts))
+        self.room.queue.extendleft(reversed(parts))
 
-    def _losses(self, batch: Any, size: int | None, counting: bool) -> tuple[Tensor | None, CalibrationError | None]:
+    def _losses(self, batch: Any, size: int | None, counting: bool) -> tuple[Tensor | None, Exception | None]:
         """One loss a sample, ``[B]``, or a scalar; None if the batch must be taken apart; or what is wrong with it."""
         with self.forward_context():
-            losses, problem = loss_of((self.loss_fn or model_loss)(self.model, batch), self.taps)
+            result, short = self.passes.run(lambda: loss_of((self.loss_fn or model_loss)(self.model, batch), self.taps))
+        if result is None:
+            return None, short
+        losses, problem = result
         if losses is None:
             return None, problem
         if self.taps.whole:

@@ -284,7 +284,7 @@ class Taps:
         """
         self.last_input = None
         for tap in self.all:
-            tap.pending = []
+            tap.pending, tap.waiting = [], []
         return all(tap.accumulator.undo(only) for tap in self.all)
 
     def run_backward(self, loss: Tensor, everywhere: Sequence[Sequence[int]]) -> None:

@@ -28,12 +28,14 @@ from lightning_prune.pruning.allocation import (
     uniform_counts,
 )
 from lightning_prune.pruning.batches import check_repeatable
+from lightning_prune.pruning.batches import samples as first_samples
 from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
 from lightning_prune.pruning.masks import PackedMasks, apply_masks, masks_from_zeros
 from lightning_prune.pruning.offloading import at_hand, put_away
 from lightning_prune.pruning.patterns import lowest_in_rows, nm_mask, refuse_nan
 from lightning_prune.pruning.plan import PruningPlan, make_plan, memory_advice
+from lightning_prune.pruning.room import Room
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
 from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.pruning.scores import Criterion, Score
@@ -41,7 +43,7 @@ from lightning_prune.pruning.settings import GRADIENT_DTYPES, PruningSettings, m
 from lightning_prune.pruning.statistics import FORWARD_STATISTICS, LayerStatistics, wide_dtype
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, join_masks
 from lightning_prune.pruning.updates import ALPS, LayerRows
-from lightning_prune.ranks import Ranks, synchronized_errors
+from lightning_prune.ranks import Ranks, ShortOfMemoryError, synchronized_errors
 from lightning_prune.safety import Originals, restored_on_failure
 from lightning_prune.schedules import Share, count_of, exact_share
 from lightning_prune.sharding import gathered_around, has_sharded_parameters
@@ -213,7 +215,7 @@ def run_plan(
     share, before = exact_share(fraction), previous or {}
     run = _Run(plan, model, batches, loss_fn, share, before, forward_context, ranks, summary, apply)
     try:
-        with memory_advice(plan):
+        with memory_advice(plan, ranks):
             masks = run.masks()
     except BaseException:
         put_away(model)
@@ -274,9 +276,10 @@ class _Run:
                 if self.apply:
                     apply_masks(self.model, masks)
                 return masks
+            if plan.sequential:
+                return self._walk_in_pieces()
             with restored_on_failure() as originals:
-                masks = self._walk(originals) if plan.sequential else self._update_all(originals)
-                return masks
+                return self._update_all(originals)
 
     def _tracked(self, description: str) -> Iterator[Target]:
         with progress_bar(description, len(self.plan.targets), self.plan.settings.progress) as advance:
@@ -470,7 +473,28 @@ class _Run:
                 parts[target.name] = self._prune_layer(target, self.statistics[target.name])
         return PackedMasks(join_masks(self.plan.targets, parts))
 
-    def _walk(self, originals: Originals) -> PackedMasks:
+    def _walk_in_pieces(self) -> PackedMasks:
+        """Walk; where a batch does not fit, from the beginning with smaller ones, on every rank."""
+        assert self.batches is not None
+        with synchronized_errors(self.ranks):
+            batches = [batch for batch, _ in first_samples(self.batches, self.plan.num_samples)]
+        room = Room()
+        while True:
+            try:
+                with restored_on_failure() as originals:
+                    masks = self._walk(originals, batches, room)
+                break
+            except ShortOfMemoryError as caught:
+                problem = caught.with_traceback(None)  # whose frames hold what did not fit
+            put_away(self.model)
+            room.queue.clear()
+            numbers, size = room.missed
+            room.make(problem, numbers, size, divisible=numbers > 0, ranks=self.ranks)
+        if told := str(room):
+            warnings.warn(told, stacklevel=2)
+        return masks
+
+    def _walk(self, originals: Originals, batches: Sequence[Any], room: Room) -> PackedMasks:
         """Block by block, each on the outputs of the pruned blocks before it.
 
         Where weights are only masked they are put back behind the walk, and masked together when all masks are known:
@@ -482,7 +506,6 @@ class _Run:
         by_module: dict[int, list[Target]] = {}
         for target in plan.targets:
             by_module.setdefault(id(target.module), []).append(target)
-        assert self.batches is not None
 
         def run(model: nn.Module, batch: Any) -> None:
             if self.loss_fn is not None:
@@ -497,7 +520,7 @@ class _Run:
             quiet_model(self.model, freeze=False),
             progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
         ):
-            samples = Samples(self.model, self.batches, plan.num_samples, run, self.forward_context, self.parts)
+            samples = Samples(self.model, batches, plan.num_samples, run, self.forward_context, self.parts, room=room)
             for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
                     layers = [target for m in block.modules() for target in by_module.get(id(m), ())]
@@ -529,7 +552,7 @@ class _Run:
                 target, _merge(statistics[target.name], self.statistics.get(target.name))
             )
         if index + 1 < len(walk.blocks):
-            with gathered_around(self.model, block):
+            with synchronized_errors(None if self.parts else self.ranks), gathered_around(self.model, block):
                 for _ in walk.run(index, keep_output=True):
                     pass
         return parts

@@ -26,6 +26,7 @@ from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, FORWARD_STATISTICS, HESSIAN
 from lightning_prune.pruning.targets import CONVOLUTIONS, INNER, Target, find_stacks, select_layers, type_name
+from lightning_prune.ranks import Ranks, ShortOfMemoryError
 from lightning_prune.schedules import Share, count_of, exact_share
 
 
@@ -223,8 +224,8 @@ def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:
 
 
 @contextmanager
-def memory_advice(plan: PruningPlan) -> Iterator[None]:
-    """Add to an out-of-memory error what was going on and which settings need less."""
+def memory_advice(plan: PruningPlan, ranks: Ranks | None) -> Iterator[None]:
+    """Add to an out-of-memory error where it was, what was going on and which settings need less."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -235,7 +236,9 @@ def memory_advice(plan: PruningPlan) -> Iterator[None]:
         if HESSIAN in plan.dense_statistics:
             advice.append("sequential=True, which holds the Hessians of one block")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "out of memory"
+        told = isinstance(error, ShortOfMemoryError) and not error.here  # by the rank that it names
+        where = "" if ranks is None or told else f"on rank {ranks.rank}, "
         raise torch.OutOfMemoryError(
-            f"{reason} (while pruning with score={plan.score.name!r}; the weights are as they were). Try "
+            f"{reason} ({where}while pruning with score={plan.score.name!r}; the weights are as they were). Try "
             + "; ".join(advice)
         ) from error

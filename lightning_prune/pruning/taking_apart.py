@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.batches import batch_size, is_sequences, take
 from lightning_prune.pruning.hooks import Taps
+from lightning_prune.pruning.room import Passes
 from lightning_prune.pruning.running import ForwardContext, without_label
-from lightning_prune.ranks import Ranks, meet
+from lightning_prune.ranks import ShortOfMemoryError, meet
 
 # Samples that are compared with the batch they make up; the cost is some passes over them, once a run.
 _SAMPLES = 8
@@ -63,7 +64,7 @@ class Decision:
         taps: Hooks on its targets; nothing is added to their sums.
         loss_fn: The loss.
         forward_context: Makes the context that forward passes run in.
-        lockstep: Ranks whose passes hold collectives: each makes as many passes as the others, and all decide alike.
+        passes: How they run. Of ranks in lock step each makes as many as the others, and all decide alike.
     """
 
     def __init__(
@@ -72,10 +73,10 @@ class Decision:
         taps: Taps,
         loss_fn: Callable[[nn.Module, Any], Tensor],
         forward_context: ForwardContext,
-        lockstep: Ranks | None,
+        passes: Passes,
     ) -> None:
         self.model, self.taps, self.loss_fn = model, taps, loss_fn
-        self.forward_context, self.lockstep = forward_context, lockstep
+        self.forward_context, self.passes, self.lockstep = forward_context, passes, passes.ranks
 
     def make(self, batch: Any) -> tuple[How, str]:
         """How batches like this one are to be run, and why.
@@ -109,27 +110,34 @@ class Decision:
 
     def of_each_alone(self, batch: Any) -> bool:
         """Whether the first two samples of a batch have a loss each that depends on its own rows alone."""
-        pair = take(batch, 0, 2)
-        losses, problem = self._loss(pair)
-        alone = problem is None and losses is not None and losses.dim() == 1 and losses.shape[0] == 2
-        return alone and not self.taps.not_per_sample and not self.taps.probe(cast(Tensor, losses), 0)
+        pair = take(batch, 0, min(batch_size(batch) or 0, 2))
+        losses, _ = self._loss(pair)
+        one_each = losses is not None and losses.numel() == batch_size(pair)
+        if not all(each for (each,) in meet(self.lockstep, None, [int(one_each)])):
+            return False
+        return not (self.taps.not_per_sample or self.taps.probe(cast(Tensor, losses), 0)) and batch_size(pair) == 2
 
     def _untold(self) -> How:
         """What is right in any layout: tokens may come first, and a later batch have as many samples as tokens."""
         return How.ONE_BY_ONE if self.taps.of_weights else How.UNKNOWN
 
     def _loss(self, batch: Any) -> tuple[Tensor | None, Exception | None]:
-        """The loss of a batch, or why it has none."""
+        """The loss of a batch, or why it has none; but memory that runs out, on any rank, says nothing of the loss."""
         self.taps.begin(
             batch_size(batch), None, is_sequences(batch), counting=False
         )  # nothing is summed, so no padding
+        result: tuple[Tensor | None, Exception | None] | None = None
+        short: ShortOfMemoryError | None = None
         try:
             with self.forward_context():
-                return loss_of(self.loss_fn(self.model, batch), self.taps)
+                result, short = self.passes.run(lambda: loss_of(self.loss_fn(self.model, batch), self.taps))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError) and self.lockstep is None:
-                raise  # which says nothing of the loss
-            return None, error
+            result = None, error
+        meet(self.lockstep, short, [])
+        assert result is not None
+        return result
 
     def _of_whole(self, batch: Any, failure: Exception | None) -> tuple[How, str]:
         """A batch whose first two samples cannot run alone."""
@@ -167,13 +175,21 @@ class Decision:
         """One loss of a batch: is it a mean or a sum of those of its samples?"""
         size = batch_size(batch)
         assert size is not None
-        count = min(size, _SAMPLES)
-        whole, failure = self._loss(batch if count == size else take(batch, 0, count))
+        most = min(largest, _SAMPLES)
+        while True:
+            count = min(size, most)
+            try:
+                whole, failure = self._loss(batch if count == size else take(batch, 0, count))
+                break
+            except ShortOfMemoryError:
+                if most <= 2:  # two are the least that tells anything
+                    raise
+            most = (most + 1) // 2
         total = None if whole is None else float(whole.detach().mean())
         del whole
         found: list[float] = []
         reason = ""
-        for i in range(min(largest, _SAMPLES)):
+        for i in range(most):
             sample = take(batch, i % count, i % count + 1)
             loss, problem = self._loss(sample)
             if i >= count:

@@ -20,15 +20,23 @@ from lightning_prune.sharding import local
 
 _PRODUCTS = frozenset(
     (
-        *("linear", "conv1d", "conv2d", "conv_transpose2d", "matmul", "mm", "addmm", "bmm", "baddbmm", "einsum"),
-        *("bilinear", "__matmul__", "__rmatmul__", "multi_head_attention_forward"),
+        *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+        *("matmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "__matmul__", "__rmatmul__", "einsum"),
+        *("dot", "vdot", "inner", "vecdot", "linalg_vecdot", "tensordot", "bilinear", "multi_head_attention_forward"),
     )
 )
-# What they return is the weight in another form.
+# What they return is the weight, or some of it, in another form.
 _SAME_VALUES = frozenset(
     (
         *("t", "transpose", "permute", "view", "reshape", "flatten", "contiguous", "clone", "cpu", "cuda"),
         *("to", "type", "type_as", "float", "double", "half", "bfloat16"),
+        *("squeeze", "unsqueeze", "unflatten", "view_as", "reshape_as", "expand", "expand_as", "movedim", "swapaxes"),
+    )
+)
+_SOME_VALUES = frozenset(
+    (
+        *("__getitem__", "narrow", "select", "index_select", "unbind"),
+        *("split", "split_with_sizes", "tensor_split", "chunk"),
     )
 )
 # What they return gives the weight no gradient.
@@ -104,12 +112,15 @@ class WeightUses(TorchFunctionMode):
         function = getattr(func, "__name__", "")
         if not names or function in _WITHOUT_GRADIENT or func == _DATA:
             return func(*args, **kwargs)
-        if call is not None and names == {call.name} and function in _PRODUCTS:
+        inside = call is not None and names == {call.name}
+        if call is not None and inside and function in _PRODUCTS:
             return self._product(call, func, args, kwargs)
-        if function == "__get__" or function in _SAME_VALUES:
+        # A layer may well multiply with its weight part by part, and put the products together.
+        if function == "__get__" or function in _SAME_VALUES or (function in _SOME_VALUES and not inside):
             result = func(*args, **kwargs)
-            if isinstance(result, Tensor) and (function != "__get__" or _same_memory(result, args[0])):  # weight.T
-                self.known[id(result)] = result, min(names)
+            for made in _leaves([result]):
+                if isinstance(made, Tensor) and (function != "__get__" or _same_memory(made, args[0])):  # weight.T
+                    self.known[id(made)] = made, min(names)
             return result
         if not torch.is_grad_enabled() or (function.endswith("_") and not function.endswith("__")):
             if not self.taps.backward and function in _PRODUCTS and self._with_data(args, kwargs):
@@ -119,8 +130,9 @@ class WeightUses(TorchFunctionMode):
 
     def _with_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a product is of a weight with data, not of weights with each other."""
-        matrices = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, Tensor) and leaf.dim() > 1]
-        return any(id(leaf) not in self.known for leaf in matrices)
+        tensors = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, Tensor)]
+        # A parameter of one dimension is a bias.
+        return any(t.dim() > int(isinstance(t, nn.Parameter)) and id(t) not in self.known for t in tensors)
 
     def _replaced(self, arguments: Any, function: str) -> Any:
         """Arguments with a leaf in a weight's place, whose gradient tells whether the loss depends on this use."""

@@ -310,6 +310,8 @@ def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one
             "that it cannot be saved as another family in between: use types=('ffn',), ('layer',) or both, or "
             "prune_structured with final sizes as target that divide"
         )
+    for unit_type in {"attention", "hidden"} & set(types):
+        check_sizes(structure, structure.sizes.without(unit_type, 1, structure.attention_unit))
 
 
 def _nanoseconds(seconds: float) -> int:

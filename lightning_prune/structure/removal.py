@@ -20,7 +20,7 @@ from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.classes import change_class, class_for
 from lightning_prune.structure.masking import masked_channels, unmask_norms
-from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes
+from lightning_prune.structure.sizes import AttentionUnit, Sizes
 from lightning_prune.structure.units import (
     KeptIndices,
     Removal,
@@ -33,6 +33,7 @@ from lightning_prune.structure.units import (
     read_structure,
     renumbered,
     sizes_after,
+    write_sizes,
 )
 
 # How a state scales when its weight does: a gradient goes with 1 / factor. States by the names torch.optim gives them.
@@ -248,6 +249,7 @@ def _rewrite(structure: Structure, removal: Removal, sizes: Sizes) -> None:
     """New sizes in the configuration and in the attributes of modules."""
     if "hidden" in removal:
         unmask_norms(structure.model)
+        _resize_layer_norms(structure, sizes.hidden_size)
         _rescale_epsilon(structure, structure.sizes.hidden_size / sizes.hidden_size)
     _remove_layers(structure, _layers(removal))
     for config in _configs(structure):
@@ -287,26 +289,19 @@ def _configs(structure: Structure) -> list[Any]:
     return list(found.values())
 
 
-def write_sizes(config: Any, structure: Structure, sizes: Sizes, removed_layers: Sequence[int] = ()) -> None:
-    """Write sizes into a configuration; lists with one entry a layer lose those of removed layers."""
-    family = structure.family
-    for size in SIZE_NAMES:
-        for name in family.fields_of(size):
-            if getattr(sizes, size) and hasattr(config, name):
-                setattr(config, name, getattr(sizes, size))
-    if not family.heads_span_hidden:
-        config.head_dim = sizes.head_dim
-    for name in family.per_layer_fields:
-        values = getattr(config, name, None)
-        if isinstance(values, list):
-            setattr(config, name, [v for i, v in enumerate(values) if i not in set(removed_layers)])
-
-
 def _rescale_epsilon(structure: Structure, factor: float) -> None:
     family = structure.family
     if family.norm == "layernorm" or family.eps_field is None:
         return
     set_epsilon(structure, getattr(structure.config, family.eps_field) * factor)
+
+
+def _resize_layer_norms(structure: Structure, hidden: int) -> None:
+    """Tell LayerNorms without weights, which `_refresh` could ask, the number of hidden channels."""
+    modules = structure.modules()
+    for name in structure.norm_names():
+        if isinstance(norm := modules.get(name), nn.LayerNorm):
+            norm.normalized_shape = (hidden,)
 
 
 def set_epsilon(structure: Structure, epsilon: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +16,15 @@ from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.sharding import plain_class
 from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.families import Family, find_family
-from lightning_prune.structure.sizes import ATTENTION_UNITS, IN_LAYERS, UNIT_TYPES, AttentionUnit, Shapes, Sizes
+from lightning_prune.structure.sizes import (
+    ATTENTION_UNITS,
+    IN_LAYERS,
+    SIZE_NAMES,
+    UNIT_TYPES,
+    AttentionUnit,
+    Shapes,
+    Sizes,
+)
 
 _V = TypeVar("_V")
 Removal = dict[str, list[Tensor]]
@@ -404,6 +413,37 @@ def check_sizes(structure: Structure, sizes: Sizes) -> None:
             f"{needs_other_class(structure)}, so the model cannot be saved as another family either: choose sizes that "
             "divide (round_to)"
         )
+    if not (family.heads_divide_hidden and hidden % heads):
+        _check_configuration(structure, sizes)
+
+
+def _check_configuration(structure: Structure, sizes: Sizes) -> None:
+    """Refuse sizes that the model's own configuration could not be saved or loaded with."""
+    config: Any = copy.deepcopy(structure.config)
+    write_sizes(config, structure, sizes, range(sizes.num_hidden_layers, structure.sizes.num_hidden_layers))
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as error:  # each family raises its own
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{structure.family.model_type!r} cannot be saved with the sizes {sizes.as_dict()}: {reason}. Remove ffn "
+            "channels and layers alone, or hidden channels and heads in the ratio that they have"
+        ) from error
+
+
+def write_sizes(config: Any, structure: Structure, sizes: Sizes, removed_layers: Sequence[int] = ()) -> None:
+    """Write sizes into a configuration; lists with one entry a layer lose those of removed layers."""
+    family = structure.family
+    for size in SIZE_NAMES:
+        for name in family.fields_of(size):
+            if getattr(sizes, size) and hasattr(config, name):
+                setattr(config, name, getattr(sizes, size))
+    if not family.heads_span_hidden:
+        config.head_dim = sizes.head_dim
+    for name in family.per_layer_fields:
+        values = getattr(config, name, None)
+        if isinstance(values, list):
+            setattr(config, name, [v for i, v in enumerate(values) if i not in set(removed_layers)])
 
 
 def check_layers_removable(structure: Structure) -> None:

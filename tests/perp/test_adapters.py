@@ -73,6 +73,40 @@ def test_merge_keeps_zeros_and_logits(adapter: str, family: str, dtype: torch.dt
         assert not torch.equal(logits(merged), y)
 
 
+def make_of_type(model_type: str) -> nn.Module:
+    """Families whose target_modules PEFT rewrites (dense layers beside experts) or refuses (out_proj)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "n_group": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24, "topk_group": 1}
+    fields = {"state_size": 4} if model_type == "mamba" else {**latent, **experts, **heads, "first_k_dense_replace": 1}
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.2}
+    config = AutoConfig.for_model(model_type, **sizes, **fields)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*get no adapter")
+@pytest.mark.parametrize(("model_type", "layer"), [("deepseek_v3", "up_proj"), ("mamba", "out_proj")])
+def test_every_pruned_linear_layer_gets_its_adapter_in_any_family(model_type: str, layer: str) -> None:
+    plain = make_of_type(model_type)
+    masks = prune(plain, score="magnitude", sparsity=0.5, progress=False)
+    before = vars(plain.config).copy()
+    model = add_adapters(plain, r=4)
+    linear = {name for name, m in plain.named_modules() if isinstance(m, nn.Linear) and f"{name}.weight" in masks}
+    assert {name for name, _ in sparse_layers(model)} >= linear
+    assert any(name.endswith(layer) for name, _ in sparse_layers(model))
+    assert vars(plain.config) == before
+    losses = train(model, IDS)
+    assert losses[-1] < losses[0]
+    y = logits(model)
+    merged = merge(model)
+    torch.testing.assert_close(logits(merged), y, rtol=1e-5, atol=1e-5)
+    assert all(not bool(p[~masks[n]].any()) for n, p in merged.named_parameters() if n in masks)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("adapter", [*MERGED, "lora"])
 def test_adapters_change_nothing_at_the_start(adapter: str, family: str) -> None:

@@ -351,7 +351,27 @@ def test_weights_that_a_loss_uses_elsewhere_are_refused(loss, scalar):
     assert_refused(two_layers(), data(3, 4, 6), function, f"add {name} to `ignore`")
 
 
-@pytest.mark.parametrize("loss", [functional, transposed, direct], ids=lambda f: f.__name__)
+def rows(model, batch):
+    return squares(model, batch) + F.linear(batch, model[0].weight[:2]).square().flatten(1).mean(1)
+
+
+def columns(model, batch):
+    first, _ = model[0].weight.t().chunk(2)
+    return squares(model, batch) + (batch[..., : len(first)] @ first).square().flatten(1).mean(1)
+
+
+def by_vectors(model, batch):
+    return squares(model, batch) + torch.stack([torch.mv(model[0].weight, x.mean(0)).square().mean() for x in batch])
+
+
+def contracted(model, batch):
+    return squares(model, batch) + torch.tensordot(batch, model[0].weight, ([-1], [1])).square().flatten(1).mean(1)
+
+
+ELSEWHERE = [functional, transposed, direct, rows, columns, by_vectors, contracted]
+
+
+@pytest.mark.parametrize("loss", ELSEWHERE, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("statistics", [FORWARD_STATISTICS, {"input_norm", "output_grad_norm"}])
 def test_products_elsewhere_are_refused_for_norms_too(loss, statistics):
     assert_refused(two_layers(), data(3, 4, 6), loss, "is also used outside its layer's forward pass", statistics)

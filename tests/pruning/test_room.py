@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import naive
 import pytest
 import torch
+from batch_models import build
 from experts_models import make_moe
-from tiny import LAYERS, make_llama, make_tokens
+from tiny import BLOCKS, LAYERS, make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 
 from lightning_prune import prune
@@ -162,3 +165,96 @@ def test_experts_in_pieces():
     for name in wanted:
         for statistic in statistics:
             torch.testing.assert_close(found[name].get(statistic), wanted[name].get(statistic), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("error:the loss of a calibration batch cannot be taken apart")
+@pytest.mark.parametrize("samples", [4, 2])
+def test_the_first_look_at_a_scalar_loss_takes_as_many_samples_as_fit(expected, samples):
+    model = make_llama().double()
+    short = Short(model.get_submodule(LAST), 6 * samples, "forward")
+    statistics = {INPUT_NORM, OUTPUT_GRAD_NORM}
+    found = collect(model, [{"input_ids": IDS}], find_targets(model), statistics, num_samples=8, loss_fn=mean_loss)
+    check(found, expected[1], statistics)
+    assert short.tried[0] == 12  # two samples, and then the largest number of them that fits
+    assert max(short.tried[short.tried.index(6 * samples, 1) :]) == 6 * samples
+    assert short.tried[-8:] == [6] * 8
+
+
+def mean_loss(model, batch):
+    logits = model(**batch).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+
+
+# -- block by block ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "most", "pieces"),
+    [("model.embed_tokens", 3, 2), ("model.embed_tokens", 1, 1), ("model.layers.0.mlp.down_proj", 12, 2), (LAST, 6, 1)],
+)
+def test_a_walk_in_pieces_chooses_what_the_naive_loop_does(layer, most, pieces):
+    def prune_layer(_, weight, statistics):
+        mask = naive.masks({"w": naive.score("wanda", weight, statistics)}, 0.5, "row")["w"]
+        return weight * mask, mask
+
+    model = make_llama().double()
+    _, masks = naive.sequential(model, [{"input_ids": row[None]} for row in IDS], BLOCKS, prune_layer)
+    Short(model.get_submodule(layer), most, "forward")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    batches = ({"input_ids": part} for part in IDS.split([1, 4, 3]))  # read once
+    with pytest.warns(UserWarning, match=f"ran in pieces of {pieces}") as caught:
+        found = prune(model, batches, "wanda", sequential=True, num_samples=8)
+    assert len([w for w in caught if "memory was short" in str(w.message)]) == 1
+    for name, mask in found.items():
+        assert torch.equal(mask, torch.from_numpy(masks[name]))
+        assert torch.equal(model.get_parameter(name), before[name] * mask)
+
+
+@pytest.mark.parametrize(
+    ("score", "settings"),
+    [("sparsegpt", {}), ("wanda", {"update": "exact"}), ("gblm", {}), ("kfac", {"update": "alps"})],
+)
+def test_a_walk_in_pieces_gives_the_weights_of_a_whole_one(score, settings):
+    model = make_llama().double()
+    whole = copy.deepcopy(model)
+    expected = prune(whole, [IDS], score, sequential=True, num_samples=8, **settings)
+    Short(model.get_submodule(LAST), 12, "forward")
+    with pytest.warns(UserWarning, match="ran in pieces of 2"):
+        found = prune(model, [IDS], score, sequential=True, num_samples=8, **settings)
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, whole.get_parameter(name), rtol=1e-6, atol=1e-9)
+
+
+def test_a_walk_of_two_stacks_in_pieces():
+    model = build("t5").double()
+    whole, targets = (
+        copy.deepcopy(model),
+        [name for name, _ in model.named_modules() if name.endswith("SelfAttention.v")],
+    )
+    batch = {"input_ids": IDS % 32 + 1, "labels": IDS[:, :4] % 32 + 1}
+    how = {"sequential": True, "num_samples": 8, "update": "exact"}
+    expected = prune(whole, [batch], "wanda", **how)
+    Short(model.get_submodule(targets[-1]), 8, "forward")  # of the decoder, when the encoder has been pruned
+    with pytest.warns(UserWarning, match="batches of 8 samples ran in pieces of 2"):
+        found = prune(model, [batch], "wanda", **how)
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("batch", [{"input_ids": IDS}, {"input_ids": IDS, "of_no_sample": torch.zeros(3)}])
+def test_a_walk_that_pieces_do_not_help_changes_nothing(batch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.llama = make_llama()
+            self._no_split_modules = self.llama._no_split_modules
+
+        def forward(self, input_ids, **_):
+            return self.llama(input_ids)
+
+    model = Model()
+    Short(model.llama.get_submodule(LAST), 3, "forward")
+    before = snapshot(model)
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory.*while pruning.*smaller calibration batches"):
+        prune(model, [batch], "wanda", update="exact", sequential=True, num_samples=8)
+    assert snapshot(model) == before

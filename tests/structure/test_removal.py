@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_prune.structure import mask_units, read_structure, remove_units, save_plain
 from lightning_prune.structure.masking import KeptChannelsNorm, unit_masks, unmask_norms
+from lightning_prune.structure.planning import make_planner
 from lightning_prune.structure.units import check_removal, sizes_after
 
 
@@ -309,6 +310,34 @@ def test_a_refused_removal_changes_nothing(removal):
         remove_units(model, removal)
     assert snapshot(model) == before
     assert model.config.to_dict() == config
+
+
+def test_layer_norms_without_weights_take_the_channels_that_stay():
+    model = zoo.make("opt", layer_norm_elementwise_affine=False)
+    removal = zoo.removals("opt")["attention and stem"]
+    masked = copy.deepcopy(model)
+    mask_units(masked, removal)
+    remove_units(model, removal)
+    torch.testing.assert_close(zoo.logits(model), zoo.logits(masked), rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_that_a_configuration_refuses_are_refused_before_anything_changes(tmp_path):
+    # Phi-3's wants as many factors of its rotary embeddings as hidden_size / heads says.
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_type": "longrope", "rope_theta": 1e4}
+    model = zoo.make("phi3", rope_parameters={**factors, "original_max_position_embeddings": 32})
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    attention = zoo.removals("phi3")["attention"]
+    for removal in (attention, {"hidden": [3]}):
+        with pytest.raises(ValueError, match=r"'phi3' cannot be saved with the sizes .*short_factor field must have"):
+            remove_units(model, removal)
+    with pytest.raises(ValueError, match="'phi3' cannot be saved"):  # whatever the sizes in between
+        make_planner(read_structure(model), 0.9, ("attention",))
+    assert model.config.to_dict() == config
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    remove_units(model, {**attention, "hidden": range(16)})  # two heads, and their share of the channels
+    save_plain(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(zoo.logits(loaded), zoo.logits(model))
 
 
 def test_layers_that_depend_on_their_number_stay():
