@@ -25,6 +25,7 @@ from lightning_prune.checkpoints.cards import Making, write_described
 from lightning_prune.checkpoints.model import LoadedModel
 from lightning_prune.checkpoints.reading import check_checkpoint_of, check_no_kernel, read_resumable
 from lightning_prune.checkpoints.sources import (
+    config_from,
     empty_pretrained,
     existing_path,
     has_tokenizer,
@@ -548,7 +549,7 @@ def _config_of(config: dict[str, Any] | str | None, revision: str | None) -> Pre
             "'model_type': 'llama', or pass config.to_dict() of a transformers configuration."
         )
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return config_from(model_type, fields)
     except ValueError as error:
         raise ValueError(f"config={config!r} is not a configuration of transformers: {error}") from error
 
