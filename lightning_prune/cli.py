@@ -125,9 +125,9 @@ def _is_of_the_user(error: Exception) -> bool:
     # ValueError and TypeError are what every check of an argument raises, here and in Lightning.
     if isinstance(error, (*_KNOWN, ValueError, TypeError, OSError, MemoryError)):
         return True
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's, GPU and CPU
+    if "can't allocate memory" in str(error):  # torch's on a CPU
         return True
-    return any(kind.__name__ == "MisconfigurationException" for kind in type(error).__mro__)
+    return any(kind.__name__ in ("OutOfMemoryError", "MisconfigurationException") for kind in type(error).__mro__)
 
 
 def _one_line(error: Exception) -> str:

@@ -34,6 +34,7 @@ from lightning_prune.cli import main
 from lightning_prune.errors import CalibrationError
 from lightning_prune.evaluation.tasks import read_tasks
 from lightning_prune.quickstart import quickstart
+from lightning_prune.ranks import ShortOfMemoryError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
@@ -360,10 +361,11 @@ def test_out_of_memory_in_calibration(score, message, tmp_path):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory."),
+        ShortOfMemoryError("CUDA out of memory."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
         MemoryError("no memory"),
     ],
-    ids=["gpu", "cpu", "python"],
+    ids=["gpu", "pass", "cpu", "python"],
 )
 def test_out_of_memory_on_the_command_line_is_one_line(error, monkeypatch, capsys):
     @functools.wraps(inspect)  # the parser comes from the signature

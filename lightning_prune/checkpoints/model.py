@@ -466,7 +466,7 @@ class LoadedModel:
 def context_of(loaded: LoadedModel) -> int | None:
     """Most tokens that a model takes, as far as its configuration says."""
     context = getattr(loaded.model.config, "max_position_embeddings", None)
-    return context if isinstance(context, int) else None
+    return context if isinstance(context, int) and context > 0 else None  # XLNet says -1: as many as you like
 
 
 def load_model(

@@ -66,7 +66,8 @@ def benchmark(
 
     Raises:
         FileNotFoundError: a local path does not exist.
-        ValueError: an argument is out of range, the model cannot be loaded, or its context is too short.
+        ValueError: an argument is out of range, the model cannot be loaded, its context is too short, or it has no
+            cache of keys and values.
     """
     settings: dict[str, Any]
     settings = {"batch_size": batch_size, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
@@ -136,8 +137,13 @@ class _Entry:
             _synchronize(prompt.device)
             middle = time.perf_counter()
             for _ in range(new_tokens):
+                if (past := getattr(out, "past_key_values", None)) is None:
+                    raise ValueError(
+                        f"{self.source} ({type(self.model).__name__}) returns no past_key_values, with which tokens "
+                        "could be decoded one by one: the speed of such models is not measured"
+                    )
                 token = out.logits[:, -1:].argmax(-1)  # [B, 1]
-                out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                out = self.model(input_ids=token, past_key_values=past, use_cache=True)
             _synchronize(prompt.device)
             return middle - start, (time.perf_counter() - middle) / new_tokens
 

@@ -160,10 +160,10 @@ def is_sequences(batch: Any) -> bool:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`."""
+    """The batch with its tensors on `device`; those that inference mode has made are copied, to be of use outside."""
     if isinstance(batch, (Tensor, PackedSequence)):
         moved: Tensor = cast(Tensor, batch).to(device, non_blocking=True)
-        return moved
+        return moved.clone() if isinstance(moved, Tensor) and moved.is_inference() else moved
     return _rebuilt(batch, lambda part: to_device(part, device))
 
 

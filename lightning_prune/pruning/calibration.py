@@ -285,7 +285,7 @@ class _Sweep:
 
     def _divisible(self, batch: Any) -> bool:
         """Whether pieces of a batch give the same sums as all of it."""
-        if self.how is How.WHOLE or batch_size(batch) is None:
+        if self.how is How.WHOLE or all(size == 1 for (size,) in meet(self.lockstep, None, [batch_size(batch) or 1])):
             return False
         if not self.taps.backward or self._gives_own_losses(batch):
             return True

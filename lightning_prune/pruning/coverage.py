@@ -259,7 +259,7 @@ def _reason(name: str, module: nn.Module, selection: Selection) -> str:
         return HEAD
     if "experts" in name.split(".") or "Experts" in kind:
         return f"experts as {kind} keeps them cannot be pruned"
-    if is_router(module):
+    if is_router(module) and name.endswith(".weight"):
         return ROUTER
     if not is_prunable(name, (2, 2), torch.float32):
         return "embedding, position, norm or bias"

@@ -155,7 +155,7 @@ class Passes:
             return work(), None
         once = _Pass()
         with forwards_replaced({unit: partial(once.forward, unit, unit.forward) for unit in self.units}):
-            result = once.run(self.units, work)
+            result = once.run(lambda: self.units or [], work)
         if once.problem is None and max(once.entered.values(), default=1) > 1:
             self.units = None  # how often, then, could not be told of a pass that fails
         return (result, None) if once.problem is None else (None, ShortOfMemoryError(once.problem))
@@ -175,23 +175,25 @@ class _Pass:
         self.problem: str | None = None
         self.entered: Counter[nn.Module] = Counter()
 
-    def run(self, inside: Sequence[nn.Module], work: Callable[..., _T], *args: Any, **kwargs: Any) -> _T | None:
-        """Do some work; where memory runs out in it, go through the modules `inside` that have not run."""
+    def run(
+        self, inside: Callable[[], list[nn.Module]], work: Callable[..., _T], *args: Any, **named: Any
+    ) -> _T | None:
+        """Do some work; where memory runs out in it, go through the modules `inside` of it that have not run."""
         try:
             if self.problem is None:
-                return work(*args, **kwargs)
+                return work(*args, **named)
         except torch.OutOfMemoryError as caught:
             self.problem = str(caught)
         except Exception:
             if self.problem is None:  # else what came of it
                 raise
-        for unit in inside:
+        for unit in inside():
             if not self.entered[unit]:
                 self.entered[unit] += 1
                 pass_without_work(unit)
         return None
 
-    def forward(self, unit: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def forward(self, unit: nn.Module, own: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """The forward pass of a module, between gathering its parameters and letting go of them."""
         self.entered[unit] += 1
-        return self.run(gathering(unit)[1:], own, *args, **kwargs)
+        return self.run(partial(gathering, unit), own, *args, **named)

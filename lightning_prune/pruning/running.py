@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -291,7 +291,10 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     # A compiled model would not see hooks that were added after it was compiled.
     stance = torch.compiler.set_stance("force_eager")
-    with torch.random.fork_rng(devices=devices), stance:
+    # What inference mode makes can neither be saved for a backward pass nor watched for changes in place.
+    graded, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    normal = torch.inference_mode(False) if inference else nullcontext()
+    with normal, torch.set_grad_enabled(graded), torch.random.fork_rng(devices=devices), stance:
         try:
             checkpointed = _checkpointed_layers(model) if freeze else set()
             for module, _ in modes:

@@ -110,7 +110,8 @@ class Decision:
 
     def of_each_alone(self, batch: Any) -> bool:
         """Whether the first two samples of a batch have a loss each that depends on its own rows alone."""
-        pair = take(batch, 0, min(batch_size(batch) or 0, 2))
+        size = batch_size(batch)
+        pair = batch if size is None else take(batch, 0, min(size, 2))
         losses, _ = self._loss(pair)
         one_each = losses is not None and losses.numel() == batch_size(pair)
         if not all(each for (each,) in meet(self.lockstep, None, [int(one_each)])):

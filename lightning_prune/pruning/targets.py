@@ -809,6 +809,11 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
         raise ValueError(
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"
         )
+    if weight.is_inference():
+        raise ValueError(
+            f"the weight of {name!r} was made under torch.inference_mode, outside of which it cannot be changed; load "
+            "the model outside of it (torch.no_grad does no harm)"
+        )
     if weight.is_meta and not is_offloaded(layer.module):
         raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialize the model first")
     return weight

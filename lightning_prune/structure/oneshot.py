@@ -71,6 +71,7 @@ class StructuredReport:
         )
 
 
+@torch.inference_mode(False)  # which also lets gradients be made
 def prune_structured(
     model: nn.Module,
     batches: Iterable[Any] | None = None,

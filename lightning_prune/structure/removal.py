@@ -67,6 +67,7 @@ class _Scale:
         return (tensor.double() / self.factor ** _GRADIENT_POWER[name]).to(tensor.dtype)
 
 
+@torch.inference_mode(False)  # new parameters are for training
 @torch.no_grad()
 def remove_units(
     model: nn.Module,

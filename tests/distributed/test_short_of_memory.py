@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_prune import Ranks, prune
+from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.running import causal_lm_losses
+from lightning_prune.ranks import ShortOfMemoryError
 
 pytestmark = pytest.mark.distributed
 
@@ -87,6 +89,8 @@ def check(address: str) -> None:
             for name, mask in expected.items():
                 assert torch.equal(whole(found[name]), mask), (name, settings)
                 torch.testing.assert_close(whole(model.get_parameter(name).detach()), one.get_parameter(name))
+    with pytest.raises(CalibrationError, match="no loss"):  # which smaller batches would not mend
+        Ranks().agree(ShortOfMemoryError("CUDA out of memory.") if rank else CalibrationError("no loss"))
     dist.destroy_process_group()
 
 
@@ -99,12 +103,16 @@ def test_all_ranks_run_smaller_batches(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def twice(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return losses(model, batch) + losses(model, batch)
+
+
 def fail(address: str, way: str) -> None:
     """Memory runs out on rank 1 in a pass that others cannot leave."""
     rank = meet_others(address, 20)
-    model, mine = make(), [{"input_ids": make_tokens(2, 7)}]
-    settings: dict[str, Any] = {"score": "kfac"}
-    if way == "backward":
+    model, mine = make(), [{"input_ids": make_tokens(4, 7)}]
+    settings: dict[str, Any] = {"score": "kfac", "loss_fn": losses if way == "backward" else twice}
+    if way != "tensor parallel":
         shard(model)
     else:
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
@@ -119,11 +127,11 @@ def fail(address: str, way: str) -> None:
     if rank and way == "backward":
         model.get_submodule(DOWN).register_forward_hook(lambda _, __, output: output.register_hook(refuse) and None)
     elif rank:
-        model.get_submodule(DOWN).register_forward_pre_hook(refuse)
-    prune(model, mine, num_samples=2, progress=False, **settings)
+        run_out(model.get_submodule(DOWN), 2)
+    prune(model, mine, num_samples=4, progress=False, **settings)
 
 
-@pytest.mark.parametrize("way", ["backward", "tensor parallel"])
+@pytest.mark.parametrize("way", ["backward", "a loss that runs the model twice", "tensor parallel"])
 def test_all_ranks_end_where_others_are_in_the_middle_of_a_pass(way: str, tmp_path: Path) -> None:
     done = launch_calls(2, fail, [(f"file://{tmp_path}/meeting", way)], timeout=60)
     assert done.returncode == 1

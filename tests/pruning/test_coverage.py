@@ -69,6 +69,15 @@ def mixtral():
     return hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2))
 
 
+class ForgetGate(nn.Module):
+    """A gate that chooses no experts, with a matrix of its own beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = nn.Parameter(torch.ones(2, 4))
+        self.down = nn.Linear(4, 2)
+
+
 # Model, patterns of the parameters that are pruned, of those that count and are not, and what is said of these.
 CASES = {
     "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)), r"_proj\.weight", None, []),
@@ -94,6 +103,7 @@ CASES = {
         None,
         [r"wte\.weight .*: embedding"],
     ),
+    "gate": (ForgetGate, r"down\.weight", "rates", ["rates .*: parameter of ForgetGate, which is no layer"]),
     "cnn": (Pictures, r"features\.[03]\.weight", r"up\.weight", ["ConvTranspose2d cannot be pruned", "head"]),
     "vit": (
         lambda: hf.ViTForImageClassification(hf.ViTConfig(**VISION)),

@@ -329,6 +329,30 @@ def test_compiled_model_gives_the_masks_of_the_plain_one(tokens):
     assert all(torch.equal(found[n], expected[n]) for n in expected)
 
 
+@pytest.mark.parametrize("score", ["wanda", "kfac"])
+def test_inference_mode_changes_no_mask(score):
+    def layers():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def loss(model, batch):
+        return model(batch).square().sum(1)
+
+    data = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    expected = prune(layers(), [data], score, loss_fn=loss, progress=False)
+    model = layers()
+    with torch.inference_mode():
+        made, unusable = data.clone(), layers()
+        inside = prune(model, [made], score, loss_fn=loss, progress=False)
+    outside = prune(layers(), [made], score, loss_fn=loss, progress=False)
+    for name, mask in expected.items():
+        assert torch.equal(inside[name], mask)
+        assert torch.equal(outside[name], mask)
+    model(data).sum().backward()  # it can be trained on
+    with pytest.raises(ValueError, match=r"'0' was made under torch\.inference_mode"):
+        prune(unusable, [data], score, loss_fn=loss, progress=False)
+
+
 def test_sequential_with_gradients_needs_batches_that_can_be_read_twice(llama, tokens):
     before = snapshot(llama)
     with pytest.raises(ValueError, match=r"generator can be read once.*pass a list or a DataLoader"):

@@ -34,6 +34,17 @@ def learned(name="llama", steps=60):
     return model.eval(), [{"input_ids": ids}]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("saliency", ["obs", "taylor2"])
+def test_what_surrounds_the_call_changes_nothing(mode, saliency):
+    expected, model = zoo.make("llama"), zoo.make("llama")
+    prune_structured(expected, data(2), 0.85, ("ffn",), saliency, progress=False)
+    with mode():
+        prune_structured(model, data(2), 0.85, ("ffn",), saliency, progress=False)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    model(input_ids=zoo.tokens()).logits.sum().backward()  # it can be trained on
+
+
 @pytest.mark.few_fast(6)
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 @pytest.mark.parametrize("saliency", ["kfac", "taylor2", "magnitude"])
