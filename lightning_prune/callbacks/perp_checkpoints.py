@@ -74,9 +74,9 @@ def _follow_sharded(trainer: L.Trainer, states: Callable[[], Mapping[str, Mappin
             )
         if not stored and _has_adapters(trainer):
             raise ValueError(
-                f"{str(checkpoint_path)!r} holds a merged model, and no shards of the adapters that PERPRetraining "
-                "has put on this module: it was written after the merge, on one device, or under DDP. Resume it there, "
-                "or load its weights first, and start a new fit without ckpt_path"
+                f"{str(checkpoint_path)!r} holds a plain model, and no shards of the adapters that PERPRetraining "
+                "has put on this module: it was written without PERPRetraining, after the merge, on one device, or "
+                "under DDP. Resume it there, or load its weights first, and start a new fit without ckpt_path"
             )
         return load(checkpoint_path, *args, **kwargs)
 

@@ -28,6 +28,7 @@ from lightning_prune.checkpoints.model import (
     same_bits,
     some_of,
     tied_names,
+    widest_dtype,
 )
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.checkpoints.states import shrunk_sizes
@@ -254,7 +255,9 @@ def check_written(folder: Path, model: Any, progress: bool) -> None:
     written = open_checkpoint(folder)
     tensors: Mapping[str, Tensor] = written
     if not set(written) <= expected.keys():  # names of the disk, not of the memory; transformers translates them back
-        tensors = type(model).from_pretrained(str(folder), dtype=model.dtype).state_dict()
+        # Some families keep some of their weights wider than they were.
+        loaded = type(model).from_pretrained(str(folder), dtype=widest_dtype(expected.values())).state_dict()
+        tensors = {name: tensor.to(expected[name].dtype) for name, tensor in loaded.items()}
     same = set()
     with progress_bar("Checking what was written", len(written), enabled=progress) as advance:
         for name, tensor in tensors.items():

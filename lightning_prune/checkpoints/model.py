@@ -6,18 +6,20 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.checkpoints.inspection import Inspection, TensorReport, report_tensor
 from lightning_prune.checkpoints.reading import Checkpoint, check_no_kernel, open_checkpoint
 from lightning_prune.checkpoints.sources import (
+    config_from,
     existing_path,
     has_tokenizer,
     load_pretrained,
@@ -130,7 +132,7 @@ def _config_of(source: Checkpoint) -> PretrainedConfig:
     # The name is an argument of its own, and auto_map points to code, which no folder of ours shall.
     fields = {name: value for name, value in fields.items() if name not in ("model_type", "auto_map")}
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return config_from(model_type, fields)
     except Exception as error:  # each family raises its own for values it does not take
         raise ExportError(
             f"checkpoint={str(source.path)!r}: its configuration is not one of {model_type!r}: {first_line(error)}; "
@@ -350,12 +352,15 @@ def _fill_by_transformers(source: Checkpoint, model: Any, state: dict[str, Tenso
 
 def _by_transformers(model: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
     """A model of the same class and configuration with these weights, and what transformers says of loading them."""
-    dtype = torch.bool
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            dtype = torch.promote_types(dtype, tensor.dtype)  # transformers knows one dtype: the one that loses nothing
+    dtype = widest_dtype(state.values())  # transformers knows one: that which loses nothing
     options: Any = {"config": model.config, "state_dict": dict(state), "dtype": dtype, "output_loading_info": True}
     return type(model).from_pretrained(None, **options)  # type: ignore[no-any-return]
+
+
+def widest_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The floating point dtype that holds every value of every tensor."""
+    floating = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    return reduce(torch.promote_types, floating, torch.bool)
 
 
 def _without_units(

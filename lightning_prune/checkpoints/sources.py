@@ -3,7 +3,7 @@
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,27 @@ def pretrained_arguments(source: str, gguf_file: str | None, argument: str) -> t
             "Leave gguf_file out."
         )
     return str(path.parent), {**kwargs, "gguf_file": path.name}
+
+
+def config_from(model_type: str, fields: Mapping[str, Any]) -> Any:
+    """Build a configuration of transformers from plain values, as its files hold them.
+
+    Args:
+        model_type: Name of the family.
+        fields: The other fields; numbers that JSON cannot say are tagged there, as in ``{"__float__": "Infinity"}``.
+
+    Raises:
+        ValueError, TypeError: no such family, or values that it does not take.
+    """
+    return AutoConfig.for_model(model_type, **_untagged(dict(fields)))
+
+
+def _untagged(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _untagged(entry) for key, entry in value.items()}
+    return list(map(_untagged, value)) if isinstance(value, list) else value
 
 
 def load_pretrained(

@@ -259,9 +259,9 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
     unmerged = (callbacks.get(state_key) or {}).get(UNMERGED)
     if not unmerged:
         raise ValueError(
-            "the checkpoint holds the merged model, without the adapters that PERPRetraining has put on this module: "
-            "it was written with save_weights_only=True, or after the merge. Load it with load_from_checkpoint, and "
-            "start a new fit from there, without ckpt_path"
+            "the checkpoint holds a model without the adapters that PERPRetraining has put on this module: it was "
+            "written without PERPRetraining, with save_weights_only=True, or after the merge. Load it with "
+            "load_from_checkpoint, and start a new fit from there, without ckpt_path"
         )
     names = {_without_peft(key, attribute): key for key in module.state_dict() if not _is_adapter(key)}
     checkpoint["state_dict"] = {**{names.get(key, key): tensor for key, tensor in state.items()}, **unmerged}

@@ -8,7 +8,6 @@ Letters: B samples, T tokens (block_size).
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,9 +56,16 @@ class EpochLoader(DataLoader[Any]):
         return self._rest(super().__iter__(), self._dropped)
 
     def _rest(self, batches: Iterator[Any], dropped: int) -> Iterator[Any]:
-        for batch in islice(batches, dropped, None):
-            self._begun = True
-            yield batch
+        read = 0
+        for read, batch in enumerate(batches, 1):
+            if read > dropped:
+                self._begun = True
+                yield batch
+        if not read:  # Lightning would end without a step, or begin epochs for ever
+            raise ValueError(
+                f"The stream has not one batch of {self.batch_size} blocks for this process. Pass more text, or a "
+                "smaller batch_size, block_size or num_workers."
+            )
 
 
 class _Reader:

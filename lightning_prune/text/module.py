@@ -8,6 +8,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +25,7 @@ from lightning_prune.checkpoints.cards import Making, write_described
 from lightning_prune.checkpoints.model import LoadedModel
 from lightning_prune.checkpoints.reading import check_checkpoint_of, check_no_kernel, read_resumable
 from lightning_prune.checkpoints.sources import (
+    config_from,
     empty_pretrained,
     existing_path,
     has_tokenizer,
@@ -309,6 +311,23 @@ class CausalLM(L.LightningModule):
                 f"vocab_size in config to at least {len(tokenizer)}, or use the model's own tokenizer."
             )
 
+    def _check_meaning(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a tokenizer whose ids are those of other tokens for the model."""
+        own: Any = None
+        with suppress(OSError, ValueError):  # a model may come without one that can be loaded
+            own = self.tokenizer
+        if own is None or own is tokenizer:
+            return
+        mine = {number: token for token, number in own.get_vocab().items()}
+        theirs = tokenizer.get_vocab()
+        wrong = [number for token, number in theirs.items() if mine.get(number, token) != token]
+        if len(wrong) > len(theirs) / 100:  # not a few that were renamed, such as those a .gguf file pads with
+            raise ValueError(
+                f"The tokenizer of the data module ({tokenizer.name_or_path}) is not the model's ({own.name_or_path}): "
+                f"{len(wrong)} of its {len(theirs)} ids mean other tokens there. Pass tokenizer={own.name_or_path!r} "
+                "to the data module; or that of the data to CausalLM(tokenizer=...), if the model is to learn it anew."
+            )
+
     def setup(self, stage: str) -> None:
         """Check that the data module fits the model, and take its tokenizer if the model has none."""
         check_checkpoint_of(self.trainer)
@@ -318,6 +337,7 @@ class CausalLM(L.LightningModule):
             self._check_vocabulary(tokenizer)
             if self._tokenizer is None and self._tokenizer_source is None:
                 self.tokenizer = tokenizer
+            self._check_meaning(tokenizer)
         positions = getattr(self.model.config, "max_position_embeddings", None)
         block_size = getattr(datamodule, "block_size", None)
         if isinstance(positions, int) and isinstance(block_size, int) and block_size > positions:
@@ -529,7 +549,7 @@ def _config_of(config: dict[str, Any] | str | None, revision: str | None) -> Pre
             "'model_type': 'llama', or pass config.to_dict() of a transformers configuration."
         )
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return config_from(model_type, fields)
     except ValueError as error:
         raise ValueError(f"config={config!r} is not a configuration of transformers: {error}") from error
 

@@ -221,6 +221,37 @@ def test_dtypes_may_be_mixed_and_generation_settings_are_kept(trained, tmp_path)
     assert files_of(tmp_path / "out")["generation_config.json"] == files_of(tmp_path / "in")["generation_config.json"]
 
 
+# Whose routers transformers reads in float32 whatever they were, and whose configuration holds an infinity.
+OTHERS = {
+    "deepseek_v3": TINY
+    | {
+        "num_key_value_heads": 4, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    },
+    "mamba2": {
+        "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "num_heads": 8, "state_size": 8,
+        "n_groups": 1, "chunk_size": 4, "time_step_limit": [0.0, {"__float__": "Infinity"}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_what_is_special_in_a_family(family, tmp_path):
+    L.seed_everything(0, verbose=False)
+    module = CausalLM(config=OTHERS[family] | {"model_type": family}, dtype="bfloat16").to(torch.bfloat16).eval()
+    trainer = L.Trainer(accelerator="cpu", max_steps=0, logger=False, enable_checkpointing=False, barebones=True)
+    trainer.fit(module, [{"input_ids": TOKENS}])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = CausalLM.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert loaded.model.config.to_dict() == module.model.config.to_dict()
+    export(tmp_path / "last.ckpt", tmp_path / "model", "none")
+    export(tmp_path / "model", tmp_path / "again", "none")
+    for found in (loaded.model.state_dict(), state_of(tmp_path / "model"), state_of(tmp_path / "again")):
+        assert found.keys() == module.model.state_dict().keys()
+        assert all(torch.equal(found[n].double(), t.double()) for n, t in module.model.state_dict().items())
+
+
 def test_weights_that_are_shared_by_chance_stay_whole(changed, tmp_path):
     def edit(checkpoint):
         state = checkpoint["state_dict"]

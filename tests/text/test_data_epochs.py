@@ -216,6 +216,17 @@ def test_a_stream_that_several_processes_would_all_read_whole_is_refused(
         data.train_dataloader()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_without_a_batch_is_refused(workers: int, made: tuple[Path, Any]) -> None:
+    trainer = L.Trainer(**QUIET, max_steps=2, enable_checkpointing=False)
+    data = TextDataModule(
+        str(made[0] / "0.txt"), tokenizer=str(made[0] / "tokenizer"), streaming=True, block_size=64, batch_size=1000,
+        num_workers=workers, cache_dir=str(made[0] / "cache"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="has not one batch of 1000 blocks"):
+        trainer.fit(Seeing(), data)
+
+
 def test_copies_are_apart_from_the_fit(made: tuple[Path, Any]) -> None:
     data, module = data_of(made), Seeing()
     trainer = L.Trainer(**QUIET, max_epochs=1, limit_train_batches=1, enable_checkpointing=False)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from versions import WEIGHTS_ONLY
 
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
+from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.text.data import EMBEDDED, TextDataModule
 from lightning_prune.text.module import CausalLM, decay_groups, learning_rate_factor
@@ -273,6 +274,13 @@ def test_tokenizer_and_blocks_must_fit(tmp_path, data):
         trainer(tmp_path).fit(CausalLM(config={**LLAMA, "vocab_size": 399}), datamodule=data)
     with pytest.raises(ValueError, match=r"block_size=32 .* exceeds the model's 16 positions"):
         trainer(tmp_path).fit(CausalLM(config={**LLAMA, "max_position_embeddings": 16}), datamodule=data)
+    other = trained_tokenizer(["abab baba " * 9, "abba " * 9], 262, tmp_path)
+    other.save_pretrained(tmp_path / "other")
+    ids, known = data.tokenizer.get_vocab(), {number: token for token, number in other.get_vocab().items()}
+    wrong = sum(known.get(number, token) != token for token, number in ids.items())
+    assert wrong
+    with pytest.raises(ValueError, match=f"is not the model's .*: {wrong} of its 400 ids mean other tokens there"):
+        trainer(tmp_path).fit(CausalLM(config=LLAMA, tokenizer=str(tmp_path / "other")), datamodule=data)
 
 
 @pytest.mark.parametrize("held", ["gpt2", Tokenizer(models.BPE())], ids=["name", "of tokenizers"])
