@@ -311,7 +311,9 @@ def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one
             "prune_structured with final sizes as target that divide"
         )
     for unit_type in {"attention", "hidden"} & set(types):
-        check_sizes(structure, structure.sizes.without(unit_type, 1, structure.attention_unit))
+        fewer = structure.sizes.without(unit_type, 1, structure.attention_unit)
+        if min(fewer.num_attention_heads, fewer.hidden_size) > 0:  # the last one stays
+            check_sizes(structure, fewer)
 
 
 def _nanoseconds(seconds: float) -> int:
