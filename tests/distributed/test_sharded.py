@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 pytestmark = pytest.mark.distributed
 
 ALPS = {"update": "alps", "iterations": 9}  # no step of it knows how many there will be
+MAPPED = {"allocation": {"layers.0": 0.7}, "sparsity": 0.5}
 
 # Name: number of processes, strategy, settings. One fit of 2 steps each; the masks are compared with one process.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
@@ -37,7 +38,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "gradient": (2, "fsdp2", {"score": "gradient"}),
     "owl": (2, "fsdp2", {"score": "wanda", "allocation": "owl"}),
     "global": (2, "fsdp2", {"score": "gblm", "group": "global", "parallel": {"root_only": True}}),
-    "mapping": (2, "fsdp2", {"score": "wanda", "allocation": {"layers.0": 0.7}, "sparsity": 0.5}),
+    "mapping": (2, "fsdp2", {"score": "wanda", **MAPPED}),
     "sequential": (2, "fsdp2", {"score": "wanda", "sequential": True, "parallel": {"root_only": True}}),
     "sparsegpt": (2, "fsdp2", {"score": "sparsegpt", "sequential": True}),
     "sparsegpt 2:4": (2, "fsdp2", {"score": "sparsegpt", "pattern": "2:4"}),
@@ -58,7 +59,6 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor random": (2, "tp", {"score": "random"}),
     "tensor global": (2, "tp", {"score": "gblm", "group": "global"}),
     "tensor owl": (2, "tp", {"score": "wanda", "allocation": "owl"}),
-    "tensor mapping": (2, "tp", {"score": "magnitude", "allocation": {"layers.0": 0.7}, "sparsity": 0.5}),
     "tensor l1": (2, "tp", {"score": "gradient", "grad_norm": "l1"}),
     "tensor obs": (2, "tp", {"score": "kfac", "update": "obs"}),
     "tensor alps": (2, "tp", {"score": "gblm", **ALPS, "group": "row"}),
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor bf16": (2, "tp", {"score": "gblm", "checkpointing": True, "parallel": {"bf16": True}}),
     "tensor offload": (2, "tp", {"score": "gblm", "parallel": {"offload": True, "reshard_after_forward": False}}),
     "tensor root": (2, "tp", {"score": "wanda", "sequential": True, "parallel": {"root_only": True}}),
-    "tensor compiled": (2, "tp", {"score": "gblm", "compiled": True}),
+    "tensor compiled": (2, "tp", {"score": "gblm", "compiled": True, **MAPPED}),
     "hsdp gblm": (4, "hsdp", {"score": "gblm", "parallel": {"replicas": 2}}),
     "hsdp kfac obs": (4, "hsdp", {"score": "kfac", "update": "obs", "parallel": {"replicas": 2}}),
     "hsdp exact": (4, "hsdp", {"score": "wanda", "update": "exact", "parallel": {"replicas": 2}}),
@@ -85,21 +85,20 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2d alps": (4, "2d", {"score": "kfac", **ALPS}),
     "2d 2:4": (4, "2d", {"score": "wanda", "pattern": "2:4"}),
     "2d sparsegpt": (4, "2d", {"score": "sparsegpt", "sequential": True}),
-    "2d bf16": (4, "2d", {"score": "gblm", "parallel": {"bf16": True}}),
-    "2d offload": (4, "2d", {"score": "gblm", "parallel": {"offload": True, "reshard_after_forward": False}}),
+    "2d bf16 offload": (
+        4, "2d", {"score": "gblm", "parallel": {"bf16": True, "offload": True, "reshard_after_forward": False}},
+    ),
     "2d root": (
         4, "2d", {"score": "wanda", "sequential": True, "checkpointing": True, "parallel": {"root_only": True}},
     ),
-    "2d compiled": (4, "2d", {"score": "kfac", "compiled": True}),
-    "2d mapping": (4, "2d", {"score": "wanda", "allocation": {"layers.0": 0.7}, "sparsity": 0.5}),
+    "2d compiled": (4, "2d", {"score": "wanda", "compiled": True, **MAPPED}),
     "ddp magnitude": (2, "ddp", {"score": "magnitude"}),
     "ddp gradient": (2, "ddp", {"score": "gradient", "grad_norm": "l1", "num_samples": 15}),
     "ddp global": (2, "ddp", {"score": "gblm", "group": "global"}),
-    "ddp mapping": (2, "ddp", {"score": "wanda", "allocation": {"layers.0": 0.7}, "sparsity": 0.5}),
     "ddp sparsegpt 2:4": (2, "ddp", {"score": "sparsegpt", "pattern": "2:4"}),
     "ddp alps": (2, "ddp", {"score": "kfac", **ALPS}),
     "ddp two optimizers": (2, "ddp", {"score": "gblm", "two_optimizers": True}),
-    "ddp compiled": (2, "ddp", {"score": "gblm", "compiled": True}),
+    "ddp compiled": (2, "ddp", {"score": "gblm", "compiled": True, **MAPPED}),
     "ddp causal lm": (2, "ddp", {"score": "kfac", "causal_lm": True}),
 }  # fmt: skip
 
