@@ -21,13 +21,12 @@ from shrinking_worker import LLAMA
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils.data import DataLoader
 from versions import WeightAveraging
 from worker import STRATEGIES
 
 from lightning_prune import CausalLM, PruningAwarePretraining
-from lightning_prune.sharding import gather_whole, has_sharded_parameters, local
+from lightning_prune.sharding import gather_whole, has_sharded_parameters, local, take_shard
 from lightning_prune.structure import save_plain
 
 PROBE = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -75,18 +74,6 @@ class Hybrid(CausalLM):
         fully_shard(self.model, mesh=mesh)
 
 
-def part(whole: Tensor, like: Tensor) -> Tensor:
-    """What a rank holds of a tensor that lies as another does: FSDP2 splits as `torch.chunk` does."""
-    if not isinstance(like, DTensor):
-        return whole
-    for axis, placement in enumerate(like.placements):
-        if isinstance(placement, Shard):
-            chunks = whole.chunk(like.device_mesh.size(axis), placement.dim)
-            rank = like.device_mesh.get_local_rank(axis)
-            whole = chunks[rank] if rank < len(chunks) else whole.narrow(placement.dim, 0, 0)
-    return whole
-
-
 class Watch(L.Callback):
     """After every step: what is pruned is zero, in weights and optimizer states, in every rank's part."""
 
@@ -98,7 +85,7 @@ class Watch(L.Callback):
         states = trainer.optimizers[0].state
         for name, p in pl_module.named_parameters():
             gone = lost(name, p.shape, pending)
-            here = part(gone, p)
+            here = take_shard(p, gone)
             for tensor in (p.detach(), *(s for s in states[p].values() if s.dim())) if p in states else (p.detach(),):
                 assert local(tensor).shape == here.shape, name
                 assert not local(tensor).view(torch.int32)[here].any(), name
