@@ -20,7 +20,7 @@ from lightning_prune.pruning.masks import unpack_masks
 
 pytestmark = pytest.mark.distributed
 
-# Name: settings. Each is one fit of 6 steps under FSDP2, and one under DDP on the same samples.
+# Name: settings. Each is one fit of a few steps under FSDP2, and one under DDP on the same samples.
 CASES: dict[str, dict[str, Any]] = {
     "gblm": {"causal_lm": True},
     "kfac": {"score": "kfac", "checkpointing": True, "pruner_first": True},
@@ -59,8 +59,6 @@ _ALONE = ("bf16", "bf16 and tiny weights", "functional", "refused")
 _FITS = [
     name for name in CASES if name not in ("norms alone", "trained on", "functional", "refused")
 ]  # and with adapters
-_STEPS = {"trainer": {"max_steps": 6, "max_epochs": -1}}
-
 
 # How shards are laid out, which replicas know nothing of: cases that differ in it alone share a fit of these.
 _LAYOUT = ("parallel", "leave_gathered")
@@ -72,9 +70,10 @@ def on_replicas(name: str) -> str:
 
 
 def with_steps(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a fit of six steps; checkpoints of gathered parameters alone are read."""
-    saved = settings.get("leave_gathered", False)
-    return {**settings, "trainer": {**settings.get("trainer", {}), **_STEPS["trainer"]}, "saved": saved}
+    """Settings of a fit of a few steps; checkpoints of gathered parameters alone are read."""
+    steps = 6 if "gradual" in settings else 4  # a schedule goes on until step 4
+    trainer = {**settings.get("trainer", {}), "max_steps": steps, "max_epochs": -1}
+    return {**settings, "trainer": trainer, "saved": settings.get("leave_gathered", False)}
 
 
 def start(devices: int, *cases: tuple[Path, str, dict[str, Any]]) -> None:

@@ -16,7 +16,8 @@ import lightning_prune
 
 # What the package imports inside functions only.
 _MORE = (
-    "datasets", "lightning.pytorch.cli", "lightning.pytorch.strategies", "peft", "torch.distributed.checkpoint",
+    "datasets", "lightning.pytorch.cli", "lightning.pytorch.strategies", "peft", "torch._dynamo.backends.debugging",
+    "networkx", "torch._inductor.compile_fx", "torch.distributed.checkpoint",
     "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data",
     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
 )  # fmt: skip

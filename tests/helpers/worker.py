@@ -47,7 +47,7 @@ STRATEGIES = {
 SHARDED = [name for name in STRATEGIES if name != "single" and not name.startswith("ddp")]
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "use_cache": False,
 }  # fmt: skip
 _MODEL_SETTINGS = ("fail_on_rank", "family", "intermediate_size", "two_optimizers", "compiled")
 COLWISE, ROWWISE = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
