@@ -27,7 +27,8 @@ ALPS = {"update": "alps", "iterations": 5}  # no step of it knows how many there
 MAPPED = {"allocation": {"layers.0": 0.7}, "sparsity": 0.5}
 COMPILED = {"compiled": True, "max_steps": 1}  # a batch without padding would be compiled once more
 
-# Name: number of processes, strategy, settings. One fit of 2 steps each, if nothing else is said; the masks are compared with one process.
+# Name: number of processes, strategy, settings. One fit each, of 2 steps if nothing else is said; the masks are
+# compared with one process.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "gblm": (2, "fsdp2", {"score": "gblm", "checkpointing": True}),
     "kfac": (2, "fsdp2", {"score": "kfac"}),

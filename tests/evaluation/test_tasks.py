@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from measured_models import PAIRS, make_models, write_pairs
 from transformers import AutoModelForCausalLM
 
+from lightning_prune.evaluation import tasks as tasks_module
 from lightning_prune.evaluation.tasks import _mean, read_tasks, zero_shot
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
@@ -159,8 +161,20 @@ def test_specifications_that_are_refused(files, model, tmp_path, monkeypatch):
         zero_shot(model, files.tokenizer, ["blimp"], progress=False)
 
 
+@pytest.fixture
+def part_of_the_index(monkeypatch):
+    """Two folders of lm-eval's own tasks: to read all of its thousands of files takes a quarter of a minute."""
+    import lm_eval.tasks
+
+    own = Path(lm_eval.tasks.__file__).parent
+    index = lm_eval.tasks.TaskManager(
+        include_path=[str(own / name) for name in ("blimp", "hellaswag")], include_defaults=False
+    )
+    monkeypatch.setattr(tasks_module, "_task_manager", lambda with_own_tasks: index)
+
+
 @pytest.mark.slow
-def test_tasks_of_lm_eval_by_name(files, model, monkeypatch):
+def test_tasks_of_lm_eval_by_name(files, model, part_of_the_index, monkeypatch):
     """The index of its tasks is read; their data would come from the hub."""
     with pytest.raises(ValueError, match="'helaswag' is no task of lm-eval; did you mean 'hellaswag'"):
         zero_shot(model, files.tokenizer, ["helaswag"], progress=False)
@@ -170,7 +184,7 @@ def test_tasks_of_lm_eval_by_name(files, model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_our_files_give_what_a_task_of_lm_eval_gives(files, model, monkeypatch):
+def test_our_files_give_what_a_task_of_lm_eval_gives(files, model, part_of_the_index, monkeypatch):
     """lm-eval's own blimp task on the same sentences."""
     import datasets
 
