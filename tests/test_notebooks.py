@@ -71,7 +71,7 @@ def run(path: Path, folder: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_they_run(path: Path, tmp_path: Path) -> None:
     """In a process of its own: a notebook changes warnings, logging and the style of pictures."""
-    environment = os.environ | {"NOTEBOOK_STEPS": "20", "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"NOTEBOOK_STEPS": "10", "TMPDIR": str(tmp_path)}
     process = start(run, path, tmp_path, environment=environment, log=tmp_path / "log")
     process.join(500)
     said = (tmp_path / "log").read_text(encoding="utf-8")
