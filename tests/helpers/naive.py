@@ -168,9 +168,9 @@ def score(
 
 
 def lowest(values: Array, count: int) -> Array:
-    """Mask of a flat array that prunes the `count` lowest; ties in order of position."""
-    mask = np.ones(values.shape[0], dtype=bool)
-    mask[np.argsort(values, kind="stable")[:count]] = False
+    """Mask that prunes the `count` lowest along the last axis; ties in order of position."""
+    mask = np.ones(values.shape, dtype=bool)
+    np.put_along_axis(mask, np.argsort(values, axis=-1, kind="stable")[..., :count], False, -1)
     return mask
 
 
@@ -185,11 +185,9 @@ def layer_mask(scores: Array, count: int) -> Array:
 
 
 def nm_mask(scores: Array, n: int, m: int) -> Array:
-    mask = np.zeros(scores.shape, dtype=bool)
-    for i in range(scores.shape[0]):
-        for start in range(0, scores.shape[1], m):
-            mask[i, start : start + m] = lowest(scores[i, start : start + m], m - n)
-    return mask
+    rows, whole = scores.shape[0], scores.shape[1] // m * m
+    groups = lowest(scores[:, :whole].reshape(-1, m), m - n).reshape(rows, whole)
+    return np.concatenate([groups, lowest(scores[:, whole:], m - n)], axis=1)
 
 
 def masks(
