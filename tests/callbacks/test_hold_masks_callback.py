@@ -114,6 +114,7 @@ def test_masks_of_another_folder_must_be_those_of_the_weights(tmp_path: Path) ->
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_masks_may_change_and_a_second_training_goes_on(tmp_path: Path) -> None:
     model, masks = pruned(0.2)
     callback = HoldMasksCallback(masks)

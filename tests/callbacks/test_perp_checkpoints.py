@@ -112,6 +112,7 @@ def test_best_is_tested_after_the_fit(tmp_path: Path) -> None:
     assert trainer.test(module, loader(), ckpt_path="best", **WEIGHTS_ONLY, verbose=False)
 
 
+@pytest.mark.slow
 def test_a_full_checkpoint_is_resumed_to_the_bit_and_one_of_weights_is_refused(tmp_path: Path) -> None:
     _, whole, _, _ = fit(tmp_path / "whole")
     for name, weights_only in (("full", False), ("weights", True)):
@@ -158,6 +159,7 @@ class Average(WeightAveraging):
         super().__init__(avg_fn=lambda average, current, count: (average + current) / 2)
 
 
+@pytest.mark.slow
 def test_averages_are_merged(tmp_path: Path) -> None:
     _, module, pruner, seen = fit(tmp_path, perp(), Average())
     loaded = Own.load_from_checkpoint(tmp_path / "step=4.ckpt", weights_only=True)

@@ -78,6 +78,7 @@ def test_prune_retrain_and_merge_in_one_fit(name: str, first: str, tmp_path: Pat
         assert value[mask].count_nonzero() > 0.97 * int(mask.sum())
 
 
+@pytest.mark.slow
 def test_order_of_callbacks_makes_no_difference(tmp_path: Path) -> None:
     def run(first: str) -> dict[str, bytes]:
         module, callbacks = make_module(), [pruning(score="gblm"), PERPRetraining()]
@@ -87,6 +88,7 @@ def test_order_of_callbacks_makes_no_difference(tmp_path: Path) -> None:
     assert run("pruning") == run("perp")
 
 
+@pytest.mark.slow
 def test_masks_of_gblm_are_those_without_adapters(tmp_path: Path) -> None:
     def masks(*others: L.Callback) -> dict[str, Tensor]:
         pruner = pruning(score="gblm")
@@ -138,6 +140,7 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
             trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", **WEIGHTS_ONLY)
 
 
+@pytest.mark.slow
 def test_unmerged_fit_can_go_on_and_be_merged_later(tmp_path: Path) -> None:
     module, pruner = make_module(), pruning()
     make_trainer(tmp_path, pruner, PERPRetraining(merge=False)).fit(module, loader())

@@ -106,6 +106,7 @@ def test_a_folder_that_is_not_there_is_refused_and_changes_nothing(tmp_path: Pat
     assert before == {name: after[name] for name in before}
 
 
+@pytest.mark.slow
 def test_resume_does_not_reconstruct_again(tmp_path: Path) -> None:
     def run(path: Path, epochs: int, resume: Any = None) -> tuple[dict[str, bytes], PERPRetraining]:
         module, perp = make_module(seed=0 if resume is None else 7), PERPRetraining(reconstruct=OPTIONS)

@@ -74,6 +74,7 @@ def test_a_tested_checkpoint_is_not_that_of_another_module(tmp_path: Path) -> No
     assert all(torch.equal(p, expected.get_parameter(n)) for n, p in module.named_parameters())
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("finder", [0, 1])
 def test_what_goes_back_to_a_checkpoint_in_the_midst_of_a_fit_changes_nothing(finder: int, tmp_path: Path) -> None:
     def twice(*finders: L.Callback) -> tuple[Any, PruningAwarePretraining]:

@@ -182,6 +182,7 @@ def test_gradient_checkpointing_counts_a_pass_once() -> None:
             assert other.saliency[unit_type] == pytest.approx(value, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_second_order_update_lowers_the_loss_right_after_a_pruning() -> None:
     """What variant B is for: the same units go, the loss rises less."""
     losses = {}

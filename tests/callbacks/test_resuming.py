@@ -79,6 +79,7 @@ def test_averaged_weights_resume_too(tmp_path: Path) -> None:
         assert torch.equal(value, weights(resumed)[name]), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_without_the_callback_with_its_sizes(tmp_path: Path) -> None:
     """27 hidden channels and 4 heads: no configuration of Llama, so a Mistral of the same weights."""
     whole, _ = run(tmp_path, EPOCHS)
@@ -100,6 +101,7 @@ def test_a_checkpoint_loads_without_the_callback_with_its_sizes(tmp_path: Path) 
     make_trainer(max_steps=2).fit(loaded, batches())
 
 
+@pytest.mark.slow
 def test_a_shrunk_module_resumes_and_evaluates(tmp_path: Path) -> None:
     whole, _ = run(tmp_path, EPOCHS)
     loaded = CausalLM.load_from_checkpoint(tmp_path / "epoch=2.ckpt", weights_only=True)

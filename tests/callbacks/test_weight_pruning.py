@@ -343,6 +343,7 @@ def test_masks_of_a_tested_checkpoint_are_not_those_of_another_module(tmp_path: 
     assert all(torch.equal(mask, pruning.masks[n]) for n, mask in alone.masks.items())
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("schedule", [None, LinearSchedule(0, 30, 5), ELSA(30, 4)], ids=str)
 @pytest.mark.parametrize("finder", [0, 1])
 def test_what_goes_back_to_a_checkpoint_in_the_midst_of_a_fit_changes_nothing(

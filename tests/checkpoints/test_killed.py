@@ -58,6 +58,7 @@ def write(folder: Path, version: str) -> None:
         (folder / name).write_text(version)
 
 
+@pytest.mark.slow
 def test_an_export_that_is_replaced(tmp_path):
     target = tmp_path / "model"
     target.mkdir()

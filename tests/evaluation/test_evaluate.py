@@ -58,6 +58,7 @@ def test_perplexity_of_both_models_is_the_naive_one(stride, files):
     assert dense.texts[0].perplexity != pruned.texts[0].perplexity
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_the_model_in_it(files, tmp_path):
     import lightning as L
 
@@ -71,6 +72,7 @@ def test_a_checkpoint_is_the_model_in_it(files, tmp_path):
     assert (of_checkpoint.zeros, of_checkpoint.parameters) == (of_object.zeros, of_object.parameters)
 
 
+@pytest.mark.slow
 def test_command(files, tmp_path, capsys):
     pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
     outputs = [str(tmp_path / "results.json"), str(tmp_path / "results.md")]

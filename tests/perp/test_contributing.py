@@ -131,6 +131,7 @@ class Unmerged(L.Callback):
         self.parts = copy.deepcopy({"state_dict": pl_module.state_dict(), "callbacks": states})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_registered")
 def test_in_a_trainer(tmp_path: Path) -> None:
     module, save = make_module(), ModelCheckpoint(dirpath=tmp_path, filename="end")

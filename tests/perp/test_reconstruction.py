@@ -386,6 +386,7 @@ def test_dense_weights_are_asked_for_block_by_block() -> None:
     assert len(asked) == 4 * 9
 
 
+@pytest.mark.slow
 def test_masks_default_to_zeros_and_any_score_will_do() -> None:
     dense = make_llama()
     for options in ({"score": "wanda", "pattern": "2:4"}, {"score": "kfac"}, {"score": "sparsegpt"}):

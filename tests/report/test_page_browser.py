@@ -157,6 +157,7 @@ def test_the_page_in_a_browser(tmp_path: Path, page: str, dark: bool) -> None:
             assert not re.search(rf"(?<![\w.]){re.escape(wrong)}(?!\w)", seen["text"]), wrong
 
 
+@pytest.mark.slow
 def test_the_test_sees_what_is_wrong(tmp_path: Path, page: str) -> None:
     """Too wide, too pale, and from elsewhere: each is noticed."""
     wrong = page.replace("default-src 'none'; ", "").replace(

@@ -91,6 +91,7 @@ def test_the_default_is_kfac_with_compensation_of_ffn_channels(settings):
         np.testing.assert_array_equal(model.get_submodule(gate).weight.detach().double().numpy(), before[gate][kept])
 
 
+@pytest.mark.slow
 def test_compensation_helps_and_every_saliency_beats_the_worst_channels():
     model, batches = learned()
 

@@ -91,6 +91,7 @@ def test_readers_are_the_layers_that_take_units_as_inputs():
     assert llama == [*(f"model.layers.{i}.{n}" for i in range(3) for n in parts), "lm_head"]
 
 
+@pytest.mark.slow
 def test_the_model_is_found_in_a_module_that_holds_it():
     class Holder(nn.Module):
         def __init__(self):

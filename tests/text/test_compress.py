@@ -144,6 +144,7 @@ def test_the_commands(files, tmp_path, capsys):
     assert "'It was' ..." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
     """Costs by hand: passes of the table, and of kfac's sweep, times the seconds of a window, of what is left."""
     from lightning_prune.text import compress as command
