@@ -14,7 +14,7 @@ from torch.multiprocessing import start_processes
 
 import lightning_prune
 
-# What the package imports inside functions only.
+# What the package imports inside functions only, and torch when it first compiles.
 _MORE = (
     "datasets", "lightning.pytorch.cli", "lightning.pytorch.strategies", "peft", "torch._dynamo.backends.debugging",
     "networkx", "torch._inductor.compile_fx", "torch.distributed.checkpoint",
