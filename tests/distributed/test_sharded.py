@@ -25,10 +25,8 @@ pytestmark = pytest.mark.distributed
 
 ALPS = {"update": "alps", "iterations": 5}  # no step of it knows how many there will be
 MAPPED = {"allocation": {"layers.0": 0.7}, "sparsity": 0.5}
-COMPILED = {"compiled": True, "max_steps": 1}  # a batch without padding would be compiled once more
 
-# Name: number of processes, strategy, settings. One fit each, of 2 steps if nothing else is said; the masks are
-# compared with one process.
+# Name: number of processes, strategy, settings. One fit of 2 steps each; the masks are compared with one process.
 CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "gblm": (2, "fsdp2", {"score": "gblm", "checkpointing": True}),
     "kfac": (2, "fsdp2", {"score": "kfac"}),
@@ -51,7 +49,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "kfac alps": (2, "fsdp2", {"score": "kfac", **ALPS, "sequential": True}),
     "gpt2": (2, "fsdp2", {"score": "gblm", "family": "gpt2"}),
     "gpt2 obs": (2, "fsdp2", {"score": "kfac", "family": "gpt2", "update": "obs", "sequential": True}),
-    "compiled": (2, "fsdp2", {"score": "gblm", **COMPILED}),
+    "compiled": (2, "fsdp2", {"score": "gblm", "compiled": True}),
     "two optimizers": (2, "fsdp2", {"score": "gblm", "two_optimizers": True}),
     "functional": (2, "fsdp2", {"score": "gblm", "functional": True}),
     "causal lm": (2, "fsdp2", {"score": "gblm", "causal_lm": True}),
@@ -75,7 +73,7 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "tensor bf16": (2, "tp", {"score": "gblm", "checkpointing": True, "parallel": {"bf16": True}}),
     "tensor offload": (2, "tp", {"score": "gblm", "parallel": {"offload": True, "reshard_after_forward": False}}),
     "tensor root": (2, "tp", {"score": "wanda", "sequential": True, "parallel": {"root_only": True}}),
-    "tensor compiled": (2, "tp", {"score": "gblm", **COMPILED, **MAPPED}),
+    "tensor compiled": (2, "tp", {"score": "gblm", "compiled": True, **MAPPED}),
     "hsdp gblm": (4, "hsdp", {"score": "gblm", "parallel": {"replicas": 2}}),
     "hsdp kfac obs": (4, "hsdp", {"score": "kfac", "update": "obs", "parallel": {"replicas": 2}}),
     "hsdp exact": (4, "hsdp", {"score": "wanda", "update": "exact", "parallel": {"replicas": 2}}),
@@ -93,14 +91,14 @@ CASES: dict[str, tuple[int, str, dict[str, Any]]] = {
     "2d root": (
         4, "2d", {"score": "wanda", "sequential": True, "checkpointing": True, "parallel": {"root_only": True}},
     ),
-    "2d compiled": (4, "2d", {"score": "wanda", **COMPILED, **MAPPED}),
+    "2d compiled": (4, "2d", {"score": "wanda", "compiled": True, **MAPPED}),
     "ddp magnitude": (2, "ddp", {"score": "magnitude"}),
     "ddp gradient": (2, "ddp", {"score": "gradient", "grad_norm": "l1", "num_samples": 15}),
     "ddp global": (2, "ddp", {"score": "gblm", "group": "global"}),
     "ddp sparsegpt 2:4": (2, "ddp", {"score": "sparsegpt", "pattern": "2:4"}),
     "ddp alps": (2, "ddp", {"score": "kfac", **ALPS}),
     "ddp two optimizers": (2, "ddp", {"score": "gblm", "two_optimizers": True}),
-    "ddp compiled": (2, "ddp", {"score": "gblm", **COMPILED, **MAPPED}),
+    "ddp compiled": (2, "ddp", {"score": "gblm", "compiled": True, **MAPPED}),
     "ddp causal lm": (2, "ddp", {"score": "kfac", "causal_lm": True}),
 }  # fmt: skip
 
@@ -143,7 +141,7 @@ def of_one_process(folder: Path, settings: dict[str, Any]) -> dict[str, torch.Te
     """What one process ends with, which cases share that differ in how the model is spread."""
     plain = {key: value for key, value in settings.items() if key not in _SPREAD}
     out = folder / f"one process {json.dumps(plain)}"
-    return results(out, 1)[0] if out.exists() else fit(out, 1, "single", **{**plain, "max_steps": 1, "saved": False})[0]
+    return results(out, 1)[0] if out.exists() else fit(out, 1, "single", max_steps=1, saved=False, **plain)[0]
 
 
 @pytest.mark.parametrize("name", CASES)

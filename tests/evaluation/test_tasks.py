@@ -11,8 +11,7 @@ import torch
 from measured_models import PAIRS, make_models, write_pairs
 from transformers import AutoModelForCausalLM
 
-from lightning_prune.evaluation import tasks as tasks_module
-from lightning_prune.evaluation.tasks import _mean, read_tasks, zero_shot
+from lightning_prune.evaluation.tasks import _mean, _task_manager, read_tasks, zero_shot
 
 pytest.importorskip("lm_eval", reason="needs the extra 'eval'")
 
@@ -166,11 +165,15 @@ def part_of_the_index(monkeypatch):
     """Two folders of lm-eval's own tasks: to read all of its thousands of files takes a quarter of a minute."""
     import lm_eval.tasks
 
-    own = Path(lm_eval.tasks.__file__).parent
-    index = lm_eval.tasks.TaskManager(
-        include_path=[str(own / name) for name in ("blimp", "hellaswag")], include_defaults=False
+    whole, folder = lm_eval.tasks.TaskManager, Path(lm_eval.tasks.__file__).parent
+    own = [str(folder / name) for name in ("blimp", "hellaswag")]
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager",
+        lambda include_defaults: whole(include_path=own if include_defaults else None, include_defaults=False),
     )
-    monkeypatch.setattr(tasks_module, "_task_manager", lambda with_own_tasks: index)
+    _task_manager.cache_clear()
+    yield
+    _task_manager.cache_clear()
 
 
 @pytest.mark.slow
