@@ -171,6 +171,21 @@ def name_matches(name: str, pattern: str) -> bool:
     )
 
 
+def to_ignore(name: str) -> str:
+    """Say what goes into `ignore` for a layer, and for its like in all blocks, which the same reason concerns.
+
+    >>> to_ignore("backbone.layers.0.mixer.dt_proj.weight")
+    "'backbone.layers.0.mixer.dt_proj' to `ignore` ('backbone.layers.*.mixer.dt_proj' for all blocks)"
+    >>> to_ignore("head.weight")
+    "'head' to `ignore`"
+    """
+    parts = name.removesuffix(".weight").split(".")
+    # A number at the end is a part of a Sequential, whose others are something else.
+    pattern = ".".join("*" if part.isdigit() and part is not parts[-1] else part for part in parts)
+    own = ".".join(parts)
+    return f"{own!r} to `ignore`" + (f" ({pattern!r} for all blocks)" if pattern != own else "")
+
+
 _PEFT_PREFIX = "base_model.model."
 
 
