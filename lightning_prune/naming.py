@@ -187,6 +187,7 @@ def to_ignore(name: str) -> str:
 
 
 _PEFT_PREFIX = "base_model.model."
+_BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def plain_name(name: str) -> str:
@@ -194,5 +195,7 @@ def plain_name(name: str) -> str:
 
     >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     'model.layers.0.mlp.up_proj.weight'
+    >>> plain_name("base_model.model.base_layers.0.weight")  # a name that PEFT did not give
+    'base_layers.0.weight'
     """
-    return clean_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
+    return _BASE_LAYER.sub("", clean_name(name).removeprefix(_PEFT_PREFIX))
