@@ -235,7 +235,7 @@ def _rows(windows: Sequence[Any], chosen: Sequence[int], overlap: int) -> list[t
 
 def _padded(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Ids and labels of shape (B, T), padded on the right, which a causal model cannot see from the left."""
-    ids, labels = zip(*rows, strict=True)
+    ids, labels = [row for row, _ in rows], [row for _, row in rows]
     pad = nn.utils.rnn.pad_sequence
     return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE_INDEX)
 

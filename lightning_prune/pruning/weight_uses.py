@@ -143,7 +143,8 @@ class WeightUses(TorchFunctionMode):
         """Whether a weight is spread over a tensor with dimensions of its own, as those of a batch are."""
         tensors = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, Tensor)]
         size = max(t.numel() for t in tensors if id(t) in self.known)
-        return torch.broadcast_shapes(*(t.shape for t in tensors)).numel() > size
+        shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+        return shape.numel() > size
 
     def _with_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a product is of a weight with data, not of weights with each other."""

@@ -469,7 +469,7 @@ def test_tied_embeddings_are_refused_and_can_be_ignored(llama_factory, tokens):
 
 @pytest.mark.parametrize("score", ["wanda", "gblm"])
 def test_too_few_samples_warn_once_block_by_block_too(llama, tokens, score):
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="ended after 3") as told:
         prune(llama, [tokens(3, 8)], score, sequential=True, num_samples=9, progress=False)
     assert [str(w.message) for w in told] == ["calibration data ended after 3 of num_samples=9"]
 
