@@ -171,7 +171,23 @@ def name_matches(name: str, pattern: str) -> bool:
     )
 
 
+def to_ignore(name: str) -> str:
+    """Say what goes into `ignore` for a layer, and for its like in all blocks, which the same reason concerns.
+
+    >>> to_ignore("backbone.layers.0.mixer.dt_proj.weight")
+    "'backbone.layers.0.mixer.dt_proj' to `ignore` ('backbone.layers.*.mixer.dt_proj' for all blocks)"
+    >>> to_ignore("head.weight")
+    "'head' to `ignore`"
+    """
+    parts = name.removesuffix(".weight").split(".")
+    # A number at the end is a part of a Sequential, whose others are something else.
+    pattern = ".".join("*" if part.isdigit() and part is not parts[-1] else part for part in parts)
+    own = ".".join(parts)
+    return f"{own!r} to `ignore`" + (f" ({pattern!r} for all blocks)" if pattern != own else "")
+
+
 _PEFT_PREFIX = "base_model.model."
+_BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def plain_name(name: str) -> str:
@@ -179,5 +195,7 @@ def plain_name(name: str) -> str:
 
     >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     'model.layers.0.mlp.up_proj.weight'
+    >>> plain_name("base_model.model.base_layers.0.weight")  # a name that PEFT did not give
+    'base_layers.0.weight'
     """
-    return clean_name(name).removeprefix(_PEFT_PREFIX).replace(".base_layer", "")
+    return _BASE_LAYER.sub("", clean_name(name).removeprefix(_PEFT_PREFIX))

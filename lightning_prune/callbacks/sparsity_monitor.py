@@ -15,7 +15,7 @@ from lightning_prune.callbacks.weight_pruning import pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.errors import check_whole
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
-from lightning_prune.naming import place
+from lightning_prune.naming import place, plain_name
 from lightning_prune.pruning.coverage import countable_weights
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parameters_of
 from lightning_prune.sharding import counts_over_ranks, joins
@@ -180,7 +180,7 @@ def layer_name(parameter: str) -> str:
     >>> layer_name("model.base_model.model.model.layers.0.q_proj.base_layer.weight")
     'model.model.layers.0.q_proj'
     """
-    return parameter.replace("base_model.model.", "").replace(".base_layer", "").removesuffix(".weight")
+    return plain_name(parameter.replace("base_model.model.", "")).removesuffix(".weight")
 
 
 def _folder_of(trainer: L.Trainer) -> Path:

@@ -69,7 +69,7 @@ def evaluate(
         FileNotFoundError: a file does not exist.
         ValueError: there is nothing to measure, an argument is out of range, a file is damaged or no task, a text is
             shorter than a window, lm-eval is not installed, a model has no tokenizer, or the two models' tokenizers
-            differ, so that their perplexities cannot be compared.
+            differ, so that their perplexities cannot be compared, or give tokens that a model does not have.
 
     Example::
 
@@ -154,6 +154,13 @@ def _streams(models: Sequence[LoadedModel], texts: dict[str, str], seq_len: int)
             )
         if len(ids) < seq_len:
             raise ValueError(f"text={name!r} has {len(ids)} tokens, fewer than one window of seq_len={seq_len}")
+        for loaded in models:
+            rows = loaded.model.get_input_embeddings().weight.shape[0]
+            if max(ids) >= rows:
+                raise ValueError(
+                    f"text={name!r} has the token {max(ids)}, but {loaded.source} has embeddings of {rows} tokens: the "
+                    "tokenizer is another model's; give the right one (--tokenizer)"
+                )
         streams[name] = torch.tensor(ids)
     return streams
 

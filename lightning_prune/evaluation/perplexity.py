@@ -108,7 +108,8 @@ def perplexity(
             `CausalLM`.
         data: Token ids as one stream, shape (T,) or (1, T), or as a list of integers; or a sequence of
             windows: a dataset whose items are tensors or lists, or dicts with "input_ids" (and
-            "attention_mask": masked tokens are left out), used as they are.
+            "attention_mask": masked tokens are left out; "labels": tokens with -100 there are not predicted), used
+            as they are. Windows that predict nothing (padding alone, a single token) are left out.
         seq_len: Tokens in a window of a stream, at least 2.
         stride: Distance between the starts of windows. Default `seq_len`: windows do not overlap. With a
             smaller stride a window predicts only the tokens that no window before it has predicted.
@@ -121,7 +122,8 @@ def perplexity(
         The perplexity with the counts it rests on.
 
     Raises:
-        ValueError: If an argument is out of range, or the text is shorter than one window.
+        ValueError: If an argument is out of range, the text is shorter than one window, or no window predicts a
+            token.
     """
     windows, overlap = _windows(data, seq_len, stride)
     if max_windows is not None and max_windows < 1:
@@ -132,24 +134,32 @@ def perplexity(
     metric = NextTokenLoss()
     metric.set_dtype(torch.float64)
     device = next(model.parameters()).device
-    longest = 0
+    longest = used = 0
     bar = progress_bar("Perplexity", math.ceil(count / batch_size), enabled=progress)
     with evaluating(model), torch.no_grad(), bar as advance:
         for start in range(0, count, batch_size):
-            ids, labels = _batch(windows, chosen[start : start + batch_size], overlap)
+            rows = _rows(windows, chosen[start : start + batch_size], overlap)
+            advance()
+            if not rows:
+                continue
+            ids, labels = _padded(rows)
             labels = labels.to(device)
             losses = next_token_losses(_logits(model, ids.to(device)), labels)
             # float64 does not exist on every accelerator: add up on the CPU
             metric.update(losses.cpu(), int((labels[:, 1:] != IGNORE_INDEX).sum()))
-            longest = max(longest, labels.shape[1])
-            advance()
+            longest, used = max(longest, labels.shape[1]), used + len(rows)
+    if not used:
+        raise ValueError(
+            f"data: none of its {count} window(s) predicts a token. Pass windows with at least two tokens that are "
+            "neither masked nor labelled -100."
+        )
     nll, tokens = float(metric.compute()), int(metric.tokens.item())
     return PerplexityResult(
         perplexity=math.exp(nll) if nll < 700 else nll * math.inf,  # math.exp raises where torch says inf
         nll=nll,
         tokens=tokens,
         seq_len=longest,
-        windows=count,
+        windows=used,
     )
 
 
@@ -196,22 +206,36 @@ def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
     return None
 
 
-def _window_ids(item: Any) -> Tensor:
-    """Token ids (T,) of one item of a dataset, without the masked ones."""
-    if not isinstance(item, Mapping):
-        return torch.as_tensor(item)
-    ids = torch.as_tensor(item["input_ids"])
-    if "attention_mask" in item:
-        ids = ids[torch.as_tensor(item["attention_mask"]).bool()]
-    return ids
+def _window(item: Any, index: int) -> tuple[Tensor, Tensor]:
+    """Token ids and labels (T,) of one item of a dataset, without the masked ones."""
+    fields = item if isinstance(item, Mapping) else {"input_ids": item}
+    ids = torch.as_tensor(fields["input_ids"])
+    labels = torch.as_tensor(fields.get("labels", ids))
+    real = torch.as_tensor(fields.get("attention_mask", torch.ones_like(ids)))
+    if ids.ndim != 1 or (len(ids) and ids.is_floating_point()) or not ids.shape == labels.shape == real.shape:
+        raise ValueError(
+            f"data[{index}] must hold integer token ids of shape (T,), and labels and attention_mask of that shape; "
+            f"received {ids.dtype} of shape {tuple(ids.shape)}, labels {tuple(labels.shape)}, attention_mask "
+            f"{tuple(real.shape)}."
+        )
+    return ids[real.bool()].long(), labels[real.bool()].long()
 
 
-def _batch(windows: Sequence[Any], chosen: Sequence[int], overlap: int) -> tuple[Tensor, Tensor]:
+def _rows(windows: Sequence[Any], chosen: Sequence[int], overlap: int) -> list[tuple[Tensor, Tensor]]:
+    """Ids and labels of the windows that predict a token."""
+    rows = []
+    for index in chosen:
+        ids, labels = _window(windows[index], index)
+        labels = labels.clone()
+        labels[: overlap if index else 0] = IGNORE_INDEX
+        if bool((labels[1:] != IGNORE_INDEX).any()):
+            rows.append((ids, labels))
+    return rows
+
+
+def _padded(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Ids and labels of shape (B, T), padded on the right, which a causal model cannot see from the left."""
-    ids = [_window_ids(windows[index]).long() for index in chosen]
-    labels = [row.clone() for row in ids]
-    for index, row in zip(chosen, labels, strict=True):
-        row[: overlap if index else 0] = IGNORE_INDEX
+    ids, labels = [row for row, _ in rows], [row for _, row in rows]
     pad = nn.utils.rnn.pad_sequence
     return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE_INDEX)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.errors import CalibrationError
+from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
@@ -332,7 +333,7 @@ class Taps:
             x = args[0] if args else kwargs.get(key)
             name = tap.name.removesuffix(".weight")
             if not isinstance(x, Tensor):
-                raise CalibrationError(f"{name!r} receives {type(x).__name__}, not a tensor; add it to `ignore`")
+                raise CalibrationError(f"{name!r} receives {type(x).__name__}, not a tensor; add {to_ignore(name)}")
             if x.is_meta:
                 raise CalibrationError(
                     f"{name!r} receives no data: a layer before it ran without its offloaded weights"
@@ -362,7 +363,7 @@ class Taps:
                 if self.backward:
                     self.fail(
                         f"{tap.name.removesuffix('.weight')!r} returns {type(output).__name__}, not a tensor, so its "
-                        "gradient cannot be told; add it to `ignore` (routers of experts are best left dense)"
+                        f"gradient cannot be told; add {to_ignore(tap.name)}; routers of experts are best left dense"
                     )
                 return
             if self.watched:
@@ -399,7 +400,7 @@ class Taps:
     def _refuse_changed(self, name: str) -> None:
         self.fail(
             f"{name.removesuffix('.weight')!r} changes the product with its weight before it returns it (it is "
-            "scaled?), so its gradient cannot be told; add it to `ignore`"
+            f"scaled?), so its gradient cannot be told; add {to_ignore(name)}"
         )
 
     def _take_input(self, tap: Tap, layer: nn.Module, x: Tensor) -> None:

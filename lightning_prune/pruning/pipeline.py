@@ -477,7 +477,11 @@ class _Run:
         """Walk; where a batch does not fit, from the beginning with smaller ones, on every rank."""
         assert self.batches is not None
         with synchronized_errors(self.ranks):
-            batches = [batch for batch, _ in first_samples(self.batches, self.plan.num_samples)]
+            drawn = list(first_samples(self.batches, self.plan.num_samples))
+        batches, count = [batch for batch, _ in drawn], sum(size for _, size in drawn)
+        if 0 < count < self.plan.num_samples and not self.plan.dense_statistics:  # a sweep before has said it
+            told = f"calibration data ended after {count} of num_samples={self.plan.num_samples}"
+            warnings.warn(told, stacklevel=2)
         room = Room()
         while True:
             try:

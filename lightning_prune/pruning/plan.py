@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.allocation import (
     Allocation,
     KFACAllocation,
@@ -183,19 +184,19 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
         inputs = target.shape[1]
         if nm is not None and inputs % nm.m:
             raise ValueError(
-                f"pattern={str(nm)!r}: the {inputs} inputs of {target.name!r} do not divide by {nm.m}; add the layer "
-                "to `ignore`, or choose another pattern"
+                f"pattern={str(nm)!r}: the {inputs} inputs of {target.name!r} do not divide by {nm.m}; add "
+                f"{to_ignore(target.name)}, or choose another pattern"
             )
         if statistics and target.kind is INNER:
             raise ValueError(
                 f"{target.name!r} is multiplied inside of {type_name(target.module)}, where activations and gradients "
-                "are not seen: use score='magnitude', or add it to `ignore`"
+                f"are not seen: use score='magnitude', or add {to_ignore(target.name)}"
             )
         for module in target.modules:
             if statistics and isinstance(module, CONVOLUTIONS) and module.groups > 1:
                 raise ValueError(
                     f"{target.name!r} is a grouped convolution, for which activations and gradients per input are not "
-                    "defined here; use score='magnitude', or add the layer to `ignore`"
+                    f"defined here; use score='magnitude', or add {to_ignore(target.name)}"
                 )
 
 

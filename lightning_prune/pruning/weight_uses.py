@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.offloading import is_offloaded
 from lightning_prune.pruning.targets import type_name
 from lightning_prune.sharding import local
@@ -24,6 +25,10 @@ _PRODUCTS = frozenset(
         *("matmul", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "__matmul__", "__rmatmul__", "einsum"),
         *("dot", "vdot", "inner", "vecdot", "linalg_vecdot", "tensordot", "bilinear", "multi_head_attention_forward"),
     )
+)
+# They may be a product in steps, ``(x[:, None] * weight).sum(-1)``, or scale the weight, or be a penalty.
+_ELEMENTWISE = frozenset(
+    ("mul", "multiply", "__mul__", "__rmul__", "div", "divide", "true_divide", "__truediv__", "neg", "__neg__")
 )
 # What they return is the weight, or some of it, in another form.
 _SAME_VALUES = frozenset(
@@ -84,7 +89,7 @@ class WeightUses(TorchFunctionMode):
         super().__init__()
         self.taps, self.layers = taps, layers
         self.known: dict[int, tuple[Tensor, str]] = {}
-        self.stand_ins: list[tuple[str, str, Tensor]] = []
+        self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
 
     def begin(self) -> None:
         """Forget the last forward pass; parameters may have been replaced since."""
@@ -122,11 +127,24 @@ class WeightUses(TorchFunctionMode):
                 if isinstance(made, Tensor) and (function != "__get__" or _same_memory(made, args[0])):  # weight.T
                     self.known[id(made)] = made, min(names)
             return result
+        elementwise = function in _ELEMENTWISE and not inside
+        product = function in _PRODUCTS or (elementwise and self._spreads(args, kwargs))
         if not torch.is_grad_enabled() or (function.endswith("_") and not function.endswith("__")):
-            if not self.taps.backward and function in _PRODUCTS and self._with_data(args, kwargs):
+            if not self.taps.backward and product and self._with_data(args, kwargs):
                 self._refuse(min(names), function)
-            return func(*args, **kwargs)
-        return func(*self._replaced(args, function), **self._replaced(kwargs, function))
+            result = func(*args, **kwargs)
+        else:
+            result = func(*self._replaced(args, function, product), **self._replaced(kwargs, function, product))
+        if elementwise and not product and isinstance(result, Tensor):  # a scaled weight may still meet data
+            self.known[id(result)] = result, min(names)
+        return result
+
+    def _spreads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a weight is spread over a tensor with dimensions of its own, as those of a batch are."""
+        tensors = [leaf for leaf in _leaves((*args, *kwargs.values())) if isinstance(leaf, Tensor)]
+        size = max(t.numel() for t in tensors if id(t) in self.known)
+        shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in tensors))  # type: ignore[no-untyped-call]
+        return shape.numel() > size
 
     def _with_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a product is of a weight with data, not of weights with each other."""
@@ -134,17 +152,17 @@ class WeightUses(TorchFunctionMode):
         # A parameter of one dimension is a bias.
         return any(t.dim() > int(isinstance(t, nn.Parameter)) and id(t) not in self.known for t in tensors)
 
-    def _replaced(self, arguments: Any, function: str) -> Any:
+    def _replaced(self, arguments: Any, function: str, product: bool) -> Any:
         """Arguments with a leaf in a weight's place, whose gradient tells whether the loss depends on this use."""
         if type(arguments) is dict:
-            return {key: self._replaced(value, function) for key, value in arguments.items()}
+            return {key: self._replaced(value, function, product) for key, value in arguments.items()}
         if type(arguments) in (list, tuple):
-            return type(arguments)(self._replaced(value, function) for value in arguments)
+            return type(arguments)(self._replaced(value, function, product) for value in arguments)
         if id(arguments) not in self.known:
             return arguments
         weight, name = self.known[id(arguments)]
         stand_in = weight.detach().requires_grad_()
-        self.stand_ins.append((name, function, stand_in))
+        self.stand_ins.append((name, function, product, stand_in))
         return stand_in
 
     def _product(self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,11 +171,13 @@ class WeightUses(TorchFunctionMode):
         inputs = [a for a in matrices if id(a) not in self.known]
         plain = type(call.layer).forward in _PLAIN or type_name(call.layer) == "Conv1D"
         if call.product is not None or not isinstance(result, Tensor):
-            self.taps.fail(f"{_layer(call.name)} multiplies its weight more than once a call; add it to `ignore`")
+            self.taps.fail(
+                f"{_layer(call.name)} multiplies its weight more than once a call; add {to_ignore(call.name)}"
+            )
         elif not (plain and "forward" not in vars(call.layer)) and not any(_alike(x, call.x) for x in inputs):
             self.taps.fail(
                 f"{_layer(call.name)} ({type_name(call.layer)}) multiplies its weight with something other than its "
-                "input, so its statistics cannot be told; add it to `ignore`"
+                f"input, so its statistics cannot be told; add {to_ignore(call.name)}"
             )
         else:
             call.product, call.version = result, result._version
@@ -166,8 +186,8 @@ class WeightUses(TorchFunctionMode):
 
     def check_gradients(self) -> None:
         """After backward: refuse weights whose gradient is not all in their layers."""
-        for name, function, stand_in in self.stand_ins:
-            matters = self.taps.of_weights or function in _PRODUCTS
+        for name, function, product, stand_in in self.stand_ins:
+            matters = self.taps.of_weights or product
             if matters and stand_in.grad is not None and bool((local(stand_in.grad) != 0).any()):
                 self._refuse(name, function)
         self.stand_ins = []
@@ -175,8 +195,8 @@ class WeightUses(TorchFunctionMode):
     def _refuse(self, name: str, function: str) -> None:
         self.taps.fail(
             f"the weight {name!r} is also used outside its layer's forward pass ({function!r}: a penalty on weights, "
-            f"or a function such as F.linear(x, layer.weight)), which calibration cannot see; add {_layer(name)} to "
-            "`ignore`, pass a loss_fn without that use, or choose a score without statistics (magnitude)"
+            f"or a function such as F.linear(x, layer.weight)), which calibration cannot see; add {to_ignore(name)}, "
+            "pass a loss_fn without that use, or choose a score without statistics (magnitude)"
         )
 
 

@@ -132,7 +132,7 @@ def mask_units(
                     for entry in kept[name]:
                         _zero(tensor, entry)
         if norms:
-            _mask_norms(norms, checked["hidden"][0], structure.sizes.hidden_size)
+            _mask_norms(norms, checked["hidden"][0], structure)
 
 
 def _zero(tensor: Tensor, entry: KeptIndices) -> None:
@@ -143,10 +143,13 @@ def _zero(tensor: Tensor, entry: KeptIndices) -> None:
 
 
 def _layer_norms(structure: Structure) -> dict[str, nn.LayerNorm]:
-    """The LayerNorms over the hidden channels, by name."""
+    """The LayerNorms over the hidden channels, by name; one that the configuration leaves out is None."""
     modules, found = structure.modules(), {}
     for name in structure.norm_names():
+        holder, _, attribute = name.rpartition(".")
         norm = modules.get(name)
+        if norm is None and getattr(modules.get(holder), attribute, ...) is None:  # OPT's `_remove_final_layer_norm`
+            continue
         if not isinstance(norm, nn.LayerNorm) or type(norm) not in (nn.LayerNorm, KeptChannelsNorm):
             raise ValueError(
                 f"{name!r} is a {type(norm).__name__}, not a plain torch.nn.LayerNorm: hidden channels cannot "
@@ -156,8 +159,9 @@ def _layer_norms(structure: Structure) -> dict[str, nn.LayerNorm]:
     return found
 
 
-def _mask_norms(norms: Mapping[str, nn.LayerNorm], gone: Tensor, hidden: int) -> None:
-    for norm in norms.values():
+def _mask_norms(norms: Mapping[str, nn.LayerNorm], gone: Tensor, structure: Structure) -> None:
+    hidden, parameters = structure.sizes.hidden_size, structure.parameters()
+    for name, norm in norms.items():
         stays = torch.ones(hidden, dtype=torch.bool)
         stays[gone] = False
         if isinstance(norm, KeptChannelsNorm):
@@ -165,7 +169,9 @@ def _mask_norms(norms: Mapping[str, nn.LayerNorm], gone: Tensor, hidden: int) ->
             before[norm.kept_channels.cpu()] = True
             stays &= before
         norm.__class__ = KeptChannelsNorm
-        device = next((p.device for p in norm.parameters()), torch.device("cpu"))
+        # A norm without weights is where the rest of its layer is.
+        beside = [p for n, p in parameters.items() if n.startswith(f"{name.rpartition('.')[0]}.")]
+        device = next((p.device for p in (*norm.parameters(), *reversed(beside))), torch.device("cpu"))
         norm.register_buffer("kept_channels", stays.nonzero().flatten().to(device), persistent=False)
 
 

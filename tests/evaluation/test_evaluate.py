@@ -134,6 +134,13 @@ def test_user_errors_are_one_line(options, message, files, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_tokens_that_the_model_does_not_have_are_refused(files):
+    config = {**files.model.config.to_dict(), "vocab_size": 100}
+    small = type(files.model)(type(files.model.config).from_dict(config))
+    with pytest.raises(ValueError, match=r"has the token \d+, but .* has embeddings of 100 tokens.*--tokenizer"):
+        evaluate(small, [files.text], tokenizer=files.tokenizer, seq_len=32, progress=False)
+
+
 def test_missing_weights_are_refused(files, tmp_path):
     """transformers would go on with random ones."""
     from safetensors.torch import load_file, save_file

@@ -100,6 +100,19 @@ def test_windows_of_a_dataset_weigh_by_tokens(model, stream):
             assert result.perplexity == pytest.approx(naive_perplexity(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_windows_and_labels_that_predict_nothing_do_not_count(model, stream, batch_size):
+    rows = [stream[:10], stream[10:30]]
+    expected = naive_losses(model, rows[0]) + naive_losses(model, rows[1], skip=7)
+    answer = rows[1].clone()
+    answer[:7] = -100
+    padding = {"input_ids": torch.zeros(4, dtype=torch.long), "attention_mask": torch.zeros(4, dtype=torch.long)}
+    data = [rows[0], padding, [5], [], {"input_ids": rows[1], "labels": answer.tolist()}]
+    result = perplexity(model, data, batch_size=batch_size)
+    assert (result.tokens, result.windows, result.seq_len) == (len(expected), 2, 20)
+    assert result.perplexity == pytest.approx(naive_perplexity(expected), rel=1e-6)
+
+
 def test_modes_are_restored(model, stream):
     model.train()
     model.model.layers[0].eval()
@@ -143,6 +156,12 @@ def test_improbable_tokens_and_nan_show():
         ("It is a truth", {}, "received str. Tokenize text first"),
         ([], {}, "empty sequence of windows"),
         ([[1, 2, 3]], {"stride": 2}, "stride=2 needs a token stream"),
+        ([[1], [2]], {"max_windows": 1}, r"none of its 1 window\(s\) predicts a token"),
+        (torch.zeros(3, 1, dtype=torch.long), {}, r"none of its 3 window\(s\) predicts a token"),
+        ([{"input_ids": [1, 2], "attention_mask": [0, 0]}], {}, "predicts a token"),
+        ([torch.zeros(1, 3, dtype=torch.long)], {}, r"data\[0\] must hold integer .* received .* \(1, 3\)"),
+        ([[1, 2], [0.5, 2.0]], {}, r"(?s)data\[1\] must hold integer .*float32"),
+        ([{"input_ids": [1, 2], "labels": 1}], {}, r"data\[0\] must .* labels \(\)"),
     ],
 )
 def test_errors(model, data, kwargs, message):

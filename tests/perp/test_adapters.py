@@ -26,6 +26,7 @@ from lightning_prune.perp import (
     set_masks,
     trainable_share,
 )
+from lightning_prune.perp.adapters import trained_state
 from lightning_prune.perp.layers import sparse_layers
 
 MERGED = ["mask_lora", "scale_lora", "hira", "lora_prune"]
@@ -506,3 +507,11 @@ def test_a_model_dequantized_from_gguf_is_taken() -> None:
     before = zeros(model)
     merged = merge(add_adapters(model))
     assert all(torch.equal(before[name], now) for name, now in zeros(merged).items())
+
+
+def test_names_of_the_model_that_resemble_pefts_stay_as_they_are() -> None:
+    model = nn.ModuleDict({"body": nn.ModuleDict({"base_layers": nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])})})
+    masks = prune(model, score="magnitude", progress=False)
+    adapted = add_adapters(model, r=2)
+    assert [f"{name}.weight" for name, _ in sparse_layers(adapted)] == list(masks)
+    assert {f"{name}.lora_A" for name, _ in sparse_layers(adapted)} <= trained_state(adapted).keys()

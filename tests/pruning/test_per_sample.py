@@ -368,13 +368,27 @@ def contracted(model, batch):
     return squares(model, batch) + torch.tensordot(batch, model[0].weight, ([-1], [1])).square().flatten(1).mean(1)
 
 
-ELSEWHERE = [functional, transposed, direct, rows, columns, by_vectors, contracted]
+def in_steps(model, batch):
+    return squares(model, batch) + (batch[..., None, :] * model[0].weight).sum(-1).square().flatten(1).mean(1)
+
+
+def scaled(model, batch):
+    return squares(model, batch) + F.linear(batch, -(model[0].weight * 0.5) / 3).square().flatten(1).mean(1)
+
+
+ELSEWHERE = [functional, transposed, direct, rows, columns, by_vectors, contracted, in_steps, scaled]
 
 
 @pytest.mark.parametrize("loss", ELSEWHERE, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("statistics", [FORWARD_STATISTICS, {"input_norm", "output_grad_norm"}])
 def test_products_elsewhere_are_refused_for_norms_too(loss, statistics):
     assert_refused(two_layers(), data(3, 4, 6), loss, "is also used outside its layer's forward pass", statistics)
+
+
+def importance(model, batch):
+    """A penalty with a coefficient for each weight, each row and all."""
+    weight = model[0].weight
+    return squares(model, batch) + 0.1 * (torch.ones(8, 6) * weight * weight + torch.ones(8, 1) * weight).sum() / 2
 
 
 def logged(model, batch):
@@ -386,9 +400,11 @@ def logged(model, batch):
 
 def test_weights_that_are_only_looked_at_do_no_harm():
     assert_right(two_layers(), data(3, 4, 6), logged)
-    plain, watched = (gather(two_layers(), data(3, 4, 6), f, {"output_grad_norm"}) for f in (squares, decay))
-    for name, entry in plain.items():
-        torch.testing.assert_close(entry.output_grad_norm, watched[name].output_grad_norm)
+    for penalty_of in (decay, importance):
+        plain, watched = (gather(two_layers(), data(3, 4, 6), f, {"output_grad_norm"}) for f in (squares, penalty_of))
+        for name, entry in plain.items():
+            torch.testing.assert_close(entry.output_grad_norm, watched[name].output_grad_norm)
+    gather(two_layers(), data(3, 4, 6), importance, FORWARD_STATISTICS)
 
 
 # -- layers of their own kind ----------------------------------------------------------------------------------------
@@ -463,6 +479,17 @@ def of_kind(kind):
 @pytest.mark.parametrize("size", [1, 3])
 def test_layers_whose_forward_is_another_are_refused_by_name(kind, size):
     assert_refused(of_kind(kind), data(size, 4, 6), squares, r"'2'.*`ignore`")
+
+
+def test_a_refusal_says_what_to_ignore_in_all_blocks():
+    """As of Mamba's dt_proj, whose module multiplies with its weight by itself in every block."""
+    model = nn.Sequential(*(nn.ModuleDict({"up": nn.Linear(6, 6), "skip": nn.Linear(6, 6)}) for _ in range(3)))
+    model.forward = lambda x: [x := F.linear(block["up"](x), block["skip"].weight) for block in model][-1]
+    by_name = r"add '0\.skip' to `ignore` \('\*\.skip' for all blocks\)"
+    assert_refused(model, data(3, 6), squares, by_name, FORWARD_STATISTICS)
+    targets = find_targets(model, ignore=["*.skip"])
+    assert [t.name for t in targets] == ["0.up.weight", "1.up.weight", "2.up.weight"]
+    collect(model, data(3, 6), targets, FORWARD_STATISTICS, num_samples=6, loss_fn=squares, progress=False)
 
 
 @pytest.mark.parametrize("size", [1, 3])

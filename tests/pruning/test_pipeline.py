@@ -467,6 +467,13 @@ def test_tied_embeddings_are_refused_and_can_be_ignored(llama_factory, tokens):
     assert set(prune(model, [tokens(2, 8)], num_samples=2)) == set(LAYERS)
 
 
+@pytest.mark.parametrize("score", ["wanda", "gblm"])
+def test_too_few_samples_warn_once_block_by_block_too(llama, tokens, score):
+    with pytest.warns(UserWarning, match="ended after 3") as told:
+        prune(llama, [tokens(3, 8)], score, sequential=True, num_samples=9, progress=False)
+    assert [str(w.message) for w in told] == ["calibration data ended after 3 of num_samples=9"]
+
+
 def test_sequential_without_blocks_is_refused():
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="Sequential names no decoder blocks"):

@@ -151,6 +151,28 @@ def test_masked_layer_norm_is_that_of_the_kept_channels(name):
     assert type(norm) is nn.LayerNorm
 
 
+@pytest.mark.parametrize("left_out", [False, True], ids=["final-norm", "no-final-norm"])
+def test_channels_go_from_opt_without_weights_in_norms_or_without_the_final_norm(left_out, tmp_path):
+    model = zoo.make("opt", layer_norm_elementwise_affine=False, _remove_final_layer_norm=left_out).double()
+    removal = {"attention": [[0]] * 3, "hidden": range(9, 17)}
+    sliced = copy.deepcopy(model)
+    mask_units(model, removal)
+    remove_units(sliced, removal)
+    torch.testing.assert_close(zoo.logits(sliced), zoo.logits(model), atol=1e-12, rtol=0)
+    save_plain(sliced, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    torch.testing.assert_close(zoo.logits(loaded), zoo.logits(model), atol=1e-12, rtol=0)
+
+
+def test_kept_channels_are_on_the_device_of_a_model_whose_norms_have_no_weights(monkeypatch):
+    monkeypatch.setattr("lightning_prune.structure.masking.check_data", lambda structure: None)
+    model = zoo.make("opt", layer_norm_elementwise_affine=False).to("meta")
+    mask_units(model, {"hidden": [0, 5]})
+    norms = [m for m in model.modules() if isinstance(m, KeptChannelsNorm)]
+    assert len(norms) == 7
+    assert {norm.kept_channels.device.type for norm in norms} == {"meta"}
+
+
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 def test_masked_units_stay_zero_in_training(name):
     """Weight decay, momentum and all: the gradients of a whole unit vanish, so nothing has to be enforced."""
