@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
@@ -68,6 +68,12 @@ class CalibrationData:
         self.presplit = self.kept = self.once = False
         self._touched: dict[str, Any] = {}
         training = _training_source(trainer).instance
+        if _several(source):
+            raise ValueError(
+                f"calibration={type(source).__name__} holds several loaders, not batches: pass batches as "
+                "training_step takes them, such as [{'a': a, 'b': b} for a, b in zip(loader_a, loader_b)], or one "
+                "DataLoader"
+            )
         if source is None:
             state = isolate_rng()
             state.__enter__()
@@ -80,6 +86,7 @@ class CalibrationData:
                 source = self._of_stream(source, seed)
             else:
                 self._touched = {"the training data": [source.generator, vars(source.sampler), source.dataset]}
+                source = _with_own_workers(source)
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:
@@ -188,6 +195,18 @@ def _loader(like: DataLoader[Any], dataset: Any, seed: int, **how: Any) -> DataL
     return DataLoader(dataset, collate_fn=like.collate_fn, generator=generator, **how)
 
 
+def _with_own_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """A loader of the same batches in the same order. Workers that persist serve one iterator, which training reads."""
+    if not (loader.persistent_workers and _is_plain(loader)):
+        return loader
+    order: dict[str, Any] = {"batch_size": None, "sampler": loader.sampler}
+    if loader.batch_sampler is not None:
+        order = {"batch_sampler": loader.batch_sampler}
+    return DataLoader(
+        loader.dataset, collate_fn=loader.collate_fn, generator=loader.generator, **order, **_workers(loader)
+    )
+
+
 def _streaming(loader: DataLoader[Any]) -> dict[str, Any]:
     return {"batch_size": loader.batch_size, "drop_last": loader.drop_last, **_workers(loader)}
 
@@ -246,10 +265,15 @@ def _training_source(trainer: L.Trainer) -> Any:
 def _train_dataloader(trainer: L.Trainer) -> Any:
     # `trainer.train_dataloader` is None until training starts; its source knows the loader, module or datamodule.
     loader = _training_source(trainer).dataloader()
-    several = isinstance(loader, (list, tuple, dict)) or is_kind(loader, "CombinedLoader")
-    if several or not isinstance(loader, Iterable):
+    if isinstance(loader, (list, tuple)) or _several(loader) or not isinstance(loader, Iterable):
         raise ValueError(f"the training data is a {type(loader).__name__}, not one DataLoader: {_ADVICE}")
     return loader
+
+
+def _several(data: Any) -> bool:
+    """Whether what should yield batches holds loaders, by name or in a list."""
+    listed = isinstance(data, (list, tuple)) and any(isinstance(item, DataLoader) for item in data)
+    return listed or isinstance(data, Mapping) or is_kind(data, "CombinedLoader")
 
 
 _WHEN = (
@@ -283,13 +307,15 @@ def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Te
         raise ValueError(
             "a training_step that takes dataloader_iter cannot be calibrated; pass loss_fn to the callback"
         )
+    # As Lightning gives it: to a step that takes anything (wrapped by a decorator, say) too.
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    extra = (0,) if len(positional) > 1 or "batch_idx" in parameters else ()
+    extra = (0,) if len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) else ()
 
-    def loss(_: nn.Module, batch: Any) -> Tensor:
+    def loss(_: nn.Module, batch: Any) -> Any:
         output = module.training_step(batch, *extra)
-        found = output["loss"] if isinstance(output, dict) and "loss" in output else output
-        if not isinstance(found, Tensor):
+        found: Any = output["loss"] if isinstance(output, dict) and "loss" in output else output
+        # None passes over a batch in training: its layers' inputs are seen all the same, and only gradients need more.
+        if not isinstance(found, Tensor) and found is not None:
             raise ValueError(
                 f"training_step returned {type(output).__name__}, not a loss; pass loss_fn to the callback"
             )

@@ -114,8 +114,9 @@ class State:
         self._undo.append(undo)
         held = [(value, f"{name}.{key}") for key, value in attributes.items()]
         for kind in (module._parameters, module._buffers):
-            # FSDP2 exchanges its parameters by itself.
-            if not any(isinstance(value, Tensor) and is_sharded(value) for value in kind.values()):
+            # FSDP2 exchanges its parameters by itself; TorchScript's cannot be exchanged, and are in no dictionary.
+            sharded = any(isinstance(value, Tensor) and is_sharded(value) for value in kind.values())
+            if isinstance(kind, dict) and not sharded:
                 self._container(kind, name)
             held += [(value, f"{name}.{key}") for key, value in kind.items()]
         return held + [(child, f"{name}.{key}") for key, child in module.named_children()]

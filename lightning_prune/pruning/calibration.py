@@ -414,10 +414,15 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
         if nothing and tap.target.parameter in reached:
             unreached.append(tap)
         elif nothing:
+            why = "is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use more samples"
+            if tap.target.parameter in taps.without_gradient:  # all parameters are frozen meanwhile
+                why = (
+                    "runs under no_grad, or in a re-entrant checkpoint whose inputs require a gradient only because of "
+                    "trained parameters before it; checkpoint with use_reentrant=False, or add the layer to `ignore`"
+                )
             raise CalibrationError(
                 f"no calibration sample reached {tap.target.parameter!r} ({', '.join(absent) or 'on other ranks'}): "
-                "the layer is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use "
-                "more samples"
+                f"the layer {why}"
             )
         for name in absent:
             inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]

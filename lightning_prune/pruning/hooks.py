@@ -136,6 +136,7 @@ class Taps:
         not_per_sample: The inputs of some layer did not come sample by sample.
         calls: The layers that are running, the innermost last.
         seen: Names of weights whose use has been found sound.
+        without_gradient: Names of weights that were used while no gradient was recorded.
     """
 
     def __init__(
@@ -164,6 +165,7 @@ class Taps:
         self.leaks: list[Tensor] = []
         self.calls: list[LayerCall] = []
         self.seen: set[str] = set()
+        self.without_gradient: set[str] = set()
         self.of_weights = bool(statistics & GRADIENTS)
         self.uses = WeightUses(self, [(target.name, target.modules) for target in targets])
         self.watched = False
@@ -346,6 +348,7 @@ class Taps:
                 tap.uses += 1
                 self._check_per_sample(tap, layer, x)
             if not torch.is_grad_enabled():  # the first, gradient-free pass of a re-entrant checkpoint
+                self.without_gradient.add(tap.target.parameter)
                 self._enter(tap, layer, x, None)
                 return None
             record = _Record(tap, layer)

@@ -48,6 +48,12 @@ def loss_of(losses: Any, taps: Taps) -> tuple[Tensor | None, CalibrationError | 
     """What a loss function returned, a scalar or a vector of losses; or what is wrong with it."""
     if taps.failure is not None:
         return None, taps.failure
+    if losses is None:
+        return None, CalibrationError(
+            "the loss of a calibration batch is None: a training step that returns None passes over the batch, which "
+            "has no gradient then. Leave such batches out (calibration=), pass a loss_fn=f(module, batch) that gives "
+            "them one, or choose a score without gradients (wanda, sparsegpt, magnitude)"
+        )
     if not isinstance(losses, Tensor) or losses.dim() > 1:
         got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
         return None, CalibrationError(f"loss_fn must return a scalar or one loss a sample, got {got}")

@@ -683,11 +683,20 @@ def _packed_layers(model: nn.Module) -> list[str]:
 
 
 def adapter_modules(model: nn.Module) -> set[nn.Module]:
-    """Modules of adapters beside a PEFT ``base_layer``."""
+    """Modules of adapters beside PEFT's ``base_layer``, of its prompts, and what adapters have put aside; averages."""
     adapters: set[nn.Module] = set()
     for parent in model.modules():
         if isinstance(parent, AveragedModel) and parent is not model:
             adapters.update(parent.modules())
+        # Of prompt and prefix tuning: what makes the virtual tokens, with layers of its own.
+        if hasattr(parent, "peft_config") and isinstance(prompt := getattr(parent, "prompt_encoder", None), nn.Module):
+            adapters.update(prompt.modules())
+        # PEFT's `modules_to_save`: the copy in use is what is trained and kept, the others never run.
+        copies, original = (getattr(parent, name, None) for name in ("modules_to_save", "original_module"))
+        if isinstance(copies, nn.ModuleDict) and isinstance(original, nn.Module):
+            used = [copies[name] for name in getattr(parent, "active_adapters", ()) if name in copies]
+            idle = {m for part in (original, *copies.values()) if used and part not in used for m in part.modules()}
+            adapters.update(idle - {m for part in used for m in part.modules()})
         base = getattr(parent, "base_layer", None)
         if isinstance(base, nn.Module):
             inside = set(base.modules())
@@ -802,6 +811,11 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"the weight of {name!r} has no shape yet (lazy layer); run the model once first")
+    if weight.is_complex():
+        raise ValueError(
+            f"the weight of {name!r} is {weight.dtype}: scores compare real numbers, so complex weights are not "
+            "pruned; add the layer to `ignore`"
+        )
     form = _packed_form(weight)
     if form is not None:
         raise ValueError(f"the weight of {name!r} is quantized ({form}); prune before quantizing, or ignore the layer")

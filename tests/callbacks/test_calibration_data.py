@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from tiny import make_llama
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -313,6 +314,20 @@ def test_the_training_loader_itself_can_be_given_for_calibration(kind: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+@pytest.mark.slow  # processes
+def test_workers_that_training_reads_from_are_not_calibration_s() -> None:
+    def shuffled(persistent: bool) -> DataLoader:
+        generator = torch.Generator().manual_seed(4)
+        return DataLoader(rows(), 4, shuffle=True, generator=generator, num_workers=1, persistent_workers=persistent)
+
+    expected = fit(shuffled(False), max_epochs=1)
+    loader, seen = shuffled(True), []
+    schedule = LinearSchedule(0, 4, 2)
+    got = fit(loader, pruning(seen, calibration=loader, sparsity=0.5, schedule=schedule, score="wanda"), max_epochs=1)
+    assert len(seen) == 2 * 2  # pruned at steps 2 and 4
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 class Held(IterableDataset):
     """Reads what nothing can read twice."""
 
@@ -341,6 +356,17 @@ def test_several_loaders_are_refused_with_advice() -> None:
     for loaders in ([DataLoader(rows(), 4), DataLoader(rows(), 4)], {"a": DataLoader(rows(), 4)}):
         with pytest.raises(ValueError, match=r"not one DataLoader: pass calibration="):
             fit(loaders, pruning())
+
+
+@pytest.mark.parametrize("kind", [dict, list, CombinedLoader])
+def test_several_loaders_given_for_calibration_are_refused_before_anything_is_pruned(kind: Any) -> None:
+    loaders: Any = {"a": DataLoader(rows(), 4), "b": DataLoader(rows(), 4)}
+    loaders = list(loaders.values()) if kind is list else kind(loaders)
+    module = Numbered()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=rf"calibration={kind.__name__} holds several loaders.*zip\("):
+        fit(DataLoader(rows(), 4), pruning(calibration=loaders, sparsity=0.5), module=module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_a_generator_that_would_run_dry_is_refused_before_it_is_read() -> None:
@@ -508,6 +534,26 @@ def test_what_is_too_large_to_remember_is_named(monkeypatch: pytest.MonkeyPatch)
     assert module.few == [1]
 
 
+def test_modules_of_torchscript_are_put_back() -> None:
+    module = Numbered()
+    module.norm = torch.jit.script(nn.BatchNorm1d(4))  # counts batches and averages them
+    before = copy.deepcopy(module.norm.state_dict())
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        return module.net(module.norm.train()(batch)).square().sum(-1)
+
+    found: dict[str, Tensor] = {}
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            found.update(copy.deepcopy(module.norm.state_dict()))
+
+    pruner = pruning(loss_fn=loss, score="wanda", sparsity=0.5)
+    fit(DataLoader(rows(), 4), pruner, Look(), module=module, limit_train_batches=1)
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.03)
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+
+
 def test_a_loss_that_writes_to_a_pruned_weight_is_refused_and_the_weight_is_as_it_was() -> None:
     class Clipped(Numbered):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -580,3 +626,31 @@ def test_a_step_finds_what_it_finds_in_training() -> None:
     assert len(found) == 3
     assert found[0] == found[1] == found[2]
     assert found[0][0] == ["before", "transfer", "after"]
+
+
+def test_a_step_that_takes_anything_gets_the_index_as_in_training() -> None:
+    class Wrapped(Numbered):
+        def training_step(self, *args: Any) -> Tensor:
+            batch, index = args
+            assert isinstance(index, int)
+            return super().training_step(batch, index)
+
+    pruner = pruning(loss_fn=None, sparsity=0.5)
+    fit(DataLoader(rows(), 4), pruner, module=Wrapped())
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_step_that_passes_over_a_batch_gives_inputs_but_no_gradient() -> None:
+    class Passing(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor | None:
+            loss = super().training_step(batch, batch_idx)
+            return None if bool((batch[:, 0] < 8).any()) else loss
+
+    masks = []
+    for module in (Passing(), Numbered()):
+        pruner = pruning(loss_fn=None, score="wanda", sparsity=0.5, calibration=rows().split(4))
+        fit(DataLoader(rows(), 4), pruner, module=module)
+        masks.append(pruner.masks)
+    assert masks[0] == masks[1]
+    with pytest.raises(RuntimeError, match=r"loss of a calibration batch is None.*without gradients \(wanda"):
+        fit(DataLoader(rows(), 4), pruning(loss_fn=None, calibration=rows().split(4)), module=Passing())

@@ -691,8 +691,21 @@ def test_a_layer_under_no_grad_is_named():
                 x = self.a(x)
             return self.b(x)
 
-    with pytest.raises(CalibrationError, match=r"no calibration sample reached 'a\.weight'"):
+    with pytest.raises(CalibrationError, match=r"no calibration sample reached 'a\.weight'.*runs under no_grad"):
         gather(Cut(), [torch.randn(2, 3, 6)], loss_fn=squares)
+
+
+def test_a_reentrant_checkpoint_that_relies_on_trained_parameters_before_it_is_told_of():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.start, self.a, self.b = nn.Parameter(torch.zeros(6)), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.b(checkpoint(self.a, x + self.start, use_reentrant=True))
+
+    with pytest.raises(CalibrationError, match=r"'a\.weight'.*use_reentrant=False"):
+        gather(Late(), [torch.randn(2, 3, 6)], loss_fn=squares)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

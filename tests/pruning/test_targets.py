@@ -166,6 +166,8 @@ def test_weights_that_cannot_be_pruned_are_refused():
         find_targets(nn.Sequential(quantized))
     with pytest.raises(ValueError, match="weight of '0' has no data"):
         find_targets(nn.Sequential(nn.Linear(3, 3, device="meta")))
+    with pytest.raises(ValueError, match=r"weight of '0' is torch\.complex64: scores compare real numbers.*`ignore`"):
+        find_targets(nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)))
 
 
 @pytest.mark.parametrize("part", ["whole", "blocks"])
@@ -193,6 +195,31 @@ def test_only_the_base_layers_of_a_lora_model_are_targets(llama):
     assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" in names
     chosen = [t.name for t in find_targets(model, targets=["q_proj"])]
     assert chosen == [n for n in names if "q_proj" in n]
+
+
+def test_of_layers_that_peft_saves_whole_the_copy_in_use_is_a_target(llama):
+    from peft import LoraConfig, get_peft_model
+
+    def saved(names):
+        return [n.rpartition("mlp.")[2] for n in names if "layers.0" in n and "down_proj" in n]
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["down_proj"])
+    model = get_peft_model(llama, config, adapter_name="one")
+    model.add_adapter("two", config)
+    assert saved(t.name for t in find_targets(model)) == ["down_proj.modules_to_save.one.weight"]
+    model.set_adapter("two")
+    assert saved(t.name for t in find_targets(model)) == ["down_proj.modules_to_save.two.weight"]
+    batches = [torch.randint(0, 64, (2, 8))]
+    masks = prune(model, batches, score="wanda", num_samples=2, progress=False)
+    assert saved(masks) == ["down_proj.modules_to_save.two.weight"]
+
+
+def test_what_makes_virtual_tokens_is_no_target(llama):
+    from peft import PromptEncoderConfig, get_peft_model
+
+    settings = PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", encoder_hidden_size=8)
+    names = names_of(llama)
+    assert names_of(get_peft_model(llama, settings)) == [f"base_model.{name}" for name in names]
 
 
 def test_targets_read_the_parameter_anew():
