@@ -54,6 +54,15 @@ class Originals:
                 while self.undo:
                     self.undo.pop()()
 
+    @torch.no_grad()
+    def go_back(self, share: float) -> None:
+        """Leave all that were kept only that share of the way, from what they were, to what they are."""
+        for parameter, copy in self._copies.values():
+            here = local(parameter)
+            wide = torch.promote_types(here.dtype, torch.float32)
+            part = torch.lerp(copy.to(here.device, wide), here.to(wide), share).to(here.dtype)
+            here.copy_(torch.where(part == 0, here, part))  # halfway from a to -a would look pruned
+
     def put_back(self, parameters: Iterable[nn.Parameter]) -> None:
         """Restore some parameters, and let go of their copies."""
         chosen = {id(p): p for p in parameters}

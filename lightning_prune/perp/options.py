@@ -233,6 +233,9 @@ class ReconstructSettings:
             model, so that a window also undoes errors of those before it. ``"pruned"``: what the pruned window is
             given, so that each stands for itself. Of several stacks (encoder and decoder) each begins with what the
             fitted stacks before it give it, in both cases.
+        share: How far each weight goes, when all windows are done, from where it was to where its fit ended, in
+            ``(0, 1]``: a fit of few samples has fitted them too well at its end. The errors of windows are those of
+            the fits.
         offload: Device where hidden states wait, such as ``"cpu"``; default the model's.
         lora_options: Of the adapters.
 
@@ -249,6 +252,7 @@ class ReconstructSettings:
     learning_rate: float = 1e-3
     num_samples: int = 128
     teacher: str = "dense"
+    share: float = 1.0
     offload: torch.device | str | None = None
     lora_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -256,7 +260,7 @@ class ReconstructSettings:
     def of(cls, options: Mapping[str, Any], argument: str = "reconstruct") -> ReconstructSettings:
         """Complete and check options by name, where those of LoRA stand beside the others.
 
-        With ``train="all"`` the defaults are half blocks, and one pass with 2 samples a step.
+        With ``train="all"`` the defaults are half blocks, one pass with 2 samples a step, and half of the way.
         """
         own = {f.name for f in fields(cls)} - {"lora_options"}
         given = {name: value for name, value in options.items() if name in own}
@@ -267,7 +271,7 @@ class ReconstructSettings:
             hint = f"did you mean {near[0]!r}?" if near else f"it takes any of {', '.join(sorted(own))}"
             raise TypeError(f"{argument} has the unknown option {unknown[0]!r}; {hint}")
         if given.get("train") == "all":
-            everything = {"adapter": None, "window": "half", "epochs": 1, "batch_size": 2}
+            everything = {"adapter": None, "window": "half", "epochs": 1, "batch_size": 2, "share": 0.5}
             given = {**everything, **given}
         if given.get("steps") is not None and "epochs" not in options:
             given["epochs"] = None
@@ -307,6 +311,8 @@ class ReconstructSettings:
                 raise ValueError(f"{name}={value!r} must be an integer >= 1, below 2**31, such as {least}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate={self.learning_rate!r} must be above 0, such as 1e-3")
+        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share!r} must be a number in (0, 1], such as 0.5")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {choices}")

@@ -91,8 +91,9 @@ def reconstruct(
     A window is trained by AdamW (no weight decay; linear schedule, 10 % warm-up) on the mean squared error of its
     outputs over real tokens, through adapters that are merged before the next one begins, or with all its kept weights
     (``train="all"``). Its inputs are the outputs of the fitted windows before it, so it also makes up for what they
-    could not. One that fitting did not improve is put back. Works on masks of any score. If anything fails or is
-    interrupted, every weight is bit-identical to before.
+    could not. One that fitting did not improve is put back. With `share` below 1 all weights go back a part of the way
+    at the end. Works on masks of any score. If anything fails or is interrupted, every weight is bit-identical to
+    before.
 
     On the model's device are at a time: one window with what is trained (and for ``train="all"`` its gradients and two
     optimizer states), its block's dense weights, and one batch's activations besides the hidden states of all samples,
@@ -113,8 +114,8 @@ def reconstruct(
         ranks: The processes that work together, each with batches and `num_samples` of its own and all with the same
             weights: gradients are averaged over them, and all end with the same weights. Every one must call.
         **options: Those of `ReconstructSettings` (``train``, ``adapter``, ``window``, ``steps`` or ``epochs``,
-            ``batch_size``, ``learning_rate``, ``num_samples``, ``teacher``, ``offload``), and for adapters those of
-            `add_adapters`, without ``rank_pattern``, ``alpha_pattern`` and ``lora_dropout``.
+            ``batch_size``, ``learning_rate``, ``num_samples``, ``teacher``, ``share``, ``offload``), and for adapters
+            those of `add_adapters`, without ``rank_pattern``, ``alpha_pattern`` and ``lora_dropout``.
 
     Returns:
         The error of each window before and after.
@@ -173,6 +174,8 @@ def reconstruct(
                         pass
                     given = wanted if settings.teacher == "dense" else given
                     advance()
+        if settings.share < 1:
+            originals.go_back(settings.share)
     return Reconstruction(tuple(errors))
 
 

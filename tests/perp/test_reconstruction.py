@@ -224,17 +224,42 @@ def test_all_kept_weights_are_those_of_the_simulation(teacher: str, window: str)
     data = batches(padded=True)
     pairs = [{n: t[i : i + 2] for n, t in batch.items()} for batch in data for i in (0, 2)]
     weights, errors = fit_kept_weights(dense, model, masks, pairs, teacher, window, 5, 1e-2, 3)
-    found = reconstruct(
-        model, data, dense, masks, train="all", teacher=teacher, window=window, epochs=5, learning_rate=1e-2, seed=3
-    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    share = 1.0 if window == "block" else 0.25
+    options = {"teacher": teacher, "window": window, "epochs": 5, "learning_rate": 1e-2, "seed": 3, "share": share}
+    found = reconstruct(model, data, dense, masks, train="all", **options)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-6, atol=1e-8, msg=name)
+        expected = (1 - share) * before[name] + share * weights[name]
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-8, msg=name)
     assert [(b.before, b.after) for b in found.blocks] == [pytest.approx(e, rel=1e-6) for e in errors]
     if window == "half":
         middle = "post_attention_layernorm"
         names = [f"model.layers.{b} {where} {middle}" for b in (0, 1) for where in ("before", "from")]
         assert [b.name for b in found.blocks] == names
     assert all(not model.get_parameter(n)[~m].view(torch.int64).any() for n, m in masks.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_all_kept_weights_go_half_of_the_way_and_adapters_all_of_it(dtype: torch.dtype) -> None:
+    dense, model, masks = pair(dtype)
+    dense, model = dense.eval(), model.eval()
+
+    def fitted(**options: Any) -> dict[str, torch.Tensor]:
+        other = copy.deepcopy(model)
+        reconstruct(other, batches(), dense, masks, learning_rate=1e-2, **options)
+        return {name: p.detach() for name, p in other.named_parameters()}
+
+    whole, default = fitted(train="all", share=1.0), fitted(train="all")
+    changed = 0
+    for name, p in model.named_parameters():
+        middle = ((p.detach().double() + whole[name].double()) / 2).to(dtype)
+        middle = torch.where(middle == 0, whole[name], middle)  # no weight that is kept looks pruned
+        torch.testing.assert_close(default[name], middle, msg=name)
+        changed += not torch.equal(middle, whole[name])
+    assert changed > 14
+    assert all(not default[name][~mask].any() for name, mask in masks.items())
+    adapters, all_of_it = fitted(steps=5), fitted(steps=5, share=1)
+    assert all(torch.equal(adapters[name], all_of_it[name]) for name in adapters)
 
 
 @pytest.mark.few_fast(1)
@@ -482,6 +507,9 @@ def test_after_a_failure_every_bit_is_as_before(failure: str, monkeypatch: pytes
         ({"steps": 5, "epochs": 1}, ValueError, "give one of them"),
         ({"train": "all", "epochs": 0}, ValueError, "epochs=0"),
         ({"train": "all", "batch_size": 1.5}, ValueError, "batch_size=1.5"),
+        ({"train": "all", "share": 0.0}, ValueError, r"share=0.0 must be a number in \(0, 1\]"),
+        ({"share": 1.5}, ValueError, "share=1.5"),
+        ({"share": "half"}, ValueError, "share='half'"),
         ({"train": "all", "adapter": "hira"}, ValueError, "remove adapter"),
         ({"train": "all", "r": 4}, ValueError, "takes no LoRA options"),
         ({"train": "norm"}, TypeError, "write train="),
