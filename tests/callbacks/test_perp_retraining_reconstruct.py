@@ -116,7 +116,7 @@ class Augmented(Dataset):
         return 12
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        drawn = [random.randrange(64), int(np.random.randint(64)), int(torch.randint(64, ()))]  # noqa: NPY002
+        drawn = [random.randrange(64), int(np.random.randint(64)), int(torch.randint(64, ()))]
         return {"input_ids": torch.tensor([index, *drawn])}
 
 
@@ -126,9 +126,9 @@ def test_training_draws_what_it_would_draw_without(tmp_path: Path) -> None:
             batches.append(batch["input_ids"])
 
     runs = []
-    for reconstruct in (OPTIONS, False):
+    for options in (OPTIONS, False):
         module, batches = make_module(), list[torch.Tensor]()
-        perp = PERPRetraining(r=4, reconstruct=reconstruct)
+        perp = PERPRetraining(r=4, reconstruct=options)
         L.seed_everything(0, verbose=False)
         make_trainer(tmp_path, pruning(), perp, Seen(), max_epochs=1).fit(module, DataLoader(Augmented(), 4))
         runs.append(torch.cat(batches))
