@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -75,12 +75,8 @@ class CalibrationData:
                 "DataLoader"
             )
         if source is None:
-            state = isolate_rng()
-            state.__enter__()
-            try:
+            with _random_states():
                 source = self._of_training(_train_dataloader(trainer), num_samples, seed)
-            finally:
-                state.__exit__(None, None, None)
         elif isinstance(source, DataLoader) and _same_data(source, training):
             if isinstance(source.dataset, IterableDataset):
                 source = self._of_stream(source, seed)
@@ -104,9 +100,11 @@ class CalibrationData:
                 batch = hooks.on_before_batch_transfer(batch, dataloader_idx=0)
                 yield trainer.strategy.batch_to_device(batch)
 
-    def untouched(self) -> AbstractContextManager[Any]:
-        """Put back the counters and random generators of the training data at the end."""
-        return unchanged(self._touched, tensors=False)
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Put back all random states, and the counters and random generators of the training data, at the end."""
+        with _random_states(), unchanged(self._touched, tensors=False):
+            yield
 
     def _of_training(self, loader: Any, num_samples: int, seed: int) -> Iterable[Any]:
         if _is_plain(loader) and not isinstance(loader.dataset, IterableDataset):
@@ -325,6 +323,17 @@ def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Te
 
 
 @contextmanager
+def _random_states() -> Iterator[None]:
+    """Put the random states of torch, CUDA, numpy and Python back at the end."""
+    isolated = isolate_rng()
+    isolated.__enter__()
+    try:
+        yield
+    finally:
+        isolated.__exit__(None, None, None)  # by hand, since after an error it restores nothing
+
+
+@contextmanager
 def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedParameters]:
     """Undo what a training step does beside its loss.
 
@@ -334,27 +343,22 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
 
     Yields what to run the loss in, so that parameters that it writes to are copied first.
     """
-    isolated = isolate_rng()
-    isolated.__enter__()
     loggers = trainer.loggers
     silenced = {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
-    try:
-        with unchanged({type(module).__name__: module}) as state:
-            if state.unknown:
-                named = ", ".join(f"{name} ({kind})" for name, kind in state.unknown.items())
-                rank_zero_warn(f"what a training step draws from or writes to {named} in calibration cannot be undone")
-            parameters = WatchedParameters(state.parameters)
-            trainer.loggers = [DummyLogger() for _ in loggers]
-            module.__dict__.update(silenced)
-            try:
-                yield parameters
-            finally:
-                for name in silenced:
-                    module.__dict__.pop(name, None)
-                trainer.loggers = loggers
-                parameters.put_back()
-    finally:
-        isolated.__exit__(None, None, None)  # by hand, since after an error it restores nothing
+    with _random_states(), unchanged({type(module).__name__: module}) as state:
+        if state.unknown:
+            named = ", ".join(f"{name} ({kind})" for name, kind in state.unknown.items())
+            rank_zero_warn(f"what a training step draws from or writes to {named} in calibration cannot be undone")
+        parameters = WatchedParameters(state.parameters)
+        trainer.loggers = [DummyLogger() for _ in loggers]
+        module.__dict__.update(silenced)
+        try:
+            yield parameters
+        finally:
+            for name in silenced:
+                module.__dict__.pop(name, None)
+            trainer.loggers = loggers
+            parameters.put_back()
 
 
 def watched_loss(

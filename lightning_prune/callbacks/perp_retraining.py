@@ -255,9 +255,12 @@ class PERPRetraining(L.Callback):
             )
         try:  # the module may have more of the weights than the model has
             check_unshared(module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
-        except ValueError:
+        except ValueError as error:
             remove_adapters(wrapped)
-            raise
+            raise ValueError(
+                f"{error}. Where {type(module).__name__} has a second attribute for a part of attribute="
+                f"{self.attribute!r}, make that a property which returns the part, so that every weight has one name"
+            ) from None
         setattr(module, self.attribute, wrapped)
 
     def _rename_masks(self, pruner: WeightPruning, module: L.LightningModule) -> None:

@@ -89,6 +89,9 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
     logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")
+    if logits.dim() == 3 and getattr(uncompiled(model), "prompt_encoder", None) is not None:
+        # PEFT's virtual tokens come first, and no label is theirs.
+        labels = F.pad(labels, (max(logits.shape[1] - labels.shape[1], 0), 0), value=IGNORE_INDEX)
     return causal_lm_losses(logits, labels, allow_empty=True)
 
 

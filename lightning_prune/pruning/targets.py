@@ -22,6 +22,7 @@ from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
 from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
 from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out
+from lightning_prune.pruning.zeros import keeps_zeros
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import (
     Layout,
@@ -41,6 +42,8 @@ DEFAULT_IGNORE = HEADS
 HEAD, ROUTER, FROZEN = "head", "router", "frozen"
 # And where statistics are read, which do not know them.
 FUNCTIONAL, GROUPED = "used functionally", "grouped convolution"
+# And always: there would be no zeros in what it computes with.
+STANDARDIZED = "its forward makes other numbers of zeros (weight standardization?)"
 # Why others are left alone.
 IGNORED, NOT_NAMED = "in ignore", "not in targets"
 
@@ -468,7 +471,8 @@ def find_targets(
     Left alone by default are output layers, also those tied to embeddings; routers of experts; and frozen layers. A
     layer is frozen if its weight requires no gradient while another parameter of the model does, and it is not the
     base of an adapter. What is named in `targets` is pruned all the same: by a selector that matches nothing but
-    heads, or routers, or frozen layers. Where heads are all there is, they are pruned.
+    heads, or routers, or frozen layers. Where heads are all there is, they are pruned. Layers that standardize their
+    weight are always left alone, since they would compute with other numbers in the place of zeros.
 
     Args:
         model: Any module.
@@ -534,7 +538,7 @@ def select_layers(
         for selector in targets:
             matched = [name for name, layer in layers.items() if _selected(name, layer.module, [selector])]
             # A selector that matches other layers too names none of these: "q_proj" is no word for a frozen teacher.
-            named = frozenset.intersection(*(reasons[name] for name in matched))
+            named = frozenset.intersection(*(reasons[name] for name in matched)) - {STANDARDIZED}
             reasons |= {name: reasons[name] - named for name in matched}
     left_out = {}
     for name, layer in layers.items():
@@ -543,7 +547,9 @@ def select_layers(
         elif _selected(name, layer.module, ignored):
             left_out[name] = IGNORED
         elif reasons[name]:
-            left_out[name] = next(r for r in (ROUTER, HEAD, FUNCTIONAL, GROUPED, FROZEN) if r in reasons[name])
+            left_out[name] = next(
+                r for r in (STANDARDIZED, ROUTER, HEAD, FUNCTIONAL, GROUPED, FROZEN) if r in reasons[name]
+            )
     chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
@@ -608,6 +614,7 @@ def _reasons(
                 (FROZEN, name in frozen),
                 (FUNCTIONAL, layer.module in functional),
                 (GROUPED, called and getattr(layer.module, "groups", 1) > 1),
+                (STANDARDIZED, isinstance(layer.module, (nn.Linear, *CONVOLUTIONS)) and not keeps_zeros(layer.module)),
             )
             if holds
         )

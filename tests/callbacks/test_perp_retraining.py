@@ -309,3 +309,12 @@ def test_what_does_not_fit_the_module_is_refused_before_anything_changes(
         make_trainer(tmp_path, *callbacks).fit(module, loader())
     assert snapshot(module) == before
     assert isinstance(module.model, LlamaForCausalLM)
+
+
+def test_a_second_attribute_for_a_part_of_the_model_is_refused_with_the_cure(tmp_path: Path) -> None:
+    module = make_module()
+    module.backbone = module.model.model
+    before = snapshot(module)
+    with pytest.raises(ValueError, match=r"backbone\.layers\.0.*make that a property which returns the part"):
+        make_trainer(tmp_path, pruning(), PERPRetraining(r=4)).fit(module, loader())
+    assert snapshot(module) == before

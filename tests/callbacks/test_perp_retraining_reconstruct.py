@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from perp_models import halve
 from perp_trainers import Losses, loader, make_module, make_trainer, pruning
 from tiny import snapshot
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaForCausalLM
 from versions import WEIGHTS_ONLY
 
@@ -104,6 +107,32 @@ def test_a_folder_that_is_not_there_is_refused_and_changes_nothing(tmp_path: Pat
         n.removeprefix("base_model.model.").replace(".base_layer.", "."): v for n, v in snapshot(module.model).items()
     }
     assert before == {name: after[name] for name in before}
+
+
+class Augmented(Dataset):
+    """Draws from the global random generators."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        drawn = [random.randrange(64), int(np.random.randint(64)), int(torch.randint(64, ()))]
+        return {"input_ids": torch.tensor([index, *drawn])}
+
+
+def test_training_draws_what_it_would_draw_without(tmp_path: Path) -> None:
+    class Seen(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batches.append(batch["input_ids"])
+
+    runs = []
+    for options in (OPTIONS, False):
+        module, batches = make_module(), list[torch.Tensor]()
+        perp = PERPRetraining(r=4, reconstruct=options)
+        L.seed_everything(0, verbose=False)
+        make_trainer(tmp_path, pruning(), perp, Seen(), max_epochs=1).fit(module, DataLoader(Augmented(), 4))
+        runs.append(torch.cat(batches))
+    assert torch.equal(*runs)
 
 
 @pytest.mark.slow

@@ -208,6 +208,19 @@ def test_a_sample_without_a_label_has_no_loss():
         causal_lm_losses(torch.zeros(3, 6, 128), labels)
 
 
+def test_virtual_tokens_of_peft_have_no_label():
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(make_llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    ids, mask = make_tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    labels = ids.clone()
+    labels[1, 2:4] = -100
+    losses = causal_lm_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    expected = [model(input_ids=ids[[i]], attention_mask=mask[[i]], labels=labels[[i]]).loss for i in range(2)]
+    torch.testing.assert_close(losses, torch.stack(expected))
+    assert prune(model, [ids], "gblm", num_samples=2, progress=False)
+
+
 def test_a_mask_of_another_length_than_the_labels():
     batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
     with pytest.raises(ValueError, match=r"attention mask has shape \(2, 3\), the labels \(2, 4\)"):

@@ -169,6 +169,18 @@ def test_losses_ignore_padding(batch):
     torch.testing.assert_close(expected.mean(), reference)
 
 
+def test_a_batch_without_any_label_counts_for_nothing(tmp_path):
+    ids = torch.randint(400, (2, 8), generator=torch.Generator().manual_seed(0))
+    rows = [{"input_ids": ids[0], "labels": ids[0]}, {"input_ids": ids[1], "labels": torch.full((8,), -100)}]
+    model = random_model()
+    first = model.model(input_ids=ids[:1], labels=ids[:1]).loss.item()
+    run = trainer(tmp_path, max_steps=2, log_every_n_steps=1)
+    run.fit(model, DataLoader(rows, batch_size=1))
+    assert run.callback_metrics["train_loss"].item() == pytest.approx(first, rel=1e-5)
+    assert run.callback_metrics["train_loss_epoch"].item() == pytest.approx(first, rel=1e-5)
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 def test_logged_values_are_means_over_tokens(tmp_path, data):
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(400, (n,), generator=generator) for n in (5, 32, 11)]

@@ -1,0 +1,80 @@
+"""Tell layers in whose product a zero of the weight is no zero: pruning them would remove nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_prune.naming import own_parameters
+
+_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+_PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "matmul", "mm", "addmm", "__matmul__"))
+
+
+class _Products(TorchFunctionMode):
+    """Counts the zeros of what meets an input and has as many elements as a weight."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.zeros: list[int] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _PRODUCTS:
+            operands = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
+            self.zeros += [int((a == 0).sum()) for a in operands if a.dim() > 1 and a.numel() == self.size]
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def keeps_zeros(layer: nn.Module) -> bool:
+    """Return whether zeros of a layer's weight are zeros in what its forward multiplies with the input.
+
+    Weight standardization subtracts a mean first, after which none is. A scale or a rounding keeps them. A layer with a
+    forward of its own is tried with a made-up weight and input, on a copy; one that cannot be run so counts as keeping
+    them.
+
+    Args:
+        layer: A Linear, Conv1d or Conv2d, or of a class that inherits from one.
+    """
+    weight = own_parameters(layer).get("weight")
+    if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or not weight.is_floating_point():
+        return True
+    try:
+        index = torch.arange(weight.numel(), device=weight.device)
+        made = ((index % 2) * (1 + index % 3)).to(weight.dtype).view(weight.shape)  # every second is zero
+        products = _Products(made.numel())
+        trial = copy.copy(layer)
+        held = vars(trial)
+        for kind in ("_parameters", "_buffers", "_modules"):
+            held[kind] = copy.deepcopy({name: value for name, value in held[kind].items() if value is not weight})
+        trial.weight = nn.Parameter(made)
+        x = _input(layer, made)
+        # Not called, so that hooks do not run.
+        with torch.random.fork_rng([made.device] if made.is_cuda else []), products:
+            type(layer).forward(trial.eval(), x)
+    except Exception:  # whatever it needs, it cannot be run alone
+        return True
+    zeros = int((made == 0).sum())
+    return all(found >= zeros for found in products.zeros)
+
+
+def _input(layer: nn.Module, weight: Tensor) -> Tensor:
+    """Ones that a layer takes, not as many as its weight has."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        # Twice what the kernel spans: a padding mode may want more than the padding.
+        spans = [2 * step * (size - 1) + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
+        shape = [layer.in_channels, *spans]
+    else:
+        assert isinstance(layer, nn.Linear)
+        shape = [layer.in_features]
+    x = weight.new_ones(1, *shape)
+    return x if x.numel() != weight.numel() else weight.new_ones(2, *shape)
