@@ -206,12 +206,12 @@ class CausalLM(L.LightningModule):
         return logits
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean loss over the predicted tokens of the batch, in nats; zero, and no `train_loss`, without any."""
+        """Mean loss over the predicted tokens of the batch, in nats; without any zero, and a `train_loss` of NaN."""
         losses, tokens = self._token_losses(batch)
         loss = losses.sum() / tokens.clamp(min=1)  # gradients of zero, not NaN, and every rank has some
         self._train_loss.update(losses, tokens)
-        if tokens:
-            self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=False)
+        mean = losses.detach().sum() / tokens  # asking whether there are tokens would wait for the device
+        self.log("train_loss", mean, prog_bar=True, on_step=True, on_epoch=False)
         self.log("train_loss_epoch", self._train_loss, on_step=False, on_epoch=True)
         return loss
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pretend_device
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -33,7 +34,9 @@ from lightning_prune import (
 from lightning_prune.structure import permute_channels, save_plain
 
 ACCELERATOR = os.environ.get("GPU_TESTS_ON", "cuda")
-ON_CPU = ACCELERATOR == "cpu"
+ON_CPU = ACCELERATOR != "cuda"
+PRETEND = ACCELERATOR == "pretend"
+not_pretend = pytest.mark.skipif(PRETEND, reason="compiles for, or communicates on, a device that torch knows")
 PRECISIONS = ["32-true", "bf16-mixed", "bf16-true", pytest.param("16-mixed", marks=pytest.mark.cuda_only)]
 IDS = torch.randint(256, (64, 24), generator=torch.Generator().manual_seed(1))
 
@@ -82,6 +85,11 @@ class Holds(L.Callback):
             assert not bool((weight[~mask.to(weight.device)] != 0).any()), name
 
 
+def placed(**options: Any) -> dict[str, Any]:
+    """Arguments of a Trainer on the device."""
+    return pretend_device.placed(**options) if PRETEND else {"accelerator": ACCELERATOR, "devices": 1, **options}
+
+
 def fit(
     module: L.LightningModule,
     *callbacks: L.Callback,
@@ -93,9 +101,8 @@ def fit(
     L.seed_everything(3, verbose=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        accelerator=ACCELERATOR, devices=1, max_steps=steps, enable_checkpointing=False, callbacks=list(callbacks),
-        **quiet, **options,
-    )  # fmt: skip
+        max_steps=steps, enable_checkpointing=False, callbacks=list(callbacks), **quiet, **placed(**options)
+    )
     trainer.fit(module, DataLoader(ids, batch_size=8), ckpt_path=ckpt)
     return trainer
 
@@ -144,6 +151,7 @@ def test_schedule_and_monitor(tmp_path: Path) -> None:
     assert pruning.sparsity == pytest.approx(0.5, abs=5e-3)
 
 
+@not_pretend
 @pytest.mark.cuda_only
 def test_inductor() -> None:
     module = Module()
@@ -151,11 +159,13 @@ def test_inductor() -> None:
     pruned_fit(module, score="kfac", trainer={"precision": "bf16-mixed"})
 
 
+@not_pretend
 @pytest.mark.parametrize("score", ["gblm", "kfac"])
 def test_ddp(score: str) -> None:
     pruned_fit(score=score, trainer={"strategy": "ddp"})
 
 
+@not_pretend
 @pytest.mark.parametrize(("score", "update"), [("gblm", None), ("kfac", "obs")])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_fsdp2(score: str, update: str | None, precision: str) -> None:
@@ -239,9 +249,8 @@ def test_a_checkpoint_of_the_device_is_exported_and_evaluated(tmp_path: Path) ->
     module, pruning = CausalLM(config=config), WeightPruning(score="kfac", num_samples=8, progress=False)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        accelerator=ACCELERATOR, devices=1, max_steps=2, callbacks=[pruning], enable_checkpointing=False,
-        limit_val_batches=0, **quiet,
-    )  # fmt: skip
+        max_steps=2, callbacks=[pruning], enable_checkpointing=False, limit_val_batches=0, **quiet, **placed()
+    )
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     inspection = export(tmp_path / "last.ckpt", tmp_path / "model", progress=False)
