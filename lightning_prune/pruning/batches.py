@@ -128,7 +128,8 @@ def named_mask(batch: Any) -> Tensor | None:
     elif (name := next((key for key in batch if _names_padding(key)), None)) is not None:
         return _from_padding_name(name, batch[name])
     elif (ends := batch.get("cu_seq_lens_q")) is not None and (shape := _token_shape(batch)) is not None:
-        return (torch.arange(shape[1], device=ends.device) < ends[-1]).expand(shape[0], -1)
+        real: Tensor = torch.arange(shape[1], device=ends.device) < ends[-1]
+        return real.expand(shape[0], -1)
     return None
 
 

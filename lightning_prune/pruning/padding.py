@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -269,8 +269,10 @@ class PaddingFinder:
         ids = given.get("input_ids")
         if self.named or self.calls.inside:
             around = self.calls.inside[-1].ids if self.calls.inside else self.batch.get("input_ids")
-            known = isinstance(ids, Tensor) and isinstance(around, Tensor)
-            if not known or _equal(ids.flatten(), around.flatten()) or any(model is part for _, part, _ in self.pairs):
+            # A decoder's ids are others, but what is around it has a mask for them.
+            inner = any(part in self.calls.running for _, part, _ in self.pairs)
+            known = not inner and isinstance(ids, Tensor) and isinstance(around, Tensor)
+            if not known or _equal(cast(Tensor, ids).flatten(), cast(Tensor, around).flatten()):
                 return
         if (call := self._call(model, given)) is None:
             return
