@@ -102,7 +102,17 @@ def check_repeatable(batches: Any, passes: int, argument: str, why: str = "") ->
 
 
 def padding_mask(batch: Any) -> Tensor | None:
-    """``(B, T)`` bool, True where a token is real; None where nothing is padded.
+    """``(B, T)`` bool, True where a token is real; None where nothing is padded. Read as `named_mask`."""
+    return unless_all(named_mask(batch))
+
+
+def unless_all(mask: Tensor | None) -> Tensor | None:
+    """A mask, or None where all of it is True."""
+    return None if mask is None or bool(mask.all()) else mask
+
+
+def named_mask(batch: Any) -> Tensor | None:
+    """``(B, T)`` bool, True where a token is real; None where a batch, or a call's arguments, do not name them.
 
     Read from ``attention_mask`` of any shape (see `attention_masks.real_positions`); from a mask whose
     name ends in ``padding_mask``, where bool True and torch's ``-inf`` mean padding and an integer 1 a real token; and
@@ -114,14 +124,13 @@ def padding_mask(batch: Any) -> Tensor | None:
     if not isinstance(batch, Mapping):
         return None
     if batch.get("attention_mask") is not None:
-        real = real_positions(batch["attention_mask"], _token_shape(batch))
+        return real_positions(batch["attention_mask"], _token_shape(batch))
     elif (name := next((key for key in batch if _names_padding(key)), None)) is not None:
-        real = _from_padding_name(name, batch[name])
+        return _from_padding_name(name, batch[name])
     elif (ends := batch.get("cu_seq_lens_q")) is not None and (shape := _token_shape(batch)) is not None:
-        real = (torch.arange(shape[1], device=ends.device) < ends[-1]).expand(shape[0], -1)
-    else:
-        return None
-    return None if real is None or bool(real.all()) else real
+        real: Tensor = torch.arange(shape[1], device=ends.device) < ends[-1]
+        return real.expand(shape[0], -1)
+    return None
 
 
 def _token_shape(batch: Mapping[str, Any]) -> torch.Size | None:

@@ -204,6 +204,7 @@ class BlockWalk:
     def _record(self, batch: Any, size: int) -> BlockBatch | None:
         calls: list[_Call] = []
         first: list[Tensor] = []
+        inside: list[Padding | None] = []
         forwards = [block.forward for block in self.blocks]
 
         def recorder(index: int) -> Callable[..., Any]:
@@ -219,6 +220,7 @@ class BlockWalk:
                     raise CalibrationError(f"decoder block {index} takes no tensor of hidden states first")
                 if index == 0:
                     first.append(hidden)
+                    inside.append(None if padding is None else padding.now)  # of the call that the blocks belong to
                 calls.append(_Call(args[1:], kwargs, by_keyword))
                 if len(calls) == len(self.blocks) and not self.to_the_end:
                     raise _AllRecordedError
@@ -249,7 +251,7 @@ class BlockWalk:
         if batch_size(batch) is None:
             size = first[0].shape[0]
         hidden = first[0].detach()
-        return BlockBatch(self.put_by(hidden), padding, self.blocks[0], size, calls, hidden.device, numbers)
+        return BlockBatch(self.put_by(hidden), inside[0], self.blocks[0], size, calls, hidden.device, numbers)
 
 
 def walk_stacks(

@@ -77,6 +77,7 @@ class _Increments:
     version: int
     kind: LayerKind
     spread: bool
+    padding: Padding | None
     values: dict[str, Tensor]
     rows: Tensor | None  # whose products are summed after the pass
 
@@ -84,11 +85,12 @@ class _Increments:
 class _Record:
     """One use of a layer: its output gradient, from the output's hook until the input's backward."""
 
-    __slots__ = ("delta", "doubtful", "layer", "routed", "tap")
+    __slots__ = ("delta", "doubtful", "layer", "padding", "routed", "tap")
 
-    def __init__(self, tap: Tap, layer: nn.Module) -> None:
+    def __init__(self, tap: Tap, layer: nn.Module, padding: Padding | None) -> None:
         self.tap, self.layer = tap, layer  # tied layers may have geometries of their own
         self.routed = routed_to(layer)
+        self.padding = padding  # of the call that runs; others may follow before the backward
         self.delta: Tensor | None = None
         self.doubtful = False  # whether the layer returns the product with its weight as it is
 
@@ -351,7 +353,7 @@ class Taps:
                 self.without_gradient.add(tap.target.parameter)
                 self._enter(tap, layer, x, None)
                 return None
-            record = _Record(tap, layer)
+            record = _Record(tap, layer, self._padding_now())
             saved = _SaveInput.apply(x, self.anchor.to(x.device), record, self)  # type: ignore[no-untyped-call]
             self._enter(tap, layer, saved, record)
             return ((saved, *args[1:]), kwargs) if args else (args, {**kwargs, key: saved})
@@ -411,11 +413,13 @@ class Taps:
         if self.failure is not None or not (self.counting or HESSIAN in self.statistics):
             return
         known = self.last_input
-        kind, spread = tap.target.kind, tap.spread
-        if known is None or known.x is not x or (known.version, known.kind, known.spread) != (x._version, kind, spread):
+        kind, spread, padding = tap.target.kind, tap.spread, self._padding_now()
+        now = (x._version, kind, spread)
+        same = known is not None and known.x is x and known.padding is padding
+        if known is None or not same or (known.version, known.kind, known.spread) != now:
             rows = self._input_rows(tap, layer, x.detach())
-            keep = self._keep_for(tap, layer, x, rows, routed_to(layer))
-            known = _Increments(x, x._version, kind, spread, *self._increments(tap, rows, keep))
+            keep = self._keep_for(tap, layer, x, rows, routed_to(layer), padding)
+            known = _Increments(x, *now, padding, *self._increments(tap, rows, keep))
             # Patches of a convolution depend on the layer too, so only plain inputs are remembered.
             self.last_input = None if isinstance(layer, CONVOLUTIONS) else known
         self._add_input(tap, known.values, known.rows)
@@ -448,14 +452,25 @@ class Taps:
             if x.dim() < least or x.shape[0] != self.size:
                 self.not_per_sample = True
 
-    def _keep_for(self, tap: Tap, layer: nn.Module, x: Tensor, rows: Tensor, routed: Routed | None) -> Tensor | None:
+    def _padding_now(self) -> Padding | None:
+        return None if self.padding is None else self.padding.now
+
+    def _keep_for(
+        self,
+        tap: Tap,
+        layer: nn.Module,
+        x: Tensor,
+        rows: Tensor,
+        routed: Routed | None,
+        padding: Padding | None,
+    ) -> Tensor | None:
         """Which of a layer's rows ``[B, T, I]``, made of its input x, are real; None where all are."""
-        if self.padding is None:
+        if padding is None:
             return None
         if routed is None:
-            return self.padding.keep(tap.name, layer, local(x), rows.shape)
+            return padding.keep(tap.name, layer, local(x), rows.shape)
         assert isinstance(layer, ExpertMatrix)
-        return self.padding.keep_routed(tap.name, layer.experts, routed)
+        return padding.keep_routed(tap.name, layer.experts, routed)
 
     def take_gradient(self, record: _Record, x: Tensor) -> None:
         """Backward of a layer's input: add the layer's statistics for one use."""
@@ -474,7 +489,7 @@ class Taps:
             if self.statistics & FORWARD_STATISTICS:
                 seen = self._input_rows(tap, record.layer, x) if HESSIAN in self.statistics else rows
                 if self.counting:
-                    keep = self._keep_for(tap, record.layer, x, seen, record.routed)
+                    keep = self._keep_for(tap, record.layer, x, seen, record.routed, record.padding)
                     self._add_input(tap, *self._increments(tap, seen, keep))
             if self.counting:
                 accumulator.add_output_gradient(deltas, self.scale)

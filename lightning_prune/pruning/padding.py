@@ -3,29 +3,73 @@
 In an encoder-decoder the layers of the decoder see target tokens, but the keys and values of its cross-attention see
 the encoder's output (or an image). Where the two are of one length only the tensor itself tells which it is.
 
+A batch that does not name its padding (a tuple, two texts in one batch, a mask that the module computes) still has it:
+it is what a transformers model inside is called with. So each such call has a padding of its own.
+
 Letters: B samples, T tokens, I inputs of a layer.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.pruning.attention_masks import real_positions
-from lightning_prune.pruning.batches import padding_mask
+from lightning_prune.pruning.batches import named_mask, tensors_of, unless_all
 from lightning_prune.pruning.experts import Routed
 from lightning_prune.pruning.running import IGNORE_INDEX
 
 
 @dataclass
+class Calls:
+    """Calls of transformers models in the forward pass that runs, beside what the batch itself names.
+
+    Attributes:
+        running: The models that run, the innermost last.
+        inside: Of the calls with a padding of their own that run, the innermost last.
+        finished: Masks ``[B, T]`` of such calls that are over, each once.
+        early: Layers that ran before any such call, and their rows ``[B, T, I]``.
+        within: What holds in a call without a padding of its own.
+        behind: What holds outside of all calls, until the next one ends.
+    """
+
+    running: list[nn.Module] = field(default_factory=list)
+    inside: list[_Call] = field(default_factory=list)
+    finished: list[Tensor] = field(default_factory=list)
+    early: list[tuple[str, torch.Size]] = field(default_factory=list)
+    within: Padding | None = None
+    behind: Padding | None = None
+
+
+@dataclass
+class _Call:
+    """A call of a transformers model that has a padding of its own.
+
+    Attributes:
+        model: The model.
+        ids: Its token ids, if it was given any.
+        padding: Of the call.
+        masks: Of its source and its target, all real or not.
+        returned: Of what it returns.
+    """
+
+    model: nn.Module
+    ids: Tensor | None
+    padding: Padding
+    masks: list[Tensor]
+    returned: Tensor | None
+
+
+@dataclass
 class Padding:
-    """The padding of one batch, and where in the model it is found.
+    """The padding of one batch or of one call, and where in the model it is found.
 
     Attributes:
         source: ``[B, T]`` bool, True where a token is real, or None where nothing is padded: of the encoder, or of a
@@ -35,7 +79,10 @@ class Padding:
         decoder: Modules that see target tokens.
         shorten: ``f(T', source)``, the mask of a source that the model has made shorter (convolutions over speech).
         unplaced: Names of layers whose rows fit no mask, gathered over batches.
-        memory: What cross-attention looks at in the forward pass that runs, and its mask.
+        memory: What cross-attention looks at in the forward pass that runs, and its mask; what calls returned, too.
+        finished: Masks of calls that were over when a layer outside of all calls ran.
+        calls: Those of the forward pass; None of a padding that does not change with them.
+        readable: False where there is a mask from which padding cannot be read.
     """
 
     source: Tensor | None
@@ -45,6 +92,26 @@ class Padding:
     shorten: Callable[[int, Tensor], Tensor] | None = None
     unplaced: dict[str, None] = field(default_factory=dict)
     memory: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    finished: tuple[Tensor, ...] = ()
+    calls: Calls | None = None
+    readable: bool = True
+
+    @property
+    def now(self) -> Padding:
+        """What holds for a layer that is called at this moment, also when its backward pass comes later."""
+        if self.calls is None:
+            return self
+        calls = self.calls
+        if calls.inside:
+            return calls.inside[-1].padding
+        # The same object for all layers of a call: those that share an input share what it adds.
+        if calls.running:
+            calls.within = calls.within or replace(self, calls=None)
+            return calls.within
+        if calls.finished:
+            calls.behind = calls.behind or replace(self, calls=None, finished=tuple(calls.finished))
+            return calls.behind
+        return self
 
     def keep(self, name: str, module: nn.Module, x: Tensor, rows: torch.Size) -> Tensor | None:
         """Find which rows of a layer's input are real.
@@ -60,6 +127,9 @@ class Padding:
         """
         if module in self.towers:
             return None
+        if not self.readable:
+            self.unplaced[name] = None
+            return None
         source, target = self.source, self.target
         remembered, mask = self._memory_mask(x)
         if not remembered:
@@ -67,7 +137,19 @@ class Padding:
             # Where a tensor has lost its storage (offloaded), its length may still tell.
             if source is not None and target is not None and rows[:2] == source.shape != target.shape:
                 mask = source
+            if self.finished:
+                masks = [m for m in (*self.finished, *([] if mask is None else [mask])) if _has_rows(m, rows)]
+                if any(not _equal(masks[0], m) for m in masks[1:]):
+                    self.unplaced[name] = None
+                    return None
+                padded = [m for m in self.finished if rows[1] > 1 and not bool(m.all())]
+                mask = next(iter([*masks, *([] if mask is None else [mask]), *padded]), None)
         if mask is None:
+            if self.calls is not None and not remembered:
+                self.calls.early.append((name, rows))
+                # In backward, the calls that followed are known.
+                if any(_has_rows(m, rows) and not bool(m.all()) for m in self.calls.finished):
+                    self.unplaced[name] = None
             return None
         samples, tokens = mask.shape
         if rows[:2] in (mask.shape, (samples * tokens, 1), (1, samples * tokens)):
@@ -91,6 +173,8 @@ class Padding:
             experts: The module that holds all experts.
             routed: The tokens.
         """
+        if not self.readable:
+            self.unplaced[name] = None
         mask = None if experts in self.towers else self.target if experts in self.decoder else self.source
         keep = None if mask is None else routed.keep(mask)
         if mask is not None and keep is None:
@@ -99,6 +183,8 @@ class Padding:
 
     def _memory_mask(self, x: Tensor) -> tuple[bool, Tensor | None]:
         """Whether a layer's input is what cross-attention looks at, and its mask."""
+        if not self.memory:
+            return False, None
         storage = x.untyped_storage().data_ptr()
         found = [mask for memory, mask in self.memory if memory.untyped_storage().data_ptr() == storage]
         return bool(found), next((mask for mask in found if mask is not None), None)
@@ -113,9 +199,13 @@ class PaddingFinder:
 
     def __init__(self, model: nn.Module) -> None:
         self.unplaced: dict[str, None] = {}
-        self.source: Tensor | None = None
+        self.batch: Any = None
+        self.named = False  # whether the batch says what is padding
+        self.base: Padding | None = None
+        self.calls = Calls()
         self.memory: list[tuple[Tensor, Tensor | None]] = []
         self.parts = [m for m in model.modules() if _is_model(m)]
+        self.arguments = {m: list(inspect.signature(type(m).forward).parameters)[1:] for m in self.parts}
         self.pairs = list(_encoder_decoders(model))
         self.decoder = frozenset(m for _, _, part in self.pairs for m in part)
         self.towers = frozenset(_towers(model))
@@ -125,26 +215,29 @@ class PaddingFinder:
         )
 
     def find(self, batch: Any) -> Padding | None:
-        """The padding of a batch whose forward pass is next; None where nothing is padded.
+        """The padding of a batch whose forward pass is next; None where nothing can be padded.
 
         Raises:
             ValueError: a mask from which padding cannot be read.
         """
-        self.memory = []
-        self.source = source = padding_mask(batch)
+        self.memory, self.calls, self.batch, self.base = [], Calls(), batch, None
+        mask = named_mask(batch)
+        self.named, source = mask is not None, unless_all(mask)
         target = _target_mask(batch, source) if self.decoder and isinstance(batch, Mapping) else None
-        if source is None and (target is None or bool(target.all())):
-            return None
-        return Padding(source, target, self.towers, self.decoder, self.shorten, self.unplaced, self.memory)
+        if source is None:
+            target = unless_all(target)
+        if self.parts or source is not None:
+            self.base = self._padding(source, target, self.calls if self.parts else None)
+        return self.base
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See, while the block runs, what encoders give their decoders."""
+        """See, while the block runs, what models are called with, and what encoders give their decoders."""
 
         def encoded(_: nn.Module, __: Any, output: Any) -> None:
             first = output if isinstance(output, Tensor) else output[0]
             if isinstance(first, Tensor):
-                self.memory.append((first.detach(), self.source))
+                self.memory.append((first.detach(), None if self.base is None else self.base.now.source))
 
         def received(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("encoder_attention_mask")
@@ -154,12 +247,80 @@ class PaddingFinder:
 
         handles = [encoder.register_forward_hook(encoded) for encoder, _, _ in self.pairs]
         handles += [part.register_forward_pre_hook(received, with_kwargs=True) for part in self.parts]
+        handles += [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in self.parts]
+        handles += [part.register_forward_hook(self._leave, always_call=True) for part in self.parts]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self.memory = []
+
+    def _padding(self, source: Tensor | None, target: Tensor | None, calls: Calls | None = None) -> Padding:
+        rest = self.towers, self.decoder, self.shorten, self.unplaced, self.memory
+        return Padding(source, target, *rest, calls=calls)
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Begin a call of a model; it has a padding of its own unless that of other token ids around it is known."""
+        if self.base is None:
+            return
+        self.calls.running.append(model)
+        given = {**dict(zip(self.arguments[model], args, strict=False)), **kwargs}
+        ids = given.get("input_ids")
+        if self.named or self.calls.inside:
+            around = self.calls.inside[-1].ids if self.calls.inside else self.batch.get("input_ids")
+            # A decoder's ids are others, but what is around it has a mask for them.
+            inner = any(part in self.calls.running for _, part, _ in self.pairs)
+            known = not inner and isinstance(ids, Tensor) and isinstance(around, Tensor)
+            if not known or _equal(cast(Tensor, ids).flatten(), cast(Tensor, around).flatten()):
+                return
+        if (call := self._call(model, given)) is None:
+            return
+        self.calls.inside.append(call)
+        for name, rows in self.calls.early:
+            if any(_has_rows(mask, rows) and not bool(mask.all()) for mask in call.masks):
+                self.unplaced[name] = None
+
+    def _call(self, model: nn.Module, given: dict[str, Any]) -> _Call | None:
+        """A call of a model with the padding that its arguments name; None where they name none."""
+        ids, made = given.get("input_ids"), given.get("decoder_input_ids")
+        labels = self.batch.get("labels") if isinstance(self.batch, Mapping) else None
+        if isinstance(labels, Tensor) and isinstance(made, Tensor) and labels.shape == made.shape:
+            given = {"labels": labels, **given}  # of which the module has made the decoder's inputs
+        try:
+            mask = named_mask(given)
+            source = unless_all(mask)
+            target = _target_mask(given, source) if model in self.decoder else None
+        except ValueError:
+            return _Call(model, ids, replace(self._padding(None, None), readable=False), [], None)
+        if mask is None and unless_all(target) is None:
+            return None
+        padding = self._padding(source, target if source is not None else unless_all(target))
+        masks = [m for m in (mask, target) if m is not None]
+        return _Call(model, ids, padding, masks, mask if target is None else target)
+
+    def _leave(self, model: nn.Module, _: Any, output: Any) -> None:
+        """End a call of a model; what it returns has its padding, wherever it goes."""
+        calls = self.calls
+        if model in calls.running:
+            while calls.running.pop() is not model:  # one inside failed
+                pass
+        if calls.inside and calls.inside[-1].model is model:
+            call = calls.inside.pop()
+            calls.behind = None
+            calls.finished += [m for m in call.masks if not any(_equal(m, known) for known in calls.finished)]
+            self._remember(output, call.returned)
+        elif self.base is not None and not calls.running and self.base.source is self.base.target is None:
+            self._remember(output, None)
+
+    def _remember(self, output: Any, mask: Tensor | None) -> None:
+        """Note what a call has returned, and its mask (None: all real); but no logits, which are large."""
+        known = {memory.untyped_storage().data_ptr() for memory, _ in self.memory}  # what an encoder gave
+        parts = {k: v for k, v in output.items() if k != "logits"} if isinstance(output, Mapping) else output
+        for made in tensors_of(parts):
+            fits = made.dim() == 3 and (mask is None or made.shape[:2] == mask.shape)
+            if fits and made.untyped_storage().data_ptr() not in known:
+                self.memory.append((made.detach(), unless_all(mask)))
 
     def warn(self) -> None:
         """Name the layers in which padding was not found, once."""
@@ -168,10 +329,20 @@ class PaddingFinder:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             warnings.warn(
                 f"the padding of the batches cannot be found in the inputs of {', '.join(map(repr, names[:4]))}{more}, "
-                "whose rows are not those of the attention mask: all their rows were counted",
+                "whose rows are not those of the attention mask, or of several: all their rows were counted",
                 stacklevel=3,
             )
             self.unplaced.clear()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.shape == other.shape and bool((one == other.to(one.device)).all()))
+
+
+def _has_rows(mask: Tensor, rows: torch.Size) -> bool:
+    """Whether rows ``[B, T, I]`` can be those of a mask, in any layout that is known."""
+    samples, tokens = mask.shape
+    return rows[:2] in (mask.shape, (samples * tokens, 1), (1, samples * tokens), (tokens, samples))
 
 
 def _target_mask(batch: Mapping[str, Any], source: Tensor | None) -> Tensor | None:

@@ -43,7 +43,7 @@ def reap_saliency(
 
     def see(experts: nn.Module, index: int, routed: Routed, made: Tensor, shares: Tensor) -> None:
         values = made.double().norm(dim=-1) * shares.double()
-        keep = None if padding[0] is None else padding[0].keep_routed(structure.family.layers, experts, routed)
+        keep = None if padding[0] is None else padding[0].now.keep_routed(structure.family.layers, experts, routed)
         values = values if keep is None else values[keep[0]]
         sums[layers[experts], index] += values.sum().cpu()
         counts[layers[experts], index] += len(values)

@@ -2,15 +2,19 @@
 
 import warnings
 
+import naive
+import numpy as np
 import pytest
 import torch
 import transformers as tr
-from batch_models import MODELS, build, mask_of, normal, one_by_one, own_loss, padded, samples_of, tokens
+from batch_models import BERT, MODELS, build, mask_of, normal, one_by_one, own_loss, padded, samples_of, tokens
 from tiny import make_llama, make_tokens, snapshot
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import prune
 from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.statistics import ALL_STATISTICS
 from lightning_prune.pruning.targets import find_targets
 
 LENGTHS = [9, 5, 9, 3]
@@ -357,3 +361,190 @@ def test_inputs_of_plain_modules_take_the_models_dtype():
     model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).to(torch.bfloat16)
     prune(model, [normal(4, 8)], "wanda", num_samples=4, progress=False)
     assert (model[0].weight == 0).sum() == 24
+
+
+# -- padding that the batch does not name: what a model inside is called with --------------------
+
+OTHERS = [4, 9, 2, 7]
+PAD = 0
+
+
+class Encoder(nn.Module):
+    """A BERT, a layer of its own on each token, and one on their mean; or with `deep`, on each token too."""
+
+    def __init__(self, deep=False, reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bert = tr.BertModel(tr.BertConfig(**BERT), add_pooling_layer=False)
+        self.first, self.second, self.deep, self.reentrant = nn.Linear(32, 16), nn.Linear(16, 5), deep, reentrant
+        self.double().eval()
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.normal_(std=0.2)
+
+    def encode(self, ids, mask):
+        def head(x):
+            x = self.first(x).tanh()
+            return (self.second(x) if self.deep else x).tanh()
+
+        hidden = self.bert(ids, mask).last_hidden_state
+        made = head(hidden) if self.reentrant is None else checkpoint(head, hidden, use_reentrant=self.reentrant)
+        mean = (made * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return mean if self.deep else self.second(mean)
+
+
+def of_tuple(model, batch):
+    ids, mask, labels = batch
+    return nn.functional.cross_entropy(model.encode(ids, mask), labels, reduction="none")
+
+
+def of_computed(model, batch):
+    return of_tuple(model, (batch["ids"], batch["ids"] != PAD, batch["labels"]))
+
+
+def of_towers(model, batch):
+    one, other = (model.encode(**{"ids": t["input_ids"], "mask": t["attention_mask"]}) for t in batch.values())
+    return (one - other).square().sum(1)
+
+
+def of_prefixes(model, batch):
+    names = ("q_", "d_") if "q_input_ids" in batch else ("", "d_")
+    return of_towers(model, {n: {k: batch[n + k] for k in ("input_ids", "attention_mask")} for n in names})
+
+
+def unnamed(kind):
+    """A padded batch, its samples without padding, and their losses."""
+    one, other = text(), text(OTHERS, seed=9)
+    ones = samples_of(one, dict.fromkeys(one, LENGTHS))
+    others = samples_of(other, dict.fromkeys(other, OTHERS))
+    if kind == "tuple":
+        singles = [(*s.values(), CLASSES[i : i + 1]) for i, s in enumerate(ones)]
+        return (*one.values(), CLASSES), singles, of_tuple
+    if kind == "computed":
+        ids = one["input_ids"].masked_fill(one["attention_mask"] == 0, PAD)
+        singles = [{"ids": s["input_ids"], "labels": CLASSES[i : i + 1]} for i, s in enumerate(ones)]
+        return {"ids": ids, "labels": CLASSES}, singles, of_computed
+    if kind == "towers":
+        singles = [{"query": a, "doc": b} for a, b in zip(ones, others, strict=True)]
+        return {"query": one, "doc": other}, singles, of_towers
+    if kind == "first tower without padding":  # its mask is named by the batch, that of the second is not
+        one = {"input_ids": tokens(4, 9), "attention_mask": torch.ones(4, 9, dtype=torch.long)}
+        ones = [{k: v[i : i + 1] for k, v in one.items()} for i in range(4)]
+    first = "q_" if kind == "prefixes" else ""
+
+    def joined(a, b):
+        return {**{first + k: v for k, v in a.items()}, **{"d_" + k: v for k, v in b.items()}}
+
+    return joined(one, other), [joined(a, b) for a, b in zip(ones, others, strict=True)], of_prefixes
+
+
+KINDS = ["tuple", "computed", "towers", "prefixes", "first tower named", "first tower without padding"]
+
+
+def as_one_by_one(model, kind, wanted, reference=None):
+    batch, singles, loss = unnamed(kind)
+    layers = {f"{n}.weight": n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    expected = naive.statistics(reference or model, singles, layers, loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = collect(
+            model,
+            [batch],
+            find_targets(model, targets=[nn.Linear]),
+            wanted,
+            num_samples=4,
+            loss_fn=loss,
+            progress=False,
+        )
+    for name, values in expected.items():
+        for statistic in wanted:
+            value, scale = getattr(found[name], statistic).double().numpy(), np.abs(values[statistic]).max()
+            np.testing.assert_allclose(
+                value, values[statistic], rtol=1e-4, atol=1e-6 * scale, err_msg=f"{name} {statistic}"
+            )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wanted", [{"input_norm", "hessian"}, ALL_STATISTICS])
+def test_padding_that_a_batch_does_not_name_is_that_of_the_call(kind, wanted):
+    as_one_by_one(Encoder(deep=kind in ("tuple", "computed")), kind, wanted)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "towers"])
+def test_padding_of_calls_in_recomputed_blocks(kind):
+    """Blocks run again in the backward pass, when their call is over."""
+    model = Encoder(reentrant=False).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    as_one_by_one(model, kind, ALL_STATISTICS, Encoder())
+    if kind == "tuple":
+        as_one_by_one(Encoder(True, reentrant=True), kind, ALL_STATISTICS, Encoder(True))
+
+
+@pytest.mark.parametrize("score", ["wanda", "kfac", "gblm"])
+def test_block_after_block_on_padding_that_the_batch_does_not_name(score):
+    batch, singles, loss = unnamed("tuple")
+    settings = {"score": score, "sparsity": 0.5, "num_samples": 4, "loss_fn": loss, "sequential": score != "kfac"}
+    settings |= {"ignore": ["first", "second"], "progress": False}
+    padded_masks, masks = (prune(Encoder(), data, **settings) for data in ([batch], singles))
+    assert all(torch.equal(padded_masks[name], masks[name]) for name in masks)
+
+
+def test_what_of_several_masks_cannot_be_told_is_said():
+    """Both towers run, then a layer of their own on something made of both."""
+
+    class Both(Encoder):
+        def encode(self, ids, mask):
+            hidden = [self.bert(a, attention_mask=m).last_hidden_state for a, m in zip(ids, mask, strict=True)]
+            return self.second(self.first(hidden[0] + hidden[1]).tanh()).mean(1)
+
+    one, other = text(), text(OTHERS, seed=9)
+    batch = tuple(zip(one.values(), other.values(), strict=True))
+    for wanted in ({"input_norm"}, {"input_norm", "output_grad_norm"}):
+        model = Both()
+        targets = find_targets(model, targets=[nn.Linear])
+        with pytest.warns(
+            UserWarning, match=r"cannot be found in the inputs of '(first|second).weight', '(first|second)"
+        ):
+            collect(model, [batch], targets, wanted, num_samples=4, loss_fn=lambda m, b: m.encode(*b).square().sum(1))
+
+
+@pytest.mark.parametrize("wanted", [{"input_norm"}, {"input_norm", "output_grad_norm"}])
+def test_a_layer_before_the_call_that_tells_padding_is_named(wanted):
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.bert = nn.Linear(8, 32), Encoder().bert.float()
+
+        def forward(self, x, mask):
+            return self.bert(inputs_embeds=self.before(x), attention_mask=mask).last_hidden_state[:, 0].sum(1)
+
+    model = Projected()
+    with pytest.warns(UserWarning, match=r"cannot be found in the inputs of 'before.weight', whose"):
+        collect(
+            model,
+            [(normal(4, 9, 8), mask_of(LENGTHS))],
+            find_targets(model, targets=[nn.Linear]),
+            wanted,
+            num_samples=4,
+            loss_fn=lambda m, b: m(*b),
+        )
+
+
+def test_an_encoder_decoder_called_by_a_module_with_a_tuple():
+    batch, lengths = batch_of("t5")
+    model = build("t5")
+    expected = one_by_one(model, samples_of(batch, lengths))
+
+    def loss(m, b):
+        return m(input_ids=b[0], attention_mask=b[1], labels=b[2]).loss
+
+    found = find_targets(model, targets=[nn.Linear], ignore=["lm_head"])
+    statistics = collect(
+        model, [tuple(batch.values())], found, ("input_norm", "gradient_l2"), num_samples=4, loss_fn=loss
+    )
+    close(statistics, expected)
+    close(collect(model, [tuple(batch.values())], found, ("input_norm",), num_samples=4, loss_fn=loss), expected)
