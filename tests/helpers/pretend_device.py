@@ -68,17 +68,10 @@ class _Module(ModuleType):
 
 
 # What autocast narrows on CUDA, and what it widens, as far as the models of the tests have it.
-_NARROWED = ("scaled_dot_product_attention", "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "_convolution", "conv1d", "conv2d", "conv3d")
-_WIDENED = (
-    "layer_norm",
-    "rsqrt",
-    "pow.Tensor_Scalar",
-    "softmax.int",
-    "log_softmax.int",
-    "nll_loss",
-    "cross_entropy_loss",
-    "mse_loss",
-)
+_PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "_convolution")
+_NARROWED = (*_PRODUCTS, "scaled_dot_product_attention")
+_LOSSES = ("nll_loss", "cross_entropy_loss", "mse_loss")
+_WIDENED = (*_LOSSES, "layer_norm", "rsqrt", "pow.Tensor_Scalar", "softmax.int", "log_softmax.int")
 
 
 def _autocast(library: torch.library.Library, name: str, narrow: bool) -> None:
