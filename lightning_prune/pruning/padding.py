@@ -272,7 +272,8 @@ class PaddingFinder:
             # A decoder's ids are others, but what is around it has a mask for them.
             inner = any(part in self.calls.running for _, part, _ in self.pairs)
             known = not inner and isinstance(ids, Tensor) and isinstance(around, Tensor)
-            if not known or _equal(cast(Tensor, ids).flatten(), cast(Tensor, around).flatten()):
+            # The same object is told without waiting for a device.
+            if not known or ids is around or _equal(cast(Tensor, ids).flatten(), cast(Tensor, around).flatten()):
                 return
         if (call := self._call(model, given)) is None:
             return
