@@ -159,7 +159,7 @@ def test_scalar_losses_are_split_into_samples(shared, shape):
             r"must return a scalar or one loss a sample, got a tensor of shape \(4, 12, 128\)",
         ),
         (lambda m, b: 3.0, r"must return a scalar or one loss a sample, got 3\.0"),
-        (lambda m, b: None, "must return a scalar or one loss a sample, got None"),
+        (lambda m, b: None, "the loss of a calibration batch is None"),
         (lambda m, b: causal_lm_loss(m, b).detach(), "does not depend on any layer to prune"),
     ],
 )
