@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import library as operators
 from torch.utils.cpp_extension import load
 
 NAME = "pretend"
@@ -74,7 +75,7 @@ _LOSSES = ("nll_loss", "cross_entropy_loss", "mse_loss")
 _WIDENED = (*_LOSSES, "layer_norm", "rsqrt", "pow.Tensor_Scalar", "softmax.int", "log_softmax.int")
 
 
-def _autocast(library: torch.library.Library, name: str, narrow: bool) -> None:
+def _autocast(library: operators.Library, name: str, narrow: bool) -> None:
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.aten, packet), overload or "default")
 
@@ -90,7 +91,7 @@ def _autocast(library: torch.library.Library, name: str, narrow: bool) -> None:
     library.impl(op, run, "AutocastPrivateUse1")
 
 
-_library: list[torch.library.Library] = []
+_library: list[operators.Library] = []
 
 
 def start(folder: str | None = None) -> torch.device:
@@ -105,7 +106,7 @@ def start(folder: str | None = None) -> torch.device:
     load("pretend_device", [str(source)], build_directory=folder, extra_cflags=["-O0"], is_python_module=False)
     torch._register_device_module(NAME, _Module(NAME))
     torch.utils.generate_methods_for_privateuse1_backend()
-    library = torch.library.Library("aten", "IMPL")
+    library = operators.Library("aten", "IMPL")
     _library.append(library)  # it registers as long as it lives
     for names, narrow in ((_NARROWED, True), (_WIDENED, False)):
         for name in names:
