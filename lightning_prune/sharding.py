@@ -54,6 +54,11 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return cls.__bases__[-1] if issubclass(cls, FSDPModule) and len(cls.__bases__) > 1 else cls
 
 
+def type_name(module: nn.Module) -> str:
+    """Name of a module's class, whether FSDP2 shards it or not."""
+    return plain_class(module).__name__
+
+
 def joins(model: nn.Module, main: bool) -> bool:
     """Whether a rank takes part in what is gathered from a model: the main one, and all where parameters are shards."""
     return main or has_sharded_parameters(model)

@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_prune import prune
-from lightning_prune.pruning.targets import type_name
-from lightning_prune.sharding import gathered_dtypes, reshard, settle, shard_dim
+from lightning_prune.sharding import gathered_dtypes, reshard, settle, shard_dim, type_name
 from lightning_prune.structure.classes import is_own_class
 
 

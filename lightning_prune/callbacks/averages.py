@@ -17,8 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.masks import apply_masks, named_weights
-from lightning_prune.pruning.targets import type_name
-from lightning_prune.sharding import laid_out_like
+from lightning_prune.sharding import laid_out_like, type_name
 
 
 def averages(trainer: L.Trainer) -> list[nn.Module]:

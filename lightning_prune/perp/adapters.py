@@ -47,9 +47,10 @@ from lightning_prune.perp.storage import (
     write_named,
 )
 from lightning_prune.progress import is_main_process
+from lightning_prune.pruning.layer_kinds import CONV1D, LINEAR
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
-from lightning_prune.pruning.targets import CONV1D, LINEAR, Target, find_targets, parameters_of
+from lightning_prune.pruning.targets import Target, find_targets, parameters_of
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import (
     as_shard_of,

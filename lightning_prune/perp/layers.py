@@ -32,10 +32,10 @@ from lightning_prune.perp.effective import (
     thin_product,
 )
 from lightning_prune.pruning.clearing import to_bytes
+from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.running import has_hooks
-from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.errors import check_whole
 from lightning_prune.perp.layers import CombinedLinear, find_variant
-from lightning_prune.pruning.targets import type_name
+from lightning_prune.sharding import type_name
 
 # Section 4 and the published settings of arXiv 2312.15230: rank 16, alpha twice the rank.
 DEFAULT_RANK = 16

@@ -30,7 +30,7 @@ from lightning_prune.pruning.batches import batch_size, samples, take
 from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.masks import check_masks, named_weights
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
-from lightning_prune.pruning.targets import find_stacks
+from lightning_prune.pruning.stacks import find_stacks
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals, restored_on_failure
 

@@ -28,9 +28,8 @@ from lightning_prune.pruning.forwards import forwards_replaced
 from lightning_prune.pruning.padding import Padding, PaddingFinder
 from lightning_prune.pruning.room import Passes, Room, numbers_in
 from lightning_prune.pruning.running import ForwardContext
-from lightning_prune.pruning.targets import type_name
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
-from lightning_prune.sharding import reshard
+from lightning_prune.sharding import reshard, type_name
 
 _T = TypeVar("_T")
 

@@ -37,6 +37,7 @@ from lightning_prune.pruning.running import (
     quiet_model,
     without_label,
 )
+from lightning_prune.pruning.stacks import find_blocks
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     BACKWARD_STATISTICS,
@@ -48,7 +49,7 @@ from lightning_prune.pruning.statistics import (
     values_of,
 )
 from lightning_prune.pruning.taking_apart import Decision, How, loss_of
-from lightning_prune.pruning.targets import Target, find_blocks
+from lightning_prune.pruning.targets import Target
 from lightning_prune.ranks import Ranks, ShortOfMemoryError, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard, settle
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name, is_head, is_prunable, own_parameters
+from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.pruning.offloading import at_hand
 from lightning_prune.pruning.targets import (
     DEFAULT_IGNORE,
@@ -22,11 +23,9 @@ from lightning_prune.pruning.targets import (
     Selection,
     adapter_modules,
     is_router,
-    layer_kind,
     select_layers,
-    type_name,
 )
-from lightning_prune.sharding import local
+from lightning_prune.sharding import local, type_name
 
 ENOUGH = 0.9
 """Share of the countable weights that must be candidates; below it the summary is a warning."""

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
+from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, LayerKind
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.projections import Projection, projections_written_out
@@ -34,7 +35,7 @@ from lightning_prune.pruning.statistics import (
     values_of,
     wide_dtype,
 )
-from lightning_prune.pruning.targets import CONVOLUTIONS, LayerKind, Target
+from lightning_prune.pruning.targets import Target
 from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, gather_whole, local

@@ -8,7 +8,8 @@ from statistics import mode
 from torch import nn
 
 from lightning_prune.naming import is_head
-from lightning_prune.pruning.targets import find_stacks, stored_weights
+from lightning_prune.pruning.layer_kinds import stored_weights
+from lightning_prune.pruning.stacks import find_stacks
 
 # Of the largest layer, in float32: matrices as large as its weight, and as its Hessian beside the one collected.
 _WORK = {None: (3, 0), "exact": (7, 2), "alps": (9, 4), "obs": (5, 4), "sparsegpt": (5, 4)}

@@ -21,14 +21,17 @@ from lightning_prune.pruning.allocation import (
     uniform_counts,
 )
 from lightning_prune.pruning.coverage import Coverage, coverage_of
+from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, INNER
 from lightning_prune.pruning.offloading import check_offloaded
 from lightning_prune.pruning.patterns import NM
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
+from lightning_prune.pruning.stacks import find_stacks
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, FORWARD_STATISTICS, HESSIAN
-from lightning_prune.pruning.targets import CONVOLUTIONS, INNER, Target, find_stacks, select_layers, type_name
+from lightning_prune.pruning.targets import Target, select_layers
 from lightning_prune.ranks import Ranks, ShortOfMemoryError
 from lightning_prune.schedules import Share, count_of, exact_share
+from lightning_prune.sharding import type_name
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lightning_prune.pruning.batches import batch_size, take, tensors_of
 from lightning_prune.pruning.forwards import forwards_replaced
-from lightning_prune.pruning.targets import find_blocks
+from lightning_prune.pruning.stacks import find_blocks
 from lightning_prune.ranks import Ranks, ShortOfMemoryError, meet
 from lightning_prune.sharding import gathering, pass_without_work
 

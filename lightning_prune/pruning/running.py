@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from lightning_prune.naming import own_parameters, uncompiled
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.offloading import device_of
-from lightning_prune.pruning.targets import Target, block_classes, type_name
-from lightning_prune.sharding import local, runs_alone
+from lightning_prune.pruning.stacks import block_classes
+from lightning_prune.pruning.targets import Target
+from lightning_prune.sharding import local, runs_alone, type_name
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
 """Makes the context that a forward pass runs in, such as autocast."""

@@ -1,6 +1,6 @@
 """Which weights are pruned: the layers, their parameter names, and their view as a matrix ``(out, in)``.
 
-Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O outputs of a layer.
+Dimensions: I inputs, O outputs of a layer.
 """
 
 from __future__ import annotations
@@ -9,16 +9,26 @@ import difflib
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters, uncompiled
-from lightning_prune.pruning.experts import ExpertMatrix, expert_parameters
+from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters
+from lightning_prune.pruning.experts import ExpertMatrix
+from lightning_prune.pruning.layer_kinds import (
+    ATTENTION_MATRICES,
+    CONVOLUTIONS,
+    EXPERT,
+    EXPERT_TRANSPOSED,
+    INNER,
+    LINEAR,
+    PROJECTION,
+    LayerKind,
+    stored_weights,
+)
 from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
 from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out
@@ -32,7 +42,7 @@ from lightning_prune.sharding import (
     as_shard_of,
     gather_whole,
     local,
-    plain_class,
+    type_name,
 )
 
 DEFAULT_IGNORE = HEADS
@@ -49,146 +59,6 @@ IGNORED, NOT_NAMED = "in ignore", "not in targets"
 
 RETRAINING = "_lightning_prune_perp"
 """Attribute of a model, or of one inside a PEFT model, that is retrained while its weights are frozen."""
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How one type of layer stores its weight and meets its inputs.
-
-    Attributes:
-        name: Name shown in messages.
-        transposed: Whether the parameter stores ``(I, O)``.
-        to_matrix: Weight-shaped tensor to a view or copy of shape ``(O, I)``.
-        from_matrix: ``(O, I)`` and the parameter's shape to a weight-shaped tensor.
-        input_rows: Layer and its input to ``(B, T, I)``, columns in the order of ``to_matrix``.
-        output_rows: A tensor shaped like the layer's output to ``(B, T, O)``.
-    """
-
-    name: str
-    transposed: bool
-    to_matrix: Callable[[Tensor], Tensor]
-    from_matrix: Callable[[Tensor, torch.Size], Tensor]
-    input_rows: Callable[[nn.Module, Tensor], Tensor]
-    output_rows: Callable[[Tensor], Tensor]
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``(B, ..., C)`` to ``(B, T, C)``; a 2-D input is one row a sample."""
-    if x.dim() == 1:
-        return x[None, None]
-    return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
-
-
-def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
-    """What a convolution adds before and after each dimension; of an odd sum the larger half comes after."""
-    if layer.padding == "same":
-        sums = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-        return [(total // 2, total - total // 2) for total in sums]
-    if isinstance(layer.padding, str):  # "valid"
-        return [(0, 0)] * len(layer.kernel_size)
-    return [(size, size) for size in layer.padding]
-
-
-def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, kh*kw*C)``."""
-    assert isinstance(layer, CONVOLUTIONS)
-    flat = isinstance(layer, nn.Conv1d)
-    x = x[None] if x.dim() == (2 if flat else 3) else x
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, [side for sizes in reversed(_padding(layer)) for side in sizes], mode=mode)
-    kernel, stride, dilation = ((1, *of)[-2:] for of in (layer.kernel_size, layer.stride, layer.dilation))
-    patches = F.unfold(x[:, :, None] if flat else x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
-    b, _, t = patches.shape
-    return patches.view(b, x.shape[1], -1, t).permute(0, 3, 2, 1).reshape(b, t, -1)
-
-
-def _conv2d_outputs(y: Tensor) -> Tensor:
-    y = y[None] if y.dim() == 3 else y
-    return y.flatten(2).transpose(1, 2)
-
-
-def _conv1d_outputs(y: Tensor) -> Tensor:
-    return (y[None] if y.dim() == 2 else y).transpose(1, 2)
-
-
-LINEAR = LayerKind(
-    "Linear",
-    transposed=False,
-    to_matrix=lambda w: w,
-    from_matrix=lambda m, _: m,
-    input_rows=lambda _, x: _rows(x),
-    output_rows=_rows,
-)
-# transformers' Conv1D (GPT-2) is a linear layer that stores its weight transposed.
-CONV1D = LayerKind(
-    "Conv1D",
-    transposed=True,
-    to_matrix=lambda w: w.t(),
-    from_matrix=lambda m, _: m.t(),
-    input_rows=lambda _, x: _rows(x),
-    output_rows=_rows,
-)
-# Channels last, so that N:M groups run along the input channels, as sparse convolution kernels want them.
-CONV2D = LayerKind(
-    "Conv2d",
-    transposed=False,
-    to_matrix=lambda w: w.movedim(1, -1).reshape(w.shape[0], w.shape[1:].numel()),
-    from_matrix=lambda m, s: m.view(s[0], *s[2:], s[1]).movedim(-1, 1),
-    input_rows=_patches,
-    output_rows=_conv2d_outputs,
-)
-CONVOLUTION1D = replace(CONV2D, name="Conv1d", output_rows=_conv1d_outputs)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-
-# A matrix that its module multiplies with by itself, without a layer that could be watched.
-INNER = replace(LINEAR, name="inner matrix")
-# One of an attention that is written out while samples run.
-PROJECTION = replace(LINEAR, name="projection")
-_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-# One expert's slice of a 3-D parameter, `[O, I]` or `[I, O]`; all its tokens come in one list.
-EXPERT = LayerKind(
-    "expert",
-    transposed=False,
-    to_matrix=lambda w: w,
-    from_matrix=lambda m, _: m,
-    input_rows=lambda _, x: x[None],
-    output_rows=lambda y: y[None],
-)
-EXPERT_TRANSPOSED = replace(EXPERT, transposed=True, to_matrix=lambda w: w.t(), from_matrix=lambda m, _: m.t())
-
-
-def layer_kind(module: nn.Module) -> LayerKind | None:
-    """The kind of a layer that can be pruned, or None for any other module."""
-    if isinstance(module, nn.Linear):
-        return LINEAR
-    if isinstance(module, nn.Conv2d):
-        return CONV2D
-    if isinstance(module, nn.Conv1d):
-        return CONVOLUTION1D
-    # By name, so that the functional core needs no import of transformers.
-    if type_name(module) == "Conv1D" and hasattr(module, "nf"):
-        return CONV1D
-    return None
-
-
-def stored_weights(module: nn.Module) -> dict[str, LayerKind]:
-    """Names of a module's own parameters that can be pruned, and how each is stored; those of adapters too."""
-    if (kind := layer_kind(module)) is not None:
-        # Speech models hold a Conv1d with a weight norm: it is left out, and the summary says so.
-        plain = kind is not CONVOLUTION1D or "weight" in own_parameters(module)
-        return {"weight": kind} if plain else {}
-    if isinstance(module, nn.MultiheadAttention):
-        return {name: INNER for name in _PROJECTIONS if name in own_parameters(module)}
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return {name: INNER for name in own_parameters(module) if name.startswith("weight_")}
-    experts = expert_parameters(module)
-    return {name: EXPERT_TRANSPOSED if transposed else EXPERT for name, transposed in experts.items()}
-
-
-def type_name(module: nn.Module) -> str:
-    """Name of a module's class, whether FSDP2 shards it or not."""
-    return plain_class(module).__name__
 
 
 @dataclass(frozen=True)
@@ -805,7 +675,7 @@ def _stand_in(user: _Candidate, index: int) -> nn.Module:
     """What runs when a weight is multiplied with: its layer, or a projection in the place of one."""
     if user.attention is None:
         return user.module
-    index = _PROJECTIONS.index(user.parameter) - 1 if user.parameter in _PROJECTIONS[1:] else index
+    index = ATTENTION_MATRICES.index(user.parameter) - 1 if user.parameter in ATTENTION_MATRICES[1:] else index
     return Projection(user.attention, index)
 
 
@@ -851,36 +721,3 @@ def _packed_form(weight: Tensor) -> str | None:
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__name__ in _PACKED_TYPES:
         return f"{kind.__name__}, {weight.dtype}"
     return None if weight.is_floating_point() and weight.dtype.itemsize > 1 else str(weight.dtype)
-
-
-def block_classes(model: nn.Module) -> set[str]:
-    """Names of the decoder block classes of the transformers models inside `model` (``_no_split_modules``)."""
-    return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
-
-
-def find_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
-    """The stacks of blocks of the transformers models inside `model`, found by ``_no_split_modules``.
-
-    Encoder-decoders and models that also take images or speech have several.
-
-    Returns:
-        Clean name and module of each block, in order, a list for each stack; empty if there are none.
-    """
-    stacks: list[list[tuple[str, nn.Module]]] = []
-    classes, inside = block_classes(model), set[nn.Module]()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and module not in inside:
-            blocks = [
-                (clean_name(f"{name}.{i}"), child)
-                for i, child in enumerate(module)
-                if type_name(uncompiled(child)) in classes
-            ]
-            if blocks and len(blocks) == len(module):
-                stacks.append(blocks)
-                inside.update(m for _, block in blocks for m in block.modules())
-    return stacks
-
-
-def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The blocks of all stacks (see `find_stacks`), one stack after the other."""
-    return [block for stack in find_stacks(model) for block in stack]

@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.offloading import is_offloaded
-from lightning_prune.pruning.targets import type_name
-from lightning_prune.sharding import local
+from lightning_prune.sharding import local, type_name
 
 _PRODUCTS = frozenset(
     (

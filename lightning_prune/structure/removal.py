@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.pruning.targets import type_name
 from lightning_prune.safety import uninterrupted
-from lightning_prune.sharding import refuse_shards
+from lightning_prune.sharding import refuse_shards, type_name
 from lightning_prune.structure.classes import change_class, class_for
 from lightning_prune.structure.masking import masked_channels, unmask_norms
 from lightning_prune.structure.sizes import AttentionUnit, Sizes

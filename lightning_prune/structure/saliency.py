@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.statistics import INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics, wide_dtype
-from lightning_prune.pruning.targets import Target, find_targets, layer_kind
+from lightning_prune.pruning.targets import Target, find_targets
 from lightning_prune.ranks import shard_group
 from lightning_prune.sharding import local, shard_bounds
 from lightning_prune.structure.sizes import IN_LAYERS, UnitType, check_types

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name, uncompiled
 from lightning_prune.pruning.experts import expert_parameters
-from lightning_prune.pruning.targets import layer_kind
+from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.sharding import plain_class
 from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.families import Family, find_family

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from lightning_prune import CalibrationError, open_checkpoint, prune
 from lightning_prune.perp import add_adapters, reconstruct
-from lightning_prune.pruning.targets import find_blocks
+from lightning_prune.pruning.stacks import find_blocks
 
 IDS = make_tokens(8, 12)
 

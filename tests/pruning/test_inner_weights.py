@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import WeightPruning, inspect, measure_coverage, prune
 from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.layer_kinds import CONVOLUTION1D, INNER
 from lightning_prune.pruning.statistics import ALL_STATISTICS
-from lightning_prune.pruning.targets import CONVOLUTION1D, INNER, find_targets, select_layers
+from lightning_prune.pruning.targets import find_targets, select_layers
 
 # -- Conv1d
 

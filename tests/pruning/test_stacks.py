@@ -10,7 +10,7 @@ from tiny import make_llama, make_tokens, snapshot
 from torch import nn
 
 from lightning_prune import CalibrationError, prune
-from lightning_prune.pruning.targets import find_blocks, find_stacks
+from lightning_prune.pruning.stacks import find_blocks, find_stacks
 
 LENGTHS, TARGETS = [9, 5, 3], [4, 9, 6]
 SOURCE = {

@@ -11,16 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_prune import prune
 from lightning_prune.naming import clean_name, name_matches
-from lightning_prune.pruning.targets import (
-    CONV1D,
-    CONV2D,
-    DEFAULT_IGNORE,
-    LINEAR,
-    find_blocks,
-    find_targets,
-    layer_kind,
-    select_layers,
-)
+from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, LINEAR, layer_kind
+from lightning_prune.pruning.stacks import find_blocks
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, select_layers
 
 LLAMA_NAMES = list(LAYERS)
 

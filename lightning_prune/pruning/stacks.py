@@ -1,0 +1,41 @@
+"""The stacks of blocks of transformers models, by what those say of themselves."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_prune.naming import clean_name, uncompiled
+from lightning_prune.sharding import type_name
+
+
+def block_classes(model: nn.Module) -> set[str]:
+    """Names of the decoder block classes of the transformers models inside `model` (``_no_split_modules``)."""
+    return {name for module in model.modules() for name in (getattr(module, "_no_split_modules", None) or ())}
+
+
+def find_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    """The stacks of blocks of the transformers models inside `model`, found by ``_no_split_modules``.
+
+    Encoder-decoders and models that also take images or speech have several.
+
+    Returns:
+        Clean name and module of each block, in order, a list for each stack; empty if there are none.
+    """
+    stacks: list[list[tuple[str, nn.Module]]] = []
+    classes, inside = block_classes(model), set[nn.Module]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module not in inside:
+            blocks = [
+                (clean_name(f"{name}.{i}"), child)
+                for i, child in enumerate(module)
+                if type_name(uncompiled(child)) in classes
+            ]
+            if blocks and len(blocks) == len(module):
+                stacks.append(blocks)
+                inside.update(m for _, block in blocks for m in block.modules())
+    return stacks
+
+
+def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks of all stacks (see `find_stacks`), one stack after the other."""
+    return [block for stack in find_stacks(model) for block in stack]
