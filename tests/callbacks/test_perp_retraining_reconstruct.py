@@ -135,6 +135,24 @@ def test_training_draws_what_it_would_draw_without(tmp_path: Path) -> None:
     assert torch.equal(*runs)
 
 
+def test_a_compiled_model(tmp_path: Path) -> None:
+    """In all but that nothing is compiled, which would take long."""
+    found, reports = [], []
+    for compiled in (False, True):
+        module = make_module()
+        if compiled:
+            module.model = torch.compile(module.model, backend="eager")
+        model, perp = module.model, PERPRetraining(reconstruct={**OPTIONS, "steps": 2}, r=4)
+        with torch.compiler.set_stance("force_eager"):
+            make_trainer(tmp_path, pruning(), perp, max_steps=1).fit(module, loader())
+        assert module.model is model
+        assert not hasattr(model, "peft_config")  # for another fit
+        reports.append(perp.reconstruction)
+        found.append([p.detach() for p in model.parameters()])
+    assert reports[0] == reports[1]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.slow
 def test_resume_does_not_reconstruct_again(tmp_path: Path) -> None:
     def run(path: Path, epochs: int, resume: Any = None) -> tuple[dict[str, bytes], PERPRetraining]:
