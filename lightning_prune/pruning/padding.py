@@ -201,6 +201,10 @@ class PaddingFinder:
         self.unplaced: dict[str, None] = {}
         self.told: set[str] = set()
         self.named = False  # whether the batch says what is padding
+        self.batch: Any
+        self.base: Padding | None
+        self.calls: Calls
+        self.memory: list[tuple[Tensor, Tensor | None]]
         self.rest()
         self.parts = [m for m in model.modules() if _is_model(m)]
         self.arguments = {m: list(inspect.signature(type(m).forward).parameters)[1:] for m in self.parts}
@@ -230,10 +234,7 @@ class PaddingFinder:
 
     def rest(self) -> None:
         """Let go of the pass that has run, and look at no other before the next batch."""
-        self.batch: Any = None
-        self.base: Padding | None = None
-        self.calls = Calls()
-        self.memory: list[tuple[Tensor, Tensor | None]] = []
+        self.batch, self.base, self.calls, self.memory = None, None, Calls(), []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
