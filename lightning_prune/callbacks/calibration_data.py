@@ -97,13 +97,20 @@ class CalibrationData:
             if self.presplit or index % self.world == self.rank:
                 # As the training loop does.
                 batch = trainer.precision_plugin.convert_input(batch)
-                batch = hooks.on_before_batch_transfer(batch, dataloader_idx=0)
+                batch = hooks.on_before_batch_transfer(batch, 0)  # by position, as there
                 yield trainer.strategy.batch_to_device(batch)
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Put back all random states, and the counters and random generators of the training data, at the end."""
-        with _random_states(), unchanged(self._touched, tensors=False):
+        """Put back all random states, and the counters and random generators of the training data, at the end.
+
+        So with what a data module's or a module's own hooks on batches write to; of a data module no tensors and
+        arrays, which are data.
+        """
+        data, module = self.trainer.datamodule, self.trainer.lightning_module  # type: ignore[attr-defined]
+        touched = {**self._touched, **_if_it_changes_batches("the data module", data)}
+        own = _if_it_changes_batches(type(module).__name__, module)
+        with _random_states(), unchanged(touched, tensors=False), unchanged(own):
             yield
 
     def _of_training(self, loader: Any, num_samples: int, seed: int) -> Iterable[Any]:
@@ -146,6 +153,12 @@ class CalibrationData:
         if isinstance(pool, range):
             return _loader(loader, dataset, seed, batch_size=batches.batch_size, sampler=mine)
         return _loader(loader, dataset, seed, batch_sampler=mine)
+
+
+def _if_it_changes_batches(name: str, hooks: Any) -> dict[str, Any]:
+    """A module or data module by its name, if it has hooks of its own that calibration batches go through."""
+    names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    return {name: hooks} if hooks is not None and any(is_overridden(n, hooks) for n in names) else {}
 
 
 class _Copied:

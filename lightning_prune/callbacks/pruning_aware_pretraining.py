@@ -305,8 +305,8 @@ class PruningAwarePretraining(L.Callback):
             check_optimizers(structure, trainer.optimizers, self.saliency)
         self._shrinking, self._owner, self._loaded = shrinking, weakref.ref(pl_module), None
         self._copied = False
-        for stream in () if shrinking.reached else shrinking.streams:
-            stream.watch()
+        if not shrinking.reached:
+            shrinking.watch()
         if self._distillation is not None:
             self._distillation.begin(pl_module, structure.model)
 
@@ -321,12 +321,11 @@ class PruningAwarePretraining(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Observe layers on the steps chosen for it."""
-        self._now.listen(trainer.global_step - self.schedule.start, self.second_order_every, padding_mask(batch))
+        self._now.listen(trainer.global_step - self.schedule.start, self.second_order_every, batch)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Gradient checkpointing runs the forward again: once is enough."""
-        for stream in self._now.streams:
-            stream.listening = False
+        self._now.rest()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Accumulate saliency of the step's gradients."""
@@ -338,6 +337,7 @@ class PruningAwarePretraining(L.Callback):
     ) -> None:
         """Prune and compact when it is due."""
         shrinking, step = self._now, trainer.global_step
+        shrinking.rest()  # a batch without a loss has no backward
         self.tokens += count_tokens(batch) * trainer.world_size
         if step == self._seen_step:
             return
@@ -386,8 +386,8 @@ class PruningAwarePretraining(L.Callback):
         return self._shrinking
 
     def _release(self) -> None:
-        for stream in () if self._shrinking is None else self._shrinking.streams:
-            stream.release()
+        if self._shrinking is not None:
+            self._shrinking.release()
         if self._distillation is not None:
             self._distillation.end()
         self._begun = False
@@ -422,8 +422,7 @@ class PruningAwarePretraining(L.Callback):
                 f"PruningAwarePretraining: the target is reached at step {step}, {record.parameters:,} parameters, "
                 f"{shrinking.sizes.as_dict()}"
             )
-            for stream in shrinking.streams:
-                stream.release()
+            shrinking.release()
 
     def _compact(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shrinking = self._now

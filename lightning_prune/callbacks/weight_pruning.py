@@ -62,9 +62,9 @@ class WeightPruning(L.Callback):
 
     At fit start (or along `schedule`) calibration samples run through the module, every weight is scored, and the
     lowest go. After every optimizer step pruned weights are set to zero again, whatever the optimizer, precision or
-    accumulation; their gradients are zeroed before clipping, and their optimizer states when a mask changes. The
-    masks are saved in the callback's state of a checkpoint, packed to bits; the checkpoint's ``state_dict`` stays
-    that of the plain module.
+    accumulation; their gradients are zeroed before clipping, and before a gradient scaler looks for infinities, and
+    their optimizer states when a mask changes. The masks are saved in the callback's state of a checkpoint, packed to
+    bits; the checkpoint's ``state_dict`` stays that of the plain module.
 
     At fit start it says what share of the weights it prunes, and by name what it leaves out and why: what cannot be
     pruned, frozen layers, routers, heads. Below 90 % of the matrices outside embeddings and heads it is a warning.
@@ -623,6 +623,11 @@ class WeightPruning(L.Callback):
         if self._hold is not None:
             self._hold.watch(trainer.optimizers)
             self._hold.follow()
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Mask gradients before a gradient scaler looks for infinities, which skips a step for those of any weight."""
+        if self._hold is not None and getattr(trainer.precision_plugin, "scaler", None) is not None:
+            self._hold.mask_gradients()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Mask gradients, before they are clipped; or let ELSA change them first."""

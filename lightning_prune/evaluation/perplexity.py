@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lightning_prune.errors import check_whole
 from lightning_prune.progress import progress_bar
-from lightning_prune.pruning.running import IGNORE_INDEX, next_token_losses
+from lightning_prune.pruning.running import IGNORE_INDEX, logits_of_tokens, next_token_losses
 
 
 class NextTokenLoss(Metric):
@@ -245,7 +245,7 @@ def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
     output = model(input_ids, use_cache=False) if takes_cache else model(input_ids)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
+    return logits_of_tokens(model, logits, input_ids)
 
 
 @contextmanager

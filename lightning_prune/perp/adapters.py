@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_prune.naming import plain_name
+from lightning_prune.naming import plain_name, uncompiled
 from lightning_prune.perp.layers import SparseLinear, check_base_layer, find_variant, own_weight, sparse_layers
 from lightning_prune.perp.masks import set_masks
 from lightning_prune.perp.options import (
@@ -427,7 +427,7 @@ def adapters_aside(model: nn.Module) -> Iterator[nn.Module]:
     Afterwards the same adapters are on again, with the parameters that an optimizer may hold.
     """
     plain, record, layers = unwrapped(model), retraining_of(model), dict(sparse_layers(model))
-    configuration = plain.__dict__.get("peft_config")
+    configuration = uncompiled(plain).__dict__.get("peft_config")
     try:
         _exchange(plain, _base_layers(layers), None)
         yield plain
@@ -450,9 +450,10 @@ def _exchange(
     for name, module in modules.items():
         model.set_submodule(name, module)
     remember(model, record)
-    model.__dict__.pop("peft_config", None)
+    bare = uncompiled(model)  # to which torch.compile hands on what PEFT sets
+    bare.__dict__.pop("peft_config", None)
     if configuration is not None:
-        model.__dict__["peft_config"] = configuration
+        bare.__dict__["peft_config"] = configuration
 
 
 def _take_off(model: nn.Module, modules: Mapping[str, nn.Module], record: Retraining) -> None:

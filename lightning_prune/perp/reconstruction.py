@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import clean_name, uncompiled
 from lightning_prune.perp.adapters import check_plain_model
 from lightning_prune.perp.fitting import Adapters, KeptWeights, Training, WindowFitter
 from lightning_prune.perp.masks import checked_mask
@@ -132,6 +132,7 @@ def reconstruct(
         reconstruct(model, batches, dense, train="all")
     """
     settings = ReconstructSettings.of(options)
+    model = uncompiled(model)  # it runs eagerly, and what is changed is changed in place
     check_plain_model(model)
     masks = dict(masks or {})
     check_masks(model, masks)

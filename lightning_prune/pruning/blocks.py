@@ -13,6 +13,7 @@ one may need it.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -187,6 +188,7 @@ class BlockWalk:
         args, kwargs = (hidden, *call.args), call.kwargs
         if call.by_keyword:
             args, kwargs = (), {**call.kwargs, "hidden_states": hidden}
+        kwargs = _with_own_caches(kwargs)
         with self.samples.forward_context():
             if weights is None:
                 output = self.blocks[index](*args, **kwargs)
@@ -226,7 +228,7 @@ class BlockWalk:
                 output: Any = hidden
                 if self.returns is None or self.returns > 1:
                     given = {**kwargs, "hidden_states": hidden} if by_keyword else kwargs
-                    output = forwards[index](*args, **given)
+                    output = forwards[index](*args, **_with_own_caches(given))
                     self.returns = len(output) if isinstance(output, tuple) else 0
                 if self.returns > 1:
                     return output
@@ -251,6 +253,11 @@ class BlockWalk:
             size = first[0].shape[0]
         hidden = first[0].detach()
         return BlockBatch(self.put_by(hidden), inside[0], self.blocks[0], size, calls, hidden.device, numbers)
+
+
+def _with_own_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a block receives, with copies of caches of keys and values (PEFT's prefixes), to which it adds its own."""
+    return {n: copy.deepcopy(v) if hasattr(v, "get_seq_length") else v for n, v in kwargs.items()}
 
 
 def walk_stacks(

@@ -72,6 +72,7 @@ def collect(
     forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
     progress: bool = True,
+    unrouted: dict[str, None] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Run calibration samples through the model once and return the statistics of every target.
 
@@ -95,6 +96,8 @@ def collect(
         forward_context: Makes the context that forward passes run in (autocast).
         ranks: The processes that calibrate together, each on samples of its own; every rank must call.
         progress: Show a progress bar.
+        unrouted: Gets the names of experts' matrices that no token was routed to, and the caller is to call
+            `warn_of_unrouted`. Default: that is done here.
 
     Returns:
         Statistics by parameter name.
@@ -125,7 +128,7 @@ def collect(
     sweep.padding.warn()
     if told := str(sweep.room):
         warnings.warn(told, stacklevel=2)
-    return _finish(taps, sweep.samples, ranks, sweep.unlabeled)
+    return _finish(taps, sweep.samples, ranks, sweep.unlabeled, unrouted)
 
 
 def collect_forward(
@@ -133,6 +136,7 @@ def collect_forward(
     statistics: Iterable[str],
     steps: Iterable[tuple[Padding | None, int, bool]],
     ranks: Ranks | None = None,
+    unrouted: dict[str, None] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Forward statistics of some layers while somebody else runs them.
 
@@ -142,6 +146,7 @@ def collect_forward(
         steps: Yields, *before* each forward pass, its padding (or None), the number of its samples, and whether they
             count.
         ranks: See `collect`.
+        unrouted: See `collect`.
 
     Returns:
         Statistics by parameter name; empty if there are no targets.
@@ -159,7 +164,7 @@ def collect_forward(
     with synchronized_errors(ranks):
         if error := error or taps.failure:
             raise error
-    return _finish(taps, seen, ranks)
+    return _finish(taps, seen, ranks, unrouted=unrouted)
 
 
 class _Sweep:
@@ -372,7 +377,9 @@ class _Sweep:
             forward(self.model, batch, [tap.target for tap in self.taps.all])
 
 
-def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0) -> dict[str, LayerStatistics]:
+def _finish(
+    taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0, unrouted: dict[str, None] | None = None
+) -> dict[str, LayerStatistics]:
     """Check, sum over ranks, and return the statistics."""
     taps.settle()
     with synchronized_errors(ranks):
@@ -394,6 +401,11 @@ def _finish(taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0) -> 
             results[tap.name] = tap.accumulator.result(total)
         check_finite(results)
     if unreached:
+        names = [tap.name for tap in unreached]
+        if unrouted is None:
+            warn_of_unrouted(names)
+        else:
+            unrouted.update(dict.fromkeys(names))
         _fall_back(taps, unreached, results, ranks)
     return results
 
@@ -439,13 +451,6 @@ def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerSta
     Each is as large everywhere as it is on average in the expert of the layer where that is least: all that is known
     of these experts is that they are used less than any other.
     """
-    names = [tap.name for tap in unreached]
-    warnings.warn(
-        f"no calibration token was routed to {len(names)} of the experts' matrices ({', '.join(names[:4])}"
-        f"{', ...' if len(names) > 4 else ''}): their weights are compared by magnitude, and with other layers' as if "
-        "they mattered as little as those of the least used expert. Use more samples for statistics of their own",
-        stacklevel=4,
-    )
     parts = ranks if ranks is not None and ranks.lockstep else None
 
     def mean_squares(name: str, values: Sequence[Tensor]) -> Tensor:
@@ -471,6 +476,18 @@ def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerSta
             equal = torch.eye(own.shape[1]).to(own) * least
             found[name] = ranks.own_rows(equal) if ranks is not None and tap.spread else equal
         results[tap.name] = replace(results[tap.name], **found)
+
+
+def warn_of_unrouted(unrouted: Iterable[str]) -> None:
+    """Say which experts' matrices no token was routed to, if there are any."""
+    if names := list(unrouted):
+        warnings.warn(
+            f"no calibration token was routed to {len(names)} of the experts' matrices ({', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}): their weights are compared by magnitude, and with other layers' as "
+            "if they mattered as little as those of the least used expert. Use more samples for statistics of their "
+            "own",
+            stacklevel=4,
+        )
 
 
 def _check_gradients(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks | None) -> None:

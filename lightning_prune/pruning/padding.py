@@ -199,11 +199,13 @@ class PaddingFinder:
 
     def __init__(self, model: nn.Module) -> None:
         self.unplaced: dict[str, None] = {}
-        self.batch: Any = None
+        self.told: set[str] = set()
         self.named = False  # whether the batch says what is padding
-        self.base: Padding | None = None
-        self.calls = Calls()
-        self.memory: list[tuple[Tensor, Tensor | None]] = []
+        self.batch: Any
+        self.base: Padding | None
+        self.calls: Calls
+        self.memory: list[tuple[Tensor, Tensor | None]]
+        self.rest()
         self.parts = [m for m in model.modules() if _is_model(m)]
         self.arguments = {m: list(inspect.signature(type(m).forward).parameters)[1:] for m in self.parts}
         self.pairs = list(_encoder_decoders(model))
@@ -220,8 +222,8 @@ class PaddingFinder:
         Raises:
             ValueError: a mask from which padding cannot be read.
         """
-        self.memory, self.calls, self.batch, self.base = [], Calls(), batch, None
-        mask = named_mask(batch)
+        self.rest()
+        self.batch, mask = batch, named_mask(batch)
         self.named, source = mask is not None, unless_all(mask)
         target = _target_mask(batch, source) if self.decoder and isinstance(batch, Mapping) else None
         if source is None:
@@ -230,18 +232,22 @@ class PaddingFinder:
             self.base = self._padding(source, target, self.calls if self.parts else None)
         return self.base
 
+    def rest(self) -> None:
+        """Let go of the pass that has run, and look at no other before the next batch."""
+        self.batch, self.base, self.calls, self.memory = None, None, Calls(), []
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """See, while the block runs, what models are called with, and what encoders give their decoders."""
 
         def encoded(_: nn.Module, __: Any, output: Any) -> None:
             first = output if isinstance(output, Tensor) else output[0]
-            if isinstance(first, Tensor):
-                self.memory.append((first.detach(), None if self.base is None else self.base.now.source))
+            if isinstance(first, Tensor) and self.base is not None:
+                self.memory.append((first.detach(), self.base.now.source))
 
         def received(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
             mask = kwargs.get("encoder_attention_mask")
-            if isinstance(states := kwargs.get("encoder_hidden_states"), Tensor):
+            if isinstance(states := kwargs.get("encoder_hidden_states"), Tensor) and self.base is not None:
                 fits = isinstance(mask, Tensor) and mask.shape == states.shape[:2]
                 self.memory.append((states.detach(), mask.bool() if isinstance(mask, Tensor) and fits else None))
 
@@ -325,15 +331,14 @@ class PaddingFinder:
 
     def warn(self) -> None:
         """Name the layers in which padding was not found, once."""
-        if self.unplaced:
-            names = list(self.unplaced)
+        if names := [name for name in self.unplaced if name not in self.told]:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             warnings.warn(
                 f"the padding of the batches cannot be found in the inputs of {', '.join(map(repr, names[:4]))}{more}, "
                 "whose rows are not those of the attention mask, or of several: all their rows were counted",
                 stacklevel=3,
             )
-            self.unplaced.clear()
+            self.told.update(names)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -30,7 +30,7 @@ from lightning_prune.pruning.allocation import (
 from lightning_prune.pruning.batches import check_repeatable
 from lightning_prune.pruning.batches import samples as first_samples
 from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
-from lightning_prune.pruning.calibration import LossFn, collect, collect_forward
+from lightning_prune.pruning.calibration import LossFn, collect, collect_forward, warn_of_unrouted
 from lightning_prune.pruning.masks import PackedMasks, apply_masks, masks_from_zeros
 from lightning_prune.pruning.offloading import at_hand, put_away
 from lightning_prune.pruning.patterns import lowest_in_rows, nm_mask, refuse_nan
@@ -220,6 +220,7 @@ def run_plan(
     except BaseException:
         put_away(model)
         raise
+    warn_of_unrouted(run.unrouted)
     if summary is not None and run.parts is not None:
         summary.sum_over(run.parts)
     return masks
@@ -242,6 +243,7 @@ class _Run:
     statistics: dict[str, LayerStatistics] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     nan: dict[str, Tensor] = field(default_factory=dict)  # whether there is any in a layer's scores
+    unrouted: dict[str, None] = field(default_factory=dict)  # experts' matrices that some sweep has no token for
 
     @property
     def parts(self) -> Ranks | None:
@@ -265,6 +267,7 @@ class _Run:
                 forward_context=self.forward_context,
                 ranks=self.ranks,
                 progress=plan.settings.progress,
+                unrouted=self.unrouted,
             )
         with torch.no_grad():
             self.counts = self._allocate()
@@ -548,6 +551,7 @@ class _Run:
                 self.plan.block_statistics,
                 ((b.padding, b.samples, b.counting) for b in walk.run(index)) if layers else (),
                 self.ranks,
+                self.unrouted,
             )
         for target in layers:
             if not target.offloaded:  # what is changed of those is kept apart

@@ -90,10 +90,24 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
     logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")
-    if logits.dim() == 3 and getattr(uncompiled(model), "prompt_encoder", None) is not None:
-        # PEFT's virtual tokens come first, and no label is theirs.
+    if logits.dim() == 3 and _has_prompt(model):  # no label is of its tokens
         labels = F.pad(labels, (max(logits.shape[1] - labels.shape[1], 0), 0), value=IGNORE_INDEX)
     return causal_lm_losses(logits, labels, allow_empty=True)
+
+
+def logits_of_tokens(model: nn.Module, logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Leave out the logits of virtual tokens, which PEFT's prompts put before a sample's own.
+
+    Args:
+        model: Whose they are.
+        logits: ``[B, T', V]``.
+        input_ids: ``[B, T]``, what the model was called with.
+    """
+    return logits[:, -input_ids.shape[1] :] if _has_prompt(model) else logits
+
+
+def _has_prompt(model: nn.Module) -> bool:
+    return getattr(uncompiled(model), "prompt_encoder", None) is not None
 
 
 # Where there are more logits than these they are made in pieces of half as many, and again in the backward pass.
@@ -159,7 +173,8 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
             return
         inputs = {name: value for name, value in inputs.items() if name not in _LOSS_INPUTS}
     inputs = _cast(model, inputs)
-    body = getattr(model, "base_model", None)
+    # PEFT's prompts and prefixes are not in what it calls the base model.
+    body = None if _has_prompt(model) else getattr(model, "base_model", None)
     if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict) and runs_alone(body, model):
         inside = set(body.modules())
         known = all(name not in inputs or _accepts(body, name) for name in ("input_ids", "inputs_embeds"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.pruning.padding import PaddingFinder
 from lightning_prune.structure.compensation import StreamedMoments, compensate, lost_inputs
 from lightning_prune.structure.masking import mask_units
 from lightning_prune.structure.planning import Planner
@@ -57,6 +59,8 @@ class Shrinking:
         self.layers_left = list(range(planner.first.num_hidden_layers))
         self._agree = agree
         self._since = 0  # prunings since the last compaction
+        self._finder = PaddingFinder(structure.model)
+        self._watching = ExitStack()
 
     @property
     def sizes(self) -> Sizes:
@@ -87,18 +91,44 @@ class Shrinking:
         """What has hooks on the model's layers."""
         return [o.stream for o in (self.moments, self.saliency) if o is not None and o.stream is not None]
 
-    def listen(self, step: int, moments_every: int, real_tokens: Tensor | None) -> None:
-        """Observe the passes of a batch, until `streams` are told otherwise.
+    def watch(self) -> None:
+        """Put hooks on the layers that are to be observed, and on what says which of their tokens are padding."""
+        self.release()
+        for stream in self.streams:
+            self._watching.callback(stream.release)
+            stream.watch()
+        if self.streams:
+            self._watching.enter_context(self._finder.watching())
+
+    def release(self) -> None:
+        """Take the hooks off."""
+        self._watching.close()
+
+    def listen(self, step: int, moments_every: int, batch: Any) -> None:
+        """Observe the passes of a batch, until `rest`.
 
         Args:
             step: Optimizer steps since it began; before 0 nothing is observed.
             moments_every: Steps between those on which moments are observed.
-            real_tokens: Bool, one for each token of the batch; None where nothing is padding.
+            batch: What the model is about to be given.
+
+        Raises:
+            ValueError: a mask from which padding cannot be read.
         """
         for observer, every in ((self.moments, moments_every), (self.saliency, 1)):
             if observer is not None and observer.stream is not None:
                 observer.stream.listening = step >= 0 and step % every == 0 and not self.reached
-                observer.stream.real_tokens = real_tokens
+
+        padding = self._finder.find(batch) if any(stream.listening for stream in self.streams) else None
+        for stream in self.streams:
+            stream.padding = padding
+
+    def rest(self) -> None:
+        """Observe nothing until the next batch."""
+        for stream in self.streams:
+            stream.listening, stream.padding = False, None
+        self._finder.rest()
+        self._finder.warn()
 
     def begin(self, step: int, tokens: int) -> None:
         """Note the model before the first pruning."""

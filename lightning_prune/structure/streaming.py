@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.pruning.hooks import on_gradient
+from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, Accumulator, wide_dtype
+from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.structure.units import Structure
 
 
@@ -25,13 +27,13 @@ class StreamedStatistics:
 
     Attributes:
         listening: Whether passes are observed now.
-        real_tokens: Bool, one for each token of the batch, False where it is padding; None where nothing is.
+        padding: Of the batch whose passes are observed; None where nothing is padded.
         tokens: Tokens that each layer has seen in this step.
     """
 
     def __init__(self, structure: Structure, wanted: Mapping[str, frozenset[str]]) -> None:
         self.listening = False
-        self.real_tokens: Tensor | None = None
+        self.padding: Padding | None = None
         self._handles: list[RemovableHandle] = []
         self.follow(structure, wanted)
 
@@ -69,14 +71,14 @@ class StreamedStatistics:
             backward = bool(statistics & BACKWARD_STATISTICS)
             if not self.listening or (backward and not output.requires_grad):
                 return
-            x, sums = args[0].detach(), self._of(name, layer, statistics)
-            real = self.real_tokens
-            if real is not None and real.numel() != x.numel() // x.shape[-1]:
-                real = None
-            sums.add(sums.input_increments(x, real))
-            self.tokens[name] = self.tokens.get(name, 0) + (
-                x.numel() // x.shape[-1] if real is None else int(real.sum())
-            )
+            kind, sums = layer_kind(layer), self._of(name, layer, statistics)
+            assert kind is not None
+            x = args[0].detach()
+            rows = kind.input_rows(layer, x)  # [B, T, I]
+            real = None if self.padding is None else self.padding.now.keep(name, layer, x, rows.shape)
+            sums.add(sums.input_increments(rows, real))
+            seen = rows.shape[:2].numel() if real is None else int(real.sum())
+            self.tokens[name] = self.tokens.get(name, 0) + seen
             if backward:
                 on_gradient(output, lambda delta: sums.add_output_gradient(delta, 1.0))
 

@@ -36,8 +36,14 @@ from lightning_prune.checkpoints.sources import (
 from lightning_prune.checkpoints.states import units_in
 from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import NextTokenLoss
-from lightning_prune.naming import DTYPES
-from lightning_prune.pruning.running import IGNORE_INDEX, causal_lm_losses, next_token_labels, next_token_losses
+from lightning_prune.naming import DTYPES, uncompiled
+from lightning_prune.pruning.running import (
+    IGNORE_INDEX,
+    causal_lm_losses,
+    logits_of_tokens,
+    next_token_labels,
+    next_token_losses,
+)
 from lightning_prune.results import Table
 from lightning_prune.safety import add_check_sums
 from lightning_prune.schedules import LearningRateSchedule as Schedule
@@ -203,7 +209,7 @@ class CausalLM(L.LightningModule):
         """Logits of shape (B, T, V) for token ids of shape (B, T)."""
         self._check_read()
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return logits
+        return logits_of_tokens(self.model, logits, input_ids)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss over the predicted tokens of the batch, in nats; without any zero, and a `train_loss` of NaN."""
@@ -388,7 +394,7 @@ class CausalLM(L.LightningModule):
 
         Raises:
             ValueError: training is to be resumed from it, without that callback; or a damaged state.
-            CheckpointError: the adapters cannot be merged.
+            CheckpointError: the adapters cannot be merged; or the checkpoint is of a model in PEFT's, and this is not.
         """
         units = units_in(checkpoint.get("callbacks", {}), sharded=True)
         # In one piece, and in a Trainer, the callback slices them off.
@@ -396,6 +402,12 @@ class CausalLM(L.LightningModule):
             note_masked_units(self.model, units.removal, units.attention_unit)
         state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
         unmerged = any(".lora_A." in name for name in state)
+        wrapped = any(name.startswith("model.base_model.model.") for name in state) and not unmerged
+        if wrapped and not hasattr(uncompiled(self.model), "get_base_model"):
+            raise CheckpointError(
+                "the checkpoint is of a model in PEFT's (prompts or a prefix), and this CausalLM's is plain: put the "
+                "same around it first, in __init__ of a subclass (self.model = get_peft_model(self.model, ...))"
+            )
         beside = any("unmerged" in held for held in checkpoint.get("callbacks", {}).values() if isinstance(held, dict))
         if not (unmerged or beside) or any(".lora_A." in n for n, _ in self.named_parameters()):
             return
@@ -427,10 +439,18 @@ class CausalLM(L.LightningModule):
             folder: Created if it does not exist.
 
         Raises:
-            ValueError: masked units are not zero any more.
+            ValueError: masked units are not zero any more, or the model is in PEFT's, whose prompts or adapters a plain
+                model has not.
             RuntimeError: with `read_once`, before the weights are read.
         """
         self._check_read()
+        if hasattr(uncompiled(self.model), "get_base_model"):
+            raise ValueError(
+                f"save_pretrained writes a plain transformers model, and this one is in a {type(self.model).__name__}: "
+                "merge its adapters first (module.model = module.model.merge_and_unload(), or "
+                "lightning_prune.perp.merge(module.model) of those that PERPRetraining has put on), or write what PEFT "
+                "trains alone with module.model.save_pretrained(folder)"
+            )
         self._save_pretrained(folder, whole_state(self.model))
 
     @rank_zero_only

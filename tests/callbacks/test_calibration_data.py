@@ -628,6 +628,44 @@ def test_a_step_finds_what_it_finds_in_training() -> None:
     assert found[0][0] == ["before", "transfer", "after"]
 
 
+class Counting:
+    """Hooks on batches that count, with names of arguments of their own."""
+
+    counts: list[int]
+    rows: int
+
+    def on_before_batch_transfer(self, batch: Any, index: int) -> Any:
+        self.counts[0] += 1
+        self.rows = self.rows + len(batch)
+        return batch
+
+    def on_after_batch_transfer(self, batch: Any, index: int) -> Any:
+        self.counts.append(index)
+        return batch
+
+
+@pytest.mark.parametrize("where", ["module", "data module"])
+def test_hooks_on_batches_leave_no_trace(where: str) -> None:
+    def counting(cls: Any, **members: Any) -> Any:
+        made: Any = type("Own", (Counting, cls), members)()
+        made.counts, made.rows = [0], 0
+        return made
+
+    found = []
+    for pruner in ([], [pruning(loss_fn=None, score="wanda")]):
+        data = counting(L.LightningDataModule, train_dataloader=lambda _: DataLoader(rows(), 4))
+        module = counting(Numbered) if where == "module" else Numbered()
+        trainer = L.Trainer(
+            accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=pruner,
+        )  # fmt: skip
+        trainer.fit(module, data if where == "data module" else DataLoader(rows(), 4))
+        own = module if where == "module" else data
+        found.append((list(own.counts), own.rows))
+    assert found[0] == found[1]
+    assert found[0] == ([2, 0, 0], 8)
+
+
 def test_a_step_that_takes_anything_gets_the_index_as_in_training() -> None:
     class Wrapped(Numbered):
         def training_step(self, *args: Any) -> Tensor:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from perp_models import halve
-from perp_trainers import Losses, loader, make_module, make_trainer, pruning
+from perp_trainers import LLAMA, Losses, loader, make_module, make_trainer, pruning
 from tiny import snapshot
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaForCausalLM
 from versions import WEIGHTS_ONLY
 
-from lightning_prune import PERPRetraining, prune
+from lightning_prune import CausalLM, PERPRetraining, prune
 from lightning_prune.errors import CheckpointError
 from lightning_prune.perp import reconstruct
 
@@ -133,6 +133,42 @@ def test_training_draws_what_it_would_draw_without(tmp_path: Path) -> None:
         make_trainer(tmp_path, pruning(), perp, Seen(), max_epochs=1).fit(module, DataLoader(Augmented(), 4))
         runs.append(torch.cat(batches))
     assert torch.equal(*runs)
+
+
+def test_hooks_on_batches_leave_no_trace(tmp_path: Path) -> None:
+    class Own(CausalLM):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.seen.append(len(batch["input_ids"]))
+            self.average.mul_(0.5).add_(1.0)
+            return batch
+
+    L.seed_everything(0, verbose=False)
+    module: Any = Own(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
+    module.seen = []
+    module.register_buffer("average", torch.zeros(()))
+    perp = PERPRetraining(reconstruct={**OPTIONS, "steps": 1}, r=4)
+    make_trainer(tmp_path, pruning(), perp, max_steps=1).fit(module, loader())
+    assert perp.reconstruction is not None
+    assert module.seen == [4]  # of the step alone
+    assert module.average == 1.0
+
+
+def test_a_compiled_model(tmp_path: Path) -> None:
+    """In all but that nothing is compiled, which would take long."""
+    found, reports = [], []
+    for compiled in (False, True):
+        module = make_module()
+        if compiled:
+            module.model = torch.compile(module.model, backend="eager")
+        model, perp = module.model, PERPRetraining(reconstruct={**OPTIONS, "steps": 2}, r=4)
+        with torch.compiler.set_stance("force_eager"):
+            make_trainer(tmp_path, pruning(), perp, max_steps=1).fit(module, loader())
+        assert module.model is model
+        assert not hasattr(model, "peft_config")  # for another fit
+        reports.append(perp.reconstruction)
+        found.append([p.detach() for p in model.parameters()])
+    assert reports[0] == reports[1]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.slow

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
-from pruning_aware_models import count, fit, make_module
+from pruning_aware_models import count, fit, make_module, make_trainer
 from tiny import make_llama, make_tokens
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import PruningAwarePretraining
+from lightning_prune.pruning.padding import Padding
 from lightning_prune.structure.compensation import StreamedMoments
 from lightning_prune.structure.saliency import StreamedKFAC
 from lightning_prune.structure.units import merge_removals, read_structure
@@ -18,7 +21,7 @@ from lightning_prune.structure.units import merge_removals, read_structure
 ALL = ("attention", "ffn", "hidden")
 
 
-def passes(model: Any, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def passes(model: Any, ids: Tensor, **more: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """Inputs and output gradients of every linear layer in one forward and backward."""
     found: dict[str, list[Tensor]] = {}
     handles = []
@@ -32,7 +35,7 @@ def passes(model: Any, ids: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
                 found[name].append(output)
 
             handles.append(module.register_forward_hook(hook))
-    model(ids, labels=ids).loss.backward()
+    model(ids, **{"labels": ids, **more}).loss.backward()
     for handle in handles:
         handle.remove()
     return {name: (x, output.grad.flatten(0, -2).double()) for name, (x, output) in found.items()}
@@ -72,14 +75,15 @@ def test_moments_weigh_steps_by_their_age_and_leave_padding_out() -> None:
     products = []
     for step in range(3):
         ids = make_tokens(2, 6, seed=step)
-        stream.stream.real_tokens = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        real = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+        stream.stream.padding = Padding(real)
         stream.stream.listening = True
         model(ids)
         model(ids)  # two batches of one optimizer step
         stream.stream.listening = False
         model(ids)
         stream.end_step()
-        x = passes(model, ids)["model.layers.1.mlp.down_proj"][0][stream.stream.real_tokens.flatten()]
+        x = passes(model, ids)["model.layers.1.mlp.down_proj"][0][real.flatten()]
         products.append(x.t() @ x / len(x))
     ages = [0.75**2, 0.75, 1.0]
     expected = sum(a * p for a, p in zip(ages, products, strict=True)) / sum(ages)
@@ -154,6 +158,64 @@ def test_kfac_of_variant_b_is_the_loss_increase_after_the_update() -> None:
     assert bool((stream.sums("ffn") <= plain.sums("ffn")).all())
     assert plain.sums("ffn")[1].argmax() == 7
     assert stream.sums("ffn")[1, 7] < 0.1 * plain.sums("ffn")[1, 7]
+
+
+class OwnMask(L.LightningModule):
+    """Batches that do not name their padding; a loss of None for a batch whose first token is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make_llama().double()
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        ids, lengths = batch
+        real = torch.arange(ids.shape[1]) < lengths[:, None]
+        loss = self.model(input_ids=ids, attention_mask=real.long(), labels=ids.masked_fill(~real, -100)).loss
+        return loss if ids[0, 0] else None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Observed(PruningAwarePretraining):
+    """Looks at what the one step has given, before anything is done with it."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        moments = self._now.moments
+        assert moments is not None
+        self.tokens_seen = dict(moments.stream.tokens)
+        moments.end_step()
+        self.hessians, self.sums = moments.hessians, self._now.saliency.sums("ffn")
+        super().on_train_batch_end(*args)
+        self.listening = any(stream.listening for stream in self._now.streams)
+
+
+def test_padding_is_read_from_what_the_model_is_called_with() -> None:
+    """Against the samples without padding, one by one."""
+    ids, lengths = make_tokens(2, 8).clamp(min=1), torch.tensor([8, 5])
+    module = OwnMask()
+    callback = Observed(0.9, ("ffn",), 100, saliency="kfac", second_order=True, second_order_every=1)
+    make_trainer(callback, max_steps=1).fit(module, DataLoader(TensorDataset(ids, lengths), batch_size=2))
+    alone = [passes(module.model, row[None, :n]) for row, n in zip(ids, lengths.tolist(), strict=True)]
+    real = torch.arange(8) < lengths[:, None]
+    whole = passes(module.model, ids, attention_mask=real.long(), labels=ids.masked_fill(~real, -100))
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        x = torch.cat([found[name][0] for found in alone])
+        torch.testing.assert_close(callback.hessians[name], x.t() @ x / 13)
+        norms = whole[name][1].square().sum(0)  # [O]; no loss depends on padding
+        weight = module.model.get_submodule(name).weight.detach()
+        torch.testing.assert_close(callback.sums[layer], (norms @ weight.square()) * x.square().sum(0))
+    assert set(callback.tokens_seen.values()) == {13}
+
+
+def test_a_batch_without_a_loss_leaves_nothing_listening() -> None:
+    ids, lengths = make_tokens(2, 8) * 0, torch.tensor([8, 5])
+    callback = Observed(0.9, ("ffn",), 100, saliency="kfac", second_order=True, second_order_every=1)
+    loader = DataLoader(TensorDataset(ids, lengths), batch_size=2)
+    make_trainer(callback, max_steps=1, max_epochs=1).fit(OwnMask(), loader)
+    assert set(callback.tokens_seen.values()) == {13}
+    assert not callback.listening  # validation may come next
 
 
 def hooks(module: torch.nn.Module) -> int:

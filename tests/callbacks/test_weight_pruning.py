@@ -21,7 +21,8 @@ from own_modules import Classifier, FindAgain, Manual, dataset, make_trainer, sq
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_prune import ELSA, CubicSchedule, LinearSchedule, OneShot, WeightPruning, prune
+from lightning_prune import ELSA, CubicSchedule, LinearSchedule, OneShot, SparsityMonitor, WeightPruning, prune
+from lightning_prune.pruning.holding import MaskHold
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -49,6 +50,13 @@ class Compiled(Classifier):
     def __init__(self) -> None:
         super().__init__(dropout=0.0)
         self.net = torch.compile(self.net, backend="eager")
+
+
+class WithoutLogs(Classifier):
+    """What can be compiled as a whole."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
 
 
 class SkippedStep(L.pytorch.plugins.precision.Precision):
@@ -208,6 +216,63 @@ def test_resume_is_bit_identical(setting: Setting, tmp_path: Any) -> None:
         assert torch.equal(mask, resumed_masks[name]), name
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["given to fit", "in place"])
+def test_a_compiled_module_is_pruned_as_one_that_is_not(how: str, tmp_path: Any) -> None:
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module: Any = WithoutLogs(dropout=0.0)
+        module.train_dataloader = lambda: DataLoader(dataset(), batch_size=8)
+        pruning = WeightPruning("kfac", num_samples=24, schedule=OneShot(3), progress=False)
+        monitor = SparsityMonitor(history=False)
+        given = module
+        if compiled and how == "given to fit":
+            given = torch.compile(module, backend="eager")
+        elif compiled:
+            module.compile(backend="eager")
+        trainer = make_trainer(tmp_path, pruning, monitor, max_epochs=1, logger=CSVLogger(tmp_path))
+        trainer.fit(given)
+        found.append((pruning.masks, dict(module.named_parameters())))
+    (masks, weights), (masks_compiled, weights_compiled) = found
+    assert masks.keys() == masks_compiled.keys()
+    assert all(torch.equal(mask, masks_compiled[name]) for name, mask in masks.items())
+    for name, weight in weights.items():
+        torch.testing.assert_close(weights_compiled[name], weight, rtol=0, atol=1e-6)
+
+
+class Overflow(L.Callback):
+    """Make the gradient of one pruned weight infinite, as a product in float16 may."""
+
+    def __init__(self, pruning: WeightPruning) -> None:
+        self.pruning = pruning
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        name, mask = next(iter(self.pruning.masks.items()))
+        pl_module.get_parameter(name).register_hook(lambda gradient: gradient.masked_fill(~mask, torch.inf))
+
+
+@pytest.mark.parametrize("hooks", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("scaled", [True, False], ids=["scaler", "clipping"])
+def test_an_infinite_gradient_of_a_pruned_weight_changes_nothing(
+    scaled: bool, hooks: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaler would skip the step, and a norm of infinity would make every gradient NaN."""
+    hold = lambda module, masks, hook_gradients: MaskHold(module, masks, hooks)  # noqa: E731
+    monkeypatch.setattr("lightning_prune.callbacks.weight_pruning.MaskHold", hold)
+    found = []
+    for overflow in (False, True):
+        torch.manual_seed(0)
+        module, pruning = Classifier("sgd", dropout=0.0), WeightPruning("magnitude", sparsity=0.5, progress=False)
+        module.train_dataloader = lambda: DataLoader(dataset(), batch_size=8)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+        how = {"plugins": plugin} if scaled else {"gradient_clip_val": 0.1}
+        make_trainer(tmp_path, pruning, *([Overflow(pruning)] if overflow else []), max_epochs=1, **how).fit(module)
+        assert not scaled or plugin.scaler.get_scale() == 256.0
+        found.append([p.detach() for p in module.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_fit_is_that_of_a_model_pruned_by_hand(tmp_path: Any) -> None:

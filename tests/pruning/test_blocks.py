@@ -7,6 +7,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from tiny import BLOCKS, LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 
@@ -203,6 +204,25 @@ def test_a_forward_that_was_set_on_a_block_stays():
     calls.clear()
     model(make_tokens(1, 4))
     assert calls == [0, 1]
+
+
+@pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
+def test_blocks_that_add_to_a_prefix_of_keys_and_values(score):
+    """Each run of a block has the prefix alone before it, and not what the runs before have added."""
+    model = get_peft_model(make_llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).double()
+    samples = [{"input_ids": make_tokens(1, 8, seed=seed)} for seed in range(3)]
+
+    def prune_layer(layer, weight, statistics):
+        if score == "sparsegpt":
+            return naive.sparsegpt(weight, statistics["hessian"], sparsity=0.5)
+        mask = select(naive.score(score, weight, statistics), "row", 0.5, None)
+        return weight * mask, mask
+
+    layers = [[f"base_model.{name}" for name in block] for block in BLOCKS]
+    _, expected = naive.sequential(model, samples, layers, prune_layer)
+    found = prune(model, samples, score, sequential=True, num_samples=3, progress=False)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name].numpy(), mask) for name, mask in expected.items())
 
 
 @pytest.mark.slow

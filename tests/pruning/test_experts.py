@@ -159,18 +159,18 @@ def test_every_implementation_gives_the_same_masks(family: str, score: str) -> N
         assert all(torch.equal(found[0][name], other[name]) for name in found[0])
 
 
-def silence(model: nn.Module, expert: int) -> None:
-    """No token is routed to one expert of the first layer: its row of the router points away from all of them."""
-    layer = model.model.layers[0].mlp
+def silence(model: nn.Module, expert: int, layer: int = 0) -> None:
+    """No token is routed to one expert of a layer: its row of the router points away from all of them."""
+    mlp = model.model.layers[layer].mlp
     with torch.no_grad():
-        layer.gate.weight[expert] = 0.0
+        mlp.gate.weight[expert] = 0.0
 
         def away(_, __, output):
             logits, scores, index = output
             other = (index == expert).long()
             return logits, scores, (index + other) % EXPERTS
 
-        layer.gate.register_forward_hook(away)
+        mlp.gate.register_forward_hook(away)
 
 
 @pytest.mark.parametrize("score", ["wanda", "gblm", "kfac", "sparsegpt"])
@@ -183,6 +183,19 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(score: str) -> None:
     mask = masks["model.layers.0.mlp.experts.gate_up_proj"][1]
     group = "row" if score in ("wanda", "gblm") else "layer"
     assert torch.equal(mask, reference_mask(weight.abs(), 0.5, group))
+
+
+@pytest.mark.parametrize("score", ["wanda", "gblm"])
+def test_experts_without_tokens_are_told_of_once_block_by_block(score: str) -> None:
+    """The sweep of the dense model (gblm) and the walk each find them, in two blocks."""
+    model = make_moe("mixtral")
+    for layer in range(2):
+        silence(model, 1, layer)
+    with pytest.warns(UserWarning, match="routed to") as told:
+        prune(model, padded_batches(2), score, 0.5, num_samples=4, sequential=True, progress=False)
+    messages = [str(warning.message) for warning in told if "routed to" in str(warning.message)]
+    assert len(messages) == 1
+    assert "routed to 4 of the experts' matrices" in messages[0]
 
 
 def test_layers_whose_experts_no_sample_reaches_are_refused() -> None:

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -14,6 +15,7 @@ from versions import WEIGHTS_ONLY
 
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.checkpoints.sources import trained_tokenizer
+from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.text.data import EMBEDDED, TextDataModule
 from lightning_prune.text.module import CausalLM, decay_groups, learning_rate_factor
@@ -382,6 +384,36 @@ def test_save_pretrained(tmp_path, data, batch):
     torch.testing.assert_close(loaded(batch["input_ids"]).logits, model.eval()(batch["input_ids"]))
     assert AutoTokenizer.from_pretrained(tmp_path / "with").get_vocab() == data.tokenizer.get_vocab()
     assert CausalLM(str(tmp_path / "with")).tokenizer.get_vocab() == data.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_prompts_of_peft(kind, data, batch, tmp_path):
+    model = random_model()
+    model.model = get_peft_model(model.model, kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids = batch["input_ids"]
+    if kind is not PrefixTuningConfig:  # written out; a prefix is no tokens
+        embeddings = model.model.get_base_model().get_input_embeddings()(ids)
+        whole = torch.cat([model.model.get_prompt(batch_size=len(ids)), embeddings], 1)
+        expected = model.model.get_base_model()(inputs_embeds=whole).logits[:, 3:]
+        torch.testing.assert_close(model(ids), expected)
+    losses = torch.nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    for measured in (model, model.model):
+        assert perplexity(measured, list(ids)).nll == pytest.approx(losses.item(), rel=1e-5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(model, datamodule=data)
+    changed = [name for name, p in model.named_parameters() if not torch.equal(before[name], p)]
+    assert changed
+    assert all(".prompt_encoder." in name for name in changed)
+    with pytest.raises(ValueError, match=r"plain transformers model, and this one is in a PeftModelForCausalLM: merge"):
+        model.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+    run.save_checkpoint(tmp_path / "prompts.ckpt")
+    with pytest.raises(CheckpointError, match=r"a model in PEFT's \(prompts or a prefix\), .* put the same around it"):
+        CausalLM.load_from_checkpoint(tmp_path / "prompts.ckpt")
+    state = torch.load(tmp_path / "prompts.ckpt", weights_only=True)
+    model.on_load_checkpoint(state)  # of the same kind
+    model.load_state_dict(state["state_dict"])
 
 
 @pytest.mark.slow
