@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.pruning.hooks import on_gradient
+from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, Accumulator, wide_dtype
-from lightning_prune.pruning.targets import layer_kind
 from lightning_prune.structure.units import Structure
 
 
