@@ -231,8 +231,9 @@ class PruningAwarePretraining(L.Callback):
         if stage == "fit":
             check_trainer(trainer, self)
             check_module(pl_module, trainer.strategy)
-            if neighbor(trainer, WeightPruning) is not None:  # before that one prunes anything
+            if (pruner := neighbor(trainer, WeightPruning)) is not None:  # before that one prunes anything
                 check_neighbors(trainer, self, read_structure(pl_module, self.attention_unit))
+                pruner.do_first(partial(self.begin, trainer, pl_module))
             if self.distill_from is not None and self._distillation is None:
                 self._distillation = Distillation(self.distill_from, self.distill_weight, self.temperature)
                 self._distillation.load(pl_module)
