@@ -214,9 +214,19 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
         raise ValueError(
             "distill_from is given to WeightPruning and to PruningAwarePretraining: give it to one of them"
         )
-    if not masked_while_shrinking(trainer, callback):
-        return {}
     settings = pruner.settings
+    names = [*(settings.targets or ()), *settings.ignore]
+    names += settings.allocation if isinstance(settings.allocation, Mapping) else ()
+    numbers = [int(n) for name in names if isinstance(name, str) for n in re.findall(r"(?<![^.])\d+(?![^.])", name)]
+    if not masked_while_shrinking(trainer, callback):
+        left = callback.target.get("num_hidden_layers", 1) if isinstance(callback.target, Mapping) else 1
+        if "layer" in callback.types and max(numbers, default=0) >= left:
+            raise ValueError(
+                f"WeightPruning names the layer {max(numbers)} (targets, ignore or allocation), which may be gone when "
+                f"it prunes: types={callback.types!r} and target={callback.target!r} are sure to leave {left}. Leave "
+                "the number out, or run WeightPruning in a fit of its own"
+            )
+        return {}
     later = (
         "let it prune when the model has its size: PruningAwarePretraining(end=STEP) and "
         "WeightPruning(schedule=OneShot(STEP + 1))"
@@ -227,8 +237,7 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
             f"WeightPruning(score={settings.score.name!r}, update={settings.update!r}) prunes once, and a model "
             f"that shrinks afterwards would have another sparsity: use another score without update, or {later}"
         )
-    numbered = any(isinstance(name, str) and re.search(r"\d", name) for name in settings.ignore)
-    named = isinstance(settings.allocation, Mapping) or settings.targets is not None or numbered
+    named = isinstance(settings.allocation, Mapping) or settings.targets is not None or bool(numbers)
     if "layer" in callback.types and named:
         raise ValueError(
             "WeightPruning names layers (allocation, targets or ignore), whose numbers change when types=('layer', "

@@ -195,6 +195,7 @@ def test_a_checkpoint_of_the_retraining_loads_small_and_merged(tmp_path: Path) -
         (lambda: [shrinker(), pruner(schedule=ELSA(9, 3))], "shrink in a fit of its own"),
         (lambda: [shrinker(distill_from=make_module().model), pruner(distill_from=make_module().model)], "one of them"),
         (lambda: [shrinker(types=("layer",)), pruner(ignore=["lm_head", "layers.1"])], "names layers"),
+        (lambda: [shrinker(types=("layer",)), pruner(targets=["layers.1"], schedule=OneShot(9))], "sure to leave 1"),
         (lambda: [pruner(), PruningAwarePretraining(0.3, ("ffn",), end=6)], "choose a larger target"),
     ],
 )
