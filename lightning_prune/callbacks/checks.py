@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -117,7 +118,8 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
                 "its own, after the model has shrunk"
             )
         # By name: importing the adapters' callback would load PEFT.
-        beside = isinstance(other, WeightPruning) or type(other).__name__ == "PERPRetraining"
+        retrains = any(kind.__name__ == "PERPRetraining" for kind in type(other).__mro__)
+        beside = isinstance(other, WeightPruning) or retrains
         if beside and is_kind(strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"{type(other).__name__} beside PruningAwarePretraining is not supported under ModelParallelStrategy, "
@@ -200,9 +202,31 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
         ValueError: naming the settings that exclude each other, and what to use.
     """
     pruner = neighbor(trainer, WeightPruning)
-    if pruner is None or not masked_while_shrinking(trainer, callback):
+    if pruner is None:
         return {}
+    if isinstance(pruner.schedule, ELSA):
+        raise ValueError(
+            f"WeightPruning(schedule={pruner.schedule!r}) has sparse copies of the weights, which would keep their "
+            "shapes when PruningAwarePretraining slices these: shrink in a fit of its own, and train into the sparsity "
+            "after it"
+        )
+    if pruner.distill_from is not None and callback.distill_from is not None:
+        raise ValueError(
+            "distill_from is given to WeightPruning and to PruningAwarePretraining: give it to one of them"
+        )
     settings = pruner.settings
+    names = [*(settings.targets or ()), *settings.ignore]
+    names += settings.allocation if isinstance(settings.allocation, Mapping) else ()
+    numbers = [int(n) for name in names if isinstance(name, str) for n in re.findall(r"(?<![^.])\d+(?![^.])", name)]
+    if not masked_while_shrinking(trainer, callback):
+        left = callback.target.get("num_hidden_layers", 1) if isinstance(callback.target, Mapping) else 1
+        if "layer" in callback.types and max(numbers, default=0) >= left:
+            raise ValueError(
+                f"WeightPruning names the layer {max(numbers)} (targets, ignore or allocation), which may be gone when "
+                f"it prunes: types={callback.types!r} and target={callback.target!r} are sure to leave {left}. Leave "
+                "the number out, or run WeightPruning in a fit of its own"
+            )
+        return {}
     later = (
         "let it prune when the model has its size: PruningAwarePretraining(end=STEP) and "
         "WeightPruning(schedule=OneShot(STEP + 1))"
@@ -213,10 +237,11 @@ def check_neighbors(trainer: L.Trainer, callback: Any, structure: Structure) -> 
             f"WeightPruning(score={settings.score.name!r}, update={settings.update!r}) prunes once, and a model "
             f"that shrinks afterwards would have another sparsity: use another score without update, or {later}"
         )
-    if "layer" in callback.types and (isinstance(settings.allocation, Mapping) or settings.targets is not None):
+    named = isinstance(settings.allocation, Mapping) or settings.targets is not None or bool(numbers)
+    if "layer" in callback.types and named:
         raise ValueError(
-            "WeightPruning names layers (allocation or targets), whose numbers change when types=('layer', ...) "
-            f"removes some: leave the names out, or {later}"
+            "WeightPruning names layers (allocation, targets or ignore), whose numbers change when types=('layer', "
+            f"...) removes some: leave the names out, or {later}"
         )
     if nm is None:
         return {}
@@ -404,10 +429,10 @@ def check_pruner(pruner: WeightPruning, retraining: _Retraining) -> None:
         )
     initial = retraining.options.get("init_lora_weights", True)
     if retraining.adapter == "lora" or initial is False:
+        way = "leave init_lora_weights out" if initial is False else "use adapter='mask_lora'"
         raise ValueError(
             f"WeightPruning(schedule={pruner.schedule!r}) prunes while the adapters train, and merges them first, "
-            f"which adapter={retraining.adapter!r} with init_lora_weights={initial} cannot: use "
-            "adapter='mask_lora', or schedule=None"
+            f"which adapter={retraining.adapter!r} with init_lora_weights={initial} cannot: {way}, or schedule=None"
         )
 
 

@@ -50,6 +50,9 @@ def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
     return (divergences * kept).sum() / kept.sum().clamp(min=1) * temperature**2
 
 
+_OF = "_lightning_prune_distillation"
+
+
 class Distillation:
     """Adds the divergence from a source model to a module's training loss: ``(1 - weight) * loss + weight * KL``.
 
@@ -150,6 +153,7 @@ class Distillation:
             return self._with_divergence(output)
 
         handle = student.register_forward_hook(note, with_kwargs=True)
+        vars(training_step)[_OF] = self
         module.__dict__["training_step"] = training_step
         self._undo = [handle.remove, lambda: module.__dict__.pop("training_step", None)]
 
@@ -158,15 +162,6 @@ class Distillation:
         for undo in self._undo:
             undo()
         self._undo, self._passes = [], []
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Let the training step return its own loss for a while, such as that which scores weights."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
 
     def log(self, module: L.LightningModule) -> None:
         """Show the latest divergence in the progress bar; call it at the end of a batch."""
@@ -193,6 +188,20 @@ class Distillation:
         self.last = total.detach()
         mixed = (1 - self.weight) * loss + self.weight * total
         return {**output, "loss": mixed} if isinstance(output, Mapping) else mixed
+
+
+@contextmanager
+def undistilled(module: L.LightningModule) -> Iterator[None]:
+    """Let a module's training step return its own loss, by which weights are scored, whichever callback distills."""
+    found = getattr(module.training_step, _OF, None)
+    if found is None:
+        yield
+        return
+    found._paused = True
+    try:
+        yield
+    finally:
+        found._paused = False
 
 
 def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

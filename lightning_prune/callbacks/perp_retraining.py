@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -324,14 +324,10 @@ class PERPRetraining(L.Callback):
     @contextmanager
     def _settled(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
         """Around new masks: what adapters have learned goes into the weights first, and they begin anew after."""
-        model = self._model(module)
-        with nullcontext() if self._distillation is None else self._distillation.paused():
-            yield from self._settle(trainer, model)
-
-    def _settle(self, trainer: L.Trainer, model: nn.Module) -> Iterator[None]:
         if self.adapter is None:
             yield
             return
+        model = self._model(module)
         if trainer.global_step or self._left_on:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed + trainer.global_step)
@@ -592,7 +588,10 @@ def check_dense_is_known(before: BeforeTraining, pruners: Sequence[WeightPruning
 
     Raises:
         ValueError: neither will have them.
+        CheckpointError: the user's cannot be read.
     """
+    if isinstance(before.dense, (str, Path)):
+        open_checkpoint(before.dense, argument="dense")  # before anybody prunes
     if before.dense is not None:
         return
     if not pruners:

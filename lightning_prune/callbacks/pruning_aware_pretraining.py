@@ -186,6 +186,7 @@ class PruningAwarePretraining(L.Callback):
         self._waiting = False  # for a checkpoint
         self._begun = False  # in this fit
         self._seen_step = 0
+        self._saved_step: int | None = None  # that the state of a checkpoint is of; None once training goes on from it
 
     @property
     def finished(self) -> bool:
@@ -219,6 +220,7 @@ class PruningAwarePretraining(L.Callback):
             _unwrap=[],
             _waiting=False,
             _begun=False,
+            _saved_step=None,
             **loaded,
         )
 
@@ -231,8 +233,9 @@ class PruningAwarePretraining(L.Callback):
         if stage == "fit":
             check_trainer(trainer, self)
             check_module(pl_module, trainer.strategy)
-            if neighbor(trainer, WeightPruning) is not None:  # before that one prunes anything
+            if (pruner := neighbor(trainer, WeightPruning)) is not None:  # before that one prunes anything
                 check_neighbors(trainer, self, read_structure(pl_module, self.attention_unit))
+                pruner.do_first(partial(self.begin, trainer, pl_module))
             if self.distill_from is not None and self._distillation is None:
                 self._distillation = Distillation(self.distill_from, self.distill_weight, self.temperature)
                 self._distillation.load(pl_module)
@@ -268,7 +271,7 @@ class PruningAwarePretraining(L.Callback):
         reshard(pl_module)
         state = self._loaded or (None if self._shrinking is None else self._shrinking.state_dict())
         if self._owner is not None and self._owner() is not pl_module:
-            state = None  # another module's, such as one that was tested
+            state = self._saved_step = None  # another module's, such as one that was tested
         structure = read_structure(pl_module, self.attention_unit)
         if self._copied and state is not None and not _shrunk_to(state, structure.sizes):
             state = None
@@ -314,8 +317,12 @@ class PruningAwarePretraining(L.Callback):
         """Note where it begins: a checkpoint's step is known only now."""
         if self._waiting:
             self.begin(trainer, pl_module)
+        saved, self._saved_step = self._saved_step, None
         self._seen_step = trainer.global_step
         self._now.begin(trainer.global_step, self.tokens)
+        # Saved before the step's pruning, by a callback ahead of this one or after an exception.
+        if saved is not None and saved < trainer.global_step:
+            self._end_step(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -336,22 +343,25 @@ class PruningAwarePretraining(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Prune and compact when it is due."""
-        shrinking, step = self._now, trainer.global_step
-        shrinking.rest()  # a batch without a loss has no backward
+        self._now.rest()  # a batch without a loss has no backward
         self.tokens += count_tokens(batch) * trainer.world_size
-        if step == self._seen_step:
+        if trainer.global_step == self._seen_step:
             return
-        self._seen_step = step
+        self._end_step(trainer, pl_module)
+        self._seen_step = trainer.global_step
+        shown: dict[str, Any] = {"parameters_M": self._now.parameters / 1e6}
+        if self._distillation is not None and self._distillation.last is not None:
+            shown["distillation"] = self._distillation.last
+        pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+
+    def _end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        shrinking, step = self._now, trainer.global_step
         if shrinking.moments is not None:
             shrinking.moments.end_step(sum_of(trainer))
         if self.schedule.due(step) and not shrinking.reached:
             self._prune(trainer, step)
         if shrinking.compaction_due:
-            self._compact(trainer, pl_module)
-        shown: dict[str, Any] = {"parameters_M": shrinking.parameters / 1e6}
-        if self._distillation is not None and self._distillation.last is not None:
-            shown["distillation"] = self._distillation.last
-        pl_module.log_dict(shown, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+            self._compact(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Slice off what is masked, so that the module ends as an ordinary small model; draw."""
@@ -449,6 +459,7 @@ class PruningAwarePretraining(L.Callback):
             "callback": "PruningAwarePretraining",
             "settings": self._settings(),
             "tokens": self.tokens,
+            "step": self._seen_step if self._saved_step is None else self._saved_step,
             "sharded": shrinking.compact_every is None,
             "epsilon": epsilon_of(shrinking.structure),
             "shrinking": shrinking.state_dict(),
@@ -478,6 +489,7 @@ class PruningAwarePretraining(L.Callback):
                 )
         self.tokens = int(state_dict["tokens"])
         self._owner, self._loading, self._copied = self._loading, None, False
+        self._saved_step = state_dict.get("step")
         if self._begun:  # by a callback that tries something and goes back, such as a LearningRateFinder
             self._now.load_state_dict(state_dict["shrinking"])
         else:

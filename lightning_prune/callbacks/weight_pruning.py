@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.averages import mask_averages
 from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace, watched_loss
 from lightning_prune.callbacks.copies import copied_state
-from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.distillation import Distillation, undistilled
 from lightning_prune.callbacks.elsa_training import ELSATraining, check_elsa_fit, check_elsa_settings
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.pruning_notices import (
@@ -183,6 +183,9 @@ class WeightPruning(L.Callback):
         self._target_names: tuple[str, ...] = ()
         self._planned: int | None = None  # of the targets, in the end; None before a fit, and with score="keep"
         self._seen_step = 0
+        self._saved_step: int | None = None  # that masks of a checkpoint are of; None once training goes on from it
+        self._prepared = False  # all that can be checked before weights change, in this fit
+        self._first: Callable[[], None] | None = None
         self._started = False  # training, in this fit
         self._restored = False  # from a checkpoint, in the midst of training
         self._reported = False
@@ -194,19 +197,19 @@ class WeightPruning(L.Callback):
 
     def _check_schedule_fits(self) -> None:
         gradual, how = not isinstance(self.schedule, OneShot), self.settings
+        if how.keeps_zeros and (gradual or self.schedule.start):
+            raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
         if gradual and how.nm is not None:
             raise ValueError(
                 f"pattern={how.pattern!r} has one sparsity: use schedule=None or OneShot(step), not {self.schedule!r}"
             )
-        if gradual and (how.solver is not None or how.keeps_zeros):
+        if gradual and how.solver is not None:
             raise ValueError(
                 f"score={how.score.name!r} with update={how.update!r} prunes once: use schedule=None or OneShot(step), "
                 f"not {self.schedule!r}"
             )
         if isinstance(self.schedule, ELSA):
             check_elsa_settings(how, self.schedule)
-        if how.keeps_zeros and self.schedule.start:
-            raise ValueError("score='keep' reads the zeros of the loaded weights at fit start: leave schedule out")
 
     @property
     def masks(self) -> PackedMasks:
@@ -280,6 +283,10 @@ class WeightPruning(L.Callback):
         """
         self._around_update = around or nullcontext
 
+    def do_first(self, action: Callable[[], None]) -> None:
+        """Have something done in the next fit before any weight is pruned, which may refuse the fit."""
+        self._first = action
+
     def keep_dense_weights(self) -> None:
         """Ask for a copy of the weights, in main memory, as they are right before they are pruned the next time."""
         self._dense = {}
@@ -314,7 +321,7 @@ class WeightPruning(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
         check_checkpoint_of(trainer)
-        self._stage = stage
+        self._stage, self._prepared = stage, False
         if stage == "fit" and is_kind(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
@@ -324,6 +331,19 @@ class WeightPruning(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
+        for pruner in (*pruners_of(trainer), self):  # what one of them refuses leaves all weights as they are
+            pruner._prepare(trainer, pl_module)
+        # Sharded weights, and the masks with them, are restored only after this hook.
+        if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
+            self._begin(trainer, pl_module)
+        if self._data is not None and not self._data.kept:
+            self._data = None
+
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check everything, once a fit; no weight changes."""
+        if self._prepared:
+            return
+        self._prepared = True
         plan = self._make_plan(pl_module, self._check_others(trainer, pl_module))
         self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
         if not is_kind(trainer.strategy, "ModelParallelStrategy"):
@@ -336,7 +356,7 @@ class WeightPruning(L.Callback):
         stranger = self._owner is not None and self._owner() is not pl_module
         if stranger or (self._copied and not masks_hold(pl_module, self._masks)):
             self._keep(PackedMasks())  # another module's
-            self._elsa = self._elsa_state = None
+            self._elsa = self._elsa_state = self._saved_step = None
         self._copied = False
         self._check_data(trainer, plan)
         if isinstance(self.schedule, ELSA) and not self._masks:
@@ -346,12 +366,9 @@ class WeightPruning(L.Callback):
         )
         if self._distillation is not None:
             self._distillation.load(pl_module)
+        if self._first is not None:
+            self._first()
         (rank_zero_warn if plan.coverage.worrying else rank_zero_info)(f"WeightPruning: {plan.coverage}")
-        # Sharded weights, and the masks with them, are restored only after this hook.
-        if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
-            self._begin(trainer, pl_module)
-        if self._data is not None and not self._data.kept:
-            self._data = None
 
     def _check_others(self, trainer: L.Trainer, module: L.LightningModule) -> frozenset[str]:
         """Names of the weights that other callbacks prune; refused where they are this one's, before any prunes."""
@@ -382,6 +399,8 @@ class WeightPruning(L.Callback):
         gradual = not isinstance(self.schedule, OneShot)
         if not plan.needs_data or (self._masks and not gradual):
             return
+        if self.loss_fn is None:
+            calibration_loss(trainer.lightning_module)  # for what it refuses
         updates = "more than one update" if gradual else ""
         check_repeatable(self.calibration, plan.passes, "calibration", updates)
         data = CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
@@ -406,6 +425,8 @@ class WeightPruning(L.Callback):
 
     def _take_up(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._restored, self._seen_step = False, trainer.global_step
+        saved, self._saved_step = self._saved_step, None
+        loaded = self._hold is not None or bool(self._masks)
         if self._hold is None:
             self._begin(trainer, module)
         else:
@@ -413,6 +434,17 @@ class WeightPruning(L.Callback):
             self._mask_averages(trainer, module)  # a checkpoint may have brought them
         if isinstance(self.schedule, ELSA) and self._hold is None:
             self._elsa = self._elsa_of(trainer, module)
+        # Saved before the step's update, by a callback ahead of this one or after an exception.
+        if saved is not None and (loaded or self._elsa is not None):
+            self._update(trainer, module, saved, trainer.global_step)
+
+    def _update(self, trainer: L.Trainer, module: L.LightningModule, seen: int, step: int) -> None:
+        """Do what the schedule says for the steps after `seen`, up to `step`."""
+        if self._elsa is not None:
+            self._elsa.choose(seen, step)
+        # With several optimizers a batch makes several steps. A second fit begins with what the first has pruned.
+        if not self.finished and any(self._due(s) for s in range(seen + 1, step + 1)):
+            self._prune(trainer, module)
 
     def _elsa_of(self, trainer: L.Trainer, module: L.LightningModule) -> ELSATraining:
         assert isinstance(self.schedule, ELSA)
@@ -441,14 +473,10 @@ class WeightPruning(L.Callback):
         """Follow replaced parameters, and prune further if the schedule says so."""
         self._follow(trainer)
         step, seen = trainer.global_step, self._seen_step
-        self._seen_step = step
-        if self._elsa is not None:
-            self._elsa.choose(seen, step)
         if self._distillation is not None:
             self._distillation.log(pl_module)
-        # With several optimizers a batch makes several steps. A second fit begins with what the first has pruned.
-        if not self.finished and any(self._due(s) for s in range(seen + 1, step + 1)):
-            self._prune(trainer, pl_module)
+        self._update(trainer, pl_module, seen, step)
+        self._seen_step = step  # a failure before leaves the update to a resumed fit
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the weights, or their average, as pruned as they are to be."""
@@ -502,8 +530,8 @@ class WeightPruning(L.Callback):
         if self._hold is not None:
             self._hold.remove()
         # What ELSA has come to stays, for a checkpoint that is saved now, or another fit.
-        self._hold = self._plan = self._data = self._teardown = None
-        self._started = False
+        self._hold = self._plan = self._data = self._teardown = self._first = None
+        self._started = self._prepared = False
         if self._distillation is not None:
             self._distillation.end()
 
@@ -523,6 +551,8 @@ class WeightPruning(L.Callback):
             _owner=None,
             _loading=None,
             _started=False,
+            _prepared=False,
+            _first=None,
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
             _dense=None,
@@ -559,8 +589,7 @@ class WeightPruning(L.Callback):
             elsa, self._elsa = self._elsa or self._elsa_of(trainer, module), None
             return elsa.settle()
         with ExitStack() as stack:
-            if self._distillation is not None:
-                stack.enter_context(self._distillation.paused())
+            stack.enter_context(undistilled(module))
             if plan.needs_data:
                 parameters = stack.enter_context(no_trace(trainer, module))
                 epochs = trainer.fit_loop.epoch_progress.current
@@ -661,6 +690,7 @@ class WeightPruning(L.Callback):
             "scores": self._scores.state_dict(),
             "uncounted": list(self._uncounted),
             "settings": self._described(),
+            "step": self._seen_step if self._saved_step is None else self._saved_step,
             **({} if elsa is None else {"elsa": elsa}),
         }
 
@@ -711,6 +741,7 @@ class WeightPruning(L.Callback):
         self._elsa, self._elsa_state = None, state_dict.get("elsa")
         self._scores = ScoreSummary.from_state(state_dict.get("scores"))
         self._uncounted = tuple(state_dict.get("uncounted", ()))
+        self._saved_step = state_dict.get("step")
         self._owner, self._loading = self._loading, None
         self._copied, self._restored = False, self._started
         if self._hold is not None:

@@ -299,6 +299,11 @@ class ReconstructSettings:
                 raise ValueError(
                     f"train={self.train!r}: {outside[0]!r} is in no decoder block; use 'bias' and 'norm', or 'all'"
                 )
+            if self.adapter is None and not self.train:
+                raise ValueError(
+                    "adapter=None with an empty train leaves nothing to fit in a decoder block: name 'bias' or 'norm', "
+                    "or use train='all' (reconstruct={'train': 'all'} of PERPRetraining)"
+                )
         for name in _REFUSED:
             if self.lora_options.get(name):
                 raise ValueError(f"{name}={self.lora_options[name]!r} is not supported block by block; remove it")

@@ -193,14 +193,21 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
         if statistics and target.kind is INNER:
             raise ValueError(
                 f"{target.name!r} is multiplied inside of {type_name(target.module)}, where activations and gradients "
-                f"are not seen: use score='magnitude', or add {to_ignore(target.name)}"
+                f"are not seen: {_without_data(target)}"
             )
         for module in target.modules:
             if statistics and isinstance(module, CONVOLUTIONS) and module.groups > 1:
                 raise ValueError(
                     f"{target.name!r} is a grouped convolution, for which activations and gradients per input are not "
-                    f"defined here; use score='magnitude', or add {to_ignore(target.name)}"
+                    f"defined here: {_without_data(target)}"
                 )
+
+
+def _without_data(target: Target) -> str:
+    return (
+        "use score='magnitude', without an update or an allocation ('owl', 'kfac') that reads them too, or add "
+        f"{to_ignore(target.name)}"
+    )
 
 
 def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:

@@ -267,7 +267,7 @@ def shrink(
         target: Share of the parameters to keep, embeddings included, or their number, or {"bytes": B} of them, or
             {"seconds_per_token": S, "batch": N} on the device.
         text: Text to calibrate on: "austen", local files or a folder of them, or the name of a dataset on the hub.
-        types: Units that may go: attention, ffn, stem (hidden channels), layer.
+        types: Units that may go: attention, ffn, hidden (hidden channels), layer, expert.
         saliency: "kfac", "obs", "taylor1", "taylor2" or "magnitude", see `prune_structured`.
         compensate: Re-fit the layers that lose inputs.
         round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink; see

@@ -157,7 +157,8 @@ class TextDataModule(L.LightningDataModule):
         cache_dir: Where datasets and trained tokenizers are kept. Default the cache of the datasets library.
         streaming: Read, tokenize and pack the training text while it is used, and prepare nothing: for text that is
             larger than a disk. Shuffled within a buffer of documents. Nothing is held out then (name `validation`),
-            `max_steps` says when training ends, and a resumed training reads the stream from its beginning.
+            `max_steps` says when training ends, and a resumed training reads the stream's beginning again, which it
+            drops.
         messages_field: Field or column that holds conversations, lists of {"role", "content"} (usually "messages"), in
             place of text. The roles are "system", "user", "assistant" and "tool", as far as the template knows them.
         train_on: Of conversations: labels on the "assistant"'s tokens, or on "all".

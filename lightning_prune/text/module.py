@@ -414,7 +414,8 @@ class CausalLM(L.LightningModule):
 
         if self._trainer is not None and self._trainer.state.fn == "fit":
             callbacks: list[Any] = self._trainer.callbacks  # type: ignore[attr-defined]
-            if any(type(callback).__name__ == "PERPRetraining" for callback in callbacks):  # puts them on later
+            # By name, also that of a class of which the user has made an own one; it puts them on later.
+            if any(kind.__name__ == "PERPRetraining" for callback in callbacks for kind in type(callback).__mro__):
                 return
             raise ValueError(
                 "the checkpoint was written while adapters were trained: put PERPRetraining(...), with the settings it "

@@ -14,7 +14,7 @@ from perp_trainers import LLAMA, loader, make_trainer, pruning
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor
 
-from lightning_prune import CausalLM, LinearSchedule, OneShot, PERPRetraining
+from lightning_prune import CausalLM, LinearSchedule, OneShot, PERPRetraining, PruningAwarePretraining
 from lightning_prune.callbacks.distillation import Distillation, logits_divergence
 from lightning_prune.schedules import ShrinkSchedule
 
@@ -156,6 +156,32 @@ def test_scores_are_those_of_the_modules_own_loss(tmp_path: Path) -> None:
         make_trainer(tmp_path, pruner, max_steps=3).fit(module, loader())
         found.append(pruner.masks)
     assert all(torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+
+
+class Stepwise(L.LightningModule):
+    """Scored by its training step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        L.seed_everything(0, verbose=False)
+        self.model = CausalLM(config=LLAMA).model
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**batch, labels=batch["input_ids"]).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_scores_are_of_the_own_loss_whichever_callback_distills(tmp_path: Path) -> None:
+    source, runs = copy.deepcopy(SOURCE), []
+    source.register_forward_hook(lambda *_: runs.append(1))
+    shrinker = PruningAwarePretraining(0.9, types=("ffn",), end=1, distill_from=source)
+    pruner = pruning(score="gblm", schedule=OneShot(2))
+    make_trainer(tmp_path, shrinker, pruner, max_steps=3).fit(Stepwise(), loader())
+    assert pruner.finished
+    assert len(runs) == 3  # once a training step
 
 
 def test_two_callbacks_do_not_distill_at_once(tmp_path: Path) -> None:

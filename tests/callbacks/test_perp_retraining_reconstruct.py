@@ -109,6 +109,17 @@ def test_a_folder_that_is_not_there_is_refused_and_changes_nothing(tmp_path: Pat
     assert before == {name: after[name] for name in before}
 
 
+def test_what_cannot_be_reconstructed_is_refused_before_the_pruner_prunes(tmp_path: Path) -> None:
+    module = make_module()
+    before = snapshot(module.model)
+    with pytest.raises(CheckpointError, match="dense='nowhere' does not exist"):
+        make_trainer(tmp_path, pruning(), PERPRetraining(reconstruct={"dense": "nowhere"})).fit(module, loader())
+    assert snapshot(module.model) == before
+    with pytest.raises(ValueError, match=r"leaves nothing to fit.*reconstruct=\{'train': 'all'\}"):
+        PERPRetraining(adapter=None, train=("head",), reconstruct=True)
+    PERPRetraining(adapter=None, train=("head",), reconstruct={"train": "all"})
+
+
 class Augmented(Dataset):
     """Draws from the global random generators."""
 

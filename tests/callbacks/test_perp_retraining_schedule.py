@@ -212,11 +212,15 @@ def test_a_merge_that_is_not_finite_stops_before_anything_is_pruned_further(tmp_
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"adapter": "lora", "merge": False}, {"lora_options": {"init_lora_weights": False}}]
+    ("arguments", "way"),
+    [
+        ({"adapter": "lora", "merge": False}, "use adapter='mask_lora', or schedule=None"),
+        ({"lora_options": {"init_lora_weights": False}}, "leave init_lora_weights out, or schedule=None"),
+    ],
 )
-def test_adapters_that_cannot_begin_anew_are_refused(arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_adapters_that_cannot_begin_anew_are_refused(arguments: dict[str, Any], way: str, tmp_path: Path) -> None:
     module = Module()
     before = snapshot(module)
-    with pytest.raises(ValueError, match="use adapter='mask_lora', or schedule=None"):
+    with pytest.raises(ValueError, match=way):
         fit(module, DataLoader(IDS, batch_size=4), tmp_path, PERPRetraining(**arguments), pruning(OneShot(2)))
     assert snapshot(module) == before

@@ -74,6 +74,23 @@ def test_a_tested_checkpoint_is_not_that_of_another_module(tmp_path: Path) -> No
     assert all(torch.equal(p, expected.get_parameter(n)) for n, p in module.named_parameters())
 
 
+def test_a_checkpoint_from_between_a_step_and_its_pruning_resumes_with_the_pruning(tmp_path: Path) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "between.ckpt")
+
+    def run(*before: L.Callback, path: Path | None = None) -> CausalLM:
+        module = make_module()
+        callback = PruningAwarePretraining(0.7, every_n_steps=2, units_per_pruning=2, compact_every=2)
+        trainer = make_trainer(*before, callback, max_steps=7, limit_train_batches=1)
+        trainer.fit(module, batches(), ckpt_path=path)
+        return module
+
+    whole, resumed = weights(run(Save())), weights(run(path=tmp_path / "between.ckpt"))
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+
+
 @pytest.mark.few_fast(1)
 @pytest.mark.parametrize("finder", [0, 1])
 def test_what_goes_back_to_a_checkpoint_in_the_midst_of_a_fit_changes_nothing(finder: int, tmp_path: Path) -> None:

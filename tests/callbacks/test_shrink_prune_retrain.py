@@ -13,7 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import batches, count, make_module, make_trainer, weights
 from versions import WeightAveraging
 
-from lightning_prune import CausalLM, LinearSchedule, OneShot, PERPRetraining, PruningAwarePretraining, WeightPruning
+from lightning_prune import (
+    ELSA,
+    CausalLM,
+    LinearSchedule,
+    OneShot,
+    PERPRetraining,
+    PruningAwarePretraining,
+    WeightPruning,
+)
 
 # Sizes that shrink by 4 and stay multiples of 4, in groups of which 2:4 masks keep 2.
 TARGET = {"intermediate_size": 32, "hidden_size": 24, "num_key_value_heads": 1}
@@ -145,6 +153,26 @@ def test_resume_is_bit_identical_at_any_step(variant: str, at: int, tmp_path: Pa
         assert torch.equal(weight, weights(resumed)[name]), name
 
 
+class Own(PERPRetraining):
+    """A subclass of a user's own."""
+
+
+def test_a_subclass_resumes_as_the_class_does(tmp_path: Path) -> None:
+    def fit(*others: L.Callback, **how: Any) -> CausalLM:
+        module = make_module()
+        callbacks = [shrinker(end=2, compact_every=1), pruner(schedule=OneShot(3)), Own(r=2), *others]
+        make_trainer(*callbacks, max_steps=6, limit_train_batches=1).fit(module, batches(), **how)
+        return module
+
+    class Save(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "own.ckpt")
+
+    whole, resumed = fit(Save()), fit(ckpt_path=tmp_path / "own.ckpt")
+    assert all(torch.equal(weight, weights(resumed)[name]) for name, weight in weights(whole).items())
+
+
 def test_a_checkpoint_of_the_retraining_loads_small_and_merged(tmp_path: Path) -> None:
     module = CausalLM.load_from_checkpoint(whole_run("masks later", tmp_path)[1] / "epoch=9.ckpt", map_location="cpu")
     assert module.model.config.hidden_size == 24
@@ -164,6 +192,11 @@ def test_a_checkpoint_of_the_retraining_loads_small_and_merged(tmp_path: Path) -
         (lambda: [shrinker(round_to=8), pruner(sparsity=None, pattern="8:16")], "no multiple|multiples of 16"),
         (lambda: [shrinker(), pruner(update="obs")], "prunes once"),
         (lambda: [shrinker(end=None), pruner(score="sparsegpt", schedule=OneShot(9))], "prunes once"),
+        (lambda: [shrinker(), pruner(schedule=ELSA(9, 3))], "shrink in a fit of its own"),
+        (lambda: [shrinker(distill_from=make_module().model), pruner(distill_from=make_module().model)], "one of them"),
+        (lambda: [shrinker(types=("layer",)), pruner(ignore=["lm_head", "layers.1"])], "names layers"),
+        (lambda: [shrinker(types=("layer",)), pruner(targets=["layers.1"], schedule=OneShot(9))], "sure to leave 1"),
+        (lambda: [pruner(), PruningAwarePretraining(0.3, ("ffn",), end=6)], "choose a larger target"),
     ],
 )
 def test_what_cannot_be_beside_each_other_is_refused(callbacks: Any, message: str) -> None:

@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -21,7 +21,16 @@ from own_modules import Classifier, FindAgain, Manual, dataset, make_trainer, sq
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_prune import ELSA, CubicSchedule, LinearSchedule, OneShot, SparsityMonitor, WeightPruning, prune
+from lightning_prune import (
+    ELSA,
+    CalibrationError,
+    CubicSchedule,
+    LinearSchedule,
+    OneShot,
+    SparsityMonitor,
+    WeightPruning,
+    prune,
+)
 from lightning_prune.pruning.holding import MaskHold
 
 warnings.filterwarnings("ignore", module="lightning")
@@ -429,6 +438,49 @@ def test_what_goes_back_to_a_checkpoint_in_the_midst_of_a_fit_changes_nothing(
     assert all(torch.equal(p, expected.get_parameter(n)) for n, p in module.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "at"), [(LinearSchedule(2, 6, 2), 4), (LinearSchedule(2, 6, 2), 6), (ELSA(6, 3), 3), (ELSA(6, 3), 6)]
+)
+def test_a_checkpoint_from_between_a_step_and_its_update_resumes_with_the_update(
+    schedule: Any, at: int, tmp_path: Any
+) -> None:
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == at:
+                trainer.save_checkpoint(tmp_path / "between.ckpt")
+
+    def fit(*before: L.Callback, path: Any = None) -> tuple[L.LightningModule, WeightPruning]:
+        torch.manual_seed(0)
+        module, pruning = Classifier(dropout=0.0), WeightPruning("magnitude", 0.8, schedule=schedule, progress=False)
+        data = DataLoader(dataset(), batch_size=96)  # an epoch is one step, at whose end a run can be resumed
+        make_trainer(tmp_path, *before, pruning, max_epochs=8).fit(module, data, ckpt_path=path)
+        return module, pruning
+
+    whole, expected = fit(Save())
+    module, pruning = fit(path=tmp_path / "between.ckpt")
+    assert pruning.finished
+    assert all(torch.equal(mask, pruning.masks[n]) for n, mask in expected.masks.items())
+    assert all(torch.equal(p, whole.get_parameter(n)) for n, p in module.named_parameters())
+
+
+def test_an_update_that_failed_is_made_when_the_fit_is_resumed(tmp_path: Any) -> None:
+    module = Classifier()
+    failing = WeightPruning("wanda", 0.8, num_samples=8, schedule=LinearSchedule(0, 4, 2), progress=False)
+    failing.calibration = [dataset()[:8]]
+    saver = OnExceptionCheckpoint(tmp_path, "failed")
+
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 3:
+                failing.calibration = [(torch.full((8, 16), float("nan")), dataset()[:8][1])]
+
+    with pytest.raises(CalibrationError):
+        make_trainer(tmp_path, failing, Spoil(), saver, enable_checkpointing=True).fit(module)
+    pruning = WeightPruning("wanda", 0.8, num_samples=8, schedule=LinearSchedule(0, 4, 2), progress=False)
+    make_trainer(tmp_path, pruning).fit(Classifier(), ckpt_path=tmp_path / "failed.ckpt")
+    assert pruning.finished
+
+
 def test_callback_added_to_a_dense_run_catches_up(tmp_path: Any) -> None:
     """A checkpoint without masks: pruned at once to the schedule's present sparsity, old momentum cleared."""
     saver = ModelCheckpoint(dirpath=tmp_path, filename="dense")
@@ -519,6 +571,7 @@ def test_failed_calibration_leaves_the_module_as_it_was(tmp_path: Any) -> None:
         ({"pattern": "1:4", "sparsity": 0.5}, "prunes 0.7500"),
         ({"score": "sparsegpt", "schedule": LinearSchedule(0, 10)}, "prunes once"),
         ({"score": "keep", "sparsity": 0.5}, "takes the zeros as they are"),
+        ({"score": "keep", "schedule": LinearSchedule(0, 10)}, "at fit start: leave schedule out"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"group": "column"}, "group='column'"),
         ({"update": "sgd"}, "update='sgd'"),
@@ -540,6 +593,7 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: s
         (Classifier, {"targets": ["conv"]}, "targets='conv' matches no layer"),
         (Classifier, {"ignore": ["net.7"]}, "ignore='net.7' matches no layer"),
         (Manual, {}, "manual optimization"),
+        (Manual, {"schedule": OneShot(4)}, "manual optimization"),
     ],
 )
 def test_what_does_not_fit_the_module_is_refused_before_training(

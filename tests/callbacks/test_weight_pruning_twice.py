@@ -137,6 +137,19 @@ def test_layers_of_both_are_refused_before_any_is_pruned(second: Any, message: s
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [({"pattern": "3:7"}, "do not divide by 7"), ({"distill_from": "no/such/folder"}, "no/such/folder")],
+)
+def test_what_the_second_refuses_leaves_the_weights_to_the_first(second: Any, message: str, tmp_path: Path) -> None:
+    module = make_module()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    other = WeightPruning(score="magnitude", targets=MLP, **second)
+    with pytest.raises((ValueError, OSError), match=message):
+        make_trainer(tmp_path, two()[0], other).fit(module, loader())
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
 def test_what_cannot_be_beside_two_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="distill_from is given to two"):
         make_trainer(tmp_path, *two(distill_from=make_module().model)).fit(make_module(), loader())

@@ -486,6 +486,9 @@ def test_grouped_convolutions_are_pruned_by_magnitude_alone():
         prune(model, Untouched(), "wanda")
     with pytest.raises(ValueError, match=r"'0\.weight' is a grouped convolution"):
         prune(model, Untouched(), "wanda", targets=[nn.Conv2d])
+    for reads in ({"update": "exact"}, {"allocation": "owl"}):
+        with pytest.raises(ValueError, match=r"use score='magnitude', without an update or an allocation"):
+            prune(model, Untouched(), "magnitude", targets=[nn.Conv2d], **reads)
     assert pruned(prune(model, None, "magnitude")) == 36
 
 

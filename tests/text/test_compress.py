@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ from measured_models import make_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_prune import compress, prune, shrink
-from lightning_prune.cli import main
+from lightning_prune.cli import main, parser_of
 from lightning_prune.perp import reconstruct
 from lightning_prune.structure import permute_channels
+from lightning_prune.structure.sizes import UNIT_TYPES
 from lightning_prune.text.compress import Compressed
 from lightning_prune.text.documents import texts_of
 
@@ -244,3 +246,9 @@ def test_text_of_every_kind(tmp_path):
     assert next(texts_of("austen")).startswith("PRIDE AND PREJUDICE")
     with pytest.raises(ValueError, match="text_field='words' names no text"):
         list(texts_of(str(tmp_path / "saved"), text_field="words"))
+
+
+def test_the_help_of_shrink_names_all_units_as_they_are_called():
+    (option,) = [action for action in parser_of("shrink")._actions if action.dest == "types"]
+    named = re.sub(r"\(.*?\)", "", option.help.partition(":")[2].partition(".")[0])
+    assert tuple(named.replace(" ", "").split(",")) == UNIT_TYPES
