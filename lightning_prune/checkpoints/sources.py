@@ -268,6 +268,17 @@ def load_tokenizer(
     return tokenizer
 
 
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a tokenizer puts before every text, as those of Gemma, Llama and Mistral do; None for most others.
+
+    Models that were trained with it in the first place expect it there: without it Gemma 3 270M has four times the
+    perplexity.
+    """
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    return whole[0] if plain and whole[1 : 1 + len(plain)] == plain else None
+
+
 @contextmanager
 def _readable(source: str) -> Iterator[None]:
     """Turn whatever a damaged file provokes into one sentence that says which it is."""

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_prune.checkpoints.model import LoadedModel, context_of, device_of, load_model, on
-from lightning_prune.checkpoints.sources import existing_path
+from lightning_prune.checkpoints.sources import existing_path, first_token
 from lightning_prune.errors import check_whole
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.evaluation.tasks import check_lm_eval, read_tasks, zero_shot
@@ -43,8 +43,9 @@ def evaluate(
 ) -> EvaluationResults:
     """Measure perplexity and zero-shot tasks.
 
-    A text is one stream of tokens, without special tokens, cut into windows. Everything is read and checked, and both
-    models loaded into main memory, before the first is run.
+    A text is one stream of tokens, cut into windows. Each window begins with the token that the tokenizer puts before
+    every text, if it does that (Gemma, Llama); there are no other special tokens. Everything is read and checked, and
+    both models loaded into main memory, before the first is run.
 
     Args:
         model: A transformers folder, a Lightning ``.ckpt`` or distributed checkpoint of `CausalLM`, a ``.gguf`` file,
@@ -54,7 +55,7 @@ def evaluate(
         baseline: A model to measure beside it in the same way, as a rule the dense one.
         tokenizer: Hub id, folder, ``.gguf`` file, ``tokenizer.json``, or a tokenizer; default each model's own.
         seq_len: Tokens in a window of text; its first one is not predicted. Default 512, or as many as the models take.
-        stride: Tokens between the starts of windows; default `seq_len`, no overlap.
+        stride: Tokens of text between the starts of windows; default: no overlap.
         max_windows: Use at most so many windows of each text, spread evenly. Default all.
         limit: Use at most so many samples of each task. Default all.
         batch_size: Windows or sequences in one forward pass.
@@ -95,25 +96,29 @@ def evaluate(
     models = [load_model(source, tokenizer, dtype, role, progress) for role, source in sources if source is not None]
     if seq_len is None:
         seq_len = min(_WINDOW, *(context_of(loaded) or _WINDOW for loaded in models))
-    if stride is not None and stride > seq_len:
-        raise ValueError(f"stride={stride} must not be above seq_len={seq_len}: tokens between windows would be lost")
-    streams = _streams(models, texts, seq_len)
+    begin, streams = _streams(models, texts, seq_len)
+    own = seq_len if begin is None else seq_len - 1
+    if stride is not None and stride > own:
+        raise ValueError(
+            f"stride={stride} must not be above {own}, the tokens of text in a window of seq_len={seq_len}: tokens "
+            "between windows would be lost"
+        )
     measured = []
     for (role, _), loaded in zip(sources, models, strict=True):
         facts = loaded.facts()
         with on(place, loaded.model):
             of_texts = []
             for name, content in texts.items():
-                windows: Any = {"seq_len": seq_len, "stride": stride, "max_windows": max_windows}
+                windows: Any = {"seq_len": seq_len, "stride": stride, "first_token": begin, "max_windows": max_windows}
                 found = perplexity(loaded.model, streams[name], **windows, batch_size=batch_size, progress=progress)
                 digest = hashlib.sha256(content.encode()).hexdigest()
-                of_texts.append(TextResult(Path(name).name, digest, stride=stride or seq_len, **asdict(found)))
+                of_texts.append(TextResult(Path(name).name, digest, stride=stride or own, **asdict(found)))
             assert loaded.tokenizer is not None
             options: Any = {"batch_size": batch_size, "limit": limit, "progress": progress}
             of_tasks = zero_shot(loaded.model, loaded.tokenizer, tasks, **options) if tasks else []
         measured.append(ModelResult(loaded.source, role, **facts, texts=of_texts, tasks=of_tasks))
         gc.collect()
-    settings = {**asked, "seq_len": seq_len, "stride": stride or seq_len, "tasks": list(tasks)}
+    settings = {**asked, "seq_len": seq_len, "stride": stride or own, "first_token": begin, "tasks": list(tasks)}
     return EvaluationResults(measured, settings, versions(_PACKAGES), str(place), time.monotonic() - started)
 
 
@@ -135,34 +140,37 @@ def _read_text(file: str | Path) -> str:
     return content
 
 
-def _streams(models: Sequence[LoadedModel], texts: dict[str, str], seq_len: int) -> dict[str, torch.Tensor]:
-    """Token ids [T] of each text, the same for all models."""
+def _streams(
+    models: Sequence[LoadedModel], texts: dict[str, str], seq_len: int
+) -> tuple[int | None, dict[str, torch.Tensor]]:
+    """The token that windows begin with, and the ids [T] of each text: the same for all models."""
     for loaded in models:
         if loaded.tokenizer is None:
             raise ValueError(f"{loaded.source} has no tokenizer; give one (--tokenizer)")
         context = context_of(loaded)
         if texts and context is not None and seq_len > context:
             raise ValueError(f"seq_len={seq_len} is longer than the {context} tokens that {loaded.source} takes")
+    begins = [first_token(loaded.tokenizer) for loaded in models if loaded.tokenizer is not None] if texts else [None]
     streams = {}
     for name, content in texts.items():
         # verbose=False: the stream is cut into windows, so it is not too long
         ids, *others = [_ids(loaded.tokenizer, content) for loaded in models]
-        if any(other != ids for other in others):
+        if any(other != ids for other in others) or len(set(begins)) > 1:
             raise ValueError(
                 f"text={name!r} has other tokens for {models[0].source} than for {models[1].source}, so that their "
                 "perplexities cannot be compared; give one tokenizer for both (--tokenizer), or no baseline"
             )
-        if len(ids) < seq_len:
+        if len(ids) < seq_len - (begins[0] is not None):
             raise ValueError(f"text={name!r} has {len(ids)} tokens, fewer than one window of seq_len={seq_len}")
         for loaded in models:
             rows = loaded.model.get_input_embeddings().weight.shape[0]
-            if max(ids) >= rows:
+            if (highest := max(*ids, begins[0] or 0)) >= rows:
                 raise ValueError(
-                    f"text={name!r} has the token {max(ids)}, but {loaded.source} has embeddings of {rows} tokens: the "
+                    f"text={name!r} has the token {highest}, but {loaded.source} has embeddings of {rows} tokens: the "
                     "tokenizer is another model's; give the right one (--tokenizer)"
                 )
         streams[name] = torch.tensor(ids)
-    return streams
+    return begins[0], streams
 
 
 def _ids(tokenizer: Any, content: str) -> list[int]:

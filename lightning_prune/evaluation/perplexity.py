@@ -93,6 +93,7 @@ def perplexity(
     *,
     seq_len: int = 512,
     stride: int | None = None,
+    first_token: int | None = None,
     max_windows: int | None = None,
     spread: bool = True,
     batch_size: int = 1,
@@ -111,8 +112,10 @@ def perplexity(
             "attention_mask": masked tokens are left out; "labels": tokens with -100 there are not predicted), used
             as they are. Windows that predict nothing (padding alone, a single token) are left out.
         seq_len: Tokens in a window of a stream, at least 2.
-        stride: Distance between the starts of windows. Default `seq_len`: windows do not overlap. With a
+        stride: Distance between the starts of windows. Default: windows do not overlap. With a
             smaller stride a window predicts only the tokens that no window before it has predicted.
+        first_token: Of a stream: a token that every window begins with, so that it holds one less of the text. Models
+            whose tokenizer puts one before every text expect it (Gemma, Llama: ``tokenizer.bos_token_id``).
         max_windows: Use at most this many windows. Default all.
         spread: Choose the `max_windows` windows evenly over the text, not from its beginning.
         batch_size: Windows in one forward pass.
@@ -125,7 +128,8 @@ def perplexity(
         ValueError: If an argument is out of range, the text is shorter than one window, or no window predicts a
             token.
     """
-    windows, overlap = _windows(data, seq_len, stride)
+    windows, overlap = _windows(data, seq_len, stride, first_token)
+    begin = [] if first_token is None else [first_token]
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all windows.")
     check_whole("batch_size", batch_size)
@@ -138,7 +142,7 @@ def perplexity(
     bar = progress_bar("Perplexity", math.ceil(count / batch_size), enabled=progress)
     with evaluating(model), torch.no_grad(), bar as advance:
         for start in range(0, count, batch_size):
-            rows = _rows(windows, chosen[start : start + batch_size], overlap)
+            rows = _rows(windows, chosen[start : start + batch_size], overlap, begin)
             advance()
             if not rows:
                 continue
@@ -163,26 +167,31 @@ def perplexity(
     )
 
 
-def _windows(data: Tensor | Sequence[Any], seq_len: int, stride: int | None) -> tuple[Any, int]:
-    """The windows, and how many tokens at the beginning of all but the first are context, which is not predicted."""
+def _windows(
+    data: Tensor | Sequence[Any], seq_len: int, stride: int | None, first_token: int | None
+) -> tuple[Any, int]:
+    """The text of the windows, and how many tokens of it are context in all but the first, which is not predicted."""
     stream = _as_stream(data)
     if stream is None:
-        if stride is not None:
-            raise ValueError(f"stride={stride} needs a token stream; the data is a sequence of windows.")
+        for name, value in (("stride", stride), ("first_token", first_token)):
+            if value is not None:
+                raise ValueError(f"{name}={value} needs a token stream; the data is a sequence of windows.")
         if len(data) == 0:
             raise ValueError("data is an empty sequence of windows. Pass at least one window.")
         return data, 0
-    step = seq_len if stride is None else stride
     if seq_len < 2:
         raise ValueError(f"seq_len={seq_len} must be at least 2: the first token of a window is not predicted.")
-    if not 1 <= step <= seq_len:
-        raise ValueError(f"stride={stride} must lie between 1 and seq_len={seq_len}.")
-    if len(stream) < seq_len:
+    own = seq_len if first_token is None else seq_len - 1
+    step = own if stride is None else stride
+    if not 1 <= step <= own:
+        bound = f"seq_len={seq_len}" if first_token is None else f"{own}, the tokens of text in a window"
+        raise ValueError(f"stride={stride} must lie between 1 and {bound}.")
+    if len(stream) < own:
         raise ValueError(
             f"data has {len(stream)} tokens, fewer than one window of seq_len={seq_len}. Pass a smaller "
             "seq_len or more text."
         )
-    return stream.unfold(0, seq_len, step), seq_len - step  # views
+    return stream.unfold(0, own, step), own - step  # views
 
 
 def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
@@ -221,13 +230,16 @@ def _window(item: Any, index: int) -> tuple[Tensor, Tensor]:
     return ids[real.bool()].long(), labels[real.bool()].long()
 
 
-def _rows(windows: Sequence[Any], chosen: Sequence[int], overlap: int) -> list[tuple[Tensor, Tensor]]:
-    """Ids and labels of the windows that predict a token."""
+def _rows(
+    windows: Sequence[Any], chosen: Sequence[int], overlap: int, begin: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Ids and labels of the windows that predict a token, after the tokens that each begins with."""
     rows = []
     for index in chosen:
         ids, labels = _window(windows[index], index)
         labels = labels.clone()
         labels[: overlap if index else 0] = IGNORE_INDEX
+        ids, labels = (torch.cat([part.new_tensor(begin), part]) for part in (ids, labels))
         if bool((labels[1:] != IGNORE_INDEX).any()):
             rows.append((ids, labels))
     return rows

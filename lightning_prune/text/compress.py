@@ -17,6 +17,7 @@ from lightning_prune.checkpoints.cards import Making
 from lightning_prune.checkpoints.export import check_apart, check_replaceable, write_model
 from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
+from lightning_prune.checkpoints.sources import first_token
 from lightning_prune.errors import check_whole
 from lightning_prune.evaluation.perplexity import evaluating, perplexity
 from lightning_prune.perp.reconstruction import reconstruct
@@ -353,6 +354,8 @@ class _Job:
             raise ValueError(f"seq_len={seq_len} must lie between 2 and the {context} tokens that the model takes")
         self.model: Any = self.loaded.model.to(place)
         self.tokenizer: Any = self.loaded.tokenizer
+        begin = first_token(self.tokenizer)
+        self.begin = [] if begin is None else [begin]
 
     def read(
         self,
@@ -375,7 +378,9 @@ class _Job:
             ids.append(self.tokenizer.eos_token_id)
             if len(ids) >= enough:
                 break
-        rows = torch.tensor(ids[: len(ids) // self.seq_len * self.seq_len]).view(-1, self.seq_len)  # [N, T]
+        own = self.seq_len - len(self.begin)
+        rows = torch.tensor(ids[: len(ids) // own * own]).view(-1, own)
+        rows = torch.cat([torch.tensor(self.begin, dtype=rows.dtype).expand(len(rows), -1), rows], 1)  # [N, T]
         if len(rows) < 2:
             raise ValueError(
                 f"text={text!r} has {len(ids)} tokens, fewer than two windows of seq_len={self.seq_len}: one to "
@@ -439,7 +444,8 @@ class _Job:
 
     def _written(self) -> str:
         ids = self.tokenizer(self.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        ids = ids[:, -max(1, self.seq_len - _WRITTEN) :].to(next(self.model.parameters()).device)  # [1, T]
+        ids = torch.cat([ids.new_tensor([self.begin]), ids[:, -max(1, self.seq_len - _WRITTEN - len(self.begin)) :]], 1)
+        ids = ids.to(next(self.model.parameters()).device)  # [1, T]
         options = {"do_sample": False, "max_new_tokens": _WRITTEN, "pad_token_id": self.tokenizer.eos_token_id}
         with evaluating(self.model), torch.no_grad():
             out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)

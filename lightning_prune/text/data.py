@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_prune.checkpoints.sources import load_tokenizer, trained_tokenizer
+from lightning_prune.checkpoints.sources import first_token, load_tokenizer, trained_tokenizer
 from lightning_prune.errors import check_whole
 from lightning_prune.safety import expanded
 from lightning_prune.text.chat import check_chat_tokenizer, tokenize_conversations
@@ -118,6 +118,9 @@ class TextDataModule(L.LightningDataModule):
 
     A batch is a dict of int64 tensors (B, T): "input_ids" and "labels", the same ids unshifted. With
     `keep_last`, also "attention_mask", and labels are -100 where it is 0.
+
+    A block begins with the token that the tokenizer puts before every text, if it does that (Gemma, Llama), since the
+    models expect it; every document ends with an end-of-text token.
 
     The validation blocks come from `validation`, or are the last `validation_share` of the blocks of `source`;
     they share no token with the training blocks.
@@ -379,7 +382,7 @@ class TextDataModule(L.LightningDataModule):
         if hp["messages_field"] is not None:
             return self._conversations(source, argument)
         tokens = tokenize(self._documents(source, argument), self.tokenizer, hp["text_field"], num_proc=hp["num_proc"])
-        return pack(tokens, hp["block_size"], keep_last=hp["keep_last"])
+        return pack(tokens, hp["block_size"], keep_last=hp["keep_last"], begin=first_token(self.tokenizer))
 
     def _conversations(self, source: str | list[str], argument: str) -> datasets.Dataset:
         hp = self.hparams

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_prune.checkpoints.sources import first_token
 from lightning_prune.pruning.running import IGNORE_INDEX
 
 # part of the cache key: raise it when tokenizing or packing changes
@@ -71,44 +72,52 @@ def _encode(
     return {"input_ids": [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
 
 
-def pack(tokens: datasets.Dataset, block_size: int, keep_last: bool = False) -> datasets.Dataset:
+def pack(
+    tokens: datasets.Dataset, block_size: int, keep_last: bool = False, begin: int | None = None
+) -> datasets.Dataset:
     """Cut the stream of all documents into blocks.
 
     Args:
         tokens: What `tokenize` returned. The stream is held in memory once, at four bytes a token.
         block_size: Tokens in a block.
         keep_last: Keep the rest as a shorter last block, if it has at least two tokens.
+        begin: A token that every block begins with, see `first_token` of `lightning_prune.checkpoints.sources`.
 
     Returns:
-        A dataset with the column "input_ids": the concatenated blocks are the stream, less a dropped rest.
+        A dataset with the column "input_ids": the concatenated blocks, without `begin`, are the stream, less a
+        dropped rest.
 
     Raises:
         ValueError: If not even one block results.
     """
     total = _count(tokens, "input_ids", pc.list_value_length)
     shortest = 2 if keep_last else block_size
-    if total < shortest:
+    if total < shortest - (begin is not None):
         raise ValueError(
             f"The text has {total} tokens, fewer than one block of block_size={block_size}. Pass a smaller "
             "block_size, keep_last=True, or more text."
         )
     blocks: datasets.Dataset = tokens.with_format("arrow").map(
-        partial(_cut, block_size=block_size, keep_last=keep_last),
+        partial(_cut, block_size=block_size, keep_last=keep_last, begin=begin),
         batched=True,
         batch_size=-1,  # the whole stream: batches would each leave a rest
-        new_fingerprint=fingerprint(tokens, _CACHE_VERSION, block_size, keep_last),
+        new_fingerprint=fingerprint(tokens, _CACHE_VERSION, block_size, keep_last, begin),
         desc="Packing",
     )
     return blocks.with_format(None)
 
 
-def _cut(table: pa.Table, block_size: int, keep_last: bool) -> pa.Table:
+def _cut(table: pa.Table, block_size: int, keep_last: bool, begin: int | None) -> pa.Table:
     stream = table.column("input_ids").combine_chunks().flatten()
-    rest = len(stream) % block_size
-    if rest and (not keep_last or rest < 2):
+    added = 0 if begin is None else 1
+    rest = len(stream) % (block_size - added)
+    if rest and (not keep_last or rest + added < 2):
         stream = stream.slice(0, len(stream) - rest)
-    starts = np.append(np.arange(0, len(stream), block_size), len(stream))
-    blocks = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), stream)
+    starts = np.arange(0, len(stream), block_size - added)
+    if begin is not None:
+        stream = pa.array(np.insert(stream.to_numpy(), starts, begin))
+        starts += np.arange(len(starts))
+    blocks = pa.ListArray.from_arrays(pa.array(np.append(starts, len(stream)), pa.int32()), stream)
     return pa.table({"input_ids": blocks})
 
 
@@ -181,6 +190,8 @@ _BATCH = 64
 class StreamedBlocks(IterableDataset[dict[str, Any]]):
     """Blocks of tokens from a stream of documents, with an end-of-text token after each document.
 
+    Each begins with the token that the tokenizer puts before every text, if it does that.
+
     Documents are shuffled within a buffer, anew in each epoch. Processes and their workers read different documents
     (different files, where there are enough of them). The rest of a stream that fills no block is dropped.
 
@@ -222,7 +233,9 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
         # Not `set_epoch` of the documents: workers share that number, and each would add to it.
         shuffled = self.documents.shuffle(seed=self.seed + int(self.epoch), buffer_size=self.buffer_size)
         documents = split_dataset_by_node(shuffled, rank=self.rank, world_size=self.num_replicas)
-        rest = np.empty(0, dtype=np.int64)
+        rest, begin = np.empty(0, dtype=np.int64), first_token(self.tokenizer)
+        first = np.asarray([] if begin is None else [begin], dtype=np.int64)
+        own = self.block_size - len(first)
         texts = (row[self.text_field] for row in documents)
         while batch := self._next(texts):
             found = [text for text in batch if text and text.strip()]
@@ -231,9 +244,9 @@ class StreamedBlocks(IterableDataset[dict[str, Any]]):
             encoded = self.tokenizer(found, add_special_tokens=False, return_attention_mask=False, verbose=False)
             end = [self.tokenizer.eos_token_id]
             stream = np.concatenate([rest, *(np.asarray([*ids, *end]) for ids in encoded["input_ids"])])
-            whole = len(stream) // self.block_size * self.block_size
-            for block in stream[:whole].reshape(-1, self.block_size):
-                yield {"input_ids": block}
+            whole = len(stream) // own * own
+            for block in stream[:whole].reshape(-1, own):
+                yield {"input_ids": np.concatenate([first, block])}
             rest = stream[whole:]
 
     @staticmethod

@@ -73,23 +73,36 @@ def tokenize(path: str | Path, tokenizer: Any) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def blocks(tokens: Tensor, count: int, length: int) -> Tensor:
-    """`count` non-overlapping blocks of `length` tokens, spread evenly over the text: (count, length)."""
-    available = tokens.numel() // length
+def begin_of(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer puts before every text, if it does (Gemma, Llama)."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return list(whole[:1]) if plain and whole[1 : 1 + len(plain)] == plain else []
+
+
+def blocks(tokens: Tensor, count: int, length: int, begin: Sequence[int] = ()) -> Tensor:
+    """`count` non-overlapping blocks of `length` tokens, spread evenly over the text: (count, length).
+
+    Each begins with `begin`, and holds so many tokens less of the text.
+    """
+    own = length - len(begin)
+    available = tokens.numel() // own
     if available < count:
-        raise SystemExit(f"the text has {available} blocks of {length} tokens, not {count}: ask for fewer")
+        raise SystemExit(f"the text has {available} blocks of {own} tokens, not {count}: ask for fewer")
     chosen = torch.arange(count) * available // count
-    return tokens[: available * length].view(available, length)[chosen]
+    found = tokens[: available * own].view(available, own)[chosen]
+    return torch.cat([found.new_tensor(list(begin)).expand(count, -1), found], 1)
 
 
 def calibration_of(args: argparse.Namespace, tokenizer: Any) -> Tensor:
-    return blocks(tokenize(args.calibration, tokenizer), args.samples, args.length)
+    return blocks(tokenize(args.calibration, tokenizer), args.samples, args.length, begin_of(tokenizer))
 
 
 def evaluations_of(args: argparse.Namespace, tokenizer: Any) -> dict[str, Tensor]:
     """Evaluation windows by the stem of their file."""
+    begin = begin_of(tokenizer)
     return {
-        Path(path).stem: blocks(tokenize(path, tokenizer), args.windows, args.window_length) for path in args.evaluation
+        Path(path).stem: blocks(tokenize(path, tokenizer), args.windows, args.window_length, begin)
+        for path in args.evaluation
     }
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import common
@@ -50,9 +50,11 @@ PATTERNS = ("50", "60", "70", "80", "2:4", "4:8")
 KEY = ("method", "pattern", "draw", "model", "calibration", "windows")
 
 
-def draw_of(tokens: torch.Tensor, count: int, length: int, draw: int, draws: int) -> torch.Tensor:
+def draw_of(
+    tokens: torch.Tensor, count: int, length: int, draw: int, draws: int, begin: Sequence[int] = ()
+) -> torch.Tensor:
     """`count` blocks of the text, none of which another draw has: (count, length)."""
-    return common.blocks(tokens, count * draws, length)[draw::draws]
+    return common.blocks(tokens, count * draws, length, begin)[draw::draws]
 
 
 @contextlib.contextmanager
@@ -131,7 +133,7 @@ def main() -> None:
         score, options = METHODS[plain.removeprefix(PERMUTED).removeprefix(PUBLISHED)]
         nm = ":" in pattern
         how = (score, 0.5 if nm else int(pattern) / 100, pattern if nm else "unstructured")
-        sequences = draw_of(tokens, args.samples, args.length, draw, args.draws)
+        sequences = draw_of(tokens, args.samples, args.length, draw, args.draws, common.begin_of(tokenizer))
         if cuda:
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()

@@ -21,10 +21,12 @@ def files(tmp_path_factory):
     return make_models(tmp_path_factory.mktemp("models"))
 
 
-def naive_perplexity(folder, tokenizer, text, seq_len, stride):
+def naive_perplexity(folder, tokenizer, text, seq_len, stride, begin=()):
     """Each window from its start, in float64; tokens that a window before it has predicted count once."""
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
     ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    if begin:
+        return naive_perplexity_after(begin, model, ids, seq_len - 1, stride)
     total, tokens, predicted_to = 0.0, 0, 0
     starts = range(0, len(ids) - seq_len + 1, stride)
     with torch.no_grad():
@@ -36,6 +38,34 @@ def naive_perplexity(folder, tokenizer, text, seq_len, stride):
                 tokens += 1
         predicted_to = start + seq_len
     return math.exp(total / tokens), tokens
+
+
+def naive_perplexity_after(begin, model, ids, own, stride):
+    """The same for windows of so many tokens after those that each begins with."""
+    total, predicted = 0.0, set()
+    for start in range(0, len(ids) - own + 1, stride):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*begin, *ids[start : start + own]]]), use_cache=False).logits[0]
+        for place in range(start, start + own):
+            if place not in predicted:
+                total -= logits[len(begin) + place - start - 1].log_softmax(-1)[ids[place]].item()
+                predicted.add(place)
+    return math.exp(total / len(predicted)), len(predicted)
+
+
+@pytest.mark.parametrize("stride", [None, 10])
+def test_windows_begin_as_the_tokenizer_begins_texts(stride, tmp_path, files):
+    begun = make_models(tmp_path, begin=7)
+    results = evaluate(begun.dense, [begun.text], seq_len=32, stride=stride, batch_size=3, progress=False)
+    (text,) = results.models[0].texts
+    expected, tokens = naive_perplexity(begun.dense, begun.tokenizer, begun.text, 32, stride or 31, begin=[7])
+    assert text.perplexity == pytest.approx(expected, rel=1e-5)
+    assert (text.tokens, text.seq_len, text.stride) == (tokens, 32, stride or 31)
+    assert results.settings["first_token"] == 7
+    with pytest.raises(ValueError, match="stride=32 must not be above 31, the tokens of text in a window"):
+        evaluate(begun.dense, [begun.text], seq_len=32, stride=32, progress=False)
+    with pytest.raises(ValueError, match="has other tokens for"):
+        evaluate(begun.dense, [begun.text], baseline=files.dense, seq_len=32, progress=False)
 
 
 @pytest.mark.few_fast(1)

@@ -81,6 +81,18 @@ def test_stride_predicts_every_token_once(model, stream):
     assert result.perplexity == pytest.approx(naive_perplexity(expected), rel=1e-6)
 
 
+@pytest.mark.parametrize("stride", [None, 16])
+def test_a_token_that_every_window_begins_with(stride, model, stream):
+    short, first, expected = stream[:130], torch.tensor([5]), []
+    for start in range(0, 130 - 63 + 1, stride or 63):
+        known = 63 - stride if stride and start else 0
+        expected += naive_losses(model, torch.cat([first, short[start : start + 63]]), skip=1 + known)
+    result = perplexity(model, short, seq_len=64, stride=stride, first_token=5)
+    assert result.tokens == len(expected) == (127 if stride else 126)
+    assert result.seq_len == 64
+    assert result.perplexity == pytest.approx(naive_perplexity(expected), rel=1e-6)
+
+
 def test_windows_of_a_dataset_weigh_by_tokens(model, stream):
     lengths = [10, 64, 33]
     rows = [stream[:n] for n in lengths]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import torch
 from tiny import TINY
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lightning_prune import prune
@@ -29,10 +30,23 @@ def write_pairs(path: Path, pairs=PAIRS) -> Path:
     return path
 
 
-def make_models(folder: Path) -> SimpleNamespace:
-    """Folders ``dense`` and ``pruned`` (2:4), a text, and a folder ``pairs`` of two files."""
+def put_first(tokenizer, token: int):
+    """Have a tokenizer put a token before every text, as Llama's and Gemma's do."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="begin $A", special_tokens=[("begin", token)]
+    )
+    return tokenizer
+
+
+def make_models(folder: Path, begin: int | None = None) -> SimpleNamespace:
+    """Folders ``dense`` and ``pruned`` (2:4), a text, and a folder ``pairs`` of two files.
+
+    With `begin` the tokenizer puts that token before every text.
+    """
     novel = EMBEDDED["austen"].read_text(encoding="utf-8")
     tokenizer = trained_tokenizer([novel[20_000:60_000]], 320, folder / "cache")
+    if begin is not None:
+        put_first(tokenizer, begin)
     text = folder / "text.txt"
     text.write_text(novel[60_000:64_000], encoding="utf-8")
     torch.manual_seed(0)

@@ -42,11 +42,12 @@ def naive(folder: Path, rows: torch.Tensor) -> float:
     return torch.tensor(losses, dtype=torch.float64).mean().exp().item()
 
 
-def windows_of(folder: Path, text: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def windows_of(folder: Path, text: Path, begin: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     """Samples and windows as the documentation says: the last tenth of the windows is held out, both evenly spread."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = [*tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    rows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    own = 32 - len(begin)
+    rows = torch.tensor([[*begin, *ids[i : i + own]] for i in range(0, len(ids) - own + 1, own)])
     held = len(rows) // 10
     first, last = rows[:-held], rows[-held:]
     return first[[i * len(first) // 4 for i in range(4)]], last[[i * len(last) // 3 for i in range(3)]]
@@ -86,6 +87,21 @@ def test_prune_is_prune_of_the_samples(files, tmp_path, capsys):
     )
     assert repr(done.prompt) in shown
     assert repr(done.written) in shown
+
+
+def test_samples_and_windows_begin_as_the_tokenizer_begins_texts(tmp_path):
+    begun = make_models(tmp_path, begin=7)
+    done = compress(begun.dense, tmp_path / "out", str(begun.text), score="wanda", prompt="It was", **SMALL)
+    samples, windows = windows_of(begun.dense, begun.text, begin=(7,))
+    assert done.perplexity_before == pytest.approx(naive(begun.dense, windows), rel=1e-5)
+    expected = AutoModelForCausalLM.from_pretrained(begun.dense)
+    prune(expected, [{"input_ids": samples}], score="wanda", num_samples=4, progress=False)
+    written = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert all(torch.equal(written[name], p) for name, p in expected.named_parameters())
+    prompt = torch.tensor([[7, *begun.tokenizer("It was", add_special_tokens=False)["input_ids"][-7:]]])
+    how = {"do_sample": False, "max_new_tokens": 24, "pad_token_id": begun.tokenizer.eos_token_id}
+    said = expected.generate(prompt, attention_mask=torch.ones_like(prompt), **how)[0, prompt.shape[1] :]
+    assert done.written == begun.tokenizer.decode(said, skip_special_tokens=True)
 
 
 def test_orders_and_fits_are_those_of_the_functions(files, tmp_path, capsys):

@@ -7,8 +7,10 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from measured_models import put_first
+from tokenizers.processors import TemplateProcessing
 
-from lightning_prune.checkpoints.sources import load_tokenizer, trained_tokenizer
+from lightning_prune.checkpoints.sources import first_token, load_tokenizer, trained_tokenizer
 from lightning_prune.text.data import EMBEDDED, TextDataModule, pack, tokenize
 
 NOVEL = EMBEDDED["austen"].read_text(encoding="utf-8")
@@ -107,7 +109,48 @@ def test_tokenizer_errors(tokenizer, tmp_path):
         load_tokenizer(str(EMBEDDED["austen"]))
 
 
+def test_the_token_before_every_text(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert first_token(tokenizer) is None
+    for template, expected in (("begin $A", 7), ("begin $A end", 7), ("$A end", None)):
+        other = load_tokenizer(str(tmp_path))
+        special = [("begin", 7), ("end", 8)]
+        other.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+        assert first_token(other) == expected
+
+
 # ---- packing
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blocks_begin_as_the_tokenizer_begins_texts(tokenizer, chapters, cache, tmp_path, streaming):
+    tokenizer.save_pretrained(tmp_path / "plain")
+    put_first(load_tokenizer(str(tmp_path / "plain")), 7).save_pretrained(tmp_path / "begun")
+    how = {"streaming": streaming, "validation_share": 0.0, "batch_size": 1}
+    if not streaming:
+        how["keep_last"] = True
+    # What is streamed is shuffled; of one document the order is known.
+    text = str(chapters / "0.txt")
+    data = data_module(cache, text, tokenizer=str(tmp_path / "begun"), **how)
+    data.setup("fit")
+    blocks = [batch["input_ids"][0].tolist() for batch in data.train_dataloader()]
+    if not streaming:
+        blocks = data.train_dataset["input_ids"][:]
+    expected = [*tokenizer(CHAPTERS[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert {block[0] for block in blocks} == {7}
+    assert {len(block) for block in blocks[:-1]} == {64}
+    found = list(chain.from_iterable(block[1:] for block in blocks))
+    whole = len(expected) if not streaming else len(expected) // 63 * 63
+    assert found == expected[:whole]
+
+
+def test_a_rest_of_one_token_is_predicted_from_the_first():
+    tokens = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5]]})
+    assert pack(tokens, 3, keep_last=True, begin=9)["input_ids"][:] == [[9, 1, 2], [9, 3, 4], [9, 5]]
+    assert pack(tokens, 3, begin=9)["input_ids"][:] == [[9, 1, 2], [9, 3, 4]]
+    with pytest.raises(ValueError, match="has 5 tokens, fewer than one block of block_size=7"):
+        pack(tokens, 7, begin=9)
+    assert pack(tokens, 6, begin=9)["input_ids"][:] == [[9, 1, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("num_proc", [None, 2])
