@@ -164,7 +164,7 @@ def _streams(
             raise ValueError(f"text={name!r} has {len(ids)} tokens, fewer than one window of seq_len={seq_len}")
         for loaded in models:
             rows = loaded.model.get_input_embeddings().weight.shape[0]
-            if (highest := max(*ids, begins[0] or 0)) >= rows:
+            if (highest := max(begins[0] or 0, max(ids))) >= rows:
                 raise ValueError(
                     f"text={name!r} has the token {highest}, but {loaded.source} has embeddings of {rows} tokens: the "
                     "tokenizer is another model's; give the right one (--tokenizer)"
