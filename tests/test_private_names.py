@@ -41,7 +41,7 @@ USES = {
     "_data_source": "callbacks.calibration_data",
     "_batches_that_stepped": "callbacks.sparsity_monitor",
     "_attn_implementation": "structure.classes",
-    "_no_split_modules": "pruning.targets",
+    "_no_split_modules": "pruning.stacks",
     "_gradient_checkpointing_func": "pruning.running",
     "_apply_gate": "pruning.experts",
     "_get_feature_vector_attention_mask": "pruning.padding",

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import (
@@ -28,7 +27,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from lightning_prune.callbacks.kinds import is_kind
+from lightning_prune.callbacks.kinds import has_own, is_kind
 from lightning_prune.callbacks.traces import WatchedParameters, unchanged
 from lightning_prune.errors import CalibrationError
 
@@ -87,7 +86,7 @@ class CalibrationData:
 
     def __iter__(self) -> Iterator[Any]:
         trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
-        own = data is not None and is_overridden("on_before_batch_transfer", data)
+        own = data is not None and has_own(data, "on_before_batch_transfer")
         hooks: Any = data if own else trainer.lightning_module
         for index, batch in enumerate(self.source):
             # Lightning looks for SIGTERM between training batches only, and calibration may take long. Several
@@ -158,7 +157,7 @@ class CalibrationData:
 def _if_it_changes_batches(name: str, hooks: Any) -> dict[str, Any]:
     """A module or data module by its name, if it has hooks of its own that calibration batches go through."""
     names = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-    return {name: hooks} if hooks is not None and any(is_overridden(n, hooks) for n in names) else {}
+    return {name: hooks} if hooks is not None and any(has_own(hooks, n) for n in names) else {}
 
 
 class _Copied:

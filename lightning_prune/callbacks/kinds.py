@@ -18,6 +18,12 @@ def is_kind(value: object, *names: str) -> bool:
     return any(c.__name__ in names and c.__module__.startswith(_PACKAGES) for c in type(value).__mro__)
 
 
+def has_own(value: object, hook: str) -> bool:
+    """Return whether a module or data module has a hook of its own, in place of Lightning's."""
+    home = next((c for c in type(value).__mro__ if hook in vars(c)), None)
+    return hook in vars(value) or (home is not None and not home.__module__.startswith(_PACKAGES))
+
+
 def callbacks_of(trainer: L.Trainer) -> list[Any]:
     """Return the callbacks of a Trainer, in its order; Lightning declares no type for the attribute."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

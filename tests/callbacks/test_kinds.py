@@ -72,6 +72,28 @@ CASES: dict[str, tuple[Callable[[], list[Any]], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_hooks_of_data_modules_run_on_calibration_batches(package: ModuleType, tmp_path: Path) -> None:
+    class Data(package.LightningDataModule):  # type: ignore[name-defined, misc]
+        prepared = 0
+
+        def train_dataloader(self) -> DataLoader:
+            return make_module(package).train_dataloader()
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            self.prepared += 1
+            return {"input_ids": batch["input_ids"].clamp(max=7)}
+
+    module, data, pruning = make_module(package), Data(), prune(score="wanda")
+    seen: list[int] = []
+    module.model.model.embed_tokens.register_forward_hook(lambda m, args, out: seen.append(int(args[0].max())))
+    make_trainer(package, tmp_path, [pruning], max_steps=1).fit(module, datamodule=data)
+    assert pruning.masks
+    assert len(seen) > 1
+    assert max(seen) <= 7
+    assert data.prepared == 1  # the training batch: calibration leaves no trace
+
+
 @pytest.mark.few_fast(2)
 @pytest.mark.parametrize("case", CASES)
 def test_callbacks_do_the_same_in_both_packages(case: str, tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ def test_what_a_walk_holds(monkeypatch):
     model, seen = make_llama(), []
     finish = calibration._finish
 
-    def counted(taps, *rest):
+    def counted(taps, *rest, **more):
         sums = [tensor for tap in taps.all for tensor in tap.accumulator.sums.values() if tensor.dim() == 2]
         seen.append(sum(t.numel() * t.element_size() for t in sums))
-        return finish(taps, *rest)
+        return finish(taps, *rest, **more)
 
     monkeypatch.setattr(calibration, "_finish", counted)
     prune(model, [make_tokens(4, 8)], "sparsegpt", sequential=True, num_samples=4)
