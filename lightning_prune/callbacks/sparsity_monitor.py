@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.copies import copied_state
@@ -80,6 +81,7 @@ class SparsityMonitor(L.Callback):
         self._folder: Path | None = None
         self._file: Path | None = None
         self._last: int | None = None
+        self._told = False  # that there is nothing left to log
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: everything but its Trainer's."""
@@ -97,7 +99,7 @@ class SparsityMonitor(L.Callback):
                 f"SparsityMonitor does not support {type(trainer.strategy).__name__}, whose flat shards hide the "
                 "weights; use strategy=ModelParallelStrategy(), or 'ddp'"
             )
-        self._folder, self._file, self._last = _folder_of(trainer), None, None
+        self._folder, self._file, self._last, self._told = _folder_of(trainer), None, None, False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fail on targets that match nothing before training starts."""
@@ -135,7 +137,13 @@ class SparsityMonitor(L.Callback):
         self._last = step
         if not joins(module, trainer.is_global_zero):
             return
-        weights = dict(self._targets_of(trainer, module))
+        try:
+            weights = dict(self._targets_of(trainer, module))
+        except ValueError as error:  # layers that were there at the start: a model may have shrunk
+            if not self._told:
+                self._told = True
+                rank_zero_warn(f"SparsityMonitor logs nothing from step {step} on: {error}")
+            return
         countable = {key if (key := layer_name(n)) in weights else n: w for n, w in countable_weights(module).items()}
         nonzeros = counts_over_ranks(countable | weights, lambda weight: int(weight.count_nonzero()))
         if not trainer.is_global_zero:

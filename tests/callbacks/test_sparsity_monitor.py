@@ -18,7 +18,14 @@ from lightning.pytorch.strategies import FSDPStrategy
 from tiny import TINY, make_tokens
 from torch.utils.data import DataLoader
 
-from lightning_prune import CausalLM, LinearSchedule, PERPRetraining, SparsityMonitor, WeightPruning
+from lightning_prune import (
+    CausalLM,
+    LinearSchedule,
+    PERPRetraining,
+    PruningAwarePretraining,
+    SparsityMonitor,
+    WeightPruning,
+)
 from lightning_prune.callbacks.sparsity_monitor import layer_name
 from lightning_prune.cli import main
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, plain, read_history, settings_of
@@ -231,6 +238,22 @@ def test_only_the_layers_that_are_pruned_count(tmp_path: Path) -> None:
     recorder = Recorder()
     fit(tmp_path, pruning(), SparsityMonitor(targets=["up_proj"]), logger=[recorder], steps=1)
     assert {k for k in recorder.entries[0][1] if k.startswith("density/type/")} == {"density/type/up_proj"}
+
+
+def test_a_layer_that_shrinking_removes_ends_the_log_and_not_the_run(tmp_path: Path) -> None:
+    module = CausalLM(config={**TINY, "num_hidden_layers": 3}, learning_rate=1e-3, lr_schedule="constant")
+    shrink = PruningAwarePretraining({"num_hidden_layers": 1}, types=("layer",), end=3, compact_every=1)
+    monitor = SparsityMonitor(every_n_steps=1, targets=["layers.2"])
+    data = DataLoader([{"input_ids": row} for row in make_tokens(24, 12)], batch_size=4)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=6, logger=CSVLogger(tmp_path), default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, callbacks=[monitor, shrink],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="logs nothing from step . on: targets='layers.2' matches no layer") as told:
+        trainer.fit(module, data)
+    assert trainer.global_step == 6
+    assert module.model.config.num_hidden_layers == 1
+    assert sum("logs nothing" in str(w.message) for w in told) == 1
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
