@@ -199,3 +199,8 @@ def plain_name(name: str) -> str:
     'base_layers.0.weight'
     """
     return _BASE_LAYER.sub("", clean_name(name).removeprefix(_PEFT_PREFIX))
+
+
+def has_class(value: object, name: str) -> bool:
+    """Whether an object is of a class of this name, or of one made from it: for classes that are heavy to import."""
+    return any(kind.__name__ == name for kind in type(value).__mro__)

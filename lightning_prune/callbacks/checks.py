@@ -16,7 +16,7 @@ from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.errors import check_whole
-from lightning_prune.naming import uncompiled
+from lightning_prune.naming import has_class, uncompiled
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
@@ -118,8 +118,7 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
                 "its own, after the model has shrunk"
             )
         # By name: importing the adapters' callback would load PEFT.
-        retrains = any(kind.__name__ == "PERPRetraining" for kind in type(other).__mro__)
-        beside = isinstance(other, WeightPruning) or retrains
+        beside = isinstance(other, WeightPruning) or has_class(other, "PERPRetraining")
         if beside and is_kind(strategy, "ModelParallelStrategy"):
             raise ValueError(
                 f"{type(other).__name__} beside PruningAwarePretraining is not supported under ModelParallelStrategy, "

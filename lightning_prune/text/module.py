@@ -36,7 +36,7 @@ from lightning_prune.checkpoints.sources import (
 from lightning_prune.checkpoints.states import units_in
 from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import NextTokenLoss
-from lightning_prune.naming import DTYPES, uncompiled
+from lightning_prune.naming import DTYPES, has_class, uncompiled
 from lightning_prune.pruning.running import (
     IGNORE_INDEX,
     causal_lm_losses,
@@ -414,8 +414,8 @@ class CausalLM(L.LightningModule):
 
         if self._trainer is not None and self._trainer.state.fn == "fit":
             callbacks: list[Any] = self._trainer.callbacks  # type: ignore[attr-defined]
-            # By name, also that of a class of which the user has made an own one; it puts them on later.
-            if any(kind.__name__ == "PERPRetraining" for callback in callbacks for kind in type(callback).__mro__):
+            # It puts them on later. By name: importing it would load PEFT.
+            if any(has_class(callback, "PERPRetraining") for callback in callbacks):
                 return
             raise ValueError(
                 "the checkpoint was written while adapters were trained: put PERPRetraining(...), with the settings it "
