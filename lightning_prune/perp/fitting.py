@@ -162,24 +162,33 @@ def _by_block(names: Sequence[str], blocks: Sequence[tuple[str, nn.Module]]) -> 
 
 # arXiv 2312.15230, section 4: AdamW without weight decay, a linear schedule with 10 % warm-up.
 _WARMUP = 0.1
+_LEAST_SHARE = 1e-3  # of the median square of a batch's tokens
+_LEAST_SIZE = 1e-3  # of a parameter, such as a bias that is zero; arXiv 1804.04235, section 8
 
 
-def squared_sum(values: Tensor, real: Tensor | None) -> Tensor:
-    """Return the sum of squares over real tokens, in float32 at least.
+def relative_error(output: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
+    """Return the sum over real tokens of each one's squared error as a share of its target's square.
+
+    A few tokens of most language models have hidden states a thousand times the others' ("massive activations", arXiv
+    2402.17762). Sums of plain squares would fit those alone, while the norm that reads the states divides each token by
+    its own size.
 
     Args:
-        values: ``[B, T, D]``.
+        output: ``[B, T, D]``.
+        target: ``[B, T, D]``.
         real: ``[B, T]`` bool, True where a token is real, or None.
+
+    Returns:
+        A number in float32 at least.
     """
-    # Chosen, not multiplied with 0: what a block makes of padding may be NaN.
-    values = values if real is None else values[real]
-    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum()
-
-
-def squared_error(output: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
-    """Return the sum of squared differences over real tokens, in float32 at least; arguments as `squared_sum`."""
     wide = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
-    return squared_sum(output.to(wide) - target.to(output.device, wide), real)
+    output, target = output.to(wide), target.to(output.device, wide)
+    if real is not None:  # chosen, not multiplied with 0: what a block makes of padding may be NaN
+        output, target = output[real], target[real]
+    squares = target.square().sum(-1)
+    # A token whose target is zero has no size of its own.
+    least = (_LEAST_SHARE * squares.median()).clamp_min(torch.finfo(wide).tiny)
+    return ((output - target).square().sum(-1) / squares.clamp_min(least)).sum()
 
 
 @dataclass(frozen=True)
@@ -199,29 +208,20 @@ class WindowFitter:
     ranks: Ranks | None
 
     @torch.no_grad()
-    def energy(self, targets: Sequence[Tensor]) -> float:
-        """Return the squares of the targets of every batch, ``[B, T, D]`` each, summed over real tokens and ranks."""
-        pairs = zip(self.walk.batches, targets, strict=True)
-        return self._over_ranks(sum(float(squared_sum(t.to(b.device), b.keep)) for b, t in pairs))
-
-    @torch.no_grad()
     def error(self, window: Window, targets: Sequence[Tensor]) -> float:
-        """Return the squared differences between outputs and targets, summed over real tokens and ranks."""
+        """Return the mean over real tokens and ranks of the outputs' `relative_error`."""
         total = 0.0
         for batch, target in zip(self.walk.batches, targets, strict=True):
-            total += float(squared_error(window.run(self.walk, batch, batch.hidden), target, batch.keep))
-        return self._over_ranks(total)
+            total += float(relative_error(window.run(self.walk, batch, batch.hidden), target, batch.keep))
+        return self._over_ranks(total) / max(self._tokens(), 1.0)
 
     @torch.enable_grad()
-    def train(
-        self, window: Window, targets: Sequence[Tensor], energy: float, mask_gradients: Callable[[], None]
-    ) -> None:
-        """Train what requires a gradient in the window's block on the squared error; ``.grad`` are as before then.
+    def train(self, window: Window, targets: Sequence[Tensor], mask_gradients: Callable[[], None]) -> None:
+        """Train what requires a gradient in the window's block on `relative_error`; ``.grad`` are as before then.
 
         Args:
             window: The window.
             targets: ``[B, T, D]`` for each batch.
-            energy: Of the targets: the loss is a share of it, so that learning rates mean the same in every window.
             mask_gradients: Called before each step.
         """
         parameters = [p for p in self.walk.blocks[window.index].parameters() if p.requires_grad]
@@ -231,18 +231,18 @@ class WindowFitter:
         # Steps of narrow weights would be lost to rounding.
         wide = {p: p.detach().float().requires_grad_() for p in parameters if p.element_size() < 4}
         stepped = [wide.get(p, p) for p in parameters]
-        optimizer = torch.optim.AdamW(stepped, lr=self.settings.learning_rate, weight_decay=0.0)
+        groups = [{"params": [p], "lr": self._rate(p)} for p in stepped]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         steps = self._steps()
         factor = partial(learning_rate_factor, steps=steps, warmup_steps=round(_WARMUP * steps), schedule="linear")
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        scale = 1.0 / max(energy / self._tokens(), torch.finfo(torch.float32).tiny)
         try:
             for _, position in zip(range(steps), self._order(), strict=False):
                 batch = self.walk.batches[position]
                 output = window.run(self.walk, batch, batch.hidden)
-                error = squared_error(output, targets[position], batch.keep)
+                error = relative_error(output, targets[position], batch.keep)
                 tokens = output[..., 0].numel() if batch.keep is None else int(batch.keep.sum())
-                (error * (scale / max(tokens, 1))).backward()  # type: ignore[no-untyped-call]
+                (error / max(tokens, 1)).backward()  # type: ignore[no-untyped-call]
                 self._average(parameters)
                 mask_gradients()
                 for narrow, copy in wide.items():
@@ -255,6 +255,15 @@ class WindowFitter:
         finally:
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+
+    def _rate(self, parameter: Tensor) -> float:
+        """Peak learning rate of a parameter."""
+        if self.settings.learning_rate is not None:
+            return self.settings.learning_rate
+        assert self.settings.relative_rate is not None
+        kept = parameter.detach()[parameter != 0]
+        size = float(kept.square().mean().sqrt()) if kept.numel() else 0.0
+        return self.settings.relative_rate * max(size, _LEAST_SIZE)
 
     def _steps(self) -> int:
         """Optimizer steps: as many on every rank."""

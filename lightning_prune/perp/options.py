@@ -211,6 +211,12 @@ def is_norm(module: nn.Module) -> bool:
 
 # Of adapters in single blocks: names of whole models do not match there, and dropout is off.
 _REFUSED = ("rank_pattern", "alpha_pattern", "lora_dropout")
+_EITHER = (
+    ("steps", "epochs"),
+    ("epochs", "steps"),
+    ("learning_rate", "relative_rate"),
+    ("relative_rate", "learning_rate"),
+)
 _CHOICES = {"window": ("block", "half"), "teacher": ("dense", "pruned")}
 
 
@@ -227,7 +233,9 @@ class ReconstructSettings:
         steps: Optimizer steps for each window, passing over the batches in a new order each time. None: `epochs`.
         epochs: Passes over the batches for each window. None: `steps`.
         batch_size: Samples a step, into which batches are taken apart where that can be done. None: as given.
-        learning_rate: Peak learning rate.
+        learning_rate: Peak learning rate. None: `relative_rate`.
+        relative_rate: Peak learning rate as a share of the root mean square of each parameter's values other than zero,
+            since weights are ten times as large in one model as in another. None: `learning_rate`.
         num_samples: Calibration samples.
         teacher: What the dense window is given to compute the targets from. ``"dense"``: what it is given in the dense
             model, so that a window also undoes errors of those before it. ``"pruned"``: what the pruned window is
@@ -249,7 +257,8 @@ class ReconstructSettings:
     steps: int | None = 100
     epochs: int | None = None
     batch_size: int | None = None
-    learning_rate: float = 1e-3
+    learning_rate: float | None = 1e-3
+    relative_rate: float | None = None
     num_samples: int = 128
     teacher: str = "dense"
     share: float = 1.0
@@ -260,7 +269,8 @@ class ReconstructSettings:
     def of(cls, options: Mapping[str, Any], argument: str = "reconstruct") -> ReconstructSettings:
         """Complete and check options by name, where those of LoRA stand beside the others.
 
-        With ``train="all"`` the defaults are half blocks, one pass with 2 samples a step, and half of the way.
+        With ``train="all"`` the defaults are half blocks, one pass with 2 samples a step, a relative rate, and half of
+        the way.
         """
         own = {f.name for f in fields(cls)} - {"lora_options"}
         given = {name: value for name, value in options.items() if name in own}
@@ -272,11 +282,10 @@ class ReconstructSettings:
             raise TypeError(f"{argument} has the unknown option {unknown[0]!r}; {hint}")
         if given.get("train") == "all":
             everything = {"adapter": None, "window": "half", "epochs": 1, "batch_size": 2, "share": 0.5}
-            given = {**everything, **given}
-        if given.get("steps") is not None and "epochs" not in options:
-            given["epochs"] = None
-        if given.get("epochs") is not None and "steps" not in options:
-            given["steps"] = None
+            given = {**everything, "relative_rate": 0.005, **given}
+        for one, other in _EITHER:  # what is said stands in place of the other's default
+            if given.get(one) is not None and other not in options:
+                given[other] = None
         return cls(**given, lora_options=lora)
 
     def __post_init__(self) -> None:
@@ -307,15 +316,24 @@ class ReconstructSettings:
         for name in _REFUSED:
             if self.lora_options.get(name):
                 raise ValueError(f"{name}={self.lora_options[name]!r} is not supported block by block; remove it")
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"steps={self.steps!r} and epochs={self.epochs!r}: give one of them, such as steps=100")
+        for one, other, such in (("steps", "epochs", 100), ("learning_rate", "relative_rate", 1e-3)):
+            mine, others = getattr(self, one), getattr(self, other)
+            if (mine is None) == (others is None):
+                raise ValueError(f"{one}={mine!r} and {other}={others!r}: give one of them, such as {one}={such}")
         for name, least in (("steps", 100), ("epochs", 1), ("batch_size", 2), ("num_samples", 128)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
             if not whole and (value is not None or name == "num_samples"):
                 raise ValueError(f"{name}={value!r} must be an integer >= 1, below 2**31, such as {least}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate={self.learning_rate!r} must be above 0, such as 1e-3")
+        if self.relative_rate is not None and self.adapter is not None:
+            raise ValueError(
+                f"relative_rate={self.relative_rate!r} with adapter={self.adapter!r}, which begins at zero and has no size "
+                "of its own: use learning_rate, or train='all'"
+            )
+        for name, such in (("learning_rate", 1e-3), ("relative_rate", 0.005)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"{name}={value!r} must be a number above 0, such as {such}")
         if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not 0 < self.share <= 1:
             raise ValueError(f"share={self.share!r} must be a number in (0, 1], such as 0.5")
         for name, choices in _CHOICES.items():
@@ -326,6 +344,12 @@ class ReconstructSettings:
         """Return what `of` makes these settings from."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lora_options"}
         return {**own, **self.lora_options}
+
+    @property
+    def rate(self) -> str:
+        """What a fit that diverged says of the rate."""
+        name = "learning_rate" if self.relative_rate is None else "relative_rate"
+        return f"{name} below {getattr(self, name)}"
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -37,7 +37,8 @@ from lightning_prune.safety import Originals, restored_on_failure
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far a window's outputs are from the dense ones: squared differences over squared dense outputs.
+    """How far a window's outputs are from the dense ones: squared differences over squared dense outputs of each token,
+    their mean over real tokens.
 
     Attributes:
         name: Of the block, such as ``model.layers.0``, and of its half where it has two.
@@ -217,26 +218,20 @@ def _fitted(
     fitter: WindowFitter, window: Window, wanted: Sequence[Tensor], training: Training, originals: Originals
 ) -> BlockError:
     """Fit one window, or leave it as it was where that did not lower its error."""
-    block, energy = fitter.walk.blocks[window.index], fitter.energy(wanted)
-    before = _share(fitter.error(window, wanted), energy)
+    block, before = fitter.walk.blocks[window.index], fitter.error(window, wanted)
     if not training.fits(window.block, block, window.parameters):
         return BlockError(window.name, before, before, False)
     _check_finite(window.name, before, "before it was fitted: the model or the calibration data is broken")
     with training.on(window, block) as (changing, mask_gradients):
         for parameter in changing:
             originals.keep(parameter)
-        fitter.train(window, wanted, energy, mask_gradients)
-    after = _share(fitter.error(window, wanted), energy)
-    rate = fitter.settings.learning_rate
-    _check_finite(window.name, after, f"after it was fitted: use a learning_rate below {rate}")
+        fitter.train(window, wanted, mask_gradients)
+    after = fitter.error(window, wanted)
+    _check_finite(window.name, after, f"after it was fitted: use a {fitter.settings.rate}")
     if after < before:
         return BlockError(window.name, before, after, True)
     originals.restore(changing)
     return BlockError(window.name, before, before, False)
-
-
-def _share(error: float, energy: float) -> float:
-    return error / energy if energy else error
 
 
 def _check_finite(name: str, error: float, when: str) -> None:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from lightning_prune import CalibrationError, open_checkpoint, prune
 from lightning_prune.perp import add_adapters, reconstruct
+from lightning_prune.perp.fitting import relative_error
 from lightning_prune.pruning.stacks import find_blocks
 
 IDS = make_tokens(8, 12)
@@ -47,6 +48,11 @@ def outputs(model: nn.Module, weights: Mapping[str, Tensor], block: int, batch: 
     return found[0]
 
 
+def relative(output: Tensor, target: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Squared errors of real tokens, each as a share of what the dense model has there."""
+    return ((output - target) ** 2).sum(-1) / (target**2).sum(-1) * batch["attention_mask"]
+
+
 def first_a(tensor: Tensor) -> Tensor:
     """In place of random initial values: the same for any shape, so that they can be written down again."""
     with torch.no_grad():
@@ -66,9 +72,10 @@ def simulate(
     def run(block: int, own: Mapping[str, Tensor]) -> list[Tensor]:
         return [outputs(pruned, own, block, b) for b in data]
 
-    def total(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-        each = [((o - t) ** 2).sum(-1) * b["attention_mask"] for o, t, b in zip(ours, theirs, data, strict=True)]
-        return sum(e.sum() for e in each)
+    tokens = sum(int(d["attention_mask"].sum()) for d in data)
+
+    def mean(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+        return sum(relative(o, t, b).sum() for o, t, b in zip(ours, theirs, data, strict=True)) / tokens
 
     def fitted(block: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         prefix = f"model.layers.{block}."
@@ -77,8 +84,7 @@ def simulate(
                 wanted = [outputs(dense, {}, block, b) for b in data]
             else:
                 wanted = run(block, {**weights, **{n: w for n, w in original.items() if n.startswith(prefix)}})
-            energy = total(wanted, [torch.zeros_like(w) for w in wanted])
-            before = total(run(block, weights), wanted) / energy
+            before = mean(run(block, weights), wanted)
         names = [n for n in masks if n.startswith(prefix)]
         norms = {n: weights[n].clone().requires_grad_() for n in weights if n.startswith(prefix) and "norm" in n}
         a, b = {}, {}
@@ -91,7 +97,6 @@ def simulate(
                 b[n] = torch.full((rows, rank), 1 / math.sqrt(rank)).double()
         trained = [*norms.values(), *(x.requires_grad_() for n in names for x in (a[n], b[n]))]
         optimizer = torch.optim.AdamW(trained, weight_decay=0.0, lr=lr)
-        tokens = sum(int(d["attention_mask"].sum()) for d in data)
 
         def effective() -> dict[str, Tensor]:
             products = {n: b[n] @ a[n] for n in names}
@@ -110,16 +115,13 @@ def simulate(
             rate = (step + 1) / warmup if step < warmup else 1 - (step - warmup) / (steps - warmup)
             optimizer.param_groups[0]["lr"] = lr * rate
             batch, target = data[order[step]], wanted[order[step]]
-            real = batch["attention_mask"].sum()
-            error = (
-                ((outputs(pruned, effective(), block, batch) - target) ** 2).sum(-1) * batch["attention_mask"]
-            ).sum()
+            error = relative(outputs(pruned, effective(), block, batch), target, batch).sum()
             optimizer.zero_grad()
-            (error / real / (energy / tokens)).backward()
+            (error / batch["attention_mask"].sum()).backward()
             optimizer.step()
         with torch.no_grad():
             merged = {n: w.detach().clone() for n, w in effective().items()}
-            reports.append((float(before), float(total(run(block, merged), wanted) / energy)))
+            reports.append((float(before), float(mean(run(block, merged), wanted))))
         return merged
 
     for block in range(len(pruned.model.layers)):
@@ -147,6 +149,12 @@ def test_is_the_simulation(adapter: str, teacher: str, monkeypatch: pytest.Monke
     assert found.after == pytest.approx(sum(a for _, a in errors) / 2)
 
 
+def size(values: Tensor) -> float:
+    """Root mean square of what is not zero."""
+    kept = [float(v) for v in values.detach().flatten() if v != 0]
+    return math.sqrt(sum(v * v for v in kept) / len(kept)) if kept else 0.0
+
+
 def ends(model: nn.Module, weights: Mapping[str, Tensor], block: int, half: int, batch: dict[str, Tensor]) -> Tensor:
     """The hidden states after a Llama block's attention and residual (half 0), or at its end (half 1)."""
     if half == 1:
@@ -161,7 +169,7 @@ def ends(model: nn.Module, weights: Mapping[str, Tensor], block: int, half: int,
 
 def fit_kept_weights(
     dense: nn.Module, pruned: nn.Module, masks: dict[str, Tensor], data: list[Any], teacher: str, window: str,
-    epochs: int, lr: float, seed: int,
+    epochs: int, lr: float | None, seed: int, relative_rate: float = 0.0,
 ) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:  # fmt: skip
     """Naive float64 fit of all kept weights, window after window: whole models run, sums written out."""
     weights = {n: p.detach().clone() for n, p in pruned.named_parameters()}
@@ -178,38 +186,36 @@ def fit_kept_weights(
                 continue
             own = [n for n in weights if n.startswith(part)]
 
-            def total(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-                each = [
-                    ((o - t) ** 2).sum(-1) * b["attention_mask"] for o, t, b in zip(ours, theirs, data, strict=True)
-                ]
-                return sum(e.sum() for e in each)
+            def mean(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+                return sum(relative(o, t, b).sum() for o, t, b in zip(ours, theirs, data, strict=True)) / tokens
 
             with torch.no_grad():
                 teaching = {} if teacher == "dense" else {**weights, **{n: original[n] for n in own}}
                 source = dense if teacher == "dense" else pruned
                 wanted = [ends(source, teaching, block, half, b) for b in data]
-                energy = total(wanted, [torch.zeros_like(w) for w in wanted])
-                before = total([ends(pruned, weights, block, half, b) for b in data], wanted) / energy
+                before = mean([ends(pruned, weights, block, half, b) for b in data], wanted)
             leaves = {n: weights[n].clone().requires_grad_() for n in own}
-            optimizer = torch.optim.AdamW(leaves.values(), weight_decay=0.0, lr=lr)
+            rates = [lr if lr is not None else relative_rate * max(size(leaf), 1e-3) for leaf in leaves.values()]
+            groups = [{"params": [leaf], "lr": rate} for leaf, rate in zip(leaves.values(), rates, strict=True)]
+            optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
             generator = torch.Generator().manual_seed(seed)
             order = [i for _ in range(epochs) for i in torch.randperm(len(data), generator=generator).tolist()]
             warmup = round(len(order) / 10)
             for step, index in enumerate(order):
                 rate = (step + 1) / warmup if step < warmup else 1 - (step - warmup) / (len(order) - warmup)
-                optimizer.param_groups[0]["lr"] = lr * rate
+                for group, peak in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = peak * rate
                 output = ends(pruned, {**weights, **leaves}, block, half, data[index])
-                real = data[index]["attention_mask"]
                 optimizer.zero_grad()
-                error = (((output - wanted[index]) ** 2).sum(-1) * real).sum() / real.sum()
-                (error / (energy / tokens)).backward()
+                error = relative(output, wanted[index], data[index]).sum()
+                (error / data[index]["attention_mask"].sum()).backward()
                 for name, leaf in leaves.items():
                     if name in masks:
                         leaf.grad *= masks[name]
                 optimizer.step()
             fitted = {**weights, **{n: leaf.detach() for n, leaf in leaves.items()}}
             with torch.no_grad():
-                after = total([ends(pruned, fitted, block, half, b) for b in data], wanted) / energy
+                after = mean([ends(pruned, fitted, block, half, b) for b in data], wanted)
             assert after < before
             weights = fitted
             reports.append((float(before), float(after)))
@@ -223,10 +229,13 @@ def test_all_kept_weights_are_those_of_the_simulation(teacher: str, window: str)
     dense, model, masks = pair(torch.float64, hidden_size=32, intermediate_size=48)
     data = batches(padded=True)
     pairs = [{n: t[i : i + 2] for n, t in batch.items()} for batch in data for i in (0, 2)]
-    weights, errors = fit_kept_weights(dense, model, masks, pairs, teacher, window, 5, 1e-2, 3)
+    rate = {"relative_rate": 0.05} if window == "half" else {"learning_rate": 1e-2}
+    weights, errors = fit_kept_weights(
+        dense, model, masks, pairs, teacher, window, 5, rate.get("learning_rate"), 3, rate.get("relative_rate", 0.0)
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     share = 1.0 if window == "block" else 0.25
-    options = {"teacher": teacher, "window": window, "epochs": 5, "learning_rate": 1e-2, "seed": 3, "share": share}
+    options = {"teacher": teacher, "window": window, "epochs": 5, "seed": 3, "share": share, **rate}
     found = reconstruct(model, data, dense, masks, train="all", **options)
     for name, p in model.named_parameters():
         expected = (1 - share) * before[name] + share * weights[name]
@@ -275,6 +284,46 @@ def test_kept_weights_narrower_than_float32_are_trained_as_float32(dtype: torch.
     assert found.before - found.after == pytest.approx(expected.before - expected.after, rel=0.1)
     assert found.after < 0.97 * found.before
     assert all(not model.get_parameter(n)[~m].view(torch.int16).any() for n, m in masks.items())
+
+
+def test_each_token_counts_alike_whatever_its_size() -> None:
+    target = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    target[0, 0] *= 1e4  # as the first token of most language models
+    output = target + 0.1 * torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    real = torch.tensor([[True, True, False], [True, True, True]])
+    output[0, 2] = float("nan")
+    expected = 0.0
+    for b, t in [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]:
+        off = sum((float(output[b, t, d]) - float(target[b, t, d])) ** 2 for d in range(4))
+        expected += off / sum(float(target[b, t, d]) ** 2 for d in range(4))
+    assert float(relative_error(output, target, real)) == pytest.approx(expected, rel=1e-12)
+    assert relative_error(output.bfloat16(), target.bfloat16(), real).dtype == torch.float32
+    target[1, 2] = 0.0  # has no size: an error there counts as if it had some, and is no infinity
+    assert bool(torch.isfinite(relative_error(output, target, real)))
+    assert float(relative_error(target[1:] * 0, target[1:] * 0, None)) == 0.0
+    assert float(relative_error(output[:1], target[:1], torch.zeros(1, 3, dtype=torch.bool))) == 0.0
+
+
+def test_a_fit_means_the_same_whatever_the_size_of_weights_and_states() -> None:
+    def fitted(scale: float) -> tuple[list[float], dict[str, Tensor]]:
+        dense, model, masks = pair(torch.float64)
+        for each in (dense, model):  # an RMSNorm follows: the model computes the same with larger weights and states
+            each.config.rms_norm_eps = 0.0
+            for name, p in each.named_parameters():
+                p.data *= scale if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")) else 1.0
+            for module in each.modules():
+                if hasattr(module, "variance_epsilon"):
+                    module.variance_epsilon = 0.0
+        found = reconstruct(model, batches(), dense, masks, train="all")
+        return [b.after / b.before for b in found.blocks], dict(model.named_parameters())
+
+    (one, weights), (other, larger) = fitted(1.0), fitted(16.0)
+    assert all(share < 0.999 for share in one)
+    assert other == pytest.approx(one, rel=1e-6)
+    scaled = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+    for name, p in weights.items():
+        off = larger[name].detach() - p.detach() * (16.0 if name.endswith(scaled) else 1.0)
+        assert float(off.norm()) < 1e-4 * float(larger[name].norm()), name  # AdamW adds 1e-8 to gradients of any size
 
 
 @pytest.mark.parametrize("adapter", ["mask_lora", None])
@@ -516,6 +565,11 @@ def test_after_a_failure_every_bit_is_as_before(failure: str, monkeypatch: pytes
         ({"window": "quarter"}, ValueError, "window='quarter' must be one of"),
         ({"teachr": "dense"}, TypeError, "did you mean 'teacher'"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate=0.0"),
+        ({"learning_rate": "high"}, ValueError, "learning_rate='high' must be a number above 0"),
+        ({"train": "all", "relative_rate": -1.0}, ValueError, "relative_rate=-1.0 must be a number above 0"),
+        ({"train": "all", "relative_rate": 0.1, "learning_rate": 0.1}, ValueError, "give one of them"),
+        ({"train": "all", "learning_rate": None, "relative_rate": None}, ValueError, "give one of them"),
+        ({"relative_rate": 0.1}, ValueError, "relative_rate=0.1 with adapter='mask_lora'"),
         ({"teacher": "both"}, ValueError, "teacher='both'"),
         ({"rank_pattern": {"q_proj": 4}}, ValueError, "not supported block by block"),
         ({"target_modules": ["qq_proj"]}, ValueError, "did you mean 'q_proj'"),
