@@ -38,6 +38,7 @@ from lightning_prune.perp.adapters import (
     adapter_masks,
     adapters_aside,
     attach,
+    check_any_adapted,
     check_unshared,
     fold,
     merge,
@@ -245,6 +246,7 @@ class PERPRetraining(L.Callback):
         model, options = self._model(module), dict(self.options)
         if pruners and self.adapter is not None and options.get("target_modules") is None:
             options["target_modules"] = [name for pruner in pruners for name in self._targets_of(pruner, module)]
+            check_any_adapted(model, options["target_modules"])
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
         pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,9 @@ def adapted_modules(
 ) -> list[str]:
     """Return the names of the modules that get an adapter, all of them checked, and of the head where it is named."""
     if options.get("target_modules") in (None, "all-linear"):
-        unnamed = {**options, "target_modules": [t.name.removesuffix(".weight") for t in _linear_targets(model)]}
+        linear = [t.name.removesuffix(".weight") for t in _linear_targets(model)]
+        check_any_adapted(model, linear)
+        unnamed = {**options, "target_modules": linear}
         names = match_modules(model, adapter, unnamed)
         if options.get("target_modules") is None and not pruned_later:
             names = [name for name in names if _is_pruned(model, name, masks)]
@@ -234,6 +236,20 @@ def adapted_modules(
     if left and is_main_process():
         warnings.warn(left, stacklevel=4)
     return names
+
+
+def check_any_adapted(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse a model of which no layer that is pruned can get an adapter, such as one of convolutions.
+
+    Raises:
+        ValueError: saying what to train in place of adapters.
+    """
+    if not names:
+        raise ValueError(
+            f"no layer of {type(model).__name__} that is pruned can get an adapter, which goes with Linear and Conv1D "
+            "alone: train biases and norms with adapter=None, or the kept weights themselves under masks "
+            "(WeightPruning without PERPRetraining, or hold_masks)"
+        )
 
 
 def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None]) -> None:
