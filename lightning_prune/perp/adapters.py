@@ -562,6 +562,17 @@ class SparsePeftModel(PeftModel):
         )
         return super().forward(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of PEFT's, or else of the transformers model.
+
+        Between them stands PEFT's tuner, whose ``model`` is the transformers model; what runs a part of its model
+        (``self.model.model(...)``, then the head) means that of the transformers model.
+        """
+        if name != "model":
+            return super().__getattr__(name)
+        plain = super().__getattr__("base_model").model
+        return getattr(plain, name, plain)
+
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """Make embeddings' outputs require gradients where checkpoints are re-entrant, which need it.
 

@@ -506,6 +506,18 @@ def test_merging_needs_adapters() -> None:
         merge(pruned())
 
 
+def test_code_that_runs_the_body_and_the_head_runs_them_with_adapters() -> None:
+    model = add_adapters(pruned())
+    train(model, IDS)
+    body = model.model(input_ids=IDS)
+    assert body.last_hidden_state.shape == (*IDS.shape, 64)
+    assert torch.equal(model.lm_head(body.last_hidden_state), model(input_ids=IDS).logits)
+    assert model.model is merge(model).model
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prune(plain, score="magnitude", progress=False)
+    assert add_adapters(plain).model is plain  # it has none of its own
+
+
 def test_a_model_dequantized_from_gguf_is_taken() -> None:
     """transformers goes on calling it quantized."""
     model = pruned()
