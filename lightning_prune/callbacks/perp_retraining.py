@@ -97,7 +97,8 @@ class PERPRetraining(L.Callback):
     Args:
         adapter: ``"mask_lora"``, ``"scale_lora"``, ``"hira"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``),
             one of your own, or None; see `lightning_prune.perp.add_adapters`.
-        train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
+        train: Any of ``"bias"``, ``"norm"``, ``"head"`` (of a classifier too: a new one has to be named, since all else
+            in the model is frozen) and ``"embedding"``.
         merge: Merge at fit end.
         masks: Bool masks by the transformers model's parameter names; default those of `WeightPruning`, else zeros.
         r: Rank of the adapters.

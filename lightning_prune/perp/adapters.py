@@ -86,7 +86,7 @@ def add_adapters(
             only `train`. Or the name of a variant of your own, see `register_adapter`.
         masks: Bool masks by parameter name, True = kept, as `prune` returns them; a weight without one takes its
             exact zeros, and so do all by default.
-        train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
+        train: Any of ``"bias"``, ``"norm"``, ``"head"`` (of a classifier too) and ``"embedding"``.
         adapt_head: Put an adapter on the output embeddings too, as the code of the paper does. Nothing of them is
             pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
         **lora_options: ``r`` (16), ``lora_alpha`` (2 r; s = lora_alpha / r), ``use_rslora``, ``init_lora_weights``,

@@ -15,6 +15,7 @@ from perp_models import halve, make_gpt2, pruned, train, zeros
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lightning_prune import prune
 from lightning_prune.perp import (
@@ -256,6 +257,23 @@ def test_only_adapters_and_the_chosen_parts_train(
         sum(p.numel() for p in optimizer.state)
         / sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
     )
+
+
+def test_the_head_of_a_classifier_trains() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = RobertaForSequenceClassification(RobertaConfig(vocab_size=128, **sizes))
+    prune(plain, score="magnitude", progress=False)
+    model = add_adapters(plain, train=("head",))
+    own = {name.removeprefix("base_model.model.") for name in trainable(model) if ".lora_" not in name}
+    assert own == {f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")}
+    before = plain.classifier.out_proj.weight.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=IDS, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(merge(model).classifier.out_proj.weight, before)
+    with pytest.raises(ValueError, match="RobertaModel has no output embeddings, and nothing that is called as"):
+        add_adapters(plain.roberta, train=("head",))
 
 
 def test_without_adapters_the_parts_train_alone() -> None:
