@@ -32,6 +32,7 @@ from lightning_prune.callbacks.resuming import (
     before_loading,
     check_before_loading,
     epsilon_of,
+    says_sizes,
     take_saved_shapes,
     write_hyper_parameters,
 )
@@ -310,8 +311,22 @@ class PruningAwarePretraining(L.Callback):
         self._copied = False
         if not shrinking.reached:
             shrinking.watch()
+            self._warn_of_checkpoints(trainer, pl_module)
         if self._distillation is not None:
             self._distillation.begin(pl_module, structure.model)
+
+    def _warn_of_checkpoints(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Say which way checkpoints of the small model will load, where the usual one will not."""
+        if trainer.checkpoint_callback is None or says_sizes(module.hparams, self._now.structure.config):
+            return
+        name = type(module).__name__
+        rank_zero_warn(
+            f"PruningAwarePretraining: the hyper-parameters of {name} do not say the sizes of its model, so "
+            f"{name}.load_from_checkpoint(path) will build the large one, which checkpoints of the small one do not "
+            "fit. Build it from a hyper-parameter that holds the configuration (a mapping with model_type, see "
+            f"save_hyperparameters), or load them by Trainer(callbacks=[PruningAwarePretraining(...)]).validate("
+            f"{name}(...), ckpt_path=path)"
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note where it begins: a checkpoint's step is known only now."""
