@@ -25,6 +25,7 @@ from lightning_prune.callbacks.checks import (
     masked_while_shrinking,
     neighbor,
     units_stay,
+    warn_of_readers,
 )
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
@@ -48,7 +49,7 @@ from lightning_prune.sharding import reshard
 from lightning_prune.structure.compensation import StreamedMoments
 from lightning_prune.structure.device_goals import LatencyTable, is_latency, latency_of
 from lightning_prune.structure.planning import make_planner
-from lightning_prune.structure.removal import sliced_masks
+from lightning_prune.structure.removal import check_rescaling, sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
 from lightning_prune.structure.shrinking import Shrinking, ShrinkRecord, pruned_ratios
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
@@ -312,6 +313,8 @@ class PruningAwarePretraining(L.Callback):
         if not shrinking.reached:
             shrinking.watch()
             self._warn_of_checkpoints(trainer, pl_module)
+            if "hidden" in self.types:
+                warn_of_readers(pl_module, structure)
         if self._distillation is not None:
             self._distillation.begin(pl_module, structure.model)
 
@@ -429,6 +432,8 @@ class PruningAwarePretraining(L.Callback):
         shrinking = self._now
         if not shrinking.pending and len(shrinking.history) == 1:
             check_states(shrinking.structure, trainer.optimizers)  # which exist only after a step
+            if "hidden" in self.types:
+                check_rescaling(shrinking.structure, trainer.optimizers)
         planner, down_to = shrinking.planner, None
         if self.schedule.end is not None:
             down_to = self.schedule.goal(step, planner.cost(planner.first), planner.final)
