@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor
 from torch.optim import Optimizer
@@ -279,6 +280,19 @@ def units_stay(structure: Structure, strategy: Any, types: Sequence[str]) -> boo
             "configure_model, as CausalLM does"
         )
     return sharded
+
+
+def warn_of_readers(module: L.LightningModule, structure: Structure) -> None:
+    """Warn of parameters beside the language model that may read its hidden channels: nothing slices them with it."""
+    own, hidden = {id(p) for p in structure.model.parameters()}, structure.sizes.hidden_size
+    beside = [name for name, p in module.named_parameters() if id(p) not in own and hidden in p.shape]
+    if beside:
+        rank_zero_warn(
+            f"PruningAwarePretraining: {beside[0]!r} ({len(beside)} parameters in all) is no part of the language "
+            f"model and has a dimension of {hidden}, the number of hidden channels. Nothing slices it with the model: "
+            "if it reads hidden states, training will fail once hidden channels are sliced off. Leave 'hidden' out of "
+            "types then"
+        )
 
 
 def check_not_masked(structure: Structure) -> None:

@@ -6,6 +6,7 @@ Letters: B samples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,7 @@ def logits_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0
     if student.shape != teacher.shape:
         raise ValueError(
             f"the student's logits {tuple(student.shape)} and the source's {tuple(teacher.shape)} differ; distill from "
-            "a model with the same vocabulary"
+            "a model with the same vocabulary, or the same classes"
         )
     wide = torch.promote_types(student.dtype, torch.float32)
     log_q = torch.log_softmax(student.to(wide) / temperature, dim=-1)
@@ -64,7 +65,8 @@ class Distillation:
     whole source.
 
     Args:
-        source: A causal language model of transformers, or where to load one from (folder, hub id, ``.gguf`` file).
+        source: A transformers model that gives logits of the same shape for the same arguments, or where to load a
+            causal language model from (folder, hub id, ``.gguf`` file).
         weight: Share of the divergence in the loss, above 0 and at most 1.
         temperature: See `logits_divergence`.
 
@@ -138,7 +140,12 @@ class Distillation:
 
         def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if listening:
-                self._passes.append((_inputs(args, kwargs), output.logits))
+                if not isinstance(getattr(output, "logits", None), Tensor):
+                    raise ValueError(
+                        f"distill_from compares logits, and {type(student).__name__} returned a "
+                        f"{type(output).__name__} without them: leave distill_from out, or return_dict=False"
+                    )
+                self._passes.append((_inputs(student, self.source, args, kwargs), output.logits))
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
@@ -182,8 +189,7 @@ class Distillation:
         for inputs, logits in passes:
             with torch.no_grad():
                 theirs = self.source(**inputs).logits  # type: ignore[operator]
-            mask = inputs.get("attention_mask")
-            keep = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            keep = _counting(inputs, logits)
             total = total + logits_divergence(logits, theirs, self.temperature, keep) / len(passes)
         self.last = total.detach()
         mixed = (1 - self.weight) * loss + self.weight * total
@@ -204,9 +210,37 @@ def undistilled(module: L.LightningModule) -> Iterator[None]:
         found._paused = False
 
 
-def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the source needs of the student's arguments: labels would make it compute a loss."""
-    inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in kwargs}
-    if args:
-        inputs["input_ids"] = args[0]
-    return {**inputs, "use_cache": False}
+# Of the student's arguments: a cache of its own, and outputs that nobody asks the source for.
+_LEFT_OUT = ("past_key_values", "return_dict", "output_hidden_states", "output_attentions")
+
+
+def _inputs(student: nn.Module, source: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the source is to be called with: the student's arguments, by name.
+
+    Raises:
+        ValueError: the student was given embeddings, which are its own.
+    """
+    # Of the source's own forward: PEFT's, which may be around the student, names none.
+    parameters = inspect.signature(source.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] or ["input_ids"]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("inputs_embeds") is not None:
+        raise ValueError(
+            f"distill_from: training_step calls {type(student).__name__} with inputs_embeds, which are of its own "
+            "embeddings and mean nothing to the source: call it with input_ids"
+        )
+    inputs = {name: value for name, value in given.items() if name not in _LEFT_OUT}
+    if not getattr(getattr(student, "config", None), "is_encoder_decoder", False):  # whose decoder reads them
+        inputs.pop("labels", None)  # they would make the source compute a loss
+    return {**inputs, "use_cache": False} if "use_cache" in names else inputs
+
+
+def _counting(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:
+    """Which positions of logits ``[B, T, V]`` count, bool ``[B, T]``; None: all, as of the logits of whole samples."""
+    if logits.dim() != 3:
+        return None
+    labels = inputs.get("labels")
+    if isinstance(labels, Tensor):  # an encoder's padding is that of other positions
+        return labels != -100
+    mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    return mask.bool()[:, -logits.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None

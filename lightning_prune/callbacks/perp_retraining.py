@@ -38,6 +38,7 @@ from lightning_prune.perp.adapters import (
     adapter_masks,
     adapters_aside,
     attach,
+    check_any_adapted,
     check_unshared,
     fold,
     merge,
@@ -96,7 +97,8 @@ class PERPRetraining(L.Callback):
     Args:
         adapter: ``"mask_lora"``, ``"scale_lora"``, ``"hira"``, ``"lora_prune"``, ``"lora"`` (needs ``merge=False``),
             one of your own, or None; see `lightning_prune.perp.add_adapters`.
-        train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
+        train: Any of ``"bias"``, ``"norm"``, ``"head"`` (of a classifier too: a new one has to be named, since all else
+            in the model is frozen) and ``"embedding"``.
         merge: Merge at fit end.
         masks: Bool masks by the transformers model's parameter names; default those of `WeightPruning`, else zeros.
         r: Rank of the adapters.
@@ -245,6 +247,7 @@ class PERPRetraining(L.Callback):
         model, options = self._model(module), dict(self.options)
         if pruners and self.adapter is not None and options.get("target_modules") is None:
             options["target_modules"] = [name for pruner in pruners for name in self._targets_of(pruner, module)]
+            check_any_adapted(model, options["target_modules"])
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
         pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))

@@ -25,6 +25,7 @@ from lightning_prune.callbacks.checks import (
     masked_while_shrinking,
     neighbor,
     units_stay,
+    warn_of_readers,
 )
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
@@ -32,6 +33,7 @@ from lightning_prune.callbacks.resuming import (
     before_loading,
     check_before_loading,
     epsilon_of,
+    says_sizes,
     take_saved_shapes,
     write_hyper_parameters,
 )
@@ -47,7 +49,7 @@ from lightning_prune.sharding import reshard
 from lightning_prune.structure.compensation import StreamedMoments
 from lightning_prune.structure.device_goals import LatencyTable, is_latency, latency_of
 from lightning_prune.structure.planning import make_planner
-from lightning_prune.structure.removal import sliced_masks
+from lightning_prune.structure.removal import check_rescaling, sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
 from lightning_prune.structure.shrinking import Shrinking, ShrinkRecord, pruned_ratios
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
@@ -310,8 +312,24 @@ class PruningAwarePretraining(L.Callback):
         self._copied = False
         if not shrinking.reached:
             shrinking.watch()
+            self._warn_of_checkpoints(trainer, pl_module)
+            if "hidden" in self.types:
+                warn_of_readers(pl_module, structure)
         if self._distillation is not None:
             self._distillation.begin(pl_module, structure.model)
+
+    def _warn_of_checkpoints(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Say which way checkpoints of the small model will load, where the usual one will not."""
+        if trainer.checkpoint_callback is None or says_sizes(module.hparams, self._now.structure.config):
+            return
+        name = type(module).__name__
+        rank_zero_warn(
+            f"PruningAwarePretraining: the hyper-parameters of {name} do not say the sizes of its model, so "
+            f"{name}.load_from_checkpoint(path) will build the large one, which checkpoints of the small one do not "
+            "fit. Build it from a hyper-parameter that holds the configuration (a mapping with model_type, see "
+            f"save_hyperparameters), or load them by Trainer(callbacks=[PruningAwarePretraining(...)]).validate("
+            f"{name}(...), ckpt_path=path)"
+        )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note where it begins: a checkpoint's step is known only now."""
@@ -414,6 +432,8 @@ class PruningAwarePretraining(L.Callback):
         shrinking = self._now
         if not shrinking.pending and len(shrinking.history) == 1:
             check_states(shrinking.structure, trainer.optimizers)  # which exist only after a step
+            if "hidden" in self.types:
+                check_rescaling(shrinking.structure, trainer.optimizers)
         planner, down_to = shrinking.planner, None
         if self.schedule.end is not None:
             down_to = self.schedule.goal(step, planner.cost(planner.first), planner.final)

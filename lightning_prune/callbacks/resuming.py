@@ -11,8 +11,9 @@ from torch import Tensor, arange, nn, tensor
 
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.errors import CheckpointError
+from lightning_prune.structure.families import find_family
 from lightning_prune.structure.removal import remove_units, set_epsilon
-from lightning_prune.structure.sizes import AttentionUnit, Sizes, units_to_remove
+from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes, units_to_remove
 from lightning_prune.structure.units import Structure, read_structure
 
 
@@ -112,8 +113,9 @@ def take_shapes(
     if structure.sizes.head_dim != sizes.head_dim or any(count < 0 for count in counts.values()):
         raise ValueError(
             f"the checkpoint's model has {sizes.as_dict()}, which the module's {structure.sizes.as_dict()} cannot "
-            "shrink to: build the module with the configuration that the training began with, or load the checkpoint "
-            "with load_from_checkpoint"
+            "shrink to: load it into a module that is built anew, with the configuration that the training began with, "
+            "by a Trainer with PruningAwarePretraining; or with load_from_checkpoint, if hyper-parameters of the "
+            "module hold the configuration"
         )
     removal: dict[str, list[Tensor]] = {}
     for unit_type, count in counts.items():
@@ -138,6 +140,21 @@ def epsilon_of(structure: Structure) -> float | None:
     """Epsilon of the RMS norms, which changes with the hidden size; None for LayerNorms."""
     name = structure.family.eps_field
     return None if name is None else float(getattr(structure.config, name))
+
+
+def says_sizes(hyper_parameters: Mapping[str, Any], config: Any) -> bool:
+    """Whether hyper-parameters of a module hold its model's configuration, or one of the sizes in it.
+
+    Args:
+        hyper_parameters: Of the module.
+        config: Of its model.
+    """
+    family = find_family(config)
+    sizes = {name for size in SIZE_NAMES for name in family.fields_of(size)}
+    return any(
+        name in sizes or hasattr(value, "model_type") or (isinstance(value, Mapping) and "model_type" in value)
+        for name, value in hyper_parameters.items()
+    )
 
 
 def write_hyper_parameters(module: L.LightningModule, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

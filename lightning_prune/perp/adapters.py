@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def add_adapters(
             only `train`. Or the name of a variant of your own, see `register_adapter`.
         masks: Bool masks by parameter name, True = kept, as `prune` returns them; a weight without one takes its
             exact zeros, and so do all by default.
-        train: Any of ``"bias"``, ``"norm"``, ``"head"`` and ``"embedding"``.
+        train: Any of ``"bias"``, ``"norm"``, ``"head"`` (of a classifier too) and ``"embedding"``.
         adapt_head: Put an adapter on the output embeddings too, as the code of the paper does. Nothing of them is
             pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
         **lora_options: ``r`` (16), ``lora_alpha`` (2 r; s = lora_alpha / r), ``use_rslora``, ``init_lora_weights``,
@@ -213,7 +213,9 @@ def adapted_modules(
 ) -> list[str]:
     """Return the names of the modules that get an adapter, all of them checked, and of the head where it is named."""
     if options.get("target_modules") in (None, "all-linear"):
-        unnamed = {**options, "target_modules": [t.name.removesuffix(".weight") for t in _linear_targets(model)]}
+        linear = [t.name.removesuffix(".weight") for t in _linear_targets(model)]
+        check_any_adapted(model, linear)
+        unnamed = {**options, "target_modules": linear}
         names = match_modules(model, adapter, unnamed)
         if options.get("target_modules") is None and not pruned_later:
             names = [name for name in names if _is_pruned(model, name, masks)]
@@ -234,6 +236,20 @@ def adapted_modules(
     if left and is_main_process():
         warnings.warn(left, stacklevel=4)
     return names
+
+
+def check_any_adapted(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse a model of which no layer that is pruned can get an adapter, such as one of convolutions.
+
+    Raises:
+        ValueError: saying what to train in place of adapters.
+    """
+    if not names:
+        raise ValueError(
+            f"no layer of {type(model).__name__} that is pruned can get an adapter, which goes with Linear and Conv1D "
+            "alone: train biases and norms with adapter=None, or the kept weights themselves under masks "
+            "(WeightPruning without PERPRetraining, or hold_masks)"
+        )
 
 
 def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None]) -> None:
@@ -545,6 +561,17 @@ class SparsePeftModel(PeftModel):
             "transformers model in it: fully_shard(model.get_base_model())",
         )
         return super().forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of PEFT's, or else of the transformers model.
+
+        Between them stands PEFT's tuner, whose ``model`` is the transformers model; what runs a part of its model
+        (``self.model.model(...)``, then the head) means that of the transformers model.
+        """
+        if name != "model":
+            return super().__getattr__(name)
+        plain = super().__getattr__("base_model").model
+        return getattr(plain, name, plain)
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """Make embeddings' outputs require gradients where checkpoints are re-entrant, which need it.

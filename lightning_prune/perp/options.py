@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.errors import check_whole
+from lightning_prune.naming import is_head
 from lightning_prune.perp.layers import CombinedLinear, find_variant
 from lightning_prune.sharding import type_name
 
@@ -172,7 +173,8 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
     Args:
         model: A plain model, before any adapter.
         train: Any of ``"bias"`` (every parameter named bias, of norms too), ``"norm"`` (the parameters of
-            normalization layers), ``"head"`` (the output embeddings) and ``"embedding"`` (all embeddings).
+            normalization layers), ``"head"`` (the output embeddings; of a model without any, its classifier) and
+            ``"embedding"`` (all embeddings).
 
     Returns:
         Parameters by name, each once; a part that the model does not have adds nothing, except that a missing head
@@ -189,9 +191,16 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
 def _parameters_of(model: nn.Module, part: str) -> Iterator[nn.Parameter]:
     if part == "head":
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-        if not isinstance(head, nn.Module):
-            raise ValueError(f"train has 'head', but {type(model).__name__} has no output embeddings; leave it out")
-        yield from head.parameters()
+        if isinstance(head, nn.Module):
+            yield from head.parameters()
+            return
+        found = [p for name, p in model.named_parameters() if is_head(name)]
+        if not found:
+            raise ValueError(
+                f"train has 'head', but {type(model).__name__} has no output embeddings, and nothing that is called as "
+                "a classifier is ('classifier', 'score', 'head', ...); leave it out"
+            )
+        yield from found
         return
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -181,8 +181,10 @@ def _sliced_states(
             continue
         if value.numel() <= 1 and p.numel() > 1:  # a step count
             continue
-        if value.shape != p.shape or (scale is not None and key not in _GRADIENT_POWER):
+        if value.shape != p.shape:
             raise ValueError(_unknown_state(optimizer, key, name, f"a tensor {tuple(value.shape)}"))
+        if scale is not None and key not in _GRADIENT_POWER:
+            raise ValueError(_unscaled_state(optimizer, key, name))
         sliced = _sliced(value, kept, None)
         new[key] = sliced if scale is None else scale.state(sliced, key)
     return state, new
@@ -219,6 +221,28 @@ def _scales(structure: Structure, sizes: Sizes) -> dict[str, _Scale]:
             final = f"{family.final_norm}.weight"
             scales[final] = _Scale(scales[final].factor / scale, scales[final].plus_one)
     return scales
+
+
+def check_rescaling(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse optimizer states of which is not known how they follow weights that are rescaled when hidden channels go.
+
+    Raises:
+        ValueError: naming the optimizer and the state.
+    """
+    parameters = structure.parameters()
+    for name in _scales(structure, structure.sizes.without("hidden", 1)):
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameters[name], {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and key not in _GRADIENT_POWER:
+                    raise ValueError(_unscaled_state(optimizer, key, name))
+
+
+def _unscaled_state(optimizer: Optimizer, key: str, name: str) -> str:
+    return (
+        f"{type(optimizer).__name__} keeps the state {key!r} of {name!r}, and how that follows is not known when "
+        "hidden channels go and the weight is rescaled: use an optimizer of torch.optim (Adam, AdamW, SGD, RMSprop, "
+        "Adagrad), or leave 'hidden' out of types"
+    )
 
 
 def _embedding_scale(structure: Structure, hidden: int) -> float:

@@ -212,9 +212,14 @@ def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
                 found.append((clean_name(f"{name}.").rstrip("."), inner))
     if len(found) != 1:
         names = [name or type(m).__name__ for name, m in found]
+        hint = "the causal language model itself"
+        if found and hasattr(module, "training_step"):
+            hint = (
+                "a teacher as distill_from, and keep what else is no part of it out of the modules, such as in a list "
+                "(self.other = [other])"
+            )
         raise ValueError(
-            f"{type(module).__name__} holds {len(found)} transformers models {names or ''}, one is needed: pass the "
-            "causal language model itself"
+            f"{type(module).__name__} holds {len(found)} transformers models {names or ''}, one is needed: pass {hint}"
         )
     return found[0]
 

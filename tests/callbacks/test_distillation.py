@@ -13,6 +13,7 @@ import torch
 from perp_trainers import LLAMA, loader, make_trainer, pruning
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 from lightning_prune import CausalLM, LinearSchedule, OneShot, PERPRetraining, PruningAwarePretraining
 from lightning_prune.callbacks.distillation import Distillation, logits_divergence
@@ -212,6 +213,55 @@ def test_what_cannot_be_distilled_is_refused_before_training(
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, PERPRetraining(distill_from=sources[source]), pruning()).fit(student, loader())
     assert snapshot(student.model) == before
+
+
+class OfItsOwn(L.LightningModule):
+    def __init__(self, model: Any, embeds: bool = False) -> None:
+        super().__init__()
+        self.model, self.embeds = model, embeds
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        if self.embeds:
+            return self.model(inputs_embeds=self.model.get_input_embeddings()(batch["input_ids"])).logits.mean()
+        return self.model(**batch).loss
+
+
+def bert(seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=128, num_labels=3, **sizes)).eval()
+
+
+def t5(seed: int) -> Any:
+    torch.manual_seed(seed)
+    sizes = {"d_model": 16, "d_ff": 24, "num_layers": 1, "num_heads": 2, "d_kv": 8, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=128, **sizes)).eval()
+
+
+@pytest.mark.parametrize("make", [bert, t5])
+def test_the_source_is_given_what_the_model_is_given(make: Any) -> None:
+    student, source, ids = make(0), make(1), make_tokens(2, 5)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    if make is bert:
+        batch |= {"token_type_ids": torch.tensor([[0, 0, 1, 1, 1]] * 2), "labels": torch.tensor([2, 0])}
+        keep = torch.ones(2, 1, dtype=torch.bool)
+    else:
+        keep = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
+        batch["labels"] = make_tokens(2, 3, seed=4).masked_fill(~keep, -100)
+    with torch.no_grad():
+        mine, theirs = (m(**batch).logits.view(2, keep.shape[1], -1) for m in (student, source))
+        own = float(student(**batch).loss)
+    module, distillation = OfItsOwn(student), Distillation(source, 0.25, 2.0)
+    distillation.begin(module, student)
+    expected = 0.75 * own + 0.25 * naive_divergence(mine, theirs, 2.0, keep)
+    assert float(module.training_step(batch, 0)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_embeddings_of_the_models_own_are_refused() -> None:
+    module = OfItsOwn(make_llama(), embeds=True)
+    Distillation(make_llama(seed=3)).begin(module, module.model)
+    with pytest.raises(ValueError, match=r"with inputs_embeds, which are of its own.*call it with input_ids"):
+        module.training_step({"input_ids": make_tokens(1, 4)}, 0)
 
 
 def test_a_step_that_does_not_call_the_model_is_an_error() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -411,6 +412,52 @@ def test_frozen_and_compiled_models_are_refused() -> None:
     module.model = torch.compile(module.model, backend="eager")
     with pytest.raises(ValueError, match=r"is compiled \(torch.compile\)"):
         fit(PruningAwarePretraining(0.5), module)
+
+
+def test_a_teacher_in_the_module_is_refused_with_a_way_that_works() -> None:
+    module, teacher = make_module(), make_module(1).model
+    module.teacher = teacher
+    with pytest.raises(ValueError, match=r"2 transformers models \['model', 'teacher'\].*distill_from.*= \[other\]"):
+        fit(PruningAwarePretraining(0.9, ("ffn",)), module)
+    del module.teacher
+    module.other = [make_module(2).model]
+    fit(PruningAwarePretraining(0.9, ("ffn",), distill_from=teacher, end=2), module, max_steps=3)
+    assert module.model.config.intermediate_size < 48 == teacher.config.intermediate_size
+
+
+def test_what_may_read_hidden_channels_beside_the_model_is_named() -> None:
+    module = make_module()
+    module.value, module.scale = torch.nn.Linear(32, 1), torch.nn.Linear(5, 5)
+    with pytest.warns(UserWarning, match=r"'value\.weight' \(1 parameters in all\).*Leave 'hidden' out of types"):
+        fit(PruningAwarePretraining(0.9, ("hidden",), end=1), module, max_steps=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*Leave 'hidden' out of types")
+        fit(PruningAwarePretraining(0.9, ("ffn",), end=1), module, max_steps=1)
+
+
+def test_states_that_cannot_be_rescaled_are_refused_before_the_first_pruning() -> None:
+    class Averaging(torch.optim.SGD):
+        """Keeps a second copy of the weights, as optimizers without a schedule do."""
+
+        def step(self, closure: Any = None) -> Any:
+            loss = super().step(closure)
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p].setdefault("z", p.detach().clone())
+            return loss
+
+    class Module(CausalLM):
+        def configure_optimizers(self) -> Any:
+            return Averaging(self.parameters(), lr=0.1)
+
+    module = Module(config=SMALL)
+    with pytest.raises(ValueError, match=r"Averaging keeps the state 'z' of .*norm.*leave 'hidden' out of types"):
+        fit(callback := PruningAwarePretraining(0.9, ("hidden",)), module)
+    assert len(callback.history) == 1
+    assert not any(bool((p == 0).any()) for p in module.parameters())
+    module = Module(config=SMALL)
+    fit(PruningAwarePretraining(0.9, ("ffn",), end=2), module, max_steps=3)  # as it says
+    assert module.model.config.intermediate_size < 48
 
 
 def test_distilling_from_the_model_itself_or_another_vocabulary_is_refused() -> None:

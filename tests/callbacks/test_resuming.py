@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,36 @@ def test_hyper_parameters_of_any_module_are_kept_up_to_date(tmp_path: Path) -> N
     }
     ids = make_tokens(1, 6, vocab=64)
     torch.testing.assert_close(loaded.language_model(ids).logits, module.language_model(ids).logits, rtol=0, atol=0)
+
+
+def test_a_module_whose_hyper_parameters_say_no_sizes_is_told_how_its_checkpoints_load(tmp_path: Path) -> None:
+    class Named(L.LightningModule):
+        training_step, configure_optimizers = WithSizes.training_step, WithSizes.configure_optimizers
+        validation_step = WithSizes.training_step
+
+        def __init__(self, model: str = "tiny") -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.language_model = WithSizes().language_model
+
+    def shrink(module: L.LightningModule, **settings: Any) -> L.Trainer:
+        trainer = make_trainer(PruningAwarePretraining({"hidden_size": 20}, ("hidden",), end=2), **settings)
+        trainer.fit(module, batches())
+        return trainer
+
+    keeping = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_steps": 3}
+    with pytest.warns(UserWarning, match=r"Named do not say the sizes.*\.validate\(Named\(\.\.\.\), ckpt_path=path\)"):
+        shrink(module := Named(), **keeping).save_checkpoint(tmp_path / "small.ckpt")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Named.load_from_checkpoint(tmp_path / "small.ckpt")
+    way = make_trainer(PruningAwarePretraining({"hidden_size": 20}, ("hidden",)))  # as it says
+    way.validate(loaded := Named(), batches(), ckpt_path=tmp_path / "small.ckpt", verbose=False)
+    ids = make_tokens(1, 6, vocab=64)
+    torch.testing.assert_close(loaded.language_model(ids).logits, module.language_model(ids).logits, rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*do not say the sizes")
+        shrink(WithSizes(), **keeping)
+        shrink(Named(), max_steps=3)  # no checkpoints
 
 
 def test_other_settings_and_other_models_are_refused(tmp_path: Path) -> None:

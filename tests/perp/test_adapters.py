@@ -15,6 +15,7 @@ from perp_models import halve, make_gpt2, pruned, train, zeros
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lightning_prune import prune
 from lightning_prune.perp import (
@@ -258,6 +259,23 @@ def test_only_adapters_and_the_chosen_parts_train(
     )
 
 
+def test_the_head_of_a_classifier_trains() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    plain = RobertaForSequenceClassification(RobertaConfig(vocab_size=128, **sizes))
+    prune(plain, score="magnitude", progress=False)
+    model = add_adapters(plain, train=("head",))
+    own = {name.removeprefix("base_model.model.") for name in trainable(model) if ".lora_" not in name}
+    assert own == {f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")}
+    before = plain.classifier.out_proj.weight.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=IDS, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(merge(model).classifier.out_proj.weight, before)
+    with pytest.raises(ValueError, match="RobertaModel has no output embeddings, and nothing that is called as"):
+        add_adapters(plain.roberta, train=("head",))
+
+
 def test_without_adapters_the_parts_train_alone() -> None:
     plain = pruned()
     before = zeros(plain)
@@ -412,6 +430,12 @@ def parametrized() -> nn.Module:
     return model
 
 
+def convolutions() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+    prune(model, score="magnitude", progress=False)
+    return model
+
+
 BAD: list[tuple[Any, dict[str, Any], str]] = [
     (pruned, {"adapter": "mask"}, "adapter='mask' must be one of"),
     (pruned, {"train": "norm"}, r"write train=\('norm',\)"),
@@ -431,6 +455,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (pruned, {"target_modules": ["embed_tokens"]}, "is a Embedding"),
     (pruned, {"target_modules": ["up_proj"], "exclude_modules": ["up_proj"]}, "matches no module"),
     (make_llama, {}, "prune the model first"),
+    (convolutions, {}, "no layer of Sequential that is pruned can get an adapter.*adapter=None"),
     (make_llama, {"target_modules": ["up_proj"]}, "prune the model first"),
     (make_llama, {"masks": {"model.layers.0.mlp.up_proj.weight": torch.eye(96, 64) > 0}}, "call apply_masks"),
     (pruned, {"masks": {"nothing.weight": torch.ones(2, 2).bool()}}, "belong to another model"),
@@ -497,6 +522,18 @@ def test_tied_layers_and_second_adapters_are_refused() -> None:
 def test_merging_needs_adapters() -> None:
     with pytest.raises(ValueError, match="call model = add_adapters"):
         merge(pruned())
+
+
+def test_code_that_runs_the_body_and_the_head_runs_them_with_adapters() -> None:
+    model = add_adapters(pruned())
+    train(model, IDS)
+    body = model.model(input_ids=IDS)
+    assert body.last_hidden_state.shape == (*IDS.shape, 64)
+    assert torch.equal(model.lm_head(body.last_hidden_state), model(input_ids=IDS).logits)
+    assert model.model is merge(model).model
+    plain = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    prune(plain, score="magnitude", progress=False)
+    assert add_adapters(plain).model is plain  # it has none of its own
 
 
 def test_a_model_dequantized_from_gguf_is_taken() -> None:
