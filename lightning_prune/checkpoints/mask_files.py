@@ -41,7 +41,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path, **facts: str) -> N
             raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
     packed = pack_masks(masks)
     if packed or not masks:
-        _save(packed, Path(path), facts)
+        _save(packed, expanded(path, "path"), facts)
 
 
 def _save(packed: Mapping[str, Any], path: Path, facts: Mapping[str, str]) -> None:
@@ -71,7 +71,7 @@ def load_masks(path: str | Path) -> Masks:
     Raises:
         CheckpointError: the file does not exist, holds something else, or is damaged.
     """
-    path = Path(path)
+    path = expanded(path, "path")
     if not path.is_file():
         raise CheckpointError(f"{path} is not an existing file; give a file of masks")
     with readable(path), safe_open(path, framework="pt") as handle:

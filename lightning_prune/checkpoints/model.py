@@ -25,6 +25,7 @@ from lightning_prune.checkpoints.sources import (
     load_pretrained,
     load_tokenizer,
     looks_like_path,
+    plain_source,
 )
 from lightning_prune.checkpoints.states import StoredMasks, stored_units
 from lightning_prune.errors import ExportError, first_line
@@ -492,6 +493,7 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(map(repr, DTYPES))}")
+    tokenizer = plain_source(tokenizer)
     if isinstance(source, nn.Module):
         if dtype is not None:
             raise ValueError(f"dtype={dtype!r} is for models that are loaded; convert {argument} yourself")

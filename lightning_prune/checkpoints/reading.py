@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_prune.errors import CheckpointError, first_line
-from lightning_prune.safety import check_claims, check_records, check_sum, stored_sums
+from lightning_prune.safety import check_claims, check_records, check_sum, expanded, stored_sums
 
 
 @dataclass(eq=False)
@@ -112,7 +112,7 @@ def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
     Raises:
         CheckpointError: the path does not exist, is damaged, or is of none of these formats.
     """
-    path = Path(path)
+    path = expanded(path, argument)
     if not path.exists():
         raise CheckpointError(
             f"{argument}={str(path)!r} does not exist; give a checkpoint file or folder on this machine "
@@ -388,7 +388,7 @@ def check_loads_safely(path: str | Path) -> None:
         if str(path).startswith("http"):  # Lightning unpickles these without limits
             fail(Path(path), "is an address of the web, and what comes from there could run code; download it first")
         return
-    path = Path(path)
+    path = expanded(path, "path")
     if path.is_dir():
         _check_parts(path)
         for index in sorted(path.glob("*.metadata")):  # torch also looks for one of each rank
@@ -414,7 +414,7 @@ def read_resumable(path: str | Path) -> Mapping[str, Any]:
     check_loads_safely(path)
     if "://" in str(path):
         return {}
-    path = Path(path)
+    path = expanded(path, "path")
     stored = _torch_load(path / "meta.pt" if path.is_dir() else path)
     _check_of_lightning(path, stored)
     return _mapping(stored)

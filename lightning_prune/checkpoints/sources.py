@@ -57,6 +57,13 @@ def existing_path(source: str, argument: str) -> Path:
     return path
 
 
+def plain_source(value: Any) -> Any:
+    """Return the names of files in place of paths, also in a list: plain values, which checkpoints keep."""
+    if isinstance(value, (list, tuple)):
+        return [str(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def pretrained_arguments(source: str, gguf_file: str | None, argument: str) -> tuple[str, dict[str, Any]]:
     """Turn a source into the first argument and the keyword arguments of transformers' `from_pretrained`.
 
@@ -204,6 +211,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def _checked_arguments(
     model: str, gguf_file: str | None, revision: str | None, check: Callable[[Path], None]
 ) -> tuple[str, dict[str, Any]]:
+    model = str(model)
     name, kwargs = pretrained_arguments(model, gguf_file, "model")
     if looks_like_path(model) and Path(name).is_dir() and "gguf_file" not in kwargs:
         check(Path(name))
@@ -232,7 +240,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(
-    source: str, gguf_file: str | None = None, eos_token: str | None = None, revision: str | None = None
+    source: str | Path, gguf_file: str | None = None, eos_token: str | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
@@ -249,6 +257,7 @@ def load_tokenizer(
         FileNotFoundError: If a local path does not exist.
         ValueError: If no end-of-text token is known, or `eos_token` is not in the vocabulary.
     """
+    source = str(source)
     if source.endswith(".json"):
         file = existing_path(source, "tokenizer")
         with _readable(source):

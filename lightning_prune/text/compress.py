@@ -370,7 +370,7 @@ class _Job:
         """Take samples to calibrate on, and windows that are held out, each spread over its part of the text."""
         enough = _PLENTY * (num_samples + windows) * self.seq_len
         ids: list[int] = []
-        named = [text] if isinstance(text, str) else [str(entry) for entry in text]
+        named = [str(text)] if isinstance(text, (str, Path)) else [str(entry) for entry in text]
         source = named[0] if len(named) == 1 else named
         for document in texts_of(source, name, split, field):
             # verbose=False: the stream is cut into windows, so it is not too long
@@ -474,7 +474,7 @@ class _Job:
             self.tokenizer,
             found,
             making,
-            Path(self.source, "generation_config.json"),
+            expanded(self.source, "model") / "generation_config.json",
             self.overwrite,
             self.progress,
         )

@@ -97,7 +97,9 @@ def test_a_checkpoint_is_the_model_in_it(files, tmp_path):
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     of_object = evaluate(files.model, [files.text], tokenizer=files.tokenizer, seq_len=32, progress=False).models[0]
-    of_checkpoint = evaluate(tmp_path / "a.ckpt", [files.text], seq_len=32, progress=False).models[0]
+    of_checkpoint = evaluate(
+        tmp_path / "a.ckpt", [files.text], tokenizer=files.pruned, seq_len=32, progress=False
+    ).models[0]
     assert of_checkpoint.texts == of_object.texts
     assert (of_checkpoint.zeros, of_checkpoint.parameters) == (of_object.zeros, of_object.parameters)
 

@@ -30,6 +30,14 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
+def test_a_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_adapter(add_adapters(pruned("llama")), "~/adapter")
+    load_adapter(pruned("llama"), "~/adapter")
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
 @pytest.mark.few_fast(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", "lora", None])

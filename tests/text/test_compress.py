@@ -249,6 +249,16 @@ def test_the_model_itself_is_no_output(files, tmp_path):
         compress(files.dense, files.pruned)
 
 
+def test_paths_and_homes(files, tmp_path, monkeypatch):
+    """A single path is a text, and the model's own generation settings are found from a home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(files.dense, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    done = compress("~/model", "~/out", files.text, score="magnitude", tokenizer=files.dense, **SMALL)
+    assert done.output == tmp_path / "out"
+    assert json.loads((done.output / "generation_config.json").read_text())["temperature"] == 0.5
+
+
 def test_text_of_every_kind(tmp_path):
     import datasets
 
