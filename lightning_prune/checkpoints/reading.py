@@ -186,9 +186,31 @@ def check_config(folder: Path) -> None:
     """Read the configuration of a transformers folder before transformers does.
 
     Raises:
-        CheckpointError: it is damaged, or names a kernel of the hub.
+        CheckpointError: it is damaged, or names a kernel of the hub; or it is an adapter's.
     """
+    check_no_adapter(folder)
     check_no_kernel(folder / "config.json", _read_config(folder))
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter of PEFT: transformers would put that on a model which it names, and freeze all.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if (folder / "adapter_config.json").is_file():
+        whole = (folder / "config.json").is_file()
+        merged = "If the model beside it has it merged, remove the adapter's files (adapter_*). " if whole else ""
+        fail(folder, f"holds an adapter (adapter_config.json). {merged}{merge_advice(folder)}")
+
+
+def merge_advice(adapter: str | Path) -> str:
+    """Return how to make a plain model of a folder, or hub id, that holds an adapter."""
+    return (
+        "Merge it into its model first, into a folder of its own: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r}).merge_and_unload().save_pretrained(FOLDER), "
+        "and the tokenizer beside it (an adapter of PERPRetraining: lightning_prune.perp.load_adapter, then merge)"
+    )
 
 
 def check_no_kernel(path: Path | str, config: Mapping[str, Any]) -> None:

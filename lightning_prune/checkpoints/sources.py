@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_prune.checkpoints.reading import check_config, check_folder
+from lightning_prune.checkpoints.reading import check_config, check_folder, merge_advice
 from lightning_prune.errors import first_line
 from lightning_prune.safety import expanded
 
@@ -151,6 +151,8 @@ def load_pretrained(
         raise ValueError(
             f"model={model!r} cannot be loaded, it may be damaged or cut off: {first_line(error)}"
         ) from error
+    if any(".base_layer." in name for name, _ in loaded.named_parameters()):  # of the hub; folders were looked at
+        raise ValueError(f"model={model!r} is an adapter of PEFT. {merge_advice(model)}")
     if info["missing_keys"]:  # transformers warns, and goes on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise ValueError(
