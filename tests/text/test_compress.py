@@ -242,6 +242,12 @@ def test_what_is_written_begins_with_a_word(files, tmp_path):
         compress(files.dense, tmp_path / "out", str(text), **SMALL)
 
 
+def test_a_text_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path):
+    for command in (compress, shrink):
+        with pytest.raises(FileNotFoundError, match=r"text='\./none\.txt' is not an existing file"):
+            command("owner/a-model-that-would-be-downloaded", tmp_path / "out", text="./none.txt")
+
+
 def test_the_model_itself_is_no_output(files, tmp_path):
     with pytest.raises(ValueError, match="is or holds the checkpoint"):
         compress(files.dense, files.dense, overwrite=True)
