@@ -18,7 +18,7 @@ from lightning_prune.checkpoints.states import StoredMasks
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.masks import Masks, pack_masks, unpack_masks
-from lightning_prune.safety import expanded
+from lightning_prune.safety import expanded, publish
 
 _FORMAT = "lightning-prune masks 1"
 
@@ -54,6 +54,7 @@ def _save(packed: Mapping[str, Any], path: Path, facts: Mapping[str, str]) -> No
             new = Path(scratch, path.name)
             save_file({name: entry["bits"] for name, entry in packed.items()}, new, metadata)
             load_masks(new)  # what was written is read again before it counts
+            publish(new)
             os.replace(new, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be written: {error}; what was there is unchanged") from error

@@ -169,5 +169,10 @@ def test_a_home_is_expanded_in_every_path(kind, tmp_path, monkeypatch):
     speed = benchmark(home("model"), prompt_tokens=4, new_tokens=2, repeats=2, warmup=0, progress=False)
     assert speed.models[0].file_bytes
     written = {"exported", "masks.safetensors", "again.safetensors", "page.html", "saved"}
-    assert {file.name for file in tmp_path.iterdir()} == {"here", "model", "a.ckpt", *written}
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file() and file.parts[-2] != "model"} == {
+        mode
+    }
+    assert {file.name for file in tmp_path.iterdir()} == {"here", "plain", "model", "a.ckpt", *written}
     assert not list((tmp_path / "here").iterdir())

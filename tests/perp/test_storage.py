@@ -36,6 +36,8 @@ def test_a_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     save_adapter(add_adapters(pruned("llama")), "~/adapter")
     load_adapter(pruned("llama"), "~/adapter")
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()} == {(tmp_path / "plain").stat().st_mode}
 
 
 @pytest.mark.few_fast(4)
