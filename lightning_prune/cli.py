@@ -382,8 +382,6 @@ COMMANDS: Mapping[str, _Command] = {
 
 
 def _run_trainer(arguments: list[str] | None) -> int:
-    from pathlib import Path
-
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     # Named here, so that YAML files may write `class_path: WeightPruning`.
@@ -399,6 +397,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
     from lightning_prune.callbacks.fit_end import check_saving, finish_fit
     from lightning_prune.checkpoints.reading import read_resumable
     from lightning_prune.errors import CheckpointError
+    from lightning_prune.safety import expanded
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
     callbacks = (WeightPruning, PERPRetraining, PruningAwarePretraining, SparsityMonitor)
@@ -452,7 +451,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
                 return  # the Trainer finds it; callbacks read it before it is loaded
             command = self._command()
             checkpoint = read_resumable(path)
-            if Path(path).is_dir():
+            if expanded(path, "ckpt_path").is_dir():
                 return
             hyper_parameters = dict(checkpoint.get("hyper_parameters") or {})
             hyper_parameters.pop("_instantiator", None)

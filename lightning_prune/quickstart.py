@@ -35,7 +35,7 @@ from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.pipeline import prune
 from lightning_prune.report.figures import perplexity_over_sparsity, sparsity_per_layer
-from lightning_prune.safety import replace_text
+from lightning_prune.safety import expanded, replace_text
 from lightning_prune.text.data import TextDataModule
 from lightning_prune.text.module import CausalLM
 
@@ -110,7 +110,7 @@ def quickstart(
     """
     for name, value in (("steps", steps), ("retrain_steps", retrain_steps), ("num_samples", num_samples)):
         check_whole(name, value)
-    folder = Path(output)
+    folder = expanded(output, "output")
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet():
         return _Quickstart(folder, seed, steps, retrain_steps, num_samples, console or Console()).run()

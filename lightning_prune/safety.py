@@ -207,7 +207,7 @@ def _replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
             while piece := old.read(_PIECE):
                 new.write(piece)
             new.close()
-            Path(new.name).chmod(path.stat().st_mode)
+            publish(Path(new.name))
             os.replace(new.name, path)
         except BaseException:
             new.close()
@@ -241,17 +241,18 @@ def replace_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
-        Path(name).chmod(0o666 & ~_umask())
+        publish(Path(name))
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
+def publish(path: Path) -> None:
+    """Give a file the mode of any new file: temporary ones, and those of newer versions of safetensors, are private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod(0o666 & ~mask)
 
 
 def expanded(path: str | Path, argument: str) -> Path:

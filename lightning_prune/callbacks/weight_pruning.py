@@ -372,6 +372,11 @@ class WeightPruning(L.Callback):
 
     def _check_others(self, trainer: L.Trainer, module: L.LightningModule) -> frozenset[str]:
         """Names of the weights that other callbacks prune; refused where they are this one's, before any prunes."""
+        if any(is_kind(other, "ModelPruning") for other in callbacks_of(trainer)):
+            raise ValueError(
+                "ModelPruning takes weights away from their layers (weight_orig), where masks could not follow: leave "
+                "it out, or run it in a fit of its own, and WeightPruning(score='keep') after it, which holds its zeros"
+            )
         own = _weights_to_prune(self, module)
         beside: set[str] = set()
         for other in pruners_of(trainer):

@@ -86,7 +86,7 @@ def export(
     measured = None if results is None else read_results(results)
     source = open_checkpoint(checkpoint, argument="checkpoint")
     target = expanded(output, "output").resolve()
-    check_apart(Path(checkpoint), target)
+    check_apart(expanded(checkpoint, "checkpoint"), target)
     check_replaceable(target, overwrite)
     read = read_model(source, tokenizer, None if dtype is None else DTYPES[dtype], progress)
     tables = [] if measured is None else _tables_of(measured, read, str(results))

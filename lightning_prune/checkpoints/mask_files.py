@@ -18,7 +18,7 @@ from lightning_prune.checkpoints.states import StoredMasks
 from lightning_prune.errors import CheckpointError
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.masks import Masks, pack_masks, unpack_masks
-from lightning_prune.safety import expanded
+from lightning_prune.safety import expanded, publish
 
 _FORMAT = "lightning-prune masks 1"
 
@@ -41,7 +41,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path, **facts: str) -> N
             raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
     packed = pack_masks(masks)
     if packed or not masks:
-        _save(packed, Path(path), facts)
+        _save(packed, expanded(path, "path"), facts)
 
 
 def _save(packed: Mapping[str, Any], path: Path, facts: Mapping[str, str]) -> None:
@@ -54,6 +54,7 @@ def _save(packed: Mapping[str, Any], path: Path, facts: Mapping[str, str]) -> No
             new = Path(scratch, path.name)
             save_file({name: entry["bits"] for name, entry in packed.items()}, new, metadata)
             load_masks(new)  # what was written is read again before it counts
+            publish(new)
             os.replace(new, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be written: {error}; what was there is unchanged") from error
@@ -71,7 +72,7 @@ def load_masks(path: str | Path) -> Masks:
     Raises:
         CheckpointError: the file does not exist, holds something else, or is damaged.
     """
-    path = Path(path)
+    path = expanded(path, "path")
     if not path.is_file():
         raise CheckpointError(f"{path} is not an existing file; give a file of masks")
     with readable(path), safe_open(path, framework="pt") as handle:

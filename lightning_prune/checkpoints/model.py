@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.checkpoints.inspection import Inspection, TensorReport, report_tensor
-from lightning_prune.checkpoints.reading import Checkpoint, check_no_kernel, open_checkpoint
+from lightning_prune.checkpoints.reading import Checkpoint, check_no_adapter, check_no_kernel, open_checkpoint
 from lightning_prune.checkpoints.sources import (
     config_from,
     existing_path,
@@ -25,6 +25,7 @@ from lightning_prune.checkpoints.sources import (
     load_pretrained,
     load_tokenizer,
     looks_like_path,
+    plain_source,
 )
 from lightning_prune.checkpoints.states import StoredMasks, stored_units
 from lightning_prune.errors import ExportError, first_line
@@ -112,6 +113,8 @@ def _merged(source: Checkpoint) -> Checkpoint:
 
 def _config_of(source: Checkpoint) -> PretrainedConfig:
     fields, model_type = dict(source.config), source.model_type
+    if source.format not in OF_LIGHTNING:
+        check_no_adapter(source.files[0].parent)
     if model_type is None:
         raise ExportError(
             f"checkpoint={str(source.path)!r} does not say which model it holds: a Lightning checkpoint must have "
@@ -342,6 +345,13 @@ def _fill_by_transformers(source: Checkpoint, model: Any, state: dict[str, Tenso
         ) from error
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing or unexpected or info["mismatched_keys"]:
+        known = source.config.get("architectures")
+        if isinstance(known, list) and known and type(model).__name__ not in known:
+            raise ExportError(
+                f"checkpoint={str(source.path)!r} is of a {known[0]}, as its config.json says, not of a "
+                f"{type(model).__name__}, and so no causal language model: load it with transformers, and call "
+                "lightning_prune.prune(model, batches)"
+            )
         raise ExportError(
             f"checkpoint={str(source.path)!r} does not hold the tensors of a {type(model).__name__}: "
             f"{some_of(missing)} missing, {some_of(unexpected)} unexpected; take config.json and weights from the same "
@@ -492,6 +502,7 @@ def load_model(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; use one of {', '.join(map(repr, DTYPES))}")
+    tokenizer = plain_source(tokenizer)
     if isinstance(source, nn.Module):
         if dtype is not None:
             raise ValueError(f"dtype={dtype!r} is for models that are loaded; convert {argument} yourself")

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_prune.errors import CheckpointError, first_line
-from lightning_prune.safety import check_claims, check_records, check_sum, stored_sums
+from lightning_prune.safety import check_claims, check_records, check_sum, expanded, stored_sums
 
 
 @dataclass(eq=False)
@@ -112,7 +112,7 @@ def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
     Raises:
         CheckpointError: the path does not exist, is damaged, or is of none of these formats.
     """
-    path = Path(path)
+    path = expanded(path, argument)
     if not path.exists():
         raise CheckpointError(
             f"{argument}={str(path)!r} does not exist; give a checkpoint file or folder on this machine "
@@ -186,9 +186,31 @@ def check_config(folder: Path) -> None:
     """Read the configuration of a transformers folder before transformers does.
 
     Raises:
-        CheckpointError: it is damaged, or names a kernel of the hub.
+        CheckpointError: it is damaged, or names a kernel of the hub; or it is an adapter's.
     """
+    check_no_adapter(folder)
     check_no_kernel(folder / "config.json", _read_config(folder))
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter of PEFT: transformers would put that on a model which it names, and freeze all.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    if (folder / "adapter_config.json").is_file():
+        whole = (folder / "config.json").is_file()
+        merged = "If the model beside it has it merged, remove the adapter's files (adapter_*). " if whole else ""
+        fail(folder, f"holds an adapter (adapter_config.json). {merged}{merge_advice(folder)}")
+
+
+def merge_advice(adapter: str | Path) -> str:
+    """Return how to make a plain model of a folder, or hub id, that holds an adapter."""
+    return (
+        "Merge it into its model first, into a folder of its own: "
+        f"peft.AutoPeftModelForCausalLM.from_pretrained({str(adapter)!r}).merge_and_unload().save_pretrained(FOLDER), "
+        "and the tokenizer beside it (an adapter of PERPRetraining: lightning_prune.perp.load_adapter, then merge)"
+    )
 
 
 def check_no_kernel(path: Path | str, config: Mapping[str, Any]) -> None:
@@ -388,7 +410,7 @@ def check_loads_safely(path: str | Path) -> None:
         if str(path).startswith("http"):  # Lightning unpickles these without limits
             fail(Path(path), "is an address of the web, and what comes from there could run code; download it first")
         return
-    path = Path(path)
+    path = expanded(path, "path")
     if path.is_dir():
         _check_parts(path)
         for index in sorted(path.glob("*.metadata")):  # torch also looks for one of each rank
@@ -414,7 +436,7 @@ def read_resumable(path: str | Path) -> Mapping[str, Any]:
     check_loads_safely(path)
     if "://" in str(path):
         return {}
-    path = Path(path)
+    path = expanded(path, "path")
     stored = _torch_load(path / "meta.pt" if path.is_dir() else path)
     _check_of_lightning(path, stored)
     return _mapping(stored)

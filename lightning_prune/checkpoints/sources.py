@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_prune.checkpoints.reading import check_config, check_folder
+from lightning_prune.checkpoints.reading import check_config, check_folder, merge_advice
 from lightning_prune.errors import first_line
 from lightning_prune.safety import expanded
 
@@ -55,6 +55,13 @@ def existing_path(source: str, argument: str) -> Path:
             "Check the path; a hub id has the form 'name' or 'owner/name'."
         )
     return path
+
+
+def plain_source(value: Any) -> Any:
+    """Return the names of files in place of paths, also in a list: plain values, which checkpoints keep."""
+    if isinstance(value, (list, tuple)):
+        return [str(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def pretrained_arguments(source: str, gguf_file: str | None, argument: str) -> tuple[str, dict[str, Any]]:
@@ -144,6 +151,8 @@ def load_pretrained(
         raise ValueError(
             f"model={model!r} cannot be loaded, it may be damaged or cut off: {first_line(error)}"
         ) from error
+    if any(".base_layer." in name for name, _ in loaded.named_parameters()):  # of the hub; folders were looked at
+        raise ValueError(f"model={model!r} is an adapter of PEFT. {merge_advice(model)}")
     if info["missing_keys"]:  # transformers warns, and goes on with random numbers in their place
         missing = sorted(info["missing_keys"])
         raise ValueError(
@@ -204,6 +213,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def _checked_arguments(
     model: str, gguf_file: str | None, revision: str | None, check: Callable[[Path], None]
 ) -> tuple[str, dict[str, Any]]:
+    model = str(model)
     name, kwargs = pretrained_arguments(model, gguf_file, "model")
     if looks_like_path(model) and Path(name).is_dir() and "gguf_file" not in kwargs:
         check(Path(name))
@@ -232,7 +242,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(
-    source: str, gguf_file: str | None = None, eos_token: str | None = None, revision: str | None = None
+    source: str | Path, gguf_file: str | None = None, eos_token: str | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
@@ -249,6 +259,7 @@ def load_tokenizer(
         FileNotFoundError: If a local path does not exist.
         ValueError: If no end-of-text token is known, or `eos_token` is not in the vocabulary.
     """
+    source = str(source)
     if source.endswith(".json"):
         file = existing_path(source, "tokenizer")
         with _readable(source):

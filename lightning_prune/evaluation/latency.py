@@ -25,6 +25,7 @@ from lightning_prune.evaluation.perplexity import evaluating
 from lightning_prune.history import versions
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table
+from lightning_prune.safety import expanded
 
 _PROMPT = 128  # tokens, where the models take as many
 
@@ -207,9 +208,8 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def _file_bytes(source: Any) -> int | None:
-    if isinstance(source, nn.Module) or not Path(str(source)).exists():
+    if isinstance(source, nn.Module) or not (path := expanded(source, "model")).exists():
         return None
-    path = Path(str(source))
     files = (
         [path] if path.is_file() else [f for kind in ("*.safetensors", "*.bin", "*.distcp") for f in path.glob(kind)]
     )

@@ -51,7 +51,7 @@ from lightning_prune.pruning.layer_kinds import CONV1D, LINEAR
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of
-from lightning_prune.safety import uninterrupted
+from lightning_prune.safety import expanded, uninterrupted
 from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,
@@ -629,7 +629,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         ValueError: the model is none of `add_adapters`, or `folder` is a file.
     """
     retraining_of(model)
-    folder = Path(folder)
+    folder = expanded(folder, "folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r} is a file; give a folder")
     state = {name: gather_whole(tensor).contiguous().clone() for name, tensor in trained_state(model).items()}
@@ -672,7 +672,7 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = True) -
         ValueError: the folder holds another kind of adapter, is damaged (check sums), has regular expressions in its
             settings, or belongs to a model with other shapes or other zeros. The model is as it was then.
     """
-    folder = Path(folder)
+    folder = expanded(folder, "folder")
     settings = read_config(folder)
     files = files_of(settings, folder)
     weights, masks = read_tensors(folder, files["adapter"]), read_masks(folder, files["masks"], model)

@@ -31,6 +31,7 @@ from lightning_prune.perp.layers import find_variant, sparse_layers
 from lightning_prune.perp.options import DEFAULT_RANK, check_options, check_parts, is_scaling
 from lightning_prune.perp.record import retraining_of
 from lightning_prune.pruning.masks import Masks, unpack_masks
+from lightning_prune.safety import publish
 
 CONFIG_FILE = "adapter_config.json"
 # PEFT names an unknown type in its error, so the type says what to do.
@@ -54,6 +55,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     temporary = path.with_name(f".{path.name}.new")
     try:
         write(temporary)
+        publish(temporary)
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)

@@ -17,6 +17,7 @@ from lightning_prune.checkpoints.inspection import Inspection
 from lightning_prune.naming import block_order, order_kinds, place
 from lightning_prune.pruning.score_histograms import BINS, LOWEST, ScoreSummary
 from lightning_prune.results import short
+from lightning_prune.safety import expanded
 from lightning_prune.structure.shrinking import ShrinkRecord, pruned_ratios
 
 WIDTH, HEIGHT = 600, 160
@@ -282,7 +283,7 @@ def check_picture(path: str | Path, argument: str) -> None:
 
 
 def _saved(figure: Any, path: str | Path) -> Path:
-    path = Path(path)
+    path = expanded(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return path

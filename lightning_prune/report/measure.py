@@ -22,6 +22,7 @@ from lightning_prune.errors import CheckpointError, ResultsError, first_line
 from lightning_prune.history import HISTORY_FILE, SparsityHistory, read_history
 from lightning_prune.naming import as_matrix, clean_name
 from lightning_prune.pruning.score_histograms import ScoreSummary
+from lightning_prune.safety import expanded
 
 CELLS = 96
 """Most rows and columns of a picture; larger matrices are averaged."""
@@ -221,7 +222,7 @@ def open_source(path: str | Path) -> Source:
     Raises:
         CheckpointError: the path does not exist, holds no model, or one that cannot be read.
     """
-    path = Path(path)
+    path = expanded(path, "path")
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _MODEL_FILES):
         source = Source(path, open_checkpoint(_newest_checkpoint(path)), run=_run_of(path))
     else:
@@ -392,7 +393,7 @@ def read_results(path: str | Path) -> Results:
     Raises:
         ResultsError: it is missing, no JSON, or holds no numbers.
     """
-    path = Path(path)
+    path = expanded(path, "results")
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")

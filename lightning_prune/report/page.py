@@ -17,7 +17,7 @@ from lightning_prune.report import sections
 from lightning_prune.report.figures import histograms
 from lightning_prune.report.measure import Measured, Results, Source, measure, open_source, read_results
 from lightning_prune.report.sections import summarize
-from lightning_prune.safety import replace_text
+from lightning_prune.safety import expanded, replace_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 """Where the page's template and style are."""
@@ -53,7 +53,7 @@ def report(
         ResultsError: a file of `results` holds no measurements.
         ValueError: a pattern in `layers` matches no pruned matrix, or `output` is a folder.
     """
-    output = Path(output)
+    output = expanded(output, "output")
     if output.is_dir():
         raise ValueError(
             f"output={str(output)!r} is a folder; name a file in it, such as {str(output / 'report.html')!r}"

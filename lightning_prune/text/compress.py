@@ -29,7 +29,7 @@ from lightning_prune.results import Table
 from lightning_prune.safety import expanded
 from lightning_prune.structure.oneshot import prune_structured
 from lightning_prune.structure.permutation import check_permutable, permute_channels
-from lightning_prune.text.documents import texts_of
+from lightning_prune.text.documents import check_local, texts_of
 
 _WINDOW = 512  # tokens, where the model takes as many
 _PLENTY = 16  # times the text that is needed is read, to take samples from different parts of it
@@ -205,14 +205,14 @@ def compress(
             f"fit={fit} and minutes={minutes} with sparsity={sparsity} and score={score!r}: nothing goes that what "
             "stays could make up for; use a sparsity above 0 and another score, or leave fit and minutes out"
         )
-    job = _Job(model, output, console, overwrite, progress)
+    job = _Job(model, output, text, console, overwrite, progress)
     job.open(
         tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
     )
     if permute:
         check_permutable(job.model, pattern)
     most = num_samples if minutes is None else max(known.num_samples for known, *_ in _RECIPES)
-    job.read(text, text_name, text_split, text_field, most, windows, prompt)
+    job.read(text_name, text_split, text_field, most, windows, prompt)
     job.measure("dense")
     if minutes is not None:
         recipe = job.recipe_for(60 * minutes, pattern)
@@ -297,11 +297,11 @@ def shrink(
 
         shrink("HuggingFaceTB/SmolLM2-135M", "smaller", target=0.8)
     """
-    job = _Job(model, output, console, overwrite, progress)
+    job = _Job(model, output, text, console, overwrite, progress)
     job.open(
         tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
     )
-    job.read(text, text_name, text_split, text_field, num_samples, windows, prompt)
+    job.read(text_name, text_split, text_field, num_samples, windows, prompt)
     job.measure("dense")
     wanted = f"{target:.0%}" if isinstance(target, float) else str(target)
     job.say(f"Shrinking to {wanted} on {len(job.samples)} samples of {job.seq_len} tokens")
@@ -321,12 +321,21 @@ class _Job:
     """One model on its way into a folder."""
 
     def __init__(
-        self, model: str | Path, output: str | Path, console: Console | None, overwrite: bool, progress: bool
+        self,
+        model: str | Path,
+        output: str | Path,
+        text: str | Path | Sequence[str | Path],
+        console: Console | None,
+        overwrite: bool,
+        progress: bool,
     ) -> None:
         self.source, self.output, self.overwrite, self.progress = str(model), str(output), overwrite, progress
         self.target = expanded(output, "output").resolve()
         check_apart(expanded(model, "model"), self.target)
         check_replaceable(self.target, overwrite)
+        named = [str(text)] if isinstance(text, (str, Path)) else [str(entry) for entry in text]
+        self.text = named[0] if len(named) == 1 else named
+        check_local(self.text, "text")
         self.console = console or Console()
         self.measured: list[tuple[str, float, str]] = []
         self.started, self.loading, self.measuring = time.monotonic(), 0.0, 0.0
@@ -359,7 +368,6 @@ class _Job:
 
     def read(
         self,
-        text: str | Sequence[str],
         name: str | None,
         split: str,
         field: str,
@@ -370,9 +378,7 @@ class _Job:
         """Take samples to calibrate on, and windows that are held out, each spread over its part of the text."""
         enough = _PLENTY * (num_samples + windows) * self.seq_len
         ids: list[int] = []
-        named = [text] if isinstance(text, str) else [str(entry) for entry in text]
-        source = named[0] if len(named) == 1 else named
-        for document in texts_of(source, name, split, field):
+        for document in texts_of(self.text, name, split, field):
             # verbose=False: the stream is cut into windows, so it is not too long
             ids += self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
             ids.append(self.tokenizer.eos_token_id)
@@ -383,7 +389,7 @@ class _Job:
         rows = torch.cat([torch.tensor(self.begin, dtype=rows.dtype).expand(len(rows), -1), rows], 1)  # [N, T]
         if len(rows) < 2:
             raise ValueError(
-                f"text={text!r} has {len(ids)} tokens, fewer than two windows of seq_len={self.seq_len}: one to "
+                f"text={self.text!r} has {len(ids)} tokens, fewer than two windows of seq_len={self.seq_len}: one to "
                 "calibrate on, one for the perplexities. Give more text, or a smaller seq_len (--seq_len)"
             )
         held_out = max(1, len(rows) // _HELD_OUT)
@@ -393,7 +399,7 @@ class _Job:
         # The first may begin inside a word.
         self.prompt = prompt or next((found[-1] for found in words if found), "")
         if not self.prompt:
-            raise ValueError(f"no window of held-out text={text!r} begins with a word: give a prompt (--prompt)")
+            raise ValueError(f"no window of held-out text={self.text!r} begins with a word: give a prompt (--prompt)")
 
     def recipe_for(self, seconds: float, pattern: str) -> Recipe:
         """The best recipe that fits into what is left of so many seconds since the job began.
@@ -474,7 +480,7 @@ class _Job:
             self.tokenizer,
             found,
             making,
-            Path(self.source, "generation_config.json"),
+            expanded(self.source, "model") / "generation_config.json",
             self.overwrite,
             self.progress,
         )

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_prune.checkpoints.sources import first_token, load_tokenizer, trained_tokenizer
+from lightning_prune.checkpoints.sources import first_token, load_tokenizer, plain_source, trained_tokenizer
 from lightning_prune.errors import check_whole
 from lightning_prune.safety import expanded
 from lightning_prune.text.chat import check_chat_tokenizer, tokenize_conversations
@@ -206,7 +206,8 @@ class TextDataModule(L.LightningDataModule):
         super().__init__()
         for argument, value in (("source", source), ("validation", validation), ("test", test)):
             _check_plain(argument, value)
-        source, validation, test = map(_without_paths, (source, validation, test))
+        source, validation, test = map(plain_source, (source, validation, test))
+        tokenizer, cache_dir = plain_source(tokenizer), plain_source(cache_dir)  # a Path would make checkpoints unsafe
         if messages_field is not None and (tokenizer == "train" or streaming or keep_last):
             raise ValueError(
                 f"messages_field={messages_field!r} with tokenizer={tokenizer!r}, streaming={streaming} and "
@@ -449,10 +450,3 @@ def _check_plain(argument: str, value: Any) -> None:
             "the folder that its save_to_disk(folder) writes; of a stream, a DataLoader of "
             "lightning_prune.text.sequences.StreamedBlocks, given to trainer.fit in place of this module."
         )
-
-
-def _without_paths(value: Any) -> Any:
-    """The names of files, in place of paths: plain values, which checkpoints keep."""
-    if isinstance(value, (list, tuple)):
-        return [str(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value

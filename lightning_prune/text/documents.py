@@ -38,6 +38,16 @@ def is_local(source: str | list[str]) -> bool:
     return isinstance(source, list) or source in EMBEDDED or looks_like_path(source)
 
 
+def check_local(source: str | list[str], argument: str) -> None:
+    """Refuse names of files that cannot be read as text, before anything long begins; names of the hub pass.
+
+    Raises:
+        ValueError, FileNotFoundError: see `local_documents`.
+    """
+    if is_local(source) and not is_saved(source):
+        _local_files(source, argument)
+
+
 def local_documents(
     source: str | list[str], argument: str, sample_by: str, cache_dir: str | None, streaming: bool = False
 ) -> Any:

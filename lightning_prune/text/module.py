@@ -32,6 +32,7 @@ from lightning_prune.checkpoints.sources import (
     load_pretrained,
     load_tokenizer,
     looks_like_path,
+    plain_source,
 )
 from lightning_prune.checkpoints.states import units_in
 from lightning_prune.errors import CheckpointError
@@ -45,7 +46,7 @@ from lightning_prune.pruning.running import (
     next_token_losses,
 )
 from lightning_prune.results import Table
-from lightning_prune.safety import add_check_sums
+from lightning_prune.safety import add_check_sums, expanded
 from lightning_prune.schedules import LearningRateSchedule as Schedule
 from lightning_prune.schedules import learning_rate_factor
 from lightning_prune.sharding import has_sharded_parameters, whole_state
@@ -125,6 +126,7 @@ class CausalLM(L.LightningModule):
         read_once: bool = False,
     ) -> None:
         super().__init__()
+        model, config, tokenizer = map(plain_source, (model, config, tokenizer))
         _check_source(model, config)
         if gguf_file is not None and model is None and tokenizer is None:
             raise ValueError(f"gguf_file={gguf_file!r} needs model, the folder or hub repository that holds it.")
@@ -366,7 +368,7 @@ class CausalLM(L.LightningModule):
             CheckpointError: it is missing, damaged, a folder, or names a class that is not this one.
         """
         if isinstance(checkpoint_path, (str, Path)):
-            if Path(checkpoint_path).is_dir():
+            if expanded(checkpoint_path, "checkpoint_path").is_dir():
                 raise CheckpointError(
                     f"{checkpoint_path} is the folder of a distributed checkpoint: turn it into a model first "
                     f"(lightning-prune export {checkpoint_path} model), and take CausalLM('model')"
@@ -445,6 +447,7 @@ class CausalLM(L.LightningModule):
             RuntimeError: with `read_once`, before the weights are read.
         """
         self._check_read()
+        folder = expanded(folder, "folder")
         if hasattr(uncompiled(self.model), "get_base_model"):
             raise ValueError(
                 f"save_pretrained writes a plain transformers model, and this one is in a {type(self.model).__name__}: "
@@ -455,16 +458,16 @@ class CausalLM(L.LightningModule):
         self._save_pretrained(folder, whole_state(self.model))
 
     @rank_zero_only
-    def _save_pretrained(self, folder: str | Path, state: dict[str, Any] | None) -> None:
+    def _save_pretrained(self, folder: Path, state: dict[str, Any] | None) -> None:
         small = without_masked_units(self.model, state)
         whole: Any = small
         state = state if small is self.model else None
         # A copy: transformers takes weights that are tied out of the dict that it is given.
         whole.save_pretrained(str(folder), state_dict=None if state is None else dict(state))
-        add_check_sums(sorted(Path(folder).glob("model*.safetensors")))  # as an export has them
+        add_check_sums(sorted(folder.glob("model*.safetensors")))  # as an export has them
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
-        write_described(Path(folder), whole, LoadedModel("", whole, None).inspection(state), self._making())
+        write_described(folder, whole, LoadedModel("", whole, None).inspection(state), self._making())
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes, the model card included, to a repository of the hub.

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from perp_trainers import Losses, loader, make_module, make_trainer
 from torch import Tensor
 from versions import EMAWeightAveraging
@@ -194,3 +194,19 @@ def test_averages_and_a_schedule_beside_two(tmp_path: Path) -> None:
     make_trainer(tmp_path, attention, ffn, average, max_epochs=2).fit(module, loader())
     assert attention.finished
     assert_pruned(dict(module.named_parameters()))  # which are the average by now
+
+
+def test_model_pruning_of_lightning_is_refused_before_any_weight_changes(tmp_path: Path) -> None:
+    module = make_module()
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    theirs = ModelPruning(
+        "l1_unstructured", [(m, "weight") for n, m in module.named_modules() if "_proj" in n], amount=0.5
+    )
+    with pytest.raises(ValueError, match="ModelPruning takes weights away"):
+        make_trainer(tmp_path, WeightPruning(score="magnitude"), theirs).fit(module, loader())
+    assert all(torch.equal(weight, before[name]) for name, weight in module.named_parameters())
+    make_trainer(tmp_path, theirs, max_epochs=1).fit(module, loader())  # what is advised
+    zeros = {name: weight == 0 for name, weight in module.named_parameters() if "_proj" in name}
+    make_trainer(tmp_path, keep := WeightPruning(score="keep")).fit(module, loader())
+    assert keep.sparsity == pytest.approx(0.5, abs=0.01)
+    assert all(torch.equal(module.get_parameter(name) == 0, zero) for name, zero in zeros.items())

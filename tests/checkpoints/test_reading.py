@@ -9,20 +9,25 @@ import numpy as np
 import pytest
 import torch
 from example_checkpoints import (
+    PRUNABLE,
     WRITERS,
     example_state,
     write_bin,
     write_ckpt,
     write_distributed,
     write_folder,
+    write_masked_ckpt,
     write_shards,
 )
 from tiny import make_llama
 from transformers import AutoModelForCausalLM
 
+from lightning_prune import CausalLM, benchmark, export, load_masks, load_merged_state, save_masks
 from lightning_prune.checkpoints.inspection import inspect
-from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.checkpoints.mask_files import export_masks
+from lightning_prune.checkpoints.reading import check_loads_safely, open_checkpoint
 from lightning_prune.errors import CheckpointError
+from lightning_prune.report import report
 
 
 def test_format_names(tmp_path):
@@ -142,3 +147,32 @@ def test_of_several_models_in_a_folder_the_one_that_transformers_reads(files, tm
     found = open_checkpoint(tmp_path)
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_home_is_expanded_in_every_path(kind, tmp_path, monkeypatch):
+    """Nothing is written into a folder that is called ~ itself."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    make_llama().save_pretrained(tmp_path / "model")
+    write_masked_ckpt(tmp_path)
+    home = lambda name: kind(f"~/{name}")  # noqa: E731
+    assert inspect(home("model"), progress=False).totals(True).numel
+    export(home("model"), home("exported"), progress=False)
+    assert export_masks(home("a.ckpt"), home("masks.safetensors")) == len(PRUNABLE)
+    save_masks(load_masks(home("masks.safetensors")), home("again.safetensors"))
+    report(home("model"), home("page.html"), dense=home("exported"), progress=False)
+    assert load_merged_state(home("a.ckpt")).keys() == load_merged_state(tmp_path / "a.ckpt").keys()
+    check_loads_safely(home("a.ckpt"))
+    assert CausalLM(home("model")).save_pretrained(home("saved")) is None
+    speed = benchmark(home("model"), prompt_tokens=4, new_tokens=2, repeats=2, warmup=0, progress=False)
+    assert speed.models[0].file_bytes
+    written = {"exported", "masks.safetensors", "again.safetensors", "page.html", "saved"}
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in tmp_path.rglob("*") if file.is_file() and file.parts[-2] != "model"} == {
+        mode
+    }
+    assert {file.name for file in tmp_path.iterdir()} == {"here", "plain", "model", "a.ckpt", *written}
+    assert not list((tmp_path / "here").iterdir())

@@ -97,7 +97,9 @@ def test_a_checkpoint_is_the_model_in_it(files, tmp_path):
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     of_object = evaluate(files.model, [files.text], tokenizer=files.tokenizer, seq_len=32, progress=False).models[0]
-    of_checkpoint = evaluate(tmp_path / "a.ckpt", [files.text], seq_len=32, progress=False).models[0]
+    of_checkpoint = evaluate(
+        tmp_path / "a.ckpt", [files.text], tokenizer=files.pruned, seq_len=32, progress=False
+    ).models[0]
     assert of_checkpoint.texts == of_object.texts
     assert (of_checkpoint.zeros, of_checkpoint.parameters) == (of_object.zeros, of_object.parameters)
 
@@ -185,6 +187,38 @@ def test_missing_weights_are_refused(files, tmp_path):
         evaluate(folder, [files.text], tokenizer=files.tokenizer, seq_len=32, progress=False)
     with pytest.raises(ValueError, match=f"lacks 1 of the weights .*{lost}"):
         CausalLM(str(folder))
+
+
+@pytest.mark.slow
+def test_adapters_and_classifiers_are_called_by_their_name(files, tmp_path, monkeypatch):
+    """transformers would load an adapter's model with all of it frozen; what is said to do works."""
+    from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification
+
+    base = CausalLM(files.dense).model
+    base.name_or_path = str(files.dense)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(tmp_path / "ad")
+    how = {"text": [files.text], "tokenizer": files.tokenizer, "seq_len": 32, "progress": False}
+    message = r"holds an adapter .*AutoPeftModelForCausalLM\.from_pretrained\('.*ad'\)\.merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        CausalLM(tmp_path / "ad")
+    with pytest.raises(ValueError, match=message):
+        evaluate(tmp_path / "ad", **how)
+    merged = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "ad").merge_and_unload()
+    merged.save_pretrained(tmp_path / "ad")
+    for load in (CausalLM, lambda folder: evaluate(folder, **how)):
+        with pytest.raises(ValueError, match="remove the adapter's files"):
+            load(tmp_path / "ad")
+    monkeypatch.setattr("lightning_prune.checkpoints.sources.check_folder", lambda folder: None)
+    with pytest.raises(ValueError, match=r"is an adapter of PEFT\. Merge"):  # as one of the hub
+        CausalLM(tmp_path / "ad")
+    for file in (tmp_path / "ad").glob("adapter_*"):
+        file.unlink()
+    assert evaluate(tmp_path / "ad", **how).models[0].texts == evaluate(files.dense, **how).models[0].texts
+    config = {"vocab_size": 320, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertForSequenceClassification(BertConfig(**config, intermediate_size=8)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="is of a BertForSequenceClassification"):
+        evaluate(tmp_path / "bert", **how)
 
 
 def test_infinite_perplexity_is_valid_json_and_a_cell():

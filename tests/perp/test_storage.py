@@ -30,6 +30,16 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=IDS, use_cache=False).logits
 
 
+def test_a_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_adapter(add_adapters(pruned("llama")), "~/adapter")
+    load_adapter(pruned("llama"), "~/adapter")
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+    (tmp_path / "plain").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()} == {(tmp_path / "plain").stat().st_mode}
+
+
 @pytest.mark.few_fast(4)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "hira", "lora_prune", "lora", None])

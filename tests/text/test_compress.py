@@ -242,11 +242,27 @@ def test_what_is_written_begins_with_a_word(files, tmp_path):
         compress(files.dense, tmp_path / "out", str(text), **SMALL)
 
 
+def test_a_text_that_is_not_there_is_said_before_a_model_is_loaded(tmp_path):
+    for command in (compress, shrink):
+        with pytest.raises(FileNotFoundError, match=r"text='\./none\.txt' is not an existing file"):
+            command("owner/a-model-that-would-be-downloaded", tmp_path / "out", text="./none.txt")
+
+
 def test_the_model_itself_is_no_output(files, tmp_path):
     with pytest.raises(ValueError, match="is or holds the checkpoint"):
         compress(files.dense, files.dense, overwrite=True)
     with pytest.raises(ValueError, match="is not empty; choose another folder"):
         compress(files.dense, files.pruned)
+
+
+def test_paths_and_homes(files, tmp_path, monkeypatch):
+    """A single path is a text, and the model's own generation settings are found from a home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(files.dense, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    done = compress("~/model", "~/out", files.text, score="magnitude", tokenizer=files.dense, **SMALL)
+    assert done.output == tmp_path / "out"
+    assert json.loads((done.output / "generation_config.json").read_text())["temperature"] == 0.5
 
 
 def test_text_of_every_kind(tmp_path):

@@ -85,6 +85,8 @@ def test_tokenizer_from_folder_and_json(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "folder")
     for source in (tmp_path / "folder", tmp_path / "folder" / "tokenizer.json"):
         loaded = load_tokenizer(str(source))
+        held = TextDataModule(tokenizer=source, cache_dir=tmp_path).hparams
+        assert (held["tokenizer"], held["cache_dir"]) == (str(source), str(tmp_path))  # names, which checkpoints keep
         assert loaded.get_vocab() == tokenizer.get_vocab()
         assert loaded.eos_token == "<|endoftext|>"
         assert loaded.name_or_path == str(source)

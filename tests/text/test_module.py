@@ -93,10 +93,11 @@ def assert_same_weights(a, b):
 def test_from_folder_and_from_config(folder, tmp_path):
     pretrained = CausalLM(str(folder))
     assert_same_weights(pretrained.model, AutoModelForCausalLM.from_pretrained(folder))
+    assert CausalLM(folder).hparams == pretrained.hparams  # names, which checkpoints keep
     assert all(module.training for module in pretrained.modules())
     assert pretrained.tokenizer is None
     shapes = {name: p.shape for name, p in pretrained.named_parameters()}
-    for config in (LLAMA, LlamaConfig(**LLAMA).to_dict(), str(folder), str(folder / "config.json")):
+    for config in (LLAMA, LlamaConfig(**LLAMA).to_dict(), folder, str(folder / "config.json")):
         random = CausalLM(config=config)
         assert {name: p.shape for name, p in random.named_parameters()} == shapes
         assert not torch.equal(random.model.lm_head.weight, pretrained.model.lm_head.weight)
