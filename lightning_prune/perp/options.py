@@ -336,8 +336,8 @@ class ReconstructSettings:
                 raise ValueError(f"{name}={value!r} must be an integer >= 1, below 2**31, such as {least}")
         if self.relative_rate is not None and self.adapter is not None:
             raise ValueError(
-                f"relative_rate={self.relative_rate!r} with adapter={self.adapter!r}, which begins at zero and has no size "
-                "of its own: use learning_rate, or train='all'"
+                f"relative_rate={self.relative_rate!r} with adapter={self.adapter!r}, which begins at zero and has no "
+                "size of its own: use learning_rate, or train='all'"
             )
         for name, such in (("learning_rate", 1e-3), ("relative_rate", 0.005)):
             value = getattr(self, name)

@@ -37,8 +37,7 @@ from lightning_prune.safety import Originals, restored_on_failure
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far a window's outputs are from the dense ones: squared differences over squared dense outputs of each token,
-    their mean over real tokens.
+    """How far a window's outputs are from the dense ones: mean over tokens of squared differences over squared outputs.
 
     Attributes:
         name: Of the block, such as ``model.layers.0``, and of its half where it has two.
