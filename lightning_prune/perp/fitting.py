@@ -162,33 +162,25 @@ def _by_block(names: Sequence[str], blocks: Sequence[tuple[str, nn.Module]]) -> 
 
 # arXiv 2312.15230, section 4: AdamW without weight decay, a linear schedule with 10 % warm-up.
 _WARMUP = 0.1
-_LEAST_SHARE = 1e-3  # of the median square of a batch's tokens
 _LEAST_SIZE = 1e-3  # of a parameter, such as a bias that is zero; arXiv 1804.04235, section 8
 
 
-def relative_error(output: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
-    """Return the sum over real tokens of each one's squared error as a share of its target's square.
-
-    A few tokens of most language models have hidden states a thousand times the others' ("massive activations", arXiv
-    2402.17762). Sums of plain squares would fit those alone, while the norm that reads the states divides each token by
-    its own size.
+def squared_sum(values: Tensor, real: Tensor | None) -> Tensor:
+    """Return the sum of squares over real tokens, in float32 at least.
 
     Args:
-        output: ``[B, T, D]``.
-        target: ``[B, T, D]``.
+        values: ``[B, T, D]``.
         real: ``[B, T]`` bool, True where a token is real, or None.
-
-    Returns:
-        A number in float32 at least.
     """
+    # Chosen, not multiplied with 0: what a block makes of padding may be NaN.
+    values = values if real is None else values[real]
+    return values.to(torch.promote_types(values.dtype, torch.float32)).square().sum()
+
+
+def squared_error(output: Tensor, target: Tensor, real: Tensor | None) -> Tensor:
+    """Return the sum of squared differences over real tokens, in float32 at least; arguments as `squared_sum`."""
     wide = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
-    output, target = output.to(wide), target.to(output.device, wide)
-    if real is not None:  # chosen, not multiplied with 0: what a block makes of padding may be NaN
-        output, target = output[real], target[real]
-    squares = target.square().sum(-1)
-    # A token whose target is zero has no size of its own.
-    least = (_LEAST_SHARE * squares.median()).clamp_min(torch.finfo(wide).tiny)
-    return ((output - target).square().sum(-1) / squares.clamp_min(least)).sum()
+    return squared_sum(output.to(wide) - target.to(output.device, wide), real)
 
 
 @dataclass(frozen=True)
@@ -208,20 +200,29 @@ class WindowFitter:
     ranks: Ranks | None
 
     @torch.no_grad()
+    def energy(self, targets: Sequence[Tensor]) -> float:
+        """Return the squares of the targets of every batch, ``[B, T, D]`` each, summed over real tokens and ranks."""
+        pairs = zip(self.walk.batches, targets, strict=True)
+        return self._over_ranks(sum(float(squared_sum(t.to(b.device), b.keep)) for b, t in pairs))
+
+    @torch.no_grad()
     def error(self, window: Window, targets: Sequence[Tensor]) -> float:
-        """Return the mean over real tokens and ranks of the outputs' `relative_error`."""
+        """Return the squared differences between outputs and targets, summed over real tokens and ranks."""
         total = 0.0
         for batch, target in zip(self.walk.batches, targets, strict=True):
-            total += float(relative_error(window.run(self.walk, batch, batch.hidden), target, batch.keep))
-        return self._over_ranks(total) / max(self._tokens(), 1.0)
+            total += float(squared_error(window.run(self.walk, batch, batch.hidden), target, batch.keep))
+        return self._over_ranks(total)
 
     @torch.enable_grad()
-    def train(self, window: Window, targets: Sequence[Tensor], mask_gradients: Callable[[], None]) -> None:
-        """Train what requires a gradient in the window's block on `relative_error`; ``.grad`` are as before then.
+    def train(
+        self, window: Window, targets: Sequence[Tensor], energy: float, mask_gradients: Callable[[], None]
+    ) -> None:
+        """Train what requires a gradient in the window's block on the squared error; ``.grad`` are as before then.
 
         Args:
             window: The window.
             targets: ``[B, T, D]`` for each batch.
+            energy: Of the targets: the loss is a share of it, so that learning rates mean the same in every window.
             mask_gradients: Called before each step.
         """
         parameters = [p for p in self.walk.blocks[window.index].parameters() if p.requires_grad]
@@ -236,13 +237,14 @@ class WindowFitter:
         steps = self._steps()
         factor = partial(learning_rate_factor, steps=steps, warmup_steps=round(_WARMUP * steps), schedule="linear")
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scale = 1.0 / max(energy / self._tokens(), torch.finfo(torch.float32).tiny)
         try:
             for _, position in zip(range(steps), self._order(), strict=False):
                 batch = self.walk.batches[position]
                 output = window.run(self.walk, batch, batch.hidden)
-                error = relative_error(output, targets[position], batch.keep)
+                error = squared_error(output, targets[position], batch.keep)
                 tokens = output[..., 0].numel() if batch.keep is None else int(batch.keep.sum())
-                (error / max(tokens, 1)).backward()  # type: ignore[no-untyped-call]
+                (error * (scale / max(tokens, 1))).backward()  # type: ignore[no-untyped-call]
                 self._average(parameters)
                 mask_gradients()
                 for narrow, copy in wide.items():

@@ -37,7 +37,7 @@ from lightning_prune.safety import Originals, restored_on_failure
 
 @dataclass(frozen=True)
 class BlockError:
-    """How far a window's outputs are from the dense ones: mean over tokens of squared differences over squared outputs.
+    """How far a window's outputs are from the dense ones: squared differences over squared dense outputs.
 
     Attributes:
         name: Of the block, such as ``model.layers.0``, and of its half where it has two.
@@ -114,8 +114,9 @@ def reconstruct(
         ranks: The processes that work together, each with batches and `num_samples` of its own and all with the same
             weights: gradients are averaged over them, and all end with the same weights. Every one must call.
         **options: Those of `ReconstructSettings` (``train``, ``adapter``, ``window``, ``steps`` or ``epochs``,
-            ``batch_size``, ``learning_rate``, ``num_samples``, ``teacher``, ``share``, ``offload``), and for adapters
-            those of `add_adapters`, without ``rank_pattern``, ``alpha_pattern`` and ``lora_dropout``.
+            ``batch_size``, ``learning_rate`` or ``relative_rate``, ``num_samples``, ``teacher``, ``share``,
+            ``offload``), and for adapters those of `add_adapters`, without ``rank_pattern``, ``alpha_pattern`` and
+            ``lora_dropout``.
 
     Returns:
         The error of each window before and after.
@@ -217,20 +218,25 @@ def _fitted(
     fitter: WindowFitter, window: Window, wanted: Sequence[Tensor], training: Training, originals: Originals
 ) -> BlockError:
     """Fit one window, or leave it as it was where that did not lower its error."""
-    block, before = fitter.walk.blocks[window.index], fitter.error(window, wanted)
+    block, energy = fitter.walk.blocks[window.index], fitter.energy(wanted)
+    before = _share(fitter.error(window, wanted), energy)
     if not training.fits(window.block, block, window.parameters):
         return BlockError(window.name, before, before, False)
     _check_finite(window.name, before, "before it was fitted: the model or the calibration data is broken")
     with training.on(window, block) as (changing, mask_gradients):
         for parameter in changing:
             originals.keep(parameter)
-        fitter.train(window, wanted, mask_gradients)
-    after = fitter.error(window, wanted)
+        fitter.train(window, wanted, energy, mask_gradients)
+    after = _share(fitter.error(window, wanted), energy)
     _check_finite(window.name, after, f"after it was fitted: use a {fitter.settings.rate}")
     if after < before:
         return BlockError(window.name, before, after, True)
     originals.restore(changing)
     return BlockError(window.name, before, before, False)
+
+
+def _share(error: float, energy: float) -> float:
+    return error / energy if energy else error
 
 
 def _check_finite(name: str, error: float, when: str) -> None:
