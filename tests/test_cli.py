@@ -295,6 +295,20 @@ def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
+def test_the_model_that_training_begins_with_is_not_written_over(config, tmp_path, capsys):
+    content = yaml.safe_load(config.read_text())
+    folder = tmp_path / "models" / "dense"
+    CausalLM(config={**TINY, "vocab_size": 320}).model.save_pretrained(folder)
+    content["model"]["init_args"] = {"model": str(folder)}
+    config.write_text(yaml.safe_dump(content))
+    before = (folder / "model.safetensors").read_bytes()
+    for target in (folder, folder.parent):
+        assert main(["fit", "--config", str(config), "--save_pretrained", str(target)]) == 2
+        assert "would be lost" in capsys.readouterr().err
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
 def interruptible(*args):
     """The command line in a process whose parent may have been told to ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

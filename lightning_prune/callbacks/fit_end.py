@@ -16,7 +16,8 @@ def check_saving(module: L.LightningModule, folder: str | None) -> None:
     """Refuse a folder for `finish_fit` before training starts.
 
     Raises:
-        ValueError: the module has no ``save_pretrained``, or the folder holds other things than a model.
+        ValueError: the module has no ``save_pretrained``; the folder holds other things than a model, or the model that
+            training begins with.
     """
     if folder is None:
         return
@@ -25,7 +26,14 @@ def check_saving(module: L.LightningModule, folder: str | None) -> None:
             f"save_pretrained={folder!r}: {type(module).__name__} has no method save_pretrained(folder); train a "
             "CausalLM, or write one that saves your model"
         )
-    check_replaceable(expanded(folder, "save_pretrained"), overwrite=True)
+    target, source = expanded(folder, "save_pretrained"), module.hparams.get("model")
+    here = expanded(source, "model") if isinstance(source, str) else None
+    if here is not None and here.exists() and here.resolve().is_relative_to(target.resolve()):
+        raise ValueError(
+            f"save_pretrained={folder!r} is or holds model={source!r}, which training begins with and which would be "
+            "lost: choose another folder"
+        )
+    check_replaceable(target, overwrite=True)
 
 
 def finish_fit(

@@ -125,7 +125,8 @@ def texts_of(
     for row in rows:
         text = row.get(text_field, 0)
         if not isinstance(text, (str, type(None))):
-            raise ValueError(f"text_field={text_field!r} names no text of text={source!r}, which has {sorted(row)}")
+            held = f"holds a {type(text).__name__} in a row" if text_field in row else f"is none of {sorted(row)}"
+            raise ValueError(f"text_field={text_field!r} names no text of text={source!r}: it {held}")
         if text and _has_text(text):
             yield text
 

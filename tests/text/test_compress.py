@@ -276,8 +276,10 @@ def test_text_of_every_kind(tmp_path):
     assert list(texts_of(str(tmp_path / "saved"))) == ["one", "two"]
     assert list(texts_of([str(tmp_path / "a.txt"), str(tmp_path / "a.txt")])) == ["alpha\nbeta"] * 2
     assert next(texts_of("austen")).startswith("PRIDE AND PREJUDICE")
-    with pytest.raises(ValueError, match="text_field='words' names no text"):
+    with pytest.raises(ValueError, match=r"text_field='words' names no text .* it holds a int in a row"):
         list(texts_of(str(tmp_path / "saved"), text_field="words"))
+    with pytest.raises(ValueError, match=r"text_field='body' names no text .* it is none of \['text', 'words'\]"):
+        list(texts_of(str(tmp_path / "saved"), text_field="body"))
 
 
 def test_the_help_of_shrink_names_all_units_as_they_are_called():
