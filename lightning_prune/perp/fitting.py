@@ -215,7 +215,12 @@ class WindowFitter:
 
     @torch.enable_grad()
     def train(
-        self, window: Window, targets: Sequence[Tensor], energy: float, mask_gradients: Callable[[], None]
+        self,
+        window: Window,
+        targets: Sequence[Tensor],
+        energy: float,
+        mask_gradients: Callable[[], None],
+        share_of_rate: float = 1.0,
     ) -> None:
         """Train what requires a gradient in the window's block on the squared error; ``.grad`` are as before then.
 
@@ -224,6 +229,7 @@ class WindowFitter:
             targets: ``[B, T, D]`` for each batch.
             energy: Of the targets: the loss is a share of it, so that learning rates mean the same in every window.
             mask_gradients: Called before each step.
+            share_of_rate: Of the learning rates of the settings.
         """
         parameters = [p for p in self.walk.blocks[window.index].parameters() if p.requires_grad]
         gradients = [p.grad for p in parameters]
@@ -232,7 +238,7 @@ class WindowFitter:
         # Steps of narrow weights would be lost to rounding.
         wide = {p: p.detach().float().requires_grad_() for p in parameters if p.element_size() < 4}
         stepped = [wide.get(p, p) for p in parameters]
-        groups = [{"params": [p], "lr": self._rate(p)} for p in stepped]
+        groups = [{"params": [p], "lr": share_of_rate * self._rate(p)} for p in stepped]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         steps = self._steps()
         factor = partial(learning_rate_factor, steps=steps, warmup_steps=round(_WARMUP * steps), schedule="linear")

@@ -34,6 +34,8 @@ from lightning_prune.pruning.stacks import find_stacks
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals, restored_on_failure
 
+_RATES = (1.0, 0.25)  # shares of the learning rate that are tried
+
 
 @dataclass(frozen=True)
 class BlockError:
@@ -43,8 +45,8 @@ class BlockError:
         name: Of the block, such as ``model.layers.0``, and of its half where it has two.
         before: Before it was fitted, on the outputs of the windows before it, which are fitted already.
         after: After it was fitted and merged.
-        changed: False where the window has nothing pruned, or where fitting did not lower its error: then its weights
-            are as they were.
+        changed: False where the window has nothing pruned, or where fitting did not lower its error at any rate: then
+            its weights are as they were.
     """
 
     name: str
@@ -91,9 +93,9 @@ def reconstruct(
     A window is trained by AdamW (no weight decay; linear schedule, 10 % warm-up) on the mean squared error of its
     outputs over real tokens, through adapters that are merged before the next one begins, or with all its kept weights
     (``train="all"``). Its inputs are the outputs of the fitted windows before it, so it also makes up for what they
-    could not. One that fitting did not improve is put back. With `share` below 1 all weights go back a part of the way
-    at the end. Works on masks of any score. If anything fails or is interrupted, every weight is bit-identical to
-    before.
+    could not. One that fitting did not improve is fitted again at a quarter of the rate, and put back if that did not
+    either. With `share` below 1 all weights go back a part of the way at the end. Works on masks of any score. If
+    anything fails or is interrupted, every weight is bit-identical to before.
 
     On the model's device are at a time: one window with what is trained (and for ``train="all"`` its gradients and two
     optimizer states), its block's dense weights, and one batch's activations besides the hidden states of all samples,
@@ -217,21 +219,22 @@ def _targets(
 def _fitted(
     fitter: WindowFitter, window: Window, wanted: Sequence[Tensor], training: Training, originals: Originals
 ) -> BlockError:
-    """Fit one window, or leave it as it was where that did not lower its error."""
+    """Fit one window, at a lower rate where that did not lower its error, or leave it as it was."""
     block, energy = fitter.walk.blocks[window.index], fitter.energy(wanted)
     before = _share(fitter.error(window, wanted), energy)
     if not training.fits(window.block, block, window.parameters):
         return BlockError(window.name, before, before, False)
     _check_finite(window.name, before, "before it was fitted: the model or the calibration data is broken")
-    with training.on(window, block) as (changing, mask_gradients):
-        for parameter in changing:
-            originals.keep(parameter)
-        fitter.train(window, wanted, energy, mask_gradients)
-    after = _share(fitter.error(window, wanted), energy)
+    for share_of_rate in _RATES:
+        with training.on(window, block) as (changing, mask_gradients):
+            for parameter in changing:
+                originals.keep(parameter)
+            fitter.train(window, wanted, energy, mask_gradients, share_of_rate)
+        after = _share(fitter.error(window, wanted), energy)
+        if after < before:
+            return BlockError(window.name, before, after, True)
+        originals.restore(changing)
     _check_finite(window.name, after, f"after it was fitted: use a {fitter.settings.rate}")
-    if after < before:
-        return BlockError(window.name, before, after, True)
-    originals.restore(changing)
     return BlockError(window.name, before, before, False)
 
 

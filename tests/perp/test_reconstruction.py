@@ -362,6 +362,16 @@ def test_a_half_that_fitting_would_worsen_is_put_back() -> None:
     assert snapshot(model) == before
 
 
+def test_a_window_that_a_rate_would_worsen_is_fitted_at_a_quarter_of_it() -> None:
+    dense, model, masks = pair()
+    fitted = []
+    for rate in (0.16, 0.04):  # the first would worsen every window
+        fitted.append(copy.deepcopy(model))
+        found = reconstruct(fitted[-1], batches(), dense, masks, train="all", epochs=2, learning_rate=rate)
+        assert all(block.changed and block.after < 0.9 * block.before for block in found.blocks)
+    assert snapshot(fitted[0]) == snapshot(fitted[1])
+
+
 @pytest.mark.few_fast(3)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
