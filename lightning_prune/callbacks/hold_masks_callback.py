@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,6 +54,13 @@ class HoldMasksCallback(TrainerCallback):  # type: ignore[misc]
             )
         self._given = masks
         self.hold: MaskHold | None = None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        """Say whose callback this is where a Trainer of Lightning asks for something of its own."""
+        raise AttributeError(
+            f"HoldMasksCallback has no {name!r}: it is a callback of transformers' Trainer. A Trainer of Lightning "
+            "holds the zeros of its model by WeightPruning(score='keep')"
+        )
 
     def on_train_begin(
         self,

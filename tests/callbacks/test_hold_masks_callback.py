@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from tiny import clean_environment, make_llama, make_tokens
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -150,6 +153,12 @@ def test_what_cannot_hold_is_refused_before_training(tmp_path: Path) -> None:
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     with pytest.raises(ValueError, match="none of the 14 layers has one"):
         trainer_of(tmp_path / "run", make_llama(), HoldMasksCallback()).train()
+
+
+def test_a_trainer_of_lightning_says_what_holds_masks_there() -> None:
+    with pytest.raises(AttributeError, match=r"of transformers' Trainer. .* WeightPruning\(score='keep'\)"):
+        L.Trainer(accelerator="cpu", max_steps=1, logger=False, callbacks=[HoldMasksCallback()]).fit(BoringModel())
+    assert copy.deepcopy(HoldMasksCallback()).hold is None
 
 
 def test_trl_trains_sparse(tmp_path: Path) -> None:
