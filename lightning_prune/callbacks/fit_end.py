@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_prune.checkpoints.export import check_replaceable
+from lightning_prune.checkpoints.export import check_apart, check_replaceable
 from lightning_prune.safety import expanded
 
 
@@ -26,13 +26,9 @@ def check_saving(module: L.LightningModule, folder: str | None) -> None:
             f"save_pretrained={folder!r}: {type(module).__name__} has no method save_pretrained(folder); train a "
             "CausalLM, or write one that saves your model"
         )
-    target, source = expanded(folder, "save_pretrained"), module.hparams.get("model")
-    here = expanded(source, "model") if isinstance(source, str) else None
-    if here is not None and here.exists() and here.resolve().is_relative_to(target.resolve()):
-        raise ValueError(
-            f"save_pretrained={folder!r} is or holds model={source!r}, which training begins with and which would be "
-            "lost: choose another folder"
-        )
+    target, source = expanded(folder, "save_pretrained").resolve(), module.hparams.get("model")
+    if isinstance(source, str) and (here := expanded(source, "model")).exists():  # no hub id
+        check_apart(here, target)
     check_replaceable(target, overwrite=True)
 
 

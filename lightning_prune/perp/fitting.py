@@ -238,8 +238,10 @@ class WindowFitter:
         # Steps of narrow weights would be lost to rounding.
         wide = {p: p.detach().float().requires_grad_() for p in parameters if p.element_size() < 4}
         stepped = [wide.get(p, p) for p in parameters]
-        groups = [{"params": [p], "lr": share_of_rate * self._rate(p)} for p in stepped]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        groups: dict[float, list[Tensor]] = {}  # parameters of one rate take one step together
+        for tensor in stepped:
+            groups.setdefault(share_of_rate * self._rate(tensor), []).append(tensor)
+        optimizer = torch.optim.AdamW([{"params": p, "lr": r} for r, p in groups.items()], weight_decay=0.0)
         steps = self._steps()
         factor = partial(learning_rate_factor, steps=steps, warmup_steps=round(_WARMUP * steps), schedule="linear")
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -220,12 +220,7 @@ def is_norm(module: nn.Module) -> bool:
 
 # Of adapters in single blocks: names of whole models do not match there, and dropout is off.
 _REFUSED = ("rank_pattern", "alpha_pattern", "lora_dropout")
-_EITHER = (
-    ("steps", "epochs"),
-    ("epochs", "steps"),
-    ("learning_rate", "relative_rate"),
-    ("relative_rate", "learning_rate"),
-)
+_EITHER = (("steps", "epochs", 100), ("learning_rate", "relative_rate", 1e-3))  # and such as, of the first
 _CHOICES = {"window": ("block", "half"), "teacher": ("dense", "pruned")}
 
 
@@ -292,9 +287,10 @@ class ReconstructSettings:
         if given.get("train") == "all":
             everything = {"adapter": None, "window": "half", "epochs": 1, "batch_size": 2, "share": 0.5}
             given = {**everything, "relative_rate": 0.005, **given}
-        for one, other in _EITHER:  # what is said stands in place of the other's default
-            if given.get(one) is not None and other not in options:
-                given[other] = None
+        for pair in (names[:2] for names in _EITHER):  # what is said stands in place of the other's default
+            for one, other in (pair, pair[::-1]):
+                if given.get(one) is not None and other not in options:
+                    given[other] = None
         return cls(**given, lora_options=lora)
 
     def __post_init__(self) -> None:
@@ -325,7 +321,7 @@ class ReconstructSettings:
         for name in _REFUSED:
             if self.lora_options.get(name):
                 raise ValueError(f"{name}={self.lora_options[name]!r} is not supported block by block; remove it")
-        for one, other, such in (("steps", "epochs", 100), ("learning_rate", "relative_rate", 1e-3)):
+        for one, other, such in _EITHER:
             mine, others = getattr(self, one), getattr(self, other)
             if (mine is None) == (others is None):
                 raise ValueError(f"{one}={mine!r} and {other}={others!r}: give one of them, such as {one}={such}")
