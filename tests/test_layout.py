@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from functools import cache
 from graphlib import TopologicalSorter
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "lightning_prune"
@@ -128,3 +130,16 @@ def test_sharding_is_asked_for_in_few_files():
                 asking.add(name)
     assert asking - {"sharding"} == ASKING
     assert len(ASKING) <= 6
+
+
+def test_scripts_import_what_is_there():
+    """Most imports of the benchmarks stand in functions, which no test of theirs runs all of."""
+    missing = []
+    for path in sorted((PACKAGE.parent / "tests").rglob("*.py")) + sorted((PACKAGE.parent / "recipes").rglob("*.py")):
+        for node in nodes_of(path):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE.name:
+                module = import_module(str(node.module))
+                for name in (alias.name for alias in node.names):
+                    if not hasattr(module, name) and find_spec(f"{node.module}.{name}") is None:
+                        missing.append(f"{path.name}: {node.module}.{name}")
+    assert not missing

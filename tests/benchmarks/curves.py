@@ -367,7 +367,7 @@ def held(module: Training) -> int:
 
 
 def tasks_of(model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    from lightning_prune.evaluation import zero_shot
+    from lightning_prune.evaluation.tasks import zero_shot
 
     results = zero_shot(model, AutoTokenizer.from_pretrained(args.tokens), [str(args.tasks)], progress=False)
     return {"accuracy": next(r.value for r in results if r.task == args.tasks.name)}
