@@ -154,6 +154,12 @@ def same_zeros(model: nn.Module, masks: dict[str, Tensor]) -> bool:
 # --------------------------------------------------------------------------------------- time and memory
 
 
+def clock() -> float:
+    """Seconds: of this process where it computes in one thread, since others may share the core; else of the wall."""
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if alone else time.perf_counter()
+
+
 class Stopwatch:
     """Seconds by stage: `with watch("norms"): ...` adds to `watch.seconds["norms"]`."""
 
@@ -162,11 +168,11 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = clock()
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + clock() - start
 
 
 def interleaved(
@@ -178,7 +184,7 @@ def interleaved(
     """Seconds of every function, run in turns so that a drifting machine slows all alike.
 
     The order alternates from round to round. `before` runs untimed ahead of each call. A function that
-    returns a float has measured itself: that number is taken instead of the wall clock.
+    returns a float has measured itself: that number is taken instead of the `clock`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repetitions):
@@ -186,9 +192,9 @@ def interleaved(
         for name in order:
             if before is not None:
                 before()
-            start = time.perf_counter()
+            start = clock()
             own = functions[name]()
-            elapsed = own if isinstance(own, float) else time.perf_counter() - start
+            elapsed = own if isinstance(own, float) else clock() - start
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return seconds

@@ -173,14 +173,6 @@ class Blocks(lightning.LightningDataModule):
         return DataLoader(self.blocks[done * self.batch_size : stop * self.batch_size], batch_size=self.batch_size)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: of the wall on a GPU, of this process on a CPU."""
-    if device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Pieces(Callback):
     """At every stop: measure if it is a point, save, and end the fit if the time is up."""
 
@@ -189,11 +181,17 @@ class Pieces(Callback):
         self.seconds = 0.0  # of training since the last point
         self._started = self._since = self._longest = 0.0
 
+    @staticmethod
+    def clock() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return common.clock()
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._started, self._since = clock(module.device), time.monotonic()
+        self._started, self._since = self.clock(), time.monotonic()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.seconds += clock(module.device) - self._started
+        self.seconds += self.clock() - self._started
         self._longest = max(self._longest, time.monotonic() - self._since)
         if trainer.global_step in self.plan.points[:-1]:  # the last one is measured when adapters are merged
             self.measure(module, trainer.global_step, self.seconds)

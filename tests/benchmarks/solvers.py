@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -66,12 +65,12 @@ def timed(stages: dict[str, list[tuple[Any, str]]], synchronize: Callable[[], No
     def watched(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             synchronize()
-            start = time.perf_counter()
+            start = common.clock()
             try:
                 return function(*args, **kwargs)
             finally:
                 synchronize()
-                seconds[stage] += time.perf_counter() - start
+                seconds[stage] += common.clock() - start
 
         return run
 
@@ -138,7 +137,7 @@ def main() -> None:
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
         with common.PeakMemory() as memory, timed(ours_stages(), synchronize) as seconds:
-            start = time.perf_counter()
+            start = common.clock()
             if method.startswith(PERMUTED):
                 row["kept by the score"] = ours_permute(model, sequences, pattern, args.batch_size)
             dense = {name: p.detach().clone() for name, p in model.named_parameters()} if plain != method else {}
@@ -147,7 +146,7 @@ def main() -> None:
             else:
                 masks = ours_prune(model, sequences, *how, args.batch_size, **options)
             synchronize()
-            whole = time.perf_counter() - start
+            whole = common.clock() - start
         row["sparsity"] = common.sparsity_of(masks)
         row["seconds"] = {"whole": whole, **seconds, "passes": whole - sum(seconds.values())}
         peak = torch.cuda.max_memory_allocated() - held if cuda else memory.peak - memory.start
@@ -156,10 +155,10 @@ def main() -> None:
         if measured is None:
             measure(row | before)
         if plain != method:
-            start = time.perf_counter()
+            start = common.clock()
             ours_reconstruct(model, sequences, dense, masks, **FIT)
             synchronize()
-            fit = time.perf_counter() - start
+            fit = common.clock() - start
             passes = row["seconds"]["passes"] + fit
             row["seconds"] = row["seconds"] | {"whole": whole + fit, "passes": passes}
             measure(row)
