@@ -38,8 +38,12 @@ class Schedule(Protocol):
         ...
 
 
+class BuiltInSchedule:
+    """What the package's own schedules have in common: files name them by their class alone (``CubicSchedule``)."""
+
+
 @dataclass(frozen=True)
-class OneShot:
+class OneShot(BuiltInSchedule):
     """Everything at one step.
 
     Args:
@@ -71,7 +75,7 @@ class OneShot:
 
 
 @dataclass(frozen=True)
-class LinearSchedule:
+class LinearSchedule(BuiltInSchedule):
     """Sparsity grows in equal parts, every `every` steps from `start` to `end`.
 
     >>> LinearSchedule(start=0, end=100, every=10).fraction(50)

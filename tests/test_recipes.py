@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningCLI
 from versions import instantiate
 
-from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot
+from lightning_prune import ELSA, CausalLM, CubicSchedule, LinearSchedule, OneShot
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.cli import main
 from recipes import RECIPES, fit_shortened, write_inputs
@@ -102,6 +102,8 @@ def test_recipe_runs(name, tiny, tmp_path):
     ("name", "schedule"),
     [
         ("lightning_prune.CubicSchedule", CubicSchedule(0, 4, 2)),
+        ("CubicSchedule", CubicSchedule(0, 4, 2)),
+        ("ELSA", ELSA(4, 2)),
         ("lightning_prune.LinearSchedule", LinearSchedule(0, 4, 2)),
         ("LinearSchedule", LinearSchedule(0, 4, 2)),
         ("lightning_prune.OneShot", OneShot(3)),
@@ -113,7 +115,8 @@ def test_a_schedule_in_yaml_becomes_itself(name, schedule):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[L.Callback])
     callback = {"class_path": "lightning_prune.WeightPruning"}
-    callback["init_args"] = {"schedule": {"class_path": name, "init_args": asdict(schedule)}}
+    how = {"class_path": name, "init_args": asdict(schedule)}
+    callback["init_args"] = {"score": "magnitude", "schedule": how}
     (made,) = instantiate(parser, parser.parse_object({"callbacks": [callback]})).callbacks
     assert type(made.schedule) is type(schedule)
     assert made.schedule == schedule

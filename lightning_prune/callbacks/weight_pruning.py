@@ -51,7 +51,7 @@ from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parameters_of
 from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
-from lightning_prune.schedules import LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
+from lightning_prune.schedules import BuiltInSchedule, LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.sharding import at_rest, counts_over_ranks, local, refuse_shards, reshard
 
 _STATE_VERSION = 1
@@ -146,7 +146,7 @@ class WeightPruning(L.Callback):
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         targets: list[str | type[nn.Module]] | None = None,
         ignore: Iterable[str | type[nn.Module]] = DEFAULT_IGNORE,
-        schedule: OneShot | LinearSchedule | Schedule | None = None,
+        schedule: OneShot | LinearSchedule | BuiltInSchedule | Schedule | None = None,
         calibration: Iterable[Any] | None = None,
         seed: int = 0,
         gradient_dtype: str = "float32",

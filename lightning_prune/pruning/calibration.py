@@ -421,28 +421,36 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
     every = [missing] if ranks is None else ranks.gather(missing)
     empty = [all(counts) for counts in zip(*every, strict=True)]
     reached = {tap.target.parameter for tap, nothing in zip(taps.all, empty, strict=True) if not nothing}
+    lost = [t for t, nothing in zip(taps.all, empty, strict=True) if nothing and t.target.parameter not in reached]
+    if lost:
+        raise CalibrationError(_not_reached(lost, taps))
     unreached = []
     for tap, nothing in zip(taps.all, empty, strict=True):
-        absent = sorted(taps.statistics - set(tap.accumulator.sums))
-        if nothing and tap.target.parameter in reached:
+        if nothing:
             unreached.append(tap)
-        elif nothing:
-            why = "is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use more samples"
-            if tap.target.parameter in taps.without_gradient:  # all parameters are frozen meanwhile
-                why = (
-                    "runs under no_grad, or in a re-entrant checkpoint whose inputs require a gradient only because of "
-                    "trained parameters before it; checkpoint with use_reentrant=False, or add the layer to `ignore`"
-                )
-            raise CalibrationError(
-                f"no calibration sample reached {tap.target.parameter!r} ({', '.join(absent) or 'on other ranks'}): "
-                f"the layer {why}"
-            )
-        for name in absent:
+        for name in sorted(taps.statistics - set(tap.accumulator.sums)):
             inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]
             tap.accumulator.fill(name, (tap.forward_shape[0], inputs), device)
             if name == HESSIAN and tap.spread and ranks is not None:
                 tap.accumulator.sums[name] = ranks.own_rows(tap.accumulator.sums[name])
     return unreached
+
+
+def _not_reached(lost: Sequence[Tap], taps: Taps) -> str:
+    """Say which layers no sample reached, all at once, and what goes into `ignore` for them."""
+    names = list(dict.fromkeys(tap.target.parameter for tap in lost))
+    absent = ", ".join(sorted(taps.statistics - set(lost[0].accumulator.sums))) or "on other ranks"
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    ignored = ", ".join(repr(name.removesuffix(".weight")) for name in names)
+    why = "is not used in the forward pass, or no gradient flows to it, as to a pooler that the loss does not read"
+    ways = f"add {ignored} to `ignore`, or use more samples"
+    if names[0] in taps.without_gradient:  # all parameters are frozen meanwhile
+        why = (
+            "runs under no_grad, or in a re-entrant checkpoint whose inputs require a gradient only because of trained "
+            "parameters before it"
+        )
+        ways = f"checkpoint with use_reentrant=False, or add {ignored} to `ignore`"
+    return f"no calibration sample reached {names[0]!r}{more} ({absent}): the layer {why}; {ways}"
 
 
 def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerStatistics], ranks: Ranks | None) -> None:

@@ -350,7 +350,8 @@ def find_targets(
             Default: every Linear, Conv1D (transformers), Conv1d and Conv2d, experts, and the matrices inside of
             MultiheadAttention, LSTM, GRU and RNN.
         ignore: The same, left out. Default: output layers by the names that transformers gives them
-            (`DEFAULT_IGNORE`). Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
+            (`DEFAULT_IGNORE`), which are left out beside other layers that are named here too; with ``[]`` they are
+            pruned. Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
         frozen: Whether to take frozen layers like others, for what trains them by adapters.
 
     Returns:
@@ -391,8 +392,9 @@ def select_layers(
     layers = _candidates(model, adapters)
     if targets is not None:
         _require_matches("targets", targets, layers)
-    without_heads = set(DEFAULT_IGNORE) <= set(ignore)
-    ignored = [s for s in ignore if not (without_heads and s in DEFAULT_IGNORE)]
+    # Who leaves out one more layer does not ask for heads to be pruned: only an empty `ignore` does.
+    without_heads, repeated = bool(ignore), set(DEFAULT_IGNORE) <= set(ignore)
+    ignored = [s for s in ignore if not (repeated and s in DEFAULT_IGNORE)]
     # A default name that a user repeats need not be there.
     everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
     _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], everything | layers)
@@ -406,9 +408,13 @@ def select_layers(
             reasons = {name: reasons[name] - {HEAD} for name in layers}
     else:
         for selector in targets:
-            matched = [name for name, layer in layers.items() if _selected(name, layer.module, [selector])]
+            matched = [
+                name
+                for name, layer in layers.items()
+                if _selected(name, layer.module, [selector]) and not _selected(name, layer.module, ignored)
+            ]
             # A selector that matches other layers too names none of these: "q_proj" is no word for a frozen teacher.
-            named = frozenset.intersection(*(reasons[name] for name in matched)) - {STANDARDIZED}
+            named = frozenset.intersection(*(reasons[name] for name in matched or layers)) - {STANDARDIZED}
             reasons |= {name: reasons[name] - named for name in matched}
     left_out = {}
     for name, layer in layers.items():

@@ -261,6 +261,8 @@ def test_heads_are_left_alone_unless_named(head):
     assert names_of(model, targets=["body", head]) == [*BODY, head]
     assert names_of(model, ignore=[]) == [*BODY, head]
     assert names_of(model, ignore=[*DEFAULT_IGNORE, "body.0"]) == ["body.1"]
+    assert names_of(model, ignore=["body.0"]) == ["body.1"]  # one more layer to leave is no word for the head
+    assert names_of(model, targets=["body", head], ignore=["body.0"]) == ["body.1", head]
     assert names_of(model, targets=[nn.Linear], ignore=["body"]) == [head]
     with pytest.raises(ValueError, match="nothing to prune"):
         names_of(model, targets=[head], ignore=[head])
