@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_prune.pruning.pipeline import prune as prune
     from lightning_prune.pruning.scores import Score as Score
     from lightning_prune.pruning.statistics import LayerStatistics as LayerStatistics
+    from lightning_prune.pruning.targets import DEFAULT_IGNORE as DEFAULT_IGNORE
     from lightning_prune.pruning.updates import ALPS as ALPS
     from lightning_prune.ranks import Ranks as Ranks
     from lightning_prune.schedules import CubicSchedule as CubicSchedule
@@ -51,6 +52,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "CausalLM": "text.module",
     "CubicSchedule": "schedules",
+    "DEFAULT_IGNORE": "pruning.targets",
     "ELSA": "pruning.elsa",
     "HoldMasksCallback": "callbacks.hold_masks_callback",
     "KFACAllocation": "pruning.allocation",

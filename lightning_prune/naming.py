@@ -171,19 +171,24 @@ def name_matches(name: str, pattern: str) -> bool:
     )
 
 
-def to_ignore(name: str) -> str:
-    """Say what goes into `ignore` for a layer, and for its like in all blocks, which the same reason concerns.
+def to_ignore(*names: str) -> str:
+    """Say what goes into `ignore` for layers, and for the like of one in all blocks, which the same reason concerns.
 
-    >>> to_ignore("backbone.layers.0.mixer.dt_proj.weight")
-    "'backbone.layers.0.mixer.dt_proj' to `ignore` ('backbone.layers.*.mixer.dt_proj' for all blocks)"
-    >>> to_ignore("head.weight")
-    "'head' to `ignore`"
+    A list takes the place of the default, so whoever has none yet needs the default in it, or heads are pruned.
+
+    >>> to_ignore("layers.0.dt_proj.weight")[:71]
+    "'layers.0.dt_proj' to `ignore` ('layers.*.dt_proj' for all blocks), as "
+    >>> to_ignore("up.weight", "down.weight")
+    "'up', 'down' to `ignore`, as in ignore=[*lightning_prune.DEFAULT_IGNORE, 'up', 'down']"
     """
-    parts = name.removesuffix(".weight").split(".")
-    # A number at the end is a part of a Sequential, whose others are something else.
-    pattern = ".".join("*" if part.isdigit() and part is not parts[-1] else part for part in parts)
-    own = ".".join(parts)
-    return f"{own!r} to `ignore`" + (f" ({pattern!r} for all blocks)" if pattern != own else "")
+    listed = ", ".join(repr(name.removesuffix(".weight")) for name in names)
+    text = f"{listed} to `ignore`"
+    if len(names) == 1:
+        parts = names[0].removesuffix(".weight").split(".")
+        # A number at the end is a part of a Sequential, whose others are something else.
+        pattern = ".".join("*" if part.isdigit() and part is not parts[-1] else part for part in parts)
+        text += f" ({pattern!r} for all blocks)" if pattern.split(".") != parts else ""
+    return f"{text}, as in ignore=[*lightning_prune.DEFAULT_IGNORE, {listed}]"
 
 
 _PEFT_PREFIX = "base_model.model."

@@ -142,8 +142,8 @@ class BlockWalk:
             raise no_sample()
         if not self.batches:
             raise CalibrationError(
-                f"no calibration sample reached the {len(self.blocks)} {type_name(self.blocks[0])} blocks; add them to "
-                "`ignore`, or use other samples"
+                f"no calibration sample reached the {len(self.blocks)} {type_name(self.blocks[0])} blocks; use "
+                "other samples, or leave the blocks out with `ignore`, beside lightning_prune.DEFAULT_IGNORE"
             )
 
     @torch.no_grad()

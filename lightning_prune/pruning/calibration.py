@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
+from lightning_prune.naming import to_ignore
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Tap, Taps
@@ -427,15 +428,15 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
         if nothing and tap.target.parameter in reached:
             unreached.append(tap)
         elif nothing:
-            why = "is not used in the forward pass, or no gradient flows to it; add it to `ignore`, or use more samples"
+            why = "is not used in the forward pass, or no gradient flows to it; use more samples"
             if tap.target.parameter in taps.without_gradient:  # all parameters are frozen meanwhile
                 why = (
                     "runs under no_grad, or in a re-entrant checkpoint whose inputs require a gradient only because of "
-                    "trained parameters before it; checkpoint with use_reentrant=False, or add the layer to `ignore`"
+                    "trained parameters before it; checkpoint with use_reentrant=False"
                 )
             raise CalibrationError(
                 f"no calibration sample reached {tap.target.parameter!r} ({', '.join(absent) or 'on other ranks'}): "
-                f"the layer {why}"
+                f"the layer {why}, or add {to_ignore(tap.target.parameter)}"
             )
         for name in absent:
             inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]
@@ -512,7 +513,7 @@ def _check_gradients(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ran
         )
     warnings.warn(
         f"{message}: nothing is known of their weights' effect on it, and they are pruned by what else their score "
-        "knows. Put layers that the loss does not depend on into `ignore`",
+        "knows. Put layers that the loss does not depend on into `ignore`, beside lightning_prune.DEFAULT_IGNORE",
         stacklevel=4,
     )
 

@@ -117,7 +117,8 @@ def prune(
         targets: Layer types, type names or name patterns to prune; default all (Linear, Conv1D, Conv1d, Conv2d,
             experts, what is inside of attention and recurrent layers) but frozen ones, routers and output layers; a
             selector that matches nothing else names those too.
-        ignore: The same, left out; default output layers, by transformers' names for them.
+        ignore: The same, left out; default output layers, by transformers' names for them
+            (`lightning_prune.DEFAULT_IGNORE`), which a list of your own has to repeat.
         seed: Of ``"random"``.
         gradient_dtype: ``"float32"`` (float64 for float64 weights) or ``"bfloat16"`` for the gradient aggregate, one
             buffer a pruned weight. Sums in bfloat16 stop growing after some 256 samples of equal size.
