@@ -171,19 +171,20 @@ def name_matches(name: str, pattern: str) -> bool:
     )
 
 
-def to_ignore(name: str) -> str:
-    """Say what goes into `ignore` for a layer, and for its like in all blocks, which the same reason concerns.
+def to_ignore(*names: str) -> str:
+    """Say what goes into `ignore` for layers, and for the like of one in all blocks, which the same reason concerns.
 
     >>> to_ignore("backbone.layers.0.mixer.dt_proj.weight")
     "'backbone.layers.0.mixer.dt_proj' to `ignore` ('backbone.layers.*.mixer.dt_proj' for all blocks)"
-    >>> to_ignore("head.weight")
-    "'head' to `ignore`"
+    >>> to_ignore("up.weight", "down.weight")
+    "'up', 'down' to `ignore`"
     """
-    parts = name.removesuffix(".weight").split(".")
+    layers = [name.removesuffix(".weight") for name in names]
+    text = f"{', '.join(map(repr, layers))} to `ignore`"
+    parts = layers[0].split(".")
     # A number at the end is a part of a Sequential, whose others are something else.
     pattern = ".".join("*" if part.isdigit() and part is not parts[-1] else part for part in parts)
-    own = ".".join(parts)
-    return f"{own!r} to `ignore`" + (f" ({pattern!r} for all blocks)" if pattern != own else "")
+    return text + (f" ({pattern!r} for all blocks)" if len(layers) == 1 and pattern != layers[0] else "")
 
 
 _PEFT_PREFIX = "base_model.model."

@@ -30,6 +30,7 @@ from torch.utils.data import (
 from lightning_prune.callbacks.kinds import has_own, is_kind
 from lightning_prune.callbacks.traces import WatchedParameters, unchanged
 from lightning_prune.errors import CalibrationError
+from lightning_prune.naming import to_ignore
 
 # Samplers that come by all of a dataset: any sample may be drawn from it.
 _OF_ALL = (SequentialSampler, RandomSampler, DistributedSampler)
@@ -405,8 +406,8 @@ def watched_loss(
         if changed:
             raise ValueError(
                 f"the loss writes to {', '.join(changed[:4])}, which is being pruned; the weights are unchanged. Do "
-                "that in a hook (on_train_batch_start, on_train_batch_end), add the layer to `ignore`, or pass loss_fn "
-                "to the callback"
+                "that in a hook (on_train_batch_start, on_train_batch_end), pass loss_fn to the callback, or add "
+                f"{to_ignore(*changed)}"
             )
         return value
 

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch.optim import Optimizer
 
+from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.elsa import ADMM, ELSA, SparseCopyScore
 from lightning_prune.pruning.masks import PackedMasks, current_weight
 from lightning_prune.pruning.pipeline import run_plan
@@ -69,7 +70,7 @@ def check_elsa_fit(trainer: L.Trainer, plan: PruningPlan, schedule: ELSA) -> Non
             what = "no optimizer" if found is None else type(found).__name__
             raise ValueError(
                 f"{target.name!r} is trained by {what}, but ELSA chooses by Adam's second moments: train it with Adam "
-                "or AdamW, or leave it out (ignore)"
+                f"or AdamW, or add {to_ignore(target.parameter)}"
             )
 
 
@@ -121,7 +122,7 @@ class ELSATraining:
             if current_weight(self._module, name) is not parameter:
                 raise RuntimeError(
                     f"the parameter {name!r} was replaced while ELSA trained it, and its sparse copy cannot follow: "
-                    "replace layers between two fits, or leave them out (ignore)"
+                    f"replace layers between two fits, or add {to_ignore(name)}"
                 )
         targets = {target.name: target for target in self._plan.targets}
         # Of experts, each is asked for in turn, and all have one parameter.

@@ -32,6 +32,7 @@ from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.resuming import (
     before_loading,
     check_before_loading,
+    drop_emptied_groups,
     epsilon_of,
     says_sizes,
     take_saved_shapes,
@@ -91,9 +92,10 @@ class PruningAwarePretraining(L.Callback):
     (``save_distributed_checkpoint=False``) can be resumed on one device or under DDP, which slice from there on; theirs
     are refused under FSDP2, and so are ``WeightAveraging`` and ``precision="16-mixed"``.
 
-    Checkpoints can be taken, and training resumed, at any step. ``load_from_checkpoint`` of `CausalLM` builds the small
-    model; in a module of yours, hyper-parameters that hold the configuration (a mapping with ``model_type``), or single
-    fields of it under their own names, are kept up to date.
+    Checkpoints can be taken, and training resumed, at any step. One that is taken inside a step, by a callback ahead of
+    this one or after an exception, lacks what that step showed of the second moments (variant B).
+    ``load_from_checkpoint`` of `CausalLM` builds the small model; in a module of yours, hyper-parameters that hold the
+    configuration (a mapping with ``model_type``), or single fields of it under their own names, are kept up to date.
 
     Args:
         target: A share of the model's parameters (float), their number (int), final sizes by name
@@ -127,6 +129,10 @@ class PruningAwarePretraining(L.Callback):
         distill_weight: Share of the divergence in the loss, above 0 and at most 1.
         temperature: Of both distributions in the divergence.
         picture: File to draw saliency, pruned ratios and size over tokens into, when training ends.
+
+    Attributes:
+        tokens: Tokens that training has seen, over all processes. Padding is left out where a batch names it
+            (``attention_mask``, see `lightning_prune.prune`); of any other batch every position counts.
 
     Raises:
         TypeError, ValueError: from the constructor for values that no model could take; when a fit starts, before
@@ -187,6 +193,7 @@ class PruningAwarePretraining(L.Callback):
         self._unwrap: list[Callable[[], None]] = []
         self._waiting = False  # for a checkpoint
         self._begun = False  # in this fit
+        self._resuming: dict[str, Any] | None = None  # the checkpoint, until optimizers are made
         self._seen_step = 0
         self._saved_step: int | None = None  # that the state of a checkpoint is of; None once training goes on from it
 
@@ -222,6 +229,7 @@ class PruningAwarePretraining(L.Callback):
             _unwrap=[],
             _waiting=False,
             _begun=False,
+            _resuming=None,
             _saved_step=None,
             **loaded,
         )
@@ -247,6 +255,7 @@ class PruningAwarePretraining(L.Callback):
             if state is None:
                 return
             take_saved_shapes([pl_module, *averages(trainer)], state, self.attention_unit)
+            self._resuming = checkpoint if stage == "fit" else None
 
         self._let_go()
         self._begun = False
@@ -257,6 +266,9 @@ class PruningAwarePretraining(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the units; take up a checkpoint, or an earlier fit of the same module."""
+        if self._resuming is not None:
+            drop_emptied_groups(self._resuming, trainer.optimizers)
+            self._resuming = None
         # Sharded weights, and the state of this callback with them, are restored only after this hook, if they are:
         # that there is a checkpoint is not known yet.
         end = BeforeTeardown(trainer.strategy, partial(self._finish, trainer, pl_module))
@@ -424,7 +436,7 @@ class PruningAwarePretraining(L.Callback):
     def _let_go(self) -> None:
         for undo in self._unwrap:
             undo()
-        self._unwrap = []
+        self._unwrap, self._resuming = [], None
 
     # -- pruning -------------------------------------------------------------------------------------------------
 
@@ -570,7 +582,7 @@ def sum_of(trainer: L.Trainer) -> Callable[[Tensor], Tensor] | None:
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: of ``input_ids``, or of the first tensor, without padding."""
+    """Tokens of a batch: of ``input_ids``, or of the first tensor, without the padding that it names."""
     if (mask := padding_mask(batch)) is not None:
         return int(mask.sum())
     if isinstance(batch, Mapping):

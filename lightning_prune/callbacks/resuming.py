@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
+from itertools import compress
 from typing import Any
 
 import lightning as L
 from torch import Tensor, arange, nn, tensor
+from torch.optim import Optimizer
 
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.errors import CheckpointError
@@ -15,6 +17,9 @@ from lightning_prune.structure.families import find_family
 from lightning_prune.structure.removal import remove_units, set_epsilon
 from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes, units_to_remove
 from lightning_prune.structure.units import Structure, read_structure
+
+# Of the states of torch's schedules.
+_FOR_EACH_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs")
 
 
 def before_loading(module: L.LightningModule, prepare: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
@@ -134,6 +139,33 @@ def take_shapes(
         remove_units(model, removal, attention_unit=attention_unit)
     if epsilon is not None:
         set_epsilon(read_structure(model, attention_unit), epsilon)
+
+
+def drop_emptied_groups(checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
+    """Take groups out of a checkpoint whose parameters went with their layers, where new optimizers have none for them.
+
+    Those that trained on keep them, empty, since learning rate schedules count groups.
+
+    Args:
+        checkpoint: Changed in place, ahead of the states of optimizers and schedules being loaded.
+        optimizers: That the module has made for the small model.
+    """
+    for state, optimizer in zip(checkpoint.get("optimizer_states", ()), optimizers, strict=False):
+        groups = state["param_groups"]
+        left = [bool(group["params"]) for group in groups]
+        if sum(left) == len(optimizer.param_groups) < len(groups):
+            state["param_groups"] = list(compress(groups, left))
+            for schedule in checkpoint.get("lr_schedulers", ()):
+                _drop_rates(schedule, left)
+
+
+def _drop_rates(schedule: dict[str, Any], left: Sequence[bool]) -> None:
+    """Take what a schedule's state has for each group from those that are gone."""
+    for key in _FOR_EACH_GROUP:
+        if isinstance(values := schedule.get(key), list) and len(values) == len(left):
+            schedule[key] = list(compress(values, left))
+    for inner in schedule.get("_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        _drop_rates(inner, left)
 
 
 def epsilon_of(structure: Structure) -> float | None:

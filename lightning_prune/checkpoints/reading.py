@@ -291,6 +291,11 @@ def _torch_load(path: Path) -> Any:
     with readable(path):
         with path.open("rb") as file:
             check_records(file)
+            file.seek(0)
+            head = file.read(2)
+        # torch.save writes archives, and before torch 1.6 pickles of protocol 2; cut off ones are torch's to refuse.
+        if head and head != b"PK" and head[:1] != pickle.PROTO:
+            fail(path, "is no checkpoint: neither a safetensors file nor one that torch.save has written")
         # Only the zip format can be mapped; files written before torch 1.6 are read whole.
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         check_claims(loaded, path.stat().st_size)

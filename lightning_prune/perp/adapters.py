@@ -47,6 +47,7 @@ from lightning_prune.perp.storage import (
     write_named,
 )
 from lightning_prune.progress import is_main_process
+from lightning_prune.pruning.coverage import embeds, pruned_zeros
 from lightning_prune.pruning.layer_kinds import CONV1D, LINEAR
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
@@ -139,6 +140,7 @@ def attach(
             f"{twice[0]!r} is trained whole by train={parts}, which would fill its zeros, and would get an adapter "
             "too; leave one of them out"
         )
+    _warn_of_zeros(model, [*trained, *([] if head is None else [f"{head}.weight"])], masks)
 
     record = Retraining(
         adapter=adapter,
@@ -329,6 +331,24 @@ def _check_not_revived(model: nn.Module, trained: Mapping[str, nn.Parameter], ma
                 f"{name!r} is pruned by its mask, and training it whole would fill its zeros; leave its part out of "
                 "train, or its mask out of masks"
             )
+
+
+def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, Tensor]) -> None:
+    """Say which matrices have zeros that look pruned and will be filled, as ``score="keep"`` does of all."""
+    lost = {}
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = getattr(module, attribute)
+        if name not in masks and weight.dim() > 1 and not weight.is_meta:
+            lost[name] = pruned_zeros(weight, whole_rows=not embeds(module))
+    text = ", ".join(f"{zeros:,} of {name!r}" for name, zeros in lost.items() if zeros)
+    if text and is_main_process():
+        warnings.warn(
+            f"training whole matrices (train, adapt_head) fills zeros that look pruned: {text}. To keep them, leave "
+            "that part out, or train the model under WeightPruning(score='keep', targets=...) or hold_masks",
+            stacklevel=4,
+        )
 
 
 def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftModel:

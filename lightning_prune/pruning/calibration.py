@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
+from lightning_prune.naming import to_ignore
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Tap, Taps
@@ -441,15 +442,14 @@ def _not_reached(lost: Sequence[Tap], taps: Taps) -> str:
     names = list(dict.fromkeys(tap.target.parameter for tap in lost))
     absent = ", ".join(sorted(taps.statistics - set(lost[0].accumulator.sums))) or "on other ranks"
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    ignored = ", ".join(repr(name.removesuffix(".weight")) for name in names)
     why = "is not used in the forward pass, or no gradient flows to it, as to a pooler that the loss does not read"
-    ways = f"add {ignored} to `ignore`, or use more samples"
+    ways = f"add {to_ignore(*names)}, or use more samples"
     if names[0] in taps.without_gradient:  # all parameters are frozen meanwhile
         why = (
             "runs under no_grad, or in a re-entrant checkpoint whose inputs require a gradient only because of trained "
             "parameters before it"
         )
-        ways = f"checkpoint with use_reentrant=False, or add {ignored} to `ignore`"
+        ways = f"checkpoint with use_reentrant=False, or add {to_ignore(*names)}"
     return f"no calibration sample reached {names[0]!r}{more} ({absent}): the layer {why}; {ways}"
 
 

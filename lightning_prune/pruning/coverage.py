@@ -197,7 +197,7 @@ def coverage_of(
             if keeps_zeros and reason != "adapter" and (parameter.requires_grad or not trains):
                 with at_hand(module):
                     here = getattr(module, name.rpartition(".")[2], parameter)
-                    zeros = _pruned_zeros(here, whole_rows=reason != "embedding")
+                    zeros = pruned_zeros(here, whole_rows=reason != "embedding")
                 lost |= {name: zeros} if zeros else {}
     return Coverage(
         parameters=parameters,
@@ -236,10 +236,11 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
 
 def _counts(name: str, module: nn.Module, parameter: Tensor, adapters: Collection[nn.Module]) -> bool:
     """Whether a parameter is countable: by its name, as in files, and by what its module is."""
-    return is_prunable(name, parameter.shape, parameter.dtype) and module not in adapters and not _embeds(module)
+    return is_prunable(name, parameter.shape, parameter.dtype) and module not in adapters and not embeds(module)
 
 
-def _embeds(module: nn.Module) -> bool:
+def embeds(module: nn.Module) -> bool:
+    """Return whether a module is an embedding, by its type."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return True
     return layer_kind(module) is None and re.search(r"Embeddings?$", type_name(module)) is not None
@@ -252,7 +253,7 @@ def _reason(name: str, module: nn.Module, selection: Selection) -> str:
         return "adapter"
     if layer in selection.left_out:
         return selection.left_out[layer]
-    if _embeds(module):
+    if embeds(module):
         return "embedding"
     if is_head(name):
         return HEAD
@@ -278,8 +279,8 @@ def _with_stars(name: str) -> str:
 
 
 @torch.no_grad()
-def _pruned_zeros(parameter: Tensor, whole_rows: bool) -> int:
-    """Zeros of a tensor that look pruned; 0 if it holds few, or nothing else. Whole rows may be padding instead."""
+def pruned_zeros(parameter: Tensor, whole_rows: bool) -> int:
+    """Count zeros of a tensor that look pruned; 0 if it holds few, or nothing else. Whole rows may be padding."""
     zero = local(parameter.detach()) == 0
     zero = zero.reshape(-1, zero.shape[-1])
     zeros = int(zero.sum() if whole_rows else zero[~zero.all(dim=1)].sum())

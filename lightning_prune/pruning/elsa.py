@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.errors import check_whole
+from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.masks import pack_masks, part_of, unpack_masks
 from lightning_prune.pruning.scores import Score
 from lightning_prune.pruning.statistics import LayerStatistics
@@ -129,7 +130,7 @@ class ADMM:
         if not isinstance(moment, Tensor):
             raise ValueError(
                 f"no optimizer has Adam's second moments of {name!r}, by which ELSA chooses: train it with Adam or "
-                "AdamW, or leave it out (ignore)"
+                f"AdamW, or add {to_ignore(name)}"
             )
         sums = self.sums(name)
         return sums.square_().mul_(local(moment).to(sums.device, sums.dtype))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_prune.naming import own_parameters
+from lightning_prune.naming import own_parameters, to_ignore
 from lightning_prune.safety import uninterrupted
 
 Undo = Callable[[], None]
@@ -159,8 +159,8 @@ def check_offloaded(model: nn.Module, weights: Iterable[tuple[str, nn.Module, st
             continue
         if places[_identity(hook.weights_map, attribute)] > 1:
             raise ValueError(
-                f"{name!r} is tied to another weight, and both are offloaded (device_map): add the layer to `ignore`, "
-                "or load the model whole"
+                f"{name!r} is tied to another weight, and both are offloaded (device_map): load the model whole, or "
+                f"add {to_ignore(name)}"
             )
         kept, _ = _place(hook.weights_map, attribute)
         if hasattr(kept, "index") and kept.save_folder is None:

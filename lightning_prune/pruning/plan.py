@@ -188,7 +188,7 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
         if nm is not None and inputs % nm.m:
             raise ValueError(
                 f"pattern={str(nm)!r}: the {inputs} inputs of {target.name!r} do not divide by {nm.m}; add "
-                f"{to_ignore(target.name)}, or choose another pattern"
+                f"{to_ignore(target.parameter)}, or choose another pattern"
             )
         if statistics and target.kind is INNER:
             raise ValueError(
@@ -206,7 +206,7 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
 def _without_data(target: Target) -> str:
     return (
         "use score='magnitude', without an update or an allocation ('owl', 'kfac') that reads them too, or add "
-        f"{to_ignore(target.name)}"
+        f"{to_ignore(target.parameter)}"
     )
 
 
@@ -226,11 +226,11 @@ def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:
             "sequential=True prunes block by block and cannot compare globally; use group='row' or 'layer'"
         )
     inside = {id(m) for _, block in plan.blocks for m in block.modules()}
-    outside = [t.name for t in plan.targets if id(t.module) not in inside]
+    outside = list(dict.fromkeys(t.parameter for t in plan.targets if id(t.module) not in inside))
     if outside:
         raise ValueError(
-            f"sequential=True, but {', '.join(map(repr, outside[:4]))} lie outside the decoder blocks; add them to "
-            "`ignore`, or use sequential=False"
+            f"sequential=True, but {', '.join(map(repr, outside[:4]))} lie outside the decoder blocks; use "
+            f"sequential=False, or add {to_ignore(*outside)}"
         )
 
 

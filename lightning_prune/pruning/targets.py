@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters
+from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters, to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.layer_kinds import (
     ATTENTION_MATRICES,
@@ -638,14 +638,14 @@ def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], called:
         if not (key in users and key in names):
             raise ValueError(
                 f"{layers[0][0]!r} has another parameter each time it is looked at (as PEFT's LoRA of a "
-                "MultiheadAttention has), which no mask could follow: add it to `ignore`"
+                f"MultiheadAttention has), which no mask could follow: add {to_ignore(layers[0][0])}"
             )
         inside = {id(layer.module) for _, layer in layers}
         outside = [name for name, module in users[key] if id(module) not in inside]
         if outside:
             raise ValueError(
                 f"the weight of {layers[0][0]!r} is tied to {', '.join(map(repr, outside))}, which is not a "
-                f"target: pruning one would prune both; add {layers[0][0]!r} to `ignore`, or untie them"
+                f"target: pruning one would prune both; untie them, or add {to_ignore(layers[0][0])}"
             )
         made = _targets_of(names[key], [layer for _, layer in layers], called)
         if not made:
@@ -690,21 +690,24 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
     if weight is None:
         raise ValueError(
             f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); "
-            "make it permanent first (prune.remove, remove_parametrizations), or ignore the layer"
+            f"make it permanent first (prune.remove, remove_parametrizations), or add {to_ignore(name)}"
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"the weight of {name!r} has no shape yet (lazy layer); run the model once first")
     if weight.is_complex():
         raise ValueError(
             f"the weight of {name!r} is {weight.dtype}: scores compare real numbers, so complex weights are not "
-            "pruned; add the layer to `ignore`"
+            f"pruned; add {to_ignore(name)}"
         )
     form = _packed_form(weight)
     if form is not None:
-        raise ValueError(f"the weight of {name!r} is quantized ({form}); prune before quantizing, or ignore the layer")
+        raise ValueError(
+            f"the weight of {name!r} is quantized ({form}); prune before quantizing, or add {to_ignore(name)}"
+        )
     if weight.layout is not torch.strided:
         raise ValueError(
-            f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or ignore the layer"
+            f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or add "
+            f"{to_ignore(name)}"
         )
     if weight.is_inference():
         raise ValueError(

@@ -120,7 +120,7 @@ class TextDataModule(L.LightningDataModule):
     `keep_last`, also "attention_mask", and labels are -100 where it is 0.
 
     A block begins with the token that the tokenizer puts before every text, if it does that (Gemma, Llama), since the
-    models expect it; every document ends with an end-of-text token.
+    models expect it; every document ends with an end-of-text token, which is all that stands between two in a block.
 
     The validation blocks come from `validation`, or are the last `validation_share` of the blocks of `source`;
     they share no token with the training blocks.

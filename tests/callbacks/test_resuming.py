@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import SMALL, batches, make_module, make_trainer, weights
 from tiny import make_tokens
+from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 from versions import EMAWeightAveraging
 
@@ -115,6 +116,38 @@ def test_a_shrunk_module_resumes_and_evaluates(tmp_path: Path) -> None:
     (measured,) = validator.validate(module, batches(), ckpt_path=tmp_path / "epoch=5.ckpt", verbose=False)
     (expected,) = make_trainer().validate(whole, batches(), verbose=False)
     assert measured["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-6)
+
+
+class RatesByLayer(CausalLM):
+    """A group for each layer, and a schedule that counts groups."""
+
+    def configure_optimizers(self) -> Any:
+        parts = [*self.model.model.layers, nn.ModuleList([self.model.model.embed_tokens, self.model.model.norm])]
+        groups = [{"params": list(part.parameters()), "lr": 1e-3 * place} for place, part in enumerate(parts, 1)]
+        optimizer = torch.optim.AdamW(groups)
+        shrinking = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)) for _ in range(2)]
+        schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, shrinking, [4])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_groups_of_layers_that_are_gone_need_not_be_made_again(tmp_path: Path) -> None:
+    def run_by_layer(resume: Path | None = None) -> Any:
+        torch.manual_seed(0 if resume is None else 9)
+        module = RatesByLayer(config=SMALL, lr_schedule="constant")
+        callback = PruningAwarePretraining({"num_hidden_layers": 1}, ("layer",), end=2, compact_every=1)
+        saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+        trainer = make_trainer(callback, saver, max_steps=-1, max_epochs=2, enable_checkpointing=True)
+        trainer.fit(module, batches(samples=12), ckpt_path=resume)
+        return module, [group["lr"] for group in trainer.optimizers[0].param_groups if group["params"]]
+
+    whole, rates = run_by_layer()
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    assert sum(not group["params"] for group in saved["optimizer_states"][0]["param_groups"]) == 1
+    resumed, resumed_rates = run_by_layer(tmp_path / "epoch=0.ckpt")
+    assert resumed_rates == rates
+    assert len(rates) == 2
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
 
 
 class WithSizes(L.LightningModule):

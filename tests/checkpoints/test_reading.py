@@ -101,6 +101,15 @@ def test_random_bytes(tmp_path):
             inspect(file)
 
 
+@pytest.mark.parametrize("content", [b"Some text.\n", b'{"a": 1}', b"\x93NUMPY\x01\x00"])
+def test_what_is_no_checkpoint_is_called_so(content, tmp_path):
+    """Not a danger: nothing in a text could run."""
+    for name in ("notes.txt", "model.bin", "last.ckpt"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=rf"{name}: is no checkpoint: neither a safetensors file nor one"):
+            inspect(tmp_path / name)
+
+
 def test_missing_pieces(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         inspect(tmp_path / "nothing")

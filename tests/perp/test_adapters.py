@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import peft
@@ -257,6 +258,24 @@ def test_only_adapters_and_the_chosen_parts_train(
         sum(p.numel() for p in optimizer.state)
         / sum(p.numel() for n, p in model.named_parameters() if ".lora_" not in n)
     )
+
+
+def test_zeros_of_matrices_that_are_trained_whole_are_told_of() -> None:
+    """One unused word is no pruned weight, and neither is what has a mask."""
+    plain = pruned()
+    halves = torch.rand(plain.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    with torch.no_grad():
+        plain.lm_head.weight.masked_fill_(halves, 0.0)
+        plain.model.embed_tokens.weight[:64] = 0.0
+    zeros = int((plain.lm_head.weight == 0).sum())
+    for how in ({"train": ("head", "embedding")}, {"train": (), "adapt_head": True}):
+        with pytest.warns(UserWarning, match=rf"fills zeros that look pruned: {zeros:,} of 'lm_head\.weight'\. To"):
+            remove_adapters(add_adapters(plain, **how))
+    whole = {"lm_head.weight": torch.ones_like(plain.lm_head.weight, dtype=torch.bool)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        remove_adapters(add_adapters(plain, masks=whole, train=("head",)))
+        remove_adapters(add_adapters(plain, train=("embedding",)))
 
 
 def test_the_head_of_a_classifier_trains() -> None:

@@ -10,6 +10,7 @@ import naive
 import numpy as np
 import pytest
 import torch
+from experts_models import make_moe
 from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 
@@ -456,6 +457,24 @@ def test_bad_arguments_are_refused_before_anything_happens(llama, arguments, err
     with pytest.raises(error, match=re.escape(message)):
         prune(llama, **{"batches": Untouched(), **arguments})
     assert snapshot(llama) == before
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_advice_to_ignore_layers_is_right_to_the_letter(llama_factory, family):
+    """Whoever passes the list of the message prunes the rest, and no head."""
+    model = llama_factory(intermediate_size=98) if family == "llama" else make_moe(family)
+    if family == "mixtral":
+        for block in model.model.layers:
+            experts = block.mlp.experts
+            experts.down_proj = nn.Parameter(experts.down_proj.detach()[..., :22].clone())
+    ignore = []
+    for _ in model.model.layers:
+        with pytest.raises(ValueError, match="do not divide by 4") as refusal:
+            prune(model, None, "magnitude", pattern="2:4", **({"ignore": ignore} if ignore else {}))
+        ignore.append(re.search(r"add '(.*?)' to `ignore`", str(refusal.value))[1])
+    masks = prune(model, None, "magnitude", pattern="2:4", ignore=ignore)
+    assert masks
+    assert not any("lm_head" in name or "down_proj" in name for name in masks)
 
 
 def test_tied_embeddings_are_refused_and_can_be_ignored(llama_factory, tokens):
