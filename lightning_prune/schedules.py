@@ -130,7 +130,7 @@ def fraction_at(schedule: Schedule, step: int) -> Fraction:
     return exact_share(schedule.fraction(step))
 
 
-def check_schedule(schedule: Schedule | None) -> Schedule:
+def check_schedule(schedule: Schedule | BuiltInSchedule | None) -> Schedule:
     """The schedule, `OneShot` for None.
 
     Raises:

@@ -267,7 +267,7 @@ class PruningAwarePretraining(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the units; take up a checkpoint, or an earlier fit of the same module."""
         if self._resuming is not None:
-            drop_emptied_groups(self._resuming, trainer.optimizers)
+            drop_emptied_groups(self._resuming, trainer)
             self._resuming = None
         # Sharded weights, and the state of this callback with them, are restored only after this hook, if they are:
         # that there is a checkpoint is not known yet.

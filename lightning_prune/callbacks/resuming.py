@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor, arange, nn, tensor
-from torch.optim import Optimizer
 
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.errors import CheckpointError
@@ -141,22 +140,24 @@ def take_shapes(
         set_epsilon(read_structure(model, attention_unit), epsilon)
 
 
-def drop_emptied_groups(checkpoint: Mapping[str, Any], optimizers: Sequence[Optimizer]) -> None:
+def drop_emptied_groups(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:
     """Take groups out of a checkpoint whose parameters went with their layers, where new optimizers have none for them.
 
     Those that trained on keep them, empty, since learning rate schedules count groups.
 
     Args:
         checkpoint: Changed in place, ahead of the states of optimizers and schedules being loaded.
-        optimizers: That the module has made for the small model.
+        trainer: With the optimizers that the module has made for the small model.
     """
-    for state, optimizer in zip(checkpoint.get("optimizer_states", ()), optimizers, strict=False):
+    for state, optimizer in zip(checkpoint.get("optimizer_states", ()), trainer.optimizers, strict=False):
         groups = state["param_groups"]
         left = [bool(group["params"]) for group in groups]
         if sum(left) == len(optimizer.param_groups) < len(groups):
             state["param_groups"] = list(compress(groups, left))
-            for schedule in checkpoint.get("lr_schedulers", ()):
-                _drop_rates(schedule, left)
+            schedules = zip(trainer.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False)
+            for config, rates in schedules:
+                if getattr(config.scheduler, "optimizer", None) is optimizer:
+                    _drop_rates(rates, left)
 
 
 def _drop_rates(schedule: dict[str, Any], left: Sequence[bool]) -> None:
