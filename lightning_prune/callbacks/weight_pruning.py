@@ -104,7 +104,7 @@ class WeightPruning(L.Callback):
             ``calibration_loss(batch)`` if it has one, else its ``training_step``, run without any trace in logs,
             random states, attributes, metrics, buffers, parameters or modes; at fit start, before the module's hooks.
         targets: Layers to prune.
-        ignore: Layers to leave.
+        ignore: Layers to leave, beside output layers; with ``[]`` these are pruned too.
         schedule: None for one shot at fit start, or `OneShot`, `LinearSchedule`, `CubicSchedule`. Scores are computed
             anew at each update; what is pruned stays pruned. Or `ELSA`: train into the sparsity, then prune.
         calibration: A DataLoader or iterable of batches; an iterator serves a single update. Default: samples drawn

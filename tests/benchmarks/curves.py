@@ -434,11 +434,15 @@ def draw(rows: common.Rows, path: Path, text: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
     panels = list(dict.fromkeys((r["target"], r["loss"]) for r in rows.rows if r["target"] is not None))
+    names = sorted({r["arm"] for r in rows.rows}, key=list(ARMS).index)
+    colors = {name: plt.get_cmap("tab20")(2 * place % 20 + place // 10) for place, name in enumerate(names)}
     plt.rcParams["svg.hashsalt"] = "curves"  # the same file from the same figures
     figure, axes = plt.subplots(1, len(panels), figsize=(1 + 6 * len(panels), 4), layout="constrained", squeeze=False)
     for axis, (target, loss) in zip(axes[0], panels, strict=True):
+        shown: list[float] = []
         for (name, *_), mine in ways(rows, target, loss).items():
             points: dict[int, list[float]] = {}
             for row in mine:
@@ -446,9 +450,13 @@ def draw(rows: common.Rows, path: Path, text: str) -> None:
             xs = sorted(points)
             means = [sum(points[x]) / len(points[x]) for x in xs]
             style = "-" if name.startswith("aware") else ":" if name in ("dense", "fresh") else "--"
-            axis.plot([x / 1e6 for x in xs], means, style, marker="o", markersize=3, label=name)
+            label = f"{name}, {means[-1]:.1f} in the end"
+            axis.plot([x / 1e6 for x in xs], means, style, color=colors[name], marker="o", markersize=3, label=label)
+            shown += means if name != "fresh" else []  # whose beginning would leave no room for the others
         axis.set(title=f"{target:.0%} of the decoder, {loss}", xlabel="million tokens", yscale="log")
-        axis.set_ylabel(f"perplexity, {text}")
+        axis.set(ylabel=f"perplexity, {text}", ylim=(min(shown) * 0.98, max(shown) * 1.02))
+        axis.yaxis.set(major_locator=MaxNLocator(7), minor_locator=NullLocator())
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.legend(fontsize=7)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
