@@ -144,7 +144,8 @@ def load_pretrained(
     options = {"dtype": "auto", **(options or {})}  # the default of transformers 5 and not of 4
     loaded: Any
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **options)
+        with named_where_it_fails("model", model):
+            loaded, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs, **options)
     except (torch.OutOfMemoryError, MemoryError, OSError):
         raise
     except Exception as error:  # each family raises its own for files that are damaged, or not of it
@@ -183,12 +184,31 @@ def empty_pretrained(
         ValueError: If the configuration is not that of a causal language model.
     """
     name, kwargs = _checked_arguments(model, gguf_file, revision, check_config)
-    config = AutoConfig.from_pretrained(name, **kwargs)
+    with named_where_it_fails("model", model):
+        config = AutoConfig.from_pretrained(name, **kwargs)
     with _parameters_on_meta():
         built: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **(options or {}))
     if "gguf_file" in kwargs:
         _forget_quantization(built)
     return built
+
+
+@contextmanager
+def named_where_it_fails(argument: str, name: str) -> Iterator[None]:
+    """Say which argument names nothing: where no hub is reached, transformers' error is about the connection alone.
+
+    Raises:
+        OSError: `name` is no path on this machine, and the block could not have it from the hub.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise OSError(
+            f"{argument}={name!r} is no folder on this machine, and cannot be had from the hub: {first_line(error)} "
+            "Check the path, or give a name of the hub (owner/name) where it can be reached"
+        ) from error
 
 
 @contextmanager
@@ -294,7 +314,8 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _readable(source: str) -> Iterator[None]:
     """Turn whatever a damaged file provokes into one sentence that says which it is."""
     try:
-        yield
+        with named_where_it_fails("tokenizer", source):
+            yield
     except (OSError, MemoryError):  # say it themselves
         raise
     except Exception as error:  # that of the tokenizers library is Exception itself

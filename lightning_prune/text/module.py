@@ -32,6 +32,7 @@ from lightning_prune.checkpoints.sources import (
     load_pretrained,
     load_tokenizer,
     looks_like_path,
+    named_where_it_fails,
     plain_source,
 )
 from lightning_prune.checkpoints.states import units_in
@@ -564,7 +565,8 @@ def _from_config(config: dict[str, Any] | str | None, revision: str | None, opti
 def _config_of(config: dict[str, Any] | str | None, revision: str | None) -> PretrainedConfig:
     if isinstance(config, str):
         name = str(existing_path(config, "config")) if looks_like_path(config) else config
-        return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        with named_where_it_fails("config", name):
+            return AutoConfig.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
     fields = dict(config or {})
     check_no_kernel("config", fields)  # it may come from a checkpoint
     model_type = fields.pop("model_type", None)

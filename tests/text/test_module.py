@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import Callback
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from versions import WEIGHTS_ONLY
 
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
-from lightning_prune.checkpoints.sources import trained_tokenizer
+from lightning_prune.checkpoints.sources import empty_pretrained, load_tokenizer, trained_tokenizer
 from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.text.data import EMBEDDED, TextDataModule
@@ -151,6 +151,37 @@ def test_path_errors(folder):
     (folder / "a.gguf").touch()
     with pytest.raises(ValueError, match="already names a GGUF file"):
         CausalLM(str(folder / "a.gguf"), gguf_file="b.gguf")
+
+
+@pytest.mark.parametrize(
+    ("argument", "take"),
+    [
+        ("model", lambda name: CausalLM(model=name)),
+        ("model", empty_pretrained),
+        ("config", lambda name: CausalLM(config=name)),
+        ("tokenizer", load_tokenizer),
+    ],
+    ids=["model", "meta", "config", "tokenizer"],
+)
+def test_a_name_that_nothing_goes_by_is_in_the_message(argument, take, monkeypatch):
+    """Where the hub is out of reach, transformers names the connection alone."""
+
+    def fail(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    for loader in (AutoConfig, AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", fail)
+    with pytest.raises(OSError, match=rf"{argument}='my_modl' is no folder on this machine, .* We couldn't connect"):
+        take("my_modl")
+
+
+def test_a_disk_that_fails_is_no_missing_name(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error$"):
+        CausalLM(model=str(folder))
 
 
 # ---- losses
