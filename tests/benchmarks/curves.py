@@ -18,7 +18,8 @@ number of parameters or just below; a target is the share of the parameters in t
   pruned to 2:4 when it has its size; aware-2:4-perp: then trains PERP's adapters instead of the weights.
 
 `--set NAME=VALUE` gives the arms aware-* other arguments of the callback, `--oneshot-types` the one-shot arms other
-unit types, and `--rates` all arms another course of the learning rate: so that single factors can be studied.
+unit types, `--oneshot-sizes` sizes in place of the target's, and `--rates` all arms another course of the learning
+rate: so that single factors can be studied.
 
 `--losses distill` adds to the cross-entropy the divergence from the dense model, in equal shares, for every arm.
 
@@ -33,6 +34,7 @@ the dense model first, from random weights on the same file, where there is none
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -267,7 +269,7 @@ def start_of(
         prune_structured(
             model,
             common.batched(calibration),
-            target=target_parameters(model, share),
+            target=args.oneshot_sizes or target_parameters(model, share),
             types=types_of(arm, args),
             num_samples=len(calibration),
             **arm.oneshot,
@@ -304,7 +306,9 @@ def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
     if arm.shrink is not None:
         every = f"every {args.every} until {args.shrink_share} of the steps, decay {args.saliency_decay}"
         return " ".join(["+".join(args.types), every, *(f"{name}={value}" for name, value in args.set.items())])
-    return "+".join(types_of(arm, args)) if arm.oneshot is not None else ""
+    if arm.oneshot is None:
+        return ""
+    return " ".join(["+".join(types_of(arm, args)), *(f"{name}={value}" for name, value in args.oneshot_sizes.items())])
 
 
 def run(
@@ -325,7 +329,10 @@ def run(
         return False
     blocks = ordered_blocks(args.tokens / "train.bin", plan.total * args.batch_size, args.length, seed)
     calibration = blocks[: args.samples]
-    folder = args.work / f"{name.replace(':', '')}_{share if name != 'dense' else 1}_{loss}_{seed}"
+    own = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[
+        :8
+    ]  # other settings go on elsewhere
+    folder = args.work / f"{name.replace(':', '')}_{share if name != 'dense' else 1}_{loss}_{seed}_{own}"
     model = start_of(arm, dense, folder, share, calibration, args, seed)
     teacher = load(dense).eval().requires_grad_(False).to(args.device) if loss == "distill" else None
     rate = args.fresh_learning_rate if arm.fresh else args.learning_rate
@@ -499,6 +506,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--warmup", type=float, default=0.02, help="share of the steps (default 0.02)")
     p.add_argument("--types", nargs="+", default=["attention", "ffn", "hidden"], help="of the arms aware-*")
     p.add_argument("--oneshot-types", nargs="+", default=["ffn"], help="of oneshot-kfac and oneshot-obs")
+    p.add_argument(
+        "--oneshot-sizes", nargs="*", default=[], metavar="NAME=VALUE", help="sizes that the one-shot arms end with"
+    )
     p.add_argument("--pruner-types", nargs="+", default=["attention", "ffn"], help="of oneshot-taylor and -magnitude")
     p.add_argument("--saliency-decay", type=float, default=0.9)
     p.add_argument("--every", type=int, default=1, help="steps between prunings (default 1)")
@@ -525,7 +535,9 @@ def arguments() -> argparse.Namespace:
         vars(args).update(DRY, model=None)
     if (args.model is None) == (args.build is None):
         p.error("give --model, or --build, and not both")
-    args.set = {name: json_or_word(value) for name, value in (pair.split("=", 1) for pair in args.set)}
+    for given in ("set", "oneshot_sizes"):
+        pairs = (pair.split("=", 1) for pair in getattr(args, given))
+        setattr(args, given, {name: json_or_word(value) for name, value in pairs})
     args.named = args.build or args.model.name
     args.trained = False  # every call goes on to the next point or save at least
     args.until = time.monotonic() + 60 * args.minutes
