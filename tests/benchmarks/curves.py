@@ -447,8 +447,12 @@ def draw(rows: common.Rows, path: Path, text: str) -> None:
     names = sorted({r["arm"] for r in rows.rows}, key=list(ARMS).index)
     colors = {name: plt.get_cmap("tab20")(2 * place % 20 + place // 10) for place, name in enumerate(names)}
     plt.rcParams["svg.hashsalt"] = "curves"  # the same file from the same figures
-    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 6 * len(panels), 4), layout="constrained", squeeze=False)
-    for axis, (target, loss) in zip(axes[0], panels, strict=True):
+    across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
+    size = (1 + 5 * across, 3.6 * down)
+    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (target, loss) in zip(axes.flat, panels, strict=False):
         shown: list[float] = []
         for (name, *_), mine in ways(rows, target, loss).items():
             points: dict[int, list[float]] = {}
