@@ -398,6 +398,7 @@ def select_layers(
     # A default name that a user repeats need not be there.
     everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
     _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], everything | layers)
+    aside = {name for name, layer in layers.items() if _selected(name, layer.module, ignored)}
 
     reasons = _reasons(model, layers, without_heads, called)
     if frozen:
@@ -408,19 +409,16 @@ def select_layers(
             reasons = {name: reasons[name] - {HEAD} for name in layers}
     else:
         for selector in targets:
-            matched = [
-                name
-                for name, layer in layers.items()
-                if _selected(name, layer.module, [selector]) and not _selected(name, layer.module, ignored)
-            ]
+            matched = {name for name, layer in layers.items() if _selected(name, layer.module, [selector])} - aside
             # A selector that matches other layers too names none of these: "q_proj" is no word for a frozen teacher.
-            named = frozenset.intersection(*(reasons[name] for name in matched or layers)) - {STANDARDIZED}
-            reasons |= {name: reasons[name] - named for name in matched}
+            if matched:
+                named = frozenset.intersection(*(reasons[name] for name in matched)) - {STANDARDIZED}
+                reasons |= {name: reasons[name] - named for name in matched}
     left_out = {}
     for name, layer in layers.items():
         if targets is not None and not _selected(name, layer.module, targets):
             left_out[name] = sorted(reasons[name])[0] if reasons[name] else NOT_NAMED
-        elif _selected(name, layer.module, ignored):
+        elif name in aside:
             left_out[name] = IGNORED
         elif reasons[name]:
             left_out[name] = next(

@@ -25,9 +25,9 @@ rate: so that single factors can be studied.
 
 It runs in pieces: after `--minutes` it stops at the next point or save (every `--save-every` tokens) and says what is
 left; the same command goes on from the checkpoints in `--work`. Tokens a second are those of the wall clock on a GPU,
-and of the time of this process on a CPU, which others may share; memory is what parameters, gradients and optimizer
-hold, and on a GPU the peak besides. Rows of `--json` are not made again. `--build` trains
-the dense model first, from random weights on the same file, where there is none: `--build hidden_size=128,...`.
+and of `common.clock` on a CPU; memory is what parameters, gradients and optimizer hold, and on a GPU the peak besides.
+Rows of `--json` are not made again. `--build` trains the dense model first, from random weights on the same file, where
+there is none: `--build hidden_size=128,...`.
 `--dry-run` does everything on a tiny model of its own in about a minute. `--picture FILE` draws the rows.
 """
 
@@ -305,10 +305,12 @@ def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
     """What decides the figures of an arm besides the training."""
     if arm.shrink is not None:
         every = f"every {args.every} until {args.shrink_share} of the steps, decay {args.saliency_decay}"
-        return " ".join(["+".join(args.types), every, *(f"{name}={value}" for name, value in args.set.items())])
-    if arm.oneshot is None:
-        return ""
-    return " ".join(["+".join(types_of(arm, args)), *(f"{name}={value}" for name, value in args.oneshot_sizes.items())])
+        words, more = ["+".join(args.types), every], args.set
+    elif arm.oneshot is not None:
+        words, more = ["+".join(types_of(arm, args))], args.oneshot_sizes
+    else:
+        words, more = [], {}
+    return " ".join([*words, *(f"{name}={value}" for name, value in more.items())])
 
 
 def run(
@@ -329,9 +331,8 @@ def run(
         return False
     blocks = ordered_blocks(args.tokens / "train.bin", plan.total * args.batch_size, args.length, seed)
     calibration = blocks[: args.samples]
-    own = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[
-        :8
-    ]  # other settings go on elsewhere
+    # Runs of other settings do not go on from this one's checkpoints.
+    own = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
     folder = args.work / f"{name.replace(':', '')}_{share if name != 'dense' else 1}_{loss}_{seed}_{own}"
     model = start_of(arm, dense, folder, share, calibration, args, seed)
     teacher = load(dense).eval().requires_grad_(False).to(args.device) if loss == "distill" else None
