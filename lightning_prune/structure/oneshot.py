@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,8 +31,8 @@ from lightning_prune.structure.saliency import (
     kfac_saliency,
     reader_targets,
 )
-from lightning_prune.structure.sizes import AttentionUnit, Goal, Sizes, UnitType, check_types
-from lightning_prune.structure.units import Removal, Structure, check_data, read_structure
+from lightning_prune.structure.sizes import IN_LAYERS, AttentionUnit, Goal, Sizes, UnitType, check_types
+from lightning_prune.structure.units import Removal, Structure, check_data, check_removal, read_structure
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def prune_structured(
     num_samples: int = 128,
     loss_fn: LossFn | None = None,
     attention_unit: AttentionUnit = "group",
+    rounds: int = 1,
     progress: bool = True,
 ) -> StructuredReport:
     """Remove heads, FFN channels, hidden channels, layers or experts of a trained model, in place, in one shot.
@@ -114,13 +116,15 @@ def prune_structured(
             ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
             (arXiv 2510.13999); without gradients.
         compensate: Re-fit the layers that lose inputs by their Hessian (variant B of EfficientLLM, arXiv 2502.06663),
-            all at once on statistics of the dense model.
+            all at once on statistics of the model before the removal.
         round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink, or multiples by size.
             Default 1; on a GPU 64, or the power of two below an eighth of the size, unless `target` names sizes.
         num_samples: Calibration samples (sequences).
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``.
         attention_unit: ``"group"``, a key/value head with its query heads, or ``"head"``, one query head of every
             group. A mapping as target that says how many heads decides it.
+        rounds: How often units are judged, removed and made up for: each time on the smaller model, along a straight
+            line of parameters (or seconds). Takes as many times as long. The model must be an ordinary one after each.
         progress: Show progress bars in a terminal.
 
     Returns:
@@ -137,25 +141,45 @@ def prune_structured(
     """
     checked = check_types(types)
     check_saliency(saliency, SALIENCIES)
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or not 1 <= num_samples < 2**31:
-        raise ValueError(f"num_samples={num_samples!r} must be an int of 1 or more, below 2**31")
+    for name, value in (("num_samples", num_samples), ("rounds", rounds)):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise ValueError(f"{name}={value!r} must be an int of 1 or more, below 2**31")
     refuse_shards(model, "prune_structured needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)
     check_data(structure)
     unit = attention_unit_of(target, structure.sizes, attention_unit)
     structure = read_structure(model, unit)
-    planner = make_planner(structure, target, checked, round_to, one_by_one=not names_sizes(target))
+    one_by_one = rounds > 1 or not names_sizes(target)
+    planner = make_planner(structure, target, checked, round_to, one_by_one=one_by_one)
     if saliency == "reap" and checked != ("expert",):
         raise ValueError(f"saliency='reap' is of experts, and types={checked!r}: use types=('expert',), or 'kfac'")
     if saliency == "obs" and not compensate:
         raise ValueError("saliency='obs' judges units after the re-fit: pass compensate=True, or saliency='kfac'")
     if batches is None and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
-    run = _OneShot(structure, checked, saliency, compensate, num_samples, loss_fn, progress)
-    return run.run([] if batches is None else batches, planner)
+    data = [batch for batch, _ in samples([] if batches is None else batches, num_samples)]
+    numbering, table = _Numbering(structure), None if planner.latency is None else planner.latency.table
+    start, span = planner.cost(structure.sizes), planner.final - planner.cost(structure.sizes)
+    now = structure
+    with _unchanged_on_failure(structure.model):
+        for done in range(1, rounds + 1):
+            down_to = None if done == rounds else start + round(span * done / rounds)
+            if down_to is not None and planner.cost(now.sizes) <= down_to:  # the last unit was a large one
+                continue
+            removal = _Round(now, checked, saliency, compensate, num_samples, loss_fn, progress).run(
+                data, planner, down_to
+            )
+            numbering.remove(removal)
+            now = read_structure(model, unit)
+            if done < rounds:
+                planner = make_planner(now, target, checked, planner.multiples, planner.first, table=table)
+    shapes = structure.shapes()
+    return StructuredReport(
+        structure.sizes, now.sizes, shapes.count(structure.sizes), shapes.count(now.sizes), numbering.removal()
+    )
 
 
-class _OneShot:
+class _Round:
     """One structural pruning in progress; the model changes in the last step alone."""
 
     def __init__(
@@ -172,15 +196,15 @@ class _OneShot:
         self.num_samples, self.loss_fn, self.progress = num_samples, loss_fn, progress
         self.hessians: dict[str, Tensor] = {}
 
-    def run(self, batches: Iterable[Any], planner: Planner) -> StructuredReport:
+    def run(self, data: list[Any], planner: Planner, down_to: int | None) -> Removal:
         structure = self.structure
-        data = [batch for batch, _ in samples(batches, self.num_samples)]
-        removal = plan_removal(self._saliencies(data), structure, planner)
+        removal = plan_removal(self._saliencies(data), structure, planner, down_to)
         weights = self._compensated(data, removal) if self.compensate else {}
-        before = structure.shapes().count(structure.sizes)
-        with _replaced(structure, weights):
-            sizes = remove_units(structure.model, removal, attention_unit=structure.attention_unit)
-        return StructuredReport(structure.sizes, sizes, before, structure.shapes().count(sizes), removal)
+        parameters = structure.parameters()
+        for name, weight in weights.items():
+            parameters[name].data = weight
+        remove_units(structure.model, removal, attention_unit=structure.attention_unit)
+        return removal
 
     def _collect(self, data: list[Any], targets: list[Any], statistics: set[str]) -> dict[str, LayerStatistics]:
         model = self.structure.model
@@ -279,17 +303,72 @@ def _own_gradients(parameters: list[nn.Parameter]) -> Iterator[Any]:
             p.grad = grad
 
 
+class _Numbering:
+    """Which units, numbered as in the first model, are left after some removals."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self.layers = torch.arange(structure.sizes.num_hidden_layers)
+        self.left = {
+            t: [torch.arange(structure.units(t))] * structure.places(t)
+            for t in structure.family.types
+            if structure.units(t) and t != "layer"
+        }
+
+    def remove(self, removal: Removal) -> None:
+        """Take in a removal that numbers the units that are left."""
+        for t, places in removal.items():
+            for place, gone in enumerate(places if t != "layer" else ()):
+                first = int(self.layers[place]) if t in IN_LAYERS else 0
+                self.left[t][first] = _without(self.left[t][first], gone)
+        if "layer" in removal:
+            self.layers = _without(self.layers, removal["layer"][0])
+
+    def removal(self) -> Removal:
+        """Return all that went, as one removal; a layer that went early loses its first units besides."""
+        found = {"layer": [_without(torch.arange(self.structure.sizes.num_hidden_layers), self.layers)]}
+        for t, places in self.left.items():
+            fewest = min(len(left) for left in places)
+            stay = [left[len(left) - fewest :] for left in places]
+            found[t] = [_without(torch.arange(self.structure.units(t)), left) for left in stay]
+        return check_removal(self.structure, {t: places for t, places in found.items() if len(places[0])})
+
+
+def _without(numbers: Tensor, gone: Tensor) -> Tensor:
+    stays = torch.ones(len(numbers), dtype=torch.bool)
+    stays[gone] = False
+    return numbers[stays]
+
+
 @contextmanager
-def _replaced(structure: Structure, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Give parameters new values; if the block fails they get the old ones back."""
-    parameters = structure.parameters()
-    before = {name: parameters[name].data for name in weights}
-    with uninterrupted():
-        try:
-            for name, value in weights.items():
-                parameters[name].data = value
-            yield
-        except BaseException:
-            for name, value in before.items():
-                parameters[name].data = value
-            raise
+def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put back what a model was, parts, sizes and parameters, if the block fails; nothing is copied but buffers."""
+    parts = [(part, type(part), _shallow(vars(part))) for part in model.modules()]
+    configs = {id(c): c for part, _, _ in parts if (c := getattr(part, "config", None)) is not None}
+    fields = [(config, copy.deepcopy(vars(config))) for config in configs.values()]
+    values = [(p, p.data, p.grad) for p in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        with uninterrupted(), torch.no_grad():
+            for part, its_class, before in parts:
+                part.__class__ = its_class
+                _become(vars(part), before)
+            for config, before in fields:
+                _become(vars(config), before)
+            for p, data, grad in values:
+                p.data, p.grad = data, grad
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        raise
+
+
+def _shallow(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a module's attributes, and of the dictionaries of its parts."""
+    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in values.items()}
+
+
+def _become(values: dict[str, Any], before: dict[str, Any]) -> None:
+    values.clear()
+    values.update(before)

@@ -234,6 +234,11 @@ def make_planner(
     _check_removable(structure, checked, one_by_one)
     shapes, unit = structure.shapes(), structure.attention_unit
     first = structure.sizes if first is None else first
+    if unit == "head" and "attention" in checked and first.queries_per_group == 1:  # not: there is one left
+        raise ValueError(
+            f"attention_unit='head' needs several query heads a key/value head, here are {first.num_attention_heads} "
+            "of both; use 'group', which is one head then"
+        )
     sizes = latency = None
     if isinstance(goal, Mapping) and is_latency(goal):
         latency, final = latency_of(structure, goal, table), _nanoseconds(goal["seconds_per_token"])
@@ -257,19 +262,22 @@ def multiples_of(round_to: RoundTo | None, structure: Structure, goal: Goal) -> 
     return default_multiples(structure, goal, model_device(structure.model))
 
 
-def plan_removal(saliencies: Mapping[str, Tensor], structure: Structure, planner: Planner) -> Removal:
+def plan_removal(
+    saliencies: Mapping[str, Tensor], structure: Structure, planner: Planner, down_to: int | None = None
+) -> Removal:
     """Choose all units to remove at once to reach a goal, from saliencies that do not change on the way.
 
     Args:
         saliencies: Mean over a unit's weights, ``[P, U]`` by type.
         structure: Of the model.
         planner: With its goal; the model has to be an ordinary one at the end alone.
+        down_to: Cost to stop at, see `Planner.choose`.
 
     Raises:
         ValueError: saliencies of another shape, or not finite.
     """
     values = {t: _checked(saliencies[t], t, structure) for t in planner.types}
-    return check_removal(structure, planner.choose(values, structure.sizes)[0])
+    return check_removal(structure, planner.choose(values, structure.sizes, down_to=down_to)[0])
 
 
 def _checked(saliency: Tensor, unit_type: str, structure: Structure) -> Tensor:

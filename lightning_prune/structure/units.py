@@ -257,11 +257,6 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
             raise ValueError(
                 f"{name!r} has shape {tuple(shape)}, but the sizes of the model's configuration say {wanted}"
             )
-    if attention_unit == "head" and sizes.queries_per_group == 1:
-        raise ValueError(
-            f"attention_unit='head' needs several query heads a key/value head, here are {sizes.num_attention_heads} "
-            "of both; use 'group', which is one head then"
-        )
     return structure
 
 

@@ -243,6 +243,7 @@ def shrink(
     saliency: str = "kfac",
     compensate: bool = True,
     round_to: int | None = None,
+    rounds: int = 1,
     num_samples: int = 16,
     text_name: str | None = None,
     text_split: str = "train",
@@ -273,6 +274,7 @@ def shrink(
         compensate: Re-fit the layers that lose inputs.
         round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink; see
             `lightning_prune.prune_structured` for the default.
+        rounds: How often units are judged and removed, each time on the smaller model.
         num_samples: See `compress`.
         text_name: See `compress`.
         text_split: See `compress`.
@@ -305,7 +307,7 @@ def shrink(
     job.measure("dense")
     wanted = f"{target:.0%}" if isinstance(target, float) else str(target)
     job.say(f"Shrinking to {wanted} on {len(job.samples)} samples of {job.seq_len} tokens")
-    settings: dict[str, Any] = {"saliency": saliency, "compensate": compensate, "round_to": round_to}
+    settings: dict[str, Any] = {"saliency": saliency, "compensate": compensate, "round_to": round_to, "rounds": rounds}
     report = prune_structured(
         job.model, job.batches(batch_size), target, types, **settings, num_samples=len(job.samples), progress=progress
     )

@@ -18,7 +18,7 @@ number of parameters or just below; a target is the share of the parameters in t
   pruned to 2:4 when it has its size; aware-2:4-perp: then trains PERP's adapters instead of the weights.
 
 `--set NAME=VALUE` gives the arms aware-* other arguments of the callback, `--oneshot-types` the one-shot arms other
-unit types, `--oneshot-sizes` sizes in place of the target's, and `--rates` all arms another course of the learning
+unit types, `--oneshot-sizes` sizes in place of the target's, `--oneshot-rounds` judges them anew, and `--rates` all arms another course of the learning
 rate: so that single factors can be studied.
 
 `--losses distill` adds to the cross-entropy the divergence from the dense model, in equal shares, for every arm.
@@ -272,6 +272,7 @@ def start_of(
             target=args.oneshot_sizes or target_parameters(model, share),
             types=types_of(arm, args),
             num_samples=len(calibration),
+            rounds=args.oneshot_rounds,
             **arm.oneshot,
         )
         save_plain(model, folder / "start")
@@ -308,6 +309,8 @@ def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
         words, more = ["+".join(args.types), every], args.set
     elif arm.oneshot is not None:
         words, more = ["+".join(types_of(arm, args))], args.oneshot_sizes
+        if args.oneshot_rounds > 1:
+            words.append(f"in {args.oneshot_rounds} rounds")
     else:
         words, more = [], {}
     return " ".join([*words, *(f"{name}={value}" for name, value in more.items())])
@@ -511,6 +514,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--warmup", type=float, default=0.02, help="share of the steps (default 0.02)")
     p.add_argument("--types", nargs="+", default=["attention", "ffn", "hidden"], help="of the arms aware-*")
     p.add_argument("--oneshot-types", nargs="+", default=["ffn"], help="of oneshot-kfac and oneshot-obs")
+    p.add_argument("--oneshot-rounds", type=int, default=1, help="rounds of the one-shot arms (default 1)")
     p.add_argument(
         "--oneshot-sizes", nargs="*", default=[], metavar="NAME=VALUE", help="sizes that the one-shot arms end with"
     )

@@ -65,6 +65,18 @@ def test_resume_is_bit_identical_before_between_and_after_compactions(settings: 
     assert any(small for _, small, _ in seen)
 
 
+def test_all_query_heads_of_a_group_but_one_can_go(tmp_path: Path) -> None:
+    """After which there is no unit of that kind, while others go on going."""
+    target = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 40}
+    settings = {"target": target, "types": ("attention", "ffn"), "attention_unit": "head"}
+    whole, first = run(tmp_path, EPOCHS, **settings)
+    assert whole.model.config.num_attention_heads == 2
+    for epoch in (2, 4):
+        resumed, second = run(tmp_path / f"from-{epoch}", EPOCHS, tmp_path / f"epoch={epoch}.ckpt", **settings)
+        assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+        assert second.history == first.history
+
+
 def test_the_checkpoints_of_a_run_cover_masked_units(tmp_path: Path) -> None:
     """The test above is worth what its checkpoints are."""
     run(tmp_path, 3)

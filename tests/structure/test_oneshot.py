@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lightning_prune
 from lightning_prune import CalibrationError, prune_structured
-from lightning_prune.structure import oneshot, read_structure, save_plain
+from lightning_prune.structure import oneshot, read_structure, remove_units, save_plain
 
 
 def data(batches=4, size=2):
@@ -292,6 +292,8 @@ def test_a_failing_removal_undoes_the_compensation(how, monkeypatch):
         ({"saliency": "wanda"}, "saliency='wanda'"),
         ({"round_to": -1}, "round_to=-1"),
         ({"num_samples": 0}, "num_samples=0"),
+        ({"rounds": 0}, "rounds=0"),
+        ({"rounds": 2.0}, "rounds=2.0"),
         ({"attention_unit": "pair"}, "attention_unit='pair'"),
         ({"batches": None}, "pass batches"),
     ],
@@ -303,6 +305,95 @@ def test_bad_arguments_are_refused_before_data_is_read(arguments, message):
 
     with pytest.raises(ValueError, match=message):
         prune_structured(zoo.make("llama"), **{"batches": unread(), **arguments})
+
+
+# -- rounds ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("saliency", ["obs", "kfac", "taylor2"])
+def test_rounds_are_calls_with_smaller_and_smaller_targets(saliency, monkeypatch):
+    types, at_once, one_by_one, passed = ("attention", "ffn", "hidden"), zoo.make("qwen3"), zoo.make("qwen3"), []
+
+    def noting(model, *args, **kwargs):
+        sizes = remove_units(model, *args, **kwargs)
+        passed.append(sum(p.numel() for p in model.parameters()))
+        return sizes
+
+    monkeypatch.setattr(oneshot, "remove_units", noting)
+    total = sum(p.numel() for p in at_once.parameters())
+    report = prune_structured(at_once, data(), int(0.7 * total), types, saliency, rounds=3)
+    largest = 3 * 48 * 8 * 6  # a group of two heads in each of three layers
+    assert len(passed) == 3
+    for done, parameters in enumerate(passed, 1):
+        assert -largest < parameters - (total + (int(0.7 * total) - total) * done / 3) <= 1
+    monkeypatch.undo()
+    for target in passed:
+        last = prune_structured(one_by_one, data(), target, types, saliency)
+    assert snapshot(at_once) == snapshot(one_by_one)
+    assert at_once.config.to_dict() == one_by_one.config.to_dict()
+    assert (report.parameters_before, report.parameters, report.sizes) == (total, passed[-1], last.sizes)
+
+
+@pytest.mark.parametrize("unit", ["group", "head"])
+def test_the_report_of_rounds_numbers_units_as_before_the_first(unit):
+    """What is left is what the dense model had there; layers that went early too."""
+    model, dense = zoo.make("qwen3"), zoo.make("qwen3")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if unit == "group" else {"num_attention_heads": 3}
+    target = {"num_hidden_layers": 2, "intermediate_size": 9, "hidden_size": 41, **heads}
+    types = ("attention", "ffn", "hidden", "layer")
+    report = prune_structured(model, data(), target, types, "magnitude", False, rounds=5, attention_unit=unit)
+    assert report.sizes == read_structure(model).sizes
+    remove_units(dense, report.removal, attention_unit=unit)
+    for (name, p), q in zip(model.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)  # norms are rescaled at once, or in parts
+    torch.testing.assert_close(zoo.logits(model), zoo.logits(dense))
+
+
+def test_all_query_heads_but_one_go_in_the_first_of_two_rounds():
+    model = zoo.make("qwen2")
+    target = {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 5}
+    report = prune_structured(model, data(), target, ("attention", "ffn"), "magnitude", False, rounds=4)
+    assert (report.sizes.num_attention_heads, report.sizes.intermediate_size) == (3, 5)
+    zoo.logits(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gemma"])
+@pytest.mark.parametrize("how", ["data", "Ctrl-C"])
+def test_a_failure_in_a_later_round_leaves_the_model_bit_identical(family, how, monkeypatch):
+    """Classes, sizes, layers and ties too; gradients and parameters are the same objects."""
+    model = zoo.make(family)
+    types = ("ffn", "layer") if family in ("gpt2", "gemma3_text") else ("attention", "ffn", "hidden")
+    model(input_ids=zoo.tokens()).logits.sum().backward()
+    before, config, kinds = snapshot(model), model.config.to_dict(), [type(part) for part in model.modules()]
+    parameters, gradients = list(model.parameters()), [p.grad for p in model.parameters()]
+    printed, expected, removals = str(model), zoo.logits(model), []
+
+    def fails_at_last(*args, **kwargs):
+        removals.append(remove_units(*args, **kwargs))
+        if len(removals) == 3:
+            if how == "Ctrl-C":
+                os.kill(os.getpid(), signal.SIGINT)
+            raise CalibrationError("told to")
+
+    monkeypatch.setattr(oneshot, "remove_units", fails_at_last)
+    with pytest.raises((CalibrationError, KeyboardInterrupt)):
+        prune_structured(model, data(), 0.7, types, "taylor1", rounds=3)
+    assert removals[-1].intermediate_size < 28
+    assert snapshot(model) == before
+    assert model.config.to_dict() == config
+    assert [type(part) for part in model.modules()] == kinds
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert all(p.grad is g for p, g in zip(parameters, gradients, strict=True))
+    assert str(model) == printed
+    assert torch.equal(zoo.logits(model), expected)
+    monkeypatch.undo()
+    prune_structured(model, data(), 0.7, types, "taylor1", rounds=2)  # and can be pruned
+
+
+def test_heads_that_span_the_hidden_size_cannot_go_in_rounds():
+    with pytest.raises(ValueError, match="head_dim"):
+        target = {"num_attention_heads": 4, "hidden_size": 32}
+        prune_structured(zoo.make("gpt2"), data(), target, ("attention", "hidden"), rounds=2)
 
 
 def test_it_is_a_public_name():

@@ -301,8 +301,9 @@ def test_one_query_head_of_every_group(tmp_path):
     torch.testing.assert_close(zoo.logits(model), zoo.logits(masked), atol=1e-4, rtol=1e-4)
     save_plain(model, tmp_path)
     torch.testing.assert_close(zoo.logits(AutoModelForCausalLM.from_pretrained(tmp_path)), zoo.logits(model))
-    with pytest.raises(ValueError, match="several query heads"):
-        read_structure(zoo.make("gpt2"), "head")
+    assert read_structure(model, "head").units("attention") == 1  # which stays
+    with pytest.raises(ValueError, match="at least one must stay"):
+        remove_units(model, {"attention": [[0], [0], [0]]}, attention_unit="head")
     with pytest.raises(ValueError, match="attention_unit"):
         read_structure(model, "pair")
 
