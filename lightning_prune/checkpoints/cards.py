@@ -22,6 +22,7 @@ SPARSITY_FILE = "sparsity.json"
 
 _LABELS = {
     "targets": "layers chosen",
+    "ignore": "layers left out",
     "sparsity": "sparsity asked for",
     "group": "compared within",
     "allocation": "allocation of sparsity to layers",

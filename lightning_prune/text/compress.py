@@ -25,6 +25,7 @@ from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.pruning.pipeline import prune
 from lightning_prune.pruning.settings import PruningSettings, make_score
+from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.results import Table
 from lightning_prune.safety import expanded
 from lightning_prune.structure.oneshot import prune_structured
@@ -123,6 +124,8 @@ def compress(
     sequential: bool = False,
     permute: bool = False,
     fit: bool = False,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = DEFAULT_IGNORE,
     num_samples: int = 16,
     minutes: float | None = None,
     text_name: str | None = None,
@@ -159,6 +162,8 @@ def compress(
             `lightning_prune.structure.permute_channels`, which knows the families that it can do this to.
         fit: Fit the weights that stay to the dense model's outputs afterwards, half a block at a time; see
             `lightning_prune.perp.reconstruct`.
+        targets: Names, name patterns or type names of the layers to prune, see `lightning_prune.prune`; default all.
+        ignore: Of those to leave out, besides output layers.
         num_samples: Calibration samples of `seq_len` tokens, spread over the text.
         minutes: In place of `score`, `update`, `sequential`, `permute`, `fit` and `num_samples`: take the best of a
             measured table that the command can do in about so many minutes on this device.
@@ -199,7 +204,8 @@ def compress(
             "'2:4', or leave permute out"
         )
     # For its checks, before anything long begins.
-    PruningSettings(make_score(score), sparsity, pattern, update=update, num_samples=num_samples, sequential=sequential)
+    chosen: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "targets": targets, "ignore": ignore}
+    PruningSettings(make_score(score), **chosen, update=update, num_samples=num_samples, sequential=sequential)
     if (fit or minutes is not None) and (sparsity == 0 or score == "keep"):
         raise ValueError(
             f"fit={fit} and minutes={minutes} with sparsity={sparsity} and score={score!r}: nothing goes that what "
@@ -217,7 +223,7 @@ def compress(
     if minutes is not None:
         recipe = job.recipe_for(60 * minutes, pattern)
         job.samples = _spread(job.samples, recipe.num_samples)
-    how: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, **recipe.pruning()}
+    how = {**chosen, **recipe.pruning()}
     how["num_samples"] = len(job.samples)
     job.say(f"Pruning by {recipe} of {job.seq_len} tokens")
     if recipe.permute:
@@ -230,6 +236,8 @@ def compress(
         del dense
     job.measure("pruned")
     settings = {**how, "permute": recipe.permute, "fit": recipe.fit}
+    if tuple(ignore) == DEFAULT_IGNORE:
+        del settings["ignore"]
     return job.write(job.model, Making(recipe.score, [settings], len(masks)), settings, masks)
 
 

@@ -18,8 +18,8 @@ number of parameters or just below; a target is the share of the parameters in t
   pruned to 2:4 when it has its size; aware-2:4-perp: then trains PERP's adapters instead of the weights.
 
 `--set NAME=VALUE` gives the arms aware-* other arguments of the callback, `--oneshot-types` the one-shot arms other
-unit types, `--oneshot-sizes` sizes in place of the target's, `--oneshot-rounds` judges them anew, and `--rates` all arms another course of the learning
-rate: so that single factors can be studied.
+unit types, `--oneshot-sizes` sizes in place of the target's, `--oneshot-rounds` judges units anew between removals, and
+`--rates` all arms another course of the learning rate: so that single factors can be studied.
 
 `--losses distill` adds to the cross-entropy the divergence from the dense model, in equal shares, for every arm.
 

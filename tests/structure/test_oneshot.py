@@ -391,8 +391,8 @@ def test_a_failure_in_a_later_round_leaves_the_model_bit_identical(family, how, 
 
 
 def test_heads_that_span_the_hidden_size_cannot_go_in_rounds():
+    target = {"num_attention_heads": 4, "hidden_size": 32}
     with pytest.raises(ValueError, match="head_dim"):
-        target = {"num_attention_heads": 4, "hidden_size": 32}
         prune_structured(zoo.make("gpt2"), data(), target, ("attention", "hidden"), rounds=2)
 
 

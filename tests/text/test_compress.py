@@ -155,8 +155,18 @@ def test_the_commands(files, tmp_path, capsys):
     assert main(["prune", str(files.dense), out, "--score", "wanda", "--pattern", "2:4", *options]) == 0
     assert "exact zeros (50.00%)" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))["pattern"] == "2:4"
-    assert main(["shrink", str(files.dense), out, "--target", "0.9", "--no-compensate", "--overwrite", *options]) == 0
-    assert "sizes" in json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))
+    assert main(["shrink", str(files.dense), out, "--target", "0.9", "--rounds", "2", "--overwrite", *options]) == 0
+    made = json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))
+    assert "sizes" in made
+    assert made["settings"][0]["rounds"] == 2
+    chosen = ["--targets", "mlp", "self_attn", "--ignore", "model.layers.0.*", "--overwrite"]
+    assert main(["prune", str(files.dense), out, "--score", "wanda", *chosen, *options]) == 0
+    weights = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert {name for name, weight in weights.items() if (weight == 0).any()} == {
+        name for name in weights if ".layers.1." in name and "_proj" in name
+    }
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "model.layers.0.*" in card
     # The pruned model is a model like any other.
     assert main(["prune", out, str(tmp_path / "twice"), "--score", "magnitude", "--prompt", "It was", *options]) == 0
     assert "'It was' ..." in capsys.readouterr().out
