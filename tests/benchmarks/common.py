@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import math
 import os
@@ -243,6 +245,14 @@ def rss() -> int:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def settled() -> int:
+    """Resident memory once what is free has gone back to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return rss()
+
+
 class PeakMemory:
     """Highest resident memory between entry and exit, sampled by a thread (`ru_maxrss` can't be reset)."""
 
@@ -251,7 +261,7 @@ class PeakMemory:
         self.start = self.peak = 0
 
     def __enter__(self) -> PeakMemory:
-        self.start = self.peak = rss()
+        self.start = self.peak = settled()  # else what was let go before is taken again, and counts as nothing
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()

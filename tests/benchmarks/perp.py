@@ -22,8 +22,6 @@ Rows are merged into the JSON file and not trained again, so the table can be ma
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import statistics
 import sys
 import time
@@ -239,7 +237,7 @@ def timing(
     modules, mixed = [name.removesuffix(".weight") for name in masks], args.precision != "32"
     seconds: dict[str, list[float]] = {"lora": [], **{name: [] for name in args.variants}}
     peaks: dict[str, int] = {}
-    resident = settled()
+    resident = common.settled()
     for round_index in range(args.timing):
         names = list(seconds) if round_index % 2 == 0 else list(reversed(seconds))
         for name in names:
@@ -260,7 +258,7 @@ def timing(
             peaks[name] = max(peaks.get(name, 0), memory.peak - resident)
             retraining.finish()
             del retraining
-            resident = settled()
+            resident = common.settled()
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
     for name, values in seconds.items():
@@ -277,14 +275,6 @@ def timing(
             "highest": max(ratios),
             "peak_MiB": peaks[name] / 2**20,
         }
-
-
-def settled() -> int:
-    """Resident memory once what is free has gone back to the system."""
-    gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return common.rss()
 
 
 class Plain(Retraining):
