@@ -186,14 +186,71 @@ def unexplained(hessian: Tensor, groups: Tensor, damping: float = DAMPING) -> Te
     Raises:
         CalibrationError: the matrix stays indefinite.
     """
+    inverse, added = _inverse(hessian, damping)
+    return _others_cannot(inverse, added, groups.to(hessian.device))
+
+
+@full_precision()
+def removal_costs(
+    weight: Tensor, hessian: Tensor, groups: Tensor, importance: Tensor, damping: float = DAMPING, steps: int = 64
+) -> Tensor:
+    """Of each group of inputs, by how much the layer's output changes when it goes after the cheaper ones.
+
+    The cheapest go, the other weights and the inverse Hessian are updated for it, and what is left is judged anew
+    (structured optimal brain surgeon; ZipLM, Kurtic, Frantar & Alistarh 2023, arXiv 2302.04089, algorithm 1, which
+    takes one group at a time). So of inputs that can stand in for each other one stays.
+
+    Args:
+        weight: ``[O, I]``; not changed.
+        hessian: ``X^T X`` of the layer's inputs, ``[I, I]``, up to a factor; not changed. Computed in float64 (float32
+            on MPS).
+        groups: Indices of inputs, ``[U, M]``, each at most once.
+        importance: Of an output's squared error, ``[O]``.
+        damping: See `compensated`.
+        steps: In how many parts the groups go.
+
+    Returns:
+        ``[U]``, up to the factor of the Hessian; none is less than that of a group that went before.
+
+    Raises:
+        CalibrationError: the matrix stays indefinite.
+    """
+    inverse, added = _inverse(hessian, damping)
+    groups, rows = groups.to(hessian.device), weight.to(inverse) * importance.to(inverse).sqrt()[:, None]
+    left = torch.arange(len(groups), device=groups.device)
+    costs = inverse.new_zeros(len(groups))
+    least = inverse.new_zeros(1)
+    while len(left):
+        theirs = rows[:, groups].permute(1, 0, 2)  # [U, O, M]
+        found = ((theirs @ _others_cannot(inverse, added, groups)) * theirs).sum((1, 2))
+        order = found.argsort(stable=True)[: -(-len(costs) // steps)]
+        ascending = torch.cat([least, found[order]]).cummax(0).values
+        costs[left[order]], least = ascending[1:], ascending[-1:]
+        lost = groups[order].flatten()
+        stays = torch.ones(len(inverse), dtype=torch.bool, device=lost.device)
+        stays[lost] = False
+        fit = torch.linalg.solve(inverse[lost][:, lost], inverse[lost][:, stays])
+        rows = rows[:, stays] - rows[:, lost] @ fit
+        inverse, added = inverse[stays][:, stays] - inverse[stays][:, lost] @ fit, added[stays]
+        here = torch.ones_like(left, dtype=torch.bool)
+        here[order] = False
+        left, groups = left[here], (stays.cumsum(0) - 1)[groups[here]]
+    return costs
+
+
+def _inverse(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The inverse of the damped matrix, and what was added to its diagonal."""
     diagonal, scale = _diagonal(hessian)
-    damped, groups = hessian.to(diagonal.dtype, copy=True), groups.to(hessian.device)
+    damped = hessian.to(diagonal.dtype, copy=True)
     for attempt in range(4):
         damped.diagonal().copy_(diagonal + damping * 10**attempt * scale)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            inverse = torch.cholesky_inverse(factor)
-            blocks: Tensor = torch.linalg.inv(inverse[groups[:, :, None], groups[:, None, :]])
-            added = damped.diagonal() - hessian.diagonal()
-            return blocks - torch.diag_embed(added[groups])
+            return torch.cholesky_inverse(factor), damped.diagonal() - hessian.diagonal()
     raise CalibrationError(_INDEFINITE)
+
+
+def _others_cannot(inverse: Tensor, added: Tensor, groups: Tensor) -> Tensor:
+    """`unexplained`, from the inverse."""
+    blocks: Tensor = torch.linalg.inv(inverse[groups[:, :, None], groups[:, None, :]])
+    return blocks - torch.diag_embed(added[groups])

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.progress import progress_bar
-from lightning_prune.pruning.hessian import DAMPING, compensated, unexplained
+from lightning_prune.pruning.hessian import DAMPING, compensated, removal_costs, unexplained
 from lightning_prune.pruning.statistics import HESSIAN
 from lightning_prune.ranks import shard_group
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local
-from lightning_prune.structure.saliency import INPUT_AXIS, Unexplained, reader_targets
+from lightning_prune.structure.saliency import INPUT_AXIS, Costs, Unexplained, reader_targets
 from lightning_prune.structure.streaming import StreamedStatistics
 from lightning_prune.structure.units import Removal, Structure, renumbered, unit_indices
 
@@ -112,12 +112,24 @@ def unexplained_of(moments: Mapping[str, Tensor]) -> Unexplained:
 
     def left(layer: str, units: Tensor) -> Tensor | None:
         hessian = moments.get(layer)
-        if hessian is None:
-            return None
-        total = hessian.diagonal().sum()
-        return unexplained(hessian, units) / torch.where(total > 0, total, 1)  # 0 of inputs that were always zero
+        return None if hessian is None else unexplained(hessian, units) / _total(hessian)
 
     return left
+
+
+def costs_of(moments: Mapping[str, Tensor]) -> Costs:
+    """Return what `kfac_saliency` asks of the layers that alone read units, with such moments, by name."""
+
+    def costs(layer: str, units: Tensor, weight: Tensor, importance: Tensor) -> Tensor:
+        return removal_costs(weight, moments[layer], units, importance) / _total(moments[layer])
+
+    return costs
+
+
+def _total(hessian: Tensor) -> Tensor:
+    """All inputs' second moments, or 1 where they were always zero."""
+    total = hessian.diagonal().sum()
+    return torch.where(total > 0, total, 1)
 
 
 class StreamedMoments:

@@ -19,7 +19,7 @@ from lightning_prune.pruning.running import model_loss, on_device, quiet_model
 from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards
-from lightning_prune.structure.compensation import compensation, observed_layers, unexplained_of
+from lightning_prune.structure.compensation import compensation, costs_of, observed_layers, unexplained_of
 from lightning_prune.structure.device_goals import names_sizes
 from lightning_prune.structure.planning import Planner, RoundTo, attention_unit_of, make_planner, plan_removal
 from lightning_prune.structure.removal import remove_units
@@ -108,9 +108,9 @@ def prune_structured(
             default, since without training it costs least. Of several, the type with the cheapest next unit by mean
             saliency a weight is taken each time.
         saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"obs"``: the same of what
-            is left of a unit when the others have been re-fitted for it (optimal brain surgeon; with `compensate`).
-            That is better where training follows, and worse without it where many channels go at once, since each is
-            judged as if those that can stand in for it stayed. ``"taylor1"``,
+            is left of a unit when the others have been re-fitted for it (optimal brain surgeon; with `compensate`):
+            of heads and FFN channels after the cheaper ones have gone, of hidden channels as if they stayed. That is
+            better where training follows; without it they are alike. ``"taylor1"``,
             ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
             gradient is that of its mean loss, so Taylor depends on how samples are batched. For experts alone also
             ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
@@ -230,8 +230,10 @@ class _Round:
                 wanted.add(HESSIAN)
             statistics = self._collect(data, reader_targets(structure, self.types), wanted)
             self.hessians = {name: s.hessian for name, s in statistics.items() if s.hessian is not None}
-            updated = unexplained_of(self._moments(data)) if self.saliency == "obs" else None
-            return kfac_saliency(structure, statistics, self.types, updated)
+            if self.saliency == "kfac":
+                return kfac_saliency(structure, statistics, self.types)
+            moments = self._moments(data)
+            return kfac_saliency(structure, statistics, self.types, unexplained_of(moments), costs_of(moments))
         scores = SaliencyAccumulator(structure, self.types, self.saliency)
         if self.saliency == "magnitude":
             scores.add()

@@ -23,6 +23,7 @@ TRAINING_SALIENCIES = (*GRADIENT_SALIENCIES, "kfac")
 SALIENCIES = (*TRAINING_SALIENCIES, "obs", "reap")
 
 Unexplained = Callable[[str, Tensor], Tensor | None]
+Costs = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 
 INPUT_AXIS: dict[str, str] = {"attention": "q", "ffn": "f", "hidden": "d"}
 """Axis that the layers reading a type's units have as inputs."""
@@ -262,6 +263,7 @@ def kfac_saliency(
     statistics: Mapping[str, LayerStatistics],
     types: Sequence[str],
     unexplained: Unexplained | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, Tensor]:
     """Unit saliencies from the diagonal of the Kronecker-factored Fisher, ``[P, U]`` by type.
 
@@ -279,8 +281,11 @@ def kfac_saliency(
             stand in for, ``[U, M, M]``, as a share of all inputs' (see `StreamedMoments.unexplained`). They take the
             place of ``E[x_j^2]``: the loss increase is then that after the update of what remains (optimal brain
             surgeon). Where it says None, or is None, nothing is taken to be updated.
+        costs: Says of the only layer that reads some units, of its inputs by unit, of its weight, ``[O, I]``, and of
+            ``E[delta_i^2]``, what each unit costs after the cheaper ones, by a share of all inputs' second moments (see
+            `lightning_prune.pruning.hessian.removal_costs`). Goes before `unexplained`; of whole weights.
     """
-    result = _read_saliency(structure, statistics, [t for t in types if t != "layer"], unexplained)
+    result = _read_saliency(structure, statistics, [t for t in types if t != "layer"], unexplained, costs)
     if "layer" in types:  # nothing in a layer that goes could be updated
         plain = _read_saliency(structure, statistics, ["layer"])
         per_layer = [
@@ -299,6 +304,7 @@ def _read_saliency(
     statistics: Mapping[str, LayerStatistics],
     types: Sequence[str],
     unexplained: Unexplained | None = None,
+    costs: Costs | None = None,
 ) -> dict[str, Tensor]:
     """`kfac_saliency` of the types that layers read."""
     targets = {t.name: t for t in reader_targets(structure, types)}
@@ -310,6 +316,11 @@ def _read_saliency(
             total = torch.zeros(structure.units(unit_type), dtype=torch.float64)
             for name in names:
                 target, units = targets[f"{name}.weight"], by_axis[INPUT_AXIS[unit_type]]
+                if costs is not None and len(names) == 1:
+                    found = statistics[target.name]
+                    shares = costs(name, units, target.matrix(), found.get(OUTPUT_GRAD_NORM).square())
+                    total += (shares * found.get(INPUT_NORM).square().sum().to(shares)).cpu().double()
+                    continue
                 left = None if unexplained is None else unexplained(name, units)
                 if left is None:
                     total += _input_saliency(target, statistics[target.name]).cpu().double()[units].sum(1)

@@ -319,6 +319,28 @@ def exact(weight: Array, hessian: Array, mask: Array) -> Array:
     return new
 
 
+def surgeon(weight: Array, hessian: Array, importance: Array, groups: Sequence[Sequence[int]]) -> tuple[Array, Array]:
+    """The order in which groups of inputs go, the cheapest first, and what each costs then; all anew for each."""
+    whole, ridge = damped(hessian), damped(hessian) - hessian
+    left, order, costs = list(range(len(groups))), [], []
+    while left:
+        kept = [i for g in left for i in groups[g]]
+        gone = [i for g in order for i in groups[g]]
+        inverse = np.linalg.inv(whole[np.ix_(kept, kept)])
+        now = weight[:, kept] + weight[:, gone] @ whole[np.ix_(gone, kept)] @ inverse
+
+        def cost(group: int, kept: list[int] = kept, inverse: Array = inverse, now: Array = now) -> float:
+            where = [kept.index(i) for i in groups[group]]
+            cannot = np.linalg.inv(inverse[np.ix_(where, where)]) - ridge[np.ix_(groups[group], groups[group])]
+            return float(np.sum(importance * np.einsum("om,mn,on->o", now[:, where], cannot, now[:, where])))
+
+        chosen = min(left, key=cost)
+        costs.append(max([cost(chosen), *costs]))
+        order.append(chosen)
+        left.remove(chosen)
+    return np.array(order), np.array(costs)
+
+
 def alps(
     weight: Array,
     hessian: Array,

@@ -8,7 +8,7 @@ import torch
 from tiny import snapshot
 
 from lightning_prune import CalibrationError
-from lightning_prune.pruning.hessian import compensated, unexplained
+from lightning_prune.pruning.hessian import compensated, removal_costs, unexplained
 from lightning_prune.structure import read_structure
 from lightning_prune.structure.compensation import compensate, compensation, observed_layers
 from lightning_prune.structure.units import check_removal
@@ -78,6 +78,40 @@ def test_unexplained_is_what_the_update_leaves_of_the_error(groups):
         for row, updated in zip(w, new, strict=True):
             left = np.sum((x @ (updated - row)) ** 2) + ridge * np.sum((updated - row)[kept] ** 2)
             assert row[lost] @ matrix @ row[lost] == pytest.approx(left, rel=1e-9)
+
+
+@pytest.mark.parametrize("groups", [[[i] for i in range(9)], [[0, 1, 2], [3, 8, 4], [5, 6, 7]]])
+def test_removal_costs_are_those_of_one_group_after_the_other(groups):
+    x, w = problem()
+    x[:, 4] = x[:, 7] + 0.01 * x[:, 4]  # can stand in for each other: one is cheap, and the other dear then
+    importance = np.random.default_rng(1).uniform(0.1, 2.0, len(w))
+    order, costs = naive.surgeon(w, x.T @ x, importance, groups)
+    got = removal_costs(*map(torch.from_numpy, (w, x.T @ x)), torch.tensor(groups), torch.from_numpy(importance))
+    np.testing.assert_allclose(got.numpy()[order], costs, rtol=1e-9)
+    if len(groups) == 9:
+        assert (order[0] in (4, 7), *costs[:1]) == (True, pytest.approx(costs.min()))
+        assert {4, 7} - set(order[:3].tolist())
+    # In parts, which are judged anew each, the cheapest part is the same, and all costs ascend.
+    halves = removal_costs(
+        *map(torch.from_numpy, (w, x.T @ x)), torch.tensor(groups), torch.from_numpy(importance), steps=2
+    ).numpy()
+    first = np.argsort(halves)[0]
+    assert first == order[0]
+    assert halves[first] == pytest.approx(costs[0])
+
+
+def test_removal_costs_of_inputs_that_were_always_zero_are_zero():
+    x, w = problem()
+    padded, wide = np.zeros((12, 12)), np.concatenate([w, np.ones((len(w), 3))], 1)
+    padded[:9, :9] = x.T @ x
+    got = removal_costs(
+        torch.from_numpy(wide), torch.from_numpy(padded), torch.arange(12)[:, None], torch.ones(len(w))
+    ).numpy()
+    np.testing.assert_allclose(got[9:], 0, atol=1e-9)
+    order, costs = naive.surgeon(w, x.T @ x, np.ones(len(w)), [[i] for i in range(9)])
+    np.testing.assert_allclose(got[order], costs, rtol=1e-9)
+    with pytest.raises(CalibrationError, match="positive definite"):
+        removal_costs(torch.ones(2, 4), -torch.eye(4), torch.tensor([[0]]), torch.ones(2))
 
 
 def test_unexplained_leaves_out_what_was_always_zero():

@@ -79,9 +79,11 @@ def test_the_default_is_kfac_with_compensation_of_ffn_channels(settings):
         w, s = before[n], found[f"{n}.weight"]
         h = s["hessian"]
         ridge = 0.01 * np.mean(np.diag(h))
-        unexplained = 1 / np.diag(np.linalg.inv(h + ridge * np.eye(28))) - ridge  # by the other channels
-        moments = unexplained if settings else s["input_norm"] ** 2
-        gone = sorted(np.argsort((s["output_grad_norm"][:, None] ** 2 * w**2).sum(0) * moments)[:count])
+        importance = s["output_grad_norm"] ** 2
+        if settings:
+            gone = sorted(naive.surgeon(w, h, importance, [[f] for f in range(28)])[0][:count])
+        else:
+            gone = sorted(np.argsort((importance[:, None] * w**2).sum(0) * s["input_norm"] ** 2)[:count])
         assert report.removal["ffn"][i].tolist() == gone
         kept = [f for f in range(28) if f not in gone]
         damped = h[np.ix_(kept, kept)] + ridge * np.eye(len(kept))
