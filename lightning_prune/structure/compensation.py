@@ -117,11 +117,18 @@ def unexplained_of(moments: Mapping[str, Tensor]) -> Unexplained:
     return left
 
 
-def costs_of(moments: Mapping[str, Tensor]) -> Costs:
-    """Return what `kfac_saliency` asks of the layers that alone read units, with such moments, by name."""
+def costs_of(moments: Mapping[str, Tensor], advance: Callable[[], None]) -> Costs:
+    """Return what `kfac_saliency` asks of the layers that alone read units, with such moments, by name.
+
+    Args:
+        moments: As for `compensation`.
+        advance: Called after each layer.
+    """
 
     def costs(layer: str, units: Tensor, weight: Tensor, importance: Tensor) -> Tensor:
-        return removal_costs(weight, moments[layer], units, importance) / _total(moments[layer])
+        found = removal_costs(weight, moments[layer], units, importance) / _total(moments[layer])
+        advance()
+        return found
 
     return costs
 

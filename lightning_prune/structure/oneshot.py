@@ -233,7 +233,10 @@ class _Round:
             if self.saliency == "kfac":
                 return kfac_saliency(structure, statistics, self.types)
             moments = self._moments(data)
-            return kfac_saliency(structure, statistics, self.types, unexplained_of(moments), costs_of(moments))
+            layers = sum(structure.places(t) for t in self.types if t in ("attention", "ffn"))
+            with progress_bar("Judging", layers, self.progress) as advance:
+                left, costs = unexplained_of(moments), costs_of(moments, advance)
+                return kfac_saliency(structure, statistics, self.types, left, costs)
         scores = SaliencyAccumulator(structure, self.types, self.saliency)
         if self.saliency == "magnitude":
             scores.add()
