@@ -312,6 +312,7 @@ def test_bad_arguments_are_refused_before_data_is_read(arguments, message):
 # -- rounds ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few_fast(1)
 @pytest.mark.parametrize("saliency", ["obs", "kfac", "taylor2"])
 def test_rounds_are_calls_with_smaller_and_smaller_targets(saliency, monkeypatch):
     types, at_once, one_by_one, passed = ("attention", "ffn", "hidden"), zoo.make("qwen3"), zoo.make("qwen3"), []
@@ -359,6 +360,7 @@ def test_all_query_heads_but_one_go_in_the_first_of_two_rounds():
     zoo.logits(model)
 
 
+@pytest.mark.few_fast(2)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "gemma"])
 @pytest.mark.parametrize("how", ["data", "Ctrl-C"])
 def test_a_failure_in_a_later_round_leaves_the_model_bit_identical(family, how, monkeypatch):
