@@ -347,21 +347,21 @@ def _without(numbers: Tensor, gone: Tensor) -> Tensor:
 
 @contextmanager
 def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put back what a model was, parts, sizes and parameters, if the block fails; nothing is copied but buffers."""
-    parts = [(part, type(part), _shallow(vars(part))) for part in model.modules()]
+    """Put back what a model was, parts, sizes and parameters, if the block fails; no weight is copied."""
+    parts = [(part, type(part), _Attributes(vars(part))) for part in model.modules()]
     configs = {id(c): c for part, _, _ in parts if (c := getattr(part, "config", None)) is not None}
-    fields = [(config, copy.deepcopy(vars(config))) for config in configs.values()]
+    fields = [(vars(config), copy.deepcopy(vars(config))) for config in configs.values()]
     values = [(p, p.data, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     except BaseException:
         with uninterrupted(), torch.no_grad():
-            for part, its_class, before in parts:
+            for part, its_class, attributes in parts:
                 part.__class__ = its_class
-                _become(vars(part), before)
-            for config, before in fields:
-                _become(vars(config), before)
+                attributes.restore()
+            for now, before in fields:
+                _become(now, before)
             for p, data, grad in values:
                 p.data, p.grad = data, grad
             for buffer, value in buffers:
@@ -369,9 +369,17 @@ def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _shallow(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a module's attributes, and of the dictionaries of its parts."""
-    return {name: copy.copy(value) if isinstance(value, dict) else value for name, value in values.items()}
+class _Attributes:
+    """A module's attributes, and what is in its dictionaries of parts and hooks, which stay the same objects."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.attributes, self.before = attributes, dict(attributes)
+        self.inside = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
+
+    def restore(self) -> None:
+        _become(self.attributes, self.before)
+        for now, before in self.inside:
+            _become(now, before)
 
 
 def _become(values: dict[str, Any], before: dict[str, Any]) -> None:
