@@ -76,11 +76,16 @@ def ours_reconstruct(
     return {block.name: (block.before, block.after) for block in done.blocks}
 
 
+def ours_structured(model: nn.Module, sequences: Tensor, **how: Any) -> dict[str, Any]:
+    """`prune_structured` end to end: what is left."""
+    report = prune_structured(model, common.batched(sequences, 4), num_samples=len(sequences), progress=False, **how)
+    return {"parameters": report.parameters, "sizes": report.sizes.as_dict()}
+
+
 def ours_remove_experts(model: nn.Module, sequences: Tensor, keep: int, saliency: str, seed: int) -> None:
     """`prune_structured` of experts end to end; or so many at random of every layer."""
     if saliency != "random":
-        how = {"num_samples": len(sequences), "progress": False}
-        prune_structured(model, common.batched(sequences, 4), {"num_experts": keep}, ("expert",), saliency, **how)
+        ours_structured(model, sequences, target={"num_experts": keep}, types=("expert",), saliency=saliency)
         return
     structure, generator = read_structure(model), torch.Generator().manual_seed(seed)
     experts = structure.units("expert")
