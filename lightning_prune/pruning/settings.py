@@ -24,7 +24,7 @@ from lightning_prune.pruning.scores import (
     Wanda,
     missing_members,
 )
-from lightning_prune.pruning.targets import DEFAULT_IGNORE
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, reject_bare_string
 from lightning_prune.pruning.updates import ALPS, UPDATES, SparseGPT, Update
 from lightning_prune.schedules import is_share
 
@@ -93,6 +93,8 @@ class PruningSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        reject_bare_string("targets", self.targets)
+        reject_bare_string("ignore", self.ignore)
         score, nm, group, allocation = self.score, self.nm, self.group, self.allocation
         if self.sparsity is not None and not is_share(self.sparsity):
             raise ValueError(

@@ -386,8 +386,8 @@ def select_layers(
     Raises:
         ValueError, TypeError: see `find_targets`.
     """
-    _reject_bare_string("targets", targets)
-    _reject_bare_string("ignore", ignore)
+    reject_bare_string("targets", targets)
+    reject_bare_string("ignore", ignore)
     adapters = adapter_modules(model)
     layers = _candidates(model, adapters)
     if targets is not None:
@@ -591,7 +591,12 @@ def _is_empty(layer: _Candidate) -> bool:
     return weight is not None and not is_lazy(weight) and not weight.numel() and not weight.is_meta
 
 
-def _reject_bare_string(argument: str, value: object) -> None:
+def reject_bare_string(argument: str, value: object) -> None:
+    """Refuse a string in place of a sequence of them.
+
+    Raises:
+        TypeError: saying what to write.
+    """
     if isinstance(value, str):
         raise TypeError(f"{argument} must be a sequence, got the string {value!r}; write {argument}=[{value!r}]")
 
@@ -611,7 +616,8 @@ def _require_matches(
             raise TypeError(f"{argument} takes module types and name patterns, got {selector!r}")
         if not any(_selected(name, layer.module, [selector]) for name, layer in layers.items()):
             tails = {n.rsplit(".", 1)[-1] for n in layers}
-            near = difflib.get_close_matches(str(selector), tails, n=3) or sorted(tails)[:8]
+            telling = sorted(tails - {""} or tails, key=lambda tail: (tail.isdigit(), tail))
+            near = difflib.get_close_matches(str(selector), tails, n=3) or telling[:8]
             raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
 
 

@@ -7,6 +7,7 @@ would be wrong in silence. So the functions of torch that receive a weight are w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -86,7 +87,8 @@ class WeightUses(TorchFunctionMode):
 
     def __init__(self, taps: Watched, layers: Sequence[tuple[str, Sequence[nn.Module]]]) -> None:
         super().__init__()
-        self.taps, self.layers = taps, layers
+        # They hold this too: a circle would keep their sums, large as they are, until Python looks for circles.
+        self.taps, self.layers = weakref.proxy(taps), layers
         self.known: dict[int, tuple[Tensor, str]] = {}
         self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
 

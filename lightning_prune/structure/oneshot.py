@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,21 +158,18 @@ def prune_structured(
     if batches is None and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
     data = [batch for batch, _ in samples([] if batches is None else batches, num_samples)]
-    numbering, table = _Numbering(structure), None if planner.latency is None else planner.latency.table
+    numbering, now = _Numbering(structure), structure
     start, span = planner.cost(structure.sizes), planner.final - planner.cost(structure.sizes)
-    now = structure
     with _unchanged_on_failure(structure.model):
         for done in range(1, rounds + 1):
             down_to = None if done == rounds else start + round(span * done / rounds)
+            if done > 1 and planner.reached(now.sizes):
+                break
             if down_to is not None and planner.cost(now.sizes) <= down_to:  # the last unit was a large one
                 continue
-            removal = _Round(now, checked, saliency, compensate, num_samples, loss_fn, progress).run(
-                data, planner, down_to
-            )
-            numbering.remove(removal)
+            this = _Round(now, checked, saliency, compensate, num_samples, loss_fn, progress)
+            numbering.remove(this.run(data, planner, down_to))
             now = read_structure(model, unit)
-            if done < rounds:
-                planner = make_planner(now, target, checked, planner.multiples, planner.first, table=table)
     shapes = structure.shapes()
     return StructuredReport(
         structure.sizes, now.sizes, shapes.count(structure.sizes), shapes.count(now.sizes), numbering.removal()
@@ -346,43 +342,30 @@ def _without(numbers: Tensor, gone: Tensor) -> Tensor:
     return numbers[stays]
 
 
+# What holds the tree of a model: hooks are in dictionaries beside these, and their handles know those by identity.
+_TREE = ("_parameters", "_buffers", "_modules")
+
+
 @contextmanager
 def _unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Put back what a model was, parts, sizes and parameters, if the block fails; no weight is copied."""
-    parts = [(part, type(part), _Attributes(vars(part))) for part in model.modules()]
+    """Put back what a model was, parts, sizes and parameters, if the block fails; nothing is copied but buffers."""
+    parts = [(part, type(part), dict(vars(part))) for part in model.modules()]
     configs = {id(c): c for part, _, _ in parts if (c := getattr(part, "config", None)) is not None}
-    fields = [(vars(config), copy.deepcopy(vars(config))) for config in configs.values()]
+    attributes = [(vars(thing), dict(vars(thing))) for thing in (*configs.values(), *(part for part, _, _ in parts))]
+    tree = [(before[name], dict(before[name])) for _, _, before in parts for name in _TREE]
     values = [(p, p.data, p.grad) for p in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     except BaseException:
         with uninterrupted(), torch.no_grad():
-            for part, its_class, attributes in parts:
+            for part, its_class, _ in parts:
                 part.__class__ = its_class
-                attributes.restore()
-            for now, before in fields:
-                _become(now, before)
+            for now, before in (*attributes, *tree):
+                now.clear()
+                now.update(before)
             for p, data, grad in values:
                 p.data, p.grad = data, grad
             for buffer, value in buffers:
                 buffer.copy_(value)
         raise
-
-
-class _Attributes:
-    """A module's attributes, and what is in its dictionaries of parts and hooks, which stay the same objects."""
-
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        self.attributes, self.before = attributes, dict(attributes)
-        self.inside = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
-
-    def restore(self) -> None:
-        _become(self.attributes, self.before)
-        for now, before in self.inside:
-            _become(now, before)
-
-
-def _become(values: dict[str, Any], before: dict[str, Any]) -> None:
-    values.clear()
-    values.update(before)

@@ -310,13 +310,14 @@ def _check_removable(structure: Structure, types: Sequence[UnitType], one_by_one
         raise ValueError(
             f"types={tuple(types)}: {family.model_type!r} takes head_dim for hidden_size / num_attention_heads, which "
             "ties its heads to its hidden size, so that they cannot go one by one: use types=('ffn',), ('layer',) or "
-            "both, or prune_structured with final sizes as target, num_attention_heads * head_dim = hidden_size"
+            "both, or prune_structured in one round with final sizes as target, num_attention_heads * head_dim = "
+            "hidden_size"
         )
     if family.heads_divide_hidden and (reason := needs_other_class(structure)):
         raise ValueError(
             f"types={tuple(types)}: {family.model_type!r} wants a hidden size that its heads divide, and {reason}, so "
             "that it cannot be saved as another family in between: use types=('ffn',), ('layer',) or both, or "
-            "prune_structured with final sizes as target that divide"
+            "prune_structured in one round with final sizes as target that divide"
         )
     for unit_type in {"attention", "hidden"} & set(types):
         fewer = structure.sizes.without(unit_type, 1, structure.attention_unit)

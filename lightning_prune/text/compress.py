@@ -24,6 +24,7 @@ from lightning_prune.perp.reconstruction import reconstruct
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.pruning.pipeline import prune
+from lightning_prune.pruning.plan import make_plan
 from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.results import Table
@@ -163,7 +164,7 @@ def compress(
         fit: Fit the weights that stay to the dense model's outputs afterwards, half a block at a time; see
             `lightning_prune.perp.reconstruct`.
         targets: Names, name patterns or type names of the layers to prune, see `lightning_prune.prune`; default all.
-        ignore: Of those to leave out, besides output layers.
+        ignore: Of those to leave out, besides output layers; default these alone.
         num_samples: Calibration samples of `seq_len` tokens, spread over the text.
         minutes: In place of `score`, `update`, `sequential`, `permute`, `fit` and `num_samples`: take the best of a
             measured table that the command can do in about so many minutes on this device.
@@ -205,7 +206,7 @@ def compress(
         )
     # For its checks, before anything long begins.
     chosen: dict[str, Any] = {"sparsity": sparsity, "pattern": pattern, "targets": targets, "ignore": ignore}
-    PruningSettings(make_score(score), **chosen, update=update, num_samples=num_samples, sequential=sequential)
+    asked = PruningSettings(make_score(score), **chosen, update=update, num_samples=num_samples, sequential=sequential)
     if (fit or minutes is not None) and (sparsity == 0 or score == "keep"):
         raise ValueError(
             f"fit={fit} and minutes={minutes} with sparsity={sparsity} and score={score!r}: nothing goes that what "
@@ -217,6 +218,7 @@ def compress(
     )
     if permute:
         check_permutable(job.model, pattern)
+    make_plan(job.model, asked)  # for its checks too
     most = num_samples if minutes is None else max(known.num_samples for known, *_ in _RECIPES)
     job.read(text_name, text_split, text_field, most, windows, prompt)
     job.measure("dense")
@@ -236,6 +238,8 @@ def compress(
         del dense
     job.measure("pruned")
     settings = {**how, "permute": recipe.permute, "fit": recipe.fit}
+    for name in ("targets", "ignore"):  # which may hold classes
+        settings[name] = None if how[name] is None else [getattr(s, "__name__", s) for s in how[name]]
     if tuple(ignore) == DEFAULT_IGNORE:
         del settings["ignore"]
     return job.write(job.model, Making(recipe.score, [settings], len(masks)), settings, masks)

@@ -103,6 +103,8 @@ def test_name_matches(name, pattern, matches):
 def test_patterns_that_match_nothing_are_refused_with_a_suggestion(llama, argument):
     with pytest.raises(ValueError, match=rf"{argument}='q_prj' matches no layer; did you mean 'q_proj'"):
         find_targets(llama, **{argument: ["q_prj"]})
+    with pytest.raises(ValueError, match=rf"{argument}='unlike' matches no layer; did you mean '[a-z]\w+'"):
+        find_targets(llama, **{argument: ["unlike"]})
 
 
 @pytest.mark.parametrize("argument", ["targets", "ignore"])

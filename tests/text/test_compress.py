@@ -138,6 +138,36 @@ def test_orders_that_cannot_be_are_refused_before_anything_is_measured(files, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"targets": ["nothere"]}, ValueError, "targets='nothere' matches no layer"),
+        ({"ignore": ["model.layers.*"]}, ValueError, "nothing to prune"),
+        ({"pattern": "3:5"}, ValueError, "inputs of .* do not divide by 5"),
+    ],
+)
+def test_layers_that_cannot_be_chosen_are_refused_before_anything_is_measured(
+    files, tmp_path, capsys, options, error, message
+):
+    with pytest.raises(error, match=message):
+        compress(files.dense, tmp_path / "out", str(files.text), **options, **SMALL)
+    assert "perplexity" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["targets", "ignore"])
+def test_one_name_in_place_of_several_is_refused_before_a_model_is_loaded(tmp_path, argument):
+    with pytest.raises(TypeError, match=rf"write {argument}=\['mlp'\]"):
+        compress("owner/a-model-that-would-be-downloaded", tmp_path / "out", **{argument: "mlp"})
+
+
+def test_layers_can_be_chosen_by_class(files, tmp_path):
+    chosen = {"targets": [torch.nn.Linear], "ignore": ("lm_head", "mlp"), "score": "magnitude"}
+    done = compress(files.dense, tmp_path / "out", str(files.text), **chosen, **SMALL)
+    stored = json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))["settings"][0]
+    assert (stored["targets"], stored["ignore"]) == (["Linear"], ["lm_head", "mlp"])
+    assert {t.name.split(".")[3] for t in done.found.selected() if t.zeros} == {"self_attn"}
+
+
 def test_shrink_ends_with_an_ordinary_model(files, tmp_path):
     done = shrink(files.dense, tmp_path / "out", 0.9, str(files.text), **SMALL)
     check_report(done, files.dense, files.text)
