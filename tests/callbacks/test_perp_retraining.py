@@ -24,6 +24,7 @@ from versions import WEIGHTS_ONLY
 
 from lightning_prune import CausalLM, CubicSchedule, WeightPruning, prune
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
+from lightning_prune.errors import CalibrationError
 from lightning_prune.perp import SparsePeftModel, trainable_share
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -359,3 +360,22 @@ def test_zeros_of_a_head_that_training_fills_are_told_of_once(how: dict[str, Any
         text for warning in caught if re.search(r"1,024.*lm_head|lm_head.*1,024", text := str(warning.message), re.S)
     ]
     assert len(told) == 1, told
+
+
+def test_what_an_error_names_for_ignore_is_found_without_adapters(tmp_path: Path) -> None:
+    """Mamba multiplies with the weight of dt_proj by itself, past the adapter."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "state_size": 4, "time_step_rank": 2}
+    config = {"model_type": "mamba", "vocab_size": 64, "num_hidden_layers": 1, **sizes}
+
+    def fit(**ignore: list[str]) -> CausalLM:
+        module = make_module(config)
+        callbacks = [pruning(score="wanda", **ignore), PERPRetraining()]
+        make_trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader(4))
+        return module
+
+    with pytest.raises(CalibrationError, match="no calibration sample reached") as caught:
+        fit()
+    named = re.findall(r"'([^']*)'(?= to `ignore`| for all blocks)", str(caught.value))
+    assert named == [f"backbone.layers.{which}.mixer.dt_proj" for which in "0*"]
+    for name in named:
+        assert zeros(fit(ignore=[name]).model)
