@@ -362,6 +362,7 @@ def test_zeros_of_a_head_that_training_fills_are_told_of_once(how: dict[str, Any
     assert len(told) == 1, told
 
 
+@pytest.mark.slow
 def test_what_an_error_names_for_ignore_is_found_without_adapters(tmp_path: Path) -> None:
     """Mamba multiplies with the weight of dt_proj by itself, past the adapter."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "state_size": 4, "time_step_rank": 2}
