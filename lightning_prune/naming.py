@@ -171,6 +171,11 @@ def name_matches(name: str, pattern: str) -> bool:
     )
 
 
+_PEFT_PREFIX = "base_model.model."
+_IN_PEFT = re.compile(r"^(.*\.)?base_model\.model\.")
+_BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
+
+
 def to_ignore(*names: str) -> str:
     """Say what goes into `ignore` for layers, and for the like of one in all blocks, which the same reason concerns.
 
@@ -178,17 +183,15 @@ def to_ignore(*names: str) -> str:
     "'backbone.layers.0.mixer.dt_proj' to `ignore` ('backbone.layers.*.mixer.dt_proj' for all blocks)"
     >>> to_ignore("up.weight", "down.weight")
     "'up', 'down' to `ignore`"
+    >>> to_ignore("model.base_model.model.head.up.base_layer.weight")  # adapters come and go
+    "'head.up' to `ignore`"
     """
-    layers = [name.removesuffix(".weight") for name in names]
+    layers = [_BASE_LAYER.sub("", _IN_PEFT.sub("", name).removesuffix(".weight")) for name in names]
     text = f"{', '.join(map(repr, layers))} to `ignore`"
     parts = layers[0].split(".")
     # A number at the end is a part of a Sequential, whose others are something else.
     pattern = ".".join("*" if part.isdigit() and part is not parts[-1] else part for part in parts)
     return text + (f" ({pattern!r} for all blocks)" if len(layers) == 1 and pattern != layers[0] else "")
-
-
-_PEFT_PREFIX = "base_model.model."
-_BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def plain_name(name: str) -> str:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -265,7 +266,7 @@ VALIDATION = """
 
 
 @pytest.mark.parametrize("validation", ["", VALIDATION], ids=["no validation", "no data for validation"])
-def test_any_module_and_no_data_module(validation, tmp_path, monkeypatch):
+def test_any_module_and_no_data_module(validation, tmp_path, monkeypatch, capsys):
     (tmp_path / "toy_module_of_the_test.py").write_text(MODULE + validation)
     monkeypatch.delitem(sys.modules, "toy_module_of_the_test", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
@@ -281,8 +282,12 @@ def test_any_module_and_no_data_module(validation, tmp_path, monkeypatch):
         "--trainer.logger=false",
     ]
     assert main(["fit", *options, "--save_pretrained", "model"]) == 2  # it has no such method
+    capsys.readouterr()
     assert main(["fit", *options]) == 0
     (checkpoint,) = tmp_path.rglob("*.ckpt")
+    (hint,) = re.findall(r"lightning-prune (.*)", capsys.readouterr().out)  # for it there is no export and no text
+    assert hint == f"inspect {checkpoint}"
+    assert main(hint.split()) == 0
     assert inspect(checkpoint).resurrected == 0
     assert inspect(checkpoint).sparsity == 0.5
 

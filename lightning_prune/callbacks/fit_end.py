@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_prune.checkpoints.export import check_apart, check_replaceable
+from lightning_prune.naming import has_class
 from lightning_prune.safety import expanded
 
 
@@ -51,7 +52,7 @@ def finish_fit(
         trainer.validate(module, datamodule=datamodule)
     if folder is not None:
         module.save_pretrained(expanded(folder, "save_pretrained"))  # type: ignore[operator]  # on every rank
-    _say(path, folder)
+    _say(path, folder, has_class(module, "CausalLM"))
 
 
 def _checkpoint_of(trainer: L.Trainer) -> Path | None:
@@ -69,9 +70,15 @@ def _checkpoint_of(trainer: L.Trainer) -> Path | None:
 
 
 @rank_zero_only
-def _say(path: Path | None, folder: str | None) -> None:
+def _say(path: Path | None, folder: str | None, language_model: bool) -> None:
     if path is not None:
         print(f"Checkpoint: {path}")
+    if not language_model:  # whose checkpoints alone say how to build the model
+        if folder is not None:
+            print(f"Saved by save_pretrained: {folder}")
+        if path is not None:
+            print(f"What is zero in it: lightning-prune inspect {shlex.quote(str(path))}")
+        return
     if folder is not None:
         print(f"A plain transformers folder of it: {folder}")
     elif path is not None:

@@ -251,11 +251,10 @@ class PERPRetraining(L.Callback):
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
         pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))
+        told = any(pruner.settings.keeps_zeros for pruner in pruners)  # of all that it cannot hold, at fit start
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            wrapped = attach(
-                model, self.adapter, self.masks, self.train, options, pruned_later, adapt_head=self.adapt_head
-            )
+            wrapped = attach(model, self.adapter, self.masks, self.train, options, pruned_later, self.adapt_head, told)
         try:  # the module may have more of the weights than the model has
             check_unshared(module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
         except ValueError as error:

@@ -32,7 +32,6 @@ from lightning_prune.callbacks.distillation import Distillation
 from lightning_prune.callbacks.resuming import (
     before_loading,
     check_before_loading,
-    drop_emptied_groups,
     epsilon_of,
     says_sizes,
     take_saved_shapes,
@@ -42,6 +41,7 @@ from lightning_prune.callbacks.rewrapping import without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
+from lightning_prune.checkpoints.states import leave_emptied_groups
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.batches import padding_mask
 from lightning_prune.report.figures import shrinking_picture
@@ -193,7 +193,6 @@ class PruningAwarePretraining(L.Callback):
         self._unwrap: list[Callable[[], None]] = []
         self._waiting = False  # for a checkpoint
         self._begun = False  # in this fit
-        self._resuming: dict[str, Any] | None = None  # the checkpoint, until optimizers are made
         self._seen_step = 0
         self._saved_step: int | None = None  # that the state of a checkpoint is of; None once training goes on from it
 
@@ -229,7 +228,6 @@ class PruningAwarePretraining(L.Callback):
             _unwrap=[],
             _waiting=False,
             _begun=False,
-            _resuming=None,
             _saved_step=None,
             **loaded,
         )
@@ -239,6 +237,7 @@ class PruningAwarePretraining(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be shrunk, and be there when a checkpoint is loaded."""
         check_checkpoint_of(trainer)
+        leave_emptied_groups(trainer)
         find_language_model(pl_module)
         if stage == "fit":
             check_trainer(trainer, self)
@@ -255,7 +254,6 @@ class PruningAwarePretraining(L.Callback):
             if state is None:
                 return
             take_saved_shapes([pl_module, *averages(trainer)], state, self.attention_unit)
-            self._resuming = checkpoint if stage == "fit" else None
 
         self._let_go()
         self._begun = False
@@ -266,9 +264,6 @@ class PruningAwarePretraining(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the units; take up a checkpoint, or an earlier fit of the same module."""
-        if self._resuming is not None:
-            drop_emptied_groups(self._resuming, trainer)
-            self._resuming = None
         # Sharded weights, and the state of this callback with them, are restored only after this hook, if they are:
         # that there is a checkpoint is not known yet.
         end = BeforeTeardown(trainer.strategy, partial(self._finish, trainer, pl_module))
@@ -436,7 +431,7 @@ class PruningAwarePretraining(L.Callback):
     def _let_go(self) -> None:
         for undo in self._unwrap:
             undo()
-        self._unwrap, self._resuming = [], None
+        self._unwrap = []
 
     # -- pruning -------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from itertools import compress
 from typing import Any
 
 import lightning as L
@@ -16,9 +15,6 @@ from lightning_prune.structure.families import find_family
 from lightning_prune.structure.removal import remove_units, set_epsilon
 from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes, units_to_remove
 from lightning_prune.structure.units import Structure, read_structure
-
-# Of the states of torch's schedules.
-_FOR_EACH_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs")
 
 
 def before_loading(module: L.LightningModule, prepare: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
@@ -138,35 +134,6 @@ def take_shapes(
         remove_units(model, removal, attention_unit=attention_unit)
     if epsilon is not None:
         set_epsilon(read_structure(model, attention_unit), epsilon)
-
-
-def drop_emptied_groups(checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:
-    """Take groups out of a checkpoint whose parameters went with their layers, where new optimizers have none for them.
-
-    Those that trained on keep them, empty, since learning rate schedules count groups.
-
-    Args:
-        checkpoint: Changed in place, ahead of the states of optimizers and schedules being loaded.
-        trainer: With the optimizers that the module has made for the small model.
-    """
-    for state, optimizer in zip(checkpoint.get("optimizer_states", ()), trainer.optimizers, strict=False):
-        groups = state["param_groups"]
-        left = [bool(group["params"]) for group in groups]
-        if sum(left) == len(optimizer.param_groups) < len(groups):
-            state["param_groups"] = list(compress(groups, left))
-            schedules = zip(trainer.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False)
-            for config, rates in schedules:
-                if getattr(config.scheduler, "optimizer", None) is optimizer:
-                    _drop_rates(rates, left)
-
-
-def _drop_rates(schedule: dict[str, Any], left: Sequence[bool]) -> None:
-    """Take what a schedule's state has for each group from those that are gone."""
-    for key in _FOR_EACH_GROUP:
-        if isinstance(values := schedule.get(key), list) and len(values) == len(left):
-            schedule[key] = list(compress(values, left))
-    for inner in schedule.get("_schedulers", ()):  # of SequentialLR and ChainedScheduler
-        _drop_rates(inner, left)
 
 
 def epsilon_of(structure: Structure) -> float | None:

@@ -51,6 +51,7 @@ from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE, find_targets, parameters_of
 from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
+from lightning_prune.safety import Originals
 from lightning_prune.schedules import BuiltInSchedule, LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
 from lightning_prune.sharding import at_rest, counts_over_ranks, local, refuse_shards, reshard
 
@@ -82,7 +83,8 @@ class WeightPruning(L.Callback):
     goes on with those masks if they hold in the module, that is if its pruned weights are zero, and else prunes anew.
 
     Several of them in one Trainer prune layers of their own, each by its `targets` and `ignore`, in the order of the
-    callbacks; a later one is calibrated on what the earlier have left. Their ``state_key`` says which layers are whose.
+    callbacks; a later one is calibrated on what the earlier have left, and if it fails, they are put back. Their
+    ``state_key`` says which layers are whose.
 
     Works with automatic and manual optimization on one device, under DDP, and under ``ModelParallelStrategy`` (FSDP2,
     tensor parallelism), where scores, aggregates and masks are shards as the parameters are, and `masks` are DTensors.
@@ -186,6 +188,7 @@ class WeightPruning(L.Callback):
         self._saved_step: int | None = None  # that masks of a checkpoint are of; None once training goes on from it
         self._prepared = False  # all that can be checked before weights change, in this fit
         self._first: Callable[[], None] | None = None
+        self._before: Originals | None = None  # weights, until every one in the Trainer has pruned
         self._started = False  # training, in this fit
         self._restored = False  # from a checkpoint, in the midst of training
         self._reported = False
@@ -331,11 +334,25 @@ class WeightPruning(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""
-        for pruner in (*pruners_of(trainer), self):  # what one of them refuses leaves all weights as they are
+        pruners = pruners_of(trainer)
+        for pruner in (*pruners, self):  # what one of them refuses leaves all weights as they are
             pruner._prepare(trainer, pl_module)
         # Sharded weights, and the masks with them, are restored only after this hook.
         if not (trainer.ckpt_path and trainer.strategy.restore_checkpoint_after_setup):
-            self._begin(trainer, pl_module)
+            last = self is pruners[-1]
+            if not last and self._plan is not None and self._prunes_now(trainer):
+                self._before = Originals()
+                for weight in parameters_of(self._plan.targets).values():
+                    self._before.keep(weight)
+            try:
+                self._begin(trainer, pl_module)
+            except BaseException:  # and what one fails in, or Ctrl-C
+                for pruner in pruners:
+                    pruner._put_back()
+                raise
+            if last:
+                for pruner in pruners:
+                    pruner._before = None
         if self._data is not None and not self._data.kept:
             self._data = None
 
@@ -462,9 +479,23 @@ class WeightPruning(L.Callback):
     def _begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._masks:
             self._bind(trainer, module, self._masks)
-        elif any(self._due(step) for step in range(trainer.global_step + 1)):
+        elif self._prunes_now(trainer):
             self._prune(trainer, module)
         self._owner = weakref.ref(module)
+
+    def _prunes_now(self, trainer: L.Trainer) -> bool:
+        """Whether training begins with new masks."""
+        return not self._masks and any(self._due(step) for step in range(trainer.global_step + 1))
+
+    def _put_back(self) -> None:
+        """Undo what this one has pruned in this fit, whose pruning another could not complete."""
+        if self._before is None:
+            return
+        self._before.restore()
+        if self._hold is not None:
+            self._hold.remove()
+        self._before = self._hold = None
+        self._masks, self._counts, self._scores = PackedMasks(), {}, ScoreSummary()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -535,7 +566,7 @@ class WeightPruning(L.Callback):
         if self._hold is not None:
             self._hold.remove()
         # What ELSA has come to stays, for a checkpoint that is saved now, or another fit.
-        self._hold = self._plan = self._data = self._teardown = self._first = None
+        self._hold = self._plan = self._data = self._teardown = self._first = self._before = None
         self._started = self._prepared = False
         if self._distillation is not None:
             self._distillation.end()
@@ -558,6 +589,7 @@ class WeightPruning(L.Callback):
             _started=False,
             _prepared=False,
             _first=None,
+            _before=None,
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
             _dense=None,

@@ -159,13 +159,19 @@ def _open_folder(folder: Path) -> Checkpoint:
             if found != int(count):
                 fail(folder, f"holds {found} of the {count} shards {stem}-*.safetensors; download or copy the others")
         return _open_safetensors(folder, whole)
-    checkpoints = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("*.bin"))
+    checkpoints = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("*.bin")) + checkpoints_of_runs(folder)
     hint = f"; did you mean {str(checkpoints[0])!r}?" if checkpoints else ""
     fail(
         folder,
         "is a folder without model.safetensors, pytorch_model.bin, an index of shards, or the .metadata of a "
         f"distributed checkpoint{hint}",
     )
+
+
+def checkpoints_of_runs(folder: Path) -> list[Path]:
+    """Find the checkpoints of runs in a folder (``lightning_logs``, or one above it), the newest first."""
+    found = [path for above in ("", "*/", "*/*/", "*/*/*/") for path in folder.glob(f"{above}checkpoints/*.ckpt")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def check_folder(folder: Path) -> None:

@@ -6,6 +6,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +187,59 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
             return MaskedUnits({str(t): list(places) for t, places in pending.items()}, unit)
     return None
 
+
+# -- groups of optimizers --------------------------------------------------------------------------------------------
+
+# Of the states of torch's schedules.
+_FOR_EACH_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs")
+
+
+def leave_emptied_groups(trainer: Any) -> None:
+    """Have a Trainer's strategy load optimizer states without groups whose layers are gone; call it in ``setup``.
+
+    Optimizers that trained on when `PruningAwarePretraining` took layers away keep a group of them, empty, since
+    learning rate schedules count groups. Those that a module makes for the small model may have none for it.
+    """
+    strategy = trainer.strategy
+    original: Any = strategy.load_optimizer_state_dict
+    if getattr(original, "leaves_groups", False):
+        return
+
+    @wraps(original)
+    def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
+        if states_of(checkpoint.get("callbacks", {}), _SHRINKING):
+            _leave_emptied_groups(checkpoint, strategy)
+        original(checkpoint)
+
+    load_optimizer_state_dict.leaves_groups = True  # type: ignore[attr-defined]
+    strategy.__dict__["load_optimizer_state_dict"] = load_optimizer_state_dict
+
+
+def _leave_emptied_groups(checkpoint: Mapping[str, Any], strategy: Any) -> None:
+    """Change a checkpoint in place, ahead of the states of optimizers and schedules being loaded."""
+    for state, optimizer in zip(checkpoint.get("optimizer_states", ()), strategy.optimizers, strict=False):
+        groups, own = state["param_groups"], [bool(group["params"]) for group in optimizer.param_groups]
+        left: list[bool] = []
+        for group in groups:  # an empty one stays where the new optimizer has one in its place
+            left.append(bool(group["params"]) or own[sum(left) :][:1] == [False])
+        if sum(left) == len(own) < len(groups):
+            state["param_groups"] = list(compress(groups, left))
+            schedules = zip(strategy.lr_scheduler_configs, checkpoint.get("lr_schedulers", ()), strict=False)
+            for config, rates in schedules:
+                if getattr(config.scheduler, "optimizer", None) is optimizer:
+                    _leave_rates(rates, left)
+
+
+def _leave_rates(schedule: dict[str, Any], left: Sequence[bool]) -> None:
+    """Take what a schedule's state has for each group from those that are gone."""
+    for key in _FOR_EACH_GROUP:
+        if isinstance(values := schedule.get(key), list) and len(values) == len(left):
+            schedule[key] = list(compress(values, left))
+    for inner in schedule.get("_schedulers", ()):  # of SequentialLR and ChainedScheduler
+        _leave_rates(inner, left)
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
 
 UNMERGED = "unmerged"
 """Where the callback's state holds base weights and adapters, by the names of the module that trains them."""

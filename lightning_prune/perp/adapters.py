@@ -120,8 +120,12 @@ def attach(
     options: Mapping[str, Any],
     pruned_later: bool = False,
     adapt_head: bool = False,
+    told: bool = False,
 ) -> nn.Module:
-    """`add_adapters`; with `pruned_later` no weight needs to be zero yet, and every target gets an adapter."""
+    """`add_adapters`; with `pruned_later` no weight needs to be zero yet, and every target gets an adapter.
+
+    With `told` somebody else says which zeros parts that are trained whole lose.
+    """
     check_adapter(adapter)
     check_options(adapter, options)
     parts = check_parts(train)
@@ -140,7 +144,7 @@ def attach(
             f"{twice[0]!r} is trained whole by train={parts}, which would fill its zeros, and would get an adapter "
             "too; leave one of them out"
         )
-    _warn_of_zeros(model, [*trained, *([] if head is None else [f"{head}.weight"])], masks)
+    _warn_of_zeros(model, [*([] if told else trained), *([] if head is None else [f"{head}.weight"])], masks)
 
     record = Retraining(
         adapter=adapter,

@@ -442,15 +442,16 @@ def _not_reached(lost: Sequence[Tap], taps: Taps) -> str:
     names = list(dict.fromkeys(tap.target.parameter for tap in lost))
     absent = ", ".join(sorted(taps.statistics - set(lost[0].accumulator.sums))) or "on other ranks"
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    why = "is not used in the forward pass, or no gradient flows to it, as to a pooler that the loss does not read"
-    ways = f"add {to_ignore(*names)}, or use more samples"
+    why = "is not used in the forward pass, or the loss does not depend on it, as on a pooler that nothing reads"
+    ways = f"to leave it as it is, add {to_ignore(*names)}; if only some samples use it, use more of them"
     if names[0] in taps.without_gradient:  # all parameters are frozen meanwhile
         why = (
             "runs under no_grad, or in a re-entrant checkpoint whose inputs require a gradient only because of trained "
             "parameters before it"
         )
         ways = f"checkpoint with use_reentrant=False, or add {to_ignore(*names)}"
-    return f"no calibration sample reached {names[0]!r}{more} ({absent}): the layer {why}; {ways}"
+    unknown = f"no calibration sample reached {names[0]!r}{more} ({absent}), so nothing says which weights matter in it"
+    return f"{unknown}: the layer {why}; {ways}"
 
 
 def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerStatistics], ranks: Ranks | None) -> None:

@@ -120,7 +120,7 @@ class Coverage:
         if self.zeros_lost:
             text += (
                 f"\n  score='keep' cannot hold the zeros of {len(self.zeros_lost)} tensors that it leaves out; "
-                "training will fill them:"
+                "training will fill them, unless you freeze them:"
             )
             text += "".join(f"\n    {name}: {zeros:,} zeros" for name, zeros in self.zeros_lost[:_MOST_NAMES])
             more = len(self.zeros_lost) - _MOST_NAMES

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from lightning_prune.checkpoints.inspection import Inspection, TensorReport, inspect_checkpoint
-from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint
+from lightning_prune.checkpoints.reading import Checkpoint, checkpoints_of_runs, open_checkpoint
 from lightning_prune.errors import CheckpointError, ResultsError, first_line
 from lightning_prune.history import HISTORY_FILE, SparsityHistory, read_history
 from lightning_prune.naming import as_matrix, clean_name
@@ -246,9 +246,9 @@ def _newest_checkpoint(folder: Path) -> Path:
     if found:
         last = [c for c in found if c.stem.startswith("last")]
         return max(last or found, key=lambda c: c.stat().st_mtime)
-    inside = [p.parent for name in _RUN_FILES for p in folder.glob(f"**/{name}")] if folder.is_dir() else []
-    inside = [p for p in dict.fromkeys(inside) if any((p / "checkpoints").glob("*.ckpt"))]
-    hint = f"; did you mean {str(max(inside, key=lambda p: p.stat().st_mtime))!r}?" if inside else ""
+    runs = list(dict.fromkeys(checkpoint.parent.parent for checkpoint in checkpoints_of_runs(folder)))
+    others = f", the newest of {len(runs)} runs in it" if len(runs) > 1 else ""
+    hint = f"; did you mean {str(runs[0])!r}{others}?" if runs else ""
     raise CheckpointError(
         f"path={str(folder)!r} holds no model and no checkpoints/*.ckpt{hint or '; give a folder or file of a model'}"
     )

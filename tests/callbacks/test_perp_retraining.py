@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from versions import WEIGHTS_ONLY
 
 from lightning_prune import CausalLM, CubicSchedule, WeightPruning, prune
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
+from lightning_prune.errors import CalibrationError
 from lightning_prune.perp import SparsePeftModel, trainable_share
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -340,3 +343,40 @@ def test_a_second_attribute_for_a_part_of_the_model_is_refused_with_the_cure(tmp
     with pytest.raises(ValueError, match=r"backbone\.layers\.0.*make that a property which returns the part"):
         make_trainer(tmp_path, pruning(), PERPRetraining(r=4)).fit(module, loader())
     assert snapshot(module) == before
+
+
+@pytest.mark.parametrize("how", [{"train": ("norm", "head")}, {"train": ("norm",), "adapt_head": True}])
+def test_zeros_of_a_head_that_training_fills_are_told_of_once(how: dict[str, Any], tmp_path: Path) -> None:
+    """`WeightPruning(score="keep")` tells of those in what is trained whole, and of none under an adapter."""
+    module = make_module()
+    halve(module.model)
+    with torch.no_grad():
+        module.model.lm_head.weight[:, ::2] = 0.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [WeightPruning(score="keep"), PERPRetraining(**how)]
+        make_trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader(4))
+    told = [
+        text for warning in caught if re.search(r"1,024.*lm_head|lm_head.*1,024", text := str(warning.message), re.S)
+    ]
+    assert len(told) == 1, told
+
+
+@pytest.mark.slow
+def test_what_an_error_names_for_ignore_is_found_without_adapters(tmp_path: Path) -> None:
+    """Mamba multiplies with the weight of dt_proj by itself, past the adapter."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "state_size": 4, "time_step_rank": 2}
+    config = {"model_type": "mamba", "vocab_size": 64, "num_hidden_layers": 1, **sizes}
+
+    def fit(**ignore: list[str]) -> CausalLM:
+        module = make_module(config)
+        callbacks = [pruning(score="wanda", **ignore), PERPRetraining()]
+        make_trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader(4))
+        return module
+
+    with pytest.raises(CalibrationError, match="no calibration sample reached") as caught:
+        fit()
+    named = re.findall(r"'([^']*)'(?= to `ignore`| for all blocks)", str(caught.value))
+    assert named == [f"backbone.layers.{which}.mixer.dt_proj" for which in "0*"]
+    for name in named:
+        assert zeros(fit(ignore=[name]).model)

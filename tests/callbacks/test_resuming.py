@@ -153,6 +153,10 @@ def test_groups_of_layers_that_are_gone_need_not_be_made_again(tmp_path: Path) -
         return module, [group["lr"] for group in trainer.optimizers[0].param_groups if group["params"]]
 
     whole, rates = run_by_layer()
+    small = RatesByLayer.load_from_checkpoint(tmp_path / "epoch=0.ckpt")
+    trainer = make_trainer(max_steps=-1, max_epochs=2)
+    trainer.fit(small, batches(samples=12), ckpt_path=tmp_path / "epoch=0.ckpt")  # the callback has done its work
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == rates
     saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
     assert sum(not group["params"] for group in saved["optimizer_states"][0]["param_groups"]) == 1
     resumed, resumed_rates = run_by_layer(tmp_path / "epoch=0.ckpt")
@@ -160,6 +164,7 @@ def test_groups_of_layers_that_are_gone_need_not_be_made_again(tmp_path: Path) -
     assert len(rates) == 2
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
+        assert torch.equal(value, weights(small)[name]), name
 
 
 class WithSizes(L.LightningModule):

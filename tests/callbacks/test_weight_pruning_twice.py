@@ -150,6 +150,23 @@ def test_what_the_second_refuses_leaves_the_weights_to_the_first(second: Any, me
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+@pytest.mark.parametrize("failure", [ValueError("no loss"), KeyboardInterrupt()])
+def test_where_the_second_fails_in_calibration_the_first_is_put_back(failure: BaseException, tmp_path: Path) -> None:
+    def fail(module: Any, batch: Any) -> Tensor:
+        raise failure
+
+    module, first = make_module(), two()[0]
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    second = WeightPruning(score="wanda", targets=MLP, num_samples=8, progress=False, loss_fn=fail)
+    with pytest.raises((ValueError, KeyboardInterrupt, SystemExit)):
+        make_trainer(tmp_path, first, second).fit(module, loader())
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert not first.masks
+    assert not first.finished
+    make_trainer(tmp_path, first, two()[1], max_epochs=1).fit(module, loader())  # prunes anew
+    assert_pruned(dict(module.named_parameters()))
+
+
 def test_what_cannot_be_beside_two_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="distill_from is given to two"):
         make_trainer(tmp_path, *two(distill_from=make_module().model)).fit(make_module(), loader())

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -23,6 +24,7 @@ from tiny import TINY, make_tokens
 from torch.utils.data import DataLoader
 
 from lightning_prune import CausalLM, PruningAwarePretraining, SparsityMonitor, WeightPruning, export
+from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.cli import main
 from lightning_prune.errors import CheckpointError, ResultsError
 from lightning_prune.history import HISTORY_FILE
@@ -187,6 +189,13 @@ def test_runs_are_found(tmp_path: Path) -> None:
     assert inside.hparams["betas"] == [0.9, 0.95]
     with pytest.raises(CheckpointError, match=r"did you mean .*version_3"):
         open_source(tmp_path)
+    kept = tmp_path / "project" / "newer" / "checkpoints" / "last.ckpt"  # of another logger, which writes no files
+    kept.parent.mkdir(parents=True)
+    shutil.copy(run / "checkpoints" / "last.ckpt", kept)
+    with pytest.raises(CheckpointError, match=r"did you mean '.*newer', the newest of 2 runs in it\?"):
+        open_source(tmp_path)
+    with pytest.raises(CheckpointError, match=r"did you mean '.*newer.checkpoints.last\.ckpt'\?"):
+        open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         open_source(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
