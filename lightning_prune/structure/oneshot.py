@@ -139,6 +139,57 @@ def prune_structured(
         report = prune_structured(model, batches, target=0.8)
         save_plain(model, "smaller", tokenizer)
     """
+    structure, planner = check_structured(
+        model, target, types, saliency, compensate, round_to, num_samples, attention_unit, rounds, batches is not None
+    )
+    data = [batch for batch, _ in samples([] if batches is None else batches, num_samples)]
+    numbering, now = _Numbering(structure), structure
+    start, span = planner.cost(structure.sizes), planner.final - planner.cost(structure.sizes)
+    with _unchanged_on_failure(structure.model):
+        for done in range(1, rounds + 1):
+            down_to = None if done == rounds else start + round(span * done / rounds)
+            if done > 1 and planner.reached(now.sizes):
+                break
+            if down_to is not None and planner.cost(now.sizes) <= down_to:  # the last unit was a large one
+                continue
+            this = _Round(now, planner.types, saliency, compensate, num_samples, loss_fn, progress)
+            numbering.remove(this.run(data, planner, down_to))
+            now = read_structure(model, planner.attention_unit)
+    shapes = structure.shapes()
+    return StructuredReport(
+        structure.sizes, now.sizes, shapes.count(structure.sizes), shapes.count(now.sizes), numbering.removal()
+    )
+
+
+def check_structured(
+    model: nn.Module,
+    target: Goal,
+    types: Sequence[str],
+    saliency: str = "kfac",
+    compensate: bool = True,
+    round_to: RoundTo | None = None,
+    num_samples: int = 128,
+    attention_unit: AttentionUnit = "group",
+    rounds: int = 1,
+    data: bool = True,
+) -> tuple[Structure, Planner]:
+    """Check the arguments of `prune_structured`, and plan what they ask for; a target in seconds is measured.
+
+    Args:
+        model: See `prune_structured`, as all others.
+        target: See there.
+        types: See there.
+        saliency: See there.
+        compensate: See there.
+        round_to: See there.
+        num_samples: See there.
+        attention_unit: See there.
+        rounds: See there.
+        data: Whether there are calibration data.
+
+    Raises:
+        ValueError: see there.
+    """
     checked = check_types(types)
     check_saliency(saliency, SALIENCIES)
     for name, value in (("num_samples", num_samples), ("rounds", rounds)):
@@ -155,25 +206,9 @@ def prune_structured(
         raise ValueError(f"saliency='reap' is of experts, and types={checked!r}: use types=('expert',), or 'kfac'")
     if saliency == "obs" and not compensate:
         raise ValueError("saliency='obs' judges units after the re-fit: pass compensate=True, or saliency='kfac'")
-    if batches is None and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
+    if not data and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
-    data = [batch for batch, _ in samples([] if batches is None else batches, num_samples)]
-    numbering, now = _Numbering(structure), structure
-    start, span = planner.cost(structure.sizes), planner.final - planner.cost(structure.sizes)
-    with _unchanged_on_failure(structure.model):
-        for done in range(1, rounds + 1):
-            down_to = None if done == rounds else start + round(span * done / rounds)
-            if done > 1 and planner.reached(now.sizes):
-                break
-            if down_to is not None and planner.cost(now.sizes) <= down_to:  # the last unit was a large one
-                continue
-            this = _Round(now, checked, saliency, compensate, num_samples, loss_fn, progress)
-            numbering.remove(this.run(data, planner, down_to))
-            now = read_structure(model, unit)
-    shapes = structure.shapes()
-    return StructuredReport(
-        structure.sizes, now.sizes, shapes.count(structure.sizes), shapes.count(now.sizes), numbering.removal()
-    )
+    return structure, planner
 
 
 class _Round:

@@ -29,7 +29,7 @@ from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.results import Table
 from lightning_prune.safety import expanded
-from lightning_prune.structure.oneshot import prune_structured
+from lightning_prune.structure.oneshot import check_structured, prune_structured
 from lightning_prune.structure.permutation import check_permutable, permute_channels
 from lightning_prune.text.documents import check_local, texts_of
 
@@ -315,11 +315,12 @@ def shrink(
     job.open(
         tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
     )
+    settings: dict[str, Any] = {"saliency": saliency, "compensate": compensate, "round_to": round_to, "rounds": rounds}
+    check_structured(job.model, target, types, **settings)
     job.read(text_name, text_split, text_field, num_samples, windows, prompt)
     job.measure("dense")
     wanted = f"{target:.0%}" if isinstance(target, float) else str(target)
     job.say(f"Shrinking to {wanted} on {len(job.samples)} samples of {job.seq_len} tokens")
-    settings: dict[str, Any] = {"saliency": saliency, "compensate": compensate, "round_to": round_to, "rounds": rounds}
     report = prune_structured(
         job.model, job.batches(batch_size), target, types, **settings, num_samples=len(job.samples), progress=progress
     )

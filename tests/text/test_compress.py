@@ -154,6 +154,16 @@ def test_layers_that_cannot_be_chosen_are_refused_before_anything_is_measured(
     assert "perplexity" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"target": 0.01}, "target=0.01"), ({"rounds": 0}, "rounds=0"), ({"types": ("expert",)}, "types=")],
+)
+def test_sizes_that_cannot_be_are_refused_before_anything_is_measured(files, tmp_path, capsys, options, message):
+    with pytest.raises(ValueError, match=message):
+        shrink(files.dense, tmp_path / "out", text=str(files.text), **options, **SMALL)
+    assert "perplexity" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("argument", ["targets", "ignore"])
 def test_one_name_in_place_of_several_is_refused_before_a_model_is_loaded(tmp_path, argument):
     with pytest.raises(TypeError, match=rf"write {argument}=\['mlp'\]"):
