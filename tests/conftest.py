@@ -53,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def interrupts_come_again() -> Iterator[None]:
+    """A Trainer that had Ctrl-C leaves the signal ignored."""
+    yield
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
 def no_group_outlives_a_test() -> Iterator[None]:
     """A Trainer that refuses a strategy has started its process group by then, and leaves it to this process."""
     import torch.distributed as dist
