@@ -158,6 +158,7 @@ def test_a_layer_with_two_sparsities_is_refused_or_decided():
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "word"])
 def test_texts_of_nothing_and_of_one_token(content, files, tmp_path, capsys):
     text = tmp_path / "text.txt"
@@ -206,6 +207,7 @@ def test_folders_and_files_that_are_not_there():
 # -- damaged and hostile files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_truncated_model_is_refused_by_every_command(files, tmp_path, capsys):
     folder = tmp_path / "model"
     files.model.save_pretrained(folder)
@@ -227,6 +229,7 @@ def test_a_truncated_model_is_refused_by_every_command(files, tmp_path, capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_resuming_from_a_damaged_checkpoint(keep, checkpoint, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("x " * 2000)
@@ -376,6 +379,7 @@ def test_out_of_memory_on_the_command_line_is_one_line(error, monkeypatch, capsy
     one_error(capsys, ["inspect", "x"], "memory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["export", "masks", "evaluate"])
 def test_a_full_disk_on_the_command_line(command, checkpoint, files, tmp_path, capsys):
     """The system refuses to write on; what was there stays, and nothing is left beside it."""

@@ -232,6 +232,7 @@ def test_resume_from_the_command_line(config, tmp_path):
     assert (inspection.sparsity, inspection.resurrected) == (0.5, 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_no_command_line_wrote(config, tmp_path, capsys):
     """Its hyper-parameters name no class; the model's class is the configured one."""
     import lightning as L
@@ -265,6 +266,7 @@ VALIDATION = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation", ["", VALIDATION], ids=["no validation", "no data for validation"])
 def test_any_module_and_no_data_module(validation, tmp_path, monkeypatch, capsys):
     (tmp_path / "toy_module_of_the_test.py").write_text(MODULE + validation)
@@ -300,6 +302,7 @@ def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_model_that_training_begins_with_is_not_written_over(config, tmp_path, capsys):
     content = yaml.safe_load(config.read_text())
     folder = tmp_path / "models" / "dense"

@@ -46,6 +46,7 @@ def finished(tmp_path_factory):
     return folder, *run(folder)
 
 
+@pytest.mark.slow
 def test_results_are_those_on_disk(finished):
     folder, results, text = finished
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
@@ -88,6 +89,7 @@ def test_sparsity_of_every_folder(finished):
         assert inspection.pattern == ("2:4" if row["zeros"] == "2:4" else None)
 
 
+@pytest.mark.slow
 def test_perplexity_of_a_folder_is_the_naive_one(finished):
     """Held-out text, tokenized with the saved tokenizer; log-softmax in float64; block by block."""
     folder, results, _ = finished

@@ -46,7 +46,7 @@ class CopiesDuringFit(L.Callback):
             self.copies = self.how([c for c in trainer.callbacks if c is not self])
 
 
-@pytest.mark.few_fast(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)
 def test_copies_hold_what_the_callback_knew_and_can_be_used(
@@ -116,7 +116,7 @@ def test_module_and_callback_that_are_copied_together_go_on(how: Callable[[Any],
         assert bool((weight(again, name)[~mask] == 0).all())
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
 def test_a_copied_shrinking_goes_on_with_its_own_module(how: Callable[[Any], Any]) -> None:
     module, shrinking = make_module(), PruningAwarePretraining(target=0.6)

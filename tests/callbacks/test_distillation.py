@@ -124,7 +124,7 @@ def retrained(kind: str, distilled: bool, path: Path, **trainer: Any) -> tuple[d
 SOURCE = make_llama(seed=3, **{name: value for name, value in LLAMA.items() if name != "model_type"})
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "trainer"),
     [

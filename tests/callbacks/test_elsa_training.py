@@ -109,6 +109,7 @@ def fit(path: Path, module: Net, pruner: WeightPruning, *callbacks: L.Callback, 
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manual", [False, True])
 def test_weights_are_those_of_the_formulas(manual: bool, tmp_path: Path) -> None:
     expected, masks = naive(0.75)

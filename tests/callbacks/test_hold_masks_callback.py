@@ -69,7 +69,7 @@ class Watch(TrainerCallback):
         self.steps += 1
 
 
-@pytest.mark.few_fast(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["masks", "file", "zeros"])
 @pytest.mark.parametrize("setting", [{}, {"bf16": True, "gradient_accumulation_steps": 2}, {"optim": "sgd"}])
 def test_masks_hold_through_training(how: str, setting: dict[str, Any], tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_masks_hold_through_training(how: str, setting: dict[str, Any], tmp_path
     assert all(bool((model.get_parameter(name) != weight).any()) for name, weight in before.items())
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("again", ["same masks", "other masks", "zeros"])
 def test_a_resumed_run_is_the_uninterrupted_one(again: str, tmp_path: Path) -> None:
     model, masks = pruned()
@@ -103,6 +103,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(again: str, tmp_path: Path) -> N
     assert all(torch.equal(mask, callback.hold.masks[name]) for name, mask in masks.items())
 
 
+@pytest.mark.slow
 def test_masks_of_another_folder_must_be_those_of_the_weights(tmp_path: Path) -> None:
     model, masks = pruned()
     trainer_of(tmp_path / "a", model, HoldMasksCallback(masks)).train()
@@ -136,6 +137,7 @@ def test_masks_may_change_and_a_second_training_goes_on(tmp_path: Path) -> None:
     trainer_of(tmp_path / "again", model, HoldMasksCallback(), Watch(later)).train()
 
 
+@pytest.mark.slow
 def test_what_cannot_hold_is_refused_before_training(tmp_path: Path) -> None:
     model, masks = pruned()
     with pytest.raises(TypeError, match=r"masks=0\.5 is a float"):

@@ -80,7 +80,7 @@ def fit(path: Path, *others: L.Callback, **saving: Any) -> tuple[L.Trainer, Own,
     return trainer, module, pruner, seen
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_checkpoints_load_as_the_model_that_trained(weights_only: bool, tmp_path: Path) -> None:
     trainer, module, pruner, seen = fit(tmp_path, save_weights_only=weights_only)
@@ -102,6 +102,7 @@ def test_checkpoints_load_as_the_model_that_trained(weights_only: bool, tmp_path
         assert tested == trainer.test(loaded, loader(), verbose=False)
 
 
+@pytest.mark.slow
 def test_best_is_tested_after_the_fit(tmp_path: Path) -> None:
     module = Own()
     save = ModelCheckpoint(dirpath=tmp_path, monitor="val_loss", filename="best")
@@ -137,6 +138,7 @@ def test_a_checkpoint_of_the_merged_model_cannot_be_resumed_with_adapters(tmp_pa
         again.fit(Own(), loader(), ckpt_path=tmp_path / "after.ckpt", **WEIGHTS_ONLY)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_adapters_that_stay_on(weights_only: bool, tmp_path: Path) -> None:
     trainer, module, _, seen = fit(tmp_path, perp(merge=False), save_weights_only=weights_only)
@@ -198,6 +200,7 @@ class Stop(L.Callback):
             raise RuntimeError("power cut")
 
 
+@pytest.mark.slow
 def test_names_of_masks_are_those_of_the_module_whatever_happens(tmp_path: Path) -> None:
     def is_held() -> bool:
         weights = dict(module.named_parameters())

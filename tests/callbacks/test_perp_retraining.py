@@ -115,7 +115,7 @@ def test_model_pruned_before_needs_no_pruner(tmp_path: Path, caplog: pytest.LogC
     assert all(torch.equal(z, before[n]) for n, z in zeros(module.model).items())
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pruner", [True, False])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", None])
 def test_resume_is_bit_identical(adapter: str | None, pruner: bool, tmp_path: Path) -> None:
@@ -158,6 +158,7 @@ def test_unmerged_fit_can_go_on_and_be_merged_later(tmp_path: Path) -> None:
     assert [torch.equal(a, b) for a, b in zip(masks.values(), pruner.masks.values(), strict=True)] == [True] * 14
 
 
+@pytest.mark.slow
 def test_two_fits_with_the_same_callbacks(tmp_path: Path) -> None:
     module, pruner, perp = make_module(), pruning(), PERPRetraining()
     for _ in range(2):
@@ -183,6 +184,7 @@ def test_masks_of_a_tested_checkpoint_are_not_those_of_another_module(tmp_path: 
     assert all(torch.equal(module.model.get_parameter(n) != 0, mask) for n, mask in masks.items())
 
 
+@pytest.mark.slow
 def test_interrupted_fit_leaves_the_adapters_on(tmp_path: Path) -> None:
     class Fail(L.Callback):
         def on_train_batch_end(self, *args: Any) -> None:

@@ -37,7 +37,7 @@ class AtStart(L.Callback):
             self.same = all(id(p) in held for p in pl_module.parameters() if p.requires_grad)
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["pruning", "perp"])
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", None])
 def test_is_the_function_before_training(adapter: str | None, first: str, tmp_path: Path) -> None:
@@ -65,6 +65,7 @@ def test_is_the_function_before_training(adapter: str | None, first: str, tmp_pa
     assert pruner.take_dense_weights() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_all_kept_weights_are_those_of_the_function(precision: str, tmp_path: Path) -> None:
     options = {"train": "all", "epochs": 2, "num_samples": 8, "learning_rate": 3e-3}
@@ -197,6 +198,7 @@ def test_resume_does_not_reconstruct_again(tmp_path: Path) -> None:
     assert perp.reconstruction is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["pruning", "perp"])
 def test_a_callback_that_goes_back_before_training_is_no_resume(first: str, tmp_path: Path) -> None:
     def fit(*finders: L.Callback) -> tuple[AtStart, PERPRetraining]:

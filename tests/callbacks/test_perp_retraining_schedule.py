@@ -152,6 +152,7 @@ class Watch(L.Callback):
         self.states.append(sum(p in trainer.optimizers[0].state for p in adapters))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["wanda", "gblm", "kfac"])
 def test_scores_of_every_kind(score: str, tmp_path: Path) -> None:
     L.seed_everything(0, verbose=False)
@@ -172,7 +173,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_resume_in_the_middle_is_bit_identical(schedule: str, settings: dict[str, Any], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def sizes_of(module: Any) -> dict[str, int]:
     return {name: getattr(module.model.config, name) for name in SIZES}
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "types"), [(0.6, ALL), (0.7, ("ffn",)), (14_000, ("ffn", "hidden")), (0.5, ("ffn", "layer"))]
 )
@@ -92,7 +92,7 @@ def test_a_checkpoint_from_between_a_step_and_its_pruning_resumes_with_the_pruni
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("finder", [0, 1])
 def test_what_goes_back_to_a_checkpoint_in_the_midst_of_a_fit_changes_nothing(finder: int, tmp_path: Path) -> None:
     def twice(*finders: L.Callback) -> tuple[Any, PruningAwarePretraining]:
@@ -225,6 +225,7 @@ def test_training_is_that_of_a_model_masked_by_hand() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_second_fit_goes_on_and_leaves_a_reached_target_alone() -> None:
     module, callback = make_module(), PruningAwarePretraining(0.7, ALL, units_per_pruning=2)
     fit(callback, module, max_steps=2)

@@ -80,6 +80,7 @@ def test_each_other_setting_is_named_with_both_values(
     assert "fit without ckpt_path" in texts[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", SAME, ids=str)
 def test_the_same_settings_are_no_news(change: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
     pruning = WeightPruning(**{**BEFORE, "progress": False, **change})
@@ -246,6 +247,7 @@ def test_checkpoints_that_do_not_choose_are_no_news(make: Any, tmp_path: Path) -
     assert said(module(), magnitude(OneShot(5)), tmp_path, make(tmp_path)) == []
 
 
+@pytest.mark.slow
 def test_the_recipe_chooses_among_finished_models(tmp_path: Path) -> None:
     class Judged(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:

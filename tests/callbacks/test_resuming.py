@@ -34,7 +34,7 @@ def run(folder: Path, epochs: int, resume: Path | None = None, *others: L.Callba
     return module, callback
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -65,6 +65,7 @@ def test_resume_is_bit_identical_before_between_and_after_compactions(settings: 
     assert any(small for _, small, _ in seen)
 
 
+@pytest.mark.slow
 def test_all_query_heads_of_a_group_but_one_can_go(tmp_path: Path) -> None:
     """After which there is no unit of that kind, while others go on going."""
     target = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 40}

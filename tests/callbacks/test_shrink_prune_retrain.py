@@ -78,7 +78,7 @@ def test_small_sparse_and_retrained_in_any_order(order: tuple[int, ...]) -> None
     assert all(p.requires_grad for p in module.parameters())  # merged
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -141,7 +141,7 @@ def whole_run(variant: str, folder: Path) -> tuple[CausalLM, Path]:
     return _DONE[variant]
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["masks later", "masks from the start"])
 @pytest.mark.parametrize("at", [3, 6, 7, 8, 10])
 def test_resume_is_bit_identical_at_any_step(variant: str, at: int, tmp_path: Path) -> None:
@@ -207,6 +207,7 @@ def test_what_cannot_be_beside_each_other_is_refused(callbacks: Any, message: st
     assert all(torch.equal(w, before[n]) for n, w in weights(module).items())
 
 
+@pytest.mark.slow
 def test_what_never_began_is_said() -> None:
     module = make_module()
     with pytest.warns(UserWarning, match="no adapters were trained"):

@@ -174,7 +174,7 @@ def test_where_experts_alone_are_pruned_there_is_nothing_to_adapt() -> None:
         add_adapters(model)
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reconstruct_fits_the_kept_weights_of_experts(family: str) -> None:
     model = make_moe(family)

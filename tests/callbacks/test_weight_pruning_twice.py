@@ -56,7 +56,7 @@ def assert_pruned(weights: dict[str, Tensor]) -> None:
         assert bool(((weight.reshape(-1, 4) == 0).sum(1) == 2).all())
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [WeightPruning, Pruning])
 def test_a_run_of_two_is_resumed_exported_inspected_and_told(kind: type[WeightPruning], tmp_path: Path) -> None:
     def fit(ckpt_path: Path | None = None) -> tuple[CausalLM, list[float], tuple[WeightPruning, ...]]:

@@ -212,6 +212,7 @@ def test_values_in_a_configuration(change, copy):
             CausalLM(config=TINY | change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [

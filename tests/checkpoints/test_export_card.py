@@ -110,6 +110,7 @@ def test_method_and_figures(checkpoint, tmp_path):
     assert settings[0]["num_samples"] == 3
 
 
+@pytest.mark.slow
 def test_results_of_an_evaluation(checkpoint, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text(EMBEDDED["austen"].read_text(encoding="utf-8")[20_000:23_000], encoding="utf-8")

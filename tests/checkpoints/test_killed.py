@@ -101,6 +101,7 @@ def test_where_the_file_system_cannot_exchange(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_masks_texts_and_histories(tmp_path):
     masks, text, history = tmp_path / "m.safetensors", tmp_path / "results.json", tmp_path / "h.jsonl"
     old, new = torch.zeros(4, 4, dtype=torch.bool), torch.ones(4, 4, dtype=torch.bool)

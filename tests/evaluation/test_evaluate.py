@@ -53,6 +53,7 @@ def naive_perplexity_after(begin, model, ids, own, stride):
     return math.exp(total / len(predicted)), len(predicted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [None, 10])
 def test_windows_begin_as_the_tokenizer_begins_texts(stride, tmp_path, files):
     begun = make_models(tmp_path, begin=7)
@@ -68,7 +69,7 @@ def test_windows_begin_as_the_tokenizer_begins_texts(stride, tmp_path, files):
         evaluate(begun.dense, [begun.text], baseline=files.dense, seq_len=32, progress=False)
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [None, 10])
 def test_perplexity_of_both_models_is_the_naive_one(stride, files):
     results = evaluate(
@@ -244,6 +245,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         check_outputs([str(tmp_path / "b.json")])
 
 
+@pytest.mark.slow
 def test_perplexity_alone_needs_no_lm_eval(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert (

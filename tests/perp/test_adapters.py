@@ -486,6 +486,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "arguments", "message"), BAD, ids=[b[2][:30] for b in BAD])
 def test_what_does_not_fit_is_refused_and_nothing_changes(build: Any, arguments: dict[str, Any], message: str) -> None:
     model = build()

@@ -48,7 +48,7 @@ def _registered() -> None:
     exec(compile(code, "CONTRIBUTING.md", "exec"), {"model": pruned()})
 
 
-@pytest.mark.few_fast(6)
+@pytest.mark.slow
 @pytest.mark.usefixtures("_registered")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

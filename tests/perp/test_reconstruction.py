@@ -127,7 +127,7 @@ def simulate(
     return weights, reports
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora"])
 @pytest.mark.parametrize("teacher", ["dense", "pruned"])
 def test_is_the_simulation(adapter: str, teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def fit_kept_weights(
     return weights, reports
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("window", ["half", "block"])
 @pytest.mark.parametrize("teacher", ["dense", "pruned"])
 def test_all_kept_weights_are_those_of_the_simulation(teacher: str, window: str) -> None:
@@ -272,7 +272,7 @@ def test_all_kept_weights_go_half_of_the_way_and_adapters_all_of_it(dtype: torch
     assert all(torch.equal(adapters[name], all_of_it[name]) for name in adapters)
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_kept_weights_narrower_than_float32_are_trained_as_float32(dtype: torch.dtype) -> None:
     dense, model, masks = pair(dtype)

@@ -95,6 +95,7 @@ def test_nothing_asked_for_runs_nothing(shared):
     assert collect(shared[0], None, find_targets(shared[0]), []) == {}
 
 
+@pytest.mark.slow
 def test_sums_are_let_go_with_the_statistics(shared):
     """They may take as much memory as the model: not when Python next looks for circles."""
     model, ids, _ = shared

@@ -55,7 +55,7 @@ TRANSPOSED = ["kfac", "gblm row", "mapping", "2:4", "sparsegpt 2:4 sequential", 
 CASES = [*(("mixtral", how) for how in HOW), *(("gpt_oss", how) for how in TRANSPOSED)]
 
 
-@pytest.mark.few_fast(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "how"), CASES)
 def test_experts_are_pruned_as_linear_layers_are(family: str, how: str) -> None:
     model = make_moe(family)

@@ -198,6 +198,7 @@ class Weighing(Counting):
         self.held -= size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["kfac", "gblm"])
 def test_a_backward_pass_holds_the_weights_of_one_block(score, tmp_path):
     model = make_llama(num_hidden_layers=6)

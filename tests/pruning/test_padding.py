@@ -135,7 +135,7 @@ def test_multiple_choice():
         torch.testing.assert_close(entry.gradient_l2.double(), gradients[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[4, 9, 2, 7], [6, 4, 5, 2], [12, 3, 1, 12]])
 def test_a_decoder_of_any_length_has_its_own_padding(lengths):
     model = build("t5")
@@ -276,7 +276,7 @@ def test_clip_runs_with_its_contrastive_loss():
     torch.testing.assert_close(model_loss(model, batch), model(**batch, return_loss=True).loss)
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert tagger", "bert masked lm", "bart", "t5", "bert question answering"])
 def test_masks_are_those_of_a_loss_fn(name):
     batch, _ = batch_of(name)

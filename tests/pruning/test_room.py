@@ -210,6 +210,7 @@ def test_a_walk_in_pieces_chooses_what_the_naive_loop_does(layer, most, pieces):
         assert torch.equal(model.get_parameter(name), before[name] * mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("score", "settings"),
     [("sparsegpt", {}), ("wanda", {"update": "exact"}), ("gblm", {}), ("kfac", {"update": "alps"})],

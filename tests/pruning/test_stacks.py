@@ -83,7 +83,7 @@ def outside_of(model):
     return [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d)) and m not in inside]
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEVERAL)
 def test_each_stack_meets_what_the_pruned_stacks_before_it_give(name):
     model = build(name)
@@ -183,6 +183,7 @@ def test_blocks_of_one_stack_inside_another_are_no_stack():
     assert [[n for n, _ in stack] for stack in find_stacks(Model())] == [["first.0"], ["second.0"]]
 
 
+@pytest.mark.slow
 def test_reconstruction_goes_through_each_stack():
     from lightning_prune.perp import reconstruct
 

@@ -129,7 +129,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     return file.read_text(encoding="utf-8")
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_the_page_in_a_browser(tmp_path: Path, page: str, dark: bool) -> None:
     widths = [1280, 390, 320]

@@ -312,7 +312,7 @@ def test_bad_arguments_are_refused_before_data_is_read(arguments, message):
 # -- rounds ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few_fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("saliency", ["obs", "kfac", "taylor2"])
 def test_rounds_are_calls_with_smaller_and_smaller_targets(saliency, monkeypatch):
     types, at_once, one_by_one, passed = ("attention", "ffn", "hidden"), zoo.make("qwen3"), zoo.make("qwen3"), []

@@ -56,7 +56,7 @@ def masked_run(config: dict[str, Any], folder: Path, **settings: Any) -> tuple[A
     return found[-1], callback.history[-1].parameters
 
 
-@pytest.mark.few_fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_of_masked_units_is_exported_without_them(family: str, tmp_path: Path) -> None:
     masked, wanted = masked_run(FAMILIES[family], tmp_path)
@@ -123,6 +123,7 @@ def test_a_unit_that_has_come_back_is_not_dropped(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"settings": None}, {"shrinking": {"pending": 3}}, {"shrinking": {"pending": {"ffn": [1]}}}, "text"]
 )

@@ -104,6 +104,7 @@ def test_samples_and_windows_begin_as_the_tokenizer_begins_texts(tmp_path):
     assert done.written == begun.tokenizer.decode(said, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_orders_and_fits_are_those_of_the_functions(files, tmp_path, capsys):
     samples, _ = windows_of(files.dense, files.text)
     model = AutoModelForCausalLM.from_pretrained(files.dense)

@@ -116,6 +116,7 @@ class AtStart(L.Callback):
         trainer.save_checkpoint(self.folder / f"epoch {trainer.current_epoch}.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("reload", [0, 1])
 def test_checkpoints_from_before_the_first_batch_of_a_pass_name_it(

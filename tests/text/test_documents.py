@@ -53,6 +53,7 @@ def test_what_cannot_be_read_is_refused_with_the_reason(name, content, message, 
         TextDataModule(str(tmp_path / name), vocab_size=300, block_size=16, cache_dir=str(tmp_path / "c")).setup("fit")
 
 
+@pytest.mark.slow
 def test_evaluate_reads_a_marked_text_and_refuses_zero_bytes(tmp_path):
     folder = tmp_path / "model"
     module = CausalLM(config=TINY)
