@@ -116,6 +116,23 @@ class Planner:
         lost = self.parameters(sizes) - self.parameters(self.without(sizes, unit_type, 1))
         return lost // sizes.num_hidden_layers if unit_type in IN_LAYERS else lost
 
+    def weights_saving(self, unit_type: UnitType, sizes: Sizes) -> float:
+        """Return how many weights of a type go for one of what the goal limits; infinite where that saves nothing.
+
+        Of a time in the mean over all of the type that may go, since a single unit's share of it is noise.
+        """
+        if self.latency is None:
+            return 1.0
+        least = self.least([unit_type], sizes)
+        saved = self.cost(sizes) - self.cost(least)
+        return (self.parameters(sizes) - self.parameters(least)) / saved if saved > 0 else float("inf")
+
+    def least(self, types: Sequence[UnitType], sizes: Sizes) -> Sizes:
+        """Return the sizes when all has gone of some types that may go."""
+        for t in types:
+            sizes = self.without(sizes, t, max(self.steps_down(t, sizes), default=0))
+        return sizes
+
     def steps_down(self, unit_type: UnitType, sizes: Sizes) -> Iterator[int]:
         """Yield how many units of a type may go, ascending: those that lead to a multiple; see `Sizes.least`."""
         for count in range(1, sizes.units(unit_type, self.attention_unit) - sizes.least(unit_type) + 1):
@@ -144,8 +161,10 @@ class Planner:
     ) -> tuple[Removal, dict[str, float]]:
         """Choose the type whose cheapest unit has the lowest saliency, and that unit of every place, again and again.
 
-        Attention and FFN units compare by the mean over layers of each layer's own cheapest. A type whose next units
-        would lead below the goal is passed over while another fits; if none does, the one that ends nearest goes.
+        Attention and FFN units compare by the mean over layers of each layer's own cheapest. Where the goal is a time,
+        types compare by what they lose for the time they save, and one that saves none stays. A type whose next units
+        would lead below the goal is passed over while others fit that can reach it; if none fits, the one that ends
+        nearest goes.
         Equal units go in the order of their indices, equal types in that of `types`.
 
         Args:
@@ -160,13 +179,19 @@ class Planner:
         """
         queues = {t: _Queue(saliency[t], absent, self.blocks.get(t, 1)) for t in self.types}
         compared: dict[str, float] = {}
+        prices = {t: p for t in self.types if (p := self.weights_saving(t, sizes)) < float("inf")}
         taken = 0
         while not self.reached(sizes) and taken != units and not (down_to and self.cost(sizes) <= down_to):
-            counts = {t: n for t in self.types if (n := self.next_units(t, sizes))}
+            counts = {t: n for t in prices if (n := self.next_units(t, sizes))}
+            if not counts:
+                break
             costs = {t: queues[t].cost(n) for t, n in counts.items()}
             compared = compared or {str(t): cost for t, cost in costs.items()}
+            costs = {t: cost * prices[t] for t, cost in costs.items()}
             after = {t: self.cost(self.without(sizes, t, n)) for t, n in counts.items()}
             fitting = [t for t in counts if self.final_sizes is not None or after[t] >= self.final]
+            if len(fitting) < len(counts) and self.cost(self.least(fitting, sizes)) > self.final:
+                fitting = list(counts) if fitting else []  # those that fit would all go, and not be enough
             if fitting:
                 chosen = min(fitting, key=lambda t: costs[t])
             else:
@@ -330,10 +355,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _check_count(planner: Planner, goal: Goal) -> None:
-    smallest = planner.first
-    for t in planner.types:
-        smallest = planner.without(smallest, t, max(planner.steps_down(t, smallest), default=0))
-    least = planner.cost(smallest)
+    least = planner.cost(planner.least(planner.types, planner.first))
     if planner.latency is not None and (now := planner.cost(planner.first)) <= planner.final:
         raise ValueError(f"target={goal!r}: the model takes {now / 1e9:.3g} seconds already, which is no more")
     if planner.latency is not None and least > planner.final:

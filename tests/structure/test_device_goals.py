@@ -62,6 +62,24 @@ def test_seconds_are_met_to_the_last_unit(monkeypatch: pytest.MonkeyPatch) -> No
     assert seconds_of(shallow) <= wanted
 
 
+@pytest.mark.parametrize(
+    ("table", "share", "gone"),
+    [
+        (LatencyTable((1.0,), (0.0,), rest=1.0), 0.7, {"layer": 1}),  # only layers take time: FFN channels stay
+        (LatencyTable((1.0, 1e6), (0.0, 1.0), rest=1.0), 0.7, {"layer": 1}),  # dearer a weight, cheaper a second
+        (LatencyTable((1.0, 1e6), (0.0, 1.0)), 0.95, {"ffn": 5}),  # seconds in proportion to weights
+    ],
+)
+def test_types_go_by_what_they_lose_for_the_time_they_save(table: LatencyTable, share: float, gone: Any) -> None:
+    structure = read_structure(zoo.make("llama"))
+    saliency = {"ffn": torch.ones(3, 28, dtype=torch.float64), "layer": torch.full((1, 3), 2.0, dtype=torch.float64)}
+    goal = {"seconds_per_token": share * latency_of(structure, {}, table).seconds(structure.sizes)}
+    planner = make_planner(structure, goal, ("ffn", "layer"), table=table)
+    chosen, compared = planner.choose(saliency, structure.sizes)
+    assert {t: len(places[0]) for t, places in chosen.items()} == gone
+    assert compared["layer"] == 2.0  # mean saliencies of weights, as in the history
+
+
 def test_a_table_between_and_beyond_its_sizes() -> None:
     table = LatencyTable((10, 20, 40), (1.0, 1.0, 3.0))
     assert [table.product(n) for n in (5, 10, 15, 30, 40, 80)] == [1.0, 1.0, 1.0, 2.0, 3.0, 6.0]
