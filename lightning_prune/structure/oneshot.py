@@ -109,7 +109,7 @@ def prune_structured(
         saliency: ``"kfac"``: loss increase under the Kronecker-factored Fisher's diagonal; ``"obs"``: the same of what
             is left of a unit when the others have been re-fitted for it (optimal brain surgeon; with `compensate`):
             of heads and FFN channels after the cheaper ones have gone, of hidden channels as if they stayed. That is
-            better where training follows; without it they are alike. ``"taylor1"``,
+            better where training follows; without it now one, now the other. ``"taylor1"``,
             ``"taylor2"``: of the gradients of the batches (LLM-Pruner, arXiv 2305.11627); ``"magnitude"``. A batch's
             gradient is that of its mean loss, so Taylor depends on how samples are batched. For experts alone also
             ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
