@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 # The tests run in as many processes as there are cores; processes started by tests inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+
 # Started in the background (nohup, some CI systems), a process inherits that Ctrl-C is ignored; some tests send it.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _hear_interrupts() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_hear_interrupts()
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
@@ -56,8 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def interrupts_come_again() -> Iterator[None]:
     """A Trainer that had Ctrl-C leaves the signal ignored."""
     yield
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    _hear_interrupts()
 
 
 @pytest.fixture(autouse=True)

@@ -190,8 +190,8 @@ class Planner:
             costs = {t: cost * prices[t] for t, cost in costs.items()}
             after = {t: self.cost(self.without(sizes, t, n)) for t, n in counts.items()}
             fitting = [t for t in counts if self.final_sizes is not None or after[t] >= self.final]
-            if len(fitting) < len(counts) and self.cost(self.least(fitting, sizes)) > self.final:
-                fitting = list(counts) if fitting else []  # those that fit would all go, and not be enough
+            if fitting and len(fitting) < len(counts) and self.cost(self.least(fitting, sizes)) > self.final:
+                fitting = list(counts)  # those that fit would all go, and not be enough
             if fitting:
                 chosen = min(fitting, key=lambda t: costs[t])
             else:

@@ -225,10 +225,11 @@ def test_distillation() -> None:
     fit(Module(), PruningAwarePretraining(0.8, end=4, distill_from=make_model()), steps=6, precision="bf16-mixed")
 
 
-def test_prune_structured() -> None:
+@pytest.mark.parametrize("how", [{}, {"saliency": "obs", "types": ("attention", "ffn"), "rounds": 2}])
+def test_prune_structured(how: dict[str, Any]) -> None:
     model = make_model().to(ACCELERATOR)
     batch = {"input_ids": IDS[:16].to(ACCELERATOR), "labels": IDS[:16].to(ACCELERATOR)}
-    prune_structured(model, [batch], target=0.8)
+    prune_structured(model, [batch], target=0.8, **how)
     assert model(input_ids=batch["input_ids"]).logits.isfinite().all()
 
 
