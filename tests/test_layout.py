@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 # From the ground up: a file may import from its own box and from those before it.
 ORDER = (
@@ -132,6 +134,7 @@ def test_sharding_is_asked_for_in_few_files():
     assert len(ASKING) <= 6
 
 
+@pytest.mark.slow
 def test_scripts_import_what_is_there():
     """Most imports of the benchmarks stand in functions, which no test of theirs runs all of."""
     missing = []

@@ -48,6 +48,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str],
         return inside, {name.partition("/")[2] for name in archive.getnames()}, said
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(built: tuple[set[str], set[str], str]) -> None:
     inside, source, _ = built
     package = ROOT / "lightning_prune"

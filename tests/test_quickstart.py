@@ -61,6 +61,7 @@ def test_results_are_those_on_disk(finished):
         assert f"{row['perplexity']:.2f}" in text
 
 
+@pytest.mark.slow
 def test_the_command_it_names_last_writes_a_report(finished):
     folder, _, text = finished
     (command,) = [line for line in text.splitlines() if line.startswith("lightning-prune report")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pkgutil
@@ -40,6 +41,7 @@ def on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _child(environment: dict[str, str], log: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # a collection would write to every object of the process forked from, and so copy all its memory
     os.environ.clear()  # it is that of the process forked from, which may be older than a test's
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -190,6 +190,7 @@ def test_shrink_ends_with_an_ordinary_model(files, tmp_path):
     assert sizes["intermediate_size"]["now"] == small.config.intermediate_size < whole.config.intermediate_size
 
 
+@pytest.mark.slow
 def test_the_commands(files, tmp_path, capsys):
     options = ["--seq_len", "32", "--num_samples", "2", "--windows", "2", "--text", str(files.text), "--device", "cpu"]
     out = str(tmp_path / "out")

@@ -209,6 +209,7 @@ def test_last_block_is_padded(cache, chapters):
 # ---- splits and determinism
 
 
+@pytest.mark.slow
 def test_held_out_share_is_the_end_of_the_text(cache):
     data = data_module(cache, validation_share=0.1)
     data.setup("fit")
