@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import known_packages  # noqa: F401
 import pytest
 
 # Heavy libraries are imported by functions: with several workers, the process that starts them has to load this file
