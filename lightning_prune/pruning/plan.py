@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.allocation import (
     Allocation,
@@ -166,6 +167,8 @@ def make_plan(
     if plan.sequential:
         _check_sequential(plan, model)
     _check_offloaded(plan, model)
+    backward = bool(plan.dense_statistics & BACKWARD_STATISTICS)
+    refuse_inference_tensors(model.named_parameters(), frozen=backward)
     return plan
 
 
