@@ -505,9 +505,10 @@ class _Job:
             self.progress,
         )
         total, besides = found.totals(), besides_line(pruned_besides(found, making))
+        besides = f", besides {besides}" if besides else ""
         self.say(
             f"{total.zeros:,} of {total.numel:,} weights in {total.tensors} layers are exact zeros "
-            f"({total.sparsity:.2%}){f', besides {besides}' if besides else ''}; {found.totals(True).numel:,} parameters. Written: {self.output}"
+            f"({total.sparsity:.2%}){besides}; {found.totals(True).numel:,} parameters. Written: {self.output}"
         )
         return Compressed(self.target, before, after, self.prompt, first, second, found, settings, table)
 
