@@ -401,7 +401,7 @@ def test_modules_of_one_class_that_feed_each_other_are_blocks(kind):
 
 def test_likely_blocks_are_not_tried_on_shards():
     model = Unnamed(lambda x, block: block(x))
-    with pytest.raises(ValueError, match="sequential=True, but Unnamed names no decoder blocks.*are sharded"):
+    with pytest.raises(ValueError, match=r"sequential=True, but Unnamed names no decoder blocks.*are sharded"):
         prune(model, [torch.randn(4, 3, 6)], "wanda", sequential=True, ranks=Ranks(lockstep=True), progress=False)
 
 
