@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+from torch.nn.parameter import is_lazy
 
 
 class ExportError(ValueError):
@@ -40,3 +43,22 @@ def check_whole(name: str, value: Any, least: int = 1, hint: str = "") -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{hint}")
+
+
+def refuse_inference_tensors(parameters: Iterable[tuple[str, Any]], frozen: bool = True) -> None:
+    """Refuse parameters that torch.inference_mode has made: they can have no gradient, nor be changed in place.
+
+    Args:
+        parameters: By name.
+        frozen: Whether those that require no gradient are in the way too, as they are of a backward pass.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name, parameter in parameters:
+        if not is_lazy(parameter) and parameter.is_inference() and (frozen or parameter.requires_grad):
+            raise ValueError(
+                f"{name!r} was made under torch.inference_mode, outside of which it can neither be changed nor "
+                "trained: build or load the model outside of that mode (torch.no_grad does no harm), or take "
+                "copy.deepcopy(model) outside of it"
+            )

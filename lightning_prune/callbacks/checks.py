@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
-from lightning_prune.errors import check_whole
+from lightning_prune.errors import check_whole, refuse_inference_tensors
 from lightning_prune.naming import has_class, uncompiled
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.patterns import parse_pattern
@@ -161,7 +161,8 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
     """Modules that cannot change their shapes.
 
     Raises:
-        ValueError: manual optimization, a compiled module, or one that another strategy has sharded.
+        ValueError: manual optimization, a compiled module, one that another strategy has sharded, or that
+            torch.inference_mode has made.
     """
     if not module.automatic_optimization:
         raise ValueError(
@@ -173,6 +174,7 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
         )
+    refuse_inference_tensors(module.named_parameters(), frozen=False)
     if not is_kind(strategy, "ModelParallelStrategy"):
         refuse_shards(
             module,

@@ -51,7 +51,7 @@ from lightning_prune.perp.options import ReconstructSettings, check_adapter, che
 from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
-from lightning_prune.pruning.targets import find_targets
+from lightning_prune.pruning.targets import Target, find_targets
 from lightning_prune.sharding import reshard
 
 _STATE_VERSION = 1
@@ -245,16 +245,20 @@ class PERPRetraining(L.Callback):
     def _put_on(self, pruners: Sequence[WeightPruning], module: L.LightningModule) -> None:
         """Freeze the model and put the adapters on."""
         model, options = self._model(module), dict(self.options)
+        targets = {name: target for pruner in pruners for name, target in self._targets_of(pruner, module)}
         if pruners and self.adapter is not None and options.get("target_modules") is None:
-            options["target_modules"] = [name for pruner in pruners for name in self._targets_of(pruner, module)]
+            layers = [name for name, target in targets.items() if target.kind.name in ("Linear", "Conv1D")]
+            options["target_modules"] = [name.removesuffix(".weight") for name in layers]
             check_any_adapted(model, options["target_modules"])
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
         pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))
-        told = any(pruner.settings.keeps_zeros for pruner in pruners)  # of all that it cannot hold, at fit start
+        told = any(pruner.settings.keeps_zeros for pruner in pruners)  # of all that nobody holds, at fit start
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            wrapped = attach(model, self.adapter, self.masks, self.train, options, pruned_later, self.adapt_head, told)
+            wrapped = attach(
+                model, self.adapter, self.masks, self.train, options, pruned_later, self.adapt_head, told, targets
+            )
         try:  # the module may have more of the weights than the model has
             check_unshared(module, {name: layer.base_weight for name, layer in sparse_layers(wrapped)})
         except ValueError as error:
@@ -460,13 +464,13 @@ class PERPRetraining(L.Callback):
         prefix = f"{self.attribute}."
         return prefix + plain_name(name.removeprefix(prefix)) if name.startswith(prefix) else name
 
-    def _targets_of(self, pruner: WeightPruning, module: L.LightningModule) -> list[str]:
-        """Modules, as the transformers model names them, that the pruner will prune."""
+    def _targets_of(self, pruner: WeightPruning, module: L.LightningModule) -> Iterator[tuple[str, Target]]:
+        """What the pruner will prune of the transformers model, by the names that this has for it."""
         prefix = f"{self.attribute}."
         # Once adapters are on, the layers that the user froze are pruned like the others.
-        found = find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=True)
-        names = [t.name for t in found if t.kind.name in ("Linear", "Conv1D")]
-        return [n.removeprefix(prefix).removesuffix(".weight") for n in names if n.startswith(prefix)]
+        for target in find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=True):
+            if target.name.startswith(prefix):
+                yield target.name.removeprefix(prefix), target
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:
         """Masks of the pruner, of a checkpoint, or the user's; None for the weights' zeros."""

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.checkpoints.inspection import Inspection
+from lightning_prune.checkpoints.inspection import Inspection, TensorReport
 from lightning_prune.checkpoints.sources import looks_like_path
 from lightning_prune.history import versions
+from lightning_prune.naming import is_head
+from lightning_prune.pruning.coverage import FEW_ZEROS
 from lightning_prune.results import Table
 
 CARD_FILE = "README.md"
@@ -66,6 +68,20 @@ def write_described(folder: Path, model: Any, found: Inspection, making: Making)
         (folder / file).write_text(text, encoding="utf-8")
 
 
+def pruned_besides(found: Inspection, making: Making) -> list[TensorReport]:
+    """List what is pruned of the tensors that no sum of prunable weights counts, such as an output layer."""
+    others = [t for t in found.selected(True) if not t.prunable and len(t.shape) > 1]
+    if found.masks is not None:
+        return [t for t in others if t.mask is not None and t.mask.masked]
+    # Masks were there, and are not told of by name.
+    return [t for t in others if making.masks is not None and is_head(t.name) and t.sparsity > FEW_ZEROS]
+
+
+def besides_line(besides: Sequence[TensorReport]) -> str:
+    """Say of `pruned_besides` how much of each is zero."""
+    return ", ".join(f"{t.zeros:,} of the {t.numel:,} weights of {t.name} ({t.sparsity:.2%})" for t in besides)
+
+
 def _sparsity(found: Inspection, making: Making) -> str:
     content: dict[str, Any] = {
         "score": making.score,
@@ -76,7 +92,7 @@ def _sparsity(found: Inspection, making: Making) -> str:
         "sparsity": found.sparsity,
         "layers": {
             t.name: {"weights": t.numel, "zeros": t.zeros, "sparsity": t.sparsity, "pattern": t.pattern}
-            for t in found.selected()
+            for t in [*found.selected(), *pruned_besides(found, making)]
         },
     }
     if making.sizes is not None:
@@ -87,7 +103,8 @@ def _sparsity(found: Inspection, making: Making) -> str:
 def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
     """Return the text of a model card: Markdown, with the metadata of the Hugging Face hub in front."""
     prunable, everything = found.totals(), found.totals(True)
-    pruned, shrunk = prunable.zeros > 0, making.sizes is not None
+    besides = pruned_besides(found, making)
+    pruned, shrunk = prunable.zeros > 0 or bool(besides), making.sizes is not None
     head = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if isinstance(making.base, str) and making.base and not looks_like_path(making.base):
         head["base_model"] = making.base
@@ -98,6 +115,7 @@ def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
         f"A {type(model).__name__} of {everything.numel:,} parameters. {prunable.zeros:,} of the "
         f"{prunable.numel:,} weights in {prunable.tensors} layers outside embeddings and heads are exactly zero "
         f"({prunable.sparsity:.2%}; {everything.sparsity:.2%} of all parameters)."
+        + (f" Besides these: {besides_line(besides)}." if besides else "")
     )
     tables = [_shrinking(making)] if shrunk else []
     tables += [_pruning(found, making)] if pruned and (making.masks is not None or not shrunk) else []
@@ -110,24 +128,25 @@ def model_card(name: str, model: Any, found: Inspection, making: Making) -> str:
 
 
 def _pruning(found: Inspection, making: Making) -> Table:
-    rows = [("N:M pattern", _patterns(found))]
+    layers = [*found.selected(), *pruned_besides(found, making)]
+    rows = [("N:M pattern", _patterns(layers))]
     if making.masks is not None:
         rows.insert(0, ("score", making.score or "unknown"))
         for settings in making.settings:
             rows += [(_LABELS[key], str(settings[key])) for key in _LABELS if settings.get(key) is not None]
         rows.append(("masks", f"{making.masks}; every weight they remove is zero in these files"))
-    sparsities = [t.sparsity for t in found.selected()]
+    sparsities = [t.sparsity for t in layers]
     rows.append(("sparsest and densest layer", f"{max(sparsities):.2%}, {min(sparsities):.2%}"))
     return Table("Pruning", ("", ""), rows + _versions(), [f"`{SPARSITY_FILE}` has the figures of every layer."])
 
 
-def _patterns(found: Inspection) -> str:
+def _patterns(layers: Sequence[TensorReport]) -> str:
     """The pattern of every layer, or how many layers have which."""
-    layers = found.selected()
     counts = Counter(layer.pattern for layer in layers if layer.pattern)
-    if found.pattern or not counts:
-        return found.pattern or "none (unstructured)"
-    return ", ".join(f"{pattern} in {count} of {len(layers)} layers" for pattern, count in counts.items())
+    if not counts:
+        return "none (unstructured)"
+    whole = next((pattern for pattern in counts if all(layer.conforms(pattern) for layer in layers)), None)
+    return whole or ", ".join(f"{pattern} in {count} of {len(layers)} layers" for pattern, count in counts.items())
 
 
 def _shrinking(making: Making) -> Table:

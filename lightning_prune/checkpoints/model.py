@@ -453,8 +453,8 @@ class LoadedModel:
         """
         model_type = getattr(self.model.config, "model_type", None)
         reports = [
-            report_tensor(name, (p if state is None else state[clean_name(name)]).detach().cpu(), None, model_type)
-            for name, p in self.model.named_parameters()
+            report_tensor(name, (p if state is None else state[name]).detach().cpu(), None, model_type)
+            for name, p in ((clean_name(name), p) for name, p in self.model.named_parameters())
         ]
         return Inspection(self.source, "in memory", 0, reports)
 

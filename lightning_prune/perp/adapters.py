@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import plain_name, uncompiled
 from lightning_prune.perp.layers import SparseLinear, check_base_layer, find_variant, own_weight, sparse_layers
 from lightning_prune.perp.masks import set_masks
@@ -121,10 +122,12 @@ def attach(
     pruned_later: bool = False,
     adapt_head: bool = False,
     told: bool = False,
+    held: Collection[str] = (),
 ) -> nn.Module:
     """`add_adapters`; with `pruned_later` no weight needs to be zero yet, and every target gets an adapter.
 
-    With `told` somebody else says which zeros parts that are trained whole lose.
+    With `told` somebody else says which zeros parts that are trained whole lose; those of the weights named in `held`
+    somebody else prunes and holds.
     """
     check_adapter(adapter)
     check_options(adapter, options)
@@ -144,7 +147,8 @@ def attach(
             f"{twice[0]!r} is trained whole by train={parts}, which would fill its zeros, and would get an adapter "
             "too; leave one of them out"
         )
-    _warn_of_zeros(model, [*([] if told else trained), *([] if head is None else [f"{head}.weight"])], masks)
+    filled = [*([] if told else trained), *([] if head is None else [f"{head}.weight"])]
+    _warn_of_zeros(model, [name for name in filled if name not in held], masks)
 
     record = Retraining(
         adapter=adapter,
@@ -195,6 +199,7 @@ def check_plain_model(model: nn.Module) -> None:
         f"the parameters of {type(model).__name__} are sharded (DTensor) already; add adapters first, then call "
         "fully_shard, so that they are sharded with the weights",
     )
+    refuse_inference_tensors(model.named_parameters())
     if getattr(model, "is_quantized", False) and _quantization(model) != "gguf":  # GGUF is dequantized on loading
         raise ValueError(
             f"{type(model).__name__} is quantized: an adapter cannot be merged into it with its zeros kept. Load the "

@@ -27,6 +27,7 @@ from lightning_prune.pruning.batches import batch_size, take
 from lightning_prune.pruning.batches import samples as first_samples
 from lightning_prune.pruning.forwards import forwards_replaced
 from lightning_prune.pruning.padding import Padding, PaddingFinder
+from lightning_prune.pruning.projections import without_fast_path
 from lightning_prune.pruning.room import Passes, Room, numbers_in
 from lightning_prune.pruning.running import ForwardContext
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
@@ -94,6 +95,8 @@ class Samples:
         ranks: Whose parameters are sharded, so that they run in lock step; or None.
         offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
         room: In what pieces batches run.
+        likely: The model does not say which its blocks are: compare what a stack gives one after the other with what it
+            gives in the model.
     """
 
     model: nn.Module
@@ -104,6 +107,7 @@ class Samples:
     ranks: Ranks | None = None
     offload: torch.device | None = None
     room: Room = field(default_factory=Room)
+    likely: bool = False
 
 
 class BlockWalk:
@@ -127,7 +131,7 @@ class BlockWalk:
         self.padding = PaddingFinder(samples.model)
         self.recording = Passes(samples.model, samples.ranks)
         self.passes = [Passes(samples.model, samples.ranks, block) for block in self.blocks]
-        self.batches = []
+        self.batches: list[BlockBatch] = []
         seen = False
         units = samples.room.units(first_samples(samples.batches, samples.number))
         try:
@@ -135,6 +139,8 @@ class BlockWalk:
                 seen = True
                 if (recorded := self._record(batch, size)) is not None:
                     recorded.counting = counting
+                    if samples.likely and not self.batches:
+                        self._check_order(batch, recorded)
                     self.batches.append(recorded)
         finally:
             reshard(samples.model)
@@ -184,7 +190,7 @@ class BlockWalk:
             weights: Parameters to run the block with in place of its own, by their names in the block.
         """
         call = batch.calls[index]
-        hidden = hidden.to(batch.device)
+        hidden = hidden.to(batch.device, copy=True)  # a block may change its input in place
         args, kwargs = (hidden, *call.args), call.kwargs
         if call.by_keyword:
             args, kwargs = (), {**call.kwargs, "hidden_states": hidden}
@@ -194,7 +200,12 @@ class BlockWalk:
                 output = self.blocks[index](*args, **kwargs)
             else:
                 output = torch.func.functional_call(self.blocks[index], dict(weights), args, kwargs)
-        whole: Tensor = output[0] if isinstance(output, tuple) else output
+        whole = _first(output)
+        if not isinstance(whole, Tensor):
+            raise CalibrationError(
+                f"decoder block {index} returns a {type(whole).__name__}, no tensor of hidden states for the next one; "
+                "use sequential=False"
+            )
         return whole
 
     def put_by(self, hidden: Tensor) -> Tensor:
@@ -227,9 +238,10 @@ class BlockWalk:
                     raise _AllRecordedError
                 output: Any = hidden
                 if self.returns is None or self.returns > 1:
-                    given = {**kwargs, "hidden_states": hidden} if by_keyword else kwargs
-                    output = forwards[index](*args, **_with_own_caches(given))
-                    self.returns = len(output) if isinstance(output, tuple) else 0
+                    own = hidden.clone()
+                    given = {**kwargs, "hidden_states": own} if by_keyword else kwargs
+                    output = forwards[index](*(own, *args[1:])[: len(args)], **_with_own_caches(given))
+                    self.returns = len(output) if isinstance(output, (tuple, list)) else 0
                 if self.returns > 1:
                     return output
                 return (hidden,) if self.returns else hidden
@@ -242,6 +254,7 @@ class BlockWalk:
             forwards_replaced({block: recorder(index) for index, block in enumerate(self.blocks)}),
             self.padding.watching(),
             self.samples.forward_context(),
+            without_fast_path(),  # where blocks would meet nested tensors
             contextlib.suppress(_AllRecordedError),
         ):
             self._finished(self.recording, partial(self.samples.run, self.samples.model, batch), numbers, size)
@@ -253,6 +266,39 @@ class BlockWalk:
             size = first[0].shape[0]
         hidden = first[0].detach()
         return BlockBatch(self.put_by(hidden), inside[0], self.blocks[0], size, calls, hidden.device, numbers)
+
+    @torch.no_grad()
+    def _check_order(self, batch: Any, recorded: BlockBatch) -> None:
+        """Refuse blocks that are not all that there is between the first one's input and the last one's output."""
+        seen: list[Any] = []
+
+        def run_both() -> Tensor:
+            handle = self.blocks[-1].register_forward_hook(lambda _, args, output: seen.append(output))
+            try:
+                with self.samples.forward_context():
+                    self.samples.run(self.samples.model, batch)
+            finally:
+                handle.remove()
+            hidden = recorded.hidden
+            for index in range(len(self.blocks)):
+                hidden = self.forward(index, recorded, hidden)
+            return hidden
+
+        with without_fast_path():
+            hidden = self._finished(self.recording, run_both, recorded.numbers, recorded.samples)
+        try:
+            torch.testing.assert_close(hidden, _first(seen[-1]), equal_nan=True)
+        except AssertionError as error:
+            raise CalibrationError(
+                f"{type_name(self.samples.model)} names no decoder blocks (_no_split_modules), and its "
+                f"{len(self.blocks)} {type_name(self.blocks[0])} modules, run one after the other, do not give what "
+                "they give in the model, which computes something between them: use sequential=False"
+            ) from error
+
+
+def _first(output: Any) -> Any:
+    """What a block returns for the next one."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _with_own_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ ENOUGH = 0.9
 """Share of the countable weights that must be candidates; below it the summary is a warning."""
 
 # Zeros that nobody has pruned: chance, rounding. More of them than this share may be a mask.
-_FEW_ZEROS = 0.01
+FEW_ZEROS = 0.01
 _MOST_NAMES = 8
 
 
@@ -284,4 +284,4 @@ def pruned_zeros(parameter: Tensor, whole_rows: bool) -> int:
     zero = local(parameter.detach()) == 0
     zero = zero.reshape(-1, zero.shape[-1])
     zeros = int(zero.sum() if whole_rows else zero[~zero.all(dim=1)].sum())
-    return zeros if _FEW_ZEROS * zero.numel() < zeros < zero.numel() else 0
+    return zeros if FEW_ZEROS * zero.numel() < zeros < zero.numel() else 0

@@ -254,6 +254,11 @@ class _Run:
     def masks(self) -> PackedMasks:
         """Calibrate, select, update; then change the model."""
         plan = self.plan
+        if plan.likely and self.parts is not None:  # which run in lock step, and a comparison of blocks would not
+            raise ValueError(
+                f"sequential=True, but {type(self.model).__name__} names no decoder blocks (_no_split_modules), and "
+                "where parameters are sharded others are not tried: use sequential=False"
+            )
         if plan.dense_statistics:
             assert self.batches is not None
             self.statistics = collect(
@@ -528,7 +533,8 @@ class _Run:
             quiet_model(self.model, freeze=False),
             progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
         ):
-            samples = Samples(self.model, batches, plan.num_samples, run, self.forward_context, self.parts, room=room)
+            how: dict[str, Any] = {"room": room, "likely": plan.likely}
+            samples = Samples(self.model, batches, plan.num_samples, run, self.forward_context, self.parts, **how)
             for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
                     layers = [target for m in block.modules() for target in by_module.get(id(m), ())]

@@ -10,6 +10,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.allocation import (
     Allocation,
@@ -26,7 +27,7 @@ from lightning_prune.pruning.offloading import check_offloaded
 from lightning_prune.pruning.patterns import NM
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
-from lightning_prune.pruning.stacks import find_stacks
+from lightning_prune.pruning.stacks import find_stacks, likely_stacks
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, FORWARD_STATISTICS, HESSIAN
 from lightning_prune.pruning.targets import Target, select_layers
 from lightning_prune.ranks import Ranks, ShortOfMemoryError
@@ -45,6 +46,7 @@ class PruningPlan:
     group: str
     allocation: Allocation
     num_samples: int
+    likely: bool = False  # whether the stacks are only what may be blocks
 
     def with_samples(self, num_samples: int) -> PruningPlan:
         """The plan for another number of samples (a rank's share)."""
@@ -162,17 +164,22 @@ def make_plan(
     if isinstance(allocation, Mapping):  # fail now, not after calibration
         mapping_counts(found, allocation, settings.sparsity, {})
     coverage = coverage_of(model, selection, keeps_zeros=settings.keeps_zeros, beside=beside)
-    plan = PruningPlan(settings, found, coverage, find_stacks(model), group, allocation, settings.num_samples)
+    stacks = find_stacks(model)
+    likely = settings.sequential and not stacks
+    stacks = likely_stacks(model) if likely else stacks
+    plan = PruningPlan(settings, found, coverage, stacks, group, allocation, settings.num_samples, likely)
     if plan.sequential:
         _check_sequential(plan, model)
     _check_offloaded(plan, model)
+    backward = bool(plan.dense_statistics & BACKWARD_STATISTICS)
+    refuse_inference_tensors(model.named_parameters(), frozen=backward)
     return plan
 
 
 def _check_offloaded(plan: PruningPlan, model: nn.Module) -> None:
     away = [t for t in plan.targets if t.offloaded]
     # Autograd holds every weight that a forward pass has met until its backward, unless blocks run again then.
-    if away and plan.dense_statistics & BACKWARD_STATISTICS and not plan.blocks:
+    if away and plan.dense_statistics & BACKWARD_STATISTICS and (plan.likely or not plan.blocks):
         raise ValueError(
             f"score={plan.score.name!r}, or its allocation, needs a backward pass, and {type(model).__name__} names no "
             "decoder blocks (_no_split_modules) whose weights could be brought one after the other, so all offloaded "
@@ -213,7 +220,8 @@ def _without_data(target: Target) -> str:
 def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:
     if not plan.blocks:
         raise ValueError(
-            f"sequential=True, but {type(model).__name__} names no decoder blocks (_no_split_modules); use "
+            f"sequential=True, but {type(model).__name__} names no decoder blocks (_no_split_modules), and has no "
+            "nn.ModuleList or nn.Sequential of modules of one class either that could be such blocks; use "
             "sequential=False"
         )
     if not plan.block_statistics:

@@ -90,11 +90,17 @@ def projections_written_out(projections: Iterable[Projection]) -> Iterator[None]
         attention: partial(_run, attention, [found.get(i) or Projection(attention, i) for i in range(4)])
         for attention, found in known.items()
     }
+    with without_fast_path(), forwards_replaced(others):
+        yield
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """While the block runs, torch's encoders call their parts as modules, on tensors that keep their padding."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # encoders compute whole layers in one call otherwise
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with forwards_replaced(others):
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 

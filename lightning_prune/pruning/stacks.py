@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_prune.naming import clean_name, uncompiled
+from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.sharding import type_name
 
 
@@ -34,6 +35,30 @@ def find_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
                 stacks.append(blocks)
                 inside.update(m for _, block in blocks for m in block.modules())
     return stacks
+
+
+def likely_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    """The outermost lists of modules of one class, each with layers inside: what a model that names no blocks may have.
+
+    Whether they run one after the other is seen when they run.
+
+    Returns:
+        As `find_stacks`.
+    """
+    stacks, inside = list[list[tuple[str, nn.Module]]](), set[nn.Module]()
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or module in inside:
+            continue
+        blocks = [(clean_name(f"{name}.{i}" if name else str(i)), child) for i, child in enumerate(module)]
+        alike = len({type(uncompiled(child)) for child in module}) == 1 < len(set(module))
+        if alike and all(_has_layers(uncompiled(child)) for child in module):
+            stacks.append(blocks)
+            inside.update(module.modules())
+    return stacks
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return layer_kind(module) is None and any(layer_kind(part) is not None for part in module.modules())
 
 
 def find_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:

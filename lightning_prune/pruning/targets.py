@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters, to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.layer_kinds import (
@@ -713,11 +714,7 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or add "
             f"{to_ignore(name)}"
         )
-    if weight.is_inference():
-        raise ValueError(
-            f"the weight of {name!r} was made under torch.inference_mode, outside of which it cannot be changed; load "
-            "the model outside of it (torch.no_grad does no harm)"
-        )
+    refuse_inference_tensors([(name, weight)])
     if weight.is_meta and not is_offloaded(layer.module):
         raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialize the model first")
     return weight

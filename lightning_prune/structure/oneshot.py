@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import CalibrationError
+from lightning_prune.errors import CalibrationError, refuse_inference_tensors
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import samples
 from lightning_prune.pruning.calibration import LossFn, collect
@@ -71,7 +71,7 @@ class StructuredReport:
         )
 
 
-@torch.inference_mode(False)  # which also lets gradients be made
+@torch.inference_mode(False)
 def prune_structured(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
@@ -142,22 +142,16 @@ def prune_structured(
     structure, planner = check_structured(
         model, target, types, saliency, compensate, round_to, num_samples, attention_unit, rounds, batches is not None
     )
-    data = [batch for batch, _ in samples([] if batches is None else batches, num_samples)]
-    numbering, now = _Numbering(structure), structure
-    start, span = planner.cost(structure.sizes), planner.final - planner.cost(structure.sizes)
-    with _unchanged_on_failure(structure.model):
-        for done in range(1, rounds + 1):
-            down_to = None if done == rounds else start + round(span * done / rounds)
-            if done > 1 and planner.reached(now.sizes):
-                break
-            if down_to is not None and planner.cost(now.sizes) <= down_to:  # the last unit was a large one
-                continue
-            this = _Round(now, planner.types, saliency, compensate, num_samples, loss_fn, progress)
-            numbering.remove(this.run(data, planner, down_to))
-            now = read_structure(model, planner.attention_unit)
-    shapes = structure.shapes()
-    return StructuredReport(
-        structure.sizes, now.sizes, shapes.count(structure.sizes), shapes.count(now.sizes), numbering.removal()
+    return shrink_by_plan(
+        structure,
+        planner,
+        batches,
+        saliency=saliency,
+        compensate=compensate,
+        num_samples=num_samples,
+        loss_fn=loss_fn,
+        rounds=rounds,
+        progress=progress,
     )
 
 
@@ -198,6 +192,7 @@ def check_structured(
     refuse_shards(model, "prune_structured needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)
     check_data(structure)
+    refuse_inference_tensors(structure.model.named_parameters(), frozen=saliency not in ("magnitude", "reap"))
     unit = attention_unit_of(target, structure.sizes, attention_unit)
     structure = read_structure(model, unit)
     one_by_one = rounds > 1 or not names_sizes(target)
@@ -209,6 +204,54 @@ def check_structured(
     if not data and ((compensate and set(checked) != {"expert"}) or saliency != "magnitude"):
         raise ValueError(f"saliency={saliency!r} with compensate={compensate} needs calibration data: pass batches")
     return structure, planner
+
+
+@torch.inference_mode(False)  # which also lets gradients be made
+def shrink_by_plan(
+    structure: Structure,
+    planner: Planner,
+    batches: Iterable[Any] | None,
+    *,
+    saliency: str,
+    compensate: bool,
+    num_samples: int,
+    rounds: int,
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+) -> StructuredReport:
+    """Carry out what `check_structured` has planned, which measures nothing anew.
+
+    Args:
+        structure: From there, of the model as it is still.
+        planner: From there.
+        batches: See `prune_structured`, as all others, which are those that were checked.
+        saliency: See there.
+        compensate: See there.
+        num_samples: See there.
+        rounds: See there.
+        loss_fn: See there.
+        progress: See there.
+
+    Raises:
+        CalibrationError: see there.
+    """
+    data = [batch for batch, _ in samples([] if batches is None else batches, num_samples)]
+    numbering, now = _Numbering(structure), structure
+    start, span = planner.cost(structure.sizes), planner.final - planner.cost(structure.sizes)
+    with _unchanged_on_failure(structure.model):
+        for done in range(1, rounds + 1):
+            down_to = None if done == rounds else start + round(span * done / rounds)
+            if done > 1 and planner.reached(now.sizes):
+                break
+            if down_to is not None and planner.cost(now.sizes) <= down_to:  # the last unit was a large one
+                continue
+            this = _Round(now, planner.types, saliency, compensate, num_samples, loss_fn, progress)
+            numbering.remove(this.run(data, planner, down_to))
+            now = read_structure(structure.model, planner.attention_unit)
+    shapes = structure.shapes()
+    return StructuredReport(
+        structure.sizes, now.sizes, shapes.count(structure.sizes), shapes.count(now.sizes), numbering.removal()
+    )
 
 
 class _Round:

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import check_whole
+from lightning_prune.errors import check_whole, refuse_inference_tensors
 from lightning_prune.pruning.calibration import collect
 from lightning_prune.pruning.patterns import NM, nm_mask, parse_pattern
 from lightning_prune.pruning.running import on_device
 from lightning_prune.pruning.scores import Wanda
 from lightning_prune.pruning.statistics import INPUT_NORM
-from lightning_prune.pruning.targets import Target, find_targets
+from lightning_prune.pruning.targets import DEFAULT_IGNORE, Target, find_targets
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.units import Slice, Structure, check_data, read_structure
@@ -104,13 +104,17 @@ def kept_scores(scores: Tensor, pattern: NM) -> Tensor:
 
 
 def check_permutable(
-    model: nn.Module, pattern: str, channels: Sequence[str] = CHANNELS
+    model: nn.Module,
+    pattern: str,
+    channels: Sequence[str] = CHANNELS,
+    targets: Sequence[str | type[nn.Module]] | None = None,
+    ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
 ) -> tuple[Structure, NM, dict[str, list[tuple[list[Slice], list[str]]]], dict[str, Target]]:
     """Find what `permute_channels` would put in order, which stays as it is.
 
     Returns:
-        The model's structure, the pattern, the places with an order of their own by kind of channel, and what can be
-        pruned, by name.
+        The model's structure, the pattern, the places whose order matters to what will be pruned, by kind of channel,
+        and that, by name.
 
     Raises:
         ValueError: see `permute_channels`.
@@ -123,16 +127,24 @@ def check_permutable(
     refuse_shards(model, "permute_channels needs whole parameters, these are sharded over processes: gather the model")
     structure = read_structure(model)
     check_data(structure)
+    refuse_inference_tensors(structure.model.named_parameters())
     places = {kind: _places(structure, kind) for kind in CHANNELS if kind in channels}
-    targets = {t.name: t for t in find_targets(structure.model)}
+    chosen = {t.name: t for t in find_targets(structure.model, targets, ignore)}
+    prunable = {*chosen, *(t.name for t in find_targets(structure.model))}
     for kind, found in places.items():
         for slices, readers in found:
-            readers[:] = [name for name in readers if name in targets]
-            if not readers:
+            if not prunable.intersection(readers):
                 raise ValueError(f"channels={channels!r}: no layer to prune reads {kind!r} channels; leave them out")
-            if (size := slices[0].indices.shape[0]) % nm.m:
+            readers[:] = [name for name in readers if name in chosen]
+            if readers and (size := slices[0].indices.shape[0]) % nm.m:
                 raise ValueError(f"pattern={pattern!r}: {size} channels of {kind!r} do not divide by {nm.m}")
-    return structure, nm, places, targets
+        found[:] = [place for place in found if place[1]]
+    if not any(places.values()):
+        raise ValueError(
+            f"channels={channels!r}: none of the layers that targets={targets!r} and ignore={ignore!r} leave to prune, "
+            f"such as {next(iter(chosen))!r}, reads them; choose others, or leave the order as it is"
+        )
+    return structure, nm, {kind: found for kind, found in places.items() if found}, chosen
 
 
 def permute_channels(
@@ -143,6 +155,8 @@ def permute_channels(
     num_samples: int = 128,
     rounds: int = 10,
     progress: bool = True,
+    targets: Sequence[str | type[nn.Module]] | None = None,
+    ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
 ) -> Permutation:
     """Reorder the channels of a dense causal language model, in place, so that N:M masks keep more.
 
@@ -156,6 +170,9 @@ def permute_channels(
         num_samples: Calibration samples.
         rounds: See `best_order`.
         progress: Show a progress bar in a terminal.
+        targets: As they will be given to `lightning_prune.prune`: only layers that it prunes count. Channels that none
+            of them reads stay where they are.
+        ignore: The same.
 
     Returns:
         What share of the scores is kept, before and after.
@@ -172,12 +189,12 @@ def permute_channels(
     """
     check_whole("num_samples", num_samples)
     check_whole("rounds", rounds, 0)
-    structure, nm, places, targets = check_permutable(model, pattern, channels)
+    structure, nm, places, chosen = check_permutable(model, pattern, channels, targets, ignore)
     names = sorted({name for found in places.values() for _, readers in found for name in readers})
     statistics = collect(
         structure.model,
         on_device(structure.model, batches),
-        [targets[name] for name in names],
+        [chosen[name] for name in names],
         frozenset({INPUT_NORM}),
         num_samples=num_samples,
         progress=progress,
@@ -190,7 +207,7 @@ def permute_channels(
             for slices, readers in found:
                 scores = torch.cat(
                     [
-                        _by_channel(Wanda()(targets[name].matrix().float(), statistics[name], name), slices, name)
+                        _by_channel(Wanda()(chosen[name].matrix().float(), statistics[name], name), slices, name)
                         for name in readers
                     ]
                 )  # [R, C]

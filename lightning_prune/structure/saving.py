@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, device, nn
 
+from lightning_prune.naming import clean_name
 from lightning_prune.progress import is_main_process
 from lightning_prune.sharding import whole_state
 from lightning_prune.structure.removal import remove_units
@@ -36,7 +37,7 @@ def without_masked_units(model: nn.Module, state: Mapping[str, Tensor] | None) -
     noted = noted_units(model)
     if noted is None:
         return model
-    whole = state if state is not None else {name: p.detach() for name, p in model.named_parameters()}
+    whole = state if state is not None else {clean_name(name): p.detach() for name, p in model.named_parameters()}
     return sliced_copy(model, whole, noted)
 
 
@@ -59,9 +60,24 @@ def save_plain(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> N
     if state is not None and not is_main_process():
         return
     plain: Any = without_masked_units(inner, state)
-    plain.save_pretrained(str(folder), state_dict=state if noted_units(inner) is None else None)
+    plain.save_pretrained(str(folder), state_dict=state_to_write(plain, state if plain is inner else None))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
+
+
+def state_to_write(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Return the weights that `save_pretrained` of transformers has to be given; None where it finds them itself.
+
+    It writes parts that are compiled (``model.layers[0] = torch.compile(...)``) by names that no model loads.
+
+    Args:
+        model: A transformers model.
+        state: Its whole weights, where its parameters are shards.
+    """
+    if state is not None:
+        return dict(state)  # transformers takes weights that are tied out of what it is given
+    own = model.state_dict()
+    return {clean_name(name): t for name, t in own.items()} if any(name != clean_name(name) for name in own) else None
 
 
 _NOTE = "_lightning_prune_masked_units"

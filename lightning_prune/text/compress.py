@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lightning_prune.checkpoints.cards import Making
+from lightning_prune.checkpoints.cards import Making, besides_line, pruned_besides
 from lightning_prune.checkpoints.export import check_apart, check_replaceable, write_model
 from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
@@ -29,7 +29,7 @@ from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.results import Table
 from lightning_prune.safety import expanded
-from lightning_prune.structure.oneshot import check_structured, prune_structured
+from lightning_prune.structure.oneshot import check_structured, shrink_by_plan
 from lightning_prune.structure.permutation import check_permutable, permute_channels
 from lightning_prune.text.documents import check_local, texts_of
 
@@ -113,6 +113,7 @@ class Compressed:
     table: Table
 
 
+@torch.inference_mode(False)  # a model loaded in that mode could not be changed
 def compress(
     model: str | Path,
     output: str | Path,
@@ -217,19 +218,21 @@ def compress(
         tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
     )
     if permute:
-        check_permutable(job.model, pattern)
+        check_permutable(job.model, pattern, targets=targets, ignore=ignore)
     make_plan(job.model, asked)  # for its checks too
     most = num_samples if minutes is None else max(known.num_samples for known, *_ in _RECIPES)
     job.read(text_name, text_split, text_field, most, windows, prompt)
     job.measure("dense")
     if minutes is not None:
-        recipe = job.recipe_for(60 * minutes, pattern)
+        recipe = job.recipe_for(60 * minutes, pattern, targets, ignore)
         job.samples = _spread(job.samples, recipe.num_samples)
     how = {**chosen, **recipe.pruning()}
     how["num_samples"] = len(job.samples)
     job.say(f"Pruning by {recipe} of {job.seq_len} tokens")
     if recipe.permute:
-        permute_channels(job.model, job.batches(batch_size), pattern, num_samples=len(job.samples), progress=progress)
+        layers: dict[str, Any] = {"targets": targets, "ignore": ignore}
+        count = len(job.samples)
+        permute_channels(job.model, job.batches(batch_size), pattern, num_samples=count, progress=progress, **layers)
     dense = {name: p.detach().clone() for name, p in job.model.named_parameters()} if recipe.fit else {}
     masks = prune(job.model, job.batches(batch_size), **how, progress=progress)
     if recipe.fit:
@@ -245,6 +248,7 @@ def compress(
     return job.write(job.model, Making(recipe.score, [settings], len(masks)), settings, masks)
 
 
+@torch.inference_mode(False)
 def shrink(
     model: str | Path,
     output: str | Path,
@@ -316,13 +320,14 @@ def shrink(
         tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
     )
     settings: dict[str, Any] = {"saliency": saliency, "compensate": compensate, "round_to": round_to, "rounds": rounds}
-    check_structured(job.model, target, types, **settings)
+    structure, planner = check_structured(job.model, target, types, **settings)
     job.read(text_name, text_split, text_field, num_samples, windows, prompt)
     job.measure("dense")
     wanted = f"{target:.0%}" if isinstance(target, float) else str(target)
     job.say(f"Shrinking to {wanted} on {len(job.samples)} samples of {job.seq_len} tokens")
-    report = prune_structured(
-        job.model, job.batches(batch_size), target, types, **settings, num_samples=len(job.samples), progress=progress
+    how = {name: settings[name] for name in ("saliency", "compensate", "rounds")}
+    report = shrink_by_plan(
+        structure, planner, job.batches(batch_size), **how, num_samples=len(job.samples), progress=progress
     )
     job.say(f"   {report}")
     job.measure("shrunk")
@@ -416,7 +421,7 @@ class _Job:
         if not self.prompt:
             raise ValueError(f"no window of held-out text={self.text!r} begins with a word: give a prompt (--prompt)")
 
-    def recipe_for(self, seconds: float, pattern: str) -> Recipe:
+    def recipe_for(self, seconds: float, pattern: str, targets: Sequence[str] | None, ignore: Sequence[str]) -> Recipe:
         """The best recipe that fits into what is left of so many seconds since the job began.
 
         Raises:
@@ -431,7 +436,7 @@ class _Job:
             solves = recipe.update is not None  # in time that grows with the width
             if recipe.score == "kfac" and not solves and nm:
                 continue  # its masks under N:M are Wanda's
-            if recipe.permute and not (nm and self._permutable(pattern)):
+            if recipe.permute and not (nm and self._permutable(pattern, targets, ignore)):
                 continue
             sample += _SWEEP if solves and not nm else 0
             costs[recipe] = window * (recipe.num_samples * sample + once * (width if solves else 1))
@@ -442,9 +447,9 @@ class _Job:
         self.say(f"Within {seconds / 60:g} minutes: {fitting} (about {costs[fitting] / 60:.1f} of them)")
         return fitting
 
-    def _permutable(self, pattern: str) -> bool:
+    def _permutable(self, pattern: str, targets: Sequence[str] | None, ignore: Sequence[str]) -> bool:
         try:
-            check_permutable(self.model, pattern)
+            check_permutable(self.model, pattern, targets=targets, ignore=ignore)
         except ValueError:
             return False
         return True
@@ -499,10 +504,11 @@ class _Job:
             self.overwrite,
             self.progress,
         )
-        total = found.totals()
+        total, besides = found.totals(), besides_line(pruned_besides(found, making))
+        besides = f", besides {besides}" if besides else ""
         self.say(
             f"{total.zeros:,} of {total.numel:,} weights in {total.tensors} layers are exact zeros "
-            f"({total.sparsity:.2%}); {found.totals(True).numel:,} parameters. Written: {self.output}"
+            f"({total.sparsity:.2%}){besides}; {found.totals(True).numel:,} parameters. Written: {self.output}"
         )
         return Compressed(self.target, before, after, self.prompt, first, second, found, settings, table)
 

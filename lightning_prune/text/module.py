@@ -51,7 +51,7 @@ from lightning_prune.safety import add_check_sums, expanded
 from lightning_prune.schedules import LearningRateSchedule as Schedule
 from lightning_prune.schedules import learning_rate_factor
 from lightning_prune.sharding import has_sharded_parameters, whole_state
-from lightning_prune.structure.saving import note_masked_units, without_masked_units
+from lightning_prune.structure.saving import note_masked_units, state_to_write, without_masked_units
 from lightning_prune.text.parallelize import parallelize
 from lightning_prune.text.reading_once import read_here, read_once
 
@@ -464,8 +464,7 @@ class CausalLM(L.LightningModule):
         small = without_masked_units(self.model, state)
         whole: Any = small
         state = state if small is self.model else None
-        # A copy: transformers takes weights that are tied out of the dict that it is given.
-        whole.save_pretrained(str(folder), state_dict=None if state is None else dict(state))
+        whole.save_pretrained(str(folder), state_dict=state_to_write(small, state))
         add_check_sums(sorted(folder.glob("model*.safetensors")))  # as an export has them
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))

@@ -364,6 +364,29 @@ def test_zeros_of_a_head_that_training_fills_are_told_of_once(how: dict[str, Any
     assert len(told) == 1, told
 
 
+@pytest.mark.parametrize(
+    ("pruners", "how"),
+    [
+        ([{"ignore": []}], {"train": ("head",), "adapter": None}),
+        ([{}, {"targets": ["lm_head"], "ignore": []}], {"train": ("head",)}),
+        ([{"ignore": []}], {"train": ("norm",), "adapt_head": True}),
+    ],
+    ids=str,
+)
+def test_zeros_of_a_head_that_is_pruned_are_no_news(pruners: list[Any], how: Any, tmp_path: Path) -> None:
+    module = make_module()
+    with torch.no_grad():
+        module.model.lm_head.weight[:, ::2] = 0.0
+    if len(pruners) > 1:  # adapters go on all that is pruned, but a head that is trained whole
+        how = {**how, "target_modules": ["q_proj", "up_proj"]}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [*(pruning(**settings) for settings in pruners), PERPRetraining(**how)]
+        make_trainer(tmp_path, *callbacks, max_epochs=1).fit(module, loader(4))
+    assert not [str(w.message) for w in caught if "fills zeros" in str(w.message)]
+    assert int((module.model.lm_head.weight == 0).sum()) >= 1024  # as was promised
+
+
 @pytest.mark.slow
 def test_what_an_error_names_for_ignore_is_found_without_adapters(tmp_path: Path) -> None:
     """Mamba multiplies with the weight of dt_proj by itself, past the adapter."""

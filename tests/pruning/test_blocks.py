@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_prune import CalibrationError, prune
 from lightning_prune.pruning.blocks import BlockWalk, Samples
+from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals
 
 
@@ -320,6 +321,136 @@ def test_blocks_called_by_keyword():
         linear = model.blocks[i].linear
         assert torch.equal(linear.weight, weight * found[f"blocks.{i}.linear.weight"])
         x = torch.tanh(x @ linear.weight.detach().double().t() + linear.bias.detach().double())
+
+
+def by_hand(model, data, stack="blocks"):
+    """Masks of wanda, each block's with statistics of a sweep of its own through the whole, partly pruned model."""
+    model, found = copy.deepcopy(model), {}
+    for i in range(len(model.get_submodule(stack))):
+        found |= prune(model, [data], "wanda", targets=[f"{stack}.{i}"], num_samples=len(data), progress=False)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+@pytest.mark.parametrize("returns", [lambda x: x, lambda x: [x, None]], ids=["tensor", "list"])
+def test_a_block_may_change_its_input_in_place(returns):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, hidden_states):
+            hidden_states += torch.tanh(self.linear(hidden_states))
+            return returns(hidden_states)
+
+    class Model(nn.Module):
+        _no_split_modules = ("Block",)
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            x = x.clone()
+            for block in self.blocks:
+                output = block(x)
+                x = output[0] if isinstance(output, list) else output
+            return x
+
+    torch.manual_seed(0)
+    model, data = Model(), torch.randn(4, 3, 6)
+    expected = by_hand(model, data)
+    found = prune(model, [data], "wanda", sequential=True, num_samples=4, progress=False)
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+
+
+# -- models that do not name their blocks --------------------
+
+
+class Unnamed(nn.Module):
+    """Blocks that no `_no_split_modules` names, and what is done between them."""
+
+    def __init__(self, between, kind=nn.ModuleList):
+        super().__init__()
+        self.between = between
+        parts = (nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)) for _ in range(3))
+        self.blocks = kind(*parts) if kind is nn.Sequential else kind(parts)
+
+    def forward(self, x):
+        if isinstance(self.blocks, nn.Sequential):
+            return self.blocks(x)
+        for block in self.blocks:
+            x = self.between(x, block)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.Sequential])
+def test_modules_of_one_class_that_feed_each_other_are_blocks(kind):
+    torch.manual_seed(0)
+    model, data = Unnamed(lambda x, block: block(x), kind), torch.randn(4, 3, 6)
+    expected = by_hand(model, data)
+    found = prune(copy.deepcopy(model), [data[:1], data[1:]], "wanda", sequential=True, num_samples=4, progress=False)
+    dense = prune(copy.deepcopy(model), [data], "wanda", num_samples=4, progress=False)
+    assert list(found) == list(expected)
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+    assert any(not torch.equal(mask, dense[name]) for name, mask in found.items())
+    updated = prune(model, [data], "wanda", sequential=True, update="exact", num_samples=4, progress=False)
+    assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in updated.items())
+
+
+def test_likely_blocks_are_not_tried_on_shards():
+    model = Unnamed(lambda x, block: block(x))
+    with pytest.raises(ValueError, match=r"sequential=True, but Unnamed names no decoder blocks.*are sharded"):
+        prune(model, [torch.randn(4, 3, 6)], "wanda", sequential=True, ranks=Ranks(lockstep=True), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (lambda x, block: x + block(x), "names no decoder blocks.* do not give what they give in the model"),
+        (lambda x, block: torch.relu(block(x)), "do not give what they give in the model"),
+        (lambda x, block: block(x).mul_(2), "do not give what they give in the model"),
+        (lambda x, block: block(block(x)), "ran out of order"),
+        (lambda x, block: x, "only 0 of 3 decoder blocks ran"),
+    ],
+    ids=["residual", "activation", "in place", "twice", "unused"],
+)
+def test_modules_of_one_class_that_do_not_are_refused(between, message):
+    torch.manual_seed(0)
+    model, data = Unnamed(between), torch.rand(4, 3, 6)  # what relu leaves as it is
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=message):
+        prune(model, [data], "wanda", sequential=True, num_samples=4, progress=False)
+    assert snapshot(model) == before
+    assert not any(m._forward_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates", "ignore:enable_nested_tensor")
+@pytest.mark.parametrize("how", [{}, {"batch_first": True}, {"batch_first": True, "norm_first": True}], ids=str)
+@pytest.mark.parametrize("padded", [True, False])
+def test_encoders_of_torch_are_walked(how, padded):
+    """With a mask of padding that the model makes, of which torch's encoder would make nested tensors."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, **how), 3)
+
+        def forward(self, x):
+            mask = torch.zeros(x.shape[:2] if how else x.shape[:2][::-1], dtype=torch.bool)
+            mask[1:, 4:] = True
+            return self.encoder(x, src_key_padding_mask=mask if padded else None)
+
+    torch.manual_seed(0)
+    model, data = Model().eval(), torch.randn(6, 6, 16)
+    for p in model.parameters():
+        nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    expected = by_hand(model, data, "encoder.layers")
+    found = prune(model, [data], "wanda", sequential=True, num_samples=6, progress=False)
+    assert set(found) == set(expected)
+    different = sum(int((mask != expected[name]).sum()) for name, mask in found.items())
+    assert different <= 1e-3 * sum(mask.numel() for mask in expected.values())  # ties of rounding
 
 
 @pytest.mark.parametrize(

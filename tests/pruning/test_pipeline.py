@@ -354,6 +354,23 @@ def test_inference_mode_changes_no_mask(score):
         prune(unusable, [data], score, loss_fn=loss, progress=False)
 
 
+def test_norms_of_inference_mode_are_refused_where_they_are_in_the_way(llama, tokens):
+    """Frozen ones are in nobody's way without a backward pass; a copy, as the message says, can be used."""
+    norm = llama.model.layers[1].input_layernorm
+    with torch.inference_mode():
+        norm.weight = nn.Parameter(norm.weight.clone())
+    before = snapshot(llama)
+    for score, frozen in (("magnitude", False), ("kfac", False), ("kfac", True)):
+        norm.weight.requires_grad_(not frozen) if frozen else None
+        with pytest.raises(ValueError, match=r"'model\.layers\.1\.input_layernorm\.weight' was made under .*deepcopy"):
+            prune(llama, [tokens(3, 8)], score, num_samples=3, progress=False)
+    assert snapshot(llama) == before
+    prune(llama, [tokens(3, 8)], "wanda", num_samples=3, progress=False)
+    copied = copy.deepcopy(llama).requires_grad_(True)
+    prune(copied, [tokens(3, 8)], "kfac", num_samples=3, progress=False)
+    copied(tokens(3, 8)).logits.sum().backward()
+
+
 def test_sequential_with_gradients_needs_batches_that_can_be_read_twice(llama, tokens):
     before = snapshot(llama)
     with pytest.raises(ValueError, match=r"generator can be read once.*pass a list or a DataLoader"):

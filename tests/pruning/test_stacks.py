@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+import transformers as tf
 from batch_models import build, mask_of, normal, padded, tokens
 from tiny import make_llama, make_tokens, snapshot
 from torch import nn
 
 from lightning_prune import CalibrationError, prune
-from lightning_prune.pruning.stacks import find_blocks, find_stacks
+from lightning_prune.pruning.stacks import find_blocks, find_stacks, likely_stacks
 
 LENGTHS, TARGETS = [9, 5, 3], [4, 9, 6]
 SOURCE = {
@@ -204,3 +205,35 @@ def test_one_stack_still_takes_a_generator():
     found = prune(copy.deepcopy(model), (b for b in ids.split(1)), "wanda", sequential=True, num_samples=2)
     again = prune(model, [ids], "wanda", sequential=True, num_samples=2)
     assert all(torch.equal(found[n], again[n]) for n in found)
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+UNNAMED = {
+    "distilbert": lambda: tf.DistilBertModel(
+        tf.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=2, n_heads=4, initializer_range=0.2)
+    ),
+    "electra": lambda: tf.ElectraModel(tf.ElectraConfig(**SMALL, embedding_size=32, initializer_range=0.2)),
+    "deberta": lambda: tf.DebertaV2Model(
+        tf.DebertaV2Config(**SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"], initializer_range=0.2)
+    ),
+    "mpnet": lambda: tf.MPNetModel(tf.MPNetConfig(**SMALL, initializer_range=0.2), add_pooling_layer=False),
+    "xlnet": lambda: tf.XLNetModel(
+        tf.XLNetConfig(vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48, initializer_range=0.2)
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates", "ignore:the padding of the batches")
+@pytest.mark.parametrize("name", UNNAMED)
+def test_families_that_name_no_blocks(name):
+    torch.manual_seed(0)
+    model = UNNAMED[name]().double().eval()
+    assert find_stacks(model) == []
+    blocks = [block for stack in likely_stacks(model) for block, _ in stack]
+    assert len(blocks) == 2
+    batch = {**SOURCE, "input_ids": SOURCE["input_ids"] % 64}
+    expected = naive_wanda(model, [unpadded(batch, i) for i in range(3)], blocks, 0.5)
+    found = prune(model, [batch], "wanda", sequential=True, num_samples=3, progress=False)
+    assert set(found) == set(expected)
+    different = sum(int((found[n] != expected[n]).sum()) for n in expected)
+    assert different <= 2e-3 * sum(m.numel() for m in expected.values())

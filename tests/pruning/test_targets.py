@@ -449,6 +449,7 @@ def test_other_forms_of_weights(llama):
         find_targets(nn.Sequential(eight))
     with pytest.raises(ValueError, match="weight of '0' has no shape yet"):
         find_targets(nn.Sequential(nn.LazyLinear(3)))
+    prune(nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), score="magnitude", ignore=["1"])
     sparse = nn.Linear(3, 3)
     sparse.weight = nn.Parameter(torch.eye(3).to_sparse())
     with pytest.raises(ValueError, match=r"stored as torch\.sparse_coo"):

@@ -45,6 +45,16 @@ def test_what_surrounds_the_call_changes_nothing(mode, saliency):
     model(input_ids=zoo.tokens()).logits.sum().backward()  # it can be trained on
 
 
+def test_a_model_of_inference_mode_is_refused_before_anything_runs():
+    with torch.inference_mode():
+        model = zoo.make("llama")
+    for saliency in ("kfac", "magnitude"):
+        with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' was made under torch\.inference_mode"):
+            prune_structured(model, None if saliency == "magnitude" else data(2), 0.85, saliency=saliency,
+                             compensate=saliency == "kfac", progress=False)  # fmt: skip
+    prune_structured(copy.deepcopy(model), data(2), 0.85, progress=False)  # as it says
+
+
 @pytest.mark.few_fast(6)
 @pytest.mark.parametrize("name", zoo.FAMILIES)
 @pytest.mark.parametrize("saliency", ["kfac", "taylor2", "magnitude"])

@@ -93,6 +93,44 @@ def test_shares_are_those_of_the_masks_that_are_made_then():
         assert kept / total == pytest.approx(share, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+@pytest.mark.parametrize(
+    ("layers", "kinds"),
+    [
+        ({"targets": ["o_proj", "layers.0.mlp.down_proj"]}, ["values", "ffn"]),
+        ({"targets": ["up_proj"]}, ["hidden"]),
+        ({"ignore": []}, ["hidden", "values", "ffn"]),
+    ],
+    ids=str,
+)
+def test_only_layers_that_will_be_pruned_count(layers, kinds):
+    """The shares by `prune` with the same layers, and what none of these reads stays where it is."""
+    torch.manual_seed(0)
+    model, tokens = make_llama(tie_word_embeddings=False).double(), make_tokens(4, 12)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 1.0 if p.dim() == 1 else 0.0, 0.3)
+    twin = copy.deepcopy(model)
+    found = permute_channels(model, [tokens], num_samples=4, progress=False, **layers)
+    assert set(found.before) == set(kinds)
+    readers = {"hidden": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"),
+               "values": ("o_proj",), "ffn": ("down_proj",)}  # fmt: skip
+    for made, shares in ((twin, found.before), (model, found.after)):
+        modules = dict(made.named_modules())
+        masks = prune(copy.deepcopy(made), [tokens], "wanda", pattern="2:4", num_samples=4, progress=False, **layers)
+        norms = input_norms(made, [modules[n.removesuffix(".weight")] for n in masks], tokens)
+        for kind, share in shares.items():
+            kept, total = 0.0, 0.0
+            for name, mask in masks.items():
+                layer = modules[name.removesuffix(".weight")]
+                if name.split(".")[-2] in readers[kind]:
+                    scores = layer.weight.detach().abs() * norms[layer]
+                    kept, total = kept + float((scores * mask).sum()), total + float(scores.sum())
+            assert kept / total == pytest.approx(share, rel=1e-5)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, twin.get_parameter(n))}
+    assert ("model.embed_tokens.weight" in moved) == ("hidden" in kinds)
+    assert any("layers.1.mlp" in n for n in moved) == ("hidden" in kinds)  # its down projection stays in the first case
+
+
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4)])
 def test_nearly_the_best_of_all_orders(n, m):
     scores = torch.rand(6, 8, generator=torch.Generator().manual_seed(n)).double() ** 3
@@ -118,6 +156,10 @@ def test_nearly_the_best_of_all_orders(n, m):
         ({"channels": ()}, "must be some of"),
         ({"num_samples": 0}, "num_samples=0 must be"),
         ({"rounds": -1}, "rounds=-1 must be"),
+        (
+            {"channels": ("ffn",), "targets": ["fc1"]},
+            r"none of the layers.*'model\.decoder\.layers\.0\.fc1.*reads them",
+        ),
     ],
 )
 def test_what_cannot_be_permuted_is_refused(arguments, message):

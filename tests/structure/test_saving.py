@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,27 @@ def test_a_noted_model_is_saved_small_and_stays_as_it_is(tmp_path: Path) -> None
         fit(PruningAwarePretraining(0.5), module)
     note_masked_units(module.model, {}, "group")
     assert noted_units(module) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_compiled_parts_are_written_by_the_names_of_an_ordinary_model(tied: bool, masked: bool, tmp_path: Path) -> None:
+    module = make_module(config={**SMALL, "tie_word_embeddings": tied})
+    model: Any = module.model
+    if masked:
+        removal = {"ffn": [torch.tensor([2, 5])] * len(model.model.layers)}
+        mask_units(model, removal)
+        note_masked_units(model, removal, "group")
+    expected = logits_of(model)
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    if not tied:
+        model.model = torch.compile(model.model, backend="eager")
+    save_plain(model, tmp_path / "plain")
+    module.save_pretrained(tmp_path / "own")
+    for folder in ("plain", "own"):
+        found, info = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(info.values()), info
+        torch.testing.assert_close(logits_of(found), expected)
+        assert found.config.intermediate_size == SMALL["intermediate_size"] - 2 * masked
+    layers = json.loads((tmp_path / "own" / "sparsity.json").read_text(encoding="utf-8"))["layers"]
+    assert set(layers) == {n for n, _ in found.named_parameters() if "_proj" in n}

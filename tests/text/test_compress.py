@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_prune import compress, prune, shrink
 from lightning_prune.cli import main, parser_of
 from lightning_prune.perp import reconstruct
-from lightning_prune.structure import permute_channels
+from lightning_prune.structure import device_goals, permute_channels, read_structure
 from lightning_prune.structure.sizes import UNIT_TYPES
 from lightning_prune.text.compress import Compressed
 from lightning_prune.text.documents import texts_of
@@ -173,7 +173,8 @@ def test_one_name_in_place_of_several_is_refused_before_a_model_is_loaded(tmp_pa
 
 def test_layers_can_be_chosen_by_class(files, tmp_path):
     chosen = {"targets": [torch.nn.Linear], "ignore": ("lm_head", "mlp"), "score": "magnitude"}
-    done = compress(files.dense, tmp_path / "out", str(files.text), **chosen, **SMALL)
+    with torch.inference_mode():  # in which no weight that is loaded could be changed
+        done = compress(files.dense, tmp_path / "out", str(files.text), **chosen, **SMALL)
     stored = json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))["settings"][0]
     assert (stored["targets"], stored["ignore"]) == (["Linear"], ["lm_head", "mlp"])
     assert {t.name.split(".")[3] for t in done.found.selected() if t.zeros} == {"self_attn"}
@@ -188,6 +189,41 @@ def test_shrink_ends_with_an_ordinary_model(files, tmp_path):
     sizes = json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))["sizes"]
     assert sizes["parameters"] == {"before": whole.num_parameters(), "now": small.num_parameters()}
     assert sizes["intermediate_size"]["now"] == small.config.intermediate_size < whole.config.intermediate_size
+
+
+def test_a_time_as_target_is_measured_once(files, tmp_path, monkeypatch):
+    table, measured = device_goals.LatencyTable((1.0, 1e6), (0.0, 1.0)), []  # in proportion to weights
+    monkeypatch.setattr(device_goals, "_measured", lambda *_: measured.append(1) or table)
+    structure = read_structure(AutoModelForCausalLM.from_pretrained(files.dense))
+    now = device_goals.latency_of(structure, {}, table).seconds(structure.sizes)
+    goal = {"seconds_per_token": 0.8 * now, "batch": 1}
+    shrink(files.dense, tmp_path / "out", goal, str(files.text), rounds=2, **SMALL)
+    assert len(measured) == 1
+    small = read_structure(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert device_goals.latency_of(small, {}, table).seconds(small.sizes) <= 0.8 * now
+
+
+@pytest.mark.parametrize(
+    ("how", "pattern"),
+    [
+        ({"targets": ["lm_head"]}, "none (unstructured)"),
+        ({"targets": ["lm_head"], "pattern": "2:4"}, "2:4 in 1 of 15 layers"),
+        ({"ignore": [], "pattern": "2:4"}, "2:4"),
+    ],
+)
+def test_a_head_that_is_pruned_is_told_of(files, tmp_path, capsys, how, pattern):
+    compress(files.dense, tmp_path / "out", str(files.text), score="magnitude", **how, **SMALL)
+    head = AutoModelForCausalLM.from_pretrained(tmp_path / "out").lm_head.weight
+    told = f"{int((head == 0).sum()):,} of the {head.numel():,} weights of lm_head.weight (50.00%)"
+    assert f"besides {told}; " in " ".join(capsys.readouterr().out.split())
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"Besides these: {told}." in card
+    assert "- sparse\n" in card
+    assert f"| N:M pattern | {pattern} |" in card
+    assert f"| masks | {15 if 'ignore' in how else 1};" in card
+    stored = json.loads((tmp_path / "out" / "sparsity.json").read_text(encoding="utf-8"))
+    assert stored["layers"]["lm_head.weight"]["zeros"] == 2 * stored["layers"]["lm_head.weight"]["weights"] // 4
+    assert stored["weights"] == sum(layer["weights"] for layer in stored["layers"].values()) - head.numel()
 
 
 @pytest.mark.slow
