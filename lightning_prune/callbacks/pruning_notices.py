@@ -63,8 +63,8 @@ def warn_of_untrained(weights: Mapping[str, nn.Parameter], optimizers: Iterable[
     if 0 < len(idle) < len(trained):
         rank_zero_warn(
             f"WeightPruning: {len(idle)} of the {len(weights)} weights to prune require a gradient, but no optimizer "
-            f"has them, first {idle[0]!r}: they are pruned and not trained. Give them to an optimizer; or, of a teacher "
-            f"or a reference that is to stay dense, freeze it (requires_grad_(False)), or add {to_ignore(*idle[:4])}"
+            f"has them, first {idle[0]!r}: they are pruned and not trained. Give them to an optimizer; or, if they are "
+            f"to stay dense as a teacher, freeze them (requires_grad_(False)), or add {to_ignore(*idle[:4])}"
         )
 
 

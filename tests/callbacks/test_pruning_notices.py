@@ -243,9 +243,7 @@ class WithTeacher(Classifier):
         (False, {"targets": ["teacher"]}, False),  # it alone, so it is meant
     ],
 )
-def test_a_teacher_that_is_pruned_is_named(
-    frozen: bool, settings: dict[str, Any], news: bool, tmp_path: Path
-) -> None:
+def test_a_teacher_that_is_pruned_is_named(frozen: bool, settings: dict[str, Any], news: bool, tmp_path: Path) -> None:
     pruning = WeightPruning(score="magnitude", progress=False, **settings)
     told = [text for text in said(WithTeacher(frozen), pruning, tmp_path, max_steps=1) if "no optimizer" in text]
     assert ["1 of the 4" in text and "'teacher.weight'" in text for text in told] == [True] * news
