@@ -36,6 +36,12 @@ def local(tensor: Tensor) -> Tensor:
     return cast(Tensor, part.wait()) if hasattr(part, "wait") else part
 
 
+def packed_class(tensor: Tensor) -> str | None:
+    """The class of a tensor that keeps its numbers in a form of its own, as torchao's quantized weights do; or None."""
+    kind = type(local(tensor))
+    return None if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ else kind.__name__
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is distributed over ranks."""
     return isinstance(tensor, DTensor)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
 
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
+from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.pruning.scores import Criterion
 from lightning_prune.schedules import Schedule
@@ -45,6 +48,24 @@ def _with_defaults(settings: Mapping[str, Any], score: Criterion) -> dict[str, A
         pattern = parse_pattern(values.get("pattern", "unstructured"))
         values["sparsity"] = 0.5 if pattern is None else pattern.sparsity
     return values
+
+
+def warn_of_untrained(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Optimizer]) -> None:
+    """Warn of weights that would be pruned and never trained, among others that are: a teacher that is not frozen.
+
+    Args:
+        weights: Those to be pruned, by name.
+        optimizers: All of the Trainer.
+    """
+    stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    trained = {name: id(weight) in stepped for name, weight in weights.items() if weight.requires_grad}
+    idle = [name for name, steps in trained.items() if not steps]
+    if 0 < len(idle) < len(trained):
+        rank_zero_warn(
+            f"WeightPruning: {len(idle)} of the {len(weights)} weights to prune require a gradient, but no optimizer "
+            f"has them, first {idle[0]!r}: they are pruned and not trained. Give them to an optimizer; or, if they are "
+            f"to stay dense as a teacher, freeze them (requires_grad_(False)), or add {to_ignore(*idle[:4])}"
+        )
 
 
 def last_step(trainer: L.Trainer, module: L.LightningModule) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
-from lightning_prune.callbacks.weight_pruning import pruners_of
+from lightning_prune.callbacks.weight_pruning import pruners_of, required_grad, trained_now
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.errors import check_whole
 from lightning_prune.history import HISTORY_FILE, append_step, begin_history, run_facts
@@ -81,6 +81,7 @@ class SparsityMonitor(L.Callback):
         self._folder: Path | None = None
         self._file: Path | None = None
         self._last: int | None = None
+        self._trained: dict[str, bool] = {}  # by parameter: whether it required a gradient when the fit started
         self._told = False  # that there is nothing left to log
 
     def __getstate__(self) -> dict[str, Any]:
@@ -103,6 +104,7 @@ class SparsityMonitor(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fail on targets that match nothing before training starts."""
+        self._trained = trained_now(pl_module)
         self._targets_of(trainer, pl_module)
 
     def on_train_batch_start(
@@ -127,8 +129,9 @@ class SparsityMonitor(L.Callback):
             for how in pruners
         ] or [(self.targets, DEFAULT_IGNORE if self.ignore is None else self.ignore)]
         found: dict[str, Tensor] = {}
-        for targets, ignore in chosen:
-            found |= parameters_of(find_targets(module, targets, ignore))
+        with required_grad(module, self._trained):  # layers that are frozen along the way go on being counted
+            for targets, ignore in chosen:
+                found |= parameters_of(find_targets(module, targets, ignore))
         return [(layer_name(name), weight.detach()) for name, weight in found.items()]
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -25,6 +25,7 @@ from lightning_prune.callbacks.pruning_notices import (
     warn_of_choice_by_score,
     warn_of_missing_sparsity,
     warn_of_other_settings,
+    warn_of_untrained,
 )
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.checkpoints.reading import check_checkpoint_of
@@ -39,6 +40,7 @@ from lightning_prune.pruning.masks import (
     PackedMasks,
     follow_names,
     masks_hold,
+    named_weights,
     pack_masks,
     pruned_counts,
     unpack_masks,
@@ -178,6 +180,7 @@ class WeightPruning(L.Callback):
         self._hold: MaskHold | None = None
         self._plan: PruningPlan | None = None
         self._uncounted: tuple[str, ...] = ()
+        self._trained: dict[str, bool] = {}  # by parameter: whether it required a gradient when the fit started
         self._data: CalibrationData | None = None  # made when a fit starts; kept where it cannot be made again
         self._teardown: BeforeTeardown | None = None
         self._copied = False  # masks of a copy, whose module is not known
@@ -272,6 +275,7 @@ class WeightPruning(L.Callback):
         self._masks = self._masks.renamed(rename)
         self._counts = {rename(name): counts for name, counts in self._counts.items()}
         self._target_names = tuple(map(rename, self._target_names))
+        self._trained = {rename(name): trained for name, trained in self._trained.items()}
         if self._hold is not None:
             self._hold.rename(rename)
 
@@ -361,6 +365,7 @@ class WeightPruning(L.Callback):
         if self._prepared:
             return
         self._prepared = True
+        self._trained = trained_now(pl_module)
         plan = self._make_plan(pl_module, self._check_others(trainer, pl_module))
         self._teardown = BeforeTeardown(trainer.strategy, lambda: self._finish(trainer))
         if not is_kind(trainer.strategy, "ModelParallelStrategy"):
@@ -386,6 +391,8 @@ class WeightPruning(L.Callback):
         if self._first is not None:
             self._first()
         (rank_zero_warn if plan.coverage.worrying else rank_zero_info)(f"WeightPruning: {plan.coverage}")
+        if not self.settings.keeps_zeros:
+            warn_of_untrained(parameters_of(plan.targets), trainer.optimizers)
 
     def _check_others(self, trainer: L.Trainer, module: L.LightningModule) -> frozenset[str]:
         """Names of the weights that other callbacks prune; refused where they are this one's, before any prunes."""
@@ -412,7 +419,9 @@ class WeightPruning(L.Callback):
         return frozenset(beside)
 
     def _make_plan(self, module: L.LightningModule, beside: frozenset[str] = frozenset()) -> PruningPlan:
-        plan = make_plan(module, self.settings, beside)
+        # Layers that are frozen or unfrozen along the way stay what the summary at fit start says they are.
+        with required_grad(module, self._trained):
+            plan = make_plan(module, self.settings, beside)
         self._planned, self._target_names = plan.planned_count, tuple(parameters_of(plan.targets))
         return plan
 
@@ -568,6 +577,7 @@ class WeightPruning(L.Callback):
         # What ELSA has come to stays, for a checkpoint that is saved now, or another fit.
         self._hold = self._plan = self._data = self._teardown = self._first = self._before = None
         self._started = self._prepared = False
+        self._trained = {}
         if self._distillation is not None:
             self._distillation.end()
 
@@ -593,6 +603,7 @@ class WeightPruning(L.Callback):
             _copied=self._copied or self._owner is not None,
             _around_update=nullcontext,
             _dense=None,
+            _trained={},
             _elsa=None,
             _distillation=None,
         )
@@ -789,6 +800,30 @@ class WeightPruning(L.Callback):
 def pruners_of(trainer: L.Trainer) -> list[WeightPruning]:
     """The `WeightPruning` callbacks of a Trainer, in its order."""
     return [callback for callback in callbacks_of(trainer) if isinstance(callback, WeightPruning)]
+
+
+def trained_now(module: nn.Module) -> dict[str, bool]:
+    """Whether each parameter requires a gradient, by clean name."""
+    return {name: weight.requires_grad for name, weight in named_weights(module).items()}
+
+
+@contextmanager
+def required_grad(module: nn.Module, trained: Mapping[str, bool]) -> Iterator[None]:
+    """Have parameters require a gradient, or none, as they once did.
+
+    Args:
+        module: Which has them.
+        trained: Whether each required one, by clean name; one that is gone is passed over.
+    """
+    now = named_weights(module)
+    changed = [now[name] for name, before in trained.items() if name in now and now[name].requires_grad != before]
+    for weight in changed:
+        weight.requires_grad_(not weight.requires_grad)
+    try:
+        yield
+    finally:
+        for weight in changed:
+            weight.requires_grad_(not weight.requires_grad)
 
 
 def _weights_to_prune(pruner: WeightPruning, module: nn.Module) -> dict[str, nn.Parameter]:

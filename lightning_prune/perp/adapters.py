@@ -459,9 +459,11 @@ def _check_mergeable(layers: Mapping[str, SparseLinear]) -> None:
     for name, layer in layers.items():
         broken = as_shard_of(layer.base_weight, ~layer.merged_weight().isfinite())
         if count_over_ranks({name: broken}, lambda part: int(part.sum())):  # on one rank: all stop
+            half = layer.base_weight.dtype == torch.float16  # Adam's eps is 0 there, and a new adapter's gradient too
             raise ValueError(
                 f"the merged weight of {name!r} has values that are not finite: training diverged; use a lower "
-                "learning rate. Nothing was merged"
+                f"learning rate{', or bfloat16 (or eps=1e-4 in Adam: 1e-8 is zero in float16)' if half else ''}. "
+                "Nothing was merged"
             )
 
 

@@ -190,6 +190,7 @@ class _Sweep:
         self.decision = Decision(model, taps, loss_fn or model_loss, forward_context, self.passes)
         self.room = Room([block for _, block in find_blocks(model)] if taps.backward else [])
         self.how = How.UNKNOWN
+        self.cut = False  # whether the last batch is a part of one
         if taps.backward and self._runs_in_half():
             taps.scale = _HALF_SCALE
 
@@ -212,7 +213,7 @@ class _Sweep:
         ):
             if self.taps.backward:
                 batches = self._look_at_first(batches if num_samples > 0 else ())
-            source = samples(batches, num_samples, cut=lambda: self.how is not How.WHOLE)
+            source = samples(batches, num_samples, cut=self._may_cut)
             for (batch, count), counting in in_step(self.room.units(source), self.lockstep):
                 advance(self._run_or_divide(batch, count, counting))
         drawn = self.samples + self.unlabeled
@@ -371,11 +372,27 @@ class _Sweep:
             )
         return losses, None
 
+    def _may_cut(self) -> bool:
+        self.cut = self.how is not How.WHOLE
+        return self.cut
+
     def _forward(self, batch: Any) -> None:
-        if self.loss_fn is not None:
-            self.loss_fn(self.model, batch)
-        else:
-            forward(self.model, batch, [tap.target for tap in self.taps.all])
+        try:
+            if self.loss_fn is not None:
+                self.loss_fn(self.model, batch)
+            else:
+                forward(self.model, batch, [tap.target for tap in self.taps.all])
+        except (RuntimeError, ValueError, LookupError) as error:
+            # One that gradients are taken of was tried in parts before.
+            if not self.cut or isinstance(error, (CalibrationError, torch.OutOfMemoryError)):
+                raise
+            size = batch_size(batch)
+            raise CalibrationError(
+                f"the last calibration batch was cut to its first {size} samples, as num_samples asks for, and fails: "
+                f"{type(error).__name__}: {error}. If the first dimension of its tensors is not that of samples (a "
+                "list of episodes or images without a batch), give num_samples a multiple of that dimension, or put "
+                "samples first"
+            ) from error
 
 
 def _finish(

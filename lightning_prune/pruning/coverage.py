@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_prune.naming import clean_name, is_head, is_prunable, own_parameters
 from lightning_prune.pruning.layer_kinds import layer_kind
@@ -68,6 +69,9 @@ class Coverage:
             under names of a user's own. `WeightPruning` writes them into checkpoints, for `inspect`.
         beside: Countable weights that another pruning of the same model takes.
         left_out: Matrices that are not pruned, the largest first.
+        packed: Names and types of linear and convolution layers whose weights are no plain parameters, as quantizing
+            packages have them: neither counted nor pruned.
+        layers: Number of layers that are pruned.
         zeros_lost: Tensors with zeros that ``score="keep"`` cannot hold, with their number, the most first.
     """
 
@@ -79,6 +83,8 @@ class Coverage:
     uncounted: tuple[str, ...] = ()
     beside: int = 0
     left_out: tuple[LeftOut, ...] = ()
+    packed: tuple[tuple[str, str], ...] = ()
+    layers: int = 0
     zeros_lost: tuple[tuple[str, int], ...] = ()
 
     @property
@@ -90,7 +96,8 @@ class Coverage:
     def worrying(self) -> bool:
         """Whether so much is left out that it must be a warning."""
         share = self.share + self.beside / max(self.countable, 1)
-        return share < ENOUGH or bool(self.zeros_lost)
+        seen = self.layers / (self.layers + len(self.packed)) if self.packed else 1.0
+        return min(share, seen) < ENOUGH or bool(self.zeros_lost)
 
     def pruned_shares(self, pruned: Mapping[str, int]) -> tuple[float, float]:
         """Shares of pruned weights, of the countable weights and of all parameters.
@@ -117,6 +124,12 @@ class Coverage:
             text += "\n  left out, not pruned (shares of the countable weights):" + _listed(inside, self.countable)
         if outside:
             text += "\n  not counted, not pruned (shares of all parameters):" + _listed(outside, self.parameters)
+        if self.packed:
+            names = list(dict.fromkeys(f"{_with_stars(name)} ({kind})" for name, kind in self.packed))
+            text += (
+                f"\n  neither counted nor pruned are {len(self.packed)} layers whose weights are no plain parameters "
+                f"(quantized?): {', '.join(names[:_MOST_NAMES])}{', ...' if len(names) > _MOST_NAMES else ''}"
+            )
         if self.zeros_lost:
             text += (
                 f"\n  score='keep' cannot hold the zeros of {len(self.zeros_lost)} tensors that it leaves out; "
@@ -213,6 +226,8 @@ def coverage_of(
                 key=lambda entry: -entry.numel,
             )
         ),
+        packed=tuple(_in_another_form(model)),
+        layers=len(selection.targets),
         zeros_lost=tuple(sorted(lost.items(), key=lambda item: -item[1])),
     )
 
@@ -232,6 +247,16 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
                 seen.add(id(parameter))
                 if not isinstance(parameter, nn.parameter.UninitializedParameter):
                     yield clean_name(f"{prefix}.{name}" if prefix else name), module, parameter
+
+
+def _in_another_form(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names and types of layers that, by their types, multiply with a matrix, and have none among their parameters."""
+    for name, module in model.named_modules():
+        if not re.search(r"Linear|Conv[123]?[dD]", type_name(module)) or embeds(module):
+            continue
+        plain = any(is_lazy(p) or (p.dim() > 1 and p.is_floating_point()) for p in module.parameters())
+        if not plain and (hasattr(module, "out_features") or any(b.dim() > 1 for b in module.buffers())):
+            yield clean_name(name), type_name(module)
 
 
 def _counts(name: str, module: nn.Module, parameter: Tensor, adapters: Collection[nn.Module]) -> bool:

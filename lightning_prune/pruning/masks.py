@@ -23,6 +23,7 @@ from lightning_prune.sharding import (
     gather_whole,
     is_sharded,
     local,
+    packed_class,
     take_shard,
 )
 
@@ -129,7 +130,7 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.P
     """The parameters that `masks` belong to.
 
     Raises:
-        ValueError: a mask whose parameter does not exist or has another shape, or that is not bool.
+        ValueError: a mask whose parameter does not exist, has another shape or is quantized, or that is not bool.
     """
     weights = named_weights(model)
     chosen = {}
@@ -145,6 +146,8 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.P
             )
         if mask.dtype != torch.bool:
             raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
+        if (packed := packed_class(weights[name])) is not None:
+            raise ValueError(f"the parameter {name!r} is quantized ({packed}): mask weights before quantizing them")
         chosen[name] = weights[name]
     return chosen
 

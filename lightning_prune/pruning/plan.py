@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -29,10 +30,10 @@ from lightning_prune.pruning.scores import Criterion
 from lightning_prune.pruning.settings import PruningSettings
 from lightning_prune.pruning.stacks import find_stacks, likely_stacks
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, FORWARD_STATISTICS, HESSIAN
-from lightning_prune.pruning.targets import Target, select_layers
+from lightning_prune.pruning.targets import Target, parameters_of, select_layers
 from lightning_prune.ranks import Ranks, ShortOfMemoryError
 from lightning_prune.schedules import Share, count_of, exact_share
-from lightning_prune.sharding import type_name
+from lightning_prune.sharding import local, type_name
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def make_plan(
     selection = select_layers(model, settings.targets, settings.ignore, called=bool(read), offloaded=offloaded)
     found = selection.targets
     _check_layers(found, nm, read)
+    _check_memory(found)
     if isinstance(allocation, Mapping):  # fail now, not after calibration
         mapping_counts(found, allocation, settings.sparsity, {})
     coverage = coverage_of(model, selection, keeps_zeros=settings.keeps_zeros, beside=beside)
@@ -208,6 +210,24 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
                     f"{target.name!r} is a grouped convolution, for which activations and gradients per input are not "
                     f"defined here: {_without_data(target)}"
                 )
+
+
+def _check_memory(targets: Sequence[Target]) -> None:
+    """Refuse parameters that are views of one memory, which would all get the zeros of all masks."""
+    spans = []
+    for name, weight in parameters_of(targets).items():
+        part = local(weight.detach())
+        # Of one with gaps another may lie in them, as the halves of a matrix do.
+        whole = sum((n - 1) * step for n, step in zip(part.shape, part.stride(), strict=True)) + 1 == part.numel()
+        if part.numel() and whole and not part.is_meta:
+            spans.append((str(part.device), part.data_ptr(), part.nbytes, name))
+    for (device, start, size, one), (other_device, other_start, _, other) in pairwise(sorted(spans)):
+        if device == other_device and other_start < start + size:
+            raise ValueError(
+                f"{one!r} and {other!r} are two parameters in the same memory (such as a Parameter made of "
+                "weight.data.t()): each would get a mask, and both the zeros of both. Use one parameter (the same "
+                f"object, or F.linear with the weight transposed), or add {to_ignore(other)}"
+            )
 
 
 def _without_data(target: Target) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lightning_prune.errors import CalibrationError, refuse_inference_tensors
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import samples
 from lightning_prune.pruning.calibration import LossFn, collect
+from lightning_prune.pruning.coverage import pruned_zeros
 from lightning_prune.pruning.running import model_loss, on_device, quiet_model
 from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 from lightning_prune.safety import uninterrupted
@@ -115,7 +117,8 @@ def prune_structured(
             ``"reap"``: the mean over an expert's tokens of its router weight times the norm of what it makes of them
             (arXiv 2510.13999); without gradients.
         compensate: Re-fit the layers that lose inputs by their Hessian (variant B of EfficientLLM, arXiv 2502.06663),
-            all at once on statistics of the model before the removal.
+            all at once on statistics of the model before the removal. Zeros of pruned weights in them are filled,
+            with a warning.
         round_to: Multiple that hidden_size and intermediate_size are to end at if they shrink, or multiples by size.
             Default 1; on a GPU 64, or the power of two below an eighth of the size, unless `target` names sizes.
         num_samples: Calibration samples (sequences).
@@ -349,7 +352,25 @@ class _Round:
     def _compensated(self, data: list[Any], removal: Removal) -> dict[str, Tensor]:
         """New weights of the layers that lose inputs."""
         moments = self._moments(data, list(removal))
-        return compensation(self.structure, removal, moments, progress=self.progress) if moments else {}
+        weights = compensation(self.structure, removal, moments, progress=self.progress) if moments else {}
+        self._tell_of_filled_zeros(weights)
+        return weights
+
+    def _tell_of_filled_zeros(self, weights: dict[str, Tensor]) -> None:
+        """Warn if layers that were pruned before are re-fitted, which knows no masks."""
+        now = self.structure.parameters()
+        filled = {
+            name: int(((now[name].detach() == 0) & (weight != 0)).sum())
+            for name, weight in weights.items()
+            if pruned_zeros(now[name], whole_rows=True)
+        }
+        if filled := {name: count for name, count in filled.items() if count}:
+            warnings.warn(
+                f"compensate=True fills {sum(filled.values()):,} zeros of pruned weights in {len(filled)} layers "
+                f"({next(iter(filled))}, ...), which it re-fits for the inputs that go: shrink before you prune, prune "
+                "again afterwards, or pass compensate=False, which keeps them",
+                stacklevel=4,
+            )
 
     def _moments(self, data: list[Any], types: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Second moments of the inputs of layers that can be updated, by name; in a sweep of their own if need be."""

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name, uncompiled
+from lightning_prune.naming import clean_name, own_parameters, uncompiled
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.layer_kinds import layer_kind
-from lightning_prune.sharding import plain_class
+from lightning_prune.sharding import packed_class, plain_class, type_name
 from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.families import Family, find_family
 from lightning_prune.structure.sizes import (
@@ -261,21 +261,35 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
 
 
 def _axes(model: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
-    prefix = f"{family.layers}."
     axes = {}
     for raw, p in model.named_parameters():
         name = clean_name(raw)
-        entry = family.outside.get(name)
-        if name.startswith(prefix):
-            entry = family.inside.get(name[len(prefix) :].partition(".")[2])
-        if entry is None or len(entry.split()) != p.dim() or not p.is_floating_point():
+        entry, packed = _entry(family, name), packed_class(p)
+        if entry is None or len(entry.split()) != p.dim() or not p.is_floating_point() or packed:
             raise ValueError(
-                f"{name!r} ({p.dim()} dimensions, {p.dtype}) is not in the description of the family "
+                f"{name!r} ({p.dim()} dimensions, {packed or p.dtype}) is not in the description of the family "
                 f"{family.model_type!r}: only a plain causal language model of it can be shrunk. Merge or remove "
                 "adapters and dequantize; for another architecture see CONTRIBUTING.md, 'A family of your own'"
             )
         axes[name] = tuple(entry.split())
+    for raw, module in model.named_modules():
+        name = clean_name(f"{raw}.weight")
+        if len((_entry(family, name) or "").split()) > 1 and "weight" not in own_parameters(module):
+            raise ValueError(
+                f"{name.removesuffix('.weight')!r} ({type_name(module)}) has no parameter 'weight', so it would keep "
+                "its sizes while the others shrink: dequantize the model, if it keeps its weights in another form"
+            )
     return axes
+
+
+def _entry(family: Family, name: str) -> str | None:
+    """What a family's table says of a parameter."""
+    prefix = f"{family.layers}."
+    return (
+        family.inside.get(name[len(prefix) :].partition(".")[2])
+        if name.startswith(prefix)
+        else family.outside.get(name)
+    )
 
 
 def _sizes(model: nn.Module, axes: Mapping[str, tuple[str, ...]], lengths: Mapping[str, torch.Size]) -> Sizes:

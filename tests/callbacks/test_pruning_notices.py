@@ -220,6 +220,35 @@ def test_a_second_fit_begins_with_what_the_first_has_pruned(tmp_path: Path) -> N
     assert all(torch.equal(first[name], mask) for name, mask in pruning.masks.items())
 
 
+# -- weights that nothing trains -------------------------------------------------------------------------------------
+
+
+class WithTeacher(Classifier):
+    """A teacher that is no part of the optimizer, frozen or not."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(16, 4).requires_grad_(not frozen)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "settings", "news"),
+    [
+        (False, {}, True),
+        (True, {}, False),
+        (False, {"ignore": ["teacher"]}, False),
+        (False, {"targets": ["teacher"]}, False),  # it alone, so it is meant
+    ],
+)
+def test_a_teacher_that_is_pruned_is_named(frozen: bool, settings: dict[str, Any], news: bool, tmp_path: Path) -> None:
+    pruning = WeightPruning(score="magnitude", progress=False, **settings)
+    told = [text for text in said(WithTeacher(frozen), pruning, tmp_path, max_steps=1) if "no optimizer" in text]
+    assert ["1 of the 4" in text and "'teacher.weight'" in text for text in told] == [True] * news
+
+
 # -- metrics while a schedule prunes ---------------------------------------------------------------------------------
 
 

@@ -115,6 +115,21 @@ def test_what_is_logged_is_what_the_weights_hold(tmp_path: Path, monitor_first: 
     assert entries[5]["sparsity/total"] == pytest.approx(0.5, abs=1e-3)
 
 
+class Freeze(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        pl_module.model.model.layers[0].requires_grad_(trainer.global_step < 2)
+
+
+def test_layers_that_are_frozen_along_the_way_go_on_being_counted(tmp_path: Path) -> None:
+    recorder, truth = Recorder(), Truth()
+    fit(tmp_path, pruning(), Freeze(), SparsityMonitor(every_n_steps=1), truth, logger=[recorder])
+    entries = [entry for entry in recorder.entries if "sparsity/total" in entry[1]]
+    assert [step for step, _ in entries] == [0, 1, 2, 3, 4, 5]
+    for step, values in entries:
+        layers = {k.removeprefix("density/layer/"): v for k, v in values.items() if k.startswith("density/layer/")}
+        assert layers == pytest.approx(truth.seen[step], abs=1e-12)
+
+
 def test_saliency_is_the_mean_score_of_each_layer(tmp_path: Path) -> None:
     L.seed_everything(3, verbose=False)
     dense = {n: p.detach().double().abs().mean().item() for n, p in CausalLM(config=TINY).named_parameters()}

@@ -534,6 +534,32 @@ def test_sparsity_follows_the_schedule_and_only_grows(tmp_path: Any) -> None:
         assert sparsity == pytest.approx(wanted, abs=1e-3), step
 
 
+class ChangeWhatIsFrozen(L.Callback):
+    """Freezes the first layer in the middle of training, and unfreezes the last."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.net[0].requires_grad_(trainer.global_step < 3)
+        pl_module.net[5].requires_grad_(trainer.global_step >= 3)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "kfac"])
+def test_what_is_frozen_along_the_way_changes_nothing_in_what_is_pruned(score: str, tmp_path: Any) -> None:
+    """The summary at fit start says which layers are pruned: all of those reach the sparsity, and no other is begun."""
+    torch.manual_seed(0)
+    module = Classifier()
+    module.net[5].requires_grad_(False)
+    schedule = LinearSchedule(start=0, end=6, every=2)
+    pruning = WeightPruning(score, 0.5, num_samples=8, schedule=schedule, progress=False)
+    make_trainer(tmp_path, pruning, ChangeWhatIsFrozen(), max_steps=8).fit(module)
+    zeros = {name: int((p == 0).sum()) for name, p in module.named_parameters() if p.dim() == 2}
+    assert list(pruning.masks) == ["net.0.weight", "net.3.weight"]
+    assert zeros["net.0.weight"] + zeros["net.3.weight"] == (32 * 16 + 24 * 32) // 2
+    assert zeros["net.5.weight"] == 0
+    assert pruning.finished
+    assert not module.net[0].weight.requires_grad
+    assert module.net[5].weight.requires_grad
+
+
 def test_something_else_reviving_weights_is_repaired_and_said(tmp_path: Any) -> None:
     class Vandal(L.Callback):
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:

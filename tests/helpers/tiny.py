@@ -78,6 +78,29 @@ class Reference:
     weights: dict[str, Any]
 
 
+class Packed(Tensor):
+    """Integers and a scale that show themselves as a float tensor, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scale: Tensor) -> Any:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values: Tensor, scale: Tensor) -> None:
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Packed(args[0].values, args[0].scale)
+        raise NotImplementedError(f"{func} of Packed")
+
+
+def packed(layer: nn.Module) -> None:
+    """Quantize a layer's weight in place."""
+    weight = Packed(torch.ones(layer.weight.shape, dtype=torch.int8), torch.ones(1))
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
 def clean_environment() -> dict[str, str]:
     """For processes that form a group of their own: nothing of an earlier group in this process, such as its port."""
     group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -430,6 +430,8 @@ def test_a_diverged_adapter_is_not_merged() -> None:
     with pytest.raises(ValueError, match=rf"'{name}' has values that are not finite"):
         merge(model)
     assert snapshot(model) == before
+    with pytest.raises(ValueError, match=r"or bfloat16 \(or eps=1e-4"):  # Adam's 1e-8 is zero in float16
+        merge(model.half())
 
 
 def quantized() -> nn.Module:

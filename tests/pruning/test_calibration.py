@@ -791,6 +791,21 @@ def test_num_samples_cuts_the_last_batch(shared):
         assert all(entry.samples == 3 for entry in found.values())
 
 
+def test_a_batch_that_cannot_be_cut_is_told_of():
+    """A list of observations, whose features look like samples."""
+    batch = {"observations": list(torch.randn(3, 4)), "actions": [0, 1, 0]}
+    model = nn.Linear(4, 2)
+
+    def loss_fn(model, batch):
+        return model(torch.stack(batch["observations"])).sum()
+
+    assert gather(model, [batch], {"input_norm"}, 4, loss_fn=loss_fn)
+    with pytest.raises(CalibrationError, match=r"cut to its first 2 samples.*RuntimeError.*a multiple of that"):
+        gather(model, [batch], {"input_norm"}, 2, loss_fn=loss_fn)
+    with pytest.raises(RuntimeError, match=r"^mat1"):  # nothing was cut
+        gather(nn.Linear(5, 2), [batch], {"input_norm"}, 4, loss_fn=loss_fn)
+
+
 def test_too_few_samples_warn(shared):
     with pytest.warns(UserWarning, match="calibration data ended after 4 of num_samples=9"):
         gather(shared[0], [shared[1]], {"input_norm"}, num_samples=9)

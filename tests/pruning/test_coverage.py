@@ -260,6 +260,30 @@ def test_what_keep_holds_is_not_named():
     assert found[0].counted == 128
 
 
+class Linear4bit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(8, 4, dtype=torch.int8))
+        self.bias = nn.Parameter(torch.zeros(8))
+
+
+class LinearActivation(nn.Module):
+    pass
+
+
+@pytest.mark.parametrize("plain", [1, 20])
+def test_layers_in_a_form_that_nobody_knows_are_named(plain):
+    """They are no parameters, so the shares know nothing of them: where they are many, it is a warning."""
+    layers = [*(nn.Linear(8, 8) for _ in range(plain)), Linear4bit(), LinearActivation(), nn.LazyLinear(3), nn.GELU()]
+    model = nn.Sequential(*layers)
+    found = measure_coverage(model, ignore=[nn.LazyLinear])
+    assert found.packed == ((f"{plain}", "Linear4bit"),)
+    assert found.share == 1.0
+    assert found.worrying == (plain == 1)
+    assert f"1 layers whose weights are no plain parameters (quantized?): {plain} (Linear4bit)" in str(found)
+    assert "neither" not in str(measure_coverage(nn.Sequential(*layers[:plain])))
+
+
 def test_long_lists_end():
     model = nn.Module()
     for i in range(30):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import packed
 from torch import nn
 
 from lightning_prune.pruning.masks import (
@@ -198,6 +199,15 @@ def test_apply_masks_to_a_compiled_model():
     masks = random_masks(model)
     apply_masks(torch.compile(model, backend="eager"), masks)
     assert torch.equal(model[0].weight != 0, masks["0.weight"])
+
+
+def test_a_quantized_weight_is_refused_by_name():
+    model = two_layers()
+    packed(model[2])
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'2\.weight' is quantized \(Packed\)"):
+        apply_masks(model, random_masks(model))
+    assert torch.equal(model[0].weight, before)
 
 
 def test_masks_of_another_model_change_nothing():

@@ -14,7 +14,7 @@ from experts_models import make_moe
 from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 
-from lightning_prune import ALPS, CalibrationError, apply_masks, prune
+from lightning_prune import ALPS, CalibrationError, apply_masks, hold_masks, prune
 from lightning_prune.pruning.pipeline import run_plan
 from lightning_prune.pruning.plan import make_plan
 from lightning_prune.pruning.running import causal_lm_loss
@@ -501,6 +501,34 @@ def test_tied_embeddings_are_refused_and_can_be_ignored(llama_factory, tokens):
         prune(model, Untouched(), ignore=[])
     assert snapshot(model) == before
     assert set(prune(model, [tokens(2, 8)], num_samples=2)) == set(LAYERS)
+
+
+def test_two_parameters_in_one_memory_are_refused_and_one_of_them_can_be_ignored():
+    """A decoder that is the transposed encoder by ``.data``: both would have the zeros of both masks."""
+    model = nn.ModuleDict({"encoder": nn.Linear(8, 6), "decoder": nn.Linear(6, 8)})
+    model["decoder"].weight = nn.Parameter(model["encoder"].weight.data.t())
+    before = model["encoder"].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'decoder\.weight' and 'encoder\.weight' are two parameters in the same"):
+        prune(model, score="random", progress=False)
+    assert torch.equal(model["encoder"].weight, before)
+    masks = prune(model, score="random", ignore=["decoder"], progress=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    with hold_masks(model, masks, optimizer):
+        for _ in range(3):
+            model["decoder"](model["encoder"](torch.randn(2, 8))).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(model["decoder"].weight != 0, masks["encoder.weight"].t())
+
+
+def test_parameters_beside_each_other_in_one_memory_are_pruned():
+    """Pieces of one flat tensor, and two halves of a matrix, whose elements lie between each other."""
+    flat, matrix = torch.randn(48), torch.randn(6, 16)
+    model = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3), nn.Linear(8, 6), nn.Linear(8, 6)])
+    parts = [flat[:24].view(3, 8), flat[24:].view(3, 8), matrix[:, :8], matrix[:, 8:]]
+    for layer, part in zip(model, parts, strict=True):
+        layer.weight = nn.Parameter(part)
+    masks = prune(model, score="random", progress=False)
+    assert all(torch.equal(model[i].weight != 0, masks[f"{i}.weight"]) for i in range(4))
 
 
 @pytest.mark.parametrize("score", ["wanda", "gblm"])

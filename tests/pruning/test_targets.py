@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from tiny import LAYERS
+from tiny import LAYERS, packed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -401,30 +401,8 @@ def test_attention_is_left_dense_where_it_must_be_seen_and_has_a_forward_of_its_
     assert torch.equal(model.self_attn.out_proj.weight, before)
 
 
-class Packed(torch.Tensor):
-    """Integers and a scale that show themselves as a float tensor, as torchao's do."""
-
-    @staticmethod
-    def __new__(cls, values, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
-
-    def __init__(self, values, scale):
-        self.values, self.scale = values, scale
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:
-            return Packed(args[0].values, args[0].scale)
-        raise NotImplementedError(f"{func} of Packed")
-
-
 class OwnParameter(nn.Parameter):
     """A plain parameter of a user's own class."""
-
-
-def packed(layer):
-    weight = Packed(torch.ones(layer.weight.shape, dtype=torch.int8), torch.ones(1))
-    layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 @pytest.mark.parametrize("part", ["all", "mlp", "one"])

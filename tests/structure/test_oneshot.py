@@ -1,8 +1,10 @@
 """`prune_structured`: targets are met, the better methods are better, and failures leave no trace."""
 
+import contextlib
 import copy
 import os
 import signal
+import warnings
 
 import naive
 import numpy as np
@@ -53,6 +55,25 @@ def test_a_model_of_inference_mode_is_refused_before_anything_runs():
             prune_structured(model, None if saliency == "magnitude" else data(2), 0.85, saliency=saliency,
                              compensate=saliency == "kfac", progress=False)  # fmt: skip
     prune_structured(copy.deepcopy(model), data(2), 0.85, progress=False)  # as it says
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_zeros_that_the_re_fit_fills_are_counted(compensate):
+    """Of a model that was pruned before; nothing is said where they stay, nor of a dense model."""
+    warnings.simplefilter("error")  # until the end of the test
+    prune_structured(zoo.make("llama"), data(2), {"intermediate_size": 20}, num_samples=4, progress=False)
+    model = zoo.make("llama")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "_proj" in name:
+                weight[torch.arange(weight.shape[0])[:, None] % 2 == torch.arange(weight.shape[1]) % 2] = 0.0
+    message = rf"fills {3 * 48 * 20 // 2:,} zeros of pruned weights in 3 layers \(model\.layers\.0\.mlp\.down_proj"
+    with pytest.warns(UserWarning, match=message) if compensate else contextlib.nullcontext():
+        prune_structured(
+            model, data(2), {"intermediate_size": 20}, compensate=compensate, num_samples=4, progress=False
+        )
+    zeros = {name: int((p == 0).sum()) / p.numel() for name, p in model.named_parameters() if "_proj" in name}
+    assert zeros == {name: 0.0 if compensate and "down" in name else 0.5 for name in zeros}
 
 
 @pytest.mark.few_fast(6)

@@ -5,6 +5,7 @@ import structure_models as zoo
 import torch
 from accelerate import disk_offload
 from peft import LoraConfig, get_peft_model
+from tiny import packed
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
@@ -134,6 +135,27 @@ def test_parameters_that_the_table_does_not_know_are_refused():
     adapted = get_peft_model(zoo.make("llama"), LoraConfig(target_modules=["q_proj"], r=2))
     with pytest.raises(ValueError, match="Merge or remove adapters"):
         read_structure(adapted)
+
+
+class Linear4bit(nn.Module):
+    """A layer that keeps its weight in a buffer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("codes", torch.zeros(layer.weight.shape, dtype=torch.int8))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj", "lm_head"])
+def test_weights_that_are_not_plain_numbers_are_refused(name):
+    """They would keep their sizes while the others shrink."""
+    model = zoo.make("mistral")
+    for change in (packed, lambda layer: model.set_submodule(name, Linear4bit(layer))):
+        change(model.get_submodule(name))
+        with pytest.raises(ValueError, match=f"'{name}.* (Packed|.Linear4bit.).*dequantize"):
+            prune_structured(
+                model, target={"hidden_size": 32}, types=("hidden",), saliency="magnitude", compensate=False
+            )
+        assert model.config.hidden_size == 48
 
 
 def test_a_family_with_wrong_axes_is_refused():
