@@ -23,7 +23,7 @@ HEADS = (
 )
 """What output layers are called in transformers, and in most models of one's own."""
 
-_HEADS = tuple(tuple(head.split(".")) for head in HEADS)
+_HEADS = frozenset(tuple(head.split(".")) for head in HEADS)  # of one or two parts
 
 # What wrappers put behind the name of a layer; it says nothing of what the layer is.
 _WRAPPED = frozenset({"weight", "base_layer", "original_module", "modules_to_save", "default", "parametrizations"})
@@ -68,13 +68,8 @@ def is_head(name: str) -> bool:
         return True
     numbers = [i for i, part in enumerate(parts) if i and part.isdigit()]
     outside = parts[: numbers[0]] if numbers else parts
-    ends = (
-        start + len(head)
-        for head in _HEADS
-        for start in range(len(outside))
-        if tuple(outside[start : start + len(head)]) == head
-    )
-    return any(len(parts) - end <= 2 for end in ends)
+    ends = range(max(len(parts) - 2, 0), len(outside) + 1)
+    return any(tuple(outside[end - size : end]) in _HEADS for end in ends for size in (1, 2) if end >= size)
 
 
 def is_prunable(name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:

@@ -575,13 +575,14 @@ def all_gather(part: Tensor, size: int, group: dist.ProcessGroup | None) -> Tens
 
 def counts_over_ranks(tensors: Mapping[str, Tensor], count: Callable[[Tensor], int]) -> dict[str, int]:
     """`count` of each tensor; of those that are shards, summed over all ranks, every part once, in one collective."""
-    counts = {
-        name: count(local(tensor)) if not is_sharded(tensor) or Layout(tensor, False).counted else 0
-        for name, tensor in tensors.items()
-    }
-    shards = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor)}
+    counts: dict[str, int] = {}
+    shards: list[str] = []
+    for name, tensor in tensors.items():  # once: masks are unpacked for it
+        counts[name] = count(local(tensor)) if not is_sharded(tensor) or Layout(tensor, False).counted else 0
+        if isinstance(tensor, DTensor):
+            shards.append(name)
+            device = tensor.device_mesh.device_type
     if shards:
-        device = next(iter(shards.values())).device_mesh.device_type
         totals = torch.tensor([counts[name] for name in shards], dtype=torch.int64, device=device)
         dist.all_reduce(totals)
         counts |= dict(zip(shards, totals.tolist(), strict=True))

@@ -27,6 +27,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_prune"
 USES = {
     "_orig_mod": "naming",
     "_base": "pruning.hooks",
+    "_modules": "pruning.masks",
     "_parameters": "callbacks.traces",
     "_buffers": "callbacks.traces",
     "_forward_hooks": "pruning.running",
@@ -99,7 +100,7 @@ def _foreign(tree: ast.AST) -> set[str]:
 
 def test_torch_has_them() -> None:
     layer = nn.Linear(2, 2)
-    for name in ("_parameters", "_buffers"):
+    for name in ("_modules", "_parameters", "_buffers"):
         assert isinstance(getattr(layer, name), dict)
     register = {
         "_forward_hooks": layer.register_forward_hook,

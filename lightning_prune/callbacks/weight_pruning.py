@@ -55,7 +55,7 @@ from lightning_prune.pruning.updates import ALPS
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals
 from lightning_prune.schedules import BuiltInSchedule, LinearSchedule, OneShot, Schedule, check_schedule, fraction_at
-from lightning_prune.sharding import at_rest, counts_over_ranks, local, refuse_shards, reshard
+from lightning_prune.sharding import at_rest, local, refuse_shards, reshard
 
 _STATE_VERSION = 1
 
@@ -401,11 +401,10 @@ class WeightPruning(L.Callback):
                 "ModelPruning takes weights away from their layers (weight_orig), where masks could not follow: leave "
                 "it out, or run it in a fit of its own, and WeightPruning(score='keep') after it, which holds its zeros"
             )
-        own = _weights_to_prune(self, module)
+        others = [pruner for pruner in pruners_of(trainer) if pruner is not self]
+        own = _weights_to_prune(self, module) if others else {}
         beside: set[str] = set()
-        for other in pruners_of(trainer):
-            if other is self:
-                continue
+        for other in others:
             names = _weights_to_prune(other, module)
             if shared := [name for name in own if name in names]:
                 raise ValueError(
@@ -616,11 +615,11 @@ class WeightPruning(L.Callback):
         with self._around_update():
             masks = self._new_masks(trainer, module, self._plan)
             self._bind(trainer, module, masks)
-        pruned = pruned_counts(masks)
-        total = sum(mask.numel() for mask in masks.values())
+        pruned = {name: count for name, (count, _) in self._counts.items()}
+        total = sum(size for _, size in self._counts.values())
         counted, everything = self._plan.coverage.pruned_shares(pruned)
         rank_zero_info(
-            f"WeightPruning: {self.sparsity:.2%} of {total:,} weights in {len(masks)} layers "
+            f"WeightPruning: {self.sparsity:.2%} of {total:,} weights in {len(pruned)} layers "
             f"are pruned, {counted:.2%} of the countable weights, {everything:.2%} of all parameters "
             f"({self._plan.score.name}, {self._plan.pattern or 'unstructured'}; {time.monotonic() - started:.1f} s)"
         )
@@ -690,8 +689,8 @@ class WeightPruning(L.Callback):
     def _keep(self, masks: PackedMasks) -> None:
         """Take masks and count them; where they are sharded every rank must call."""
         self._masks = masks
-        pruned = counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
-        self._counts = {name: (pruned[name], mask.numel()) for name, mask in masks.items()}
+        pruned = pruned_counts(masks)
+        self._counts = {name: (pruned[name], form.numel()) for name, form in masks.forms().items()}
 
     def _follow(self, trainer: L.Trainer) -> None:
         """Give the masks to the parameters, and to the optimizers, that are there now."""

@@ -95,7 +95,8 @@ class Enforcer:
     @torch.no_grad()
     def resurrected(self) -> dict[str, int]:
         """How many pruned weights of each parameter (its part here) are not zero now; empty if masks hold."""
-        found = [(local(p.detach()) != 0).logical_and_(~self._held[id(p)].bool()).sum() for p in self._weights.values()]
+        pruned = ((p, ~self._held[id(p)].bool()) for p in self._weights.values())
+        found = [mask.logical_and_(local(p.detach())).count_nonzero() for p, mask in pruned]
         return {name: int(count) for name, count in zip(self._weights, values_of(found), strict=True) if count}
 
 

@@ -90,13 +90,22 @@ class PackedMasks(MutableMapping[str, Tensor]):
         return PackedMasks(self)
 
     def __repr__(self) -> str:
-        return f"PackedMasks({', '.join(f'{n!r}: {tuple(like.shape)}' for n, (_, like) in self._packed.items())})"
+        return f"PackedMasks({', '.join(f'{n!r}: {tuple(form.shape)}' for n, form in self.forms().items())})"
+
+    def forms(self) -> dict[str, Tensor]:
+        """Tensors of the masks' shapes, dtype and layouts, with nothing unpacked: all are True."""
+        return {name: like for name, (_, like) in self._packed.items()}
 
     def renamed(self, rename: Callable[[str], str]) -> PackedMasks:
         """The same masks by other names."""
         masks = PackedMasks()
         masks._packed = {rename(name): packed for name, packed in self._packed.items()}
         return masks
+
+
+def forms_of(masks: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the shapes, dtypes and layouts of masks, for what does not ask for their values."""
+    return masks.forms() if isinstance(masks, PackedMasks) else masks
 
 
 def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -134,7 +143,7 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.P
     """
     weights = named_weights(model)
     chosen = {}
-    for name, mask in masks.items():
+    for name, mask in forms_of(masks).items():
         if name not in weights:
             raise ValueError(
                 f"there is a mask for {name!r}, but {type(model).__name__} has no such parameter: the masks "
@@ -157,19 +166,18 @@ def current_weight(model: nn.Module, name: str) -> nn.Parameter | None:
     module: nn.Module | None = model
     *path, last = name.split(".")
     for part in path:
-        module = _unwrapped(module, part)
-        module = None if module is None else dict(module.named_children()).get(part)
-    module = _unwrapped(module, last)
-    return None if module is None else own_parameters(module).get(last)
+        # A lookup: a list of all children would cost each expert as much as there are experts, several times a step.
+        while module is not None and part not in module._modules:
+            module = _inside(module)
+        module = None if module is None else module._modules[part]
+    while module is not None and last not in (own := own_parameters(module)):
+        module = _inside(module)
+    return None if module is None else own[last]
 
 
-def _unwrapped(module: nn.Module | None, part: str) -> nn.Module | None:
-    """What a compiled or checkpointed module has inside, if that is where a part of a clean name is."""
-    while module is not None and part not in (children := dict(module.named_children())):
-        if part in own_parameters(module):
-            break
-        module = children.get("_orig_mod", children.get("_checkpoint_wrapped_module"))
-    return module
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a compiled or checkpointed module has inside; None in any other."""
+    return module._modules.get("_orig_mod", module._modules.get("_checkpoint_wrapped_module"))
 
 
 def masks_hold(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
@@ -178,13 +186,13 @@ def masks_hold(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
     Where parameters are sharded every rank must call.
     """
     weights = named_weights(model)
-    if any(name not in weights or weights[name].shape != mask.shape for name, mask in masks.items()):
+    if any(name not in weights or weights[name].shape != mask.shape for name, mask in forms_of(masks).items()):
         return False
     alive = {}
     for name, mask in masks.items():
         own = local(weights[name].detach())
         alive[name] = as_shard_of(weights[name], (own != 0) & ~part_of(weights[name], mask).to(own.device))
-    return not count_over_ranks(alive, lambda part: int(part.sum()))
+    return not count_over_ranks(alive, lambda part: int(part.count_nonzero()))
 
 
 @torch.no_grad()
@@ -243,13 +251,13 @@ def masks_from_zeros(targets: Sequence[Target]) -> PackedMasks:
 
 def mask_sparsity(masks: Mapping[str, Tensor]) -> float:
     """Share of pruned weights over all masks; see `pruned_count`."""
-    total = sum(mask.numel() for mask in masks.values())
+    total = sum(mask.numel() for mask in forms_of(masks).values())
     return pruned_count(masks) / total if total else 0.0
 
 
 def pruned_counts(masks: Mapping[str, Tensor]) -> dict[str, int]:
     """Number of pruned weights of each mask; where they are sharded, over all ranks, which must all call."""
-    return counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.sum()))
+    return counts_over_ranks(masks, lambda mask: mask.numel() - int(mask.count_nonzero()))
 
 
 def pruned_count(masks: Mapping[str, Tensor]) -> int:

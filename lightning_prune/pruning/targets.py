@@ -10,6 +10,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -396,12 +397,15 @@ def select_layers(
     # Who leaves out one more layer does not ask for heads to be pruned: only an empty `ignore` does.
     without_heads, repeated = bool(ignore), set(DEFAULT_IGNORE) <= set(ignore)
     ignored = [s for s in ignore if not (repeated and s in DEFAULT_IGNORE)]
-    # A default name that a user repeats need not be there.
-    everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
-    _require_matches("ignore", [s for s in ignored if s not in DEFAULT_IGNORE], everything | layers)
+    if required := [
+        s for s in ignored if s not in DEFAULT_IGNORE
+    ]:  # a default name that a user repeats need not be there
+        everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
+        _require_matches("ignore", required, everything | layers)
     aside = {name for name, layer in layers.items() if _selected(name, layer.module, ignored)}
 
-    reasons = _reasons(model, layers, without_heads, called)
+    users = _users(model)
+    reasons = _reasons(model, layers, users, without_heads, called)
     if frozen:
         reasons = {name: reasons[name] - {FROZEN} for name in layers}
     if targets is None:
@@ -433,7 +437,7 @@ def select_layers(
             f"the weight of {away[0]!r} is offloaded to main memory or disk (device_map), where only `prune` takes it; "
             "load the model without device_map"
         )
-    return Selection(_group_by_parameter(model, chosen, called), left_out, frozenset(adapters))
+    return Selection(_group_by_parameter(model, chosen, users, called), left_out, frozenset(adapters))
 
 
 def _nothing_to_prune(
@@ -460,10 +464,9 @@ def _nothing_to_prune(
 
 
 def _reasons(
-    model: nn.Module, layers: dict[str, _Candidate], without_heads: bool, called: bool
+    model: nn.Module, layers: dict[str, _Candidate], users: _Users, without_heads: bool, called: bool
 ) -> dict[str, frozenset[str]]:
     """Why each layer is to be left alone by default; mostly for no reason."""
-    users = _users(model)
     inside = {id(layer.module) for layer in layers.values()}
     routers, frozen = _routers(model, layers), _frozen(model, layers)
     # Their parent reads their weights, and never calls them.
@@ -530,15 +533,19 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
         and any(parameter.requires_grad for parameter in parent.parameters())
         for module in parent.modules()
     }
-    # A quantized weight never requires a gradient: what counts is whether more than such layers is frozen around it.
-    weights = {id(p) for layer in layers.values() for p in layer.module.parameters()}
-    around = {
-        module
-        for parent in model.modules()
-        if not any(p.requires_grad for p in parent.parameters())
-        and any(id(p) not in weights for p in parent.parameters())
-        for module in parent.modules()
-    }
+
+    @cache
+    def around() -> set[nn.Module]:
+        # A quantized weight never requires a gradient: what counts is whether more than such layers is frozen
+        # around it.
+        weights = {id(p) for layer in layers.values() for p in layer.module.parameters()}
+        return {
+            module
+            for parent in model.modules()
+            if not any(p.requires_grad for p in parent.parameters())
+            and any(id(p) not in weights for p in parent.parameters())
+            for module in parent.modules()
+        }
 
     def holds(layer: _Candidate) -> bool:
         module, weight = layer.module, layer.weight
@@ -546,7 +553,7 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
         parts = module.named_parameters() if weight is None or layer.parameter == "weight" else [("", weight)]
         if module in retrained or any(p.requires_grad for n, p in parts if "bias" not in n):
             return False
-        return weight is None or _packed_form(weight) is None or module in around
+        return weight is None or _packed_form(weight) is None or module in around()
 
     return {name for name, layer in layers.items() if holds(layer)}
 
@@ -622,18 +629,20 @@ def _require_matches(
             raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
 
 
-def _users(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+_Users = dict[int, list[tuple[str, nn.Module]]]
+
+
+def _users(model: nn.Module) -> _Users:
     """Clean names and modules that hold each parameter, by its id."""
-    users: dict[int, list[tuple[str, nn.Module]]] = {}
+    users: _Users = {}
     for name, module in model.named_modules():
         for parameter in own_parameters(module).values():
             users.setdefault(id(parameter), []).append((clean_name(name), module))
     return users
 
 
-def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], called: bool) -> list[Target]:
+def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], users: _Users, called: bool) -> list[Target]:
     names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
-    users = _users(model)
     grouped: dict[int, list[tuple[str, _Candidate]]] = {}
     for name, layer in chosen.items():
         grouped.setdefault(id(_checked_weight(name, layer)), []).append((name, layer))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -93,8 +94,16 @@ class Structure:
 
     def in_layer(self, index: int) -> list[str]:
         """Names of the parameters of a layer."""
-        prefix = f"{self.family.layers}.{index}."
-        return [name for name in self.axes if name.startswith(prefix)]
+        return list(self._by_layer.get(str(index), ()))
+
+    @cached_property
+    def _by_layer(self) -> dict[str, list[str]]:
+        """Names of the parameters of each layer by its number, found in one go: most who ask do so for every layer."""
+        prefix, found = f"{self.family.layers}.", dict[str, list[str]]()
+        for name in self.axes:
+            if name.startswith(prefix):
+                found.setdefault(name.removeprefix(prefix).partition(".")[0], []).append(name)
+        return found
 
     def expert_names(self) -> list[str]:
         """Names of the modules that hold the experts of each layer."""
@@ -122,17 +131,16 @@ class Structure:
         """
         if unit_type == "layer":
             return [[]]
-        if unit_type == "hidden":
-            return [self._slices(list(self.axes), unit_type)]
-        return [self._slices(self.in_layer(i), unit_type) for i in range(self.sizes.num_hidden_layers)]
-
-    def _slices(self, names: Sequence[str], unit_type: str) -> list[Slice]:
         by_axis = unit_indices(self.sizes, unit_type, self.attention_unit)
+        places = [list(self.axes)] if unit_type == "hidden" else map(self.in_layer, range(self.places(unit_type)))
         return [
-            Slice(name, dim, by_axis[axis])
-            for name in names
-            for dim, axis in enumerate(self.axes[name])
-            if axis in by_axis
+            [
+                Slice(name, dim, by_axis[axis])
+                for name in names
+                for dim, axis in enumerate(self.axes[name])
+                if axis in by_axis
+            ]
+            for names in places
         ]
 
     def unit_weights(self, unit_type: str) -> int:

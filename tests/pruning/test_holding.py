@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -285,6 +286,20 @@ def test_replaced_moved_and_newly_trained_parameters_are_followed():
     model[0].weight = nn.Parameter(torch.ones(10, 7))
     with pytest.raises(RuntimeError, match=r"'0\.weight' was replaced during training"):
         hold.follow()
+
+
+def test_following_a_layer_costs_the_same_however_many_lie_beside_it():
+    def calls_a_layer(layers: int) -> float:
+        model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(layers)))
+        hold, calls = MaskHold(model, make_masks(model)), []
+        sys.setprofile(lambda _, event, __: calls.append(event) if event == "call" else None)
+        try:
+            hold.follow()
+        finally:
+            sys.setprofile(None)
+        return len(calls) / layers
+
+    assert calls_a_layer(80) < 1.1 * calls_a_layer(20)
 
 
 def test_ties_that_are_torn_are_an_error():
