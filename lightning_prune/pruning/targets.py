@@ -397,9 +397,8 @@ def select_layers(
     # Who leaves out one more layer does not ask for heads to be pruned: only an empty `ignore` does.
     without_heads, repeated = bool(ignore), set(DEFAULT_IGNORE) <= set(ignore)
     ignored = [s for s in ignore if not (repeated and s in DEFAULT_IGNORE)]
-    if required := [
-        s for s in ignored if s not in DEFAULT_IGNORE
-    ]:  # a default name that a user repeats need not be there
+    # A default name that a user repeats need not be there.
+    if required := [s for s in ignored if s not in DEFAULT_IGNORE]:
         everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
         _require_matches("ignore", required, everything | layers)
     aside = {name for name, layer in layers.items() if _selected(name, layer.module, ignored)}
