@@ -145,17 +145,8 @@ def prune_structured(
     structure, planner = check_structured(
         model, target, types, saliency, compensate, round_to, num_samples, attention_unit, rounds, batches is not None
     )
-    return shrink_by_plan(
-        structure,
-        planner,
-        batches,
-        saliency=saliency,
-        compensate=compensate,
-        num_samples=num_samples,
-        loss_fn=loss_fn,
-        rounds=rounds,
-        progress=progress,
-    )
+    how: dict[str, Any] = {"saliency": saliency, "compensate": compensate, "num_samples": num_samples, "rounds": rounds}
+    return shrink_by_plan(structure, planner, batches, **how, loss_fn=loss_fn, progress=progress)
 
 
 def check_structured(
@@ -224,19 +215,11 @@ def shrink_by_plan(
 ) -> StructuredReport:
     """Carry out what `check_structured` has planned, which measures nothing anew.
 
-    Args:
-        structure: From there, of the model as it is still.
-        planner: From there.
-        batches: See `prune_structured`, as all others, which are those that were checked.
-        saliency: See there.
-        compensate: See there.
-        num_samples: See there.
-        rounds: See there.
-        loss_fn: See there.
-        progress: See there.
+    Structure and planner are from there, of the model as it is still; the other arguments are those of
+    `prune_structured` that were checked.
 
     Raises:
-        CalibrationError: see there.
+        CalibrationError: see `prune_structured`.
     """
     data = [batch for batch, _ in samples([] if batches is None else batches, num_samples)]
     numbering, now = _Numbering(structure), structure
