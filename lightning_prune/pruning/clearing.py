@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lightning_prune.pruning.masks import pack_mask, unpack_mask
+from lightning_prune.pruning.bits import pack_mask, unpack_mask
 
 _INTEGER = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 # Elements widened at a time. Smaller pieces cost calls (2^16: half as much again), larger ones leave the processor's

@@ -6,46 +6,21 @@ import math
 import os
 import signal
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import packed
 from torch import nn
 
 from lightning_prune.pruning.masks import (
     PackedMasks,
     apply_masks,
-    bits_by_product,
     mask_sparsity,
     masks_from_zeros,
-    pack_mask,
     pack_masks,
-    unpack_mask,
     unpack_masks,
 )
 from lightning_prune.pruning.targets import find_targets
 from lightning_prune.safety import uninterrupted
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.floats(0, 1), st.integers(0, 10**6), st.booleans())
-def test_packing_round_trip(shape, density, seed, transposed):
-    mask = torch.from_numpy(np.random.default_rng(seed).random(shape) < density)
-    if transposed:
-        mask = mask.transpose(0, -1)
-    packed = pack_mask(mask)
-    assert packed.dtype == torch.uint8
-    np.testing.assert_array_equal(packed.numpy(), np.packbits(mask.numpy().reshape(-1)))
-    assert torch.equal(unpack_mask(packed, mask.shape), mask)
-
-
-def test_packing_by_products_is_that_of_numpy():
-    """What a GPU does, tried on the CPU."""
-    for size in (0, 8, 4096):
-        mask = torch.rand(size) < 0.5
-        np.testing.assert_array_equal(bits_by_product(mask).numpy(), np.packbits(mask.numpy()))
 
 
 def test_packed_masks_are_a_mapping_of_an_eighth_of_the_memory():
@@ -262,7 +237,7 @@ def test_signals_wait_until_the_block_is_done(number):
 def test_an_interrupt_during_apply_masks_leaves_no_half_pruned_model(monkeypatch):
     model = two_layers()
     masks = random_masks(model)
-    original = torch.Tensor.masked_fill_
+    original = torch.Tensor.bitwise_and_
     calls = []
 
     def interrupting(self, *args):
@@ -271,7 +246,7 @@ def test_an_interrupt_during_apply_masks_leaves_no_half_pruned_model(monkeypatch
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args)
 
-    monkeypatch.setattr(torch.Tensor, "masked_fill_", interrupting)
+    monkeypatch.setattr(torch.Tensor, "bitwise_and_", interrupting)
     with pytest.raises(KeyboardInterrupt):
         apply_masks(model, masks)
     assert len(calls) == 2
