@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters, to_ignore
+from lightning_prune.pruning.clearing import to_bytes, zero_pruned_
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.layer_kinds import (
     ATTENTION_MATRICES,
@@ -44,6 +45,7 @@ from lightning_prune.sharding import (
     as_shard_of,
     gather_whole,
     local,
+    packed_class,
     type_name,
 )
 
@@ -162,7 +164,7 @@ class Target:
         """Set weights to zero where a mask, shaped as `matrix` gives the weight, is False."""
         with at_hand(self.module):
             own = self.stored(self.weight.detach())
-            own.masked_fill_(~self.kind.from_matrix(kept, own.shape), 0.0)
+            zero_pruned_(own, to_bytes(self.kind.from_matrix(kept, own.shape), own.device))
 
     def lowest(self, ranks: Ranks | None) -> Callable[[Tensor, int], Tensor]:
         """Selection of the lowest scores within the whole matrix, from the `rows` of it that are here."""
@@ -735,7 +737,7 @@ _PACKED_TYPES = ("Params4bit", "Int8Params", "GGUFParameter")
 def _packed_form(weight: Tensor) -> str | None:
     """In which form a weight holds something else than one plain number an element, or None."""
     weight = local(weight)
-    kind = type(weight)
-    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or kind.__name__ in _PACKED_TYPES:
-        return f"{kind.__name__}, {weight.dtype}"
+    kind = type(weight).__name__
+    if packed_class(weight) is not None or kind in _PACKED_TYPES:
+        return f"{kind}, {weight.dtype}"
     return None if weight.is_floating_point() and weight.dtype.itemsize > 1 else str(weight.dtype)
