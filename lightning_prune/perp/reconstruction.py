@@ -30,7 +30,7 @@ from lightning_prune.pruning.batches import batch_size, samples, take
 from lightning_prune.pruning.blocks import BlockWalk, Samples, walk_stacks
 from lightning_prune.pruning.masks import check_masks, named_weights
 from lightning_prune.pruning.running import ForwardContext, forward, on_device, quiet_model
-from lightning_prune.pruning.stacks import find_stacks
+from lightning_prune.pruning.stacks import stacks_to_walk
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals, restored_on_failure
 
@@ -139,11 +139,13 @@ def reconstruct(
     check_plain_model(model)
     masks = dict(masks or {})
     check_masks(model, masks)
-    blocks = [block for stack in find_stacks(model) for block in stack]
+    stacks = stacks_to_walk(model)
+    blocks = [block for stack in stacks for block in stack]
     if not blocks:
         raise ValueError(
-            f"{type(model).__name__} names no decoder blocks (_no_split_modules), so there is nothing to go through "
-            "block by block; train the whole model with add_adapters"
+            f"{type(model).__name__} names no decoder blocks (_no_split_modules), and has no nn.ModuleList or "
+            "nn.Sequential of modules of one class either, so there is nothing to go through block by block; train the "
+            "whole model with add_adapters"
         )
     kind = KeptWeights if settings.train == "all" else Adapters
     training: Training = kind(settings, masks, model, blocks)
@@ -159,7 +161,7 @@ def reconstruct(
     with quiet_model(model, freeze=False), restored_on_failure() as originals:
         torch.manual_seed(seed)
         device = None if settings.offload is None else torch.device(settings.offload)
-        stacks = [stack for stack in find_stacks(model) if any(training.fits(name, block) for name, block in stack)]
+        stacks = [stack for stack in stacks if any(training.fits(name, block) for name, block in stack)]
         places = {name: place for place, (name, _) in enumerate(blocks)}
         taken = _taken_apart(on_device(model, batches), settings)
         calibrating = Samples(model, taken, settings.num_samples, _run_body, forward_context, offload=device)

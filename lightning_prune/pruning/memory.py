@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_prune.naming import is_head
 from lightning_prune.pruning.layer_kinds import stored_weights
-from lightning_prune.pruning.stacks import find_stacks
+from lightning_prune.pruning.stacks import stacks_to_walk
 
 # Of the largest layer, in float32: matrices as large as its weight, and as its Hessian beside the one collected.
 _WORK = {None: (3, 0), "exact": (7, 2), "alps": (9, 4), "obs": (5, 4), "sparsegpt": (5, 4)}
@@ -62,13 +62,13 @@ def walk_memory(
         The parts, for the largest block of the model.
 
     Raises:
-        ValueError: the model names no blocks, or the update is unknown.
+        ValueError: the model has no stack of blocks, or the update is unknown.
     """
     if update not in _WORK:
         raise ValueError(f"update={update!r} is not one of {[name for name in _WORK if name]} or None")
-    blocks = [block for stack in find_stacks(model) for _, block in stack]
+    blocks = [block for stack in stacks_to_walk(model) for _, block in stack]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} names no decoder blocks (_no_split_modules)")
+        raise ValueError(f"{type(model).__name__} names no decoder blocks (_no_split_modules), and has none in a list")
     block = max(blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
     matrices = [
         kind.to_matrix(getattr(module, name)).shape

@@ -533,7 +533,8 @@ class _Run:
             quiet_model(self.model, freeze=False),
             progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
         ):
-            how: dict[str, Any] = {"room": room, "likely": plan.likely}
+            # A comparison would bring offloaded weights to the device twice more.
+            how: dict[str, Any] = {"room": room, "compared": plan.likely or not any(t.offloaded for t in plan.targets)}
             samples = Samples(self.model, batches, plan.num_samples, run, self.forward_context, self.parts, **how)
             for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):

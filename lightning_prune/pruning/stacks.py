@@ -57,6 +57,11 @@ def likely_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     return stacks
 
 
+def stacks_to_walk(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
+    """The stacks that a model names, or in one that names none those that it may have."""
+    return find_stacks(model) or likely_stacks(model)
+
+
 def _has_layers(module: nn.Module) -> bool:
     return layer_kind(module) is None and any(layer_kind(part) is not None for part in module.modules())
 

@@ -499,6 +499,19 @@ def test_seed_decides() -> None:
     assert results[0] != results[2]
 
 
+def test_a_model_need_not_name_its_blocks() -> None:
+    results = []
+    for named in (True, False):
+        dense, model, masks = pair()
+        for module in () if named else (*dense.modules(), *model.modules()):
+            if hasattr(module, "_no_split_modules"):
+                module._no_split_modules = None
+        assert bool(find_blocks(model)) is named
+        reconstruct(model, batches(), dense, masks, steps=3)
+        results.append(snapshot(model))
+    assert results[0] == results[1] != snapshot(pair()[1])
+
+
 @pytest.mark.parametrize("failure", ["interrupt", "nan in training", "nan in data", "empty", "diverged"])
 def test_after_a_failure_every_bit_is_as_before(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, model, masks = pair()

@@ -243,9 +243,12 @@ def test_compiled_models(whole):
     assert torch.isfinite(compiled(ids).logits).all()
 
 
-# Of two batches, block 0 runs once to be recorded, twice to be seen, twice when it is pruned; block 1 twice.
+# Of two batches, block 0 runs once to be recorded, twice to be compared, twice to be seen, twice when it is pruned;
+# block 1 four times.
 @pytest.mark.parametrize(
-    "where", [(0, 1, False), (0, 2, False), (0, 5, True), (1, 1, True), (1, 2, True), "loader"], ids=str
+    "where",
+    [(0, 1, False), (0, 2, False), (0, 4, False), (0, 7, True), (1, 2, False), (1, 3, True), (1, 4, True), "loader"],
+    ids=str,
 )
 @pytest.mark.parametrize("score", ["wanda", "sparsegpt"])
 def test_an_interrupt_during_the_walk_restores_everything(where, score):
@@ -408,7 +411,7 @@ def test_likely_blocks_are_not_tried_on_shards():
 @pytest.mark.parametrize(
     ("between", "message"),
     [
-        (lambda x, block: x + block(x), "names no decoder blocks.* do not give what they give in the model"),
+        (lambda x, block: x + block(x), "the 3 Sequential modules of Unnamed, .* do not give what they give in the"),
         (lambda x, block: torch.relu(block(x)), "do not give what they give in the model"),
         (lambda x, block: block(x).mul_(2), "do not give what they give in the model"),
         (lambda x, block: block(block(x)), "ran out of order"),
@@ -424,6 +427,31 @@ def test_modules_of_one_class_that_do_not_are_refused(between, message):
         prune(model, [data], "wanda", sequential=True, num_samples=4, progress=False)
     assert snapshot(model) == before
     assert not any(m._forward_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+class Named(Unnamed):
+    _no_split_modules = ("Sequential",)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x, block: torch.relu(block(x)),
+        lambda x, block: block(x) + 1 if x.amax() > 5 else block(x),  # as Qwen3-VL does for samples with images
+        lambda x, block: block(x.mul_(2) if x.amax() > 5 else x),
+    ],
+    ids=["activation", "of one sample", "in place, of one sample"],
+)
+def test_blocks_that_a_model_names_are_compared_too(between):
+    torch.manual_seed(0)
+    model, data = Named(between), torch.rand(4, 3, 6)
+    data[2] += 6
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=r"the 3 Sequential modules of Named, .* between them: use sequential="):
+        prune(model, list(data.split(1)), "wanda", sequential=True, num_samples=4, progress=False)
+    assert snapshot(model) == before
+    plain = Named(lambda x, block: block(x))
+    assert prune(plain, list(data.split(1)), "wanda", sequential=True, num_samples=4, progress=False)
 
 
 @pytest.mark.filterwarnings("ignore:prune. .* weights are candidates", "ignore:enable_nested_tensor")
