@@ -48,8 +48,8 @@ from lightning_prune.perp.storage import (
     write_named,
 )
 from lightning_prune.progress import is_main_process
-from lightning_prune.pruning.coverage import embeds, pruned_zeros
-from lightning_prune.pruning.layer_kinds import CONV1D, LINEAR
+from lightning_prune.pruning.coverage import pruned_zeros
+from lightning_prune.pruning.layer_kinds import CONV1D, LINEAR, embeds
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_prune.naming import clean_name, is_head, is_prunable, own_parameters
-from lightning_prune.pruning.layer_kinds import layer_kind
+from lightning_prune.pruning.layer_kinds import embeds, packed_layers
 from lightning_prune.pruning.offloading import at_hand
 from lightning_prune.pruning.targets import (
     DEFAULT_IGNORE,
@@ -226,7 +225,7 @@ def coverage_of(
                 key=lambda entry: -entry.numel,
             )
         ),
-        packed=tuple(_in_another_form(model)),
+        packed=tuple(packed_layers(model)),
         layers=len(selection.targets),
         zeros_lost=tuple(sorted(lost.items(), key=lambda item: -item[1])),
     )
@@ -249,26 +248,9 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter
                     yield clean_name(f"{prefix}.{name}" if prefix else name), module, parameter
 
 
-def _in_another_form(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names and types of layers that, by their types, multiply with a matrix, and have none among their parameters."""
-    for name, module in model.named_modules():
-        if not re.search(r"Linear|Conv[123]?[dD]", type_name(module)) or embeds(module):
-            continue
-        plain = any(is_lazy(p) or (p.dim() > 1 and p.is_floating_point()) for p in module.parameters())
-        if not plain and (hasattr(module, "out_features") or any(b.dim() > 1 for b in module.buffers())):
-            yield clean_name(name), type_name(module)
-
-
 def _counts(name: str, module: nn.Module, parameter: Tensor, adapters: Collection[nn.Module]) -> bool:
     """Whether a parameter is countable: by its name, as in files, and by what its module is."""
     return is_prunable(name, parameter.shape, parameter.dtype) and module not in adapters and not embeds(module)
-
-
-def embeds(module: nn.Module) -> bool:
-    """Return whether a module is an embedding, by its type."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return True
-    return layer_kind(module) is None and re.search(r"Embeddings?$", type_name(module)) is not None
 
 
 def _reason(name: str, module: nn.Module, selection: Selection) -> str:

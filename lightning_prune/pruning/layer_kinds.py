@@ -5,14 +5,16 @@ Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O out
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_prune.naming import own_parameters
+from lightning_prune.naming import clean_name, own_parameters
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.sharding import type_name
 
@@ -150,3 +152,28 @@ def stored_weights(module: nn.Module) -> dict[str, LayerKind]:
         return {name: INNER for name in own_parameters(module) if name.startswith("weight_")}
     experts = expert_parameters(module)
     return {name: EXPERT_TRANSPOSED if transposed else EXPERT for name, transposed in experts.items()}
+
+
+def embeds(module: nn.Module) -> bool:
+    """Return whether a module is an embedding, by its type."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return True
+    return layer_kind(module) is None and re.search(r"Embeddings?$", type_name(module)) is not None
+
+
+# Under these names layers of other packages keep quantized weights.
+_PACKED = ("qweight", "W_q", "weight_packed", "qzeros")
+
+
+def packed_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """Names and types of layers that multiply with a matrix which is no plain parameter, as quantizing makes them."""
+    return [(clean_name(name), type_name(module)) for name, module in model.named_modules() if _is_packed(module)]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    if any(key in _PACKED for key in (*own_parameters(module), *dict(module.named_buffers(recurse=False)))):
+        return True
+    if not re.search(r"Linear|Conv[123]?[dD]", type_name(module)) or embeds(module):
+        return False
+    plain = any(is_lazy(p) or (p.dim() > 1 and p.is_floating_point()) for p in module.parameters())
+    return not plain and (hasattr(module, "out_features") or any(b.dim() > 1 for b in module.buffers()))

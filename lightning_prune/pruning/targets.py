@@ -30,6 +30,7 @@ from lightning_prune.pruning.layer_kinds import (
     LINEAR,
     PROJECTION,
     LayerKind,
+    packed_layers,
     stored_weights,
 )
 from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
@@ -411,7 +412,7 @@ def select_layers(
         reasons = {name: reasons[name] - {FROZEN} for name in layers}
     if targets is None:
         seen = [name for name in layers if not reasons[name] & {FUNCTIONAL, GROUPED}]
-        if seen and all(HEAD in reasons[name] for name in seen) and not _packed_layers(model):
+        if seen and all(HEAD in reasons[name] for name in seen) and not packed_layers(model):
             reasons = {name: reasons[name] - {HEAD} for name in layers}
     else:
         for selector in targets:
@@ -452,9 +453,9 @@ def _nothing_to_prune(
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, why in left_out.items() if why == reason]
         text += f"; {reason}: {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}"
-    packed = _packed_layers(model)
+    packed = packed_layers(model)
     if packed:
-        return f"{text}. {len(packed)} layers such as {packed[0]!r} are quantized: prune before quantizing"
+        return f"{text}. {len(packed)} layers such as {packed[0][0]!r} are quantized: prune before quantizing"
     return (
         f"{text}. Widen `targets` or shorten `ignore`; heads, routers and frozen layers are pruned if `targets` names "
         "them"
@@ -557,19 +558,6 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
         return weight is None or _packed_form(weight) is None or module in around()
 
     return {name for name, layer in layers.items() if holds(layer)}
-
-
-# Layers of other packages that keep quantized weights in buffers or under other names.
-_PACKED = ("qweight", "W_q", "weight_packed", "qzeros")
-
-
-def _packed_layers(model: nn.Module) -> list[str]:
-    """Names of layers without a weight of their own, which hold it packed."""
-    return [
-        clean_name(name)
-        for name, module in model.named_modules()
-        if any(key in _PACKED for key in (*own_parameters(module), *dict(module.named_buffers(recurse=False))))
-    ]
 
 
 def adapter_modules(model: nn.Module) -> set[nn.Module]:

@@ -1,5 +1,7 @@
 """Which weights are found, under which names, and what is refused."""
 
+import warnings
+
 import naive
 import numpy as np
 import pytest
@@ -437,6 +439,14 @@ def test_other_forms_of_weights(llama):
     gptq.register_buffer("qweight", torch.ones(2, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match="1 layers such as 'body' are quantized"):
         find_targets(nn.ModuleDict({"body": gptq, "lm_head": nn.Linear(3, 3)}))
+
+
+def test_a_head_beside_layers_that_torch_has_quantized_is_left_alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        quantized = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3)), {nn.Linear})
+    with pytest.raises(ValueError, match=r"1 layers such as 'body\.0' are quantized: prune before quantizing"):
+        find_targets(nn.ModuleDict({"body": quantized, "lm_head": nn.Linear(3, 3)}))
 
 
 def test_a_quantized_teacher_is_a_frozen_teacher(llama):
