@@ -332,7 +332,7 @@ def check_zeros(weights: dict[str, Tensor], masks: Masks, name: str) -> None:
         ValueError: naming the first weight that is not.
     """
     for parameter, mask in masks.items():
-        wrong = int((weights[parameter].detach()[~mask] != 0).sum())
+        wrong = int(weights[parameter].detach()[~mask].count_nonzero())
         if wrong:
             raise ValueError(f"{name}: {wrong} masked weights of {parameter!r} are not zero after saving and loading")
 

@@ -21,7 +21,7 @@ from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table
 
 PATTERNS: tuple[tuple[int, int], ...] = ((1, 4), (2, 4), (4, 8))
-"""The N:M patterns that are looked for: at most N of M consecutive inputs are not zero. M divides by 4."""
+"""The N:M patterns that are looked for: at most N of M consecutive inputs are not zero. M is 4 or 8."""
 
 # Elements looked at in one go; bounds the temporary memory beside the tensor itself.
 _CHUNK = 1 << 22
@@ -299,6 +299,9 @@ def report_tensor(
     )
 
 
+_GROUPS = {4: (torch.int32, 0x01010101), 8: (torch.int64, 0x0101010101010101)}
+
+
 def _count(matrix: Tensor, mask: Tensor | None) -> tuple[int, dict[str, float], MaskReport | None]:
     """Zeros, share of groups that follow each N:M pattern, and agreement with the mask; all ``(O, I)``."""
     rows, columns = matrix.shape
@@ -311,18 +314,17 @@ def _count(matrix: Tensor, mask: Tensor | None) -> tuple[int, dict[str, float], 
         # Eight-bit floats have no comparison of their own.
         part = part.float() if part.is_floating_point() and part.element_size() == 1 else part
         live = (part != 0).contiguous()  # [rows, I]
-        nonzero += int(live.sum())
-        if applicable:
-            # Four bools, one byte each, are one integer; the product gathers their sum in its highest byte.
-            counts = (live.view(-1).view(torch.int32) * 0x01010101) >> 24
-            for n, m in applicable:
-                in_group = counts.view(-1, m // 4).sum(-1) if m > 4 else counts
-                follow[n, m] += int((in_group <= n).sum())
+        nonzero += int(live.count_nonzero())
+        for n, m in applicable:
+            # The bools of a group, one byte each, are one integer; the product gathers their sum in its highest byte.
+            integer, ones = _GROUPS[m]
+            in_group = (live.view(-1).view(integer) * ones) >> 8 * (m - 1)
+            follow[n, m] += int((in_group <= n).count_nonzero())
         if mask is not None:
             kept = mask[start : start + step]
-            masked += int((~kept).sum())
-            resurrected += int((live & ~kept).sum())
-            kept_zeros += int((~live & kept).sum())
+            masked += kept.numel() - int(kept.count_nonzero())
+            resurrected += int((live & ~kept).count_nonzero())
+            kept_zeros += int((kept & ~live).count_nonzero())
     shares = {f"{n}:{m}": follow[n, m] / (matrix.numel() // m) for n, m in applicable if matrix.numel()}
     report = None if mask is None else MaskReport(masked, resurrected, kept_zeros)
     return matrix.numel() - nonzero, shares, report

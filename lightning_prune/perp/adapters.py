@@ -513,7 +513,7 @@ def _take_off(model: nn.Module, modules: Mapping[str, nn.Module], record: Retrai
 
 
 def _check_zeros(name: str, layer: SparseLinear) -> None:
-    filled = int(((layer.base_part != 0) & (layer.kept_part == 0)).sum())
+    filled = int(((layer.base_part != 0) & (layer.kept_part == 0)).count_nonzero())
     if filled:
         raise RuntimeError(f"{filled} pruned weights of {name!r} are not zero after the merge; this is a bug")
 

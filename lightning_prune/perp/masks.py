@@ -71,7 +71,7 @@ def checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:
     own = local(weight)
     mask = part_of(weight, mask).to(own.device)
     alive = as_shard_of(weight, (own != 0) & ~mask)
-    filled = count_over_ranks({name: alive}, lambda part: int(part.sum()))
+    filled = count_over_ranks({name: alive}, lambda part: int(part.count_nonzero()))
     if filled:
         raise ValueError(
             f"{filled} weights of {name!r} are pruned by the mask but are not zero: the masks belong to another model, "

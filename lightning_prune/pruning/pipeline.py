@@ -327,7 +327,7 @@ class _Run:
         before = [(t, m) for t in self.plan.targets if (m := self.previous.get(t.parameter)) is not None]
         if not before:
             return {}
-        here = [int((~t.part(m)).sum()) if self.parts is None or t.layout.counted else 0 for t, m in before]
+        here = [int((~t.part(m)).count_nonzero()) if self.parts is None or t.layout.counted else 0 for t, m in before]
         counts = torch.tensor(here, dtype=torch.int64)
         counts = counts if self.parts is None else self.parts.sum_parts(counts)
         return {t.name: n for (t, _), n in zip(before, counts.tolist(), strict=True)}

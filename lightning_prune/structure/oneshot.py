@@ -343,7 +343,7 @@ class _Round:
         """Warn if layers that were pruned before are re-fitted, which knows no masks."""
         now = self.structure.parameters()
         filled = {
-            name: int(((now[name].detach() == 0) & (weight != 0)).sum())
+            name: int(((now[name].detach() == 0) & (weight != 0)).count_nonzero())
             for name, weight in weights.items()
             if pruned_zeros(now[name], whole_rows=True)
         }
