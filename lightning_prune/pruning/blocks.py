@@ -215,7 +215,7 @@ class BlockWalk:
     def _record(self, batch: Any, size: int) -> BlockBatch | None:
         calls: list[_Call] = []
         first: list[Tensor] = []
-        passed: list[tuple[Tensor, int]] = []  # what each block handed on, and how often that had been written to
+        passed: list[tuple[Any, int]] = []  # what each block handed on, and how often that had been written to
         inside: list[Padding | None] = []
         forwards = [block.forward for block in self.blocks]
 
@@ -304,15 +304,17 @@ class BlockWalk:
         )
 
 
-def _same(received: Tensor, passed: Tensor, version: int) -> bool:
+def _same(received: Tensor, passed: Any, version: int) -> bool:
     """Whether a block receives what the one before it returned, on whichever device and in whichever precision."""
+    if not isinstance(passed, Tensor):
+        return False
     if received is passed:
         return _times_written(received) == version
     return received.shape == passed.shape and torch.allclose(received.to(passed), passed, 0, 0, equal_nan=True)
 
 
-def _times_written(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _times_written(tensor: Any) -> int:
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
 
 
 def _first(output: Any) -> Any:

@@ -454,6 +454,27 @@ def test_blocks_that_a_model_names_are_compared_too(between):
     assert prune(plain, list(data.split(1)), "wanda", sequential=True, num_samples=4, progress=False)
 
 
+def test_blocks_that_return_tuples_of_tuples_are_refused():
+    class Block(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x), x.shape), None
+
+    class Model(nn.Module):
+        _no_split_modules = ("Block",)
+
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(6, 6) for _ in range(2))
+
+        def forward(self, x):
+            for block in self.blocks:
+                (x, _), _ = block(x)
+            return x
+
+    with pytest.raises(CalibrationError, match=r"the 2 Block modules of Model, .* between them: use sequential=False"):
+        prune(Model(), [torch.randn(2, 3, 6)], "wanda", sequential=True, num_samples=2, progress=False)
+
+
 @pytest.mark.filterwarnings("ignore:prune. .* weights are candidates", "ignore:enable_nested_tensor")
 @pytest.mark.parametrize("how", [{}, {"batch_first": True}, {"batch_first": True, "norm_first": True}], ids=str)
 @pytest.mark.parametrize("padded", [True, False])
