@@ -42,6 +42,7 @@ from lightning_prune.pruning.stacks import find_blocks
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     BACKWARD_STATISTICS,
+    FORWARD_STATISTICS,
     HESSIAN,
     INPUT_NORM,
     OUTPUT_GRAD_NORM,
@@ -412,7 +413,7 @@ def _finish(
     if ranks is not None:
         total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64)))
         _sum_over_ranks(taps, ranks)
-    _check_gradients([tap for tap in taps.all if tap not in unreached], taps.statistics, ranks)
+    _check_zeros([tap for tap in taps.all if tap not in unreached], taps.statistics, ranks)
     results: dict[str, LayerStatistics] = {}
     with synchronized_errors(ranks):
         for tap in taps.all:
@@ -516,31 +517,41 @@ def warn_of_unrouted(unrouted: Iterable[str]) -> None:
         )
 
 
-def _check_gradients(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks | None) -> None:
-    """Refuse gradients that are zero in every layer; warn of layers where they are."""
-    asked = sorted(statistics & BACKWARD_STATISTICS)
-    if not asked:
-        return
-    there = values_of(tap.accumulator.sums[name].any() for tap in taps for name in asked)
-    mine = [int(any(there[i : i + len(asked)])) for i in range(0, len(there), len(asked))]
+def _check_zeros(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks | None) -> None:
+    """Refuse gradients that are zero in every layer; warn of layers where they are, or inputs."""
+    kinds = [sorted(statistics & FORWARD_STATISTICS), sorted(statistics & BACKWARD_STATISTICS)]
+    asked = [name for kind in kinds for name in kind]
+    there = iter(values_of(tap.accumulator.sums[name].any() for tap in taps for name in asked))
+    # Of each layer: whether anything of its inputs, and of its gradients, is not zero, where that was asked for.
+    mine = [int(sum(next(there) for _ in kind) > 0 or not kind) for _ in taps for kind in kinds]
     every = [mine] if ranks is None else ranks.gather(mine)
-    zero = [tap.name for tap, flags in zip(taps, zip(*every, strict=True), strict=True) if not any(flags)]
-    if not zero:
-        return
-    message = (
-        f"the gradient of the calibration loss is zero in {len(zero)} of {len(taps)} layers "
-        f"({', '.join(zero[:8])}{', ...' if len(zero) > 8 else ''})"
-    )
-    if len(zero) == len(taps):
+    some = [any(flags) for flags in zip(*every, strict=True)]
+    dead = [tap.name for tap, reached in zip(taps, some[::2], strict=True) if not reached]
+    zero = [tap.name for tap, reached in zip(taps, some[1::2], strict=True) if not reached]
+    if taps and len(zero) == len(taps):
         raise CalibrationError(
-            f"{message}: no weight could be told from another; the weights are unchanged. Does the loss of a sample "
-            "need the others of its batch, or does the loss not depend on the model? Pass loss_fn=f(model, batch)"
+            f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: no weight could be told from "
+            "another; the weights are unchanged. Does the loss of a sample need the others of its batch, or does the "
+            "loss not depend on the model? Pass loss_fn=f(model, batch)"
         )
-    warnings.warn(
-        f"{message}: nothing is known of their weights' effect on it, and they are pruned by what else their score "
-        "knows. Put layers that the loss does not depend on into `ignore`",
-        stacklevel=4,
-    )
+    if dead:
+        warnings.warn(
+            f"the inputs are zero in {_some_of(dead, taps)} in every calibration sample (behind a layer that is still "
+            "zero?): nothing is known of their weights' effect, and they are pruned by what else their score knows. "
+            "Give samples that reach them, or put them into `ignore`",
+            stacklevel=4,
+        )
+    if zero := [name for name in zero if name not in dead]:
+        warnings.warn(
+            f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: nothing is known of their "
+            "weights' effect on it, and they are pruned by what else their score knows. Put layers that the loss does "
+            "not depend on into `ignore`",
+            stacklevel=4,
+        )
+
+
+def _some_of(names: Sequence[str], taps: Sequence[Tap]) -> str:
+    return f"{len(names)} of {len(taps)} layers ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
 
 
 def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:

@@ -38,7 +38,7 @@ from lightning_prune.perp.layers import sparse_layers
 MERGED = ["mask_lora", "scale_lora", "hira", "lora_prune"]
 FAMILIES = ["llama", "gpt2"]
 DTYPES = [torch.float32, torch.bfloat16]
-MLP = ["gate_proj", "up_proj", "down_proj"]
+PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 IDS = make_tokens(4, 16)
 
 
@@ -372,7 +372,7 @@ def test_peft_selects_layers_ranks_and_scaling() -> None:
 def test_layers_to_transform_holds_for_the_layers_that_are_chosen_without_names(target_modules: str | None) -> None:
     """PEFT passes over it where it is given whole names."""
     model = add_adapters(pruned(), target_modules=target_modules, layers_to_transform=[1])
-    named = add_adapters(pruned(), target_modules=["q_proj", "k_proj", "v_proj", "o_proj", *MLP], layers_to_transform=[1])
+    named = add_adapters(pruned(), target_modules=PROJECTIONS, layers_to_transform=[1])
     assert [name for name, _ in sparse_layers(model)] == [name for name, _ in sparse_layers(named)]
     with pytest.raises(ValueError, match=r"layers_to_transform=\[7\] leaves none of the 14 layers"):
         add_adapters(pruned(), layers_to_transform=[7])
