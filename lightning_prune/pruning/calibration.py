@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -124,13 +124,38 @@ def collect(
         if any(target.offloaded for target in targets):
             sweep.room.recompute()
         try:
-            sweep.run(batches, num_samples, progress)
+            with _explained():
+                sweep.run(batches, num_samples, progress)
         finally:
             reshard(model)
     sweep.padding.warn()
     if told := str(sweep.room):
         warnings.warn(told, stacklevel=2)
     return _finish(taps, sweep.samples, ranks, sweep.unlabeled, unrouted)
+
+
+# Parts of what torch says where a loss does what calibration cannot follow, and what that is.
+_UNDER_TRANSFORM = ("functorch", "(vjp, jvp, grad, etc) transform")
+_WITHOUT_PARAMETERS = ("does not require grad", "not have been used in the graph")
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say of torch's errors why they come in calibration, though training has none."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = ""
+        if any(part in str(error) for part in _UNDER_TRANSFORM):
+            why = "a layer is called inside a transform of torch.func (vmap, grad, jvp), which hides what passes there"
+        elif any(part in str(error) for part in _WITHOUT_PARAMETERS):
+            why = "the loss takes gradients by parameters inside of it, which have none while layers are scored"
+        if not why or isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(
+            f"{why} ({type(error).__name__}: {error}): pass a loss_fn without that (or give the LightningModule a "
+            "method calibration_loss(batch)), or choose a score without data (magnitude)"
+        ) from error
 
 
 def collect_forward(
@@ -396,6 +421,7 @@ class _Sweep:
             ) from error
 
 
+@_explained()
 def _finish(
     taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0, unrouted: dict[str, None] | None = None
 ) -> dict[str, LayerStatistics]:

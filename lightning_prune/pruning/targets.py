@@ -747,6 +747,11 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or add "
             f"{to_ignore(name)}"
         )
+    if any(step == 0 and size > 1 for step, size in zip(local(weight).stride(), local(weight).shape, strict=True)):
+        raise ValueError(
+            f"the weight of {name!r} is an expanded tensor, whose rows or columns are the same memory: copy it first "
+            f"(nn.Parameter(weight.detach().clone())), or add {to_ignore(name)}"
+        )
     refuse_inference_tensors([(name, weight)])
     if weight.is_meta and not is_offloaded(layer.module):
         raise ValueError(f"the weight of {name!r} has no data (meta device); load or initialize the model first")

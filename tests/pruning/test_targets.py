@@ -93,6 +93,9 @@ def test_selection(llama, targets, ignore, expected):
         ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", True),
         ("model.layers.1.mlp.up_proj", "MLP", False),
         ("lm_head", "head", False),
+        ("tower.up[0].fc", "tower.up[0]", True),
+        ("tower.up0.fc", "up[0]", True),
+        ("tower.up[1].fc", "up[0]", False),
     ],
 )
 def test_name_matches(name, pattern, matches):
@@ -168,6 +171,10 @@ def test_weights_that_cannot_be_pruned_are_refused():
     for layer in (pruned, normed):
         with pytest.raises(ValueError, match="weight of '0' is not a plain parameter"):
             find_targets(nn.Sequential(layer))
+    expanded = nn.Linear(3, 3)
+    expanded.weight = nn.Parameter(torch.ones(1, 3).expand(3, 3))
+    with pytest.raises(ValueError, match="weight of '0' is an expanded tensor, whose rows or columns are the same"):
+        find_targets(nn.Sequential(expanded))
     quantized = nn.Linear(3, 3)
     quantized.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"weight of '0' is quantized \(torch\.int8\)"):
