@@ -46,6 +46,7 @@ from lightning_prune.sharding import (
     as_shard_of,
     gather_whole,
     local,
+    memory_of,
     packed_class,
     type_name,
 )
@@ -642,7 +643,7 @@ def _users(model: nn.Module) -> _Users:
     places: dict[Any, list[int]] = {}  # parameters, by where their data lie
     for name, module in model.named_modules():
         for parameter in own_parameters(module).values():
-            if id(parameter) not in users and (place := _place(parameter)) is not None:
+            if id(parameter) not in users and (place := memory_of(parameter)) is not None:
                 places.setdefault(place, []).append(id(parameter))
             users.setdefault(id(parameter), []).append((clean_name(name), module))
     # ``decoder.weight.data = embedding.weight.data`` makes two parameters of what is tied.
@@ -655,14 +656,6 @@ def _users(model: nn.Module) -> _Users:
 
 def _is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or "Embed" in type_name(module)
-
-
-def _place(parameter: nn.Parameter) -> tuple[torch.device, int] | None:
-    """Where the data of a parameter, or of its part here, begin; None where it has none, or in a form of its own."""
-    if is_lazy(parameter) or parameter.is_meta or packed_class(parameter) is not None:
-        return None
-    part = local(parameter.detach())
-    return (part.device, part.data_ptr()) if part.numel() and part.layout == torch.strided else None
 
 
 def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], users: _Users, called: bool) -> list[Target]:
