@@ -309,7 +309,7 @@ def _check_layers(model: nn.Module, prefix: str) -> None:
     for number, names in inside.items():
         if odd := sorted(names ^ first):
             raise ValueError(
-                f"layers {next(iter(inside))} and {number} of {prefix.rstrip('.')!r} are not alike, since one alone has "
+                f"layers {next(iter(inside))} and {number} of {prefix.rstrip('.')!r} are not alike, as one alone has "
                 f"{odd[0]!r}: all must have the parameters that the configuration says. Give it to all (a bias of "
                 "zeros, where the configuration knows one), or take it away"
             )
