@@ -715,6 +715,19 @@ def test_a_layer_under_no_grad_is_named():
         gather(Cut(), [torch.randn(2, 3, 6)], loss_fn=squares)
 
 
+@pytest.mark.parametrize("statistics", [{"output_grad_norm"}, {"gradient_l1"}], ids=str)
+def test_a_layer_that_runs_itself_under_no_grad_is_named(statistics):
+    class Fixed(nn.Linear):
+        def forward(self, input):
+            with torch.no_grad():
+                return super().forward(input)
+
+    model = nn.Sequential(nn.Linear(6, 6), Fixed(6, 6), nn.Linear(6, 6))
+    with pytest.raises(CalibrationError, match=r"no calibration sample reached '0\.weight' and 1 more"):
+        gather(model, [torch.randn(2, 6)], statistics, loss_fn=squares)
+    assert len(gather(model, [torch.randn(2, 6)], {"hessian"})) == 3
+
+
 def test_a_reentrant_checkpoint_that_relies_on_trained_parameters_before_it_is_told_of():
     class Late(nn.Module):
         def __init__(self):
