@@ -142,7 +142,8 @@ def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tenso
         tensor = tensor.transpose(1, 2)
     if tensor.dim() == 4 or (tensor.dim() == 3 and name.endswith(".weight")):  # convolution: groups along its channels
         tensor = tensor.movedim(1, -1)
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    # The number of rows is no -1: of a layer without inputs it could be any.
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
 def clean_name(name: str) -> str:
