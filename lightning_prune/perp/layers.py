@@ -166,7 +166,8 @@ class SparseLinear(lora.Linear):
             "model as a whole",
         )
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # called `input` in nn.Linear
+    # As nn.Linear calls it; PEFT hands it on by position.
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """PEFT's: ``[..., I]`` to ``[..., O]``, the adapter's output added to the layer's."""
         self._check_gathered()
         y: Tensor = super().forward(input, *args, **kwargs)
@@ -369,7 +370,7 @@ class CombinedLinear(SparseLinear):
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """``[..., I]`` to ``[..., O]``."""
         self._check_gathered()
         if kwargs.pop("adapter_names", None) is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.errors import check_whole
-from lightning_prune.naming import is_head
+from lightning_prune.naming import clean_name, is_head
 from lightning_prune.perp.layers import CombinedLinear, find_variant
 from lightning_prune.sharding import type_name
 
@@ -121,7 +121,7 @@ def is_scaling(value: object) -> bool:
 
 
 class WholeNames(list[str]):
-    """Names of modules that mean these alone, as ``target_modules``.
+    """Names of modules that mean these alone, as ``target_modules``; without what ``torch.compile`` adds, or with it.
 
     In a list PEFT takes them for endings too: ``fc`` is ``block.fc`` as well. And for names that are whole it passes
     over ``layers_to_transform``.
@@ -135,7 +135,7 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
         ValueError: none, or a pattern that cannot be compiled.
     """
     chosen = options["target_modules"]
-    among = set(chosen) if isinstance(chosen, WholeNames) else None
+    among = set(map(clean_name, chosen)) if isinstance(chosen, WholeNames) else None
     if among is not None:
         chosen = sorted({name.rpartition(".")[2] for name in among})
     if not isinstance(chosen, str) and not (
@@ -143,7 +143,7 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
     ):
         raise ValueError(f"target_modules={chosen!r} must be a list of module names or a regular expression")
     config = make_config(adapter, {**options, "target_modules": chosen if isinstance(chosen, str) else list(chosen)})
-    names = [name for name, _ in model.named_modules() if name and (among is None or name in among)]
+    names = [name for name, _ in model.named_modules() if name and (among is None or clean_name(name) in among)]
     try:
         found = [name for name in names if check_target_module_exists(config, name)]
     except re.error as error:
