@@ -591,7 +591,7 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
         base = getattr(parent, "base_layer", None)
         # A module of a user's own may be called so too, beside layers that are no adapters.
         if isinstance(base, nn.Module) and (
-            has_class(parent, "BaseTunerLayer") or any(name.startswith("lora_") for name in parent._modules)
+            has_class(parent, "BaseTunerLayer") or any(name.startswith("lora_") for name, _ in parent.named_children())
         ):
             inside = set(base.modules())
             adapters.update(m for m in parent.modules() if m not in inside and m is not parent)
