@@ -142,7 +142,8 @@ def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tenso
         tensor = tensor.transpose(1, 2)
     if tensor.dim() == 4 or (tensor.dim() == 3 and name.endswith(".weight")):  # convolution: groups along its channels
         tensor = tensor.movedim(1, -1)
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    # The number of rows is no -1: of a layer without inputs it could be any.
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
 
 
 def clean_name(name: str) -> str:
@@ -151,7 +152,7 @@ def clean_name(name: str) -> str:
 
 
 def name_matches(name: str, pattern: str) -> bool:
-    """Whether a module name, one of its ancestors, or the tail of either matches a shell-style pattern.
+    """Whether a module name, one of its ancestors, or the tail of either is a pattern or matches it, shell-style.
 
     >>> name_matches("model.layers.0.mlp.up_proj", "up_proj")
     True
@@ -159,11 +160,12 @@ def name_matches(name: str, pattern: str) -> bool:
     True
     >>> name_matches("model.layers.10.mlp.up_proj", "layers.1")
     False
+    >>> name_matches("tower.up[0]", "up[0]")  # a key of a ModuleDict
+    True
     """
     parts = name.split(".")
-    return any(
-        fnmatchcase(".".join(parts[start:end]), pattern) for end in range(1, len(parts) + 1) for start in range(end)
-    )
+    tails = (".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end))
+    return any(tail == pattern or fnmatchcase(tail, pattern) for tail in tails)
 
 
 _PEFT_PREFIX = "base_model.model."

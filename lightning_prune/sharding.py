@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+from torch.nn.parameter import is_lazy
 
 _T = TypeVar("_T")
 
@@ -40,6 +41,14 @@ def packed_class(tensor: Tensor) -> str | None:
     """The class of a tensor that keeps its numbers in a form of its own, as torchao's quantized weights do; or None."""
     kind = type(local(tensor))
     return None if kind.__torch_dispatch__ is Tensor.__torch_dispatch__ else kind.__name__
+
+
+def memory_of(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Where the numbers of a tensor, or of its part here, begin; None where it has none, or in a form of its own."""
+    if is_lazy(tensor) or tensor.is_meta or packed_class(tensor) is not None:
+        return None
+    part = local(tensor.detach())
+    return (part.device, part.data_ptr()) if part.numel() and part.layout == torch.strided else None
 
 
 def is_sharded(tensor: Tensor) -> bool:

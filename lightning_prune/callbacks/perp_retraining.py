@@ -47,7 +47,7 @@ from lightning_prune.perp.adapters import (
 )
 from lightning_prune.perp.layers import find_variant, sparse_layers
 from lightning_prune.perp.masks import set_masks
-from lightning_prune.perp.options import ReconstructSettings, check_adapter, check_options, check_parts
+from lightning_prune.perp.options import ReconstructSettings, WholeNames, check_adapter, check_options, check_parts
 from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
@@ -248,7 +248,7 @@ class PERPRetraining(L.Callback):
         targets = {name: target for pruner in pruners for name, target in self._targets_of(pruner, module)}
         if pruners and self.adapter is not None and options.get("target_modules") is None:
             layers = [name for name, target in targets.items() if target.kind.name in ("Linear", "Conv1D")]
-            options["target_modules"] = [name.removesuffix(".weight") for name in layers]
+            options["target_modules"] = WholeNames(name.removesuffix(".weight") for name in layers)
             check_any_adapted(model, options["target_modules"])
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.

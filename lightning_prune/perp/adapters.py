@@ -6,6 +6,7 @@ PERP: Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Er
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from lightning_prune.naming import plain_name, uncompiled
 from lightning_prune.perp.layers import SparseLinear, check_base_layer, find_variant, own_weight, sparse_layers
 from lightning_prune.perp.masks import set_masks
 from lightning_prune.perp.options import (
+    WholeNames,
     check_adapter,
     check_options,
     check_parts,
@@ -226,8 +228,7 @@ def adapted_modules(
     if options.get("target_modules") in (None, "all-linear"):
         linear = [t.name.removesuffix(".weight") for t in _linear_targets(model)]
         check_any_adapted(model, linear)
-        unnamed = {**options, "target_modules": linear}
-        names = match_modules(model, adapter, unnamed)
+        names = match_modules(model, adapter, {**options, "target_modules": WholeNames(linear)})
         if options.get("target_modules") is None and not pruned_later:
             names = [name for name in names if _is_pruned(model, name, masks)]
     else:
@@ -362,8 +363,9 @@ def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, T
 
 def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftModel:
     config = make_config(adapter, record.options)
-    # The names are decided; what selected them must not act again on PEFT's side.
+    # The names are decided; what selected them must not act again on PEFT's side, nor may they be endings of others.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.target_modules = "|".join(map(re.escape, record.options["target_modules"]))
     with _of_no_family(model):
         built = SparsePeftModel(model, config)
     # PEFT documents the registration of layer classes as experimental, and builds a plain LoRA where it fails.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.perp.adapters import adapted_modules, attach, has_pruned, merge, remove_adapters
-from lightning_prune.perp.options import ReconstructSettings, select_parameters
+from lightning_prune.perp.options import ReconstructSettings, WholeNames, select_parameters
 from lightning_prune.perp.record import find_retraining
 from lightning_prune.perp.windows import Window
 from lightning_prune.pruning.blocks import BlockWalk
@@ -85,7 +85,7 @@ class Adapters:
         changing = [p for name, p in trained.items() if name in window.parameters]
         changing += [block.get_parameter(f"{layer}.weight") for layer in layers if adapter is not None]
         try:
-            chosen = {**kept, "target_modules": layers} if adapter is not None else {}
+            chosen = {**kept, "target_modules": WholeNames(layers)} if adapter is not None else {}
             attach(block, adapter, _masks_in(window.block, self.masks), self.settings.parts, chosen)
             for name, parameter in trained.items():
                 parameter.requires_grad_(name in window.parameters)

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.running import has_hooks
+from lightning_prune.pruning.zeros import run_copy
 from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,
@@ -164,10 +166,11 @@ class SparseLinear(lora.Linear):
             "model as a whole",
         )
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    # As nn.Linear calls it; PEFT hands it on by position.
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """PEFT's: ``[..., I]`` to ``[..., O]``, the adapter's output added to the layer's."""
         self._check_gathered()
-        y: Tensor = super().forward(x, *args, **kwargs)
+        y: Tensor = super().forward(input, *args, **kwargs)
         return y
 
     # -- what PEFT asks for while it builds the adapter --------------------------------------------------------------
@@ -367,7 +370,7 @@ class CombinedLinear(SparseLinear):
             )
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """``[..., I]`` to ``[..., O]``."""
         self._check_gathered()
         if kwargs.pop("adapter_names", None) is not None:
@@ -377,14 +380,14 @@ class CombinedLinear(SparseLinear):
         if self.disable_adapters or self.merged or not any(n in self.lora_A for n in self.active_adapters):
             if self.disable_adapters and self.merged:
                 self.unmerge()
-            y: Tensor = base(x, *args, **kwargs)
+            y: Tensor = base(input, *args, **kwargs)
             return y
         if not has_hooks(base):
-            return self._effective(x)
+            return self._effective(input, *args, **kwargs)  # which takes no more, as a linear layer
         # Someone watches the layer (calibration does): let it be called, but multiply with the combined weight.
         base.forward = self._effective
         try:
-            y = base(x, *args, **kwargs)
+            y = base(input, *args, **kwargs)
         finally:
             del base.forward
         return y
@@ -495,7 +498,7 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
 
     Raises:
         ValueError: the layer is no Linear or Conv1D, or its weight is quantized, sharded, offloaded, parametrized or
-            without data, or accelerate runs it.
+            without data, accelerate runs it, or its forward is none of a linear layer.
     """
     if not isinstance(layer, (nn.Linear, Conv1D)):
         kind = layer_kind(layer)
@@ -528,6 +531,33 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             "go around that; load the model on one device, or take the hooks off "
             "(accelerate.hooks.remove_hook_from_submodules) and move it there"
         )
+    if not _is_plain_product(layer, weight):
+        raise ValueError(
+            f"the forward of {name!r} ({type(layer).__name__}) computes something else than the product of input and "
+            "weight, or more, and an adapter would take its place: leave it out (exclude_modules)"
+        )
+
+
+@torch.no_grad()
+def _is_plain_product(layer: nn.Module, weight: nn.Parameter) -> bool:
+    """Return whether a layer multiplies its input with its weight and adds its bias, and no more.
+
+    One with a forward of its own is tried out; one that cannot be run alone does something else.
+    """
+    own = vars(layer).get("forward")
+    if own is None and type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    transposed, bias = isinstance(layer, Conv1D), getattr(layer, "bias", None)
+    inputs = weight.shape[0 if transposed else 1]
+    x = torch.linspace(-1, 1, 2 * inputs, device=weight.device).to(weight.dtype).view(2, inputs)
+    try:
+        found = run_copy(layer, weight, x) if own is None else own(x)
+        expected = F.linear(x, weight.t() if transposed else weight, bias)
+        close = 0.02 if weight.element_size() < 4 else 1e-4
+        least = close * float(expected.abs().max()) if expected.numel() else 0.0
+        return found.shape == expected.shape and torch.allclose(found, expected, close, least, equal_nan=True)
+    except Exception:  # whatever it needs, it gets no such thing from an adapter
+        return False
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:

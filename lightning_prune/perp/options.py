@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.errors import check_whole
-from lightning_prune.naming import is_head
+from lightning_prune.naming import clean_name, is_head
 from lightning_prune.perp.layers import CombinedLinear, find_variant
 from lightning_prune.sharding import type_name
 
@@ -34,6 +34,7 @@ OPTIONS = (
     "rank_pattern",
     "alpha_pattern",
 )
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 _SCALINGS = ("lora_alpha", "use_rslora", "alpha_pattern")
 _INSTEAD = {
     "bias": "train=('bias',)",
@@ -119,6 +120,14 @@ def is_scaling(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e6
 
 
+class WholeNames(list[str]):
+    """Names of modules that mean these alone, as ``target_modules``; without what ``torch.compile`` adds, or with it.
+
+    In a list PEFT takes them for endings too: ``fc`` is ``block.fc`` as well. And for names that are whole it passes
+    over ``layers_to_transform``.
+    """
+
+
 def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) -> list[str]:
     """Names of the modules that ``target_modules`` and its companions name, as PEFT would find them.
 
@@ -126,16 +135,25 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
         ValueError: none, or a pattern that cannot be compiled.
     """
     chosen = options["target_modules"]
+    among = set(map(clean_name, chosen)) if isinstance(chosen, WholeNames) else None
+    if among is not None:
+        chosen = sorted({name.rpartition(".")[2] for name in among})
     if not isinstance(chosen, str) and not (
         isinstance(chosen, (Sequence, set)) and chosen and all(isinstance(name, str) for name in chosen)
     ):
         raise ValueError(f"target_modules={chosen!r} must be a list of module names or a regular expression")
     config = make_config(adapter, {**options, "target_modules": chosen if isinstance(chosen, str) else list(chosen)})
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules() if name and (among is None or clean_name(name) in among)]
     try:
         found = [name for name in names if check_target_module_exists(config, name)]
     except re.error as error:
         raise ValueError(f"target_modules={chosen!r} is no regular expression: {error}") from error
+    if not found and among is not None:
+        given = {name: options[name] for name in _NARROWING if options.get(name) is not None}
+        raise ValueError(
+            f"{', '.join(f'{name}={value!r}' for name, value in given.items())} leaves none of the {len(among)} layers "
+            f"that would get an adapter, such as {min(among)!r}: leave it out, or name others"
+        )
     if not found:
         tails = sorted({name.rsplit(".", 1)[-1] for name in names})
         near = [

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_prune.perp.layers import find_variant, sparse_layers
-from lightning_prune.perp.options import DEFAULT_RANK, check_options, check_parts, is_scaling
+from lightning_prune.perp.options import DEFAULT_RANK, WholeNames, check_options, check_parts, is_scaling
 from lightning_prune.perp.record import retraining_of
 from lightning_prune.pruning.masks import Masks, unpack_masks
 from lightning_prune.safety import publish
@@ -274,7 +274,7 @@ def options_for(
             )
     return {
         **{name: options[name] for name in _PLAIN if name in options},
-        "target_modules": list(targets),
+        "target_modules": WholeNames(targets),
         **{field: pattern for field, pattern in patterns.items() if pattern},
     }
 

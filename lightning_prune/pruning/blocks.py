@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
+from lightning_prune.naming import own_parameters
 from lightning_prune.pruning.batches import batch_size, take
 from lightning_prune.pruning.batches import samples as first_samples
 from lightning_prune.pruning.forwards import forwards_replaced
@@ -198,7 +199,10 @@ class BlockWalk:
             if weights is None:
                 output = self.blocks[index](*args, **kwargs)
             else:
-                output = torch.func.functional_call(self.blocks[index], dict(weights), args, kwargs)
+                block = self.blocks[index]
+                own = _once_each(block, weights)
+                # Where a module has two names, torch's own way with ties leaves one of these weights in it.
+                output = torch.func.functional_call(block, own, args, kwargs, tie_weights=False)
         whole = _first(output)
         if not isinstance(whole, Tensor):
             raise CalibrationError(
@@ -320,6 +324,17 @@ def _times_written(tensor: Any) -> int:
 def _first(output: Any) -> Any:
     """What a block returns for the next one."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _once_each(block: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a block by one name for each module that has them, where parameters or modules are shared."""
+    given = {id(block.get_parameter(name)): weight for name, weight in weights.items()}
+    return {
+        f"{path}.{name}" if path else name: given[id(parameter)]
+        for path, module in block.named_modules()
+        for name, parameter in own_parameters(module).items()
+        if id(parameter) in given
+    }
 
 
 def _with_own_caches(kwargs: Mapping[str, Any]) -> dict[str, Any]:

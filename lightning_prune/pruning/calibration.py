@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,7 @@ from lightning_prune.pruning.stacks import find_blocks
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     BACKWARD_STATISTICS,
+    FORWARD_STATISTICS,
     HESSIAN,
     INPUT_NORM,
     OUTPUT_GRAD_NORM,
@@ -123,13 +124,38 @@ def collect(
         if any(target.offloaded for target in targets):
             sweep.room.recompute()
         try:
-            sweep.run(batches, num_samples, progress)
+            with _explained():
+                sweep.run(batches, num_samples, progress)
         finally:
             reshard(model)
     sweep.padding.warn()
     if told := str(sweep.room):
         warnings.warn(told, stacklevel=2)
     return _finish(taps, sweep.samples, ranks, sweep.unlabeled, unrouted)
+
+
+# Parts of what torch says where a loss does what calibration cannot follow, and what that is.
+_UNDER_TRANSFORM = ("functorch", "(vjp, jvp, grad, etc) transform")
+_WITHOUT_PARAMETERS = ("does not require grad", "not have been used in the graph")
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Say of torch's errors why they come in calibration, though training has none."""
+    try:
+        yield
+    except RuntimeError as error:
+        why = ""
+        if any(part in str(error) for part in _UNDER_TRANSFORM):
+            why = "a layer is called inside a transform of torch.func (vmap, grad, jvp), which hides what passes there"
+        elif any(part in str(error) for part in _WITHOUT_PARAMETERS):
+            why = "the loss takes gradients by parameters inside of it, which have none while layers are scored"
+        if not why or isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(
+            f"{why} ({type(error).__name__}: {error}): pass a loss_fn without that (or give the LightningModule a "
+            "method calibration_loss(batch)), or choose a score without data (magnitude)"
+        ) from error
 
 
 def collect_forward(
@@ -395,6 +421,7 @@ class _Sweep:
             ) from error
 
 
+@_explained()
 def _finish(
     taps: Taps, total: int, ranks: Ranks | None, unlabeled: int = 0, unrouted: dict[str, None] | None = None
 ) -> dict[str, LayerStatistics]:
@@ -412,7 +439,7 @@ def _finish(
     if ranks is not None:
         total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64)))
         _sum_over_ranks(taps, ranks)
-    _check_gradients([tap for tap in taps.all if tap not in unreached], taps.statistics, ranks)
+    _check_zeros([tap for tap in taps.all if tap not in unreached], taps.statistics, ranks)
     results: dict[str, LayerStatistics] = {}
     with synchronized_errors(ranks):
         for tap in taps.all:
@@ -516,31 +543,41 @@ def warn_of_unrouted(unrouted: Iterable[str]) -> None:
         )
 
 
-def _check_gradients(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks | None) -> None:
-    """Refuse gradients that are zero in every layer; warn of layers where they are."""
-    asked = sorted(statistics & BACKWARD_STATISTICS)
-    if not asked:
-        return
-    there = values_of(tap.accumulator.sums[name].any() for tap in taps for name in asked)
-    mine = [int(any(there[i : i + len(asked)])) for i in range(0, len(there), len(asked))]
+def _check_zeros(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks | None) -> None:
+    """Refuse gradients that are zero in every layer; warn of layers where they are, or inputs."""
+    kinds = [sorted(statistics & FORWARD_STATISTICS), sorted(statistics & BACKWARD_STATISTICS)]
+    asked = [name for kind in kinds for name in kind]
+    there = iter(values_of(tap.accumulator.sums[name].any() for tap in taps for name in asked))
+    # Of each layer: whether anything of its inputs, and of its gradients, is not zero, where that was asked for.
+    mine = [int(sum(next(there) for _ in kind) > 0 or not kind) for _ in taps for kind in kinds]
     every = [mine] if ranks is None else ranks.gather(mine)
-    zero = [tap.name for tap, flags in zip(taps, zip(*every, strict=True), strict=True) if not any(flags)]
-    if not zero:
-        return
-    message = (
-        f"the gradient of the calibration loss is zero in {len(zero)} of {len(taps)} layers "
-        f"({', '.join(zero[:8])}{', ...' if len(zero) > 8 else ''})"
-    )
-    if len(zero) == len(taps):
+    some = [any(flags) for flags in zip(*every, strict=True)]
+    dead = [tap.name for tap, reached in zip(taps, some[::2], strict=True) if not reached]
+    zero = [tap.name for tap, reached in zip(taps, some[1::2], strict=True) if not reached]
+    if taps and len(zero) == len(taps):
         raise CalibrationError(
-            f"{message}: no weight could be told from another; the weights are unchanged. Does the loss of a sample "
-            "need the others of its batch, or does the loss not depend on the model? Pass loss_fn=f(model, batch)"
+            f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: no weight could be told from "
+            "another; the weights are unchanged. Does the loss of a sample need the others of its batch, or does the "
+            "loss not depend on the model? Pass loss_fn=f(model, batch)"
         )
-    warnings.warn(
-        f"{message}: nothing is known of their weights' effect on it, and they are pruned by what else their score "
-        "knows. Put layers that the loss does not depend on into `ignore`",
-        stacklevel=4,
-    )
+    if dead:
+        warnings.warn(
+            f"the inputs are zero in {_some_of(dead, taps)} in every calibration sample (behind a layer that is still "
+            "zero?): nothing is known of their weights' effect, and they are pruned by what else their score knows. "
+            "Give samples that reach them, or put them into `ignore`",
+            stacklevel=4,
+        )
+    if zero := [name for name in zero if name not in dead]:
+        warnings.warn(
+            f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: nothing is known of their "
+            "weights' effect on it, and they are pruned by what else their score knows. Put layers that the loss does "
+            "not depend on into `ignore`",
+            stacklevel=4,
+        )
+
+
+def _some_of(names: Sequence[str], taps: Sequence[Tap]) -> str:
+    return f"{len(names)} of {len(taps)} layers ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
 
 
 def _sum_over_ranks(taps: Taps, ranks: Ranks) -> None:

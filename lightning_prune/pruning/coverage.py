@@ -289,6 +289,6 @@ def _with_stars(name: str) -> str:
 def pruned_zeros(parameter: Tensor, whole_rows: bool) -> int:
     """Count zeros of a tensor that look pruned; 0 if it holds few, or nothing else. Whole rows may be padding."""
     zero = local(parameter.detach()) == 0
-    zero = zero.reshape(-1, zero.shape[-1])
+    zero = zero.reshape(zero.shape[:-1].numel(), zero.shape[-1])
     zeros = int((zero if whole_rows else zero[~zero.all(dim=1)]).count_nonzero())
     return zeros if FEW_ZEROS * zero.numel() < zeros < zero.numel() else 0

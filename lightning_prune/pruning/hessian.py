@@ -97,8 +97,7 @@ def prune_with_hessian(
         block, factor = columns[start:stop], upper[start:stop, start:stop]  # [C, O], [C, C]
         diagonal = factor.diagonal()
         if mask is None and pattern is None:
-            scores = block.square() / diagonal.square()[:, None]
-            scores[dead[start:stop]] = 0.0
+            scores = _losses(block, diagonal, dead[start:stop])
             # Whole blocks add up to `count` exactly, whatever its remainder.
             share = count * stop // inputs - count * start // inputs
             kept[start:stop] = select(scores.t(), share).t()
@@ -106,8 +105,7 @@ def prune_with_hessian(
         for i in range(stop - start):
             if mask is None and pattern is not None and i % pattern.m == 0:
                 group = slice(i, i + pattern.m)
-                scores = block[group].square() / diagonal[group].square()[:, None]  # [M, O]
-                scores[dead[start:stop][group]] = 0.0
+                scores = _losses(block[group], diagonal[group], dead[start:stop][group])  # [M, O]
                 kept[start + i : start + i + pattern.m] = nm_mask(scores.t().contiguous(), pattern).t()
             error = block[i].masked_fill(kept[start + i], 0.0).div_(diagonal[i])  # [O]
             errors[i] = error
@@ -115,6 +113,12 @@ def prune_with_hessian(
         columns[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
     columns.masked_fill_(~kept, 0.0)
     return columns.t(), kept.t()
+
+
+def _losses(columns: Tensor, diagonal: Tensor, dead: Tensor) -> Tensor:
+    """What removing each weight ``[C, O]`` costs; below all others, by size, those of inputs that were always zero."""
+    scores = columns.square() / diagonal.square()[:, None]
+    return torch.where(dead[:, None], -1 / (columns.abs() + 1e-30), scores)
 
 
 @full_precision()

@@ -377,7 +377,9 @@ class Taps:
             doubtful = self.watched and self.backward and not call.returns_product(output)
             if doubtful and call.record is None:  # recomputed later by a re-entrant checkpoint, out of sight
                 self._refuse_changed(tap.name)
-            if call.record is not None:
+            if not output.requires_grad and call.record is not None:  # its forward runs under no_grad by itself
+                self.without_gradient.add(tap.target.parameter)
+            elif call.record is not None:
                 record = call.record
                 record.doubtful = doubtful
                 on_gradient(output, lambda delta: setattr(record, "delta", delta))

@@ -253,13 +253,23 @@ def _check_sequential(plan: PruningPlan, model: nn.Module) -> None:
         raise ValueError(
             "sequential=True prunes block by block and cannot compare globally; use group='row' or 'layer'"
         )
-    inside = {id(m) for _, block in plan.blocks for m in block.modules()}
-    outside = list(dict.fromkeys(t.parameter for t in plan.targets if id(t.module) not in inside))
+    homes: dict[int, set[str]] = {}
+    for name, block in plan.blocks:
+        for module in block.modules():
+            homes.setdefault(id(module), set()).add(name)
+    outside = list(dict.fromkeys(t.parameter for t in plan.targets if not all(id(m) in homes for m in t.holders)))
     if outside:
         raise ValueError(
             f"sequential=True, but {', '.join(map(repr, outside[:4]))} lie outside the decoder blocks; use "
             f"sequential=False, or add {to_ignore(*outside)}"
         )
+    for target in plan.targets:
+        if len(shared := sorted({name for m in target.holders for name in homes[id(m)]})) > 1:
+            raise ValueError(
+                f"sequential=True, but {target.parameter!r} is a weight of several blocks ({', '.join(shared[:4])}), "
+                "and would be pruned by what it meets in the first of them alone; use sequential=False, or add "
+                f"{to_ignore(target.parameter)}"
+            )
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_prune.pruning.statistics import GRADIENT_L1, GRADIENT_L2, INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
 
 GROUPS = ("row", "layer", "global")
-# Weights that no sample gives a gradient rank below all others, by what else is known of them, not by position. The
-# number is lost in rounding beside any gradient.
+# Weights that no sample gives an input or a gradient rank below all others, by what else is known of them, not by
+# position. The number is lost in rounding beside any norm.
 _TIE = 1e-25
 
 
@@ -126,7 +126,7 @@ class Wanda(Score):
 
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
         """Scores ``[O, I]``."""
-        return weight.abs() * statistics.get(INPUT_NORM)
+        return weight.abs() * (statistics.get(INPUT_NORM) + _TIE)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class GBLM(Score):
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
         """Scores ``[O, I]``."""
         gradient = statistics.get(_aggregate(self.grad_norm)).to(weight)
-        return torch.add(statistics.get(INPUT_NORM), gradient, alpha=self.alpha).mul_(weight.abs())
+        return torch.add(statistics.get(INPUT_NORM) + _TIE, gradient, alpha=self.alpha).mul_(weight.abs())
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class KFAC(Score):
 def kfac_score(weight: Tensor, statistics: LayerStatistics, gamma: float) -> Tensor:
     """Scores ``[O, I]`` of `KFAC`; the norms are scaled to mean 1 over all layers only by the caller, if at all."""
     rows = statistics.get(OUTPUT_GRAD_NORM).pow(gamma) + _TIE  # [O]
-    return (weight.abs() * statistics.get(INPUT_NORM)).mul_(rows[:, None])
+    return (weight.abs() * (statistics.get(INPUT_NORM) + _TIE)).mul_(rows[:, None])
 
 
 @dataclass(frozen=True)

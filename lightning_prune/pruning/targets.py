@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.errors import refuse_inference_tensors
-from lightning_prune.naming import HEADS, clean_name, is_head, name_matches, own_parameters, to_ignore
+from lightning_prune.naming import HEADS, clean_name, has_class, is_head, name_matches, own_parameters, to_ignore
 from lightning_prune.pruning.clearing import to_bytes, zero_pruned_
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.layer_kinds import (
@@ -46,6 +47,7 @@ from lightning_prune.sharding import (
     as_shard_of,
     gather_whole,
     local,
+    memory_of,
     packed_class,
     type_name,
 )
@@ -481,8 +483,7 @@ def _reasons(
 
     def tied(weight: nn.Parameter | None) -> bool:
         return weight is not None and any(
-            id(m) not in inside and (isinstance(m, nn.Embedding) or "Embed" in type_name(m))
-            for _, m in users.get(id(weight), ())
+            id(m) not in inside and _is_embedding(m) for _, m in users.get(id(weight), ())
         )
 
     return {
@@ -576,7 +577,10 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
             idle = {m for part in (original, *copies.values()) if used and part not in used for m in part.modules()}
             adapters.update(idle - {m for part in used for m in part.modules()})
         base = getattr(parent, "base_layer", None)
-        if isinstance(base, nn.Module):
+        # A module of a user's own may be called so too, beside layers that are no adapters.
+        if isinstance(base, nn.Module) and (
+            has_class(parent, "BaseTunerLayer") or any(name.startswith("lora_") for name, _ in parent.named_children())
+        ):
             inside = set(base.modules())
             adapters.update(m for m in parent.modules() if m not in inside and m is not parent)
     return adapters
@@ -622,12 +626,24 @@ _Users = dict[int, list[tuple[str, nn.Module]]]
 
 
 def _users(model: nn.Module) -> _Users:
-    """Clean names and modules that hold each parameter, by its id."""
+    """Clean names and modules that hold each parameter, by its id; embeddings too that have the same memory."""
     users: _Users = {}
+    places: dict[Any, list[int]] = {}  # parameters, by where their data lie
     for name, module in model.named_modules():
         for parameter in own_parameters(module).values():
+            if id(parameter) not in users and (place := memory_of(parameter)) is not None:
+                places.setdefault(place, []).append(id(parameter))
             users.setdefault(id(parameter), []).append((clean_name(name), module))
+    # ``decoder.weight.data = embedding.weight.data`` makes two parameters of what is tied.
+    for keys in places.values():
+        embeddings = [user for key in keys for user in users[key] if _is_embedding(user[1])] if keys[1:] else []
+        for key in keys if embeddings else ():
+            users[key] += [user for user in embeddings if user not in users[key]]
     return users
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) or "Embed" in type_name(module)
 
 
 def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], users: _Users, called: bool) -> list[Target]:
@@ -711,6 +727,11 @@ def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
         raise ValueError(
             f"the weight of {name!r} is stored as {weight.layout}; make it dense first (to_dense), or add "
             f"{to_ignore(name)}"
+        )
+    if any(step == 0 and size > 1 for step, size in zip(local(weight).stride(), local(weight).shape, strict=True)):
+        raise ValueError(
+            f"the weight of {name!r} is an expanded tensor, whose rows or columns are the same memory: copy it first "
+            f"(nn.Parameter(weight.detach().clone())), or add {to_ignore(name)}"
         )
     refuse_inference_tensors([(name, weight)])
     if weight.is_meta and not is_offloaded(layer.module):

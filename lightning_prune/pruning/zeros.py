@@ -52,19 +52,29 @@ def keeps_zeros(layer: nn.Module) -> bool:
         index = torch.arange(weight.numel(), device=weight.device)
         made = ((index % 2) * (1 + index % 3)).to(weight.dtype).view(weight.shape)  # every second is zero
         products = _Products(made.numel())
-        trial = copy.copy(layer)
-        held = vars(trial)
-        for kind in ("_parameters", "_buffers", "_modules"):
-            held[kind] = copy.deepcopy({name: value for name, value in held[kind].items() if value is not weight})
-        trial.weight = nn.Parameter(made)
-        x = _input(layer, made)
-        # Not called, so that hooks do not run.
-        with torch.random.fork_rng([made.device] if made.is_cuda else []), products:
-            type(layer).forward(trial.eval(), x)
+        with products:
+            run_copy(layer, nn.Parameter(made), _input(layer, made))
     except Exception:  # whatever it needs, it cannot be run alone
         return True
     zeros = int((made == 0).sum())
     return all(found >= zeros for found in products.zeros)
+
+
+def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor) -> Any:
+    """Run the forward of a layer's class on a copy in evaluation mode, so that the layer stays as it is.
+
+    Args:
+        layer: The layer. It is not called, so that its hooks do not run.
+        weight: Of the copy, which shares it.
+        x: Its input.
+    """
+    trial, own = copy.copy(layer), own_parameters(layer).get("weight")
+    held = vars(trial)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        held[kind] = copy.deepcopy({name: value for name, value in held[kind].items() if value is not own})
+    trial.weight = weight
+    with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
+        return type(layer).forward(trial.eval(), x)
 
 
 def _input(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.naming import clean_name, own_parameters, uncompiled
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.layer_kinds import layer_kind
-from lightning_prune.sharding import packed_class, plain_class, type_name
+from lightning_prune.sharding import memory_of, packed_class, plain_class, type_name
 from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.families import Family, find_family
 from lightning_prune.structure.sizes import (
@@ -243,7 +243,7 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
 
     Raises:
         ValueError: an architecture that is not known, or a parameter that its table does not describe (adapters,
-            another head, quantized or packed weights).
+            another head, quantized or packed weights), that not every layer has, or that two layers share.
     """
     if attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={attention_unit!r} must be one of {ATTENTION_UNITS}")
@@ -256,6 +256,7 @@ def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -
             "the hidden size: install a newer one"
         )
     axes = _axes(model, family)
+    _check_layers(model, f"{family.layers}.")
     lengths = {clean_name(name): p.shape for name, p in model.named_parameters()}
     sizes = _sizes(model, axes, lengths)
     structure = Structure(model, family, sizes, attention_unit, axes, lengths, f"{prefix}." if prefix else "")
@@ -288,6 +289,30 @@ def _axes(model: nn.Module, family: Family) -> dict[str, tuple[str, ...]]:
                 "its sizes while the others shrink: dequantize the model, if it keeps its weights in another form"
             )
     return axes
+
+
+def _check_layers(model: nn.Module, prefix: str) -> None:
+    """Refuse layers that share a parameter, whose units could not go from one alone, and layers that are not alike."""
+    inside: dict[str, set[str]] = {}  # names of the parameters, by layer
+    places: dict[Any, str] = {}
+    for raw, p in model.named_parameters(remove_duplicate=False):
+        name = clean_name(raw)
+        if name.startswith(prefix):
+            number, _, tail = name.removeprefix(prefix).partition(".")
+            inside.setdefault(number, set()).add(tail)
+            if (other := places.setdefault(memory_of(p) or id(p), name)) != name:
+                raise ValueError(
+                    f"{other!r} and {name!r} are one parameter, or two in the same memory, so units of one cannot go "
+                    "alone: give each its own (nn.Parameter(weight.detach().clone())), or prune weights (prune)"
+                )
+    first = next(iter(inside.values()), set())
+    for number, names in inside.items():
+        if odd := sorted(names ^ first):
+            raise ValueError(
+                f"layers {next(iter(inside))} and {number} of {prefix.rstrip('.')!r} are not alike, as one alone has "
+                f"{odd[0]!r}: all must have the parameters that the configuration says. Give it to all (a bias of "
+                "zeros, where the configuration knows one), or take it away"
+            )
 
 
 def _entry(family: Family, name: str) -> str | None:

@@ -184,6 +184,17 @@ def test_float8_and_integers_and_bool_and_scalars(tmp_path):
     assert [n for n in state if reports[n].prunable] == ["a.weight"]
 
 
+@pytest.mark.parametrize("write", [save_file, torch.save], ids=["safetensors", "pt"])
+def test_layers_without_inputs_or_outputs(write, tmp_path):
+    """They train, so their file is not damaged; the number of rows of a matrix without columns could be any."""
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(0, 3), "b": torch.nn.Linear(3, 0), "c": torch.nn.Linear(4, 2)})
+    state = {name: p.detach() for name, p in model.named_parameters()} | {"d.weight": torch.zeros(2, 3, 0)}
+    write(state, tmp_path / "model.pt")
+    found = inspect(tmp_path / "model.pt")
+    assert {t.name: t.shape for t in found.tensors} == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert [t.name for t in found.selected()] == ["c.weight"]
+
+
 def test_a_tensor_larger_than_one_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_prune.checkpoints.inspection._CHUNK", 40)
     state = example_state()

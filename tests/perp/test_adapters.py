@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -23,8 +25,10 @@ from lightning_prune.perp import (
     SparsePeftModel,
     adapter_masks,
     add_adapters,
+    load_adapter,
     merge,
     remove_adapters,
+    save_adapter,
     set_masks,
     trainable_share,
 )
@@ -34,6 +38,7 @@ from lightning_prune.perp.layers import sparse_layers
 MERGED = ["mask_lora", "scale_lora", "hira", "lora_prune"]
 FAMILIES = ["llama", "gpt2"]
 DTYPES = [torch.float32, torch.bfloat16]
+PROJECTIONS = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 IDS = make_tokens(4, 16)
 
 
@@ -361,6 +366,84 @@ def test_peft_selects_layers_ranks_and_scaling() -> None:
     train(model, IDS)
     y = logits(model)
     assert torch.equal(logits(merge(model)), y)
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
+def test_layers_to_transform_holds_for_the_layers_that_are_chosen_without_names(target_modules: str | None) -> None:
+    """PEFT passes over it where it is given whole names."""
+    model = add_adapters(pruned(), target_modules=target_modules, layers_to_transform=[1])
+    named = add_adapters(pruned(), target_modules=PROJECTIONS, layers_to_transform=[1])
+    assert [name for name, _ in sparse_layers(model)] == [name for name, _ in sparse_layers(named)]
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[7\] leaves none of the 14 layers"):
+        add_adapters(pruned(), layers_to_transform=[7])
+
+
+def test_a_layer_whose_name_ends_as_that_of_a_pruned_one_gets_no_adapter(tmp_path: Path) -> None:
+    """PEFT takes a name for the ends of others: ``0`` for the ReLU ``1.0``, ``fc`` for ``dense.fc``."""
+
+    dense = nn.Sequential(OrderedDict([("1", nn.ReLU()), ("fc", nn.Linear(8, 8))]))
+    plain = nn.Sequential(OrderedDict([("fc", nn.Linear(8, 8)), ("1", nn.Linear(8, 8)), ("dense", dense)]))
+    with pytest.warns(UserWarning, match=r"dense\.fc\.weight"):
+        masks = prune(plain, score="magnitude", ignore=["dense"], progress=False)
+    before, again = snapshot(plain), copy.deepcopy(plain)
+    model = add_adapters(plain, masks=masks, r=2)
+    assert [name for name, _ in sparse_layers(model)] == ["fc", "1"]
+    save_adapter(model, tmp_path)
+    assert [name for name, _ in sparse_layers(load_adapter(again, tmp_path))] == ["fc", "1"]
+    assert snapshot(merge(model)) == before
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor, scale: float = 2.0) -> Tensor:
+        return super().forward(input) * scale
+
+
+class Written(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("adapter", MERGED)
+def test_layers_whose_forward_is_another_are_refused(adapter: str) -> None:
+    """The adapter would take its place, in training and out of it: another function, and no error."""
+    plain = nn.Sequential(nn.Linear(8, 8), Scaled(8, 8))
+    prune(plain, score="magnitude", progress=False)
+    before, x = snapshot(plain), torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"forward of '1' \(Scaled\) computes something else.*exclude_modules"):
+        add_adapters(plain, adapter, r=2)
+    assert snapshot(plain) == before
+    expected = plain(x)
+    model = add_adapters(plain, adapter, r=2, exclude_modules=["1"])
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    plain = merge(model)
+    plain[1] = nn.Linear(8, 8)
+    plain[1].forward = Scaled(8, 8).forward
+    with pytest.raises(ValueError, match="forward of '1'"):
+        add_adapters(plain, adapter, r=2, target_modules=["1"])
+
+
+def test_layers_with_a_forward_of_their_own_that_is_linear_are_called_by_keyword_too() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = Written(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.down(input=self.up(input=x).relu())
+            return y
+
+    plain = Model().bfloat16()
+    prune(plain, score="magnitude", progress=False)
+    x = torch.randn(3, 8).bfloat16()
+    expected = plain(x)
+    for adapter in MERGED:
+        model = add_adapters(plain, adapter, r=2)
+        assert torch.allclose(model(x), expected, atol=0.02)
+        with pytest.raises(TypeError):
+            dict(sparse_layers(model))["up"](x, 3.0)
+        plain = merge(model)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -399,6 +399,24 @@ def test_zeros_stay_and_nothing_else_is_left_behind(adapter: str | None, dtype: 
     assert any(block.changed for block in found.blocks)
 
 
+@pytest.mark.parametrize("shared", ["module", "weight"])
+def test_what_a_block_shares_with_itself_is_fitted_as_one(shared: str) -> None:
+    """A gate that is the up projection too, under two names in its block: the dense one's must not be left in it."""
+    dense = make_llama()
+    for layer in dense.model.layers:
+        if shared == "module":
+            layer.mlp.up_proj = layer.mlp.gate_proj
+        else:
+            layer.mlp.up_proj.weight = layer.mlp.gate_proj.weight
+    model = copy.deepcopy(dense)
+    masks, names, before = halve(model), [n for n, _ in model.named_parameters()], snapshot(dense)
+    result = reconstruct(model, batches(), dense, masks=masks, train="all", window="block", progress=False)
+    assert all(block.after < block.before for block in result.blocks)
+    assert [n for n, _ in model.named_parameters()] == names
+    assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in masks.items())
+    assert snapshot(dense) == before
+
+
 def test_outside_of_blocks_nothing_changes() -> None:
     dense, model, masks = pair()
     before = snapshot(model)

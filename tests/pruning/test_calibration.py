@@ -715,6 +715,19 @@ def test_a_layer_under_no_grad_is_named():
         gather(Cut(), [torch.randn(2, 3, 6)], loss_fn=squares)
 
 
+@pytest.mark.parametrize("statistics", [{"output_grad_norm"}, {"gradient_l1"}], ids=str)
+def test_a_layer_that_runs_itself_under_no_grad_is_named(statistics):
+    class Fixed(nn.Linear):
+        def forward(self, input):
+            with torch.no_grad():
+                return super().forward(input)
+
+    model = nn.Sequential(nn.Linear(6, 6), Fixed(6, 6), nn.Linear(6, 6))
+    with pytest.raises(CalibrationError, match=r"no calibration sample reached '0\.weight' and 1 more"):
+        gather(model, [torch.randn(2, 6)], statistics, loss_fn=squares)
+    assert len(gather(model, [torch.randn(2, 6)], {"hessian"})) == 3
+
+
 def test_a_reentrant_checkpoint_that_relies_on_trained_parameters_before_it_is_told_of():
     class Late(nn.Module):
         def __init__(self):
@@ -726,6 +739,39 @@ def test_a_reentrant_checkpoint_that_relies_on_trained_parameters_before_it_is_t
 
     with pytest.raises(CalibrationError, match=r"'a\.weight'.*use_reentrant=False"):
         gather(Late(), [torch.randn(2, 3, 6)], loss_fn=squares)
+
+
+def under_vmap(model, x):
+    return torch.func.vmap(model)(x)
+
+
+def under_jacobian(model, x):
+    return torch.func.vmap(torch.func.jacrev(model))(x).flatten(2).sum(-1)
+
+
+def after_an_inner_step(model, x):
+    """As model-agnostic meta-learning has it."""
+    weights = dict(model.named_parameters())
+    inner = torch.autograd.grad(model(x).square().mean(), list(weights.values()), create_graph=True)
+    return torch.func.functional_call(model, {n: w - g for (n, w), g in zip(weights.items(), inner, strict=True)}, (x,))
+
+
+@pytest.mark.parametrize("statistics", [{"input_norm"}, {"hessian"}, {"output_grad_norm"}, {"gradient_l2"}], ids=str)
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (under_vmap, "transform of torch.func"),
+        (under_jacobian, "transform of torch.func"),
+        (after_an_inner_step, "gradients by parameters"),
+    ],
+)
+def test_losses_that_torch_cannot_follow_here_are_explained(run, message, statistics):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(CalibrationError, match=rf"{message}.*pass a loss_fn"):
+        gather(model, [torch.randn(2, 6)], statistics, loss_fn=lambda m, x: run(m, x).square().mean(1))
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -172,6 +172,43 @@ def test_a_layer_without_gradient_is_named_and_not_pruned_by_position(score, oth
     assert torch.equal(found["branch.weight"], masks(other)["branch.weight"])
 
 
+class BehindZero(nn.Module):
+    """A branch whose first layer is still zero, as those of ControlNet: its second sees nothing else."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.zero, self.branch = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        nn.init.zeros_(self.zero.weight)
+        nn.init.zeros_(self.zero.bias)
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        return x + self.branch(self.zero(x))
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "1:2"])
+@pytest.mark.parametrize(
+    ("group", "how"),
+    [
+        ("row", {"score": "wanda"}),
+        ("row", {"score": "kfac"}),
+        ("row", {"score": "gblm"}),
+        ("row", {"score": "wanda", "update": "exact"}),
+        ("layer", {"score": "sparsegpt"}),
+    ],
+    ids=str,
+)
+def test_a_layer_without_inputs_is_named_and_not_pruned_by_position(group, how, pattern):
+    settings = {"pattern": pattern, "ignore": ["zero"], "progress": False}
+    compared = {"group": group, "allocation": "uniform"} if pattern == "unstructured" else {}
+    own = {} if how["score"] == "sparsegpt" else compared
+    with pytest.warns(UserWarning, match=r"inputs are zero in 1 of 2 layers \(branch\.weight\)"):
+        found = prune(BehindZero(), data(4, 6), loss_fn=squares, num_samples=8, **settings, **own, **how)
+    by_size = prune(BehindZero(), score="magnitude", **settings, **compared)
+    assert torch.equal(found["branch.weight"], by_size["branch.weight"])
+
+
 # -- samples without a label -----------------------------------------------------------------------------------------
 
 

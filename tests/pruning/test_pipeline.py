@@ -544,6 +544,24 @@ def test_sequential_without_blocks_is_refused():
         prune(model, Untouched(), "wanda", sequential=True)
 
 
+@pytest.mark.parametrize("other", ["layers.1.mlp.up_proj", "layers.0"])
+def test_weights_of_several_blocks_cannot_be_pruned_block_by_block(llama_factory, tokens, other):
+    """They would be pruned by what they meet in the first; all at once both uses count."""
+    model = llama_factory()
+    one = model.get_submodule("model.layers.0.mlp.up_proj")
+    if other == "layers.0":
+        model.model.layers[1] = model.model.layers[0]
+    else:
+        model.get_submodule(f"model.{other}").weight = one.weight
+    before, batches = snapshot(model), [tokens(2, 8)]
+    with pytest.raises(
+        ValueError, match=r"layers\.0\..*weight of several blocks \(model\.layers\.0, model\.layers\.1\)"
+    ):
+        prune(model, batches, score="wanda", sequential=True, num_samples=2, progress=False)
+    assert snapshot(model) == before
+    assert "model.layers.0.mlp.up_proj.weight" in prune(model, batches, score="wanda", num_samples=2, progress=False)
+
+
 def test_grouped_convolutions_are_pruned_by_magnitude_alone():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(ValueError, match=r"nothing to prune.*grouped convolution: '0'"):

@@ -95,6 +95,9 @@ def test_selection(llama, targets, ignore, expected):
         ("model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj", True),
         ("model.layers.1.mlp.up_proj", "MLP", False),
         ("lm_head", "head", False),
+        ("tower.up[0].fc", "tower.up[0]", True),
+        ("tower.up0.fc", "up[0]", True),
+        ("tower.up[1].fc", "up[0]", False),
     ],
 )
 def test_name_matches(name, pattern, matches):
@@ -131,6 +134,19 @@ def test_tied_embeddings_are_refused_unless_ignored(llama_factory):
         find_targets(model, ignore=[])
 
 
+def test_embeddings_that_are_tied_by_memory_alone_are_tied():
+    """As ``decoder.weight.data = embedding.weight.data`` ties them: two parameters, of one memory."""
+    layers = {"embedding": nn.Embedding(6, 4), "body": nn.Linear(4, 4), "decoder": nn.Linear(4, 6)}
+    model = nn.ModuleDict(layers)
+    layers["decoder"].weight.data = layers["embedding"].weight.data
+    assert names_of(model) == ["body"]
+    assert select_layers(model).left_out == {"decoder": "head"}
+    with pytest.raises(ValueError, match="the weight of 'decoder' is tied to 'embedding', which is not a target"):
+        find_targets(model, targets=["decoder"])
+    layers["decoder"].weight.data = layers["decoder"].weight.data.clone()
+    assert names_of(model) == ["body", "decoder"]
+
+
 def test_tied_layers_are_one_target_under_the_first_name():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
@@ -157,6 +173,10 @@ def test_weights_that_cannot_be_pruned_are_refused():
     for layer in (pruned, normed):
         with pytest.raises(ValueError, match="weight of '0' is not a plain parameter"):
             find_targets(nn.Sequential(layer))
+    expanded = nn.Linear(3, 3)
+    expanded.weight = nn.Parameter(torch.ones(1, 3).expand(3, 3))
+    with pytest.raises(ValueError, match="weight of '0' is an expanded tensor, whose rows or columns are the same"):
+        find_targets(nn.Sequential(expanded))
     quantized = nn.Linear(3, 3)
     quantized.weight = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match=r"weight of '0' is quantized \(torch\.int8\)"):
@@ -209,6 +229,16 @@ def test_of_layers_that_peft_saves_whole_the_copy_in_use_is_a_target(llama):
     batches = [torch.randint(0, 64, (2, 8))]
     masks = prune(model, batches, score="wanda", num_samples=2, progress=False)
     assert saved(masks) == ["down_proj.modules_to_save.two.weight"]
+
+
+def test_base_layer_is_a_name_for_users_too():
+    """Beside it are adapters where it is PEFT's, or where they are called as LoRA's are."""
+
+    def beside(**others):
+        return names_of(nn.ModuleDict({"base_layer": nn.Linear(4, 4), **others}))
+
+    assert beside(top=nn.Linear(4, 4), side=nn.Conv1d(4, 4, 1)) == ["base_layer", "top", "side"]
+    assert beside(lora_A=nn.Linear(4, 2), lora_B=nn.Linear(2, 4)) == ["base_layer"]
 
 
 def test_what_makes_virtual_tokens_is_no_target(llama):

@@ -137,6 +137,42 @@ def test_parameters_that_the_table_does_not_know_are_refused():
         read_structure(adapted)
 
 
+def one_layer(layers):
+    layers[1] = layers[0]
+
+
+def one_parameter(layers):
+    layers[2].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+
+
+def one_module(layers):
+    layers[1].mlp.up_proj = layers[1].mlp.gate_proj
+
+
+def one_memory(layers):
+    layers[2].mlp.up_proj.weight.data = layers[0].mlp.up_proj.weight.data
+
+
+@pytest.mark.parametrize("share", [one_layer, one_parameter, one_module, one_memory])
+def test_layers_that_share_a_parameter_are_refused(share):
+    """Each layer loses units of its own choice, so a shared matrix would lose those of one, or of both."""
+    model = zoo.make("llama")
+    share(model.model.layers)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"layers.* and .*layers.* are one parameter, or two in the same memory"):
+        prune_structured(model, target={"intermediate_size": 20}, saliency="magnitude", compensate=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_that_are_not_alike_are_refused(layer):
+    """Counts are those of the first, and the configuration has a bias for all or none."""
+    model = zoo.make("llama")
+    model.model.layers[layer].mlp.down_proj.bias = nn.Parameter(torch.zeros(48))
+    with pytest.raises(ValueError, match=r"layers 0 and 1 of 'model\.layers' .* alone has 'mlp\.down_proj\.bias'"):
+        read_structure(model)
+
+
 class Linear4bit(nn.Module):
     """A layer that keeps its weight in a buffer."""
 
