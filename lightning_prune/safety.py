@@ -80,6 +80,8 @@ def restored_on_failure() -> Iterator[Originals]:
     except BaseException:
         originals.restore()
         raise
+    finally:
+        torch.clear_autocast_cache()  # see `uninterrupted`
 
 
 CHECK_SUMS = "lightning_prune.crc32"
@@ -217,7 +219,19 @@ def _replace_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C and SIGTERM back until the block is done (main thread only; elsewhere Python sends none)."""
+    """Hold Ctrl-C and SIGTERM back until the block is done (main thread only; elsewhere Python sends none).
+
+    An autocast that the caller is in forgets the weights that it has cast: the block may change them.
+    """
+    try:
+        with _signals_held():
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -146,7 +146,7 @@ class CalibrationData:
         else:
             # Samples that the sampler leaves out may be those of validation, and batches may be composed with care.
             pool = _listed(sampler if batches is None else batches, dataset, num_samples, seed)
-        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed), device="cpu")
         mine = [pool[i] for i in order[:num_samples][self.rank :: self.world].tolist()]
         if batches is None:
             return _loader(loader, dataset, seed, batch_size=None, sampler=mine)
@@ -202,7 +202,8 @@ def _loader(like: DataLoader[Any], dataset: Any, seed: int, **how: Any) -> DataL
     if like.worker_init_fn is not None and like.num_workers:  # the dataset may not work without
         how = {**_workers(like), **how}
     # Its generator is its own too: a DataLoader draws from the global one when iterated.
-    generator = torch.Generator().manual_seed(seed)
+    # It draws on the default device, whatever that is.
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return DataLoader(dataset, collate_fn=like.collate_fn, generator=generator, **how)
 
 

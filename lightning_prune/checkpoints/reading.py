@@ -556,7 +556,7 @@ def _distributed_tensor(
     claimed = math.prod(entry.size) * entry.properties.dtype.itemsize
     if claimed > sum(info.length for info in infos.values()):
         raise EOFError(f"{claimed} bytes are more than its chunks hold")
-    whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+    whole = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     filled = 0
     for chunk in entry.chunks:
         info = infos[tuple(chunk.offsets)]

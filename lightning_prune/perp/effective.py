@@ -289,5 +289,5 @@ def scratch(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     size = shape.numel()
     if dtype not in held or held[dtype].numel() < size:
         held.pop(dtype, None)
-        held[dtype] = torch.empty(size, dtype=dtype)
+        held[dtype] = torch.empty(size, dtype=dtype, device=device)
     return held[dtype][:size].view(shape)

@@ -293,7 +293,7 @@ class WindowFitter:
         """Positions of batches without end, each pass in a new order."""
         generator = torch.Generator().manual_seed(self.seed)
         while True:
-            yield from torch.randperm(len(self.walk.batches), generator=generator).tolist()
+            yield from torch.randperm(len(self.walk.batches), generator=generator, device="cpu").tolist()
 
     def _average(self, parameters: Sequence[nn.Parameter]) -> None:
         if self.ranks is None:

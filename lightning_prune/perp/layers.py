@@ -621,7 +621,7 @@ def find_variant(adapter: object) -> type[SparseLinear]:
 
 def _check_combine(layer: type[CombinedLinear]) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, product = torch.randn(2, 3, 4, generator=generator)  # [P, Q] each
+    weight, product = torch.randn(2, 3, 4, generator=generator, device="cpu")  # [P, Q] each
     where, before = f"{layer.__name__}.combine(weight, product)", weight.clone()
     combined = layer.combine(weight, product.requires_grad_())
     if not isinstance(combined, torch.Tensor) or combined.shape != weight.shape or combined.dtype != weight.dtype:

@@ -437,7 +437,7 @@ def _finish(
             raise no_sample()
     unreached = _check_reached(taps, ranks)
     if ranks is not None:
-        total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64)))
+        total = int(ranks.sum_samples(torch.tensor(total, dtype=torch.int64, device="cpu")))
         _sum_over_ranks(taps, ranks)
     _check_zeros([tap for tap in taps.all if tap not in unreached], taps.statistics, ranks)
     results: dict[str, LayerStatistics] = {}
@@ -526,7 +526,7 @@ def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerSta
             if name != HESSIAN:
                 found[name] = torch.full_like(own, least**0.5)
                 continue
-            equal = torch.eye(own.shape[1]).to(own) * least
+            equal = torch.eye(own.shape[1], dtype=own.dtype, device=own.device) * least
             found[name] = ranks.own_rows(equal) if ranks is not None and tap.spread else equal
         results[tap.name] = replace(results[tap.name], **found)
 

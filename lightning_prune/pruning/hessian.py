@@ -45,7 +45,9 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
     for _ in range(4):
-        damped = hessian + damping * diagonal.mean() * torch.eye(len(hessian)).to(hessian)
+        damped = hessian + damping * diagonal.mean() * torch.eye(
+            len(hessian), dtype=hessian.dtype, device=hessian.device
+        )
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             inverse = torch.cholesky_inverse(lower)

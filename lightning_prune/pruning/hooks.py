@@ -176,7 +176,7 @@ class Taps:
         self.not_per_sample = False
         self.last_input: _Increments | None = None
         # Makes the graph start at the first target although every parameter is frozen.
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device="cpu")
 
     def _tap(self, target: Target, gradient_dtype: torch.dtype, device: torch.device | None) -> Tap:
         layout = target.layout
@@ -514,7 +514,7 @@ class Taps:
     def _look_for_leak(self, deltas: Tensor) -> None:
         assert self.probed is not None
         if deltas.shape[0] != 2:
-            self.leaks.append(torch.tensor(True))
+            self.leaks.append(torch.tensor(True, device=deltas.device))
             return
         own, other = deltas[self.probed].abs().amax(), deltas[1 - self.probed].abs().amax()
         self.leaks.append(~(other <= own * _LEAK))  # NaN is one

@@ -299,6 +299,8 @@ def on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
 def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     """Evaluation mode, no cache of keys and values, eager execution, random state forked; undone at the end.
 
+    An autocast around it casts weights anew in every pass, between which they may change.
+
     With `freeze`, no parameter requires a gradient meanwhile, so backward makes none and existing ``.grad`` stay.
     """
     modes = [(module, module.training) for module in model.modules()]
@@ -313,6 +315,7 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     # What inference mode makes can neither be saved for a backward pass nor watched for changes in place.
     graded, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     normal = torch.inference_mode(False) if inference else nullcontext()
+    casts_kept = torch.is_autocast_cache_enabled()
     with normal, torch.set_grad_enabled(graded), torch.random.fork_rng(devices=devices), stance:
         try:
             checkpointed = _checkpointed_layers(model) if freeze else set()
@@ -322,8 +325,10 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
                 config.use_cache = False
             for module, name in trainable:
                 getattr(module, name).requires_grad_(False)
+            torch.set_autocast_cache_enabled(False)
             yield
         finally:
+            torch.set_autocast_cache_enabled(casts_kept)
             for module, name in trainable:
                 getattr(module, name).requires_grad_(True)
             for config in caches:

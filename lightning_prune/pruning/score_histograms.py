@@ -80,7 +80,7 @@ class ScoreSummary:
 
     def leave_out(self, name: str) -> None:
         """Take nothing of a layer whose scores another rank counts."""
-        empty = torch.zeros(BINS, dtype=torch.int64)
+        empty = torch.zeros(BINS, dtype=torch.int64, device="cpu")
         self.layers[name] = LayerScores(empty, empty.clone(), 0.0)
 
     def sum_over(self, ranks: Ranks) -> None:
@@ -89,7 +89,7 @@ class ScoreSummary:
             return
         rows = [torch.cat([s.kept, s.pruned, s.kept.new_zeros(1)]).double() for s in self.layers.values()]
         table = torch.stack(rows)  # [layers, 2 N + 1]
-        table[:, -1] = torch.tensor([s.total for s in self.layers.values()], dtype=torch.float64)
+        table[:, -1] = table.new_tensor([s.total for s in self.layers.values()])
         table = ranks.sum_parts(table)
         for name, row in zip(self.layers, table, strict=True):
             counts = row[:-1].round().long()

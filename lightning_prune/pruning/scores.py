@@ -112,7 +112,9 @@ class Random(Score):
     def __call__(self, weight: Tensor, statistics: LayerStatistics, name: str) -> Tensor:
         """Scores ``[O, I]``."""
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ self.seed)
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        # In main memory and float32 whatever the caller's defaults are: the same everywhere, and hardly a tie.
+        drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return drawn.to(weight.device)
 
 
 @dataclass(frozen=True)

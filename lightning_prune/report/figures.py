@@ -103,7 +103,7 @@ def histograms(summary: ScoreSummary, kind_of: dict[str, str]) -> list[Histogram
             layer = summary.layers[name]
             kept, pruned = kinds.get(kind, (torch.zeros_like(layer.kept), torch.zeros_like(layer.pruned)))
             kinds[kind] = (layer.kept + kept, layer.pruned + pruned)
-    everything = torch.zeros(BINS, dtype=torch.int64)
+    everything = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     for kept, pruned in kinds.values():
         everything += kept + pruned
     if not int(everything.sum()):

@@ -77,12 +77,12 @@ def check_maskable(removal: Mapping[str, Any]) -> None:
 
 def _masks(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> Iterable[tuple[str, Tensor]]:
     for name, kept in kept_indices(structure, removal).items():
-        mask = torch.ones(structure.lengths[name], dtype=torch.bool)
+        mask = torch.ones(structure.lengths[name], dtype=torch.bool, device="cpu")
         for entry in kept:
             mask.index_fill_(entry.dim, entry.gone, False)
         yield name, mask
     for name in _removed_layers(structure, removal):
-        yield name, torch.zeros(structure.lengths[name], dtype=torch.bool)
+        yield name, torch.zeros(structure.lengths[name], dtype=torch.bool, device="cpu")
 
 
 def _removed_layers(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) -> list[str]:
@@ -162,10 +162,10 @@ def _layer_norms(structure: Structure) -> dict[str, nn.LayerNorm]:
 def _mask_norms(norms: Mapping[str, nn.LayerNorm], gone: Tensor, structure: Structure) -> None:
     hidden, parameters = structure.sizes.hidden_size, structure.parameters()
     for name, norm in norms.items():
-        stays = torch.ones(hidden, dtype=torch.bool)
+        stays = torch.ones(hidden, dtype=torch.bool, device="cpu")
         stays[gone] = False
         if isinstance(norm, KeptChannelsNorm):
-            before = torch.zeros(hidden, dtype=torch.bool)
+            before = torch.zeros(hidden, dtype=torch.bool, device="cpu")
             before[norm.kept_channels.cpu()] = True
             stays &= before
         norm.__class__ = KeptChannelsNorm
@@ -179,10 +179,10 @@ def masked_channels(structure: Structure) -> Tensor:
     """Hidden channels that the model's LayerNorms leave out, sorted; empty where none is masked."""
     for name, module in structure.modules().items():
         if isinstance(module, KeptChannelsNorm) and name in set(structure.norm_names()):
-            stays = torch.zeros(structure.sizes.hidden_size, dtype=torch.bool)
+            stays = torch.zeros(structure.sizes.hidden_size, dtype=torch.bool, device="cpu")
             stays[module.kept_channels.cpu()] = True
             return (~stays).nonzero().flatten()
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def unmask_norms(model: nn.Module) -> None:

@@ -392,9 +392,9 @@ class _Numbering:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
-        self.layers = torch.arange(structure.sizes.num_hidden_layers)
+        self.layers = torch.arange(structure.sizes.num_hidden_layers, device="cpu")
         self.left = {
-            t: [torch.arange(structure.units(t))] * structure.places(t)
+            t: [torch.arange(structure.units(t), device="cpu")] * structure.places(t)
             for t in structure.family.types
             if structure.units(t) and t != "layer"
         }
@@ -410,16 +410,17 @@ class _Numbering:
 
     def removal(self) -> Removal:
         """Return all that went, as one removal; a layer that went early loses its first units besides."""
-        found = {"layer": [_without(torch.arange(self.structure.sizes.num_hidden_layers), self.layers)]}
+        layers = torch.arange(self.structure.sizes.num_hidden_layers, device="cpu")
+        found = {"layer": [_without(layers, self.layers)]}
         for t, places in self.left.items():
             fewest = min(len(left) for left in places)
             stay = [left[len(left) - fewest :] for left in places]
-            found[t] = [_without(torch.arange(self.structure.units(t)), left) for left in stay]
+            found[t] = [_without(torch.arange(self.structure.units(t), device="cpu"), left) for left in stay]
         return check_removal(self.structure, {t: places for t, places in found.items() if len(places[0])})
 
 
 def _without(numbers: Tensor, gone: Tensor) -> Tensor:
-    stays = torch.ones(len(numbers), dtype=torch.bool)
+    stays = torch.ones(len(numbers), dtype=torch.bool, device="cpu")
     stays[gone] = False
     return numbers[stays]
 

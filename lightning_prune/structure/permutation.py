@@ -237,12 +237,12 @@ def _value_heads(structure: Structure) -> list[tuple[list[Slice], list[str]]]:
     """One place a key/value head and layer: its rows of v, and the columns of o of the query heads that it serves."""
     sizes = structure.sizes
     k, g, e = sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim
-    inputs = torch.arange(k * g * e).view(k, g, e).transpose(1, 2)  # [k, e, g]
-    rows = torch.arange(k * e).view(k, e, 1)
+    inputs = torch.arange(k * g * e, device="cpu").view(k, g, e).transpose(1, 2)  # [k, e, g]
+    rows = torch.arange(k * e, device="cpu").view(k, e, 1)
     outputs = {
         "kv": rows,
         "qkv": (k * g + k) * e + rows,
-        "heads": torch.arange(k * 3 * e).view(k, 3 * e, 1)[:, 2 * e :],
+        "heads": torch.arange(k * 3 * e, device="cpu").view(k, 3 * e, 1)[:, 2 * e :],
     }
     found = []
     readers = structure.readers("attention")

@@ -249,9 +249,9 @@ def _embedding_scale(structure: Structure, hidden: int) -> float:
     """What a scaled embedding has to be multiplied with, both factors rounded as its forward pass rounds them."""
     assert structure.family.scaled_embedding is not None
     module: Any = structure.module(structure.family.scaled_embedding)
-    old, new = module.embed_scale, torch.tensor(hidden**0.5, dtype=module.embed_scale.dtype)
+    old, new = module.embed_scale, torch.tensor(hidden**0.5, dtype=module.embed_scale.dtype, device="cpu")
     if old.is_meta:  # read from a file that does not hold it
-        old = torch.tensor(module.scalar_embed_scale, dtype=old.dtype)
+        old = torch.tensor(module.scalar_embed_scale, dtype=old.dtype, device="cpu")
     dtype = module.weight.dtype
     return float(old.cpu().to(dtype).double() / new.to(dtype).double())
 

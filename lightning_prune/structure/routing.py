@@ -37,7 +37,7 @@ def reap_saliency(
     """
     modules = structure.modules()
     layers = {modules[name]: i for i, name in enumerate(structure.expert_names())}
-    sums = torch.zeros(len(layers), structure.units("expert"), dtype=torch.float64)
+    sums = torch.zeros(len(layers), structure.units("expert"), dtype=torch.float64, device="cpu")
     counts = torch.zeros_like(sums)
     finder, padding = PaddingFinder(structure.model), list[Padding | None]([None])
 

@@ -313,7 +313,7 @@ def _read_saliency(
         by_axis = unit_indices(structure.sizes, unit_type, structure.attention_unit)
         places = []
         for names in structure.readers(unit_type):
-            total = torch.zeros(structure.units(unit_type), dtype=torch.float64)
+            total = torch.zeros(structure.units(unit_type), dtype=torch.float64, device="cpu")
             for name in names:
                 target, units = targets[f"{name}.weight"], by_axis[INPUT_AXIS[unit_type]]
                 if costs is not None and len(names) == 1:

@@ -194,16 +194,16 @@ def unit_indices(sizes: Sizes, unit_type: str, attention_unit: AttentionUnit = "
     """Indices ``[U, M]`` of every unit along each axis that holds units of a type."""
     if unit_type in _AXIS:
         axis = _AXIS[unit_type]
-        single = torch.arange(sizes.axis(axis))[:, None]
+        single = torch.arange(sizes.axis(axis), device="cpu")[:, None]
         return {axis: single, "ff": torch.cat([single, len(single) + single], dim=1)} if axis == "f" else {axis: single}
     k, g, e = sizes.num_key_value_heads, sizes.queries_per_group, sizes.head_dim
-    rows = torch.arange(k * g * e)
+    rows = torch.arange(k * g * e, device="cpu")
     if attention_unit == "head":
         q = rows.view(k, g, e).transpose(0, 1).reshape(g, k * e)
         return {"q": q, "qkv": q}
-    q, kv = rows.view(k, g * e), torch.arange(k * e).view(k, e)
+    q, kv = rows.view(k, g * e), torch.arange(k * e, device="cpu").view(k, e)
     fused = torch.cat([q, k * g * e + kv, (k * g + k) * e + kv], dim=1)
-    return {"q": q, "kv": kv, "qkv": fused, "heads": torch.arange(k * 3 * e).view(k, 3 * e)}
+    return {"q": q, "kv": kv, "qkv": fused, "heads": torch.arange(k * 3 * e, device="cpu").view(k, 3 * e)}
 
 
 def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
@@ -373,7 +373,7 @@ def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Te
     if structure.places(unit_type) == 1 and unit_type in ("hidden", "layer"):
         single = isinstance(given, (list, tuple)) and len(given) == 1 and isinstance(given[0], Tensor)
         given = [given[0] if single else given]
-    places = [torch.as_tensor(indices, dtype=torch.int64).cpu().reshape(-1).sort().values for indices in given]
+    places = [torch.as_tensor(indices, dtype=torch.int64, device="cpu").reshape(-1).sort().values for indices in given]
     units = structure.units(unit_type)
     if len(places) != structure.places(unit_type):
         raise ValueError(
@@ -427,7 +427,7 @@ def merge_removals(structure: Structure, *removals: Mapping[str, Any]) -> Remova
     merged: dict[str, list[Tensor]] = {}
     for removal in removals:
         for unit_type, places in check_removal(structure, removal).items():
-            before = merged.get(unit_type, [torch.empty(0, dtype=torch.int64)] * len(places))
+            before = merged.get(unit_type, [torch.empty(0, dtype=torch.int64, device="cpu")] * len(places))
             merged[unit_type] = [torch.unique(torch.cat([a, b])) for a, b in zip(before, places, strict=True)]
     return check_removal(structure, merged)
 
@@ -535,7 +535,7 @@ def kept_indices(structure: Structure, removal: Mapping[str, Sequence[Tensor]]) 
         for slices, units in zip(structure.slices(unit_type), places, strict=True):
             for s in slices:
                 gone = s.indices[units].reshape(-1).sort().values
-                stays = torch.ones(structure.lengths[s.name][s.dim], dtype=torch.bool)
+                stays = torch.ones(structure.lengths[s.name][s.dim], dtype=torch.bool, device="cpu")
                 stays[gone] = False
                 found.setdefault(s.name, []).append(KeptIndices(s.dim, stays.nonzero().flatten(), gone))
     return found

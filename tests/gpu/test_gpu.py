@@ -31,6 +31,7 @@ from lightning_prune import (
     prune,
     prune_structured,
 )
+from lightning_prune.perp import reconstruct
 from lightning_prune.structure import permute_channels, save_plain
 
 ACCELERATOR = os.environ.get("GPU_TESTS_ON", "cuda")
@@ -284,3 +285,24 @@ def test_semi_structured_tensors_compute_what_the_dense_do() -> None:
     dense = layer(x)
     layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight))
     torch.testing.assert_close(layer(x), dense, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("what", ["random", "structured", "reconstruct", "fit"])
+def test_default_device(what: str) -> None:
+    """With the default device that notebooks set, everything is as without it."""
+    found, batches = [], [{"input_ids": IDS[:8].to(ACCELERATOR)}]
+    for default in (torch.device("cpu"), torch.device(ACCELERATOR)):
+        module = Module()
+        dense, model = make_model().to(ACCELERATOR), module.model.to(ACCELERATOR)
+        with default:
+            if what == "structured":
+                prune_structured(model, batches, target=0.8, progress=False)
+            elif what == "fit":
+                fit(module, WeightPruning(score="wanda", num_samples=8, progress=False))
+            else:
+                prune(model, score="random", progress=False)
+            if what == "reconstruct":
+                reconstruct(model, batches, dense, steps=2, progress=False)
+        found.append(model.cpu().state_dict())
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, msg=lambda text, name=name: f"{name}: {text}")

@@ -17,7 +17,7 @@ from torch.torch_version import TorchVersion
 CHOSEN = (
     "test_scores and kfac and bf16-mixed or test_adapters and scale_lora or test_reconstruction and all or "
     "test_shrinking and kfac-True or test_distillation or test_prune_structured or test_channels or test_a_checkpoint "
-    "or test_evaluate or test_resume"
+    "or test_evaluate or test_resume or test_default_device"
 )
 
 

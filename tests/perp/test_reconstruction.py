@@ -634,3 +634,18 @@ def test_a_model_read_from_gguf_only_remembers_that_it_was_quantized() -> None:
         reconstruct(model, batches(), dense, masks, steps=1)
     model.config.quantization_config = transformers.GgufConfig(dequantize=True)
     assert reconstruct(model, batches(), dense, masks, steps=1).blocks
+
+
+def test_an_autocast_around_the_call_meets_the_weights_as_they_become() -> None:
+    """It keeps the weights that it has cast, and knows of no change to them."""
+    found = []
+    for kept in (True, False):
+        dense, model, _ = pair()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=kept):
+            model(**batches()[0])
+            reconstruct(model, batches(), dense, steps=2, progress=False)
+            after = model(**batches()[0]).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(after, model(**batches()[0]).logits)
+        found.append(snapshot(model))
+    assert found[0] == found[1]

@@ -354,6 +354,42 @@ def test_inference_mode_changes_no_mask(score):
         prune(unusable, [data], score, loss_fn=loss, progress=False)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"score": "random"},
+        {"score": "kfac"},
+        {"score": "gblm"},
+        {"score": "wanda", "update": "exact"},
+        {"score": "sparsegpt", "sequential": True},
+    ],
+    ids=str,
+)
+def test_the_default_device_is_not_where_the_package_computes(how, tokens):
+    """With the default ``cuda`` that notebooks set; on ``meta`` nothing could be computed."""
+    expected, model, data = make_llama(), make_llama(), [tokens(3, 8)]
+    masks = prune(expected, data, num_samples=3, progress=False, **how)
+    with torch.device("meta"):
+        found = prune(model, data, num_samples=3, progress=False, **how)
+    assert found == masks
+    assert snapshot(model) == snapshot(expected)
+
+
+@pytest.mark.parametrize("how", [{"score": "magnitude"}, {"update": "exact"}, {"sequential": True}], ids=str)
+def test_an_autocast_around_the_call_meets_the_pruned_weights(how, tokens):
+    """It keeps the weights that it has cast, and knows of no change to them."""
+    data, models = [{"input_ids": tokens(3, 8)}], (make_llama(), make_llama())
+    for model, kept in zip(models, (True, False), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=kept), torch.no_grad():
+            model(**data[0])
+            prune(model, data, num_samples=3, progress=False, **{"score": "wanda", **how})
+            assert torch.is_autocast_cache_enabled() == kept
+            after = model(**data[0]).logits
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            assert torch.equal(after, model(**data[0]).logits)
+    assert snapshot(models[0]) == snapshot(models[1])
+
+
 def test_norms_of_inference_mode_are_refused_where_they_are_in_the_way(llama, tokens):
     """Frozen ones are in nobody's way without a backward pass; a copy, as the message says, can be used."""
     norm = llama.model.layers[1].input_layernorm

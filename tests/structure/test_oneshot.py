@@ -39,12 +39,22 @@ def learned(name="llama", steps=60):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("saliency", ["obs", "taylor2"])
 def test_what_surrounds_the_call_changes_nothing(mode, saliency):
-    expected, model = zoo.make("llama"), zoo.make("llama")
-    prune_structured(expected, data(2), 0.85, ("ffn",), saliency, progress=False)
+    expected, model, batches = zoo.make("llama"), zoo.make("llama"), data(2)
+    prune_structured(expected, batches, 0.85, ("ffn",), saliency, progress=False)
     with mode():
-        prune_structured(model, data(2), 0.85, ("ffn",), saliency, progress=False)
+        prune_structured(model, batches, 0.85, ("ffn",), saliency, progress=False)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
     model(input_ids=zoo.tokens()).logits.sum().backward()  # it can be trained on
+
+
+def test_an_autocast_around_the_call_meets_the_smaller_weights():
+    model, batch = zoo.make("llama"), data(1)[0]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model(**batch)
+        prune_structured(model, data(2), 0.85, ("ffn",), progress=False)
+        after = model(**batch).logits
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(after, model(**batch).logits)
 
 
 def test_a_model_of_inference_mode_is_refused_before_anything_runs():
