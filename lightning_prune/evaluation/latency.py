@@ -106,9 +106,8 @@ def benchmark(
         entries.append(_Entry("pruned, CSR", pruned.source, found[-1], rows, None))
     vocabulary = min(entry.model.get_input_embeddings().weight.shape[0] for entry in entries)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator, device="cpu").to(
-        place
-    )  # [B, T]
+    size = (batch_size, prompt_tokens)
+    prompt = torch.randint(vocabulary, size, generator=generator, device="cpu").to(place)  # [B, T]
     _measure(entries, prompt, new_tokens, repeats, warmup, progress)
     results = [entry.result(batch_size, prompt_tokens) for entry in entries]
     first = next(pruned.model.parameters())

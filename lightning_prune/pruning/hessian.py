@@ -44,10 +44,9 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     for _ in range(4):
-        damped = hessian + damping * diagonal.mean() * torch.eye(
-            len(hessian), dtype=hessian.dtype, device=hessian.device
-        )
+        damped = hessian + damping * diagonal.mean() * identity
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             inverse = torch.cholesky_inverse(lower)
