@@ -44,9 +44,9 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
     hessian = hessian.clone()
     diagonal = hessian.diagonal()
     diagonal[diagonal == 0] = 1.0
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     for _ in range(4):
-        damped = hessian + damping * diagonal.mean() * identity
+        damped = hessian.clone()
+        damped.diagonal().add_(diagonal.mean(), alpha=damping)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             inverse = torch.cholesky_inverse(lower)
