@@ -366,6 +366,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             ("torch.serialization", "_get_layout"): _layout,
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
             ("collections", "OrderedDict"): dict,
+            ("builtins", "getattr"): _memory_format,
         }
         for kind in (
             metadata.Metadata,
@@ -391,6 +392,15 @@ def _layout(name: str) -> torch.layout:
     if not isinstance(layout, torch.layout):
         raise pickle.UnpicklingError(f"refused layout {name!r}")
     return layout
+
+
+def _memory_format(kind: Any, name: str) -> Any:
+    """Return a member of the only enumeration in an index; Python 3.11.0 to 3.11.3 pickle it by ``getattr``."""
+    from torch.distributed.checkpoint import metadata
+
+    if kind is not metadata._MEM_FORMAT_ENCODING or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"refused attribute {name!r} of {kind!r}")
+    return kind[name]
 
 
 def _read_metadata(file: Path) -> Any:

@@ -20,6 +20,7 @@ from example_checkpoints import (
     write_shards,
 )
 from tiny import make_llama
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import CausalLM, benchmark, export, load_masks, load_merged_state, save_masks
@@ -69,6 +70,32 @@ def test_a_hostile_type_inside_distributed_metadata(tmp_path):
     (path / ".metadata").write_bytes(pickle.dumps(index))
     with pytest.raises(CheckpointError, match=r"refused type (posix|nt)\.system"):
         inspect(path)
+
+
+def test_an_index_that_python_3_11_0_wrote(tmp_path, monkeypatch):
+    """Until 3.11.3 it pickles members of enumerations by their names, with getattr."""
+    path = write_distributed(tmp_path, example_state())
+    found, index = inspect(path).tensors, pickle.loads((path / ".metadata").read_bytes())
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name)))
+    written = pickle.dumps(index)
+    assert b"getattr" in written
+    (path / ".metadata").write_bytes(written)
+    assert inspect(path).tensors == found
+    for kind, name in ((_MEM_FORMAT_ENCODING, "mro"), (torch.Size, "numel"), (dict, "fromkeys")):
+        index.planner_data = {"x": Attribute(kind, name)}
+        (path / ".metadata").write_bytes(pickle.dumps(index))
+        with pytest.raises(CheckpointError, match=f"refused (type|attribute '{name}')"):
+            inspect(path)
+
+
+class Attribute:
+    """Pickled as an attribute of something."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
 
 
 @pytest.mark.parametrize("write", WRITERS)
