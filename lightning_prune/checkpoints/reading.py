@@ -395,7 +395,7 @@ def _layout(name: str) -> torch.layout:
 
 
 def _memory_format(kind: Any, name: str) -> Any:
-    """Return a member of the only enumeration in an index; Python 3.11.0 to 3.11.3 pickle it by ``getattr``."""
+    """Return a member of the only enumeration in an index; early releases of Python 3.11 pickle it by ``getattr``."""
     from torch.distributed.checkpoint import metadata
 
     if kind is not metadata._MEM_FORMAT_ENCODING or name not in kind.__members__:

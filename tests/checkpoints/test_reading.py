@@ -72,8 +72,8 @@ def test_a_hostile_type_inside_distributed_metadata(tmp_path):
         inspect(path)
 
 
-def test_an_index_that_python_3_11_0_wrote(tmp_path, monkeypatch):
-    """Until 3.11.3 it pickles members of enumerations by their names, with getattr."""
+def test_an_index_that_an_early_python_3_11_wrote(tmp_path, monkeypatch):
+    """Which pickles members of enumerations by their names, with getattr (3.11.2 does, 3.11.7 does not)."""
     path = write_distributed(tmp_path, example_state())
     found, index = inspect(path).tensors, pickle.loads((path / ".metadata").read_bytes())
     monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", lambda member, _: (getattr, (type(member), member.name)))
