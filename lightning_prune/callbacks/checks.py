@@ -286,8 +286,8 @@ def units_stay(structure: Structure, strategy: Any, types: Sequence[str]) -> boo
 
 def warn_of_readers(module: L.LightningModule, structure: Structure) -> None:
     """Warn of parameters beside the language model that may read its hidden channels: nothing slices them with it."""
-    own, hidden = {id(p) for p in structure.model.parameters()}, structure.sizes.hidden_size
-    beside = [name for name, p in module.named_parameters() if id(p) not in own and hidden in p.shape]
+    own, hidden = set(structure.model.parameters()), structure.sizes.hidden_size
+    beside = [name for name, p in module.named_parameters() if p not in own and hidden in p.shape]
     if beside:
         rank_zero_warn(
             f"PruningAwarePretraining: {beside[0]!r} ({len(beside)} parameters in all) is no part of the language "

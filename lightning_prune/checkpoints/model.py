@@ -269,9 +269,9 @@ def _difference(names: Iterable[str], model: Any) -> tuple[list[str], list[str]]
 
 def tied_names(model: Any) -> dict[str, str]:
     """Each name of a weight that has several, the first included, to the first."""
-    names: dict[int, list[str]] = {}
+    names: dict[Tensor, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(parameter, []).append(name)
     return {name: group[0] for group in names.values() if len(group) > 1 for name in group}
 
 

@@ -202,8 +202,8 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
         TypeError, ValueError: an unknown part, or ``"head"`` of a model without one.
     """
     parts = check_parts(train)
-    wanted = {id(p) for part in parts for p in _parameters_of(model, part)}
-    return {name: p for name, p in model.named_parameters() if id(p) in wanted}
+    wanted = {p for part in parts for p in _parameters_of(model, part)}
+    return {name: p for name, p in model.named_parameters() if p in wanted}
 
 
 def _parameters_of(model: nn.Module, part: str) -> Iterator[nn.Parameter]:

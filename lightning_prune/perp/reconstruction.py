@@ -251,12 +251,12 @@ def _check_finite(name: str, error: float, when: str) -> None:
 
 def _check_own(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], training: Training) -> None:
     """Refuse what two blocks share: fitted in the second, it would change the first, which is done."""
-    users: dict[int, list[str]] = {}
+    users: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
+        users.setdefault(parameter, []).append(name)
     for block, module in blocks:
         for name, parameter in training.trained(block, module).items():
-            shared = users[id(parameter)]
+            shared = users[parameter]
             if not all(user.startswith(f"{block}.") for user in shared):
                 raise ValueError(
                     f"{name!r} of the block {block!r} is one parameter with others ({', '.join(shared)}), so that "

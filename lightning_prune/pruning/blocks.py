@@ -328,12 +328,12 @@ def _first(output: Any) -> Any:
 
 def _once_each(block: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a block by one name for each module that has them, where parameters or modules are shared."""
-    given = {id(block.get_parameter(name)): weight for name, weight in weights.items()}
+    given = {block.get_parameter(name): weight for name, weight in weights.items()}
     return {
-        f"{path}.{name}" if path else name: given[id(parameter)]
+        f"{path}.{name}" if path else name: given[parameter]
         for path, module in block.named_modules()
         for name, parameter in own_parameters(module).items()
-        if id(parameter) in given
+        if parameter in given
     }
 
 

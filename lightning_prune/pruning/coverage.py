@@ -239,11 +239,11 @@ def countable_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Every parameter once, by its clean name and with the module that holds it."""
-    seen: set[int] = set()
+    seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         for name, parameter in own_parameters(module).items():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+            if parameter not in seen:
+                seen.add(parameter)
                 if not isinstance(parameter, nn.parameter.UninitializedParameter):
                     yield clean_name(f"{prefix}.{name}" if prefix else name), module, parameter
 

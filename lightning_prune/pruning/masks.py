@@ -206,11 +206,11 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         ValueError: see `check_masks` and, for offloaded weights, `check_offloaded`; nothing is changed then.
     """
     weights = check_masks(model, masks)
-    holders = {id(p): (m, n) for m in model.modules() for n, p in own_parameters(m).items()}
-    check_offloaded(model, [(name, *holders[id(weight)]) for name, weight in weights.items()])
+    holders = {p: (m, n) for m in model.modules() for n, p in own_parameters(m).items()}
+    check_offloaded(model, [(name, *holders[weight]) for name, weight in weights.items()])
     with uninterrupted(), restored_on_failure() as originals:
         for name, weight in weights.items():
-            module, attribute = holders[id(weight)]
+            module, attribute = holders[weight]
             with at_hand(module, undo=originals.undo.append):
                 own = local(getattr(module, attribute))
                 zero_pruned_(own, to_bytes(part_of(weight, masks[name]), own.device))

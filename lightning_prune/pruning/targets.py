@@ -482,9 +482,7 @@ def _reasons(
     }
 
     def tied(weight: nn.Parameter | None) -> bool:
-        return weight is not None and any(
-            id(m) not in inside and _is_embedding(m) for _, m in users.get(id(weight), ())
-        )
+        return weight is not None and any(id(m) not in inside and _is_embedding(m) for _, m in users.get(weight, ()))
 
     return {
         name: frozenset(
@@ -541,12 +539,12 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     def around() -> set[nn.Module]:
         # A quantized weight never requires a gradient: what counts is whether more than such layers is frozen
         # around it.
-        weights = {id(p) for layer in layers.values() for p in layer.module.parameters()}
+        weights = {p for layer in layers.values() for p in layer.module.parameters()}
         return {
             module
             for parent in model.modules()
             if not any(p.requires_grad for p in parent.parameters())
-            and any(id(p) not in weights for p in parent.parameters())
+            and any(p not in weights for p in parent.parameters())
             for module in parent.modules()
         }
 
@@ -622,23 +620,24 @@ def _require_matches(
             raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
 
 
-_Users = dict[int, list[tuple[str, nn.Module]]]
+_Users = dict[nn.Parameter, list[tuple[str, nn.Module]]]
 
 
 def _users(model: nn.Module) -> _Users:
-    """Clean names and modules that hold each parameter, by its id; embeddings too that have the same memory."""
+    """Clean names and modules that hold each parameter; embeddings too that have the same memory."""
+    # By the parameters, not by their ids: some modules make theirs anew, and ids of what is gone are given again.
     users: _Users = {}
-    places: dict[Any, list[int]] = {}  # parameters, by where their data lie
+    places: dict[Any, list[nn.Parameter]] = {}  # by where their data lie
     for name, module in model.named_modules():
         for parameter in own_parameters(module).values():
-            if id(parameter) not in users and (place := memory_of(parameter)) is not None:
-                places.setdefault(place, []).append(id(parameter))
-            users.setdefault(id(parameter), []).append((clean_name(name), module))
+            if parameter not in users and (place := memory_of(parameter)) is not None:
+                places.setdefault(place, []).append(parameter)
+            users.setdefault(parameter, []).append((clean_name(name), module))
     # ``decoder.weight.data = embedding.weight.data`` makes two parameters of what is tied.
-    for keys in places.values():
-        embeddings = [user for key in keys for user in users[key] if _is_embedding(user[1])] if keys[1:] else []
-        for key in keys if embeddings else ():
-            users[key] += [user for user in embeddings if user not in users[key]]
+    for there in places.values():
+        embeddings = [user for p in there for user in users[p] if _is_embedding(user[1])] if there[1:] else []
+        for parameter in there if embeddings else ():
+            users[parameter] += [user for user in embeddings if user not in users[parameter]]
     return users
 
 
@@ -647,26 +646,26 @@ def _is_embedding(module: nn.Module) -> bool:
 
 
 def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], users: _Users, called: bool) -> list[Target]:
-    names = {id(p): clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
-    grouped: dict[int, list[tuple[str, _Candidate]]] = {}
+    names = {p: clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
+    grouped: dict[nn.Parameter, list[tuple[str, _Candidate]]] = {}
     for name, layer in chosen.items():
-        grouped.setdefault(id(_checked_weight(name, layer)), []).append((name, layer))
+        grouped.setdefault(_checked_weight(name, layer), []).append((name, layer))
 
     found: list[Target] = []
-    for key, layers in grouped.items():
-        if not (key in users and key in names):
+    for weight, layers in grouped.items():
+        if not (weight in users and weight in names):
             raise ValueError(
                 f"{layers[0][0]!r} has another parameter each time it is looked at (as PEFT's LoRA of a "
                 f"MultiheadAttention has), which no mask could follow: add {to_ignore(layers[0][0])}"
             )
         inside = {id(layer.module) for _, layer in layers}
-        outside = [name for name, module in users[key] if id(module) not in inside]
+        outside = [name for name, module in users[weight] if id(module) not in inside]
         if outside:
             raise ValueError(
                 f"the weight of {layers[0][0]!r} is tied to {', '.join(map(repr, outside))}, which is not a "
                 f"target: pruning one would prune both; untie them, or add {to_ignore(layers[0][0])}"
             )
-        made = _targets_of(names[key], [layer for _, layer in layers], called)
+        made = _targets_of(names[weight], [layer for _, layer in layers], called)
         if not made:
             raise ValueError(f"tied layers of different types cannot be pruned: {[n for n, _ in layers]}")
         found.extend(made)

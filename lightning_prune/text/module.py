@@ -537,10 +537,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Returns:
         Parameter groups of an optimizer, empty ones left out.
     """
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
-    kept = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    decayed = [p for p in trainable if p.ndim >= 2 and p not in embeddings]
+    kept = [p for p in trainable if p.ndim < 2 or p in embeddings]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
