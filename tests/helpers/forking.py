@@ -24,7 +24,12 @@ _MORE = (
 )  # fmt: skip
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["known_packages", *(m.name for m in pkgutil.walk_packages(lightning_prune.__path__, "lightning_prune.")), *_MORE]
+    [
+        "known_packages",
+        *(m.name for m in pkgutil.walk_packages(lightning_prune.__path__, "lightning_prune.")),
+        *_MORE,
+        "known_renamings",
+    ]
 )
 
 
