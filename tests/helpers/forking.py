@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import pkgutil
@@ -22,15 +24,21 @@ _MORE = (
     "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.utils.data",
     "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "known_packages",
-        *(m.name for m in pkgutil.walk_packages(lightning_prune.__path__, "lightning_prune.")),
-        *_MORE,
-        "known_renamings",
-    ]
+PRELOADED = (
+    "known_packages",
+    *(module.name for module in pkgutil.walk_packages(lightning_prune.__path__, "lightning_prune.")),
+    *_MORE,
+    "known_renamings",
 )
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(list(PRELOADED))
+
+
+def compile_imports() -> None:
+    """Import all of it, so that its bytecode is there: of several processes that start at once, each would make it."""
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):  # what the lowest versions do not have
+            importlib.import_module(name)
 
 
 def start(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str], log: Path) -> BaseProcess:
