@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -31,7 +31,7 @@ from lightning_prune.checkpoints.states import StoredMasks, stored_units
 from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES, clean_name
 from lightning_prune.progress import progress_bar
-from lightning_prune.safety import check_sum
+from lightning_prune.safety import ProcessWide, check_sum
 from lightning_prune.structure.saving import MaskedUnits, slice_masked_units
 
 NO_TOKENIZER = "none"
@@ -411,8 +411,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without bars and reports of transformers: there are bars and errors of our own."""
+def _quiet_transformers() -> Iterator[None]:
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -422,6 +421,14 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+_QUIET_TRANSFORMERS = ProcessWide(_quiet_transformers)
+
+
+def quiet_transformers() -> AbstractContextManager[None]:
+    """Go without bars and reports of transformers for a block: there are bars and errors of our own."""
+    return _QUIET_TRANSFORMERS.changed()
 
 
 def some_of(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,8 +219,11 @@ def _parameters_on_meta() -> Iterator[None]:
     Under ``torch.device("meta")`` buffers would have no values either, nor tensors that are plain attributes.
     """
 
+    here = threading.get_ident()
+
     def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:  # tied ones are registered twice
+        others = threading.get_ident() != here  # torch calls this for modules of every thread
+        if others or parameter is None or parameter.is_meta:  # tied ones are registered twice
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
