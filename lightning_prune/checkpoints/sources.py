@@ -218,7 +218,6 @@ def _parameters_on_meta() -> Iterator[None]:
 
     Under ``torch.device("meta")`` buffers would have no values either, nor tensors that are plain attributes.
     """
-
     here = threading.get_ident()
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:

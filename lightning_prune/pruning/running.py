@@ -408,7 +408,7 @@ def next_token_labels(batch: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _text_starts(batch: Mapping[str, Any], labels: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Where texts of packed rows begin, in shapes that fit the labels (B, T), from each part of a batch that says so."""
+    """Where texts of packed rows begin, in shapes that fit the labels (B, T), from each part that says so."""
     places, ends = batch.get("position_ids"), batch.get("cu_seq_lens_q")
     if isinstance(places, torch.Tensor) and places.shape in (labels.shape, (1, labels.shape[1])):
         if bool(places.any()):

@@ -620,7 +620,7 @@ def prepared_model():
 
 
 @pytest.mark.parametrize(
-    "change", [full_precision, without_fast_path, quiet_transformers, lambda: quiet_model(nn.Linear(2, 2), freeze=False)]
+    "change", [full_precision, without_fast_path, quiet_transformers, lambda: quiet_model(nn.Linear(2, 2), False)]
 )
 def test_the_process_is_as_it_was_after_two_threads(change):
     def settings():
