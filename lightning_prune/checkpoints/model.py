@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.checkpoints.inspection import Inspection, TensorReport, report_tensor
@@ -22,6 +21,7 @@ from lightning_prune.checkpoints.sources import (
     config_from,
     existing_path,
     has_tokenizer,
+    is_causal_lm,
     load_pretrained,
     load_tokenizer,
     looks_like_path,
@@ -121,10 +121,12 @@ def _config_of(source: Checkpoint) -> PretrainedConfig:
             "hyper_parameters['config'], as those of CausalLM have, and a folder a config.json with 'model_type'. Load "
             "it with the class that wrote it and call save_pretrained of the transformers model"
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_causal_lm(model_type):
         raise ExportError(
             f"checkpoint={str(source.path)!r} has model_type={model_type!r}, which is no causal language model of "
-            "transformers, such as 'llama', 'mistral', 'qwen2' or 'gpt2'"
+            "transformers, such as 'llama', 'mistral', 'qwen2' or 'gpt2': code that comes with a model is not run "
+            "here. Register its classes first (AutoConfig.register, AutoModelForCausalLM.register), or load it "
+            "yourself, and call lightning_prune.prune(model, batches) and its save_pretrained"
         )
     if fields.get("quantization_config"):
         raise ExportError(

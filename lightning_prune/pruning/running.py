@@ -86,6 +86,8 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
             f"{type(batch).__name__}), or pass loss_fn=f(model, batch)"
         )
     inputs, labels = _cast(model, inputs), next_token_labels(batch if isinstance(batch, Mapping) else inputs)
+    for token in _placeholders(unwrapped(model)):
+        labels = labels.masked_fill(labels == token, IGNORE_INDEX)
     losses = _losses_in_pieces(model, inputs, labels)
     if losses is not None:
         return _mean_losses(losses, labels, IGNORE_INDEX)
@@ -95,6 +97,15 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
     if logits.dim() == 3 and _has_prompt(model):  # no label is of its tokens
         labels = F.pad(labels, (max(logits.shape[1] - labels.shape[1], 0), 0), value=IGNORE_INDEX)
     return causal_lm_losses(logits, labels, allow_empty=True)
+
+
+def _placeholders(model: nn.Module) -> list[int]:
+    """Tokens in whose places a language model gets what it sees and hears: no text, which it could predict."""
+    if not _is_pretrained(model):
+        return []
+    config = vars(cast(Any, model).config)
+    found = [config.get(f"{kind}_token_{name}") for kind in ("image", "video", "audio") for name in ("id", "index")]
+    return [token for token in found if isinstance(token, int)]
 
 
 def logits_of_tokens(model: nn.Module, logits: Tensor, input_ids: Tensor) -> Tensor:
