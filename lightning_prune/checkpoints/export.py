@@ -149,11 +149,11 @@ def write_model(
             add_check_sums(sorted(folder.glob("*.safetensors")))
             if tokenizer is not None:
                 save_tokenizer(tokenizer, folder)
-            for name in _COPIED if beside is not None else ():
-                if (beside / name).is_file():
-                    shutil.copyfile(beside / name, folder / name)
-            for file, text in described_files(target.name, model, found, making).items():
-                (folder / file).write_text(text, encoding="utf-8")
+            settings = [] if beside is None else [beside / name for name in _COPIED]
+            for file in filter(Path.is_file, settings):
+                shutil.copyfile(file, folder / file.name)
+            for name, text in described_files(target.name, model, found, making).items():
+                (folder / name).write_text(text, encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise ExportError(
                 f"output={str(target)!r} cannot be written: {first_line(error)}; free space or choose another folder "

@@ -148,7 +148,7 @@ _INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / ".metadata").is_file():
         return _open_distributed(folder)
-    if (file := next((file for name in _NAMES if (file := folder / name).is_file()), None)) is not None:
+    for file in filter(Path.is_file, (folder / name for name in _NAMES)):
         if _INDEX.search(file.name):
             return _open_index(file)
         if file.suffix == ".safetensors":

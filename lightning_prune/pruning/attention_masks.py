@@ -6,6 +6,7 @@ Letters: B samples, H heads, T tokens (queries by keys where twice).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def hides_previous(mask: Any, shape: torch.Size) -> Tensor | None:
     """
     if isinstance(mask, Mapping):
         found = [hidden for value in mask.values() if (hidden := hides_previous(value, shape)) is not None]
-        return torch.stack(torch.broadcast_tensors(*found)).all(0) if found else None
+        return reduce(torch.logical_and, found) if found else None
     if not isinstance(mask, Tensor) or mask.shape == shape or mask.shape[-2:] != (shape[1], shape[1]):
         return None
     return F.pad(~_pairs(mask).diagonal(-1, 1, 2), (1, 0), value=True)
