@@ -11,7 +11,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -82,6 +82,38 @@ def restored_on_failure() -> Iterator[Originals]:
         raise
     finally:
         torch.clear_autocast_cache()  # see `uninterrupted`
+
+
+class ProcessWide:
+    """A setting of the whole process that several threads may want changed at once.
+
+    Each would put back what it has found, and the last one so leave for good what another had set. So the first changes
+    it, and the last puts it back.
+
+    Args:
+        change: Makes the context that changes it; entered and left by whichever thread comes first and goes last.
+    """
+
+    def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._change, self._lock, self._holders = change, threading.Lock(), 0
+        self._changed: AbstractContextManager[Any]
+
+    @contextmanager
+    def changed(self) -> Iterator[None]:
+        """Have it changed while the block runs."""
+        with self._lock:
+            if not self._holders:
+                changed = self._change()
+                changed.__enter__()
+                self._changed = changed
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if not self._holders:
+                    self._changed.__exit__(None, None, None)
 
 
 CHECK_SUMS = "lightning_prune.crc32"
@@ -262,10 +294,14 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+_ASKING = threading.Lock()
+
+
 def publish(path: Path) -> None:
     """Give a file the mode of any new file: temporary ones, and those of newer versions of safetensors, are private."""
-    mask = os.umask(0)
-    os.umask(mask)
+    with _ASKING:  # two that ask at once would leave the process without any
+        mask = os.umask(0)
+        os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 

@@ -31,12 +31,24 @@ from lightning_prune.checkpoints.model import (
     widest_dtype,
 )
 from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.checkpoints.sources import save_tokenizer
 from lightning_prune.checkpoints.states import shrunk_sizes
 from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
 from lightning_prune.safety import add_check_sums, expanded, uninterrupted
+
+# Of a model that takes images, speech or video the last ones: the settings of what makes its inputs.
+_COPIED = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+)
+# Which transformers makes of tokenizers with several templates.
+_TEMPLATES = "additional_chat_templates"
 
 
 def export(
@@ -48,7 +60,7 @@ def export(
     results: str | Path | None = None,
     progress: bool = True,
 ) -> Inspection:
-    """Write model, tokenizer and generation settings of a checkpoint as a folder for transformers' `from_pretrained`.
+    """Write model, tokenizer and settings of a checkpoint as a folder for transformers' `from_pretrained`.
 
     The folder appears whole or not at all: it is written beside `output`, read again, compared bit by bit, and then
     renamed. Tensors are read one at a time. A ``.ckpt`` and safetensors stay mapped files unless they are converted;
@@ -59,7 +71,7 @@ def export(
             (``ModelParallelStrategy``), or a transformers folder. Adapters that `PERPRetraining` was training are
             merged; units that `PruningAwarePretraining` had masked, and not sliced off, are left out.
         output: Folder to write: ``config.json``, ``model.safetensors`` (in shards where it is large), the tokenizer,
-            ``generation_config.json``, ``sparsity.json`` and a model card, ``README.md``.
+            ``generation_config.json``, the settings of a processor, ``sparsity.json`` and a model card, ``README.md``.
         tokenizer: Hub id, folder, ``.gguf`` file or ``tokenizer.json``; ``"none"`` for no tokenizer. Default: the one
             the checkpoint names, if it names one.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` to convert floating point weights; default as stored.
@@ -95,8 +107,8 @@ def export(
     if masks is not None:
         making = replace(making, score=masks.score, settings=masks.settings, masks=masks.count)
     found = Inspection(str(output), "safetensors", 0, read.reports, making.masks)
-    settings = None if source.format in OF_LIGHTNING else source.files[0].parent / "generation_config.json"
-    size = write_model(target, read.model, read.tokenizer, found, making, settings, overwrite, progress)
+    beside = None if source.format in OF_LIGHTNING else source.files[0].parent
+    size = write_model(target, read.model, read.tokenizer, found, making, beside, overwrite, progress)
     return replace(found, bytes_on_disk=size)
 
 
@@ -106,7 +118,7 @@ def write_model(
     tokenizer: PreTrainedTokenizerBase | None,
     found: Inspection,
     making: Making,
-    generation_config: Path | None = None,
+    beside: Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> int:
@@ -120,7 +132,8 @@ def write_model(
         tokenizer: Its tokenizer, if any.
         found: What is in its weights.
         making: How it came about.
-        generation_config: A file to copy as it is: transformers refuses to save some settings that it loads.
+        beside: The folder that the model comes from, if any. Settings of its processor are copied, and those of
+            generation: transformers refuses to save some that it loads.
         overwrite: Replace `target` if it holds a model.
         progress: Show a bar where stderr is a terminal.
 
@@ -135,11 +148,12 @@ def write_model(
             model.save_pretrained(str(folder))
             add_check_sums(sorted(folder.glob("*.safetensors")))
             if tokenizer is not None:
-                tokenizer.save_pretrained(str(folder))
-            if generation_config is not None and generation_config.is_file():
-                shutil.copyfile(generation_config, folder / generation_config.name)
-            for file, text in described_files(target.name, model, found, making).items():
-                (folder / file).write_text(text, encoding="utf-8")
+                save_tokenizer(tokenizer, folder)
+            settings = [] if beside is None else [beside / name for name in _COPIED]
+            for file in filter(Path.is_file, settings):
+                shutil.copyfile(file, folder / file.name)
+            for name, text in described_files(target.name, model, found, making).items():
+                (folder / name).write_text(text, encoding="utf-8")
         except (OSError, SafetensorError) as error:
             raise ExportError(
                 f"output={str(target)!r} cannot be written: {first_line(error)}; free space or choose another folder "
@@ -186,7 +200,7 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
             f"output={str(target)!r} is not empty; choose another folder, or replace it with overwrite=True "
             "(--overwrite)"
         )
-    if not (target / "config.json").is_file() or any(entry.is_dir() for entry in inside):
+    if not (target / "config.json").is_file() or any(entry.is_dir() and entry.name != _TEMPLATES for entry in inside):
         raise ExportError(
             f"output={str(target)!r} holds other things than a model (no config.json, or folders inside), which "
             "overwrite would delete; choose another folder, or remove it yourself"

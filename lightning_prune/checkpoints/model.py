@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.checkpoints.inspection import Inspection, TensorReport, report_tensor
@@ -22,6 +21,7 @@ from lightning_prune.checkpoints.sources import (
     config_from,
     existing_path,
     has_tokenizer,
+    is_causal_lm,
     load_pretrained,
     load_tokenizer,
     looks_like_path,
@@ -31,7 +31,7 @@ from lightning_prune.checkpoints.states import StoredMasks, stored_units
 from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES, clean_name
 from lightning_prune.progress import progress_bar
-from lightning_prune.safety import check_sum
+from lightning_prune.safety import ProcessWide, check_sum
 from lightning_prune.structure.saving import MaskedUnits, slice_masked_units
 
 NO_TOKENIZER = "none"
@@ -121,10 +121,12 @@ def _config_of(source: Checkpoint) -> PretrainedConfig:
             "hyper_parameters['config'], as those of CausalLM have, and a folder a config.json with 'model_type'. Load "
             "it with the class that wrote it and call save_pretrained of the transformers model"
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_causal_lm(model_type):
         raise ExportError(
             f"checkpoint={str(source.path)!r} has model_type={model_type!r}, which is no causal language model of "
-            "transformers, such as 'llama', 'mistral', 'qwen2' or 'gpt2'"
+            "transformers, such as 'llama', 'mistral', 'qwen2' or 'gpt2': code that comes with a model is not run "
+            "here. Register its classes first (AutoConfig.register, AutoModelForCausalLM.register), or load it "
+            "yourself, and call lightning_prune.prune(model, batches) and its save_pretrained"
         )
     if fields.get("quantization_config"):
         raise ExportError(
@@ -411,8 +413,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without bars and reports of transformers: there are bars and errors of our own."""
+def _quiet_transformers() -> Iterator[None]:
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -422,6 +423,14 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+_QUIET_TRANSFORMERS = ProcessWide(_quiet_transformers)
+
+
+def quiet_transformers() -> AbstractContextManager[None]:
+    """Go without bars and reports of transformers for a block: there are bars and errors of our own."""
+    return _QUIET_TRANSFORMERS.changed()
 
 
 def some_of(names: list[str]) -> str:

@@ -129,7 +129,7 @@ def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
             path,
             "GGUF files are not read; load it with transformers and save_pretrained() it to a folder first",
         )
-    if path.name.endswith(".index.json"):
+    if _INDEX.search(path.name):
         return _open_index(path)
     with path.open("rb") as file:
         head = file.read(9)
@@ -139,20 +139,25 @@ def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
     return _open_torch(path)
 
 
+# What transformers reads, in its order: a folder may hold weights twice, or an index of shards that are gone.
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# Also of a variant: model.safetensors.index.fp16.json.
+_INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / ".metadata").is_file():
         return _open_distributed(folder)
-    # What transformers reads, in its order: a folder may hold weights twice, or an index of shards that are gone.
-    if (file := folder / "model.safetensors").is_file():
-        return _open_safetensors(folder, [file])
-    if (file := folder / "model.safetensors.index.json").is_file():
-        return _open_index(file)
-    if (file := folder / "pytorch_model.bin").is_file():
+    for file in filter(Path.is_file, (folder / name for name in _NAMES)):
+        if _INDEX.search(file.name):
+            return _open_index(file)
+        if file.suffix == ".safetensors":
+            return _open_safetensors(folder, [file])
         checkpoint = _open_torch(file)
         checkpoint.config = _read_config(folder)
         return checkpoint
-    if (file := folder / "pytorch_model.bin.index.json").is_file():
-        return _open_index(file)
+    if len(indices := sorted(folder.glob("*.index.*.json"))) == 1:
+        return _open_index(indices[0])
     if whole := sorted(folder.glob("*.safetensors")):
         shards = Counter(part.groups() for f in whole if (part := re.fullmatch(r"(.+)-\d+-of-(\d+)", f.stem)))
         for (stem, count), found in shards.items():
@@ -160,6 +165,7 @@ def _open_folder(folder: Path) -> Checkpoint:
                 fail(folder, f"holds {found} of the {count} shards {stem}-*.safetensors; download or copy the others")
         return _open_safetensors(folder, whole)
     checkpoints = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("*.bin")) + checkpoints_of_runs(folder)
+    checkpoints += [config.parent for config in sorted(folder.glob("*/config.json"))]
     hint = f"; did you mean {str(checkpoints[0])!r}?" if checkpoints else ""
     fail(
         folder,
@@ -182,6 +188,13 @@ def check_folder(folder: Path) -> None:
     """
     check_config(folder)
     if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*")):
+        if not any((folder / name).is_file() for name in _NAMES):
+            name = min(file.name for pattern in ("*.safetensors", "pytorch_model*") for file in folder.glob(pattern))
+            fail(
+                folder,
+                f"holds weights by a name that transformers does not look for by itself, {name} (a variant?); write "
+                f"a folder that it loads first: lightning-prune export {folder} FOLDER",
+            )
         opened = _open_folder(folder)
         if opened.summed:
             for _ in opened.values():
@@ -259,9 +272,8 @@ def _open_index(index: Path) -> Checkpoint:
             fail(index, f"names a shard outside of its folder: {file}")
         if not file.is_file():
             fail(index, f"names the shard {file.name}, which is missing; download or copy it again")
-    if files and files[0].suffix != ".safetensors":
-        return _open_bin_shards(index, files)
-    checkpoint = _open_safetensors(index.parent, files)
+    binary = bool(files) and files[0].suffix != ".safetensors"
+    checkpoint = _open_bin_shards(index, files) if binary else _open_safetensors(index.parent, files)
     missing = sorted(set(weight_map) - set(checkpoint))
     if missing:
         fail(index, f"lists {len(missing)} tensors that the shards do not hold, such as {missing[0]!r}")
@@ -276,13 +288,16 @@ def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:
             handle: Any = safe_open(file, framework="pt")  # mapped as long as the checkpoint is there
             sums = stored_sums(handle.metadata())
             found = {name: partial(_checked_tensor, handle, name, sums.get(name)) for name in handle.keys()}  # noqa: SIM118
-        twice = sorted(loaders.keys() & found)
-        if twice:
-            fail(path, f"holds {twice[0]!r} in 2 files; name the file, or move the others away")
+        _check_once(path, loaders, found)
         loaders |= found
         summed |= bool(sums)
     config = _read_config(files[0].parent) if files else {}
     return Checkpoint(path, "safetensors", files, loaders, config=config, summed=summed)
+
+
+def _check_once(path: Path, known: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    if twice := sorted(map(str, known.keys() & found)):
+        fail(path, f"holds {twice[0]!r} in 2 files; name the file, or move the others away")
 
 
 def _checked_tensor(handle: Any, name: str, expected: int | None) -> Tensor:
@@ -332,7 +347,11 @@ def _open_bin_shards(index: Path, files: list[Path]) -> Checkpoint:
 
 
 def _from_state_dicts(path: Path, files: list[Path], states: list[Mapping[str, Any]]) -> Checkpoint:
-    found = {n: t for state in states for n, t in state.items() if isinstance(t, Tensor)}
+    found: dict[Any, Tensor] = {}
+    for state in states:
+        own = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+        _check_once(path, found, own)
+        found |= own
     if not found:
         fail(path, "holds no tensors at its top level, nor under 'state_dict', 'model' or 'module'")
     if not all(isinstance(name, str) for name in found):

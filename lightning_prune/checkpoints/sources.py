@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_prune.checkpoints.reading import check_config, check_folder, merge_advice
 from lightning_prune.errors import first_line
@@ -99,6 +103,13 @@ def pretrained_arguments(source: str, gguf_file: str | None, argument: str) -> t
             "Leave gguf_file out."
         )
     return str(path.parent), {**kwargs, "gguf_file": path.name}
+
+
+def is_causal_lm(model_type: str) -> bool:
+    """Whether transformers has a causal language model of a family; of those, too, that this process has registered."""
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return True
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def config_from(model_type: str, fields: Mapping[str, Any]) -> Any:
@@ -217,9 +228,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
     Under ``torch.device("meta")`` buffers would have no values either, nor tensors that are plain attributes.
     """
+    here = threading.get_ident()
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:  # tied ones are registered twice
+        others = threading.get_ident() != here  # torch calls this for modules of every thread
+        if others or parameter is None or parameter.is_meta:  # tied ones are registered twice
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
@@ -329,7 +342,7 @@ def _set_end_token(tokenizer: PreTrainedTokenizerBase, token: str | None, source
     if token is None:
         raise ValueError(
             f"tokenizer={source!r} declares no end-of-text token, which separates documents. Pass "
-            "eos_token=, one of the tokens in its vocabulary."
+            "eos_token=, one of the tokens in its vocabulary, or set it in the tokenizer_config.json beside it."
         )
     if token not in tokenizer.get_vocab():
         raise ValueError(
@@ -338,6 +351,25 @@ def _set_end_token(tokenizer: PreTrainedTokenizerBase, token: str | None, source
     tokenizer.eos_token = token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = token
+        vars(tokenizer)[_NOTE] = token
+
+
+_NOTE = "_lightning_prune_pads_with"
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write a tokenizer as it was: without a padding token if it got one from `load_tokenizer` alone.
+
+    With one that ends texts too, other programs would leave out the ends of texts with the padding.
+    """
+    pad = tokenizer.pad_token
+    own = pad is None or vars(tokenizer).get(_NOTE) != pad
+    try:
+        if not own:
+            tokenizer.pad_token = None
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.pad_token = pad
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:

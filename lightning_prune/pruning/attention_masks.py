@@ -6,9 +6,11 @@ Letters: B samples, H heads, T tokens (queries by keys where twice).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Added to attention scores, anything below masks: -inf, the dtype's minimum, -1e9 and -10000 are all in use.
@@ -50,19 +52,37 @@ def real_positions(mask: Any, shape: torch.Size | None) -> Tensor | None:
             f"the batch's attention mask has shape {tuple(mask.shape)}, with other queries than keys: padding cannot "
             "be read from it; give attention_mask of shape (samples, tokens), 1 where a token is real"
         )
-    allowed = _allowed(mask)
-    allowed = allowed.any(1) if allowed.dim() == 4 else allowed[None] if allowed.dim() == 2 else allowed
-    real = _attended(allowed)
+    real = _attended(_pairs(mask))
     return real if shape is None else real.expand(shape[0], -1)
 
 
-def _allowed(mask: Tensor) -> Tensor:
-    """True where a query may attend to a key."""
+def hides_previous(mask: Any, shape: torch.Size) -> Tensor | None:
+    """Find the tokens that may not attend to the one before them, as the first ones of texts in a packed row.
+
+    Args:
+        mask: As of `real_positions`, where that has read it.
+        shape: Of the token ids, ``[B, T]``.
+
+    Returns:
+        ``[B, T]`` or ``[1, T]`` bool, or None where the mask is none of pairs of tokens.
+    """
+    if isinstance(mask, Mapping):
+        found = [hidden for value in mask.values() if (hidden := hides_previous(value, shape)) is not None]
+        return reduce(torch.logical_and, found) if found else None
+    if not isinstance(mask, Tensor) or mask.shape == shape or mask.shape[-2:] != (shape[1], shape[1]):
+        return None
+    return F.pad(~_pairs(mask).diagonal(-1, 1, 2), (1, 0), value=True)
+
+
+def _pairs(mask: Tensor) -> Tensor:
+    """Who may attend to whom, ``[B, T, T]`` bool: True where a query may attend to a key, in any head."""
     if not mask.is_floating_point():
-        return mask.bool()
-    if bool((mask < 0).any()) or not bool(mask.any()):  # added to the scores
-        return mask > _MASKED
-    return mask.bool()
+        allowed = mask.bool()
+    elif bool((mask < 0).any()) or not bool(mask.any()):  # added to the scores
+        allowed = mask > _MASKED
+    else:
+        allowed = mask.bool()
+    return allowed.any(1) if allowed.dim() == 4 else allowed[None] if allowed.dim() == 2 else allowed
 
 
 def _attended(allowed: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lightning_prune.safety import ProcessWide
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -21,7 +23,7 @@ def full_precision() -> Iterator[None]:
         for kind in _device_types():
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(_ieee_products())
+        stack.enter_context(_IEEE.changed())
         yield
 
 
@@ -58,3 +60,6 @@ def _ieee_products() -> Iterator[None]:
             torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+_IEEE = ProcessWide(_ieee_products)

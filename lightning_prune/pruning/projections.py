@@ -10,7 +10,7 @@ Dimensions: B samples, T tokens, E channels of the queries, I inputs of a projec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune.pruning.forwards import forwards_replaced
+from lightning_prune.safety import ProcessWide
 
 _PARAMETERS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 OUTPUT = 3
@@ -95,14 +96,21 @@ def projections_written_out(projections: Iterable[Projection]) -> Iterator[None]
 
 
 @contextmanager
-def without_fast_path() -> Iterator[None]:
-    """While the block runs, torch's encoders call their parts as modules, on tensors that keep their padding."""
+def _fast_path_off() -> Iterator[None]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+_FAST_PATH_OFF = ProcessWide(_fast_path_off)
+
+
+def without_fast_path() -> AbstractContextManager[None]:
+    """Have torch's encoders call their parts as modules, on tensors that keep their padding."""
+    return _FAST_PATH_OFF.changed()
 
 
 def _run(

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_prune.naming import own_parameters, uncompiled
+from lightning_prune.pruning.attention_masks import hides_previous
 from lightning_prune.pruning.batches import padding_mask, tensors_of, to_device
 from lightning_prune.pruning.offloading import device_of
 from lightning_prune.pruning.stacks import block_classes
 from lightning_prune.pruning.targets import Target
+from lightning_prune.safety import ProcessWide
 from lightning_prune.sharding import local, runs_alone, type_name
 
 ForwardContext = Callable[[], AbstractContextManager[Any]]
@@ -84,6 +86,8 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
             f"{type(batch).__name__}), or pass loss_fn=f(model, batch)"
         )
     inputs, labels = _cast(model, inputs), next_token_labels(batch if isinstance(batch, Mapping) else inputs)
+    for token in _placeholders(unwrapped(model)):
+        labels = labels.masked_fill(labels == token, IGNORE_INDEX)
     losses = _losses_in_pieces(model, inputs, labels)
     if losses is not None:
         return _mean_losses(losses, labels, IGNORE_INDEX)
@@ -93,6 +97,15 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
     if logits.dim() == 3 and _has_prompt(model):  # no label is of its tokens
         labels = F.pad(labels, (max(logits.shape[1] - labels.shape[1], 0), 0), value=IGNORE_INDEX)
     return causal_lm_losses(logits, labels, allow_empty=True)
+
+
+def _placeholders(model: nn.Module) -> list[int]:
+    """Tokens in whose places a language model gets what it sees and hears: no text, which it could predict."""
+    if not _is_pretrained(model):
+        return []
+    config = vars(cast(Any, model).config)
+    found = [config.get(f"{kind}_token_{name}") for kind in ("image", "video", "audio") for name in ("id", "index")]
+    return [token for token in found if isinstance(token, int)]
 
 
 def logits_of_tokens(model: nn.Module, logits: Tensor, input_ids: Tensor) -> Tensor:
@@ -295,6 +308,10 @@ def on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
         yield to_device(batch, device)
 
 
+# A compiled model would not see hooks that were added after it was compiled.
+_EAGER = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
+
+
 @contextmanager
 def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     """Evaluation mode, no cache of keys and values, eager execution, random state forked; undone at the end.
@@ -310,13 +327,11 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     trainable = [(m, n) for m in model.modules() for n, p in own_parameters(m).items() if freeze and p.requires_grad]
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []
-    # A compiled model would not see hooks that were added after it was compiled.
-    stance = torch.compiler.set_stance("force_eager")
     # What inference mode makes can neither be saved for a backward pass nor watched for changes in place.
     graded, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     normal = torch.inference_mode(False) if inference else nullcontext()
     casts_kept = torch.is_autocast_cache_enabled()
-    with normal, torch.set_grad_enabled(graded), torch.random.fork_rng(devices=devices), stance:
+    with normal, torch.set_grad_enabled(graded), torch.random.fork_rng(devices=devices), _EAGER.changed():
         try:
             checkpointed = _checkpointed_layers(model) if freeze else set()
             for module, _ in modes:
@@ -377,8 +392,8 @@ def next_token_labels(batch: Mapping[str, Any]) -> torch.Tensor:
     """Choose the labels of a batch for next-token prediction: ``batch["labels"]``, else the input ids.
 
     A token is predicted from the one before it, so both must be real: padding is never predicted, nor is the first
-    token after it, whoever made the labels. Nor is the first token of a text in a packed row (where ``position_ids``
-    begin again at 0, or ``cu_seq_lens_q`` says so).
+    token after it, whoever made the labels. Nor is the first token of a text in a packed row: where ``position_ids``
+    begin again at 0, ``cu_seq_lens_q`` says so, or an attention mask of pairs hides the token before it.
 
     Args:
         batch: "input_ids" of shape (B, T); "labels" of the same, not shifted; a mask (see
@@ -398,21 +413,23 @@ def next_token_labels(batch: Mapping[str, Any]) -> torch.Tensor:
         predicted = real.clone()
         predicted[:, 1:] &= real[:, :-1]
         labels = labels.masked_fill(~predicted.to(labels.device), IGNORE_INDEX)
-    if (starts := _text_starts(batch, labels)) is not None:
+    for starts in _text_starts(batch, labels):
         labels = labels.masked_fill(starts.to(labels.device), IGNORE_INDEX)
     return labels
 
 
-def _text_starts(batch: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor | None:
-    """Where texts of packed rows begin, in a shape that fits the labels (B, T)."""
+def _text_starts(batch: Mapping[str, Any], labels: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Where texts of packed rows begin, in shapes that fit the labels (B, T), from each part that says so."""
     places, ends = batch.get("position_ids"), batch.get("cu_seq_lens_q")
     if isinstance(places, torch.Tensor) and places.shape in (labels.shape, (1, labels.shape[1])):
-        return places == 0 if bool(places.any()) else None
-    if isinstance(ends, torch.Tensor):
+        if bool(places.any()):
+            yield places == 0
+    elif isinstance(ends, torch.Tensor):
         starts = torch.zeros(1, labels.shape[1] + 1, dtype=torch.bool, device=ends.device)
         starts[:, ends.long()] = True
-        return starts[:, :-1]
-    return None
+        yield starts[:, :-1]
+    if (hidden := hides_previous(batch.get("attention_mask"), labels.shape)) is not None:
+        yield hidden
 
 
 def causal_lm_losses(

@@ -500,7 +500,7 @@ class _Job:
             self.tokenizer,
             found,
             making,
-            expanded(self.source, "model") / "generation_config.json",
+            expanded(self.source, "model"),
             self.overwrite,
             self.progress,
         )

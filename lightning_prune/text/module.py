@@ -19,7 +19,6 @@ from huggingface_hub import HfApi
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lightning_prune.checkpoints.cards import Making, write_described
 from lightning_prune.checkpoints.model import LoadedModel
@@ -29,11 +28,13 @@ from lightning_prune.checkpoints.sources import (
     empty_pretrained,
     existing_path,
     has_tokenizer,
+    is_causal_lm,
     load_pretrained,
     load_tokenizer,
     looks_like_path,
     named_where_it_fails,
     plain_source,
+    save_tokenizer,
 )
 from lightning_prune.checkpoints.states import leave_emptied_groups, units_in
 from lightning_prune.errors import CheckpointError
@@ -208,10 +209,17 @@ class CausalLM(L.LightningModule):
         # Trainers call this after an error, and that of moving from the meta device would hide it.
         return self if self._unread else super().cpu()
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits of shape (B, T, V) for token ids of shape (B, T)."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
+        """Logits of shape (B, T, V) for token ids of shape (B, T).
+
+        Args:
+            input_ids: The tokens.
+            attention_mask: Which of them are real.
+            others: What else the model takes, such as the position_ids of packed rows.
+        """
         self._check_read()
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **others}
+        logits: Tensor = self.model(**inputs).logits
         return logits_of_tokens(self.model, logits, input_ids)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -236,7 +244,8 @@ class CausalLM(L.LightningModule):
         """Mean next-token loss of each sample, of shape (B,): what gradient-based scores differentiate.
 
         Args:
-            batch: "input_ids" (B, T), optionally "attention_mask" and "labels" of the same shape.
+            batch: "input_ids" (B, T), optionally "attention_mask" and "labels" of the same shape, and what else the
+                model takes.
 
         Returns:
             Losses in nats per predicted token.
@@ -245,12 +254,16 @@ class CausalLM(L.LightningModule):
             ValueError: If a sample has no token to predict, or the batch is of another kind.
         """
         labels = _labels(batch)
-        return causal_lm_losses(self(batch["input_ids"], batch.get("attention_mask")), labels)
+        return causal_lm_losses(self._logits(batch), labels)
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        logits: Tensor = self(**{name: value for name, value in batch.items() if name != "labels"})
+        return logits
 
     def _token_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Losses (B, T - 1) of the batch's tokens, and how many of them count."""
         labels = _labels(batch)
-        losses = next_token_losses(self(batch["input_ids"], batch.get("attention_mask")), labels)
+        losses = next_token_losses(self._logits(batch), labels)
         return losses, (labels[:, 1:] != IGNORE_INDEX).sum()
 
     def _evaluate(
@@ -467,7 +480,7 @@ class CausalLM(L.LightningModule):
         whole.save_pretrained(str(folder), state_dict=state_to_write(small, state))
         add_check_sums(sorted(folder.glob("model*.safetensors")))  # as an export has them
         if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
+            save_tokenizer(self.tokenizer, folder)
         write_described(folder, whole, LoadedModel("", whole, None).inspection(state), self._making())
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
@@ -554,7 +567,7 @@ def _labels(batch: Mapping[str, Tensor]) -> Tensor:
 
 def _from_config(config: dict[str, Any] | str | None, revision: str | None, options: dict[str, Any]) -> Any:
     built = _config_of(config, revision)
-    if built.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not is_causal_lm(built.model_type):
         raise ValueError(
             f"config has model_type={built.model_type!r}, which is no causal language model of transformers. Use "
             "one such as 'llama', 'mistral', 'qwen2' or 'gpt2'."

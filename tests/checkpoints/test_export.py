@@ -14,7 +14,20 @@ from launching import launch_calls
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
 from tiny import TINY, make_tokens
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lightning_prune import CausalLM, WeightPruning
 from lightning_prune.checkpoints import export as export_module
@@ -219,6 +232,53 @@ def test_dtypes_may_be_mixed_and_generation_settings_are_kept(trained, tmp_path)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {n: t.dtype for n, t in written.items()} == {n: t.dtype for n, t in state.items()}
     assert files_of(tmp_path / "out")["generation_config.json"] == files_of(tmp_path / "in")["generation_config.json"]
+
+
+def test_tokenizer_and_processor_are_those_of_the_folder(trained, tmp_path):
+    trained()[0].model.save_pretrained(tmp_path / "in")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<end>": 1}, unk_token="<unk>"))
+    own = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>", padding_side="left")
+    own.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    own.save_pretrained(tmp_path / "in")
+    settings = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+    for name in settings:
+        (tmp_path / "in" / name).write_text(f'{{"of": "{name}"}}')
+    export(tmp_path / "in", tmp_path / "out")
+    export(tmp_path / "in", tmp_path / "out", overwrite=True)  # with a folder for templates inside
+    found = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert found.pad_token is None  # one that is the end of texts as well would take these for padding
+    assert (found.eos_token, found.padding_side, found.chat_template) == ("<end>", "left", own.chat_template)
+    for name in settings:
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "in" / name).read_text()
+    module = CausalLM(str(tmp_path / "in"))
+    module.save_pretrained(tmp_path / "saved")
+    assert module.tokenizer.pad_token == "<end>"  # while it trains
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token is None
+
+
+def test_a_model_that_this_process_has_registered(tmp_path):
+    class OwnConfig(LlamaConfig):
+        model_type = "own_llama"
+
+    class OwnLM(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    OwnConfig(**TINY).save_pretrained(tmp_path / "config")
+    with pytest.raises(ValueError, match="own_llama"):
+        CausalLM(config=TINY | {"model_type": "own_llama"})
+    AutoConfig.register("own_llama", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnLM)
+    try:
+        module = CausalLM(config=TINY | {"model_type": "own_llama"})
+        module.save_pretrained(tmp_path / "in")
+        export(tmp_path / "in", tmp_path / "out", progress=False)
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) is OwnLM
+        assert all(torch.equal(t, module.model.state_dict()[n]) for n, t in state_of(tmp_path / "out").items())
+    finally:
+        CONFIG_MAPPING._extra_content.pop("own_llama")
+        MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(OwnConfig)
+    with pytest.raises(ExportError, match=r"'own_llama', which is no .*: code .* is not run here. Register its"):
+        export(tmp_path / "in", tmp_path / "again", progress=False)
 
 
 # Whose routers transformers reads in float32 whatever they were, and whose configuration holds an infinity.

@@ -19,6 +19,7 @@ from example_checkpoints import (
     write_masked_ckpt,
     write_shards,
 )
+from safetensors.torch import save_file
 from tiny import make_llama
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from transformers import AutoModelForCausalLM
@@ -169,6 +170,52 @@ def test_missing_pieces(tmp_path):
     (shards / "model.safetensors.index.json").unlink()
     with pytest.raises(CheckpointError, match=r"holds 2 of the 00003 shards model-\*"):
         inspect(shards)
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_shards_that_are_not_what_their_index_says(binary, tmp_path):
+    state = example_state()
+    save, ending = (torch.save, "bin") if binary else (save_file, "safetensors")
+    stem = "pytorch_model" if binary else "model"
+    names, files = list(state), [f"{stem}-{i}-of-00002.{ending}" for i in ("00001", "00002")]
+    parts = [{name: state[name] for name in names[:5]}, {name: state[name] for name in names[5:]}]
+
+    def write():
+        for file, part in zip(files, parts, strict=True):
+            save(part, tmp_path / file)
+        where = {name: files[int(i >= 5)] for i, name in enumerate(names)}
+        (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": where}))
+
+    write()
+    assert len(inspect(tmp_path).tensors) == len(state)
+    lost = parts[1].pop(names[-1])
+    write()
+    with pytest.raises(CheckpointError, match=f"lists 1 tensors that the shards do not hold, such as '{names[-1]}'"):
+        inspect(tmp_path)
+    parts[1] |= {names[-1]: lost, names[0]: torch.zeros_like(state[names[0]])}
+    write()
+    with pytest.raises(CheckpointError, match=f"holds '{names[0]}' in 2 files"):
+        inspect(tmp_path)
+
+
+def test_variants(tmp_path):
+    """Which transformers loads with variant="fp16"."""
+    model = make_llama()
+    for name, size in (("whole", "1GB"), ("shards", "60KB")):
+        folder = tmp_path / name
+        model.save_pretrained(folder, variant="fp16", max_shard_size=size)
+        export(folder, tmp_path / f"{name}-out", progress=False)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-out").state_dict()
+        assert all(torch.equal(tensor, found[own]) for own, tensor in model.state_dict().items())
+        with pytest.raises(CheckpointError, match=r"does not look for by itself, model\.fp16.*; write .* export .*"):
+            CausalLM(str(folder))
+    # Beside shards of another model, which the index does not name.
+    make_llama(1).save_pretrained(tmp_path / "shards", variant="old", max_shard_size="60KB")
+    (tmp_path / "shards" / "model.safetensors.index.old.json").unlink()
+    index = tmp_path / "shards" / "model.safetensors.index.fp16.json"
+    assert inspect(tmp_path / "shards").tensors == inspect(index).tensors
+    with pytest.raises(CheckpointError, match=r"is a folder without .*; did you mean '.*shards'"):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("files", ["whole, index", "index, whole", "whole, bin"])

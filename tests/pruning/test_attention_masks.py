@@ -192,6 +192,14 @@ def test_texts_of_a_packed_row_do_not_predict_each_other():
     assert next_token_labels({"input_ids": ids, **starts}).tolist() == expected
     lengths = {"cu_seq_lens_q": torch.tensor([0, 3, 7, 9], dtype=torch.int32)}
     assert next_token_labels({"input_ids": ids, **lengths}).tolist() == expected
+    texts = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
+    own = (texts[:, None] == texts[None]) & torch.ones(9, 9, dtype=torch.bool).tril()
+    pairs = own[None, None]
+    later = torch.ones(9, 9, dtype=torch.bool).tril(-3)  # a head that sees no near token hides none from the others
+    kinds = {"full_attention": own[None, None], "chunked_attention": additive(pairs)}
+    for mask in (pairs, pairs.long(), additive(pairs), own, own[None], torch.stack([own, later & own])[None], kinds):
+        assert next_token_labels({"input_ids": ids, "attention_mask": mask}).tolist() == expected
+    assert next_token_labels({"input_ids": ids, "labels": ids, "attention_mask": pairs}).tolist() == expected
     plain = next_token_labels({"input_ids": ids.expand(2, -1), "position_ids": torch.arange(9)[None]})
     assert plain[:, 1:].tolist() == ids[:, 1:].expand(2, -1).tolist()
 

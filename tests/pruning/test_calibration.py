@@ -4,6 +4,7 @@ import copy
 import gc
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import naive
 import numpy as np
@@ -13,12 +14,16 @@ import torch.nn.functional as F
 from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers.utils import logging as transformers_logging
 from waiting import Waits
 
+from lightning_prune.checkpoints.model import quiet_transformers
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.calibration import collect, collect_forward
 from lightning_prune.pruning.padding import Padding
-from lightning_prune.pruning.running import causal_lm_loss
+from lightning_prune.pruning.precision import full_precision
+from lightning_prune.pruning.projections import without_fast_path
+from lightning_prune.pruning.running import causal_lm_loss, quiet_model
 from lightning_prune.pruning.statistics import (
     ALL_STATISTICS,
     FORWARD_STATISTICS,
@@ -612,6 +617,36 @@ def prepared_model():
             parameter.grad = torch.full_like(parameter, i)
     model.config.use_cache = True
     return model
+
+
+@pytest.mark.parametrize(
+    "change", [full_precision, without_fast_path, quiet_transformers, lambda: quiet_model(nn.Linear(2, 2), False)]
+)
+def test_the_process_is_as_it_was_after_two_threads(change):
+    def settings():
+        return (
+            torch.compile(lambda x: (x + 1, torch.compiler.is_compiling()), backend="eager")(torch.ones(1))[1],
+            torch.backends.mha.get_fastpath_enabled(),
+            torch.get_float32_matmul_precision(),
+            transformers_logging.get_verbosity(),
+            transformers_logging.is_progress_bar_enabled(),
+        )
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = settings()
+        one, other = change(), change()
+        one.__enter__()
+        changed = settings()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(other.__enter__).result()
+            one.__exit__(None, None, None)
+            assert settings() == changed != found  # for the other one
+            thread.submit(other.__exit__, None, None, None).result()
+        assert settings() == found
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Fails:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_prune import prune
 from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.running import causal_lm_loss
 from lightning_prune.pruning.statistics import ALL_STATISTICS
 from lightning_prune.pruning.targets import find_targets
 
@@ -212,6 +213,17 @@ def test_images_are_not_padded(name):
         key = next(f"{n}.weight" for n, m in model.named_modules() if m is layer)
         expected = (real.square().sum(0) / 2).sqrt()
         torch.testing.assert_close(found[key].input_norm.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_places_of_images_are_not_predicted():
+    model = build("llava")
+    token = model.config.image_token_id
+    ids = torch.tensor([[token, token, token, token, 7, 8], [token, token, token, token, 1, 3]])
+    batch = {"input_ids": ids, "pixel_values": normal(2, 3, 16, 16).double()}
+    expected = causal_lm_loss(model, {**batch, "labels": ids.masked_fill(ids == token, -100)})
+    torch.testing.assert_close(causal_lm_loss(model, batch), expected)
+    logits = model(**batch).logits.log_softmax(-1)
+    torch.testing.assert_close(expected, -logits[:, 3:5].gather(2, ids[:, 4:, None]).mean((1, 2)))
 
 
 # -- in a Trainer --------------------

@@ -203,6 +203,20 @@ def test_losses_ignore_padding(batch):
     torch.testing.assert_close(expected.mean(), reference)
 
 
+def test_texts_of_a_packed_row_do_not_meet():
+    """What says so is for the model too, not for the labels alone."""
+    model = random_model().eval()
+    texts = [torch.randint(400, (1, n), generator=torch.Generator().manual_seed(n)) for n in (7, 5, 9)]
+    row = {
+        "input_ids": torch.cat(texts, 1),
+        "position_ids": torch.cat([torch.arange(text.shape[1]) for text in texts])[None],
+    }
+    sums = [model.model(input_ids=t, labels=t).loss * (t.shape[1] - 1) for t in texts]
+    expected = torch.stack(sums).sum() / (21 - 3)
+    torch.testing.assert_close(model.calibration_loss(row)[0], expected)
+    torch.testing.assert_close(model._token_losses(row)[0].sum() / 18, expected)
+
+
 def test_a_batch_without_any_label_counts_for_nothing(tmp_path):
     ids = torch.randint(400, (2, 8), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": ids[0], "labels": ids[0]}, {"input_ids": ids[1], "labels": torch.full((8,), -100)}]
