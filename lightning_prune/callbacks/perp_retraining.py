@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.calibration_data import CalibrationData
 from lightning_prune.callbacks.checks import (
     check_after_shrinking,
@@ -46,7 +47,7 @@ from lightning_prune.perp.adapters import (
     trainable_share,
 )
 from lightning_prune.perp.layers import find_variant, sparse_layers
-from lightning_prune.perp.masks import set_masks
+from lightning_prune.perp.masks import copy_masks, set_masks
 from lightning_prune.perp.options import ReconstructSettings, WholeNames, check_adapter, check_options, check_parts
 from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
@@ -335,12 +336,22 @@ class PERPRetraining(L.Callback):
             return
         model = self._model(module)
         if trainer.global_step or self._left_on:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed + trainer.global_step)
-                fold(model)
+            # An average of factors from before and after would be of neither: it begins anew from the same ones.
+            for part in (model, *self._averages(trainer)):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(self.seed + trainer.global_step)
+                    fold(part)
             _forget(trainer, (p for _, layer in sparse_layers(model) for p in layer.matrices()))
         yield
+        self._set_masks(trainer, model)
+
+    def _set_masks(self, trainer: L.Trainer, model: nn.Module) -> None:
         set_masks(model, self._masks_for(trainer))
+        copy_masks(model, self._averages(trainer))  # validations and the fit's end take theirs with the weights
+
+    def _averages(self, trainer: L.Trainer) -> list[nn.Module]:
+        """The adapted models of averages, which have adapters too (see `check_order`)."""
+        return [self._model(average) for average in averages(trainer)]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have the adapters merged at the end, where it may not be reached by training."""
@@ -365,7 +376,7 @@ class PERPRetraining(L.Callback):
             self._reconstruct(trainer, model)
         pruned = ""
         if self.adapter is not None:
-            set_masks(model, self._masks_for(trainer))
+            self._set_masks(trainer, model)
             sparsity = mask_sparsity(adapter_masks(model))
             if not sparsity and all(trainer.global_step >= pruner.schedule.end for pruner in pruners_of(trainer)):
                 setattr(pl_module, self.attribute, remove_adapters(model))
@@ -420,7 +431,7 @@ class PERPRetraining(L.Callback):
             return
         reshard(pl_module)
         if not self._started and self.adapter is not None:  # a fit that had nothing left to train
-            set_masks(self._model(pl_module), self._masks_for(trainer))
+            self._set_masks(trainer, self._model(pl_module))
         if not self.merge:
             return
         setattr(pl_module, self.attribute, merge(self._model(pl_module)))

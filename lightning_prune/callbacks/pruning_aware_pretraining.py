@@ -253,7 +253,8 @@ class PruningAwarePretraining(L.Callback):
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if state is None:
                 return
-            take_saved_shapes([pl_module, *averages(trainer)], state, self.attention_unit)
+            averaged = averages(trainer) if stage == "fit" else ()  # there are none before
+            take_saved_shapes([pl_module, *averaged], state, self.attention_unit)
 
         self._let_go()
         self._begun = False

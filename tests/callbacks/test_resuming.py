@@ -94,6 +94,15 @@ def test_averaged_weights_resume_too(tmp_path: Path) -> None:
         assert torch.equal(value, weights(resumed)[name]), name
 
 
+def test_a_checkpoint_is_validated_beside_an_average(tmp_path: Path) -> None:
+    run(tmp_path, 3, None, EMAWeightAveraging(decay=0.5))
+    small, found = CausalLM.load_from_checkpoint(tmp_path / "epoch=2.ckpt", weights_only=True), []
+    for module, path in ((make_module(seed=9), tmp_path / "epoch=2.ckpt"), (small, None)):
+        trainer = make_trainer(PruningAwarePretraining(**SETTINGS), EMAWeightAveraging(decay=0.5))
+        found += trainer.validate(module, batches(samples=12), ckpt_path=path, verbose=False)
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_a_checkpoint_loads_without_the_callback_with_its_sizes(tmp_path: Path) -> None:
     """27 hidden channels and 4 heads: no configuration of Llama, so a Mistral of the same weights."""
