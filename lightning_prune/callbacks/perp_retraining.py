@@ -51,6 +51,7 @@ from lightning_prune.perp.masks import copy_masks, set_masks
 from lightning_prune.perp.options import ReconstructSettings, WholeNames, check_adapter, check_options, check_parts
 from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
+from lightning_prune.pruning.holding import with_inner
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
 from lightning_prune.pruning.targets import Target, find_targets
 from lightning_prune.sharding import reshard
@@ -287,7 +288,7 @@ class PERPRetraining(L.Callback):
             successors: dict[Tensor, tuple[Tensor, ...]] = {
                 layer.base_weight: layer.matrices() for _, layer in sparse_layers(model)
             }
-            put_in_place(trainer.optimizers, successors)
+            put_in_place(list(with_inner(trainer.optimizers)), successors)
         for pruner in pruners:
             self._rename_masks(pruner, module)
         self._module, self._waits = weakref.ref(module), False
@@ -560,7 +561,7 @@ def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:
     """Clear gradients and optimizer states, which are those of values that are gone."""
     for parameter in parameters:
         parameter.grad = None
-        for optimizer in trainer.optimizers:
+        for optimizer in with_inner(trainer.optimizers):
             optimizer.state.pop(parameter, None)
 
 

@@ -111,11 +111,11 @@ def _has_hooks(optimizer: object) -> bool:
     return True
 
 
-def _with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+def with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
     """Optimizers, and those that they step in turn: whoever trains may step these alone (SAM's second step)."""
     for optimizer in optimizers:
         yield optimizer
-        yield from _with_inner(inner for inner in vars(optimizer).values() if _has_hooks(inner))
+        yield from with_inner(inner for inner in vars(optimizer).values() if _has_hooks(inner))
 
 
 def _stands_still(optimizer: Optimizer) -> bool:
@@ -200,7 +200,7 @@ class MaskHold:
             optimizers: Optimizers as torch has them, and with them any that they hold; those that are known already are
                 passed over.
         """
-        for optimizer in _with_inner(optimizers):
+        for optimizer in with_inner(optimizers):
             if any(optimizer is known for known in self._optimizers):
                 continue
             self._optimizers.append(optimizer)

@@ -245,6 +245,20 @@ def test_a_module_whose_hyper_parameters_say_no_sizes_is_told_how_its_checkpoint
         shrink(Named(), max_steps=3)  # no checkpoints
 
 
+def test_weights_alone_of_a_shrunk_model_say_how_they_load(tmp_path: Path) -> None:
+    callback = PruningAwarePretraining({"intermediate_size": 20}, ("ffn",), end=1)
+    trainer = make_trainer(callback, max_steps=2)
+    trainer.fit(make_module(), batches())
+    trainer.save_checkpoint(path := tmp_path / "small.ckpt", weights_only=True)
+    way = make_trainer(PruningAwarePretraining({"intermediate_size": 20}, ("ffn",)))
+    with pytest.raises(ValueError, match=r"weights alone .*\(20, 32\) there, \(48, 32\) here.*load_from_checkpoint"):
+        way.validate(make_module(), batches(), ckpt_path=path, verbose=False)
+    small = CausalLM.load_from_checkpoint(path, weights_only=True)  # as it says
+    assert way.validate(small, batches(), verbose=False) == trainer.validate(
+        trainer.lightning_module, batches(), verbose=False
+    )
+
+
 def test_other_settings_and_other_models_are_refused(tmp_path: Path) -> None:
     run(tmp_path, 3)
     with pytest.raises(ValueError, match="made with saliency='taylor2'"):
