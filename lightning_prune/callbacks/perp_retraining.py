@@ -462,7 +462,7 @@ class PERPRetraining(L.Callback):
 
     # -- the model in the module -------------------------------------------------------------------------------------
 
-    def _model(self, module: L.LightningModule) -> nn.Module:
+    def _model(self, module: nn.Module) -> nn.Module:
         model = getattr(module, self.attribute, None)
         if not isinstance(model, nn.Module):
             raise ValueError(
