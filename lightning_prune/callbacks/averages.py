@@ -21,12 +21,16 @@ from lightning_prune.sharding import laid_out_like, type_name
 
 
 def averages(trainer: L.Trainer) -> list[nn.Module]:
-    """The averaged copies of the module that Lightning's ``WeightAveraging`` callbacks hold.
+    """The averaged copies of the module that Lightning's ``WeightAveraging`` and ``StochasticWeightAveraging`` hold.
+
+    They make them in ``setup`` of a fit.
 
     Raises:
         RuntimeError: see `_kept_by`.
     """
-    return [_kept_by(c, trainer).module for c in callbacks_of(trainer) if is_kind(c, "WeightAveraging")]
+    kinds = ("WeightAveraging", "StochasticWeightAveraging")
+    found = [_kept_by(callback, trainer) for callback in callbacks_of(trainer) if is_kind(callback, *kinds)]
+    return [average.module if isinstance(average, AveragedModel) else average for average in found]
 
 
 def mask_averages(
@@ -73,17 +77,14 @@ def mask_averages(
 
 def _averages_in(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[nn.Module, object | None]]:
     """Averaged modules; with each, who holds an ``AveragedModel`` that need not be one of the whole module."""
-    seen: set[int] = set()
-    for callback in callbacks_of(trainer):
-        if is_kind(callback, "WeightAveraging", "StochasticWeightAveraging"):
-            average = _kept_by(callback, trainer)
-            seen.add(id(average))
-            yield (average.module if isinstance(average, AveragedModel) else average), None
+    held = averages(trainer)
+    yield from ((average, None) for average in held)
+    seen = {id(average) for average in held}
     inside = ((m, module) for m in module.modules())
     beside = ((value, owner) for owner in (module, *callbacks_of(trainer)) for value in _values(vars(owner)))
     for value, owner in (*inside, *beside):
-        if isinstance(value, AveragedModel) and id(value) not in seen:
-            seen.add(id(value))
+        if isinstance(value, AveragedModel) and id(value.module) not in seen:
+            seen.add(id(value.module))
             yield value.module, owner
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.compile import to_uncompiled
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
@@ -19,6 +19,7 @@ from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.errors import check_whole, refuse_inference_tensors
 from lightning_prune.naming import has_class, uncompiled
 from lightning_prune.pruning.elsa import ELSA
+from lightning_prune.pruning.holding import with_inner
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.ranks import shard_group
 from lightning_prune.report.figures import check_picture
@@ -327,24 +328,46 @@ def check_optimizers(structure: Structure, optimizers: Sequence[Optimizer], sali
             f"saliency={saliency!r} needs gradients, but {len(frozen)} parameters are frozen ({frozen[0]}, ...); "
             "train them, or use saliency='magnitude'"
         )
-    check_states(structure, optimizers)
+    found = list(with_inner(optimizers))
+    stepped = {p for optimizer in found for group in optimizer.param_groups for p in group["params"]}
+    if not frozen and stepped.isdisjoint(structure.model.parameters()):
+        raise ValueError(
+            f"{type(optimizers[0]).__name__} has no parameter of the model (it may step copies of them), so none would "
+            "follow when the model shrinks: give it the model's own, model.parameters()"
+        )
+    check_states(structure, found)
 
 
 def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
-    """Optimizer states that cannot be sliced with their weight; those that exist by now.
+    """Optimizer states that cannot be sliced with their weight, and tensors beside them; those that exist by now.
 
     Raises:
-        ValueError: naming the optimizer and the state.
+        ValueError: naming the optimizer and the state, or its attribute.
     """
+    way = "use one whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
     for optimizer in optimizers:
+        for attribute, held in vars(optimizer).items():
+            if attribute not in ("state", "param_groups") and _has_tensors(held):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps tensors in its attribute {attribute!r}, beside its states, and "
+                    f"they would not be sliced with the weights: {way}"
+                )
         for name, p in structure.parameters().items():
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
                     raise ValueError(
                         f"{type(optimizer).__name__} keeps the state {key!r} of {name!r} with shape "
-                        f"{tuple(value.shape)}, which cannot be sliced with the weight's {tuple(p.shape)}; use one "
-                        "whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
+                        f"{tuple(value.shape)}, which cannot be sliced with the weight's {tuple(p.shape)}; {way}"
                     )
+
+
+def _has_tensors(held: object) -> bool:
+    """Whether an attribute of an optimizer holds other tensors than parameters and single numbers."""
+    if isinstance(held, Tensor):
+        return held.numel() > 1 and not isinstance(held, nn.Parameter)
+    if isinstance(held, Mapping):
+        held = list(held.values())
+    return isinstance(held, (list, tuple)) and any(map(_has_tensors, held))
 
 
 def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.calibration_data import CalibrationData
 from lightning_prune.callbacks.checks import (
     check_after_shrinking,
@@ -46,10 +47,11 @@ from lightning_prune.perp.adapters import (
     trainable_share,
 )
 from lightning_prune.perp.layers import find_variant, sparse_layers
-from lightning_prune.perp.masks import set_masks
+from lightning_prune.perp.masks import copy_masks, set_masks
 from lightning_prune.perp.options import ReconstructSettings, WholeNames, check_adapter, check_options, check_parts
 from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
+from lightning_prune.pruning.holding import with_inner
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
 from lightning_prune.pruning.targets import Target, find_targets
 from lightning_prune.sharding import reshard
@@ -286,7 +288,7 @@ class PERPRetraining(L.Callback):
             successors: dict[Tensor, tuple[Tensor, ...]] = {
                 layer.base_weight: layer.matrices() for _, layer in sparse_layers(model)
             }
-            put_in_place(trainer.optimizers, successors)
+            put_in_place(list(with_inner(trainer.optimizers)), successors)
         for pruner in pruners:
             self._rename_masks(pruner, module)
         self._module, self._waits = weakref.ref(module), False
@@ -335,12 +337,22 @@ class PERPRetraining(L.Callback):
             return
         model = self._model(module)
         if trainer.global_step or self._left_on:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed + trainer.global_step)
-                fold(model)
+            # An average of factors from before and after would be of neither: it begins anew from the same ones.
+            for part in (model, *self._averages(trainer)):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(self.seed + trainer.global_step)
+                    fold(part)
             _forget(trainer, (p for _, layer in sparse_layers(model) for p in layer.matrices()))
         yield
+        self._set_masks(trainer, model)
+
+    def _set_masks(self, trainer: L.Trainer, model: nn.Module) -> None:
         set_masks(model, self._masks_for(trainer))
+        copy_masks(model, self._averages(trainer))  # validations and the fit's end take theirs with the weights
+
+    def _averages(self, trainer: L.Trainer) -> list[nn.Module]:
+        """The adapted models of averages, which have adapters too (see `check_order`)."""
+        return [self._model(average) for average in averages(trainer)]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have the adapters merged at the end, where it may not be reached by training."""
@@ -365,7 +377,7 @@ class PERPRetraining(L.Callback):
             self._reconstruct(trainer, model)
         pruned = ""
         if self.adapter is not None:
-            set_masks(model, self._masks_for(trainer))
+            self._set_masks(trainer, model)
             sparsity = mask_sparsity(adapter_masks(model))
             if not sparsity and all(trainer.global_step >= pruner.schedule.end for pruner in pruners_of(trainer)):
                 setattr(pl_module, self.attribute, remove_adapters(model))
@@ -420,7 +432,7 @@ class PERPRetraining(L.Callback):
             return
         reshard(pl_module)
         if not self._started and self.adapter is not None:  # a fit that had nothing left to train
-            set_masks(self._model(pl_module), self._masks_for(trainer))
+            self._set_masks(trainer, self._model(pl_module))
         if not self.merge:
             return
         setattr(pl_module, self.attribute, merge(self._model(pl_module)))
@@ -450,7 +462,7 @@ class PERPRetraining(L.Callback):
 
     # -- the model in the module -------------------------------------------------------------------------------------
 
-    def _model(self, module: L.LightningModule) -> nn.Module:
+    def _model(self, module: nn.Module) -> nn.Module:
         model = getattr(module, self.attribute, None)
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -549,7 +561,7 @@ def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:
     """Clear gradients and optimizer states, which are those of values that are gone."""
     for parameter in parameters:
         parameter.grad = None
-        for optimizer in trainer.optimizers:
+        for optimizer in with_inner(trainer.optimizers):
             optimizer.state.pop(parameter, None)
 
 

@@ -33,6 +33,7 @@ from lightning_prune.callbacks.resuming import (
     before_loading,
     check_before_loading,
     epsilon_of,
+    refuse_other_shapes,
     says_sizes,
     take_saved_shapes,
     write_hyper_parameters,
@@ -44,6 +45,7 @@ from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.checkpoints.states import leave_emptied_groups
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.batches import padding_mask
+from lightning_prune.pruning.holding import with_inner
 from lightning_prune.report.figures import shrinking_picture
 from lightning_prune.schedules import ShrinkSchedule
 from lightning_prune.sharding import reshard
@@ -252,8 +254,10 @@ class PruningAwarePretraining(L.Callback):
         def prepare(checkpoint: dict[str, Any]) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
             if state is None:
+                refuse_other_shapes(pl_module, checkpoint)
                 return
-            take_saved_shapes([pl_module, *averages(trainer)], state, self.attention_unit)
+            averaged = averages(trainer) if stage == "fit" else ()  # there are none before
+            take_saved_shapes([pl_module, *averaged], state, self.attention_unit)
 
         self._let_go()
         self._begun = False
@@ -436,18 +440,18 @@ class PruningAwarePretraining(L.Callback):
     # -- pruning -------------------------------------------------------------------------------------------------
 
     def _prune(self, trainer: L.Trainer, step: int) -> None:
-        shrinking = self._now
+        shrinking, optimizers = self._now, list(with_inner(trainer.optimizers))
         if not shrinking.pending and len(shrinking.history) == 1:
-            check_states(shrinking.structure, trainer.optimizers)  # which exist only after a step
+            check_states(shrinking.structure, optimizers)  # which exist only after a step
             if "hidden" in self.types:
-                check_rescaling(shrinking.structure, trainer.optimizers)
+                check_rescaling(shrinking.structure, optimizers)
         planner, down_to = shrinking.planner, None
         if self.schedule.end is not None:
             down_to = self.schedule.goal(step, planner.cost(planner.first), planner.final)
             # Final sizes are reached one by one, not when their product is.
             down_to = -1 if planner.final_sizes is not None and step >= self.schedule.end else down_to
         reshard(shrinking.structure.model)
-        record = shrinking.prune(step, self.tokens, self.schedule.units, down_to, trainer.optimizers, averages(trainer))
+        record = shrinking.prune(step, self.tokens, self.schedule.units, down_to, optimizers, averages(trainer))
         if record is None:
             return
         if (pruner := neighbor(trainer, WeightPruning)) is not None:
@@ -469,7 +473,7 @@ class PruningAwarePretraining(L.Callback):
         pruner = neighbor(trainer, WeightPruning)
         masks = {} if pruner is None else sliced_masks(shrinking.structure, shrinking.pending, pruner.masks)
         with without_wrapper(trainer, module):
-            shrinking.compact(trainer.optimizers, averages(trainer))
+            shrinking.compact(list(with_inner(trainer.optimizers)), averages(trainer))
         if pruner is not None:
             pruner.change_masks(trainer, module, masks, complete=shrinking.reached)
         write_hyper_parameters(module, before, shrinking.structure.config.to_dict())

@@ -82,6 +82,23 @@ def _check_for_shards(state: Mapping[str, Any], sizes: Sizes) -> None:
         )
 
 
+def refuse_other_shapes(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of weights alone, which does not say what a model has lost, where they do not fit.
+
+    Raises:
+        ValueError: naming a weight, and how to load them.
+    """
+    own = module.state_dict()
+    for name, saved in checkpoint.get("state_dict", {}).items():
+        if "callbacks" not in checkpoint and name in own and own[name].shape != saved.shape:
+            raise ValueError(
+                f"the checkpoint has weights alone (save_weights_only=True), in other sizes than the module: {name!r} "
+                f"has {tuple(saved.shape)} there, {tuple(own[name].shape)} here. Load it with "
+                f"{type(module).__name__}.load_from_checkpoint(path), if hyper-parameters of the module hold the "
+                "configuration, and leave ckpt_path out; to resume, save full checkpoints"
+            )
+
+
 def take_saved_shapes(modules: Iterable[nn.Module], state: Mapping[str, Any], attention_unit: AttentionUnit) -> None:
     """`take_shapes` with what a callback's state of a checkpoint says."""
     saved = state["shrinking"]

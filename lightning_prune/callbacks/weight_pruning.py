@@ -516,6 +516,8 @@ class WeightPruning(L.Callback):
     ) -> None:
         """Follow replaced parameters, and prune further if the schedule says so."""
         self._follow(trainer)
+        if self._hold is not None:
+            self._hold.mask_unstepped()
         step, seen = trainer.global_step, self._seen_step
         if self._distillation is not None:
             self._distillation.log(pl_module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,14 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None, gathe
     dtypes = gathered_dtypes(model) if gather else {}
     for name, layer in layers.items():
         layer.hold(new[name], dtypes.get(layer.get_base_layer()))
+
+
+def copy_masks(model: nn.Module, copies: Iterable[nn.Module]) -> None:
+    """Give copies of a model with adapters, such as averages of it, the masks that its adapters have."""
+    layers = dict(sparse_layers(model))
+    for other in copies:
+        for name, layer in sparse_layers(other):
+            layer.kept = layers[name].kept.to(layer.kept.device, copy=True)
 
 
 def checked_mask(name: str, mask: Tensor, weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lightning_prune.naming import has_class
 from lightning_prune.pruning.enforcement import Enforcer
 from lightning_prune.pruning.masks import (
     PackedMasks,
@@ -84,9 +85,12 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
 
 
 def _bare(optimizer: Any) -> Optimizer:
-    """An optimizer without what Fabric, accelerate and Lightning wrap around it."""
+    """An optimizer without what Fabric, accelerate and Lightning wrap around it.
+
+    One that steps another and changes weights itself, such as a Lookahead, is none of them.
+    """
     bare = optimizer
-    while isinstance(getattr(bare, "optimizer", None), Optimizer):
+    while isinstance(getattr(bare, "optimizer", None), Optimizer) and not _has_hooks(bare):
         bare = bare.optimizer
     if not isinstance(bare, Optimizer):
         raise TypeError(
@@ -94,6 +98,24 @@ def _bare(optimizer: Any) -> Optimizer:
             "all that train the model"
         )
     return bare
+
+
+def _has_hooks(optimizer: object) -> bool:
+    """Whether an optimizer calls hooks of its own around its steps; one of Fabric has those of what it wraps."""
+    if not isinstance(optimizer, Optimizer) or has_class(optimizer, "_FabricOptimizer"):
+        return False
+    try:
+        optimizer.register_step_post_hook(lambda *_: None).remove()
+    except AttributeError:  # it never called Optimizer.__init__, as accelerate's
+        return False
+    return True
+
+
+def with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
+    """Optimizers, and those that they step in turn: whoever trains may step these alone (SAM's second step)."""
+    for optimizer in optimizers:
+        yield optimizer
+        yield from with_inner(inner for inner in vars(optimizer).values() if _has_hooks(inner))
 
 
 def _stands_still(optimizer: Optimizer) -> bool:
@@ -175,9 +197,10 @@ class MaskHold:
         """Enforce the masks around the steps of optimizers, those included that came later.
 
         Args:
-            optimizers: Optimizers as torch has them; those that are known already are passed over.
+            optimizers: Optimizers as torch has them, and with them any that they hold; those that are known already are
+                passed over.
         """
-        for optimizer in optimizers:
+        for optimizer in with_inner(optimizers):
             if any(optimizer is known for known in self._optimizers):
                 continue
             self._optimizers.append(optimizer)
@@ -226,6 +249,12 @@ class MaskHold:
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, before they are clipped; of those that have changed."""
         self._enforcer.mask_gradients()
+
+    def mask_unstepped(self) -> None:
+        """Set pruned weights to zero that no optimizer known here steps: one may step copies, and write them back."""
+        stepped = {id(p) for optimizer in self._optimizers for p in self._enforcer.parameters_of(optimizer)}
+        weights = self._enforcer.weights.values()
+        self._enforcer.mask_weights(p for p in weights if p.requires_grad and id(p) not in stepped)
 
     def mask_weights(self) -> dict[str, int]:
         """Set pruned weights to zero that something else than an optimizer has changed.

@@ -57,8 +57,9 @@ def class_for(model: nn.Module, hidden_size: int, heads: int) -> ClassChange:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):  # names and classes only
-        # Of sizes that any configuration takes: the classes do not depend on them.
-        sizes = {"hidden_size": heads, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 2}
+        # Of sizes that any configuration takes: the classes do not depend on them. Rotations do on a head's dimensions.
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        sizes = {"hidden_size": heads, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
         other = AutoModelForCausalLM.from_config(_converted(config, wanted, **sizes), trust_remote_code=False)
     classes = {name: type(part) for name, part in other.named_modules()}
     ours = type(model).__module__

@@ -34,14 +34,14 @@ class KeptChannelsNorm(nn.LayerNorm):
     """LayerNorm over some of its channels; the others become zero.
 
     Attributes:
-        kept_channels: Indices, int64, a buffer that is not saved.
+        kept_channels: Indices, int64. No buffer, since averages of a model would average it.
     """
 
     kept_channels: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C]`` to ``[..., C]``."""
-        kept = self.kept_channels
+        self.kept_channels = kept = self.kept_channels.to(x.device)
         weight = None if self.weight is None else self.weight[kept]
         bias = None if self.bias is None else self.bias[kept]
         y = F.layer_norm(x[..., kept], (len(kept),), weight, bias, self.eps)
@@ -172,7 +172,7 @@ def _mask_norms(norms: Mapping[str, nn.LayerNorm], gone: Tensor, structure: Stru
         # A norm without weights is where the rest of its layer is.
         beside = [p for n, p in parameters.items() if n.startswith(f"{name.rpartition('.')[0]}.")]
         device = next((p.device for p in (*norm.parameters(), *reversed(beside))), torch.device("cpu"))
-        norm.register_buffer("kept_channels", stays.nonzero().flatten().to(device), persistent=False)
+        norm.kept_channels = stays.nonzero().flatten().to(device)
 
 
 def masked_channels(structure: Structure) -> Tensor:

@@ -14,7 +14,7 @@ from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
-from versions import WEIGHTS_ONLY
+from versions import WEIGHTS_ONLY, EMAWeightAveraging
 
 from lightning_prune import CausalLM, CubicSchedule, LinearSchedule, OneShot, PERPRetraining, WeightPruning
 
@@ -40,10 +40,10 @@ class Module(L.LightningModule):
 def fit(module: L.LightningModule, data: Any, path: Path, *callbacks: L.Callback, **settings: Any) -> L.Trainer:
     options = {"max_steps": 6, "accelerator": "cpu", "logger": False, "default_root_dir": path}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False}
-    resume = settings.pop("resume", None)
+    resume, validation = settings.pop("resume", None), settings.pop("val_dataloaders", None)
     saves = any(isinstance(c, ModelCheckpoint) for c in callbacks)
     trainer = L.Trainer(**{**options, **quiet, **settings}, callbacks=list(callbacks), enable_checkpointing=saves)
-    trainer.fit(module, data, ckpt_path=resume, **WEIGHTS_ONLY)
+    trainer.fit(module, data, validation, ckpt_path=resume, **WEIGHTS_ONLY)
     return trainer
 
 
@@ -196,6 +196,65 @@ def test_resume_in_the_middle_is_bit_identical(schedule: str, settings: dict[str
         assert run(tmp_path / f"b{step}", tmp_path / "a" / f"step={step}.ckpt") == whole
     for first in ("perp", "pruning"):  # nothing is left to train
         assert run(tmp_path / first, tmp_path / "a" / "step=6.ckpt", first) == whole
+
+
+class Average(EMAWeightAveraging):
+    """Leaves most steps out, those of updates among them."""
+
+    def __init__(self) -> None:
+        super().__init__(decay=0.75, update_every_n_steps=3)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        found = next(m for m in vars(self).values() if isinstance(m, nn.Module))
+        return {n.partition("base_model.model.")[2]: p.detach().clone() for n, p in found.named_parameters()}
+
+
+class Looks(L.Callback):
+    """At the average around updates of the masks, and at what is validated."""
+
+    def __init__(self, average: Average, pruner: WeightPruning) -> None:
+        self.average, self.pruner, self.sparsity, self.updates, self.validated = average, pruner, 0.0, 0, 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.before, self.sparsity = self.average.weights, self.pruner.sparsity
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        now, model = self.average.weights, dict(pl_module.model.named_parameters())
+        if self.pruner.sparsity == self.sparsity:
+            return
+        self.updates += 1
+        for name in (n for n in now if n.endswith("base_layer.weight")):
+            layer = name.removesuffix("base_layer.weight")
+            a, b = (self.before[f"{layer}lora_{m}.default.weight"] for m in "AB")
+            mask = self.pruner.masks[f"model.base_model.model.{name}"]
+            expected = (self.before[name] + 2 * b @ a) * mask
+            torch.testing.assert_close(now[name], expected, rtol=1e-12, atol=1e-14)
+            assert torch.equal(
+                now[f"{layer}lora_A.default.weight"], model[f"base_model.model.{layer}lora_A.default.weight"]
+            )
+            assert not now[f"{layer}lora_B.default.weight"].any()
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        for name, mask in self.pruner.masks.items():
+            self.validated += 1
+            layer = pl_module.get_submodule(name.removesuffix(".base_layer.weight"))
+            assert not layer.merged_weight()[~mask].any()
+
+
+@pytest.mark.slow
+def test_averages_are_merged_with_the_model_and_take_its_masks(tmp_path: Path, recwarn: Any) -> None:
+    class Validated(Module):
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None: ...
+
+    module, pruner, average = Validated(), pruning(LinearSchedule(start=0, end=6, every=2)), Average()
+    looks, data = Looks(average, pruner), DataLoader(IDS, batch_size=4)
+    trainer = {"precision": "64-true", "val_check_interval": 1, "limit_val_batches": 1, "val_dataloaders": data}
+    fit(module, data, tmp_path, pruner, PERPRetraining(r=4), looks, average, **trainer)
+    assert looks.updates == 3
+    assert looks.validated
+    assert all(not module.get_parameter(n)[~mask].any() for n, mask in pruner.masks.items())
+    assert not [w for w in recwarn if "were changed outside optimizer steps" in str(w.message)]
 
 
 def test_a_merge_that_is_not_finite_stops_before_anything_is_pruned_further(tmp_path: Path) -> None:

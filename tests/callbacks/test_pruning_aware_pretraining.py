@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -355,7 +356,40 @@ class Factored(CausalLM):
         return torch.optim.Adafactor(self.parameters())
 
 
+class Inner(torch.optim.Optimizer):
+    """Has another optimizer do its steps, whose states and groups are not its own."""
+
+    def __init__(self, parameters: Any, slow: bool = False, copied: bool = False) -> None:
+        own = list(parameters)
+        super().__init__([p.detach().clone() for p in own] if copied else own, {"lr": 1e-3})
+        self.inner = torch.optim.AdamW(self.param_groups[0]["params"], lr=1e-3)
+        self.slow = [[p.detach().clone() for p in own]] if slow else None
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def stepped_by(make: Any) -> CausalLM:
+    module = make_module()
+    module.configure_optimizers = lambda: make(module.parameters())
+    return module
+
+
+def test_an_optimizer_that_steps_another_shrinks_as_the_other_alone() -> None:
+    alone, inside = stepped_by(lambda p: torch.optim.AdamW(p, lr=1e-3)), stepped_by(Inner)
+    for module in (alone, inside):
+        fit(PruningAwarePretraining(0.7, ("ffn", "hidden"), end=6, compact_every=2), module, max_steps=9)
+    assert count(inside) < count(make_module())
+    for name, value in weights(alone).items():
+        assert torch.equal(value, weights(inside)[name]), name
+
+
 REFUSALS: dict[str, tuple[Any, str]] = {
+    "slow copies": (
+        lambda: (stepped_by(partial(Inner, slow=True)), [], {}),
+        "Inner keeps tensors in its attribute 'slow'",
+    ),
+    "masters": (lambda: (stepped_by(partial(Inner, copied=True)), [], {}), "Inner has no parameter of the model"),
     "manual": (lambda: (Manual(config=SMALL), [], {}), "manual optimization"),
     "SWA": (lambda: (make_module(), [StochasticWeightAveraging(1e-3)], {}), "StochasticWeightAveraging"),
     "optimizer": (lambda: (Factored(config=SMALL), [], {}), "Adafactor keeps the state"),

@@ -94,6 +94,15 @@ def test_averaged_weights_resume_too(tmp_path: Path) -> None:
         assert torch.equal(value, weights(resumed)[name]), name
 
 
+def test_a_checkpoint_is_validated_beside_an_average(tmp_path: Path) -> None:
+    run(tmp_path, 3, None, EMAWeightAveraging(decay=0.5))
+    small, found = CausalLM.load_from_checkpoint(tmp_path / "epoch=2.ckpt", weights_only=True), []
+    for module, path in ((make_module(seed=9), tmp_path / "epoch=2.ckpt"), (small, None)):
+        trainer = make_trainer(PruningAwarePretraining(**SETTINGS), EMAWeightAveraging(decay=0.5))
+        found += trainer.validate(module, batches(samples=12), ckpt_path=path, verbose=False)
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_a_checkpoint_loads_without_the_callback_with_its_sizes(tmp_path: Path) -> None:
     """27 hidden channels and 4 heads: no configuration of Llama, so a Mistral of the same weights."""
@@ -234,6 +243,20 @@ def test_a_module_whose_hyper_parameters_say_no_sizes_is_told_how_its_checkpoint
         warnings.filterwarnings("error", message=".*do not say the sizes")
         shrink(WithSizes(), **keeping)
         shrink(Named(), max_steps=3)  # no checkpoints
+
+
+def test_weights_alone_of_a_shrunk_model_say_how_they_load(tmp_path: Path) -> None:
+    callback = PruningAwarePretraining({"intermediate_size": 20}, ("ffn",), end=1)
+    trainer = make_trainer(callback, max_steps=2)
+    trainer.fit(make_module(), batches())
+    trainer.save_checkpoint(path := tmp_path / "small.ckpt", weights_only=True)
+    way = make_trainer(PruningAwarePretraining({"intermediate_size": 20}, ("ffn",)))
+    with pytest.raises(ValueError, match=r"weights alone .*\(20, 32\) there, \(48, 32\) here.*load_from_checkpoint"):
+        way.validate(make_module(), batches(), ckpt_path=path, verbose=False)
+    small = CausalLM.load_from_checkpoint(path, weights_only=True)  # as it says
+    assert way.validate(small, batches(), verbose=False) == trainer.validate(
+        trainer.lightning_module, batches(), verbose=False
+    )
 
 
 def test_other_settings_and_other_models_are_refused(tmp_path: Path) -> None:

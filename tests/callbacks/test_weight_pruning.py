@@ -572,6 +572,38 @@ def test_something_else_reviving_weights_is_repaired_and_said(tmp_path: Any) -> 
     assert bool((module.net[0].weight[~mask] == 0).all())
 
 
+class Masters(torch.optim.SGD):
+    """Steps copies of the parameters, as optimizers for half precision do, and writes them back."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = list(parameters)
+        self.copies = [p.detach().clone() for p in self.parameters]
+        super().__init__(self.copies, lr=0.1, momentum=0.9)
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for copied, p in zip(self.copies, self.parameters, strict=True):
+            copied.grad = p.grad.clone()
+        super().step()
+        with torch.no_grad():
+            for copied, p in zip(self.copies, self.parameters, strict=True):
+                p.copy_(copied)
+                p.grad = None
+        return loss
+
+
+def test_an_optimizer_that_steps_copies_of_the_weights(tmp_path: Any, recwarn: Any) -> None:
+    class Copied(Classifier):
+        def configure_optimizers(self) -> Masters:
+            return Masters(self.parameters())
+
+    module, pruning = Copied(dropout=0.0), WeightPruning("magnitude", schedule=LinearSchedule(0, 6, 2), progress=False)
+    trainer = make_trainer(tmp_path, pruning, Watch(pruning), max_steps=8)
+    trainer.fit(module, DataLoader(dataset(), batch_size=8))
+    assert pruning.finished
+    assert not [w for w in recwarn if "outside optimizer steps" in str(w.message)]
+
+
 def test_failed_calibration_leaves_the_module_as_it_was(tmp_path: Any) -> None:
     def broken(module: nn.Module, batch: Any) -> Tensor:
         return squared_error(module, batch) * float("nan")

@@ -53,7 +53,8 @@ LACKING = (
     ("lightning", "2.6", "averaging of weights as a callback", (
         "tests/callbacks/test_averages.py", "test_perp_checkpoints.py*averag", "test_resuming.py*averag",
         "test_pruning_aware_pretraining.py*averag", "test_shrink_prune_retrain.py*adapters come later",
-        "test_weight_pruning_twice.py*averages",
+        "test_weight_pruning_twice.py*averages", "test_perp_retraining_schedule.py*averages",
+        "test_a_checkpoint_is_validated_beside_an_average",
     )),
     ("lightning", "2.5.5", "a finder after which a plain fit goes on as without it", (
         "test_what_goes_back_to_a_checkpoint_in_the_midst",

@@ -138,6 +138,49 @@ def test_other_ways_to_train(wrap):
     assert alive[-1]
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Pulls weights towards slow copies of them, which it has made while the model was dense."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+        self.slow = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self):
+        self.optimizer.step()
+        for p, slow in zip(self.optimizer.param_groups[0]["params"], self.slow, strict=True):
+            p.copy_(slow.lerp_(p, 0.5))
+
+
+class SAM(torch.optim.Optimizer):
+    """Has no step of its own: a loop calls the second alone, which steps another."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.base_optimizer = optimizer
+        self.second_step = optimizer.step
+
+
+@pytest.mark.parametrize("kind", [Lookahead, SAM])
+def test_optimizers_that_step_another(kind):
+    model = make_model()
+    masks, fewer = make_masks(model), make_masks(model, 0.8)
+    optimizer = kind(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    hold = hold_masks(model, masks, optimizer)
+    for step, x in enumerate(inputs(4)):
+        if step == 2:
+            masks = {name: mask & fewer[name] for name, mask in masks.items()}
+            hold.update(masks)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        getattr(optimizer, "second_step", optimizer.step)()
+        assert_held(model, masks)
+    hold.remove()
+    inner = optimizer.base_optimizer if kind is SAM else optimizer.optimizer
+    assert not any(o._optimizer_step_post_hooks or o._optimizer_step_pre_hooks for o in (optimizer, inner))
+
+
 def test_gradients_by_hand_and_weights_changed_beside_the_optimizer():
     model = make_model()
     masks = make_masks(model)

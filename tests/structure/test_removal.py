@@ -8,6 +8,7 @@ import structure_models as zoo
 import torch
 from tiny import snapshot
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_prune.structure import mask_units, read_structure, remove_units, save_plain
@@ -149,6 +150,16 @@ def test_masked_layer_norm_is_that_of_the_kept_channels(name):
         remove_units(model, {"attention": [[0]] * 3, "hidden": range(9, 17)})
     unmask_norms(model)
     assert type(norm) is nn.LayerNorm
+
+
+def test_an_average_keeps_the_channels_of_a_masked_layer_norm():
+    model = zoo.make("gpt2")
+    average = AveragedModel(model, avg_fn=lambda old, new, count: 0.9 * old + 0.1 * new, use_buffers=True)
+    for net in (model, average.module):
+        mask_units(net, {"hidden": [0, 5]})
+    for _ in range(3):
+        average.update_parameters(model)
+    torch.testing.assert_close(zoo.logits(average.module), zoo.logits(model))
 
 
 @pytest.mark.parametrize("left_out", [False, True], ids=["final-norm", "no-final-norm"])
@@ -391,6 +402,18 @@ def test_a_llama_is_another_class_only_while_its_heads_do_not_divide(tmp_path):
         assert net.config.model_type == "llama"
     assert torch.equal(zoo.logits(copied), zoo.logits(model))
     assert before.shape == zoo.logits(model).shape
+
+
+def test_rotations_that_depend_on_the_heads_dimensions_go_along_to_another_class(tmp_path):
+    rotation = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = zoo.make("llama", rope_parameters=rotation, rope_scaling=rotation)  # before transformers 5
+    masked = copy.deepcopy(model)
+    mask_units(masked, {"hidden": [1]})
+    remove_units(model, {"hidden": [1]})
+    assert model.config.model_type == "mistral"
+    save_plain(model, tmp_path)
+    for net in (model, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(zoo.logits(net), zoo.logits(masked), atol=3e-4, rtol=3e-4)
 
 
 def test_a_class_of_ones_own_is_refused_sizes_that_it_could_not_load():
