@@ -47,6 +47,14 @@ class _UserError(Exception):
 
 _KNOWN = (_UserError, ArgumentError)
 
+_OTHER_WEIGHTS = "Error(s) in loading state_dict for "  # torch's, of a checkpoint of another model
+
+_TRIED = re.compile(
+    r"Given value( type)?:|Errors:$|Subtypes: |Subclass types expect one of:|a class path \(str\)|a dict with"
+    r"|Does not validate against any of the Union subtypes|Not a valid subclass of|Expected a path but |.*'NoneType'"
+)
+"""Lines of jsonargparse about types, which say nothing to people who wrote a value."""
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -125,22 +133,29 @@ def _is_of_the_user(error: Exception) -> bool:
     # ValueError and TypeError are what every check of an argument raises, here and in Lightning.
     if isinstance(error, (*_KNOWN, ValueError, TypeError, OSError, MemoryError)):
         return True
-    if "can't allocate memory" in str(error):  # torch's on a CPU
+    if str(error).startswith(_OTHER_WEIGHTS) or "can't allocate memory" in str(error):  # torch's on a CPU
         return True
     return any(kind.__name__ in ("OutOfMemoryError", "MisconfigurationException") for kind in type(error).__mro__)
 
 
 def _one_line(error: Exception) -> str:
     """The message without what jsonargparse adds: types that were tried in vain, and the whole configuration."""
-    lines = []
+    if str(error).startswith(_OTHER_WEIGHTS):
+        # One line for each weight, or all of their names in one.
+        names = re.findall(r'(?:"|for )([\w.]+)(?:"|: copying)', str(error))
+        first = ", ".join(map(repr, names[:3]))
+        return (
+            f"the checkpoint is of another model: {len(names)} weights are in one of them only, or of other shapes, "
+            f"such as {first}; give the model it was made with, or another checkpoint"
+        )
+    lines: list[str] = []
     for line in str(error).splitlines():
-        if line.strip().startswith(("Given value type:", "Given value:")):
-            continue
-        if "<class 'NoneType'>" in line or line.strip() == "Errors:":
-            continue
-        line = line.replace("Does not validate against any of the Union subtypes", "")
-        lines.append(line.strip().removeprefix("- "))
-    return " ".join(" ".join(lines).split()) or type(error).__name__
+        line = line.strip().removeprefix("- ").strip()
+        line = re.sub(r"Expected a dot import path string: (\S+)", r"no class \1 is known; give its import path", line)
+        # Every type that was tried has its own line, and says the same of a value that none of them takes.
+        if line and line not in lines and not _TRIED.match(line):
+            lines.append(line)
+    return " ".join(" ".join(lines).split()) or " ".join(str(error).split()) or type(error).__name__
 
 
 # -- own commands ----------------------------------------------------------------------------------------------------

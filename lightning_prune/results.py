@@ -13,7 +13,7 @@ import rich.table
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 
-from lightning_prune.safety import expanded, replace_text
+from lightning_prune.safety import expanded, replace_text, why_not_writable
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def check_outputs(outputs: Sequence[str]) -> list[Path]:
     """The files to write results to, checked before work of minutes or hours begins.
 
     Raises:
-        ValueError: a name that ends neither in .json nor in .md, a folder, or a folder that does not exist.
+        ValueError: a name that ends neither in .json nor in .md, a folder, a folder that does not exist or cannot be
+            written to, or a file that holds anything but older results.
     """
     paths = [expanded(output, "output") for output in outputs]
     for path in paths:
@@ -91,7 +92,21 @@ def check_outputs(outputs: Sequence[str]) -> list[Path]:
             raise ValueError(f"output={str(path)!r} must end in .json or .md")
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"output={str(path)!r} is a folder, or in a folder that does not exist; make it first")
+        if (reason := why_not_writable(path)) is not None:
+            raise ValueError(f"output={str(path)!r} cannot be written ({reason}); choose another place")
+        if path.is_file() and not _may_replace(path):
+            raise ValueError(
+                f"output={str(path)!r} is there, and holds other things than results of lightning-prune evaluate or "
+                "benchmark; give the name of a new file"
+            )
     return paths
+
+
+def _may_replace(path: Path) -> bool:
+    """Whether a file is empty or begins as `write_results` begins it: no config.json or README.md of a model."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        start = file.read(100)
+    return not start or start.startswith(('{\n  "kind": "lightning-prune ', *(f"# {name} " for name in _TITLES)))
 
 
 def write_results(outputs: Sequence[Path], results: Mapping[str, Any], title: str, tables: Sequence[Table]) -> None:
@@ -110,6 +125,8 @@ def write_results(outputs: Sequence[Path], results: Mapping[str, Any], title: st
 
 KIND = "lightning-prune evaluate"
 """Says in a JSON file what it is."""
+
+_TITLES = ("Evaluate", "Benchmark")
 
 
 @dataclass(frozen=True)

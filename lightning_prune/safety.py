@@ -282,16 +282,37 @@ def _signals_held() -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written, naming the file; an old one is as it was.
+    """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
         publish(Path(name))
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # as when the disk is full
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Try whether a file or folder could be made at a path, to refuse it before the work that it is for.
+
+    Returns:
+        What is in the way, or None. Nothing is left behind.
+    """
+    parent = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    try:
+        # Modes say too little: file systems are read-only or full, and root may do what they forbid.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent):
+            return None
+    except OSError as error:
+        return f"{error.strerror}: {str(parent)!r}"
 
 
 _ASKING = threading.Lock()

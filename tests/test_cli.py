@@ -8,6 +8,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -136,6 +137,7 @@ def test_a_target_is_a_number_or_a_mapping():
         (["fit", "--model.learning_rate", "-1", "--model.model", "gpt2"], "must be above 0"),
         (["fit", "--trainer.callbacks+=WeightPruning", "--trainer.callbacks.score=best"], "best"),
         (["fit", "--trainer.callbacks+=WeightPruning", "--trainer.callbacks.sparcity=0.5"], "sparcity"),
+        (["fit", "--trainer.callbacks+=Pruning"], "no class Pruning is known; give its import path"),
         (["validate", "--ckpt_path", "/no/such.ckpt", "--model.config", json.dumps(TINY)], "no/such.ckpt"),
     ],
 )
@@ -149,6 +151,26 @@ def test_user_errors_are_one_line_and_exit_2(args, message, capsys, tmp_path, mo
     assert lines[0].startswith("lightning-prune: error: ")
     assert message in lines[0]
     assert "NoneType" not in lines[0]
+    assert "class_path entry" not in lines[0]  # what jsonargparse tried
+    assert len(set(lines[0].split(": "))) == len(lines[0].split(": "))  # once for each type that it tried
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wider", [False, True])
+def test_a_checkpoint_of_another_model_is_told_in_one_line(wider, config, tmp_path, capsys):
+    module = L.LightningModule()
+    if wider:
+        module = CausalLM(config=TINY | {"vocab_size": 320, "intermediate_size": 64})
+        module.hparams.clear()
+    else:
+        module.other = torch.nn.Linear(2, 2)
+    saved = {"state_dict": module.state_dict(), "pytorch-lightning_version": L.__version__, "global_step": 0}
+    torch.save(saved | {"loops": {}, "epoch": 0, "optimizer_states": [], "lr_schedulers": []}, tmp_path / "other.ckpt")
+    assert main(["fit", "--config", str(config), "--ckpt_path", str(tmp_path / "other.ckpt")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("lightning-prune: error: the checkpoint is of another model: ")
+    assert ("6 weights" if wider else "23 weights") in line
+    assert len(line) < 500
 
 
 @pytest.mark.slow
@@ -300,6 +322,19 @@ def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config
     assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "thesis")]) == 2
     assert "holds other things than a model" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_where_the_model_is_when_it_cannot_be_saved(config, tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CausalLM, "save_pretrained", full)
+    assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "model")]) == 2
+    (kept,) = (tmp_path / "run").rglob("*.ckpt")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in line
+    assert str(kept) in line
 
 
 @pytest.mark.slow

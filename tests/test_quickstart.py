@@ -158,3 +158,12 @@ def test_a_saved_model_without_its_zeros_is_refused():
 def test_numbers_below_one_are_refused(argument, tmp_path):
     with pytest.raises(ValueError, match=argument):
         quickstart(tmp_path, **{argument: 0})
+
+
+def test_a_folder_with_other_models_is_refused(tmp_path):
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "file").write_text("x")
+    for folder, message in ((tmp_path, "holds a folder 'dense'"), (tmp_path / "file", "cannot be written")):
+        with pytest.raises(ValueError, match=f"output='{folder}' {message}"):
+            quickstart(folder)
+    assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["dense", "file"]

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
 
 from lightning_prune.checkpoints.export import check_apart, check_replaceable
+from lightning_prune.errors import first_line
 from lightning_prune.naming import has_class
 from lightning_prune.safety import expanded
 
@@ -51,7 +53,11 @@ def finish_fit(
     if not measured and trainer.enable_validation and trainer.world_size == 1:
         trainer.validate(module, datamodule=datamodule)
     if folder is not None:
-        module.save_pretrained(expanded(folder, "save_pretrained"))  # type: ignore[operator]  # on every rank
+        try:
+            module.save_pretrained(expanded(folder, "save_pretrained"))  # type: ignore[operator]  # on every rank
+        except (OSError, SafetensorError) as error:
+            kept = "" if path is None else f"; what was trained is in the checkpoint {path}"
+            raise OSError(f"save_pretrained={folder!r} cannot be written: {first_line(error)}{kept}") from error
     _say(path, folder, has_class(module, "CausalLM"))
 
 

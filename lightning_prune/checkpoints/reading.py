@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import pickle
 import re
 import struct
@@ -658,6 +659,8 @@ def readable(path: Path, name: str | None = None) -> Iterator[None]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
+        if os.path.exists(path) and not os.access(path, os.R_OK):  # which safetensors takes for a missing file
+            raise CheckpointError(f"{path} may not be read by this user; change its permissions, or copy it") from error
         what = f" (tensor {name!r})" if name else ""
         raise CheckpointError(
             f"{path}{what} is damaged, cut off, or of another format: {first_line(error)}; copy or download it again"

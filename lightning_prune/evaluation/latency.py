@@ -126,6 +126,7 @@ class _Entry:
         # Logits of the last token alone, where the family knows how to: a prompt needs no others.
         takes = inspect.signature(model.forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self.cache = "cache" if "cache" in takes else "past_key_values"  # as transformers before 5.24 names it
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.peak: int | None = None
@@ -139,13 +140,13 @@ class _Entry:
             _synchronize(prompt.device)
             middle = time.perf_counter()
             for _ in range(new_tokens):
-                if (past := getattr(out, "past_key_values", None)) is None:
+                if (past := getattr(out, self.cache, None)) is None:
                     raise ValueError(
-                        f"{self.source} ({type(self.model).__name__}) returns no past_key_values, with which tokens "
+                        f"{self.source} ({type(self.model).__name__}) returns no {self.cache}, with which tokens "
                         "could be decoded one by one: the speed of such models is not measured"
                     )
                 token = out.logits[:, -1:].argmax(-1)  # [B, 1]
-                out = self.model(input_ids=token, past_key_values=past, use_cache=True)
+                out = self.model(input_ids=token, use_cache=True, **{self.cache: past})
             _synchronize(prompt.device)
             return middle - start, (time.perf_counter() - middle) / new_tokens
 

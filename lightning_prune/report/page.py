@@ -17,10 +17,12 @@ from lightning_prune.report import sections
 from lightning_prune.report.figures import histograms
 from lightning_prune.report.measure import Measured, Results, Source, measure, open_source, read_results
 from lightning_prune.report.sections import summarize
-from lightning_prune.safety import expanded, replace_text
+from lightning_prune.safety import expanded, replace_text, why_not_writable
 
 TEMPLATES = Path(__file__).with_name("templates")
 """Where the page's template and style are."""
+
+_SIGNATURE = "Written by lightning-prune "
 
 
 def report(
@@ -38,7 +40,7 @@ def report(
 
     Args:
         path: Folder of a Lightning run, or a model: whatever `inspect` reads.
-        output: File to write; an old one is replaced when the new one is whole.
+        output: File to write; an old report is replaced when the new one is whole.
         dense: The model before it was pruned, for histograms of what was pruned, and for sizes.
         results: JSON files of ``lightning-prune quickstart`` or ``evaluate``, or of ``tests/benchmarks``.
         layers: Name patterns of the matrices to draw, at most 12; default the one of each type whose rows and columns
@@ -51,19 +53,32 @@ def report(
     Raises:
         CheckpointError: `path` or `dense` cannot be read, or `dense` is another model.
         ResultsError: a file of `results` holds no measurements.
-        ValueError: a pattern in `layers` matches no pruned matrix, or `output` is a folder.
+        ValueError: a pattern in `layers` matches no pruned matrix, or `output` is a folder, cannot be written, or is
+            a file of another kind.
     """
     output = expanded(output, "output")
     if output.is_dir():
         raise ValueError(
             f"output={str(output)!r} is a folder; name a file in it, such as {str(output / 'report.html')!r}"
         )
+    if (reason := why_not_writable(output)) is not None:
+        raise ValueError(f"output={str(output)!r} cannot be written ({reason}); choose another place")
+    if output.is_file() and not _may_replace(output):
+        raise ValueError(f"output={str(output)!r} is there, and is no report; give the name of a new file")
     read = [read_results(file) for file in results]
     source = open_source(path)
     page = render(source, measure(source.checkpoint, dense, progress), read, layers)
     output.parent.mkdir(parents=True, exist_ok=True)
     replace_text(output, page)
     return output
+
+
+def _may_replace(file: Path) -> bool:
+    """Whether a file is empty or ends as a report does: no model that the wrong name was given of."""
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - 500))
+        end = opened.read()
+    return not end or _SIGNATURE.encode() in end
 
 
 def render(source: Source, measured: Measured, results: Sequence[Results] = (), layers: Sequence[str] = ()) -> str:
@@ -96,6 +111,7 @@ def render(source: Source, measured: Measured, results: Sequence[Results] = (), 
         "speed": sections.speed(inspection, bool(sections.shrunk(source))),
         "tensors": inspection.tensors,
         "notes": source.notes,
+        "signature": _SIGNATURE,
         "version": versions().get("lightning-prune", "(not installed)"),
     }
     names = {

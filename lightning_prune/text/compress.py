@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +195,11 @@ def compress(
     """
     recipe = Recipe(score, num_samples, update, sequential, permute, fit)
     number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool)
-    if minutes is not None and not (number and minutes > 0 and recipe == Recipe("kfac", 16)):
-        raise ValueError(
-            f"minutes={minutes!r} must be a number above 0, and stands in place of score, update, sequential, permute, "
-            f"fit and num_samples, which are {recipe}; remove minutes, or these"
-        )
+    replaced = "stands in place of score, update, sequential, permute, fit and num_samples"
+    if minutes is not None and not (number and minutes > 0):
+        raise ValueError(f"minutes={minutes!r}, which {replaced}, must be a number above 0")
+    if minutes is not None and recipe != Recipe("kfac", 16):
+        raise ValueError(f"minutes={minutes!r} {replaced}, which are given too ({recipe}); leave out minutes, or these")
     if permute and parse_pattern(pattern) is None:
         raise ValueError(
             f"permute=True: the order of channels matters for N:M only, not for pattern={pattern!r}; use one such as "
@@ -226,9 +226,9 @@ def compress(
     if minutes is not None:
         recipe = job.recipe_for(60 * minutes, pattern, targets, ignore)
         job.samples = _spread(job.samples, recipe.num_samples)
-    how = {**chosen, **recipe.pruning()}
-    how["num_samples"] = len(job.samples)
+    recipe = replace(recipe, num_samples=len(job.samples))  # a short text has fewer
     job.say(f"Pruning by {recipe} of {job.seq_len} tokens")
+    how = {**chosen, **recipe.pruning()}
     if recipe.permute:
         layers: dict[str, Any] = {"targets": targets, "ignore": ignore}
         count = len(job.samples)

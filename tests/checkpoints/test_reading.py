@@ -232,6 +232,13 @@ def test_of_several_models_in_a_folder_the_one_that_transformers_reads(files, tm
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    with pytest.raises(CheckpointError, match=r"model.safetensors may not be read by this user"):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_home_is_expanded_in_every_path(kind, tmp_path, monkeypatch):
     """Nothing is written into a folder that is called ~ itself."""

@@ -12,7 +12,14 @@ from lightning_prune import CausalLM
 from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import main
 from lightning_prune.evaluation.evaluate import evaluate
-from lightning_prune.results import EvaluationResults, ModelResult, TextResult, check_outputs, evaluation_tables
+from lightning_prune.results import (
+    EvaluationResults,
+    ModelResult,
+    TextResult,
+    check_outputs,
+    evaluation_tables,
+    write_results,
+)
 from lightning_prune.safety import replace_text
 
 
@@ -236,13 +243,24 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     file = tmp_path / "a.md"
     file.write_text("old")
     monkeypatch.setattr("os.replace", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*a.md'"):
         replace_text(file, "new")
     assert file.read_text() == "old"
     assert list(tmp_path.iterdir()) == [file]
     (tmp_path / "b.json").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
         check_outputs([str(tmp_path / "b.json")])
+
+
+def test_no_file_but_older_results_is_written_over(tmp_path):
+    names = [str(tmp_path / "results.json"), str(tmp_path / "results.md")]
+    for _ in range(2):
+        write_results(check_outputs(names), EvaluationResults([], {}, {}, "cpu", 1.0).to_dict(), "Evaluate model", [])
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "README.md").write_text("# My model")
+    for name in ("config.json", "README.md"):
+        with pytest.raises(ValueError, match=rf"output='.*{name}' is there, and holds other things than results"):
+            check_outputs([names[0], str(tmp_path / name)])
 
 
 @pytest.mark.slow

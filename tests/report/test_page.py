@@ -350,3 +350,18 @@ def test_a_dense_model_and_broken_masks_are_told(tmp_path: Path) -> None:
     weight[weight == 0] = 1e-30
     torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
     assert "Masks broken." in page_of(run, tmp_path)[1].text
+
+
+def test_no_file_but_a_report_is_written_over(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    save_file(matrices(), model)
+    before = model.read_bytes()
+    with pytest.raises(ValueError, match=r"output='.*model.safetensors' is there, and is no report"):
+        report(tmp_path, model, progress=False)
+    with pytest.raises(ValueError, match=r"output='.*page.html' cannot be written \(Not a directory"):
+        report(tmp_path, model / "page.html", progress=False)
+    assert model.read_bytes() == before
+    page = tmp_path / "page.html"
+    page.touch()
+    for _ in range(2):
+        assert report(tmp_path, page, progress=False).stat().st_size > 1000

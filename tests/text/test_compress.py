@@ -288,6 +288,20 @@ def test_minutes_choose_what_fits(files, tmp_path, monkeypatch, capsys):
             compress(files.dense, tmp_path / "new", **wrong)
 
 
+def test_the_samples_that_are_told_are_those_that_are_there(files, tmp_path, capsys):
+    done = compress(files.dense, tmp_path / "out", str(files.text), score="wanda", **SMALL | {"num_samples": 100_000})
+    assert f"Pruning by wanda, {done.settings['num_samples']} samples of" in capsys.readouterr().out
+    assert done.settings["num_samples"] < 100_000
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(files, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match=r"output='.*sub' cannot be written \(Not a directory: '.*file'\)"):
+        compress(files.dense, tmp_path / "file" / "more" / "sub", str(files.text), **SMALL)
+    assert capsys.readouterr().out == ""
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
