@@ -339,15 +339,16 @@ def check_optimizers(structure: Structure, optimizers: Sequence[Optimizer], sali
 
 
 def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
-    """Optimizer states that cannot be sliced with their weight, and tensors beside them; those that exist by now.
+    """Optimizer states that cannot be sliced with their weight, and copies of weights; those that exist by now.
 
     Raises:
         ValueError: naming the optimizer and the state, or its attribute.
     """
     way = "use one whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
+    least = min(p.numel() for p in structure.parameters().values() if p.dim() > 1)
     for optimizer in optimizers:
         for attribute, held in vars(optimizer).items():
-            if attribute not in ("state", "param_groups") and _has_tensors(held):
+            if attribute not in ("state", "param_groups") and _holds_copies(held, least):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps tensors in its attribute {attribute!r}, beside its states, and "
                     f"they would not be sliced with the weights: {way}"
@@ -361,13 +362,13 @@ def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
                     )
 
 
-def _has_tensors(held: object) -> bool:
-    """Whether an attribute of an optimizer holds other tensors than parameters and single numbers."""
+def _holds_copies(held: object, least: int) -> bool:
+    """Whether an attribute of an optimizer holds tensors as large as a matrix; small ones are tables and settings."""
     if isinstance(held, Tensor):
-        return held.numel() > 1 and not isinstance(held, nn.Parameter)
+        return held.numel() >= least and not isinstance(held, nn.Parameter)
     if isinstance(held, Mapping):
         held = list(held.values())
-    return isinstance(held, (list, tuple)) and any(map(_has_tensors, held))
+    return isinstance(held, (list, tuple)) and any(_holds_copies(item, least) for item in held)
 
 
 def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:

@@ -88,9 +88,11 @@ def refuse_other_shapes(module: nn.Module, checkpoint: Mapping[str, Any]) -> Non
     Raises:
         ValueError: naming a weight, and how to load them.
     """
+    if "callbacks" in checkpoint:
+        return
     own = module.state_dict()
     for name, saved in checkpoint.get("state_dict", {}).items():
-        if "callbacks" not in checkpoint and name in own and own[name].shape != saved.shape:
+        if name in own and own[name].shape != saved.shape:
             raise ValueError(
                 f"the checkpoint has weights alone (save_weights_only=True), in other sizes than the module: {name!r} "
                 f"has {tuple(saved.shape)} there, {tuple(own[name].shape)} here. Load it with "
