@@ -363,6 +363,7 @@ class Inner(torch.optim.Optimizer):
         own = list(parameters)
         super().__init__([p.detach().clone() for p in own] if copied else own, {"lr": 1e-3})
         self.inner = torch.optim.AdamW(self.param_groups[0]["params"], lr=1e-3)
+        self.tables = {"dynamic": torch.linspace(-1, 1, 16)}  # as optimizers of 8 bits have, whatever the model
         self.slow = [[p.detach().clone() for p in own]] if slow else None
 
     def step(self, closure: Any = None) -> Any:
