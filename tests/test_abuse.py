@@ -35,6 +35,7 @@ from lightning_prune.errors import CalibrationError
 from lightning_prune.evaluation.tasks import read_tasks
 from lightning_prune.quickstart import quickstart
 from lightning_prune.ranks import ShortOfMemoryError
+from lightning_prune.results import KIND, write_results
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
@@ -497,7 +498,7 @@ def test_ctrl_c_and_sigterm(phase, number, status, started, checkpoint, files, t
         assert main(["export", str(checkpoint), str(work / "out")]) == 0
         args = ["export", checkpoint, work / "out", "--overwrite", "--dtype", "bfloat16"]
     else:
-        (work / "results.json").write_text("old")
+        write_results([work / "results.json"], {"kind": KIND}, "", [])
         args = ["evaluate", files.dense, "--text", files.text, "--seq_len", 32, "--output", work / "results.json"]
     old = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     process, log = started(args, phase, tmp_path)

@@ -137,7 +137,7 @@ def test_a_target_is_a_number_or_a_mapping():
         (["fit", "--model.learning_rate", "-1", "--model.model", "gpt2"], "must be above 0"),
         (["fit", "--trainer.callbacks+=WeightPruning", "--trainer.callbacks.score=best"], "best"),
         (["fit", "--trainer.callbacks+=WeightPruning", "--trainer.callbacks.sparcity=0.5"], "sparcity"),
-        (["fit", "--trainer.callbacks+=Pruning"], "no class Pruning is known; give its import path"),
+        (["fit", "--trainer.callbacks+=Prunning"], "no class Prunning is known; give its import path"),
         (["validate", "--ckpt_path", "/no/such.ckpt", "--model.config", json.dumps(TINY)], "no/such.ckpt"),
     ],
 )
