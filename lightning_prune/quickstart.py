@@ -35,7 +35,7 @@ from lightning_prune.evaluation.perplexity import perplexity
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.pruning.pipeline import prune
 from lightning_prune.report.figures import perplexity_over_sparsity, sparsity_per_layer
-from lightning_prune.safety import expanded, replace_text, why_not_writable
+from lightning_prune.safety import check_writable, expanded, replace_text
 from lightning_prune.text.data import TextDataModule
 from lightning_prune.text.module import CausalLM
 
@@ -112,8 +112,7 @@ def quickstart(
     for name, value in (("steps", steps), ("retrain_steps", retrain_steps), ("num_samples", num_samples)):
         check_whole(name, value)
     folder = expanded(output, "output")
-    if (reason := why_not_writable(folder / "dense")) is not None:
-        raise ValueError(f"output={str(output)!r} cannot be written ({reason}); choose another folder")
+    check_writable(folder, "dense")
     if (folder / "dense").exists() and not (folder / "cache").exists():
         raise ValueError(
             f"output={str(output)!r} holds a folder 'dense' that no earlier quickstart has left, and that would be "

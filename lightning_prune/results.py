@@ -13,7 +13,7 @@ import rich.table
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 
-from lightning_prune.safety import expanded, replace_text, why_not_writable
+from lightning_prune.safety import check_writable, expanded, replace_text
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,17 @@ def check_outputs(outputs: Sequence[str]) -> list[Path]:
             raise ValueError(f"output={str(path)!r} must end in .json or .md")
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ValueError(f"output={str(path)!r} is a folder, or in a folder that does not exist; make it first")
-        if (reason := why_not_writable(path)) is not None:
-            raise ValueError(f"output={str(path)!r} cannot be written ({reason}); choose another place")
+        check_writable(path)
         if path.is_file() and not _may_replace(path):
             raise ValueError(
                 f"output={str(path)!r} is there, and holds other things than results of lightning-prune evaluate or "
                 "benchmark; give the name of a new file"
             )
     return paths
+
+
+# What titles begin with: the names of the commands.
+_TITLES = ("Evaluate", "Benchmark")
 
 
 def _may_replace(path: Path) -> bool:
@@ -125,8 +128,6 @@ def write_results(outputs: Sequence[Path], results: Mapping[str, Any], title: st
 
 KIND = "lightning-prune evaluate"
 """Says in a JSON file what it is."""
-
-_TITLES = ("Evaluate", "Benchmark")
 
 
 @dataclass(frozen=True)

@@ -300,19 +300,27 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
-def why_not_writable(path: Path) -> str | None:
-    """Try whether a file or folder could be made at a path, to refuse it before the work that it is for.
+def check_writable(output: Path, inside: str = "", error: type[ValueError] = ValueError) -> None:
+    """Refuse an output that cannot be made, before the work that it is for. Nothing is left behind.
 
-    Returns:
-        What is in the way, or None. Nothing is left behind.
+    Args:
+        output: A file or a folder, there or not.
+        inside: What is to be made in the folder, instead of it.
+        error: What to raise.
+
+    Raises:
+        ValueError: or what `error` says, naming the output and what is in the way.
     """
+    path = output / inside
     parent = next(folder for folder in path.absolute().parents if os.path.exists(folder))
     try:
         # Modes say too little: file systems are read-only or full, and root may do what they forbid.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent):
-            return None
-    except OSError as error:
-        return f"{error.strerror}: {str(parent)!r}"
+            pass
+    except OSError as reason:
+        raise error(
+            f"output={str(output)!r} cannot be written ({reason.strerror}: {str(parent)!r}); choose another place"
+        ) from reason
 
 
 _ASKING = threading.Lock()

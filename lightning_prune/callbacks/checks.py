@@ -345,7 +345,8 @@ def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
         ValueError: naming the optimizer and the state, or its attribute.
     """
     way = "use one whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
-    least = min(p.numel() for p in structure.parameters().values() if p.dim() > 1)
+    parameters = structure.parameters()
+    least = min(p.numel() for p in parameters.values() if p.dim() > 1)
     for optimizer in optimizers:
         for attribute, held in vars(optimizer).items():
             if attribute not in ("state", "param_groups") and _holds_copies(held, least):
@@ -353,7 +354,7 @@ def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
                     f"{type(optimizer).__name__} keeps tensors in its attribute {attribute!r}, beside its states, and "
                     f"they would not be sliced with the weights: {way}"
                 )
-        for name, p in structure.parameters().items():
+        for name, p in parameters.items():
             for key, value in optimizer.state.get(p, {}).items():
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
                     raise ValueError(

@@ -37,7 +37,7 @@ from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
-from lightning_prune.safety import add_check_sums, expanded, uninterrupted, why_not_writable
+from lightning_prune.safety import add_check_sums, check_writable, expanded, uninterrupted
 
 # Of a model that takes images, speech or video the last ones: the settings of what makes its inputs.
 _COPIED = (
@@ -188,8 +188,7 @@ def check_apart(checkpoint: Path, target: Path) -> None:
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
     """Refuse what cannot be written to, and to take away anything but an old model, and that only if asked to."""
-    if (reason := why_not_writable(target)) is not None:
-        raise ExportError(f"output={str(target)!r} cannot be written ({reason}); choose another folder")
+    check_writable(target, error=ExportError)
     if not target.exists():
         return
     if not target.is_dir():

@@ -17,7 +17,7 @@ from lightning_prune.report import sections
 from lightning_prune.report.figures import histograms
 from lightning_prune.report.measure import Measured, Results, Source, measure, open_source, read_results
 from lightning_prune.report.sections import summarize
-from lightning_prune.safety import expanded, replace_text, why_not_writable
+from lightning_prune.safety import check_writable, expanded, replace_text
 
 TEMPLATES = Path(__file__).with_name("templates")
 """Where the page's template and style are."""
@@ -61,8 +61,7 @@ def report(
         raise ValueError(
             f"output={str(output)!r} is a folder; name a file in it, such as {str(output / 'report.html')!r}"
         )
-    if (reason := why_not_writable(output)) is not None:
-        raise ValueError(f"output={str(output)!r} cannot be written ({reason}); choose another place")
+    check_writable(output)
     if output.is_file() and not _may_replace(output):
         raise ValueError(f"output={str(output)!r} is there, and is no report; give the name of a new file")
     read = [read_results(file) for file in results]
