@@ -29,6 +29,8 @@ TRAINER_COMMANDS = {
 }
 """Commands that Lightning's own command line answers."""
 
+_BEFORE_COMMANDS = ("-c", "--config", "--print_config")
+
 TRACEBACK_VARIABLE = "LIGHTNING_PRUNE_TRACEBACK"
 """Environment variable: 1 shows where an error came from, in place of the one line."""
 
@@ -70,7 +72,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             if _is_for_trainer(arguments):
-                return _run_trainer(None if args is None else arguments)
+                return _run_trainer(arguments, None if args is None else arguments)
             return _run_own(arguments)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -101,12 +103,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _is_for_trainer(arguments: Sequence[str]) -> bool:
-    """Whether to hand over to Lightning: its commands may follow options (``--config a.yaml fit``)."""
+    """Whether to hand over to Lightning: a file with its section may stand first (``--config a.yaml fit``)."""
     if not arguments or arguments[0] in COMMANDS:
         return False
-    return arguments[0] in TRAINER_COMMANDS or (
-        arguments[0].startswith("-") and any(argument in TRAINER_COMMANDS for argument in arguments)
-    )
+    before = arguments[0].partition("=")[0] in _BEFORE_COMMANDS
+    return arguments[0] in TRAINER_COMMANDS or (before and any(argument in TRAINER_COMMANDS for argument in arguments))
 
 
 @contextmanager
@@ -148,6 +149,12 @@ def _one_line(error: Exception) -> str:
             f"the checkpoint is of another model: {len(names)} weights are in one of them only, or of other shapes, "
             f"such as {first}; give the model it was made with, or another checkpoint"
         )
+    if outside := re.search(r"Option '(\S+)' is not accepted before subcommand '(\w+)'", str(error)):
+        setting, command = outside.groups()
+        return (
+            f"the file before the command {command!r} has {setting!r} outside of a section {command!r}: give it after "
+            f"the command (lightning-prune {command} --config FILE), or put its settings under {command}:"
+        )
     lines: list[str] = []
     for line in str(error).splitlines():
         line = line.strip().removeprefix("- ").strip()
@@ -155,6 +162,8 @@ def _one_line(error: Exception) -> str:
         # Every type that was tried has its own line, and says the same of a value that none of them takes.
         if line and line not in lines and not _TRIED.match(line):
             lines.append(line)
+    if isinstance(error, ArgumentError) and lines and lines[0].startswith("unrecognized arguments"):
+        lines.append("(options stand after their command, whose --help lists them)")
     return " ".join(" ".join(lines).split()) or " ".join(str(error).split()) or type(error).__name__
 
 
@@ -270,7 +279,8 @@ def _run_own(arguments: list[str]) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         return _USER_ERROR
-    parser.parse_args(arguments)
+    if not arguments[0].startswith("-") or arguments[0] in ("-h", "--help", "--version"):
+        parser.parse_args(arguments)
     raise _UserError(f"{arguments[0]!r} must follow the command; see lightning-prune --help")
 
 
@@ -396,7 +406,7 @@ COMMANDS: Mapping[str, _Command] = {
 # -- Lightning's commands --------------------------------------------------------------------------------------------
 
 
-def _run_trainer(arguments: list[str] | None) -> int:
+def _run_trainer(arguments: list[str], args: list[str] | None) -> int:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     # Named here, so that YAML files may write `class_path: WeightPruning`.
@@ -412,6 +422,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
     from lightning_prune.callbacks.fit_end import check_saving, finish_fit
     from lightning_prune.checkpoints.reading import read_resumable
     from lightning_prune.errors import CheckpointError
+    from lightning_prune.progress import is_main_process
     from lightning_prune.safety import expanded
     from lightning_prune.schedules import CubicSchedule, LinearSchedule, OneShot
 
@@ -434,7 +445,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
                 "--save_pretrained",
                 type=str | None,
                 default=None,
-                help="folder to save the model to at the end of a fit, as transformers loads it",
+                help="folder to save the model to at the end of a fit, as transformers loads it; of fit alone",
             )
 
         def before_fit(self) -> None:
@@ -456,7 +467,18 @@ def _run_trainer(arguments: list[str] | None) -> int:
             return self.config[self.config["subcommand"]]
 
         def before_instantiate_classes(self) -> None:
-            """Take the architecture from a checkpoint, also from one that no command line wrote."""
+            """Take the architecture from a checkpoint, also from one that no command line wrote.
+
+            Raises:
+                _UserError: another command than fit is asked to save the model.
+            """
+            folder, command = self._command().get("save_pretrained"), self.config["subcommand"]
+            if folder is not None and command != "fit":
+                said = f"save_pretrained={folder!r} is of fit: {command} changes no weights, and saves none"
+                if any(argument.partition("=")[0] == "--save_pretrained" for argument in arguments):
+                    raise _UserError(f"{said}; leave it out, or write a checkpoint's model with lightning-prune export")
+                if is_main_process():  # a file that was made for fit serves here too
+                    print(said, file=sys.stderr)
             if self.checkpoint:
                 self._take_architecture(self.checkpoint)
                 self._command().ckpt_path = self.checkpoint
@@ -489,7 +511,7 @@ def _run_trainer(arguments: list[str] | None) -> int:
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [CheckpointCheck()]},
         parser_kwargs={"prog": "lightning-prune", "version": _version(), "exit_on_error": False},
-        args=arguments,
+        args=args,
     )
     return 0
 

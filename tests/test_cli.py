@@ -139,6 +139,11 @@ def test_a_target_is_a_number_or_a_mapping():
         (["fit", "--trainer.callbacks+=WeightPruning", "--trainer.callbacks.sparcity=0.5"], "sparcity"),
         (["fit", "--trainer.callbacks+=Prunning"], "no class Prunning is known; give its import path"),
         (["validate", "--ckpt_path", "/no/such.ckpt", "--model.config", json.dumps(TINY)], "no/such.ckpt"),
+        (["--trainer.max_steps=3", "fit"], "'--trainer.max_steps=3' must follow the command"),
+        (["--model.config", "{}", "fit"], "'--model.config' must follow the command"),
+        (["--config", "a.yaml"], "'--config' must follow the command"),
+        (["fit", "--confg", "a.yaml"], "whose --help lists them"),
+        (["predict", "--save_pretrained=a", "--model.config", json.dumps(TINY)], "save_pretrained='a' is of fit"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(args, message, capsys, tmp_path, monkeypatch):
@@ -153,6 +158,13 @@ def test_user_errors_are_one_line_and_exit_2(args, message, capsys, tmp_path, mo
     assert "NoneType" not in lines[0]
     assert "class_path entry" not in lines[0]  # what jsonargparse tried
     assert len(set(lines[0].split(": "))) == len(lines[0].split(": "))  # once for each type that it tried
+
+
+def test_a_file_before_the_command_needs_a_section_for_it(config, capsys):
+    assert main(["--config", str(config), "fit"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "outside of a section 'fit'" in line
+    assert "lightning-prune fit --config FILE" in line
 
 
 @pytest.mark.slow
@@ -322,6 +334,15 @@ def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config
     assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "thesis")]) == 2
     assert "holds other things than a model" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+@pytest.mark.slow
+def test_a_file_that_says_where_fit_saves_serves_the_other_commands(config, tmp_path, capsys):
+    content = yaml.safe_load(config.read_text()) | {"save_pretrained": str(tmp_path / "model")}
+    config.write_text(yaml.safe_dump(content))
+    assert main(["validate", "--config", str(config)]) == 0
+    assert "validate changes no weights, and saves none" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow
