@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import signal
 import struct
 import tempfile
@@ -20,9 +22,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_prune.sharding import (
-    local,
-)
+from lightning_prune.errors import ExportError
+from lightning_prune.sharding import local
 
 Keeper = Callable[[nn.Parameter], None]
 
@@ -321,6 +322,142 @@ def check_writable(output: Path, inside: str = "", error: type[ValueError] = Val
         raise error(
             f"output={str(output)!r} cannot be written ({reason.strerror}: {str(parent)!r}); choose another place"
         ) from reason
+
+
+# Which transformers makes of tokenizers with several templates.
+_TEMPLATES = "additional_chat_templates"
+# Weights and their index, as transformers names them.
+_WEIGHTS = "model*.safetensors*"
+
+
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Refuse what cannot be written to, and to take away anything but an old model, and that only if asked to."""
+    check_writable(target, error=ExportError)
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ExportError(f"output={str(target)!r} is a file; give the name of a folder")
+    if _stays(target):
+        raise ExportError(
+            f"output={str(target)!r} is the folder that you are in, or where a disk begins, and cannot be exchanged "
+            "for another; name a folder inside it"
+        )
+    inside = list(target.iterdir())
+    if not inside:
+        return
+    if not overwrite:
+        raise ExportError(
+            f"output={str(target)!r} is not empty; choose another folder, or replace it with overwrite=True "
+            "(--overwrite)"
+        )
+    if not (target / "config.json").is_file() or any(entry.is_dir() and entry.name != _TEMPLATES for entry in inside):
+        raise ExportError(
+            f"output={str(target)!r} holds other things than a model (no config.json, or folders inside), which "
+            "overwrite would delete; choose another folder, or remove it yourself"
+        )
+
+
+@contextmanager
+def replacing(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Path]:
+    """An empty folder that takes the place of `target` once the block is done, and goes away if it fails.
+
+    Args:
+        target: A folder, there or not.
+        overwrite: See `check_replaceable`.
+        keep: Leave all in `target` that is no part of a model, and refuse nothing that is there. Where it holds
+            folders, or cannot be moved itself, the new files are moved into it one by one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stays = _stays(target)
+    # Beside the target: only within one file system is renaming a single step.
+    with tempfile.TemporaryDirectory(
+        prefix=f".{target.name}.", dir=target if stays else target.parent, ignore_cleanup_errors=True
+    ) as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new.mkdir()  # with the usual permissions, which the folder around it lacks
+        yield new
+        if not keep:
+            check_replaceable(target, overwrite)  # once more: writing took a while
+        with uninterrupted():
+            others = _others(target, new) if keep else []
+            if stays or any(entry.is_dir() for entry in others):
+                _move_in(new, target)
+                return
+            for entry in others:
+                _link(entry, new / entry.name)
+            swap_in(new, target, old)
+
+
+def _stays(target: Path) -> bool:
+    """Whether a folder cannot be exchanged: a disk begins there, this process works in it, or it alone is writable."""
+    return target.is_dir() and (
+        os.path.ismount(target) or os.path.samefile(target, ".") or not os.access(target.parent, os.W_OK)
+    )
+
+
+def _others(target: Path, new: Path) -> list[Path]:
+    """What a folder holds beside a model that is to be written over."""
+    inside = target.iterdir() if target.exists() else ()
+    return [e for e in inside if not (new / e.name).exists() and not e.match(_WEIGHTS)]
+
+
+def _move_in(new: Path, target: Path) -> None:
+    """Move what a folder holds into another, where it replaces what has its name, and old weights."""
+    for weights in target.glob(_WEIGHTS):
+        if not (new / weights.name).exists():
+            weights.unlink()
+    for entry in new.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(target / entry.name, ignore_errors=True)
+        os.replace(entry, target / entry.name)
+
+
+def _link(entry: Path, name: Path) -> None:
+    """Give a file a second name; where the file system knows none, a copy."""
+    try:
+        os.link(entry, name, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(entry, name, follow_symlinks=False)
+
+
+def swap_in(new: Path, target: Path, old: Path) -> None:
+    """Put a folder or file in the place of another.
+
+    Linux and macOS exchange the two in one step, so that whoever reads `target` finds one of them at every moment, also
+    after the process was killed. Where the file system cannot, `target` is away for the time between two renamings.
+
+    Args:
+        new: What is to be at `target`; afterwards what was there, or nothing.
+        target: On the same file system.
+        old: A free name there, for what was at `target` meanwhile.
+
+    Raises:
+        OSError: nothing has changed then.
+    """
+    if not target.exists():
+        os.replace(new, target)
+        return
+    if _exchange(new, target):
+        return
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except OSError:
+        os.replace(old, target)
+        raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system has no such step."""
+    if os.name != "posix":
+        return False
+    library = ctypes.CDLL(None)
+    names = os.fsencode(one), os.fsencode(other)
+    if hasattr(library, "renameat2"):  # Linux: AT_FDCWD, RENAME_EXCHANGE
+        return library.renameat2(-100, names[0], -100, names[1], 2) == 0  # type: ignore[no-any-return]
+    if hasattr(library, "renamex_np"):  # macOS: RENAME_SWAP
+        return library.renamex_np(names[0], names[1], 2) == 0  # type: ignore[no-any-return]
+    return False
 
 
 _ASKING = threading.Lock()

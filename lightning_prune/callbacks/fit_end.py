@@ -9,10 +9,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 
-from lightning_prune.checkpoints.export import check_apart, check_replaceable
+from lightning_prune.checkpoints.export import check_apart
 from lightning_prune.errors import first_line
 from lightning_prune.naming import has_class
-from lightning_prune.safety import expanded
+from lightning_prune.safety import check_replaceable, expanded
 
 
 def check_saving(module: L.LightningModule, folder: str | None) -> None:

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_prune.checkpoints.inspection import Inspection, TensorReport
@@ -60,12 +59,6 @@ class Making:
 def described_files(name: str, model: Any, found: Inspection, making: Making) -> dict[str, str]:
     """Return the card and `sparsity.json` of a model by the names of their files."""
     return {CARD_FILE: model_card(name, model, found, making), SPARSITY_FILE: _sparsity(found, making)}
-
-
-def write_described(folder: Path, model: Any, found: Inspection, making: Making) -> None:
-    """Write card and `sparsity.json` into the folder of a model."""
-    for file, text in described_files(folder.resolve().name, model, found, making).items():
-        (folder / file).write_text(text, encoding="utf-8")
 
 
 def pruned_besides(found: Inspection, making: Making) -> list[TensorReport]:

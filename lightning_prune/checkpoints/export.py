@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +27,13 @@ from lightning_prune.checkpoints.model import (
     widest_dtype,
 )
 from lightning_prune.checkpoints.reading import open_checkpoint
-from lightning_prune.checkpoints.sources import save_tokenizer
 from lightning_prune.checkpoints.states import shrunk_sizes
 from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
-from lightning_prune.safety import add_check_sums, check_writable, expanded, uninterrupted
+from lightning_prune.safety import add_check_sums, check_replaceable, expanded, replacing
+from lightning_prune.structure.saving import save_tokenizer
 
 # Of a model that takes images, speech or video the last ones: the settings of what makes its inputs.
 _COPIED = (
@@ -47,8 +43,6 @@ _COPIED = (
     "video_preprocessor_config.json",
     "chat_template.json",
 )
-# Which transformers makes of tokenizers with several templates.
-_TEMPLATES = "additional_chat_templates"
 
 
 def export(
@@ -184,84 +178,6 @@ def check_apart(checkpoint: Path, target: Path) -> None:
         raise ExportError(
             f"output={str(target)!r} is or holds the checkpoint, which would be lost with it; choose another folder"
         )
-
-
-def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuse what cannot be written to, and to take away anything but an old model, and that only if asked to."""
-    check_writable(target, error=ExportError)
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ExportError(f"output={str(target)!r} is a file; give the name of a folder")
-    inside = list(target.iterdir())
-    if not inside:
-        return
-    if not overwrite:
-        raise ExportError(
-            f"output={str(target)!r} is not empty; choose another folder, or replace it with overwrite=True "
-            "(--overwrite)"
-        )
-    if not (target / "config.json").is_file() or any(entry.is_dir() and entry.name != _TEMPLATES for entry in inside):
-        raise ExportError(
-            f"output={str(target)!r} holds other things than a model (no config.json, or folders inside), which "
-            "overwrite would delete; choose another folder, or remove it yourself"
-        )
-
-
-@contextmanager
-def replacing(target: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder that takes the place of `target` once the block is done, and goes away if it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target: only within one file system is renaming a single step.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
-    ) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
-        new.mkdir()  # with the usual permissions, which the folder around it lacks
-        yield new
-        check_replaceable(target, overwrite)  # once more: writing took a while
-        with uninterrupted():
-            swap_in(new, target, old)
-
-
-def swap_in(new: Path, target: Path, old: Path) -> None:
-    """Put a folder or file in the place of another.
-
-    Linux and macOS exchange the two in one step, so that whoever reads `target` finds one of them at every moment, also
-    after the process was killed. Where the file system cannot, `target` is away for the time between two renamings.
-
-    Args:
-        new: What is to be at `target`; afterwards what was there, or nothing.
-        target: On the same file system.
-        old: A free name there, for what was at `target` meanwhile.
-
-    Raises:
-        OSError: nothing has changed then.
-    """
-    if not target.exists():
-        os.replace(new, target)
-        return
-    if _exchange(new, target):
-        return
-    os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except OSError:
-        os.replace(old, target)
-        raise
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places in one step; False where the system or the file system has no such step."""
-    if os.name != "posix":
-        return False
-    library = ctypes.CDLL(None)
-    names = os.fsencode(one), os.fsencode(other)
-    if hasattr(library, "renameat2"):  # Linux: AT_FDCWD, RENAME_EXCHANGE
-        return library.renameat2(-100, names[0], -100, names[1], 2) == 0  # type: ignore[no-any-return]
-    if hasattr(library, "renamex_np"):  # macOS: RENAME_SWAP
-        return library.renamex_np(names[0], names[1], 2) == 0  # type: ignore[no-any-return]
-    return False
 
 
 def check_written(folder: Path, model: Any, progress: bool) -> None:

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lightning_prune.checkpoints.reading import check_config, check_folder, merge_advice
 from lightning_prune.errors import first_line
 from lightning_prune.safety import expanded
+from lightning_prune.structure.saving import PADS_WITH
 
 
 def looks_like_path(source: str) -> bool:
@@ -351,25 +352,7 @@ def _set_end_token(tokenizer: PreTrainedTokenizerBase, token: str | None, source
     tokenizer.eos_token = token
     if tokenizer.pad_token is None:
         tokenizer.pad_token = token
-        vars(tokenizer)[_NOTE] = token
-
-
-_NOTE = "_lightning_prune_pads_with"
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a tokenizer as it was: without a padding token if it got one from `load_tokenizer` alone.
-
-    With one that ends texts too, other programs would leave out the ends of texts with the padding.
-    """
-    pad = tokenizer.pad_token
-    own = pad is None or vars(tokenizer).get(_NOTE) != pad
-    try:
-        if not own:
-            tokenizer.pad_token = None
-        tokenizer.save_pretrained(str(folder))
-    finally:
-        tokenizer.pad_token = pad
+        vars(tokenizer)[PADS_WITH] = token
 
 
 def trained_tokenizer(texts: Iterable[str], vocab_size: int, cache_dir: Path) -> PreTrainedTokenizerBase:

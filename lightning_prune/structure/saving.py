@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, device, nn
 
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import clean_name, uncompiled
 from lightning_prune.progress import is_main_process
-from lightning_prune.sharding import whole_state
+from lightning_prune.safety import add_check_sums, expanded, replacing
+from lightning_prune.sharding import plain_class, whole_state
+from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.sizes import AttentionUnit
 from lightning_prune.structure.units import (
@@ -44,25 +47,100 @@ def without_masked_units(model: nn.Module, state: Mapping[str, Tensor] | None) -
 def save_plain(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> None:
     """Save as a plain transformers folder that ``AutoModelForCausalLM.from_pretrained`` loads.
 
-    Where parameters are sharded (FSDP2) every process must call, and the first writes, gathering the whole weights in
-    its main memory; units that `PruningAwarePretraining` has masked are left out.
+    The folder appears whole or not at all; what it held beside an older model stays. Where parameters are sharded
+    (FSDP2) every process must call, and the first writes, gathering the whole weights in its main memory; units that
+    `PruningAwarePretraining` has masked are left out.
 
     Args:
         model: A causal language model of a known family, or a module that holds one.
         folder: Created if it does not exist.
-        tokenizer: Saved beside it.
+        tokenizer: Saved beside it, without a padding token that was only added when it was loaded here.
 
     Raises:
-        ValueError: masked units are not zero any more.
+        ValueError: masked units are not zero any more; parameters that the configuration does not say; `folder` is a
+            file.
     """
     inner = find_language_model(model)[1]
     state = whole_state(inner)
     if state is not None and not is_main_process():
         return
-    plain: Any = without_masked_units(inner, state)
-    plain.save_pretrained(str(folder), state_dict=state_to_write(plain, state if plain is inner else None))
-    if tokenizer is not None:
+    plain = without_masked_units(inner, state)
+    with writing_plain(plain, expanded(folder, "folder"), state if plain is inner else None, tokenizer):
+        pass
+
+
+@contextmanager
+def writing_plain(
+    model: nn.Module, folder: Path, state: Mapping[str, Tensor] | None, tokenizer: Any = None
+) -> Iterator[Path]:
+    """A folder that holds a model, and takes the place of another one once the block is done.
+
+    Args:
+        model: A transformers model without masked units.
+        folder: To write; what it holds beside a model stays.
+        state: The model's whole weights, where its parameters are shards.
+        tokenizer: To save beside it.
+
+    Raises:
+        ValueError: parameters that the configuration does not say; `folder` is a file.
+    """
+    _check_said(model)
+    if folder.is_file():
+        raise ValueError(f"folder={str(folder)!r} is a file; give the name of a folder")
+    plain: Any = model
+    with replacing(folder.resolve(), overwrite=True, keep=True) as new:
+        plain.save_pretrained(str(new), state_dict=state_to_write(model, state))
+        add_check_sums(sorted(new.glob("*.safetensors")))
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, new)
+        yield new
+
+
+def _check_said(model: nn.Module) -> None:
+    """Refuse parameters that a model of the same configuration has not, or has besides: loading would not bring them.
+
+    Raises:
+        ValueError: naming some.
+    """
+    model = uncompiled(model)
+    if is_own_class(model):  # which only its author can build
+        return
+    whole: Any = model
+    kind: Any = plain_class(model)
+    with device("meta"):  # names only
+        built = kind(copy.deepcopy(whole.config))
+    names, said = ({clean_name(name) for name in m.state_dict()} for m in (model, built))
+    own, wanted = ({clean_name(name) for name, _ in m.named_parameters()} for m in (model, built))
+    if lost := sorted(own - said):
+        raise ValueError(
+            f"the model has {len(lost)} parameters that its configuration does not say, such as {lost[0]!r}, and no "
+            "program that loads it would read them: take them away, set the field of model.config that says them (such "
+            "as attention_bias=True), or keep them with torch.save(model.state_dict(), file)"
+        )
+    if absent := sorted(wanted - names):
+        raise ValueError(
+            f"the model lacks {len(absent)} parameters that its configuration says, such as {absent[0]!r}, which every "
+            "program that loads it would make up: give it to the model, or change the field of model.config"
+        )
+
+
+PADS_WITH = "_lightning_prune_pads_with"
+"""Name of the note on a tokenizer that it has a padding token from `lightning_prune` alone."""
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write a tokenizer as it was: without a padding token if it got one when it was loaded here.
+
+    With one that ends texts too, other programs would leave out the ends of texts with the padding.
+    """
+    pad = tokenizer.pad_token
+    own = pad is None or vars(tokenizer).get(PADS_WITH) != pad
+    try:
+        if not own:
+            tokenizer.pad_token = None
         tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.pad_token = pad
 
 
 def state_to_write(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:

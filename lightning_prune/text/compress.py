@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lightning_prune.checkpoints.cards import Making, besides_line, pruned_besides
-from lightning_prune.checkpoints.export import check_apart, check_replaceable, write_model
+from lightning_prune.checkpoints.export import check_apart, write_model
 from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
 from lightning_prune.checkpoints.sources import first_token
@@ -28,7 +28,7 @@ from lightning_prune.pruning.plan import make_plan
 from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.results import Table
-from lightning_prune.safety import expanded
+from lightning_prune.safety import check_replaceable, expanded
 from lightning_prune.structure.oneshot import check_structured, shrink_by_plan
 from lightning_prune.structure.permutation import check_permutable, permute_channels
 from lightning_prune.text.documents import check_local, texts_of

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from lightning_prune.checkpoints.cards import Making, write_described
+from lightning_prune.checkpoints.cards import Making, described_files
 from lightning_prune.checkpoints.model import LoadedModel
 from lightning_prune.checkpoints.reading import check_checkpoint_of, check_no_kernel, read_resumable
 from lightning_prune.checkpoints.sources import (
@@ -34,7 +34,6 @@ from lightning_prune.checkpoints.sources import (
     looks_like_path,
     named_where_it_fails,
     plain_source,
-    save_tokenizer,
 )
 from lightning_prune.checkpoints.states import leave_emptied_groups, units_in
 from lightning_prune.errors import CheckpointError
@@ -48,11 +47,11 @@ from lightning_prune.pruning.running import (
     next_token_losses,
 )
 from lightning_prune.results import Table
-from lightning_prune.safety import add_check_sums, expanded
+from lightning_prune.safety import expanded
 from lightning_prune.schedules import LearningRateSchedule as Schedule
 from lightning_prune.schedules import learning_rate_factor
 from lightning_prune.sharding import has_sharded_parameters, whole_state
-from lightning_prune.structure.saving import note_masked_units, state_to_write, without_masked_units
+from lightning_prune.structure.saving import note_masked_units, without_masked_units, writing_plain
 from lightning_prune.text.parallelize import parallelize
 from lightning_prune.text.reading_once import read_here, read_once
 
@@ -449,16 +448,17 @@ class CausalLM(L.LightningModule):
         The card says what is zero and, while the module belongs to a Trainer, which callbacks pruned it with which
         settings, and the losses and perplexities that were logged last.
 
-        The first process writes. Where parameters are sharded every process must call, and the whole weights are
-        gathered in the main memory of the first; units that `PruningAwarePretraining` has masked are left out. A model
-        without a tokenizer is saved without one.
+        The folder appears whole or not at all; what it held beside an older model stays. The first process writes.
+        Where parameters are sharded every process must call, and the whole weights are gathered in the main memory of
+        the first; units that `PruningAwarePretraining` has masked are left out. A model without a tokenizer is saved
+        without one.
 
         Args:
             folder: Created if it does not exist.
 
         Raises:
-            ValueError: masked units are not zero any more, or the model is in PEFT's, whose prompts or adapters a plain
-                model has not.
+            ValueError: masked units are not zero any more; parameters that the configuration does not say; `folder` is
+                a file; or the model is in PEFT's, whose prompts or adapters a plain model has not.
             RuntimeError: with `read_once`, before the weights are read.
         """
         self._check_read()
@@ -477,11 +477,10 @@ class CausalLM(L.LightningModule):
         small = without_masked_units(self.model, state)
         whole: Any = small
         state = state if small is self.model else None
-        whole.save_pretrained(str(folder), state_dict=state_to_write(small, state))
-        add_check_sums(sorted(folder.glob("model*.safetensors")))  # as an export has them
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, folder)
-        write_described(folder, whole, LoadedModel("", whole, None).inspection(state), self._making())
+        with writing_plain(small, folder, state, self.tokenizer) as new:
+            found = LoadedModel("", whole, None).inspection(state)
+            for name, text in described_files(folder.resolve().name, whole, found, self._making()).items():
+                (new / name).write_text(text, encoding="utf-8")
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, **options: Any) -> str:
         """Upload what `save_pretrained` writes, the model card included, to a repository of the hub.

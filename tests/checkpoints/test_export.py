@@ -29,8 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_prune import CausalLM, WeightPruning
-from lightning_prune.checkpoints import export as export_module
+from lightning_prune import CausalLM, WeightPruning, safety
 from lightning_prune.checkpoints.export import ExportError, export
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.checkpoints.sources import trained_tokenizer
@@ -549,9 +548,9 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
                 signal.raise_signal(signal.SIGINT)
             replace(old, new)
 
-        monkeypatch.setattr("lightning_prune.checkpoints.export.os.replace", fail)
+        monkeypatch.setattr("lightning_prune.safety.os.replace", fail)
         # As on a file system that cannot exchange two folders in one step.
-        monkeypatch.setattr("lightning_prune.checkpoints.export._exchange", lambda *_: False)
+        monkeypatch.setattr("lightning_prune.safety._exchange", lambda *_: False)
     with pytest.raises((ExportError, OSError) if isinstance(error, OSError) else KeyboardInterrupt):
         export(source, tmp_path / "out", overwrite=True)
     assert seen
@@ -562,9 +561,22 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("why", ["here", "disk"])
+def test_a_folder_that_cannot_be_exchanged_is_refused(why, trained, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out" if why == "here" else tmp_path)
+    if why == "disk":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
+    with pytest.raises(
+        ExportError, match=r"output='.*out' is the folder that you are in, .*a folder inside"
+    ):
+        export(trained()[1], "." if why == "here" else "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_ctrl_c_while_folders_are_exchanged_waits_for_the_new_one(old, trained, tmp_path, monkeypatch):
     _, source = trained()
-    exchange, done = export_module._exchange, []
+    exchange, done = safety._exchange, []
 
     def interrupted(*paths):
         signal.raise_signal(signal.SIGINT)
@@ -572,7 +584,7 @@ def test_ctrl_c_while_folders_are_exchanged_waits_for_the_new_one(old, trained, 
         signal.raise_signal(signal.SIGINT)
         return done[-1]
 
-    monkeypatch.setattr(export_module, "_exchange", interrupted)
+    monkeypatch.setattr(safety, "_exchange", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(source, tmp_path / "out", overwrite=True)
     assert len(done) == 1

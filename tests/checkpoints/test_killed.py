@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune.checkpoints import export as export_folder
-from lightning_prune.checkpoints.export import replacing
+from lightning_prune import safety
 from lightning_prune.checkpoints.mask_files import load_masks, save_masks
 from lightning_prune.history import append_step, begin_history, read_history
-from lightning_prune.safety import replace_text
+from lightning_prune.safety import replace_text, replacing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes of POSIX")
 
@@ -59,17 +58,21 @@ def write(folder: Path, version: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_export_that_is_replaced(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_an_export_that_is_replaced(keep, tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     write(target, "old")
+    if keep:
+        (target / "notes.txt").write_text("mine")
     seen = set()
 
     def replace() -> None:
-        with replacing(target, overwrite=True) as folder:
+        with replacing(target, overwrite=True, keep=keep) as folder:
             write(folder, "new")
 
     def check() -> None:
+        assert not keep or (target / "notes.txt").read_text() == "mine"
         versions = {(target / name).read_text() for name in ("config.json", "model.safetensors")}
         assert versions in ({"old"}, {"new"})
         seen.update(versions)
@@ -80,7 +83,7 @@ def test_an_export_that_is_replaced(tmp_path):
 
 def test_where_the_file_system_cannot_exchange(tmp_path, monkeypatch):
     """Two renamings then; a failure of the second puts the old one back."""
-    monkeypatch.setattr(export_folder, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(safety, "_exchange", lambda one, other: False)
     target = tmp_path / "model"
     target.mkdir()
     write(target, "old")

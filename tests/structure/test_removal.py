@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from lightning_prune.checkpoints.sources import load_tokenizer
 from lightning_prune.structure import mask_units, read_structure, remove_units, save_plain
 from lightning_prune.structure.masking import KeptChannelsNorm, unit_masks, unmask_norms
 from lightning_prune.structure.planning import make_planner
@@ -438,3 +439,12 @@ def test_save_plain_saves_a_tokenizer(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     save_plain(model, tmp_path, tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == {"a": 0, "b": 1}
+    tokenizer.eos_token = "b"
+    tokenizer.save_pretrained(tmp_path / "own")
+    loaded = load_tokenizer(tmp_path / "own")
+    assert loaded.pad_token == "b"  # to fill batches with, here alone
+    save_plain(model, tmp_path / "again", loaded)
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").pad_token is None
+    loaded.pad_token = "a"  # of the user's own
+    save_plain(model, tmp_path / "again", loaded)
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").pad_token == "a"

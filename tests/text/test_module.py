@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -17,6 +18,8 @@ from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.checkpoints.sources import empty_pretrained, load_tokenizer, trained_tokenizer
 from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import perplexity
+from lightning_prune.structure import saving
+from lightning_prune.text import module as module_file
 from lightning_prune.text.data import EMBEDDED, TextDataModule
 from lightning_prune.text.module import CausalLM, decay_groups, learning_rate_factor
 
@@ -430,6 +433,75 @@ def test_save_pretrained(tmp_path, data, batch):
     torch.testing.assert_close(loaded(batch["input_ids"]).logits, model.eval()(batch["input_ids"]))
     assert AutoTokenizer.from_pretrained(tmp_path / "with").get_vocab() == data.tokenizer.get_vocab()
     assert CausalLM(str(tmp_path / "with")).tokenizer.get_vocab() == data.tokenizer.get_vocab()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder that `save_pretrained` has written, with a file and old weights beside, and what is in it."""
+    random_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    return tmp_path / "model", {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+
+
+@pytest.mark.parametrize("call", ["add_check_sums", "save_tokenizer", "described_files"])
+def test_what_was_saved_stays_whole_when_saving_fails(call, saved, data, monkeypatch):
+    folder, before = saved
+    model = CausalLM(config=LLAMA)  # others
+    model.tokenizer = data.tokenizer
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module_file if call == "described_files" else saving, call, full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [entry.name for entry in folder.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("place", ["beside", "inside", "here", "own", "link"])
+def test_what_lies_beside_a_model_stays_when_it_is_saved_again(place, saved, tmp_path, monkeypatch):
+    folder, before = saved
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    if place == "inside":
+        (folder / "logs").mkdir()
+        (folder / "logs" / "events").write_text("mine")
+    elif place == "here":
+        monkeypatch.chdir(folder)
+    elif place == "own":  # the folder around it is another user's
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder.parent and access(path, mode))
+    elif place == "link":
+        (tmp_path / "link").symlink_to(folder)
+    inode = folder.stat().st_ino
+    model = CausalLM(config=LLAMA)  # others
+    model.save_pretrained({"here": ".", "link": tmp_path / "link"}.get(place, folder))
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(folder), model.model)
+    assert {file.name for file in folder.iterdir()} - {"logs"} == set(before)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "README.md").read_text().splitlines()[7] == "# model"
+    if place == "inside":
+        assert (folder / "logs" / "events").read_text() == "mine"
+    assert (folder.stat().st_ino == inode) == (place in ("inside", "here", "own"))
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"model", "link"}
+
+
+def test_parameters_that_the_configuration_does_not_say_are_not_lost_in_silence(tmp_path):
+    model = random_model()
+    for layer in model.model.model.layers:
+        layer.mlp.down_proj.bias = torch.nn.Parameter(torch.ones(layer.mlp.down_proj.out_features))
+    with pytest.raises(ValueError, match=r"2 parameters that its configuration does not say.*'model.*down_proj.bias'"):
+        model.save_pretrained(tmp_path / "model")
+    for layer in model.model.model.layers:
+        layer.mlp.down_proj.bias = None
+    model.model.config.attention_bias = True
+    with pytest.raises(ValueError, match=r"lacks 8 parameters that its configuration says.*'model.*bias'"):
+        model.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    model.model.config.attention_bias = False
+    with pytest.raises(ValueError, match=r"folder='.*file' is a file"):
+        model.save_pretrained(tmp_path / "file")
 
 
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
