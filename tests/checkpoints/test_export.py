@@ -567,9 +567,7 @@ def test_a_folder_that_cannot_be_exchanged_is_refused(why, trained, tmp_path, mo
     monkeypatch.chdir(tmp_path / "out" if why == "here" else tmp_path)
     if why == "disk":
         monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
-    with pytest.raises(
-        ExportError, match=r"output='.*out' is the folder that you are in, .*a folder inside"
-    ):
+    with pytest.raises(ExportError, match=r"output='.*out' is the folder that you are in, .*a folder inside"):
         export(trained()[1], "." if why == "here" else "out")
     assert not list((tmp_path / "out").iterdir())
 
