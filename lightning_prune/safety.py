@@ -480,4 +480,6 @@ def expanded(path: str | Path, argument: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{argument}={str(path)!r} begins with the home of a user who is not known here") from error
+        raise ValueError(
+            f"{argument}={str(path)!r} begins with the home of a user who is not known here; write the path out"
+        ) from error

@@ -68,7 +68,17 @@ def test_commands_of_hints_exist():
 def test_bare_options_in_messages_exist():
     """Hints such as (--overwrite), which stand without their command."""
     known = {option for command in COMMANDS for option in options_of(command)}
-    known |= {"--help", "--config", "--model", "--data", "--trainer", "--ckpt_path", "--version", "--save_pretrained"}
+    known |= {
+        "--help",
+        "--config",
+        "--model",
+        "--data",
+        "--trainer",
+        "--ckpt_path",
+        "--version",
+        "--save_pretrained",
+        "--print_config",
+    }
     wrong = []
     for path in PACKAGE.rglob("*.py"):
         for text in texts(path.read_text(encoding="utf-8")):

@@ -193,7 +193,9 @@ def check_written(folder: Path, model: Any, progress: bool) -> None:
     with progress_bar("Checking what was written", len(written), enabled=progress) as advance:
         for name, tensor in tensors.items():
             if not same_bits(tensor, expected[name]):
-                raise ExportError(f"{name!r} reads back other than it was written; the disk or the memory is faulty")
+                raise ExportError(
+                    f"{name!r} reads back other than it was written; the disk or the memory is faulty; write to another"
+                )
             same.add(tied.get(name, name))
             del tensor
             advance()

@@ -249,7 +249,7 @@ def inspect_checkpoint(
             del tensor, mask
             advance()
     if not reports:
-        raise CheckpointError(f"{checkpoint.path} holds no tensors")
+        raise CheckpointError(f"{checkpoint.path} holds no tensors; give a checkpoint of a model")
     return Inspection(
         path=str(checkpoint.path),
         format=checkpoint.format,

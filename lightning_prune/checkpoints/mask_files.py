@@ -38,7 +38,9 @@ def save_masks(masks: Mapping[str, Tensor], path: str | Path, **facts: str) -> N
     """
     for name, mask in masks.items():
         if str(mask.dtype) != "torch.bool":
-            raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
+            raise ValueError(
+                f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept (mask.bool())"
+            )
     packed = pack_masks(masks)
     if packed or not masks:
         _save(packed, expanded(path, "path"), facts)
@@ -57,7 +59,9 @@ def _save(packed: Mapping[str, Any], path: Path, facts: Mapping[str, str]) -> No
             publish(new)
             os.replace(new, path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be written: {error}; what was there is unchanged") from error
+        raise ValueError(
+            f"{path} cannot be written: {error}; free space or choose another place (what was there is unchanged)"
+        ) from error
 
 
 def load_masks(path: str | Path) -> Masks:

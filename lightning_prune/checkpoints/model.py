@@ -83,7 +83,7 @@ def read_model(
     """
     units = stored_units(source)
     if not source:
-        raise ExportError(f"checkpoint={str(source.path)!r} holds no tensors")
+        raise ExportError(f"checkpoint={str(source.path)!r} holds no tensors; give a checkpoint of a model")
     source = _merged(source)
     with quiet_transformers():
         config = _config_of(source)

@@ -79,7 +79,7 @@ def evaluate(
     """
     started = time.monotonic()
     if isinstance(text, (str, Path)) or isinstance(tasks, str):
-        raise ValueError("text and tasks take a list, also of one")
+        raise ValueError(f"text={text!r} and tasks={tasks!r}: both take a list, also of one (text=['valid.txt'])")
     if not text and not tasks:
         raise ValueError("there is nothing to measure: give text (--text FILE) or tasks (--tasks NAME)")
     least = {"seq_len": 2, "stride": 1, "max_windows": 1, "limit": 1, "batch_size": 1}
@@ -134,9 +134,12 @@ def _read_text(file: str | Path) -> str:
             "-f UTF-16)"
         ) from error
     if "\0" in content:
-        raise ValueError(f"text={str(file)!r} holds zero bytes, so it is no text in UTF-8; is it UTF-16?")
+        raise ValueError(
+            f"text={str(file)!r} holds zero bytes, so it is no text in UTF-8; if it is UTF-16, convert it: iconv -f "
+            "UTF-16 -t UTF-8"
+        )
     if not content.strip():
-        raise ValueError(f"text={str(file)!r} is empty")
+        raise ValueError(f"text={str(file)!r} is empty; give a file with text")
     return content
 
 
@@ -149,7 +152,10 @@ def _streams(
             raise ValueError(f"{loaded.source} has no tokenizer; give one (--tokenizer)")
         context = context_of(loaded)
         if texts and context is not None and seq_len > context:
-            raise ValueError(f"seq_len={seq_len} is longer than the {context} tokens that {loaded.source} takes")
+            raise ValueError(
+                f"seq_len={seq_len} is longer than the {context} tokens that {loaded.source} takes; give at most as "
+                "many (--seq_len)"
+            )
     begins = [first_token(loaded.tokenizer) for loaded in models if loaded.tokenizer is not None] if texts else [None]
     streams = {}
     for name, content in texts.items():
@@ -161,7 +167,10 @@ def _streams(
                 "perplexities cannot be compared; give one tokenizer for both (--tokenizer), or no baseline"
             )
         if len(ids) < seq_len - (begins[0] is not None):
-            raise ValueError(f"text={name!r} has {len(ids)} tokens, fewer than one window of seq_len={seq_len}")
+            raise ValueError(
+                f"text={name!r} has {len(ids)} tokens, fewer than one window of seq_len={seq_len}; give more text, or "
+                "a smaller seq_len (--seq_len)"
+            )
         for loaded in models:
             rows = loaded.model.get_input_embeddings().weight.shape[0]
             if (highest := max(begins[0] or 0, max(ids))) >= rows:

@@ -90,7 +90,7 @@ def benchmark(
         if context is not None and prompt_tokens + new_tokens > context:
             raise ValueError(
                 f"prompt_tokens={prompt_tokens} and new_tokens={new_tokens} are more than the {context} tokens that "
-                f"{one.source} takes"
+                f"{one.source} takes; give fewer (--prompt_tokens, --new_tokens)"
             )
     entries = [
         _Entry(role, one.source, inspection, one.model.to(place), _file_bytes(source))

@@ -112,7 +112,7 @@ def _check_lengths(lm: Any, local: Iterable[LocalTask]) -> None:
             if longest > lm.max_length:
                 raise ValueError(
                     f"tasks={task.name!r}: sample {number} has {longest} tokens, more than the {lm.max_length} the "
-                    "model takes; it would be cut"
+                    "model takes; it would be cut. Leave the task out"
                 )
 
 
@@ -269,7 +269,9 @@ def _read_path(path: Path, pairs_only: bool) -> list[LocalTask]:
         return [_read_file(path, None, pairs_only)]
     files = sorted(path.glob("*.jsonl"))
     if not files:
-        raise ValueError(f"tasks={str(path)!r} is a folder without .jsonl files")
+        raise ValueError(
+            f"tasks={str(path)!r} is a folder without .jsonl files; give such a file, or the folder that holds them"
+        )
     return [_read_file(file, path.resolve().name, pairs_only) for file in files]
 
 
@@ -279,7 +281,9 @@ def _read_file(path: Path, group: str | None, pairs_only: bool) -> LocalTask:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"tasks={str(path)!r} is not UTF-8 text: {error}") from error
+        raise ValueError(
+            f"tasks={str(path)!r} is not UTF-8 text: {error}; convert it (iconv -f LATIN1 -t UTF-8)"
+        ) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -295,7 +299,7 @@ def _read_file(path: Path, group: str | None, pairs_only: bool) -> LocalTask:
         kinds.add("sentence_good" in fields)
         documents.append(document)
     if not documents:
-        raise ValueError(f"tasks={str(path)!r} holds no samples")
+        raise ValueError(f"tasks={str(path)!r} holds no samples; give lines of minimal pairs or multiple choice")
     if len(kinds) > 1:
         raise ValueError(f"tasks={str(path)!r} mixes minimal pairs and multiple choice; make two files of it")
     return LocalTask(path.stem, group, documents, ("acc",) if kinds == {True} else ("acc", "acc_norm"))

@@ -233,7 +233,9 @@ class BlockWalk:
                 by_keyword = not args
                 hidden = kwargs.pop("hidden_states") if by_keyword else args[0]
                 if not isinstance(hidden, Tensor):
-                    raise CalibrationError(f"decoder block {index} takes no tensor of hidden states first")
+                    raise CalibrationError(
+                        f"decoder block {index} takes no tensor of hidden states first; use sequential=False"
+                    )
                 if index > 0 and not _same(hidden, *passed[-1]):
                     raise self._computes_between()
                 if index == 0:

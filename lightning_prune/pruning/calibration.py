@@ -431,7 +431,8 @@ def _finish(
         if not total and unlabeled:
             raise CalibrationError(
                 f"none of the {unlabeled} calibration samples has a label to predict (all are -100, or it is a "
-                "single token), so there is no loss to calibrate on; the weights are unchanged"
+                "single token), so there is no loss to calibrate on; the weights are unchanged. Pass samples with "
+                "labels, or choose a score without a loss (wanda, magnitude)"
             )
         if not total:
             raise no_sample()

@@ -341,7 +341,8 @@ class Taps:
                 raise CalibrationError(f"{name!r} receives {type(x).__name__}, not a tensor; add {to_ignore(name)}")
             if x.is_meta:
                 raise CalibrationError(
-                    f"{name!r} receives no data: a layer before it ran without its offloaded weights"
+                    f"{name!r} receives no data: a layer before it ran without its offloaded weights: load the model "
+                    "whole, without a device_map"
                 )
             if not self.backward:
                 self._enter(tap, layer, x, None)

@@ -152,7 +152,8 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.P
             )
         if mask.shape != weights[name].shape:
             raise ValueError(
-                f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(weights[name].shape)}"
+                f"the mask of {name!r} has shape {tuple(mask.shape)}, the parameter {tuple(weights[name].shape)}: "
+                "the masks belong to another model, or to this one before it shrank"
             )
         if mask.dtype != torch.bool:
             raise ValueError(f"the mask of {name!r} has dtype {mask.dtype}; masks are torch.bool, True = kept")
@@ -289,6 +290,9 @@ def pack_masks(masks: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     return state
 
 
+_DAMAGED = "take another checkpoint, or start from its weights with score='keep'"
+
+
 def unpack_masks(state: Mapping[str, Any]) -> PackedMasks:
     """The inverse of `pack_masks`.
 
@@ -308,11 +312,8 @@ def unpack_masks(state: Mapping[str, Any]) -> PackedMasks:
                 and _check_sum(bits, shape) == crc32
             )
         except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError, AttributeError) as error:
-            raise ValueError(f"the saved mask of {name!r} is damaged: {error!r}") from error
+            raise ValueError(f"the saved mask of {name!r} is damaged: {error!r}; {_DAMAGED}") from error
         if not sound:
-            raise ValueError(
-                f"the saved mask of {name!r} is damaged (length or check sum); take another checkpoint, or start "
-                "from its weights with score='keep'"
-            )
+            raise ValueError(f"the saved mask of {name!r} is damaged (length or check sum); {_DAMAGED}")
         masks[name] = unpack_mask(bits.cpu(), shape)
     return masks

@@ -68,7 +68,10 @@ def walk_memory(
         raise ValueError(f"update={update!r} is not one of {[name for name in _WORK if name]} or None")
     blocks = [block for stack in stacks_to_walk(model) for _, block in stack]
     if not blocks:
-        raise ValueError(f"{type(model).__name__} names no decoder blocks (_no_split_modules), and has none in a list")
+        raise ValueError(
+            f"{type(model).__name__} names no decoder blocks (_no_split_modules), and has none in a list; "
+            "memory is counted for models of blocks"
+        )
     block = max(blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
     matrices = [
         kind.to_matrix(getattr(module, name)).shape

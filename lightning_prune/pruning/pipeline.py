@@ -371,7 +371,10 @@ class _Run:
             scores = score(weight.to(wide_dtype(weight.dtype), copy=True), statistics, target.name)
             if not isinstance(scores, Tensor) or scores.shape != weight.shape:
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-                raise ValueError(f"score {score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}")
+                raise ValueError(
+                    f"score {score.name!r} returned {got} for {target.name!r}, not {tuple(weight.shape)}: it must "
+                    "give one number for each weight"
+                )
             self.nan[target.name] = torch.isnan(scores).any()
             return scores if scores.is_floating_point() else scores.float()
 
@@ -464,7 +467,10 @@ class _Run:
         )
         with synchronized_errors(self.parts):
             if not bool(torch.isfinite(weight).all()):
-                raise CalibrationError(f"the weight update of {target.name!r} is not finite; the weights are unchanged")
+                raise CalibrationError(
+                    f"the weight update of {target.name!r} is not finite; the weights are unchanged. Give more samples "
+                    "(num_samples), or prune in float32 or without update"
+                )
         kept = self._without_previous(target, layout.from_rows(kept))
         self._refuse_nan()  # in what an update that chooses has asked the score
         if scores is not None:

@@ -409,7 +409,10 @@ def next_token_labels(batch: Mapping[str, Any]) -> torch.Tensor:
     real = padding_mask(batch)
     if real is not None:
         if real.shape != labels.shape:
-            raise ValueError(f"the attention mask has shape {tuple(real.shape)}, the labels {tuple(labels.shape)}")
+            raise ValueError(
+                f"the attention mask has shape {tuple(real.shape)}, the labels {tuple(labels.shape)}; give both one "
+                "number for each token (samples, tokens)"
+            )
         predicted = real.clone()
         predicted[:, 1:] &= real[:, :-1]
         labels = labels.masked_fill(~predicted.to(labels.device), IGNORE_INDEX)

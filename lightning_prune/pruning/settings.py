@@ -122,23 +122,37 @@ class PruningSettings:
         if nm is not None:
             if self.sparsity is not None and abs(self.sparsity - nm.sparsity) > 1e-6:
                 raise ValueError(
-                    f"pattern={self.pattern!r} prunes {nm.sparsity:.4f} of the weights, but sparsity={self.sparsity}"
+                    f"pattern={self.pattern!r} prunes {nm.sparsity:.4f} of the weights, but sparsity={self.sparsity}: "
+                    "leave sparsity out, or take pattern='unstructured'"
                 )
             if allocation not in (None, "uniform"):
-                raise ValueError(f"pattern={self.pattern!r} fixes the sparsity of every layer: leave allocation out")
+                raise ValueError(
+                    f"pattern={self.pattern!r} fixes the sparsity of every layer: leave allocation={allocation!r} out"
+                )
             if group not in (None, "row"):
                 raise ValueError(f"pattern={self.pattern!r} compares within groups of a row: leave group={group!r} out")
         chosen = make_allocation("uniform" if allocation is None else allocation)
         if self.compared_within == "global" and chosen != "uniform":
-            raise ValueError("group='global' decides the layers' sparsities itself: leave allocation out")
-        if isinstance(score, SparseGPT) and (group not in (None, "layer") or self.update):
-            raise ValueError("score='sparsegpt' selects within 128 columns and updates by itself: no group, no update")
-        given = (self.update, self.sequential, self.sparsity is not None, nm, group, allocation)
-        if self.keeps_zeros and any(given):
             raise ValueError(
-                "score='keep' takes the zeros as they are: leave sparsity, pattern, group, allocation, update and "
-                "sequential out"
+                f"group='global' decides the layers' sparsities itself: leave allocation={allocation!r} out, or take "
+                "group='row' or 'layer'"
             )
+        if isinstance(score, SparseGPT) and (group not in (None, "layer") or self.update):
+            raise ValueError(
+                "score='sparsegpt' selects within 128 columns and updates by itself: no group, no update, here "
+                f"group={group!r} and update={self.update!r}. Leave them out, or take a score such as 'wanda'"
+            )
+        asked = {
+            "sparsity": self.sparsity,
+            "pattern": nm and self.pattern,
+            "group": group,
+            "allocation": allocation,
+            "update": self.update,
+            "sequential": self.sequential or None,
+        }
+        given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
+        if self.keeps_zeros and given:
+            raise ValueError(f"score='keep' takes the zeros as they are: leave {', '.join(given)} out")
 
     @property
     def nm(self) -> NM | None:

@@ -667,7 +667,11 @@ def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], users: 
             )
         made = _targets_of(names[weight], [layer for _, layer in layers], called)
         if not made:
-            raise ValueError(f"tied layers of different types cannot be pruned: {[n for n, _ in layers]}")
+            names_of = [name for name, _ in layers]
+            raise ValueError(
+                f"tied layers of different types cannot be pruned: {names_of}; untie them, or add "
+                f"{to_ignore(*names_of)}"
+            )
         found.extend(made)
     return found
 

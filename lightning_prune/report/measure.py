@@ -100,7 +100,10 @@ def measure(checkpoint: Checkpoint, dense: str | Path | None = None, progress: b
 
     inspection = inspect_checkpoint(checkpoint, "Reading weights", progress, see)
     if before is not None and not before.used:
-        raise CheckpointError(f"dense={str(dense)!r} has none of the layers of {checkpoint.path}: it is another model")
+        raise CheckpointError(
+            f"dense={str(dense)!r} has none of the layers of {checkpoint.path}: it is another model; give the one "
+            "that was pruned"
+        )
     return Measured(inspection, structures, magnitudes, before is not None, None if before is None else before.bytes)
 
 
@@ -161,7 +164,7 @@ class _Dense:
         if matrix.shape != shape:
             raise CheckpointError(
                 f"dense={str(self.checkpoint.path)!r} has {name!r} of shape {tuple(matrix.shape)}, the pruned model "
-                f"{tuple(shape)}: it is another model"
+                f"{tuple(shape)}: it is another model; give the one that was pruned"
             )
         self.used += 1
         return matrix

@@ -17,7 +17,7 @@ from lightning_prune.errors import check_whole
 from lightning_prune.naming import DTYPES
 from lightning_prune.pruning.running import model_device, quiet_model
 from lightning_prune.sharding import refuse_shards
-from lightning_prune.structure.sizes import Sizes
+from lightning_prune.structure.sizes import SIZE_NAMES, Sizes
 from lightning_prune.structure.units import Structure
 
 _REPEATS = 15
@@ -38,24 +38,33 @@ def is_latency(goal: Any) -> bool:
 
 
 def check_device_goal(goal: Any) -> None:
-    """Refuse a goal of bytes or seconds that no model could have.
+    """Refuse a mapping that names nothing known, and a goal of bytes or seconds that no model could have.
 
     Raises:
         ValueError: a field that is not known or missing, or a value out of range.
     """
     if _is_bytes(goal):
         if unknown := set(goal) - {"bytes", "dtype"}:
-            raise ValueError(f"target has {sorted(unknown)} beside 'bytes'; only 'dtype' can be there")
+            raise ValueError(f"target has {sorted(map(str, unknown))} beside 'bytes'; only 'dtype' can be there")
         check_whole("target['bytes']", goal["bytes"])
         if goal.get("dtype", "float32") not in DTYPES:
             raise ValueError(f"target['dtype']={goal['dtype']!r} must be one of {', '.join(DTYPES)}")
     elif is_latency(goal):
         if set(goal) - {"batch"} != {"seconds_per_token"}:
-            raise ValueError(f"target has {sorted(goal)}; a time is {{'seconds_per_token': 0.01, 'batch': 1}}")
+            raise ValueError(
+                f"target has {sorted(map(str, goal))}; a time is {{'seconds_per_token': 0.01, 'batch': 1}}"
+            )
         seconds, batch = goal["seconds_per_token"], goal.get("batch", 1)
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
             raise ValueError(f"target['seconds_per_token']={seconds!r} must be a number above 0")
         check_whole("target['batch']", batch)
+    elif isinstance(goal, Mapping):
+        unknown = sorted(str(name) for name in goal if name not in SIZE_NAMES)
+        if unknown or not goal:
+            raise ValueError(
+                f"target={dict(goal)!r} {f'has {unknown}' if unknown else 'names nothing'}; it takes final sizes "
+                f"({', '.join(SIZE_NAMES)}), or {{'bytes': 100_000_000}}, or {{'seconds_per_token': 0.01, 'batch': 1}}"
+            )
 
 
 def parameters_in(goal: Any, structure: Structure, first: Sizes) -> Any:
@@ -83,7 +92,14 @@ def parameters_in(goal: Any, structure: Structure, first: Sizes) -> Any:
     width = dtypes.pop().itemsize
     now = structure.shapes().count(first)
     if goal["bytes"] > now * width:
-        raise ValueError(f"target={goal!r}: the {now:,} parameters take {now * width:,} bytes, which is no more")
+        raise ValueError(
+            f"target={goal!r}: the {now:,} parameters take {now * width:,} bytes, which is no more; give fewer"
+        )
+    if goal["bytes"] < 2 * width:
+        raise ValueError(
+            f"target={goal!r}: each of the {now:,} parameters takes {width} bytes, so no model is left; give more of "
+            f"the {now * width:,} bytes that they take"
+        )
     return goal["bytes"] // width
 
 

@@ -357,7 +357,9 @@ def _nanoseconds(seconds: float) -> int:
 def _check_count(planner: Planner, goal: Goal) -> None:
     least = planner.cost(planner.least(planner.types, planner.first))
     if planner.latency is not None and (now := planner.cost(planner.first)) <= planner.final:
-        raise ValueError(f"target={goal!r}: the model takes {now / 1e9:.3g} seconds already, which is no more")
+        raise ValueError(
+            f"target={goal!r}: the model takes {now / 1e9:.3g} seconds already, which is no more; give fewer"
+        )
     if planner.latency is not None and least > planner.final:
         raise ValueError(
             f"target={goal!r}, but types={planner.types!r} leave at least {least / 1e9:.3g} seconds per token on this "
@@ -380,4 +382,6 @@ def _check_sizes(planner: Planner, structure: Structure, final: Sizes) -> None:
         for name in _SIZES_OF[unit_type]:
             size, multiple = getattr(final, name), planner.multiples.get(name, 1)
             if size % multiple:
-                raise ValueError(f"target[{name!r}]={size} is no multiple of round_to={multiple}")
+                raise ValueError(
+                    f"target[{name!r}]={size} is no multiple of round_to={multiple}; take one, or round_to=1"
+                )

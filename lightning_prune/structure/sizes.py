@@ -150,7 +150,9 @@ def goal_count(target: Goal, sizes: Sizes, shapes: Shapes) -> int:
             )
         return count_of(target, total)
     if isinstance(target, bool) or not isinstance(target, int):
-        raise ValueError(f"target={target!r} must be a float (share), an int (parameters) or a mapping of sizes")
+        raise ValueError(
+            f"target={target!r} must be a float (share), an int (parameters) or a mapping of sizes, bytes or seconds"
+        )
     if not 1 < target <= total:
         raise ValueError(
             f"target={target} as an int is the number of parameters to end with, in [2, {total}] (the model has "

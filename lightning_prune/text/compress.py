@@ -443,7 +443,10 @@ class _Job:
         fitting = next((recipe for recipe, cost in costs.items() if cost <= left), None)
         if fitting is None:
             needed = (seconds - left + min(costs.values())) / 60
-            raise ValueError(f"minutes={seconds / 60:g} are too few on this device; the quickest takes {needed:.1f}")
+            raise ValueError(
+                f"minutes={seconds / 60:g} are too few on this device; the quickest takes {needed:.1f}. Give as many, "
+                "or leave minutes out and choose score='magnitude'"
+            )
         self.say(f"Within {seconds / 60:g} minutes: {fitting} (about {costs[fitting] / 60:.1f} of them)")
         return fitting
 
