@@ -16,7 +16,13 @@ from torchmetrics import Metric
 
 from lightning_prune.errors import check_whole
 from lightning_prune.progress import progress_bar
-from lightning_prune.pruning.running import IGNORE_INDEX, logits_of_tokens, next_token_losses
+from lightning_prune.pruning.running import (
+    IGNORE_INDEX,
+    logits_of_tokens,
+    next_token_labels,
+    next_token_losses,
+    unwrapped,
+)
 
 
 class NextTokenLoss(Metric):
@@ -109,8 +115,9 @@ def perplexity(
             `CausalLM`.
         data: Token ids as one stream, shape (T,) or (1, T), or as a list of integers; or a sequence of
             windows: a dataset whose items are tensors or lists, or dicts with "input_ids" (and
-            "attention_mask": masked tokens are left out; "labels": tokens with -100 there are not predicted), used
-            as they are. Windows that predict nothing (padding alone, a single token) are left out.
+            "attention_mask": masked tokens are left out; "labels": tokens with -100 there are not predicted;
+            and what else the model takes of each token, such as "position_ids": the first tokens of packed texts are
+            not predicted), used as they are. Windows that predict nothing (padding alone, a single token) are left out.
         seq_len: Tokens in a window of a stream, at least 2.
         stride: Distance between the starts of windows. Default: windows do not overlap. With a
             smaller stride a window predicts only the tokens that no window before it has predicted.
@@ -125,8 +132,8 @@ def perplexity(
         The perplexity with the counts it rests on.
 
     Raises:
-        ValueError: If an argument is out of range, the text is shorter than one window, or no window predicts a
-            token.
+        ValueError: If an argument is out of range, the text is shorter than one window, no window predicts a
+            token, or windows hold inputs of the model that are not one value for each token.
     """
     windows, overlap = _windows(data, seq_len, stride, first_token)
     begin = [] if first_token is None else [first_token]
@@ -139,16 +146,17 @@ def perplexity(
     metric.set_dtype(torch.float64)
     device = next(model.parameters()).device
     longest = used = 0
+    taken = _inputs_of(model)
     bar = progress_bar("Perplexity", math.ceil(count / batch_size), enabled=progress)
     with evaluating(model), torch.no_grad(), bar as advance:
         for start in range(0, count, batch_size):
-            rows = _rows(windows, chosen[start : start + batch_size], overlap, begin)
+            rows = _rows(windows, chosen[start : start + batch_size], overlap, begin, taken)
             advance()
             if not rows:
                 continue
-            ids, labels = _padded(rows)
-            labels = labels.to(device)
-            losses = next_token_losses(_logits(model, ids.to(device)), labels)
+            inputs = {name: part.to(device) for name, part in _padded(rows).items()}
+            labels = inputs.pop("labels")
+            losses = next_token_losses(_logits(model, **inputs), labels)
             # float64 does not exist on every accelerator: add up on the CPU
             metric.update(losses.cpu(), int((labels[:, 1:] != IGNORE_INDEX).sum()))
             longest, used = max(longest, labels.shape[1]), used + len(rows)
@@ -215,8 +223,21 @@ def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
     return None
 
 
-def _window(item: Any, index: int) -> tuple[Tensor, Tensor]:
-    """Token ids and labels (T,) of one item of a dataset, without the masked ones."""
+def _inputs_of(model: nn.Module) -> frozenset[str]:
+    """What a model takes of a window beside tokens, labels and their mask, by the names in its forward pass."""
+    inner = unwrapped(model)
+    wrapped = next((m for m in inner.modules() if hasattr(m, "get_output_embeddings")), inner)  # of a CausalLM
+    parameters = {n: p for m in (inner, wrapped) for n, p in inspect.signature(type(m).forward).parameters.items()}
+    more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return frozenset({*parameters, *(_PACKED if more else ())} - {"input_ids", "labels", "attention_mask"})
+
+
+# Where packed texts begin: models hand it on to their attention without naming it.
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def _window(item: Any, index: int, taken: frozenset[str]) -> dict[str, Tensor]:
+    """Token ids and labels (T,) of one item of a dataset, and what else a model takes, without the masked ones."""
     fields = item if isinstance(item, Mapping) else {"input_ids": item}
     ids = torch.as_tensor(fields["input_ids"])
     labels = torch.as_tensor(fields.get("labels", ids))
@@ -227,35 +248,59 @@ def _window(item: Any, index: int) -> tuple[Tensor, Tensor]:
             f"received {ids.dtype} of shape {tuple(ids.shape)}, labels {tuple(labels.shape)}, attention_mask "
             f"{tuple(real.shape)}."
         )
-    return ids[real.bool()].long(), labels[real.bool()].long()
+    row = {"input_ids": ids[real.bool()].long(), "labels": labels[real.bool()].long()}
+    for name in sorted(taken & fields.keys()):
+        if (value := fields[name]) is not None:
+            part = torch.as_tensor(value)
+            if part.shape != ids.shape:
+                raise ValueError(
+                    f"data[{index}] has {name!r} of shape {tuple(part.shape)}, which the model takes, and which is not "
+                    f"one value for each of the {len(ids)} tokens. Take it out of the windows, or measure with "
+                    "validation_step of a LightningModule (CausalLM)."
+                )
+            row[name] = part[real.bool()]
+    if "position_ids" in row:  # of packed texts
+        row["labels"] = next_token_labels({name: part[None] for name, part in row.items()})[0]
+    return row
 
 
 def _rows(
-    windows: Sequence[Any], chosen: Sequence[int], overlap: int, begin: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """Ids and labels of the windows that predict a token, after the tokens that each begins with."""
+    windows: Sequence[Any], chosen: Sequence[int], overlap: int, begin: Sequence[int], taken: frozenset[str]
+) -> list[dict[str, Tensor]]:
+    """Inputs and labels of the windows that predict a token, after the tokens that each begins with."""
     rows = []
     for index in chosen:
-        ids, labels = _window(windows[index], index)
-        labels = labels.clone()
-        labels[: overlap if index else 0] = IGNORE_INDEX
-        ids, labels = (torch.cat([part.new_tensor(begin), part]) for part in (ids, labels))
-        if bool((labels[1:] != IGNORE_INDEX).any()):
-            rows.append((ids, labels))
+        row = _window(windows[index], index, taken)
+        row["labels"] = row["labels"].clone()
+        row["labels"][: overlap if index else 0] = IGNORE_INDEX
+        if begin:  # of a stream, which has ids alone
+            row = {name: torch.cat([part.new_tensor(begin), part]) for name, part in row.items()}
+        if bool((row["labels"][1:] != IGNORE_INDEX).any()):
+            rows.append(row)
     return rows
 
 
-def _padded(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Ids and labels of shape (B, T), padded on the right, which a causal model cannot see from the left."""
-    ids, labels = [row for row, _ in rows], [row for _, row in rows]
-    pad = nn.utils.rnn.pad_sequence
-    return pad(ids, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE_INDEX)
+def _padded(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Inputs and labels of shape (B, T), padded on the right, which a causal model cannot see from the left."""
+    padded = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        parts = [row[name] if name in row else _default(name, len(row["input_ids"])) for row in rows]
+        fill = IGNORE_INDEX if name == "labels" else 0
+        padded[name] = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+    return padded
 
 
-def _logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+def _default(name: str, tokens: int) -> Tensor:
+    """What a model takes a row for that does not name an input which others of its batch do."""
+    return torch.arange(tokens) if name == "position_ids" else torch.zeros(tokens, dtype=torch.long)
+
+
+def _logits(model: nn.Module, input_ids: Tensor, **others: Tensor) -> Tensor:
     # a cache of keys and values would only cost memory here
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    output = model(input_ids, use_cache=False) if takes_cache else model(input_ids)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        output = model(input_ids, use_cache=False, **others)
+    else:
+        output = model(input_ids, **others)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits_of_tokens(model, logits, input_ids)
 

@@ -91,7 +91,7 @@ def causal_lm_loss(model: nn.Module, batch: Any) -> Tensor:
     losses = _losses_in_pieces(model, inputs, labels)
     if losses is not None:
         return _mean_losses(losses, labels, IGNORE_INDEX)
-    logits = getattr(model(**inputs), "logits", None)
+    logits = getattr(run_batch(model, inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"{type(model).__name__} returns no logits; pass loss_fn=f(model, batch)")
     if logits.dim() == 3 and _has_prompt(model):  # no label is of its tokens
@@ -148,7 +148,7 @@ def _losses_in_pieces(model: nn.Module, inputs: dict[str, Any], labels: Tensor) 
     seen: list[Any] = []
     handle = body.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     try:
-        last = model(**inputs, logits_to_keep=1).logits
+        last = run_batch(model, {**inputs, "logits_to_keep": 1}).logits
     finally:
         handle.remove()
     hidden = seen[0] if len(seen) == 1 else None
@@ -194,7 +194,7 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
         if known and all(module in inside for target in targets for module in target.holders):
             model = body
     if isinstance(inputs, dict):
-        model(**inputs)
+        run_batch(model, inputs)
     else:
         model(inputs)
 
@@ -202,15 +202,37 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
 def _run_encoder_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:
     """The model's output; where its decoder has no inputs, an error that says how to give it some."""
     try:
-        return model(**inputs)
+        return run_batch(model, inputs)
     except ValueError as error:
         fed = any(inputs.get(name) is not None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
-        if fed or not any(part in str(error) for part in ("decoder_input", "input_ids")):
+        unknown = isinstance(error.__cause__, TypeError)  # columns, see `run_batch`
+        whole = _is_encoder_decoder(unwrapped(model))
+        if fed or unknown or not whole or not any(part in str(error) for part in ("decoder_input", "input_ids")):
             raise
         raise ValueError(
             f"{type_name(unwrapped(model))} is an encoder-decoder whose decoder gets no inputs from a batch of "
             f"{sorted(inputs)}: add 'labels' (of which it makes them) or 'decoder_input_ids' to the batches"
         ) from error
+
+
+def run_batch(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Call a model with the columns of a batch by name.
+
+    Raises:
+        ValueError: its forward pass does not take some of them.
+    """
+    try:
+        return model(**inputs)
+    except TypeError as error:
+        taken = inspect.signature(type(inner := unwrapped(model)).forward).parameters
+        strange = sorted(str(name) for name in inputs if name not in taken)
+        if strange and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+            raise ValueError(
+                f"the batch has {strange}, which the forward pass of {type_name(inner)} does not take (it takes "
+                f"{', '.join(list(taken)[1:])}): remove these columns (dataset.remove_columns({strange}), or in the "
+                "collate_fn)"
+            ) from error
+        raise
 
 
 # -- what a model is -------------------------------------------------------------------------------------------------

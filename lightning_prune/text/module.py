@@ -45,6 +45,7 @@ from lightning_prune.pruning.running import (
     logits_of_tokens,
     next_token_labels,
     next_token_losses,
+    run_batch,
 )
 from lightning_prune.results import Table
 from lightning_prune.safety import expanded
@@ -215,10 +216,13 @@ class CausalLM(L.LightningModule):
             input_ids: The tokens.
             attention_mask: Which of them are real.
             others: What else the model takes, such as the position_ids of packed rows.
+
+        Raises:
+            ValueError: the model does not take some of them.
         """
         self._check_read()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **others}
-        logits: Tensor = self.model(**inputs).logits
+        logits: Tensor = run_batch(self.model, inputs).logits
         return logits_of_tokens(self.model, logits, input_ids)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_prune import CausalLM
 from lightning_prune.evaluation.perplexity import NextTokenLoss, perplexity
 from lightning_prune.pruning.running import causal_lm_losses, next_token_losses
 
@@ -110,6 +111,36 @@ def test_windows_of_a_dataset_weigh_by_tokens(model, stream):
             assert result.tokens == sum(lengths) - 3
             assert result.seq_len == 64
             assert result.perplexity == pytest.approx(naive_perplexity(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_packed_texts_of_a_window_are_kept_apart(wrapped, batch_size, model, stream):
+    texts = [[stream[:10], stream[10:31]], [stream[40:75]], [stream[80:83], stream[83:84], stream[84:100]]]
+    expected = [x for window in texts for text in window for x in naive_losses(model, text)]
+    data = [
+        {"input_ids": torch.cat(window), "position_ids": torch.cat([torch.arange(len(text)) for text in window])}
+        for window in texts
+    ]
+    del data[1]["position_ids"]  # one text: these are a model's own
+    data[2] = {name: [0, 0, *part.tolist()] for name, part in data[2].items()} | {"attention_mask": [0, 0] + [1] * 20}
+    for window in data:
+        window["length"] = [len(window["input_ids"])]  # no input of the model
+    measured = model
+    if wrapped:
+        measured = CausalLM(config=model.config.to_dict())
+        measured.model.load_state_dict(model.state_dict())
+    result = perplexity(measured, data, batch_size=batch_size)
+    assert result.tokens == len(expected)
+    assert result.perplexity == pytest.approx(naive_perplexity(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["inputs_embeds", "cu_seq_lens_q"])
+def test_inputs_that_cannot_be_cut_into_windows_are_refused(name, model, stream):
+    window = {"input_ids": stream[:8], name: torch.tensor([0, 3, 8])}
+    with pytest.raises(ValueError, match=rf"data\[0\] has '{name}' of shape \(3,\), .* each of the 8 tokens\. Take it"):
+        perplexity(model, [window])
+    assert perplexity(Fixed([0.0] * V), [window]).tokens == 7  # takes no such thing
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

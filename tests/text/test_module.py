@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from versions import WEIGHTS_ONLY
 
+from lightning_prune import prune
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.checkpoints.sources import empty_pretrained, load_tokenizer, trained_tokenizer
 from lightning_prune.errors import CheckpointError
@@ -433,6 +434,24 @@ def test_save_pretrained(tmp_path, data, batch):
     torch.testing.assert_close(loaded(batch["input_ids"]).logits, model.eval()(batch["input_ids"]))
     assert AutoTokenizer.from_pretrained(tmp_path / "with").get_vocab() == data.tokenizer.get_vocab()
     assert CausalLM(str(tmp_path / "with")).tokenizer.get_vocab() == data.tokenizer.get_vocab()
+
+
+def test_columns_that_a_model_does_not_take_are_named(batch):
+    class Strict(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, use_cache=None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model = random_model()
+    model.model = Strict(model.model.config)
+    batch = {"input_ids": batch["input_ids"], "length": torch.ones(len(batch["input_ids"]))}
+    message = r"the batch has \['length'\], which .* Strict does not take \(it takes input_ids, .*remove_columns"
+    for use in (
+        lambda: model.training_step(batch, 0),
+        lambda: model.calibration_loss(batch),
+        lambda: prune(model.model, [batch], progress=False),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
 
 
 @pytest.fixture
