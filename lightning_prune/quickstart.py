@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import platform
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -198,10 +199,14 @@ class _Quickstart:
             f"Every saved model was loaded again: its zeros are exactly those of its masks. {results['seconds']:.0f} s "
             f"in all.\nSee {picture} (perplexity over sparsity), {self.folder / 'sparsity.png'} and "
             f"{self.folder / 'results.json'}. All about one of them, as one page:\n"
-            f"lightning-prune report {self.folder / 'kfac-50'} --dense {self.folder / 'dense'} "
-            f"--results {self.folder / 'results.json'} --output {self.folder / 'report.html'}"
+            f"lightning-prune report {self._quoted('kfac-50')} --dense {self._quoted('dense')} "
+            f"--results {self._quoted('results.json')} --output {self._quoted('report.html')}"
         )
         return results
+
+    def _quoted(self, name: str) -> str:
+        """A path of the folder, as a shell takes it."""
+        return shlex.quote(str(self.folder / name))
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)

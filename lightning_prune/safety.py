@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -318,6 +320,9 @@ def check_writable(output: Path, inside: str = "", error: type[ValueError] = Val
         # Modes say too little: file systems are read-only or full, and root may do what they forbid.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent):
             pass
+        if path.is_dir() and not os.access(path, os.W_OK):  # nor can it be moved
+            parent = path
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as reason:
         raise error(
             f"output={str(output)!r} cannot be written ({reason.strerror}: {str(parent)!r}); choose another place"
@@ -326,8 +331,8 @@ def check_writable(output: Path, inside: str = "", error: type[ValueError] = Val
 
 # Which transformers makes of tokenizers with several templates.
 _TEMPLATES = "additional_chat_templates"
-# Weights and their index, as transformers names them.
-_WEIGHTS = "model*.safetensors*"
+# Weights and their index, as transformers names them where no variant is asked for.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
@@ -389,23 +394,25 @@ def replacing(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Pat
 
 
 def _stays(target: Path) -> bool:
-    """Whether a folder cannot be exchanged: a disk begins there, this process works in it, or it alone is writable."""
+    """Whether a folder cannot be exchanged: a disk begins there, this process works in it, or it may not be moved."""
     return target.is_dir() and (
-        os.path.ismount(target) or os.path.samefile(target, ".") or not os.access(target.parent, os.W_OK)
+        os.path.ismount(target)
+        or os.path.samefile(target, ".")
+        or not all(os.access(folder, os.W_OK) for folder in (target, target.parent))
     )
 
 
 def _others(target: Path, new: Path) -> list[Path]:
     """What a folder holds beside a model that is to be written over."""
     inside = target.iterdir() if target.exists() else ()
-    return [e for e in inside if not (new / e.name).exists() and not e.match(_WEIGHTS)]
+    return [e for e in inside if not (new / e.name).exists() and not _WEIGHTS.fullmatch(e.name)]
 
 
 def _move_in(new: Path, target: Path) -> None:
     """Move what a folder holds into another, where it replaces what has its name, and old weights."""
-    for weights in target.glob(_WEIGHTS):
-        if not (new / weights.name).exists():
-            weights.unlink()
+    for old in target.iterdir():
+        if _WEIGHTS.fullmatch(old.name) and not (new / old.name).exists():
+            old.unlink()
     for entry in new.iterdir():
         if entry.is_dir():
             shutil.rmtree(target / entry.name, ignore_errors=True)

@@ -173,8 +173,9 @@ def _tables_of(results: Mapping[str, Any], read: ReadModel, file: str) -> list[T
 
 
 def check_apart(checkpoint: Path, target: Path) -> None:
-    """Refuse to write over the checkpoint itself."""
-    if checkpoint.resolve().is_relative_to(target):
+    """Refuse to write over the checkpoint itself, or over files that it links to (as a cache of the hub does)."""
+    places = [checkpoint, *(checkpoint.iterdir() if checkpoint.is_dir() else ())]
+    if any(place.resolve().is_relative_to(target) for place in places):
         raise ExportError(
             f"output={str(target)!r} is or holds the checkpoint, which would be lost with it; choose another folder"
         )

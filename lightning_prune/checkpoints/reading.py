@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import struct
 import zipfile
 import zlib
@@ -142,6 +143,7 @@ def open_checkpoint(path: str | Path, argument: str = "path") -> Checkpoint:
 
 # What transformers reads, in its order: a folder may hold weights twice, or an index of shards that are gone.
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_VARIANTS = "pytorch_model.*.bin"
 # Also of a variant: model.safetensors.index.fp16.json.
 _INDEX = re.compile(r"\.index(\.[^.]+)?\.json$")
 
@@ -154,18 +156,18 @@ def _open_folder(folder: Path) -> Checkpoint:
             return _open_index(file)
         if file.suffix == ".safetensors":
             return _open_safetensors(folder, [file])
-        checkpoint = _open_torch(file)
-        checkpoint.config = _read_config(folder)
-        return checkpoint
-    if len(indices := sorted(folder.glob("*.index.*.json"))) == 1:
+        return _open_torch(file)
+    if len(indices := _files(folder, "*.index.*.json")) == 1:
         return _open_index(indices[0])
-    if whole := sorted(folder.glob("*.safetensors")):
+    if whole := _files(folder, "*.safetensors"):
         shards = Counter(part.groups() for f in whole if (part := re.fullmatch(r"(.+)-\d+-of-(\d+)", f.stem)))
         for (stem, count), found in shards.items():
             if found != int(count):
                 fail(folder, f"holds {found} of the {count} shards {stem}-*.safetensors; download or copy the others")
         return _open_safetensors(folder, whole)
-    checkpoints = sorted(folder.glob("*.ckpt")) + sorted(folder.glob("*.bin")) + checkpoints_of_runs(folder)
+    if len(variants := _files(folder, _VARIANTS)) == 1:
+        return _open_torch(variants[0])
+    checkpoints = _files(folder, "*.ckpt") + _files(folder, "*.bin") + checkpoints_of_runs(folder)
     checkpoints += [config.parent for config in sorted(folder.glob("*/config.json"))]
     hint = f"; did you mean {str(checkpoints[0])!r}?" if checkpoints else ""
     fail(
@@ -173,6 +175,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         "is a folder without model.safetensors, pytorch_model.bin, an index of shards, or the .metadata of a "
         f"distributed checkpoint{hint}",
     )
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(filter(Path.is_file, folder.glob(pattern)))
 
 
 def checkpoints_of_runs(folder: Path) -> list[Path]:
@@ -188,13 +194,13 @@ def check_folder(folder: Path) -> None:
         CheckpointError: it is damaged, or its configuration names a kernel of the hub, which would be fetched and run.
     """
     check_config(folder)
-    if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*")):
+    if weights := _files(folder, "*.safetensors") + _files(folder, "pytorch_model*"):
         if not any((folder / name).is_file() for name in _NAMES):
-            name = min(file.name for pattern in ("*.safetensors", "pytorch_model*") for file in folder.glob(pattern))
+            name = min(file.name for file in weights)
             fail(
                 folder,
                 f"holds weights by a name that transformers does not look for by itself, {name} (a variant?); write "
-                f"a folder that it loads first: lightning-prune export {folder} FOLDER",
+                f"a folder that it loads first: lightning-prune export {shlex.quote(str(folder))} FOLDER",
             )
         opened = _open_folder(folder)
         if opened.summed:
@@ -338,6 +344,8 @@ def _open_torch(path: Path) -> Checkpoint:
     if is_lightning:
         checkpoint.format = "Lightning checkpoint"
         checkpoint.take_extras(loaded)
+    elif path.name == "pytorch_model.bin" or path.match(_VARIANTS):
+        checkpoint.config = _read_config(path.parent)
     return checkpoint
 
 

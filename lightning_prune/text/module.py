@@ -5,6 +5,7 @@ Letters: B samples, T tokens, V vocabulary.
 
 import json
 import math
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -389,7 +390,7 @@ class CausalLM(L.LightningModule):
             if expanded(checkpoint_path, "checkpoint_path").is_dir():
                 raise CheckpointError(
                     f"{checkpoint_path} is the folder of a distributed checkpoint: turn it into a model first "
-                    f"(lightning-prune export {checkpoint_path} model), and take CausalLM('model')"
+                    f"(lightning-prune export {shlex.quote(str(checkpoint_path))} model), and take CausalLM('model')"
                 )
             if kwargs.get("weights_only") is not False:
                 _check_origin(cls, checkpoint_path, read_resumable(checkpoint_path).get("hyper_parameters") or {})

@@ -572,6 +572,27 @@ def test_a_folder_that_cannot_be_exchanged_is_refused(why, trained, tmp_path, mo
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_a_folder_whose_files_the_checkpoint_links_to_is_not_replaced(old, tmp_path):
+    """As a snapshot in the hub's cache links to its blobs."""
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "out").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    with pytest.raises(ExportError, match="would be lost with it"):
+        export(tmp_path / "snapshot", tmp_path / "out", overwrite=True)
+    export(tmp_path / "snapshot", tmp_path / "other")
+    assert files_of(tmp_path / "out") == old
+
+
+def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(old, trained, tmp_path, monkeypatch):
+    """Nor can it be moved, though the folder around it is this user's."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "out" and access(path, mode))
+    monkeypatch.setattr("lightning_prune.checkpoints.export.read_model", None)
+    with pytest.raises(ExportError, match=r"output='.*out' cannot be written \(Permission denied: '.*out'\); choose"):
+        export(trained()[1], tmp_path / "out", overwrite=True)
+    assert files_of(tmp_path / "out") == old
+
+
 def test_ctrl_c_while_folders_are_exchanged_waits_for_the_new_one(old, trained, tmp_path, monkeypatch):
     _, source = trained()
     exchange, done = safety._exchange, []

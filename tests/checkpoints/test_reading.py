@@ -209,11 +209,28 @@ def test_variants(tmp_path):
         assert all(torch.equal(tensor, found[own]) for own, tensor in model.state_dict().items())
         with pytest.raises(CheckpointError, match=r"does not look for by itself, model\.fp16.*; write .* export .*"):
             CausalLM(str(folder))
+    binary = tmp_path / "variant bin"
+    binary.mkdir()
+    model.config.save_pretrained(binary)
+    file = binary / "pytorch_model.fp16.bin"
+    torch.save(model.state_dict(), file)
+    for number, source in enumerate((binary, file)):
+        export(source, tmp_path / f"variant-{number}", progress=False)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / f"variant-{number}").state_dict()
+        assert all(torch.equal(tensor, found[own]) for own, tensor in model.state_dict().items())
+    with pytest.raises(
+        CheckpointError, match=r"pytorch_model\.fp16\.bin \(a.*lightning-prune export '.*variant bin' F"
+    ):
+        CausalLM(str(binary))
+    torch.save(model.state_dict(), binary / "pytorch_model.other.bin")
+    with pytest.raises(CheckpointError, match=r"is a folder without .*; did you mean '.*pytorch_model\.fp16\.bin'"):
+        inspect(binary)
     # Beside shards of another model, which the index does not name.
     make_llama(1).save_pretrained(tmp_path / "shards", variant="old", max_shard_size="60KB")
     (tmp_path / "shards" / "model.safetensors.index.old.json").unlink()
     index = tmp_path / "shards" / "model.safetensors.index.fp16.json"
     assert inspect(tmp_path / "shards").tensors == inspect(index).tensors
+    (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(CheckpointError, match=r"is a folder without .*; did you mean '.*shards'"):
         open_checkpoint(tmp_path)
 

@@ -458,7 +458,8 @@ def test_columns_that_a_model_does_not_take_are_named(batch):
 def saved(tmp_path):
     """A folder that `save_pretrained` has written, with a file and old weights beside, and what is in it."""
     random_model().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "model_averaged.safetensors"):
+        (tmp_path / "model" / name).write_text("mine")
     return tmp_path / "model", {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
 
 
