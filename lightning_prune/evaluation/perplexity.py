@@ -137,8 +137,8 @@ def perplexity(
     """
     windows, overlap = _windows(data, seq_len, stride, first_token)
     begin = [] if first_token is None else [first_token]
-    if max_windows is not None and max_windows < 1:
-        raise ValueError(f"max_windows={max_windows} must be at least 1, or None for all windows.")
+    if max_windows is not None:
+        check_whole("max_windows", max_windows, hint=", or None for all windows")
     check_whole("batch_size", batch_size)
     count = min(len(windows), max_windows or len(windows))
     chosen = [i * len(windows) // count if spread else i for i in range(count)]
@@ -146,7 +146,7 @@ def perplexity(
     metric.set_dtype(torch.float64)
     device = next(model.parameters()).device
     longest = used = 0
-    taken = _inputs_of(model)
+    taken, tokens_known = _inputs_of(model), _vocabulary(model)
     bar = progress_bar("Perplexity", math.ceil(count / batch_size), enabled=progress)
     with evaluating(model), torch.no_grad(), bar as advance:
         for start in range(0, count, batch_size):
@@ -154,7 +154,9 @@ def perplexity(
             advance()
             if not rows:
                 continue
-            inputs = {name: part.to(device) for name, part in _padded(rows).items()}
+            padded = _padded(rows)
+            _check_tokens(padded["input_ids"], tokens_known)
+            inputs = {name: part.to(device) for name, part in padded.items()}
             labels = inputs.pop("labels")
             losses = next_token_losses(_logits(model, **inputs), labels)
             # float64 does not exist on every accelerator: add up on the CPU
@@ -187,19 +189,27 @@ def _windows(
         if len(data) == 0:
             raise ValueError("data is an empty sequence of windows. Pass at least one window.")
         return data, 0
-    if seq_len < 2:
-        raise ValueError(f"seq_len={seq_len} must be at least 2: the first token of a window is not predicted.")
+    if not _is_whole(seq_len) or seq_len < 2:
+        raise ValueError(
+            f"seq_len={seq_len!r} must be at least 2, a whole number: the first token of a window is not predicted."
+        )
+    if first_token is not None:
+        check_whole("first_token", first_token, least=0)
     own = seq_len if first_token is None else seq_len - 1
     step = own if stride is None else stride
-    if not 1 <= step <= own:
+    if not _is_whole(step) or not 1 <= step <= own:
         bound = f"seq_len={seq_len}" if first_token is None else f"{own}, the tokens of text in a window"
-        raise ValueError(f"stride={stride} must lie between 1 and {bound}.")
+        raise ValueError(f"stride={stride!r} must lie between 1 and {bound}, a whole number.")
     if len(stream) < own:
         raise ValueError(
             f"data has {len(stream)} tokens, fewer than one window of seq_len={seq_len}. Pass a smaller "
             "seq_len or more text."
         )
     return stream.unfold(0, own, step), own - step  # views
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
@@ -223,11 +233,32 @@ def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
     return None
 
 
+def _language_model(model: nn.Module) -> Any:
+    """The model of transformers in a CausalLM; any other as it is."""
+    return next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), model)
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """The number of tokens that a model has embeddings of, where it says so."""
+    embeddings = getattr(_language_model(model), "get_input_embeddings", lambda: None)()
+    return getattr(embeddings, "num_embeddings", None)
+
+
+def _check_tokens(ids: Tensor, known: int | None) -> None:
+    """Refuse tokens that a model does not know: some devices end the process there."""
+    if known is not None and not bool(((ids >= 0) & (ids < known)).all()):
+        strange = int(ids[(ids < 0) | (ids >= known)][0])
+        raise ValueError(
+            f"data has the token {strange}, and the model has embeddings of the tokens 0 to {known - 1}. Tokenize "
+            "with the model's own tokenizer."
+        )
+
+
 def _inputs_of(model: nn.Module) -> frozenset[str]:
     """What a model takes of a window beside tokens, labels and their mask, by the names in its forward pass."""
     inner = unwrapped(model)
-    wrapped = next((m for m in inner.modules() if hasattr(m, "get_output_embeddings")), inner)  # of a CausalLM
-    parameters = {n: p for m in (inner, wrapped) for n, p in inspect.signature(type(m).forward).parameters.items()}
+    forwards = [inspect.signature(type(module).forward).parameters for module in (inner, _language_model(inner))]
+    parameters = {**forwards[0], **forwards[1]}
     more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return frozenset({*parameters, *(_PACKED if more else ())} - {"input_ids", "labels", "attention_mask"})
 
@@ -239,9 +270,15 @@ _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 def _window(item: Any, index: int, taken: frozenset[str]) -> dict[str, Tensor]:
     """Token ids and labels (T,) of one item of a dataset, and what else a model takes, without the masked ones."""
     fields = item if isinstance(item, Mapping) else {"input_ids": item}
-    ids = torch.as_tensor(fields["input_ids"])
-    labels = torch.as_tensor(fields.get("labels", ids))
-    real = torch.as_tensor(fields.get("attention_mask", torch.ones_like(ids)))
+    try:
+        ids = torch.as_tensor(fields["input_ids"])
+        labels = torch.as_tensor(fields.get("labels", ids))
+        real = torch.as_tensor(fields.get("attention_mask", torch.ones_like(ids)))
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"data[{index}] must hold token ids, or be a dict with 'input_ids'; received {item!r:.60} ({error}). "
+            "Tokenize text first, e.g. tokenizer(text)['input_ids']."
+        ) from error
     if ids.ndim != 1 or (len(ids) and ids.is_floating_point()) or not ids.shape == labels.shape == real.shape:
         raise ValueError(
             f"data[{index}] must hold integer token ids of shape (T,), and labels and attention_mask of that shape; "

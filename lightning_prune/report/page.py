@@ -13,6 +13,7 @@ from lightning_prune.checkpoints.states import states_of
 from lightning_prune.history import versions
 from lightning_prune.naming import order_kinds, place
 from lightning_prune.pruning.score_histograms import ScoreSummary
+from lightning_prune.pruning.targets import reject_bare_string
 from lightning_prune.report import sections
 from lightning_prune.report.figures import histograms
 from lightning_prune.report.measure import Measured, Results, Source, measure, open_source, read_results
@@ -56,6 +57,8 @@ def report(
         ValueError: a pattern in `layers` matches no pruned matrix, or `output` is a folder, cannot be written, or is
             a file of another kind.
     """
+    reject_bare_string("results", results)
+    reject_bare_string("layers", layers)
     output = expanded(output, "output")
     if output.is_dir():
         raise ValueError(

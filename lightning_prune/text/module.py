@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -135,13 +135,13 @@ class CausalLM(L.LightningModule):
             raise ValueError(f"gguf_file={gguf_file!r} needs model, the folder or hub repository that holds it.")
         _check_choice("dtype", dtype, tuple(DTYPES))
         _check_choice("lr_schedule", lr_schedule, ("constant", "linear", "cosine"))
-        _check_range("learning_rate", learning_rate, learning_rate > 0, "above 0")
-        _check_range("weight_decay", weight_decay, weight_decay >= 0, "0 or above")
-        _check_range("warmup_steps", warmup_steps, warmup_steps >= 0, "0 or above")
-        _check_range("min_lr_ratio", min_lr_ratio, 0 <= min_lr_ratio <= 1, "in [0, 1]")
-        _check_range("betas", betas, len(betas) == 2 and all(0 <= b < 1 for b in betas), "two values in [0, 1)")
+        _check_range("learning_rate", learning_rate, lambda v: v > 0, "above 0")
+        _check_range("weight_decay", weight_decay, lambda v: v >= 0, "0 or above")
+        _check_range("warmup_steps", warmup_steps, lambda v: v >= 0, "0 or above")
+        _check_range("min_lr_ratio", min_lr_ratio, lambda v: 0 <= v <= 1, "in [0, 1]")
+        _check_range("betas", betas, lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "two values in [0, 1)")
         if warmup_ratio is not None:
-            _check_range("warmup_ratio", warmup_ratio, 0 <= warmup_ratio < 1, "in [0, 1)")
+            _check_range("warmup_ratio", warmup_ratio, lambda v: 0 <= v < 1, "in [0, 1)")
             if warmup_steps:
                 raise ValueError(
                     f"warmup_steps={warmup_steps} and warmup_ratio={warmup_ratio} exclude each other. Pass one."
@@ -594,7 +594,7 @@ def _config_of(config: dict[str, Any] | str | None, revision: str | None) -> Pre
         )
     try:
         return config_from(model_type, fields)
-    except ValueError as error:
+    except Exception as error:  # each family raises its own
         raise ValueError(f"config={config!r} is not a configuration of transformers: {error}") from error
 
 
@@ -633,6 +633,10 @@ def _check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is not known. Use one of {', '.join(map(repr, accepted))}.")
 
 
-def _check_range(name: str, value: object, valid: bool, accepted: str) -> None:
+def _check_range(name: str, value: Any, accepts: Callable[[Any], bool], accepted: str) -> None:
+    try:
+        valid = accepts(value)
+    except TypeError:  # no number
+        valid = False
     if not valid:
         raise ValueError(f"{name}={value!r} is out of range: it must be {accepted}.")

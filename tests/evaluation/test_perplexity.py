@@ -143,6 +143,16 @@ def test_inputs_that_cannot_be_cut_into_windows_are_refused(name, model, stream)
     assert perplexity(Fixed([0.0] * V), [window]).tokens == 7  # takes no such thing
 
 
+@pytest.mark.parametrize("token", [-1, V, 10**6])
+def test_tokens_that_the_model_does_not_know_are_refused(token, model, stream):
+    strange = torch.cat([stream[:40], torch.tensor([token])])
+    with pytest.raises(ValueError, match=rf"data has the token {token}, and the model .* tokens 0 to {V - 1}\."):
+        perplexity(model, [stream[:8], strange], batch_size=2)
+    if token > 0:
+        with pytest.raises(ValueError, match=f"data has the token {token}"):
+            perplexity(model, stream, seq_len=8, first_token=token)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_windows_and_labels_that_predict_nothing_do_not_count(model, stream, batch_size):
     rows = [stream[:10], stream[10:30]]
@@ -197,6 +207,13 @@ def test_improbable_tokens_and_nan_show():
         (torch.zeros(10), {"seq_len": 5}, "integer token ids"),
         (torch.zeros(1, 2, 3, dtype=torch.long), {}, "integer token ids"),
         ("It is a truth", {}, "received str. Tokenize text first"),
+        (["It is a truth"], {}, r"data\[0\] must hold token ids, .*received 'It is a truth' .*Tokenize text first"),
+        ([{"text": "It"}], {}, r"data\[0\] must hold token ids, or be a dict with 'input_ids'; received \{'text'"),
+        ([None], {}, r"data\[0\] must hold token ids"),
+        (torch.zeros(10, dtype=torch.long), {"seq_len": "8"}, "seq_len='8' must be at least 2, a whole number"),
+        (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "stride": 1.5}, "stride=1.5 must .* a whole number"),
+        (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "max_windows": 1.5}, "max_windows=1.5 must be a whole"),
+        (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "first_token": -1}, "first_token=-1 must be a whole"),
         ([], {}, "empty sequence of windows"),
         ([[1, 2, 3]], {"stride": 2}, "stride=2 needs a token stream"),
         ([[1], [2]], {"max_windows": 1}, r"none of its 1 window\(s\) predicts a token"),

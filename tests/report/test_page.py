@@ -113,6 +113,9 @@ def test_pictures_show_the_density_of_the_mask(tmp_path: Path) -> None:
     assert "rows 0" in page.text
     with pytest.raises(ValueError, match="layers='nothing' matches no pruned matrix"):
         report(tmp_path / "run", tmp_path / "r.html", layers=["nothing"], progress=False)
+    for name in ("layers", "results"):
+        with pytest.raises(TypeError, match=rf"{name} must be a sequence, got the string 'x'; write {name}=\['x'\]"):
+            report(tmp_path / "run", tmp_path / "r.html", progress=False, **{name: "x"})
 
 
 def test_structure_against_plain_counting() -> None:
