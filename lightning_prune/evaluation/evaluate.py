@@ -87,6 +87,9 @@ def evaluate(
     for name, value in asked.items():
         if value is not None:
             check_whole(name, value, least[name])
+            used, of = (tasks, "tasks") if name == "limit" else (text or name == "batch_size", "text")
+            if not used:
+                raise ValueError(f"{name}={value} is of {of}, and there is none to measure: give {of}, or leave it out")
     if tasks:
         check_lm_eval()
         read_tasks(tasks)

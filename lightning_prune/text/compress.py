@@ -31,7 +31,7 @@ from lightning_prune.results import Table
 from lightning_prune.safety import check_replaceable, expanded
 from lightning_prune.structure.oneshot import check_structured, shrink_by_plan
 from lightning_prune.structure.permutation import check_permutable, permute_channels
-from lightning_prune.text.documents import check_local, texts_of
+from lightning_prune.text.documents import check_local, check_parts, texts_of
 
 _WINDOW = 512  # tokens, where the model takes as many
 _PLENTY = 16  # times the text that is needed is read, to take samples from different parts of it
@@ -214,6 +214,7 @@ def compress(
             "stays could make up for; use a sparsity above 0 and another score, or leave fit and minutes out"
         )
     job = _Job(model, output, text, console, overwrite, progress)
+    check_parts(job.text, "text", text_name=text_name, text_split=text_split)
     job.open(
         tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
     )
@@ -316,6 +317,7 @@ def shrink(
         shrink("HuggingFaceTB/SmolLM2-135M", "smaller", target=0.8)
     """
     job = _Job(model, output, text, console, overwrite, progress)
+    check_parts(job.text, "text", text_name=text_name, text_split=text_split)
     job.open(
         tokenizer, dtype, device, seq_len, {"num_samples": num_samples, "windows": windows, "batch_size": batch_size}
     )

@@ -24,6 +24,7 @@ from lightning_prune.safety import expanded
 from lightning_prune.text.chat import check_chat_tokenizer, tokenize_conversations
 from lightning_prune.text.documents import (
     EMBEDDED,
+    check_parts,
     is_local,
     is_saved,
     local_documents,
@@ -226,8 +227,9 @@ class TextDataModule(L.LightningDataModule):
         check_whole("num_workers", num_workers, 0)
         if num_proc is not None:
             check_whole("num_proc", num_proc)
-        if not 0 <= validation_share < 1:
-            raise ValueError(f"validation_share={validation_share} must lie in [0, 1). Try 0.05.")
+        check_whole("vocab_size", vocab_size)
+        if not isinstance(validation_share, (int, float)) or not 0 <= validation_share < 1:
+            raise ValueError(f"validation_share={validation_share!r} must lie in [0, 1). Try 0.05.")
         if sample_by not in ("document", "paragraph", "line"):
             raise ValueError(f"sample_by={sample_by!r} is not known. Use 'document', 'paragraph' or 'line'.")
         if not source:
@@ -279,6 +281,7 @@ class TextDataModule(L.LightningDataModule):
             stage: "fit", "validate", "test" or "predict" of the Trainer; only "test" needs the test text.
         """
         hp = self.hparams
+        check_parts(hp["source"], "source", name=hp["name"], split=hp["split"], revision=hp["revision"])
         if hp["streaming"] and self._stream is None:
             self._stream = self._streamed_documents(hp["source"])
             if hp["validation"] is not None:

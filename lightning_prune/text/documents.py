@@ -48,6 +48,27 @@ def check_local(source: str | list[str], argument: str) -> None:
         _local_files(source, argument)
 
 
+def check_parts(source: str | list[str], argument: str, **parts: str | None) -> None:
+    """Refuse what names a part of a dataset on the hub, where a source is files, which have no such parts.
+
+    Args:
+        source: As of `texts_of`.
+        argument: What the user calls it, for errors.
+        parts: Its configuration, split and revision, as the user calls them; a split of a saved `DatasetDict` is one.
+
+    Raises:
+        ValueError: naming the one that would not be heard.
+    """
+    if is_local(source):
+        for name, value in parts.items():
+            saved = name.endswith("split") and bool(saved_splits(source))
+            if value not in (None, "train") and not saved:  # which is the default of a split
+                raise ValueError(
+                    f"{name}={value!r} is of datasets on the hub, and {argument}={source!r} is on this machine: leave "
+                    f"{name} out, or name a dataset"
+                )
+
+
 def local_documents(
     source: str | list[str], argument: str, sample_by: str, cache_dir: str | None, streaming: bool = False
 ) -> Any:

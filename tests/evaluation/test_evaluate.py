@@ -142,6 +142,8 @@ def test_command(files, tmp_path, capsys):
         ([], "there is nothing to measure"),
         (["--text", "/no/such.txt"], "text='/no/such.txt' is not an existing file"),
         (["--text", "EMPTY"], "is empty"),
+        (["--text", "TEXT", "--limit", "3"], "limit=3 is of tasks, and there is none to measure"),
+        (["--tasks", "a.jsonl", "--stride", "3"], "stride=3 is of text, and there is none to measure"),
         (["--text", "BINARY"], "is not UTF-8"),
         (["--text", "TEXT", "--seq_len", "1"], "seq_len=1 must be a whole number of at least 2"),
         (["--text", "TEXT", "--seq_len", "65"], "seq_len=65 is longer than the 64 tokens"),

@@ -294,6 +294,15 @@ def test_the_samples_that_are_told_are_those_that_are_there(files, tmp_path, cap
     assert done.settings["num_samples"] < 100_000
 
 
+@pytest.mark.parametrize("function", [compress, shrink])
+@pytest.mark.parametrize("part", [{"text_name": "wikitext-2-raw-v1"}, {"text_split": "test"}])
+def test_parts_of_hub_datasets_are_refused_of_files(part, function, files, tmp_path, capsys):
+    (name,) = part
+    with pytest.raises(ValueError, match=f"{name}='.*' is of datasets on the hub, and text='.*' is on this machine"):
+        function(files.dense, tmp_path / "out", text=str(files.text), **part)
+    assert capsys.readouterr().out == ""
+
+
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(files, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"output='.*sub' cannot be written \(Not a directory: '.*file'\)"):

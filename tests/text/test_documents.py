@@ -103,6 +103,16 @@ def test_folders_of_save_to_disk_that_do_not_fit(saved):
     options = {"vocab_size": 300, "block_size": 16, "cache_dir": str(saved / "c")}
     with pytest.raises(ValueError, match=r"has the splits \['held', 'train'\], no 'test'"):
         TextDataModule(str(saved / "several"), split="test", **options).setup("fit")
+    for source, part in (
+        ("one", {"split": "test"}),
+        ("several", {"name": "small"}),
+        ("rows.txt", {"split": "validation"}),
+        ("rows.txt", {"revision": "main", "streaming": True, "tokenizer": "gpt2"}),
+    ):
+        (saved / "rows.txt").write_text("text " * 99)
+        name, value = next(iter(part.items()))
+        with pytest.raises(ValueError, match=rf"^{name}='{value}' is of datasets .*{source}.*leave {name} out"):
+            TextDataModule(str(saved / source), **options | part).setup("fit")
     with pytest.raises(ValueError, match="pass it alone"):
         TextDataModule([str(saved / "one")], **options).setup("fit")
     (saved / "one" / "state.json").write_text("[" * 100_000)
