@@ -59,10 +59,10 @@ def check_device_goal(goal: Any) -> None:
             raise ValueError(f"target['seconds_per_token']={seconds!r} must be a number above 0")
         check_whole("target['batch']", batch)
     elif isinstance(goal, Mapping):
-        unknown = sorted(str(name) for name in goal if name not in SIZE_NAMES)
-        if unknown or not goal:
+        strange = sorted(str(name) for name in goal if name not in SIZE_NAMES)
+        if strange or not goal:
             raise ValueError(
-                f"target={dict(goal)!r} {f'has {unknown}' if unknown else 'names nothing'}; it takes final sizes "
+                f"target={dict(goal)!r} {f'has {strange}' if strange else 'names nothing'}; it takes final sizes "
                 f"({', '.join(SIZE_NAMES)}), or {{'bytes': 100_000_000}}, or {{'seconds_per_token': 0.01, 'batch': 1}}"
             )
 
