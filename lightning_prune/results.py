@@ -135,7 +135,7 @@ class TextResult:
     """Perplexity on one text.
 
     Attributes:
-        text: Name of the file.
+        text: Name of the file, with folders around it where texts share a name.
         sha256: Of its content.
         perplexity: exp(nll), weighted by tokens.
         nll: Mean negative log-likelihood of a predicted token, in nats.

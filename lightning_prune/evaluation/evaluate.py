@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def evaluate(
             f"stride={stride} must not be above {own}, the tokens of text in a window of seq_len={seq_len}: tokens "
             "between windows would be lost"
         )
-    measured = []
+    measured, shown = [], _short_names(texts)
     for (role, _), loaded in zip(sources, models, strict=True):
         facts = loaded.facts()
         with on(place, loaded.model):
@@ -115,7 +115,7 @@ def evaluate(
                 windows: Any = {"seq_len": seq_len, "stride": stride, "first_token": begin, "max_windows": max_windows}
                 found = perplexity(loaded.model, streams[name], **windows, batch_size=batch_size, progress=progress)
                 digest = hashlib.sha256(content.encode()).hexdigest()
-                of_texts.append(TextResult(Path(name).name, digest, stride=stride or own, **asdict(found)))
+                of_texts.append(TextResult(shown[name], digest, stride=stride or own, **asdict(found)))
             assert loaded.tokenizer is not None
             options: Any = {"batch_size": batch_size, "limit": limit, "progress": progress}
             of_tasks = zero_shot(loaded.model, loaded.tokenizer, tasks, **options) if tasks else []
@@ -123,6 +123,15 @@ def evaluate(
         gc.collect()
     settings = {**asked, "seq_len": seq_len, "stride": stride or own, "first_token": begin, "tasks": list(tasks)}
     return EvaluationResults(measured, settings, versions(_PACKAGES), str(place), time.monotonic() - started)
+
+
+def _short_names(files: Iterable[str]) -> dict[str, str]:
+    """Names of files by their paths, with as many of the folders around them as tell them apart."""
+    parts = {file: Path(file).absolute().parts for file in files}
+    depth = 1
+    while len({own[-depth:] for own in parts.values()}) < len(set(parts.values())):
+        depth += 1
+    return {file: "/".join(own[-depth:]) for file, own in parts.items()}
 
 
 def _read_text(file: str | Path) -> str:

@@ -96,6 +96,18 @@ def test_perplexity_of_both_models_is_the_naive_one(stride, files):
     assert dense.texts[0].perplexity != pruned.texts[0].perplexity
 
 
+def test_texts_of_the_same_name_are_told_apart(files, tmp_path):
+    texts = [tmp_path / folder / "valid.txt" for folder in ("a", "b")]
+    for number, text in enumerate(texts):
+        text.parent.mkdir()
+        text.write_text(files.text.read_text()[number:])
+    options = {"seq_len": 32, "max_windows": 2, "progress": False}
+    (model,) = evaluate(files.dense, texts, **options).models
+    assert [text.text for text in model.texts] == ["a/valid.txt", "b/valid.txt"]
+    (model,) = evaluate(files.dense, texts[:1] * 2, **options).models
+    assert [text.text for text in model.texts] == ["valid.txt"]
+
+
 @pytest.mark.slow
 def test_a_checkpoint_is_the_model_in_it(files, tmp_path):
     import lightning as L
