@@ -240,7 +240,10 @@ def _language_model(model: nn.Module) -> Any:
 
 def _vocabulary(model: nn.Module) -> int | None:
     """The number of tokens that a model has embeddings of, where it says so."""
-    embeddings = getattr(_language_model(model), "get_input_embeddings", lambda: None)()
+    try:
+        embeddings = getattr(_language_model(model), "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # of transformers, for families whose embeddings it does not find
+        return None
     return getattr(embeddings, "num_embeddings", None)
 
 
