@@ -59,6 +59,7 @@ BEST = "kfac"  # what is retrained
 SETTINGS: dict[str, dict[str, Any]] = {"50 %": {"sparsity": 0.5}, "75 %": {"sparsity": 0.75}, "2:4": {"pattern": "2:4"}}
 LEARNING_RATE = 4e-3
 RETRAINING_RATE = 1e-3
+_WRITTEN = ("dense", "results.json", "perplexity.png", "sparsity.png")
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,19 @@ def quickstart(
         The content of ``results.json``.
 
     Raises:
-        ValueError: if a number is below 1, `output` cannot be written or holds another model, or a saved model does
-            not have the zeros of its masks.
+        ValueError: if a number is below 1, `output` cannot be written or holds other things by the names of what is
+            written, or a saved model does not have the zeros of its masks.
     """
     for name, value in (("steps", steps), ("retrain_steps", retrain_steps), ("num_samples", num_samples)):
         check_whole(name, value)
     folder = expanded(output, "output")
     check_writable(folder, "dense")
-    if (folder / "dense").exists() and not (folder / "cache").exists():
+    strange = [] if (folder / "cache").exists() else [name for name in _WRITTEN if (folder / name).exists()]
+    if strange:
+        kind = "folder" if (folder / strange[0]).is_dir() else "file"
         raise ValueError(
-            f"output={str(output)!r} holds a folder 'dense' that no earlier quickstart has left, and that would be "
-            "written over; choose another folder"
+            f"output={str(output)!r} holds a {kind} {strange[0]!r} that no earlier quickstart has left, and that would "
+            "be written over; choose another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet():

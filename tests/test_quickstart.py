@@ -167,3 +167,8 @@ def test_a_folder_with_other_models_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"output='{folder}' {message}"):
             quickstart(folder)
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["dense", "file"]
+    own = tmp_path / "dense" / "results.json"
+    own.write_text("[1]")
+    with pytest.raises(ValueError, match=r"holds a file 'results\.json' that no earlier quickstart has left"):
+        quickstart(own.parent)
+    assert own.read_text() == "[1]"

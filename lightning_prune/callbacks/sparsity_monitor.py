@@ -40,9 +40,9 @@ class SparsityMonitor(L.Callback):
     are read before the next batch, so the order of callbacks does not matter, and once more at the end of training.
     Names of layers inside PEFT's are those they have without it.
 
-    Beside the logs, in the run's own folder, rank 0 writes the same numbers and what is known of the run (versions,
-    seed, settings) to ``sparsity_history.jsonl``, for ``lightning-prune report``. Without a logger it goes to
-    ``default_root_dir``.
+    Beside the logs, in the run's own folder, rank 0 writes zeros and size of every layer that is pruned, saliencies,
+    and what is known of the run (versions, seed, settings) to ``sparsity_history.jsonl``, for
+    ``lightning-prune report``. Without a logger it goes to ``default_root_dir``.
 
     Counting reads every matrix once. Where weights are sharded (FSDP2, tensor parallelism) each rank counts its
     part, and one small all-reduce adds them up; otherwise rank 0 alone counts. Only rank 0 logs and writes.

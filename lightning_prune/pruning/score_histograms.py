@@ -126,10 +126,10 @@ def _is_histogram(value: Any) -> bool:
 def sample_step(numel: int, columns: int) -> int:
     """Distance between the scores that are sampled; it shares no factor with a row's length, so all columns are met.
 
-    >>> sample_step(1000, 10), sample_step(1 << 20, 1024)
-    (1, 5)
+    >>> sample_step(1000, 10), sample_step((1 << 18) + 1, 1 << 18), sample_step(1 << 20, 1024)
+    (1, 3, 5)
     """
-    step = max(1, numel // _SAMPLES)
+    step = max(1, -(-numel // _SAMPLES))  # never more than that many
     while math.gcd(step, columns) > 1:
         step += 1
     return step

@@ -51,12 +51,18 @@ class EpochLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self._begun:
             self.begin(self.epoch + 1)
+        self._order_by(self.epoch)  # for workers, which are given samples at once
+        return self._rest(super().__iter__(), self.epoch, self._dropped)
+
+    def _order_by(self, epoch: int) -> None:
         order = self.dataset if isinstance(self.dataset, StreamedBlocks) else self.sampler
         if isinstance(order, (StreamedBlocks, DistributedSampler)):  # not without a Trainer, nor to overfit batches
-            order.set_epoch(self.epoch)
-        return self._rest(super().__iter__(), self._dropped)
+            order.set_epoch(epoch)
 
-    def _rest(self, batches: Iterator[Any], dropped: int) -> Iterator[Any]:
+    def _rest(self, batches: Iterator[Any], epoch: int, dropped: int) -> Iterator[Any]:
+        # Without workers the order is made now. Meanwhile Lightning has told the sampler its own number of the epoch,
+        # which is another where a fit ended within one: that one counts as over there.
+        self._order_by(epoch)
         read = 0
         for read, batch in enumerate(batches, 1):
             if read > dropped:

@@ -103,6 +103,23 @@ def test_the_batches_after_a_resume_are_the_next_ones(
         assert all(torch.equal(a, b) for a, b in zip(rest, whole[at:], strict=True)), (name, at)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_fit_that_ended_within_an_epoch_goes_on_with_the_next_batch(
+    workers: int, streaming: bool, made: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Lightning counts the epoch as one that is over, and tells the sampler the next one's number."""
+    how = {"streaming": streaming, "num_workers": workers}
+    whole = fit(made, how, {"max_steps": 20}, tmp_path / "whole")
+    length = min(int(path.stem.removeprefix("end step=")) for path in (tmp_path / "whole").glob("end step=*.ckpt"))
+    assert length + 3 < 20
+    for at in (2, length + 2):
+        fit(made, how, {"max_steps": at}, tmp_path)
+        rest = fit(made, how, {"max_steps": 20}, tmp_path, tmp_path / f"end step={at}.ckpt")
+        assert len(rest) == 20 - at
+        assert all(torch.equal(a, b) for a, b in zip(rest, whole[at:], strict=True)), at
+
+
 class AtStart(L.Callback):
     """Saves before the first batch, and at the start of every epoch."""
 
