@@ -61,7 +61,7 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
                 optimizer.step()
                 optimizer.zero_grad()
     """
-    optimizers = [_bare(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
+    optimizers = [bare_optimizer(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
@@ -84,7 +84,7 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
     return hold
 
 
-def _bare(optimizer: Any) -> Optimizer:
+def bare_optimizer(optimizer: Any) -> Optimizer:
     """An optimizer without what Fabric, accelerate and Lightning wrap around it.
 
     One that steps another and changes weights itself, such as a Lookahead, is none of them.
@@ -113,9 +113,22 @@ def _has_hooks(optimizer: object) -> bool:
 
 def with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
     """Optimizers, and those that they step in turn: whoever trains may step these alone (SAM's second step)."""
-    for optimizer in optimizers:
+    waiting, seen = list(optimizers), set[int]()
+    while waiting:
+        optimizer = waiting.pop(0)
+        if id(optimizer) in seen:
+            continue
+        seen.add(id(optimizer))
         yield optimizer
-        yield from with_inner(inner for inner in vars(optimizer).values() if _has_hooks(inner))
+        held = [value for name, value in vars(optimizer).items() if name != "state"]
+        waiting += [inner for value in held for inner in (value, *_items(value)) if _has_hooks(inner)]
+
+
+def _items(value: object) -> Iterable[Any]:
+    """What an attribute holds several of; optimizers may hold others in a list, or by name."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _stands_still(optimizer: Optimizer) -> bool:
