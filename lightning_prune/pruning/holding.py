@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -180,6 +181,10 @@ class MaskHold:
         self._enforcer: Enforcer
         self.update(masks)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies keep: no hooks, which are on the parameters and optimizers of this one."""
+        return {**vars(self), "_handles": [], "_gradient_hooks": {}}
+
     @property
     def masks(self) -> PackedMasks:
         """Bool masks by parameter name, True = kept, sharded as the parameters are; held as bits."""
@@ -313,13 +318,19 @@ class MaskHold:
         weights = {id(weight): weight for weight in self._enforcer.weights.values()}
         for gone in self._gradient_hooks.keys() - weights.keys():
             self._gradient_hooks.pop(gone).remove()
+        # The optimizers keep the hold. When they are gone, as after a loop that has failed, a model that lives on is as
+        # it was.
+        held = weakref.ref(self)
+
+        def after_gradient(parameter: nn.Parameter) -> None:
+            if (hold := held()) is not None:
+                hold._enforcer.mask_gradients((parameter,))
+
         for key, weight in weights.items():
             if self._hooks and weight.requires_grad and key not in self._gradient_hooks:
-                hook: Any = weight.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+                hook: Any = weight.register_post_accumulate_grad_hook(after_gradient)  # type: ignore[no-untyped-call]
                 self._gradient_hooks[key] = hook
-
-    def _after_gradient(self, parameter: nn.Parameter) -> None:
-        self._enforcer.mask_gradients((parameter,))
+                weakref.finalize(self, hook.remove)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.follow()
