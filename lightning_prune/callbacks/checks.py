@@ -27,6 +27,8 @@ from lightning_prune.schedules import OneShot
 from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.device_goals import check_device_goal
 from lightning_prune.structure.planning import multiples_of
+from lightning_prune.structure.rehearsal import rehearse
+from lightning_prune.structure.removal import check_rescaling
 from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
 from lightning_prune.structure.saving import noted_units
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
@@ -311,11 +313,14 @@ def check_not_masked(structure: Structure) -> None:
         )
 
 
-def check_optimizers(structure: Structure, optimizers: Sequence[Optimizer], saliency: str) -> None:
-    """Optimizers and gradients that the saliency cannot be read from.
+def check_optimizers(
+    structure: Structure, optimizers: Sequence[Optimizer], saliency: str, types: Sequence[str]
+) -> None:
+    """Optimizers and gradients that the saliency cannot be read from, and states that could not be sliced.
 
     Raises:
-        ValueError: several optimizers, or parameters without gradients.
+        ValueError: several optimizers, parameters without gradients, or see `check_states`: of the states that are
+            there, or that the first step would make.
     """
     if len(optimizers) != 1:
         raise ValueError(
@@ -335,32 +340,61 @@ def check_optimizers(structure: Structure, optimizers: Sequence[Optimizer], sali
             f"{type(optimizers[0]).__name__} has no parameter of the model (it may step copies of them), so none would "
             "follow when the model shrinks: give it the model's own, model.parameters()"
         )
-    check_states(structure, found)
+    check_states(structure, found, types)
+    for optimizer in optimizers:
+        if (rehearsal := rehearse(optimizer, structure.parameters())) is None:
+            continue
+        if rehearsal.hidden:
+            raise ValueError(
+                f"{type(optimizer).__name__} steps a {type(rehearsal.hidden[0]).__name__} that is not among its "
+                "attributes, so its states would not be sliced with the weights: keep it in an attribute, or use that "
+                "optimizer alone"
+            )
+        check_states(structure, rehearsal.optimizers, types, rehearsal.parameters)
 
 
-def check_states(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
+def check_states(
+    structure: Structure,
+    optimizers: Sequence[Optimizer],
+    types: Sequence[str],
+    parameters: Mapping[str, nn.Parameter] | None = None,
+) -> None:
     """Optimizer states that cannot be sliced with their weight, and copies of weights; those that exist by now.
+
+    Args:
+        structure: Of the model.
+        optimizers: That step it, and those that they hold.
+        types: Of units that are to go.
+        parameters: What the optimizers step, by the names of the model's; default the model's.
 
     Raises:
         ValueError: naming the optimizer and the state, or its attribute.
     """
     way = "use one whose states have the weight's shape (Adam, AdamW, SGD, RMSprop, Adagrad)"
-    parameters = structure.parameters()
-    least = min(p.numel() for p in parameters.values() if p.dim() > 1)
+    parameters = structure.parameters() if parameters is None else parameters
+    least = min((p.numel() for p in parameters.values() if p.dim() > 1), default=1)
     for optimizer in optimizers:
-        for attribute, held in vars(optimizer).items():
-            if attribute not in ("state", "param_groups") and _holds_copies(held, least):
+        of_all = {name: held for name, held in optimizer.state.items() if not isinstance(name, Tensor)}
+        for attribute, held in {**vars(optimizer), "state": of_all}.items():
+            if attribute != "param_groups" and _holds_copies(held, least):
                 raise ValueError(
-                    f"{type(optimizer).__name__} keeps tensors in its attribute {attribute!r}, beside its states, and "
-                    f"they would not be sliced with the weights: {way}"
+                    f"{type(optimizer).__name__} keeps tensors in its attribute {attribute!r}, beside the states of "
+                    f"single weights, and they would not be sliced with these: {way}"
                 )
         for name, p in parameters.items():
             for key, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} keeps the state {key!r} of {name!r} with shape "
-                        f"{tuple(value.shape)}, which cannot be sliced with the weight's {tuple(p.shape)}; {way}"
-                    )
+                if isinstance(value, (dict, list, tuple)) and len(value):
+                    found = f"as a {type(value).__name__}"
+                elif isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
+                    found = f"with shape {tuple(value.shape)}"
+                else:
+                    continue
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps the state {key!r} of {name!r} {found}, which cannot be sliced "
+                    f"with the weight's {tuple(p.shape)}; {way}"
+                )
+    if "hidden" in types:
+        check_rescaling(structure, optimizers, parameters)
 
 
 def _holds_copies(held: object, least: int) -> bool:

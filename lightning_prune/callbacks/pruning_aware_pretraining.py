@@ -52,7 +52,7 @@ from lightning_prune.sharding import reshard
 from lightning_prune.structure.compensation import StreamedMoments
 from lightning_prune.structure.device_goals import LatencyTable, is_latency, latency_of
 from lightning_prune.structure.planning import make_planner
-from lightning_prune.structure.removal import check_rescaling, sliced_masks
+from lightning_prune.structure.removal import sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
 from lightning_prune.structure.shrinking import Shrinking, ShrinkRecord, pruned_ratios
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
@@ -195,6 +195,7 @@ class PruningAwarePretraining(L.Callback):
         self._unwrap: list[Callable[[], None]] = []
         self._waiting = False  # for a checkpoint
         self._begun = False  # in this fit
+        self._unchecked = True  # states of the optimizers after a step of this fit
         self._seen_step = 0
         self._saved_step: int | None = None  # that the state of a checkpoint is of; None once training goes on from it
 
@@ -280,7 +281,7 @@ class PruningAwarePretraining(L.Callback):
         """Find the units, once a fit; a callback beside this one may have it done before it changes the module."""
         if self._begun:
             return
-        self._waiting, self._begun = False, True
+        self._waiting, self._begun, self._unchecked = False, True, True
         reshard(pl_module)
         state = self._loaded or (None if self._shrinking is None else self._shrinking.state_dict())
         if self._owner is not None and self._owner() is not pl_module:
@@ -318,7 +319,7 @@ class PruningAwarePretraining(L.Callback):
         else:
             self.tokens = 0
         if not shrinking.reached:
-            check_optimizers(structure, trainer.optimizers, self.saliency)
+            check_optimizers(structure, trainer.optimizers, self.saliency, self.types)
         self._shrinking, self._owner, self._loaded = shrinking, weakref.ref(pl_module), None
         self._copied = False
         if not shrinking.reached:
@@ -385,6 +386,9 @@ class PruningAwarePretraining(L.Callback):
 
     def _end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shrinking, step = self._now, trainer.global_step
+        if self._unchecked and not shrinking.reached:  # an optimizer's first step says the last word on its states
+            check_states(shrinking.structure, list(with_inner(trainer.optimizers)), self.types)
+        self._unchecked = False
         if shrinking.moments is not None:
             shrinking.moments.end_step(sum_of(trainer))
         if self.schedule.due(step) and not shrinking.reached:
@@ -441,10 +445,6 @@ class PruningAwarePretraining(L.Callback):
 
     def _prune(self, trainer: L.Trainer, step: int) -> None:
         shrinking, optimizers = self._now, list(with_inner(trainer.optimizers))
-        if not shrinking.pending and len(shrinking.history) == 1:
-            check_states(shrinking.structure, optimizers)  # which exist only after a step
-            if "hidden" in self.types:
-                check_rescaling(shrinking.structure, optimizers)
         planner, down_to = shrinking.planner, None
         if self.schedule.end is not None:
             down_to = self.schedule.goal(step, planner.cost(planner.first), planner.final)

@@ -40,6 +40,10 @@ def zero_pruned_(tensor: Tensor, mask: Tensor, buffer: Tensor | None = None) -> 
         buffer: Memory to widen the mask in, of `bits_of` the tensor's dtype, with at least as many elements as the
             mask or `piece_of` its device; default new memory.
     """
+    if tensor.dtype == torch.complex128:
+        for part in _parts(tensor):
+            zero_pruned_(part, mask)
+        return tensor
     bits = bits_of(tensor)
     if not (tensor.is_contiguous() and mask.is_contiguous()):  # channels-last convolutions, transposed views
         tensor.view(bits).bitwise_and_(mask.to(bits))
@@ -54,6 +58,11 @@ def zero_pruned_(tensor: Tensor, mask: Tensor, buffer: Tensor | None = None) -> 
         part = flat[start : start + piece]
         part.bitwise_and_(buffer[: part.numel()].copy_(flat_mask[start : start + piece]))
     return tensor
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """What can be seen as integers: no integer is as wide as a complex number of two doubles."""
+    return (tensor.real, tensor.imag) if tensor.dtype == torch.complex128 else (tensor,)
 
 
 def bits_of(tensor: Tensor) -> torch.dtype:
@@ -169,7 +178,7 @@ def clear_all(pairs: Iterable[tuple[HeldMask, Tensor]]) -> None:
         RuntimeError: a tensor is sparse.
     """
     launches: dict[tuple[Any, ...], list[tuple[Tensor, Tensor]]] = {}
-    for mask, tensor in pairs:
+    for mask, tensor in ((mask, part) for mask, whole in pairs for part in _parts(whole)):
         if not isinstance(mask, BitMask):
             mask.clear(tensor)
             continue

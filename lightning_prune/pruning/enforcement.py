@@ -89,7 +89,8 @@ class Enforcer:
             (self._held[id(parameter)], local(state))
             for parameter in self.parameters_of(optimizer)
             for state in optimizer.state.get(parameter, {}).values()
-            if isinstance(state, Tensor) and state.shape == parameter.shape and state.is_floating_point()
+            if isinstance(state, Tensor) and state.shape == parameter.shape
+            if state.is_floating_point() or state.is_complex()
         )
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -61,7 +62,7 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
                 optimizer.step()
                 optimizer.zero_grad()
     """
-    optimizers = [_bare(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
+    optimizers = [bare_optimizer(o) for o in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise ValueError(
             f"model={type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), whose flat parameters hide "
@@ -84,7 +85,7 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor], optimizer: Optimiz
     return hold
 
 
-def _bare(optimizer: Any) -> Optimizer:
+def bare_optimizer(optimizer: Any) -> Optimizer:
     """An optimizer without what Fabric, accelerate and Lightning wrap around it.
 
     One that steps another and changes weights itself, such as a Lookahead, is none of them.
@@ -113,9 +114,22 @@ def _has_hooks(optimizer: object) -> bool:
 
 def with_inner(optimizers: Iterable[Optimizer]) -> Iterator[Optimizer]:
     """Optimizers, and those that they step in turn: whoever trains may step these alone (SAM's second step)."""
-    for optimizer in optimizers:
+    waiting, seen = list(optimizers), set[int]()
+    while waiting:
+        optimizer = waiting.pop(0)
+        if id(optimizer) in seen:
+            continue
+        seen.add(id(optimizer))
         yield optimizer
-        yield from with_inner(inner for inner in vars(optimizer).values() if _has_hooks(inner))
+        held = [value for name, value in vars(optimizer).items() if name != "state"]
+        waiting += [inner for value in held for inner in (value, *_items(value)) if _has_hooks(inner)]
+
+
+def _items(value: object) -> Iterable[Any]:
+    """What an attribute holds several of; optimizers may hold others in a list, or by name."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 def _stands_still(optimizer: Optimizer) -> bool:
@@ -166,6 +180,10 @@ class MaskHold:
         self._gradient_hooks: dict[int, Any] = {}  # by the id of the parameter, which its enforcer keeps
         self._enforcer: Enforcer
         self.update(masks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies keep: no hooks, which are on the parameters and optimizers of this one."""
+        return {**vars(self), "_handles": [], "_gradient_hooks": {}}
 
     @property
     def masks(self) -> PackedMasks:
@@ -300,13 +318,19 @@ class MaskHold:
         weights = {id(weight): weight for weight in self._enforcer.weights.values()}
         for gone in self._gradient_hooks.keys() - weights.keys():
             self._gradient_hooks.pop(gone).remove()
+        # The optimizers keep the hold. When they are gone, as after a loop that has failed, a model that lives on is as
+        # it was.
+        held = weakref.ref(self)
+
+        def after_gradient(parameter: nn.Parameter) -> None:
+            if (hold := held()) is not None:
+                hold._enforcer.mask_gradients((parameter,))
+
         for key, weight in weights.items():
             if self._hooks and weight.requires_grad and key not in self._gradient_hooks:
-                hook: Any = weight.register_post_accumulate_grad_hook(self._after_gradient)  # type: ignore[no-untyped-call]
+                hook: Any = weight.register_post_accumulate_grad_hook(after_gradient)  # type: ignore[no-untyped-call]
                 self._gradient_hooks[key] = hook
-
-    def _after_gradient(self, parameter: nn.Parameter) -> None:
-        self._enforcer.mask_gradients((parameter,))
+                weakref.finalize(self, hook.remove)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.follow()

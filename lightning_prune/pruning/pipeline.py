@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
-from lightning_prune.progress import progress_bar
+from lightning_prune.progress import is_main_process, progress_bar
 from lightning_prune.pruning.allocation import (
     Allocation,
     KFACAllocation,
@@ -227,6 +227,20 @@ def run_plan(
     return masks
 
 
+def _warn_of_untouched(targets: Sequence[Target], plan: PruningPlan) -> None:
+    """Name layers in whose groups not even one weight goes."""
+    if not targets or not is_main_process():
+        return
+    names, size = [t.name for t in targets], targets[0].shape[1] if plan.group == "row" else targets[0].numel
+    warnings.warn(
+        f"nothing is pruned in {len(names)} of {len(plan.targets)} layers ({', '.join(names[:4])}"
+        f"{', ...' if len(names) > 4 else ''}): sparsity={float(plan.sparsity)} of a group of {size} weights "
+        f"(group={plan.group!r}) is less than one. Compare within larger groups (group='layer', 'global'), or add them "
+        "to `ignore`",
+        stacklevel=5,
+    )
+
+
 @dataclass
 class _Run:
     """One pruning in progress; for the arguments see `run_plan`."""
@@ -320,6 +334,8 @@ class _Run:
             wanted = owl_sparsities(targets, self._here(), sparsity, plan.allocation, blocks, self.parts)
             return exact_counts(targets, wanted, total, lower)
         counts = uniform_counts(targets, exact, plan.group)
+        if self.fraction == 1 and exact:
+            _warn_of_untouched([t for t in targets if not counts[t.name]], plan)
         return {name: max(count, lower.get(name, 0)) for name, count in counts.items()}
 
     def _pruned_before(self) -> dict[str, int]:

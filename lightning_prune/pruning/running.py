@@ -187,7 +187,7 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
         inputs = {name: value for name, value in inputs.items() if name not in _LOSS_INPUTS}
     inputs = _cast(model, inputs)
     # PEFT's prompts and prefixes are not in what it calls the base model.
-    body = None if _has_prompt(model) else getattr(model, "base_model", None)
+    body = getattr(model, "base_model", None) if _is_body_and_head(inner) and not _has_prompt(model) else None
     if isinstance(body, nn.Module) and body is not model and isinstance(inputs, dict) and runs_alone(body, model):
         inside = set(body.modules())
         known = all(name not in inputs or _accepts(body, name) for name in ("input_ids", "inputs_embeds"))
@@ -197,6 +197,20 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
         run_batch(model, inputs)
     else:
         model(inputs)
+
+
+def _is_body_and_head(model: nn.Module) -> bool:
+    """Whether all that a model does before its head is its body's, which gets the inputs as they are.
+
+    So it is in transformers' own models with a head of a vocabulary. Others may change the inputs, as for a choice of
+    several texts, or call the body twice.
+    """
+    if not _is_pretrained(model) or not type(model).forward.__module__.startswith("transformers."):
+        return False
+    try:
+        return cast(Any, model).get_output_embeddings() is not None
+    except NotImplementedError:
+        return False
 
 
 def _run_encoder_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:

@@ -398,14 +398,14 @@ def select_layers(
     adapters = adapter_modules(model)
     layers = _candidates(model, adapters)
     if targets is not None:
-        _require_matches("targets", targets, layers)
+        _require_matches("targets", targets, layers, model)
     # Who leaves out one more layer does not ask for heads to be pruned: only an empty `ignore` does.
     without_heads, repeated = bool(ignore), set(DEFAULT_IGNORE) <= set(ignore)
     ignored = [s for s in ignore if not (repeated and s in DEFAULT_IGNORE)]
     # A default name that a user repeats need not be there.
     if required := [s for s in ignored if s not in DEFAULT_IGNORE]:
         everything = {clean_name(name): _Candidate(module) for name, module in model.named_modules()}
-        _require_matches("ignore", required, everything | layers)
+        _require_matches("ignore", required, everything | layers, model)
     aside = {name for name, layer in layers.items() if _selected(name, layer.module, ignored)}
 
     users = _users(model)
@@ -608,16 +608,27 @@ def _selected(name: str, module: nn.Module, selectors: Sequence[str | type[nn.Mo
 
 
 def _require_matches(
-    argument: str, selectors: Sequence[str | type[nn.Module]], layers: Mapping[str, _Candidate]
+    argument: str, selectors: Sequence[str | type[nn.Module]], layers: Mapping[str, _Candidate], model: nn.Module
 ) -> None:
     for selector in selectors:
         if not isinstance(selector, (str, type)):
             raise TypeError(f"{argument} takes module types and name patterns, got {selector!r}")
         if not any(_selected(name, layer.module, [selector]) for name, layer in layers.items()):
+            others = [(clean_name(n), m) for n, m in model.named_modules() if _selected(clean_name(n), m, [selector])]
+            found = ""
+            if others:
+                name, module = others[0]
+                found = f" that can be pruned, only {name!r} ({type_name(module)})"
+                if any(inside.startswith(f"{name}.") for inside in layers):
+                    raise ValueError(
+                        f"{argument}={selector!r} matches no layer{found}; {name!r} takes all layers in it"
+                    )
             tails = {n.rsplit(".", 1)[-1] for n in layers}
             telling = sorted(tails - {""} or tails, key=lambda tail: (tail.isdigit(), tail))
             near = difflib.get_close_matches(str(selector), tails, n=3) or telling[:8]
-            raise ValueError(f"{argument}={selector!r} matches no layer; did you mean {', '.join(map(repr, near))}?")
+            raise ValueError(
+                f"{argument}={selector!r} matches no layer{found}; did you mean {', '.join(map(repr, near))}?"
+            )
 
 
 _Users = dict[nn.Parameter, list[tuple[str, nn.Module]]]

@@ -7,6 +7,7 @@ would be wrong in silence. So the functions of torch that receive a weight are w
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -48,6 +49,7 @@ _SOME_VALUES = frozenset(
 _WITHOUT_GRADIENT = frozenset(("detach", "__setitem__", "__len__", "__repr__", "__format__", "tolist", "numpy", "item"))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+_ROUNDED = 0.2  # more than quantization to four bits changes a row
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -58,6 +60,7 @@ class LayerCall:
         self.name, self.layer, self.x, self.record = name, layer, x, record
         self.product: Tensor | None = None
         self.version = 0
+        self.instead: Tensor | None = None  # of the weight's shape, in a product while the weight was in none
 
     def returns_product(self, output: Tensor) -> bool:
         """Whether the layer returns what its weight made as it is."""
@@ -91,6 +94,7 @@ class WeightUses(TorchFunctionMode):
         self.taps, self.layers = weakref.proxy(taps), layers
         self.known: dict[int, tuple[Tensor, str]] = {}
         self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
+        self.told: set[str] = set()
 
     def begin(self) -> None:
         """Forget the last forward pass; parameters may have been replaced since."""
@@ -102,7 +106,9 @@ class WeightUses(TorchFunctionMode):
         self.known[id(layer.weight)] = layer.weight, name  # type: ignore[assignment]
 
     def forget(self, call: LayerCall) -> None:
-        """Let go of a weight that was brought for a call which is over."""
+        """Let go of a weight that was brought for a call which is over; warn if it was not used as it is."""
+        if call.product is None and call.instead is not None:
+            self._look_at(call, call.instead)
         if is_offloaded(vars(call.layer).get("holder", (call.layer,))[0]):
             self.known = {key: known for key, known in self.known.items() if known[1] != call.name}
 
@@ -117,6 +123,10 @@ class WeightUses(TorchFunctionMode):
         names = {self.known[id(leaf)][1] for leaf in _leaves((*args, *kwargs.values())) if id(leaf) in self.known}
         function = getattr(func, "__name__", "")
         if not names or function in _WITHOUT_GRADIENT or func == _DATA:
+            if call is not None and not names and function in _PRODUCTS and call.product is None:
+                shape: Any = call.layer.weight.shape
+                alike = [a for a in _leaves((*args, *kwargs.values())) if isinstance(a, Tensor) and a.shape == shape]
+                call.instead = next((a for a in alike if a is not call.x), call.instead)
             return func(*args, **kwargs)
         inside = call is not None and names == {call.name}
         if call is not None and inside and function in _PRODUCTS:
@@ -139,6 +149,31 @@ class WeightUses(TorchFunctionMode):
         if elementwise and not product and isinstance(result, Tensor):  # a scaled weight may still meet data
             self.known[id(result)] = result, min(names)
         return result
+
+    def _look_at(self, call: LayerCall, instead: Tensor) -> None:
+        """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.
+
+        Quantization that is only pretended changes little. Where weights are compared within rows alone, rows may be
+        scaled.
+        """
+        stored: Any = call.layer.weight
+        parts = [local(t.detach()) for t in (stored, instead)]
+        if call.name in self.told or instead.dim() < 2 or parts[0].shape != parts[1].shape:
+            return
+        weight, other = (part.flatten(1).float() for part in parts)
+        norms = weight.norm(dim=1)
+        factor = (weight * other).sum(1) / norms.square().clamp_min(1e-30)
+        apart = (other - factor[:, None] * weight).norm(dim=1) > _ROUNDED * factor.abs() * norms
+        if self.taps.backward:
+            apart |= (factor - 1).abs() > _ROUNDED
+        if bool(apart[norms > 0].any()):
+            self.told.add(call.name)
+            warnings.warn(
+                f"{_layer(call.name)} ({type_name(call.layer)}) does not multiply with its weight as it is stored, and "
+                f"scores compare the weight that is stored: fold the change into the weight first, or add "
+                f"{to_ignore(call.name)}",
+                stacklevel=2,
+            )
 
     def _spreads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a weight is spread over a tensor with dimensions of its own, as those of a batch are."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.pruning.holding import bare_optimizer
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local, shard_bounds
@@ -198,6 +199,6 @@ def state_tensors(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> l
     return [
         value
         for optimizer in optimizers
-        for value in getattr(optimizer, "optimizer", optimizer).state.get(parameter, {}).values()
+        for value in bare_optimizer(optimizer).state.get(parameter, {}).values()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
     ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.pruning.holding import bare_optimizer
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards, type_name
 from lightning_prune.structure.classes import change_class, class_for
@@ -111,7 +112,7 @@ def remove_units(
     gone = {id(p) for p in leaving}
     changed = {n: p for n, p in parameters.items() if (n in kept or n in scales) and id(p) not in gone}
     change = class_for(structure.model, sizes.hidden_size, sizes.num_attention_heads)
-    raw = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+    raw = [bare_optimizer(optimizer) for optimizer in optimizers]
 
     weights = {n: _sliced(p.data, kept.get(n, ()), scales.get(n)) for n, p in changed.items()}
     states = [_sliced_states(o, n, p, kept.get(n, ()), scales.get(n)) for o in raw for n, p in changed.items()]
@@ -223,14 +224,21 @@ def _scales(structure: Structure, sizes: Sizes) -> dict[str, _Scale]:
     return scales
 
 
-def check_rescaling(structure: Structure, optimizers: Sequence[Optimizer]) -> None:
+def check_rescaling(
+    structure: Structure, optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]
+) -> None:
     """Refuse optimizer states of which is not known how they follow weights that are rescaled when hidden channels go.
+
+    Args:
+        structure: Of the model.
+        optimizers: That step it.
+        parameters: What the optimizers know its parameters as, by their names.
 
     Raises:
         ValueError: naming the optimizer and the state.
     """
-    parameters = structure.parameters()
-    for name in _scales(structure, structure.sizes.without("hidden", 1)):
+    scaled = [name for name in _scales(structure, structure.sizes.without("hidden", 1)) if name in parameters]
+    for name in scaled:
         for optimizer in optimizers:
             for key, value in optimizer.state.get(parameters[name], {}).items():
                 if isinstance(value, Tensor) and value.numel() > 1 and key not in _GRADIENT_POWER:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import shutil
 import subprocess
 import sys
@@ -198,3 +199,36 @@ def test_lightning_is_not_needed() -> None:
         "HoldMasksCallback()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=clean_environment())
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_training_that_was_cut_short_leaves_nothing_on_the_model(error: type, tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            raise error("cut short")
+
+    def train() -> None:
+        with pytest.raises(error, match="cut short"):
+            trainer_of(tmp_path, model, HoldMasksCallback(masks), Fails()).train()
+
+    model, masks = pruned()
+    train()
+    gc.collect()
+    assert_held(model, masks)
+    model(**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
+    name, mask = next(iter(masks.items()))
+    assert bool((model.get_parameter(name).grad[~mask] != 0).any())
+
+
+def test_a_new_model_for_every_training(tmp_path: Path) -> None:
+    model, masks = pruned()
+    trainer = trainer_of(tmp_path, model, HoldMasksCallback(masks))
+    trainer.model_init = lambda: copy.deepcopy(model)  # as in a search for hyper-parameters
+    trained = []
+    for _ in range(2):
+        trainer.train()
+        assert_held(trainer.model, masks)
+        trained.append(trainer.model)
+    trained[0](**BATCHES[0], labels=BATCHES[0]["input_ids"]).loss.backward()
+    name, mask = next(iter(masks.items()))
+    assert bool((trained[0].get_parameter(name).grad[~mask] != 0).any())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertForMultipleChoice, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 from waiting import Waits
 
@@ -952,3 +953,105 @@ def test_layers_go_on_being_checkpointed_in_calibration():
     # A look at the first batch and the batch: once forward, once recomputed in backward, always in evaluation mode.
     assert forwards == [False] * 4
     assert all(m.training for m in model.modules())
+
+
+class Twice(nn.Module):
+    """Calls what it names as transformers name a body, with inputs of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model = make_llama().model
+        self.last = nn.Linear(64, 3)
+
+    def forward(self, input_ids):
+        return self.last(self.base_model(input_ids=input_ids.flip(1)).last_hidden_state)
+
+
+class Shifted(LlamaForCausalLM):
+    """Has a body and a head, and changes the inputs first."""
+
+    def forward(self, input_ids, **inputs):
+        return super().forward(input_ids=(input_ids + 1) % 128, **inputs)
+
+
+def choices():
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return BertForMultipleChoice(BertConfig(vocab_size=128, max_position_embeddings=32, **settings))
+
+
+@pytest.mark.parametrize("make", [Twice, lambda: Shifted(make_llama().config), choices])
+def test_layers_see_what_the_whole_model_gives_them(make):
+    torch.manual_seed(0)
+    model = make().eval()
+    ids = make_tokens(4, 12)
+    batch = {"input_ids": ids.view(2, 2, 12) if make is choices else ids}
+    seen, n = {}, len(batch["input_ids"])
+    targets = [t for t in find_targets(model) if ".0." in t.name]
+    for target in targets:
+        layer = model.get_submodule(target.name.removesuffix(".weight"))
+        layer.register_forward_hook(lambda _, args, out, name=target.name: seen.update({name: args[0]}))
+    with torch.no_grad():
+        model(**batch)
+    expected = {
+        name: value.detach().double().flatten(0, -2).square().sum(0).div(n).sqrt() for name, value in seen.items()
+    }
+    found = collect(model, [batch], targets, {"input_norm"}, num_samples=n, progress=False)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].input_norm.double(), value, rtol=1e-5, atol=1e-6)
+
+
+class Changed(nn.Linear):
+    """Multiplies with something else than its weight."""
+
+    def __init__(self, change):
+        super().__init__(6, 5)
+        self.change = change
+
+    def forward(self, x):
+        return F.linear(x, self.change(self.weight), self.bias)
+
+
+def four_bits(weight):
+    scale = weight.detach().abs().amax() / 7
+    return torch.fake_quantize_per_tensor_affine(weight, float(scale), 0, -8, 7)
+
+
+class Beside(nn.Linear):
+    """Has a second matrix of its weight's shape, which meets the input first."""
+
+    def __init__(self):
+        super().__init__(6, 5)
+        self.other = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x):
+        return F.linear(x, self.other).detach().mean() + F.linear(x, self.weight)
+
+
+COLUMNS = torch.tensor([1.0, 4, 1, 1, 0.2, 1])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w * 3, {"output_grad_norm"}),  # rows of one layer are scaled alike, layers are not
+        (lambda w: w * torch.arange(1.0, 6)[:, None], {"output_grad_norm"}),
+        (lambda w: w * COLUMNS, {"output_grad_norm", "input_norm"}),
+        (lambda w: torch.tanh(w * 9), {"output_grad_norm", "input_norm"}),
+        (lambda w: w * 1.0, set()),
+        (four_bits, set()),
+        (lambda w: w + w.square().sum() * 0, set()),
+        (None, set()),
+    ],
+    ids=["scaled", "rows", "columns", "bent", "as it is", "quantized", "unchanged", "beside"],
+)
+@pytest.mark.parametrize("statistic", ["input_norm", "output_grad_norm"])
+def test_a_layer_with_other_numbers_in_its_weights_place_is_named(change, told, statistic):
+    torch.manual_seed(0)
+    model = nn.Sequential(Changed(change) if change else Beside(), nn.Tanh(), nn.Linear(5, 2))
+    batch = torch.randn(4, 6)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        gather(model, [batch, batch], {statistic}, num_samples=8, loss_fn=lambda m, b: m(b).square().sum(1))
+    text = "'0' (Changed) does not multiply with its weight as it is stored"
+    assert [str(w.message).partition(", and")[0] for w in said] == [text] * (statistic in told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -157,3 +158,17 @@ def test_float64_weights_are_scored_in_float64(score: str) -> None:
     pruned, kept = scores[~mask.numpy()], scores[mask.numpy()]
     assert pruned.max() <= kept.min() * (1 + 1e-14)  # a few units in the last place, of sums in another order
     assert len(np.unique(scores.astype(np.float32))) < 64
+
+
+@pytest.mark.parametrize("group", ["row", "layer", "global"])
+def test_layers_that_keep_everything_are_named(group: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 8), nn.Linear(8, 6))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        masks = prune(model, score="magnitude", group=group, sparsity=0.5, ignore=[], progress=False)
+    said = [str(w.message) for w in told if "nothing is pruned in" in str(w.message)]
+    if group == "row":
+        assert bool(masks["1.weight"].all())
+        assert "nothing is pruned in 1 of 3 layers (1.weight): sparsity=0.5 of a group of 1 weights" in said[0]
+    else:
+        assert not said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import sys
@@ -460,3 +461,45 @@ def test_two_ranks_train_as_one(tmp_path: Path):
                 torch.testing.assert_close(weight.double(), expected[name], **tolerance)
                 if name in masks:
                     assert bool((weight[~masks[name]] == 0).all()), (way, name)
+
+
+def test_a_hold_that_nobody_keeps_goes_with_its_optimizer():
+    model = make_model()
+    masks = make_masks(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hold_masks(model, masks, optimizer)
+    train(model, optimizer, inputs(1))
+    assert_held(model, masks)
+    del optimizer
+    gc.collect()
+    model(inputs(1)[0]).square().sum().backward()
+    assert all((model.get_parameter(name).grad[~mask] != 0).any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_weights_are_held_as_by_hand(dtype):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 4, dtype=dtype)
+    masks = [torch.rand(4, 5) < share for share in (0.7, 0.4)]
+    masks[1] &= masks[0]
+    weight, bias = (p.detach().clone().to(torch.complex128) for p in model.parameters())
+    momentum = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    hold = hold_masks(model, {"weight": masks[0]}, optimizer)
+    for step in range(4):
+        mask = masks[step // 2]
+        if step == 2:
+            hold.update({"weight": mask})
+        x = torch.randn(3, 5, dtype=torch.complex128, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x.to(dtype)).abs().square().sum().backward()
+        optimizer.step()
+        weight *= mask
+        momentum[0] *= mask
+        own = [value.clone().requires_grad_() for value in (weight, bias)]
+        gradients = torch.autograd.grad((x @ own[0].T + own[1]).abs().square().sum(), own)
+        momentum = [0.9 * m + g for m, g in zip(momentum, (gradients[0] * mask, gradients[1]), strict=True)]
+        weight, bias = weight - 0.01 * momentum[0], bias - 0.01 * momentum[1]
+        torch.testing.assert_close(model.weight.detach().to(torch.complex128), weight, rtol=1e-4, atol=1e-5)
+        assert (model.weight[~mask] == 0).all()
+        assert (optimizer.state[model.weight]["momentum_buffer"][~mask] == 0).all()

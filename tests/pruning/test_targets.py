@@ -104,6 +104,22 @@ def test_name_matches(name, pattern, matches):
     assert name_matches(name, pattern) is matches
 
 
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        (
+            "embed_tokens",
+            r"'embed_tokens' matches no layer that can be pruned, only 'model\.embed_tokens' \(Embedding\)",
+        ),
+        (nn.Embedding, r"Embedding'> matches no layer that can be pruned, only 'model\.embed_tokens'.*did you mean"),
+        ("LlamaMLP", r"only 'model\.layers\.0\.mlp' \(LlamaMLP\); 'model\.layers\.0\.mlp' takes all layers in it"),
+    ],
+)
+def test_what_is_named_and_cannot_be_pruned_is_told_from_what_is_not_there(llama, selector, message):
+    with pytest.raises(ValueError, match=message):
+        find_targets(llama, targets=[selector])
+
+
 @pytest.mark.parametrize("argument", ["targets", "ignore"])
 def test_patterns_that_match_nothing_are_refused_with_a_suggestion(llama, argument):
     with pytest.raises(ValueError, match=rf"{argument}='q_prj' matches no layer; did you mean 'q_proj'"):
