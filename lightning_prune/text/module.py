@@ -164,7 +164,9 @@ class CausalLM(L.LightningModule):
         # from_pretrained returns the model in eval mode, which the Trainer keeps: no dropout, no checkpointing
         self.model.train()
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            plain = self.model  # transformers 5.24 deprecates the older name
+            enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokenizer_source, self._tokenizer_gguf = _tokenizer_origin(model, gguf_file, tokenizer)
