@@ -479,8 +479,9 @@ class PERPRetraining(L.Callback):
     def _targets_of(self, pruner: WeightPruning, module: L.LightningModule) -> Iterator[tuple[str, Target]]:
         """What the pruner will prune of the transformers model, by the names that this has for it."""
         prefix = f"{self.attribute}."
-        # Once adapters are on, the layers that the user froze are pruned like the others.
-        for target in find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=True):
+        # Where nothing is trained yet, it says nothing of what is to be pruned once adapters are.
+        frozen = not any(parameter.requires_grad for parameter in self._model(module).parameters())
+        for target in find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=frozen):
             if target.name.startswith(prefix):
                 yield target.name.removeprefix(prefix), target
 

@@ -126,7 +126,8 @@ class _Entry:
         # Logits of the last token alone, where the family knows how to: a prompt needs no others.
         takes = inspect.signature(model.forward).parameters
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-        self.cache = "cache" if "cache" in takes else "past_key_values"  # as transformers before 5.24 names it
+        # Before transformers 5.24 it is named past_key_values; to ask for a name that is not there is deprecated.
+        self.cache = "past_key_values" if "past_key_values" in takes else "cache"
         self.prefill: list[float] = []
         self.decode: list[float] = []
         self.peak: int | None = None
@@ -142,8 +143,8 @@ class _Entry:
             for _ in range(new_tokens):
                 if (past := getattr(out, self.cache, None)) is None:
                     raise ValueError(
-                        f"{self.source} ({type(self.model).__name__}) returns no {self.cache}, with which tokens "
-                        "could be decoded one by one: the speed of such models is not measured"
+                        f"{self.source} ({type(self.model).__name__}) returns no past_key_values (cache), with which "
+                        "tokens could be decoded one by one: the speed of such models is not measured"
                     )
                 token = out.logits[:, -1:].argmax(-1)  # [B, 1]
                 out = self.model(input_ids=token, use_cache=True, **{self.cache: past})

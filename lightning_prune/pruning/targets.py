@@ -19,7 +19,16 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.errors import refuse_inference_tensors
-from lightning_prune.naming import HEADS, clean_name, has_class, is_head, name_matches, own_parameters, to_ignore
+from lightning_prune.naming import (
+    HEADS,
+    clean_name,
+    has_class,
+    is_head,
+    name_matches,
+    own_parameters,
+    plain_name,
+    to_ignore,
+)
 from lightning_prune.pruning.clearing import to_bytes, zero_pruned_
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.layer_kinds import (
@@ -347,9 +356,10 @@ def find_targets(
 
     Left alone by default are output layers, also those tied to embeddings; routers of experts; and frozen layers. A
     layer is frozen if its weight requires no gradient while another parameter of the model does, and it is not the
-    base of an adapter. What is named in `targets` is pruned all the same: by a selector that matches nothing but
-    heads, or routers, or frozen layers. Where heads are all there is, they are pruned. Layers that standardize their
-    weight are always left alone, since they would compute with other numbers in the place of zeros.
+    base of an adapter; in a model of PERP, what counts is which required one before. What is named in `targets` is
+    pruned all the same: by a selector that matches nothing but heads, or routers, or frozen layers. Where heads are
+    all there is, they are pruned. Layers that standardize their weight are always left alone, since they would compute
+    with other numbers in the place of zeros.
 
     Args:
         model: Any module.
@@ -526,7 +536,14 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
     """Layers whose weight requires no gradient, in a model that trains something else."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return set()  # loaded for inference: it says nothing
-    # PEFT, and PERP without an adapter, freeze what they retrain by other means.
+    # PEFT and PERP freeze what they retrain by other means, PERP with a note of what was trained until then.
+    before = {
+        parameter
+        for parent in model.modules()
+        if (trained := set(map(plain_name, getattr(parent.__dict__.get(RETRAINING), "required_grad", ()))))
+        for name, parameter in parent.named_parameters()
+        if plain_name(name) not in trained
+    }
     retrained = {
         module
         for parent in model.modules()
@@ -552,7 +569,8 @@ def _frozen(model: nn.Module, layers: dict[str, _Candidate]) -> set[str]:
         module, weight = layer.module, layer.weight
         # Of modules with several matrices (attention, experts) each counts for itself.
         parts = module.named_parameters() if weight is None or layer.parameter == "weight" else [("", weight)]
-        if module in retrained or any(p.requires_grad for n, p in parts if "bias" not in n):
+        matrices = [p for n, p in parts if "bias" not in n]
+        if any(p.requires_grad for p in matrices) or (module in retrained and before.isdisjoint(matrices)):
             return False
         return weight is None or _packed_form(weight) is None or module in around()
 

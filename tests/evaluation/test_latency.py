@@ -92,7 +92,7 @@ def test_decoding_is_greedy_generation(files):
     assert torch.equal(torch.cat(tokens[1:], 1), expected[:, 6:])
 
 
-def test_models_without_a_cache_are_refused():
+def test_models_without_a_cache_are_refused(caplog):
     from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
     gpt = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=32, n_embd=8, n_layer=1, n_head=2, n_positions=16))
@@ -100,6 +100,7 @@ def test_models_without_a_cache_are_refused():
     for model in (gpt, xlnet):  # the latter takes texts of any length, and says -1
         with pytest.raises(ValueError, match=f"{type(model).__name__}.* returns no past_key_values"):
             benchmark(model, prompt_tokens=8, new_tokens=2, repeats=2, device="cpu", progress=False)
+    assert "deprecated" not in caplog.text
 
 
 def test_unstructured_zeros_gain_nothing_and_it_says_so():

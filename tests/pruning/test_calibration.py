@@ -443,6 +443,22 @@ def test_transformers_gradient_checkpointing(shared, reentrant, grads):
     assert model.training
 
 
+@pytest.mark.parametrize("how", [{"every_n_layers": 2}, {"every_n_layers": 2, "offload": True}])
+def test_transformers_checkpointing_of_some_layers_and_offloaded(shared, how, monkeypatch):
+    model, ids, expected = shared
+    model = copy.deepcopy(model).train()
+    if not hasattr(model, "activation_checkpointing_enable"):
+        pytest.skip("transformers before 5.24 has none of it")
+
+    def on_cpu(pin_memory, device_type):  # only an accelerator has pinned memory
+        return torch.autograd.graph.save_on_cpu(pin_memory=False)
+
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", on_cpu)
+    model.activation_checkpointing_enable(**how)
+    check(gather(model, [{"input_ids": ids}]), expected)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False]
+
+
 # -- other layers --------------------
 
 

@@ -357,16 +357,33 @@ def test_retraining_without_adapters_prunes_the_frozen_weights():
     assert pruning.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
-def test_lower_layers_that_a_user_froze_get_adapters_as_they_are_pruned():
+@pytest.mark.parametrize(
+    ("frozen", "targets", "retraining", "pruned"),
+    [
+        ("model.layers.0", None, {}, 7),
+        ("model.layers.0", None, {"adapter": None, "train": ("norm",)}, 7),
+        ("model.layers.0", ["layers.0", "layers.1"], {}, 14),
+        ("", None, {}, 14),  # loaded for inference: it says nothing
+    ],
+)
+def test_layers_that_a_user_froze_are_left_dense_beside_adapters_too(frozen, targets, retraining, pruned):
     torch.manual_seed(0)
     module = CausalLM(config=TINY)
-    module.model.model.layers[0].requires_grad_(False)
-    pruning = WeightPruning(score="magnitude", sparsity=0.5)
+    part = module.model.get_submodule(frozen).requires_grad_(False)
+    dense = {name: p.clone() for name, p in part.named_parameters() if "proj" in name}
+    pruning, adapted = WeightPruning(score="magnitude", sparsity=0.5, targets=targets), []
+
+    class Middle(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            adapted.extend(name for name, _ in pl_module.named_parameters() if name.endswith("lora_A.default.weight"))
+
     trainer = L.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[pruning, PERPRetraining(merge=False)],
+        enable_model_summary=False, callbacks=[pruning, PERPRetraining(**retraining), Middle()],
     )  # fmt: skip
     data = torch.utils.data.DataLoader([{"input_ids": row} for row in make_tokens(4, 8, 300)], batch_size=2)
     trainer.fit(module, data)
-    assert len(pruning.masks) == 14
-    assert all("base_layer" in name for name in pruning.masks)
+    assert len(pruning.masks) == pruned
+    assert len(adapted) == (0 if retraining else pruned)
+    same = [torch.equal(weight, part.get_parameter(name)) for name, weight in dense.items()]
+    assert all(same) if pruned == 7 else not any(same)
