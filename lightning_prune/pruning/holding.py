@@ -26,6 +26,7 @@ from lightning_prune.pruning.masks import (
     shard_masks,
     unpack_masks,
 )
+from lightning_prune.pruning.targets import RETRAINING
 from lightning_prune.sharding import reshard
 
 _STATE_VERSION = 1
@@ -155,6 +156,33 @@ def _check_stepped(weights: Mapping[str, nn.Parameter], optimizers: Iterable[Opt
         )
 
 
+# PEFT's adapters of which it is known that their merge leaves zeros at zero: factors, and biases.
+_KEEP_ZEROS = ("HiraLayer", "IA3Layer", "BeftLayer")
+
+
+def _warn_of_merges(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
+    """Warn of adapters on pruned weights that PEFT would merge into their zeros, where nothing here could hold them."""
+    pruned = {id(weight) for weight in weights}
+    own = {module for parent in model.modules() if RETRAINING in parent.__dict__ for module in parent.modules()}
+    dense = [
+        (name, module)
+        for name, module in model.named_modules()
+        if has_class(module, "BaseTunerLayer")
+        and module not in own
+        and not any(has_class(module, kind) for kind in _KEEP_ZEROS)
+        and any(id(p) in pruned for p in module.base_layer.parameters())  # type: ignore[union-attr, operator]
+    ]
+    if dense and (not dist.is_initialized() or dist.get_rank() == 0):
+        name, module = dense[0]
+        warnings.warn(
+            f"{len(dense)} layers with pruned weights, first {name!r}, have adapters of PEFT "
+            f"({type(module).__module__}.{type(module).__name__}): merged (merge_and_unload), these fill the zeros, "
+            "and no mask holds by then. Keep them unmerged, or train those of lightning_prune.perp.add_adapters, whose "
+            "merge keeps the zeros",
+            stacklevel=4,
+        )
+
+
 class MaskHold:
     """The masks of a model in training, and the hooks that enforce them; `hold_masks` makes it.
 
@@ -180,6 +208,7 @@ class MaskHold:
         self._gradient_hooks: dict[int, Any] = {}  # by the id of the parameter, which its enforcer keeps
         self._enforcer: Enforcer
         self.update(masks)
+        _warn_of_merges(model, self._enforcer.weights.values())
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies keep: no hooks, which are on the parameters and optimizers of this one."""

@@ -7,6 +7,7 @@ import gc
 import io
 import math
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -396,6 +397,39 @@ def test_masks_of_prune_hold_in_a_transformers_model():
 
 
 # -- several ranks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "fills"),
+    [("LoraConfig", True), ("LoHaConfig", True), ("HiraConfig", False), ("IA3Config", False), (None, False)],
+)
+def test_adapters_that_a_merge_fills_zeros_with_are_named(kind, fills):
+    import peft
+
+    from lightning_prune.perp import add_adapters
+
+    if kind is not None and not hasattr(peft, kind):
+        pytest.skip(f"this version of PEFT has no {kind}")
+    model = make_llama()
+    masks = prune(model, [{"input_ids": make_tokens(4, 8, vocab=64)}], score="magnitude", sparsity=0.5, progress=False)
+    options = {} if kind == "IA3Config" else {"r": 2}
+    more = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    if kind is None:
+        adapted = add_adapters(model, r=2)
+    else:
+        adapted = peft.get_peft_model(model, getattr(peft, kind)(target_modules=["q_proj"], **options, **more))
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        hold_masks(adapted, masks, optimizer).remove()
+    told = [str(warning.message) for warning in caught if "merge_and_unload" in str(warning.message)]
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "layernorm" not in name:
+            nn.init.normal_(parameter.data)
+    weights = dict(adapted.merge_and_unload().named_parameters())
+    filled = [name for name, mask in masks.items() if weights[name][~mask].count_nonzero()]
+    assert bool(filled) == bool(told) == fills
+    assert all(f"{len(filled)} layers with pruned weights" in text and "q_proj'" in text for text in told)
 
 
 def _shard(model, ranks, way):
