@@ -45,6 +45,20 @@ def check_whole(name: str, value: Any, least: int = 1, hint: str = "") -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{hint}")
 
 
+def check_bool(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False: a word like "no" would count as true.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
 def refuse_inference_tensors(parameters: Iterable[tuple[str, Any]], frozen: bool = True) -> None:
     """Refuse parameters that torch.inference_mode has made: they can have no gradient, nor be changed in place.
 

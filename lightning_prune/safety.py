@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightning_prune.errors import ExportError
+from lightning_prune.errors import ExportError, check_bool
 from lightning_prune.sharding import local
 
 Keeper = Callable[[nn.Parameter], None]
@@ -337,6 +337,7 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 def check_replaceable(target: Path, overwrite: bool) -> None:
     """Refuse what cannot be written to, and to take away anything but an old model, and that only if asked to."""
+    check_bool("overwrite", overwrite)
     check_writable(target, error=ExportError)
     if not target.exists():
         return

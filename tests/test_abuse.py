@@ -26,9 +26,19 @@ from versions import WEIGHTS_ONLY
 
 import lightning_prune.checkpoints.export
 import lightning_prune.evaluation.evaluate
-from lightning_prune import CausalLM, OneShot, TextDataModule, WeightPruning, prune
+from lightning_prune import (
+    CausalLM,
+    OneShot,
+    PERPRetraining,
+    PruningAwarePretraining,
+    TextDataModule,
+    WeightPruning,
+    compress,
+    prune,
+    prune_structured,
+)
 from lightning_prune.checkpoints.inspection import inspect
-from lightning_prune.checkpoints.mask_files import load_masks
+from lightning_prune.checkpoints.mask_files import export_masks, load_masks
 from lightning_prune.checkpoints.sources import existing_path
 from lightning_prune.cli import main
 from lightning_prune.errors import CalibrationError
@@ -36,6 +46,7 @@ from lightning_prune.evaluation.tasks import read_tasks
 from lightning_prune.quickstart import quickstart
 from lightning_prune.ranks import ShortOfMemoryError
 from lightning_prune.results import KIND, write_results
+from lightning_prune.safety import check_replaceable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),
@@ -125,6 +136,26 @@ def test_sparsity_in_a_file(value, tmp_path, capsys):
 def test_sparsity_of_the_callback(value, message):
     with pytest.raises(ValueError, match=message):
         WeightPruning(sparsity=value)
+
+
+BOOLS = {
+    "sequential": lambda no, files: WeightPruning(sequential=no),
+    "merge": lambda no, files: PERPRetraining(merge=no),
+    "adapt_head": lambda no, files: PERPRetraining(adapt_head=no),
+    "second_order": lambda no, files: PruningAwarePretraining(0.5, second_order=no),
+    "compensate": lambda no, files: prune_structured(make_llama(), [], target=0.5, compensate=no),
+    "overwrite": lambda no, files: export_masks(files / "model", files / "old", overwrite=no),
+    "overwrite ": lambda no, files: check_replaceable(files / "old", overwrite=no),
+    "fit": lambda no, files: compress(str(files / "model"), str(files / "old"), "austen", fit=no),
+    "permute": lambda no, files: compress(str(files / "model"), str(files / "old"), "austen", permute=no),
+}
+
+
+@pytest.mark.parametrize("name", BOOLS)
+def test_a_word_in_the_place_of_true_or_false(name, tmp_path):
+    """Which would count as true."""
+    with pytest.raises(ValueError, match=f"^{name.strip()}='no' must be True or False"):
+        BOOLS[name]("no", tmp_path)
 
 
 @pytest.mark.parametrize("sparsity", [0, 1])

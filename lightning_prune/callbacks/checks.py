@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
+from lightning_prune.callbacks.teardown import refuse_offloaded, refuse_unmovable
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
-from lightning_prune.errors import check_whole, refuse_inference_tensors
+from lightning_prune.errors import check_bool, check_whole, refuse_inference_tensors
 from lightning_prune.naming import has_class, uncompiled
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.holding import with_inner
@@ -51,6 +52,7 @@ def check_settings(callback: Any) -> None:
         )
     if callback.attention_unit not in ATTENTION_UNITS:
         raise ValueError(f"attention_unit={callback.attention_unit!r} must be one of {ATTENTION_UNITS}")
+    check_bool("second_order", callback.second_order)
     for name in ("second_order_every", "compact_every", "round_to"):
         if name != "round_to" or callback.round_to is not None:
             check_whole(name, getattr(callback, name))
@@ -177,6 +179,7 @@ def check_module(module: L.LightningModule, strategy: Any) -> None:
             "the model is compiled (torch.compile), and every compaction would compile it anew; train without, and "
             "compile the model once it is small"
         )
+    refuse_offloaded(strategy, module)
     refuse_inference_tensors(module.named_parameters(), frozen=False)
     if not is_kind(strategy, "ModelParallelStrategy"):
         refuse_shards(
@@ -442,10 +445,12 @@ def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool,
             f"parameters are sharded (DTensor) under {type(strategy).__name__}; use the "
             "ModelParallelStrategy(tensor_parallel_size=1) that sharded them",
         )
+    refuse_offloaded(strategy, module)
     if any(parameter.is_meta for parameter in module.parameters()):
-        raise ValueError(
+        refuse_unmovable(
+            strategy,
             f"parameters of {type(module).__name__} have no values yet (meta device), and adapters are made from them: "
-            "load the weights in __init__ (CausalLM without read_once)"
+            "load the weights in __init__ (CausalLM without read_once)",
         )
     if not has_adapters:
         refuse_shards(

@@ -34,6 +34,7 @@ from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of, ranks_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
 from lightning_prune.checkpoints.states import UNMERGED
+from lightning_prune.errors import check_bool
 from lightning_prune.naming import plain_name
 from lightning_prune.perp.adapters import (
     adapter_masks,
@@ -154,6 +155,8 @@ class PERPRetraining(L.Callback):
         attribute: str = "model",
     ) -> None:
         super().__init__()
+        check_bool("merge", merge)
+        check_bool("adapt_head", adapt_head)
         check_adapter(adapter)
         self.train = check_parts(train)
         self.options: dict[str, Any] = {}

@@ -1,11 +1,17 @@
-"""The last moment of a fit in which weights are where they were trained."""
+"""The end of a fit: the last moment in which weights are where they were trained; and weights that cannot be moved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
+from typing import NoReturn
 
 from lightning.pytorch.strategies import Strategy
+from torch import nn
+
+from lightning_prune.naming import own_parameters
+from lightning_prune.pruning.offloading import is_offloaded
 
 
 class BeforeTeardown:
@@ -48,3 +54,40 @@ class BeforeTeardown:
         """Take it back: after an exception there is a teardown too."""
         self._waiting.clear()
         self._unwrap()
+
+
+def refuse_offloaded(strategy: Strategy, module: nn.Module) -> None:
+    """Refuse to train weights that accelerate keeps elsewhere (``device_map``), before Lightning fails to move them.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, layer in module.named_modules():
+        if is_offloaded(layer) and any(parameter.is_meta for parameter in own_parameters(layer).values()):
+            refuse_unmovable(
+                strategy,
+                f"the weight of {name!r} is offloaded to main memory or disk (device_map), where nothing trains it: "
+                "load the model without device_map; lightning_prune.prune takes it as it is",
+            )
+
+
+def refuse_unmovable(strategy: Strategy, message: str) -> NoReturn:
+    """Refuse a module that has weights without values, so that this is what the user sees.
+
+    The strategy's teardown moves the module all the same, and torch's error would come last.
+
+    Raises:
+        ValueError: with the message.
+    """
+    original = strategy.teardown
+    own = strategy.__dict__.get("teardown")
+
+    @wraps(original)
+    def teardown() -> None:
+        del strategy.__dict__["teardown"]
+        strategy.__dict__.update({} if own is None else {"teardown": own})
+        with suppress(NotImplementedError):  # there is nothing to move
+            original()
+
+    strategy.__dict__["teardown"] = teardown
+    raise ValueError(message)

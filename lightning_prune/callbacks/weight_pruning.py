@@ -27,7 +27,7 @@ from lightning_prune.callbacks.pruning_notices import (
     warn_of_other_settings,
     warn_of_untrained,
 )
-from lightning_prune.callbacks.teardown import BeforeTeardown
+from lightning_prune.callbacks.teardown import BeforeTeardown, refuse_offloaded
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.checkpoints.states import states_of
 from lightning_prune.history import described, plain
@@ -329,6 +329,8 @@ class WeightPruning(L.Callback):
         """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
         check_checkpoint_of(trainer)
         self._stage, self._prepared = stage, False
+        if stage == "fit":
+            refuse_offloaded(trainer.strategy, pl_module)
         if stage == "fit" and is_kind(trainer.strategy, "FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"WeightPruning does not support {type(trainer.strategy).__name__}, whose flat shards hide the "

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_prune.checkpoints.reading import Checkpoint, open_checkpoint, readable
 from lightning_prune.checkpoints.states import StoredMasks
-from lightning_prune.errors import CheckpointError
+from lightning_prune.errors import CheckpointError, check_bool
 from lightning_prune.naming import clean_name
 from lightning_prune.pruning.masks import Masks, pack_masks, unpack_masks
 from lightning_prune.safety import expanded, publish
@@ -109,6 +109,7 @@ def export_masks(checkpoint: str | Path, output: str | Path, overwrite: bool = F
         CheckpointError: the checkpoint is missing or damaged, or one of its masks is.
         ValueError: it has no masks, or `output` exists or cannot be written.
     """
+    check_bool("overwrite", overwrite)
     source, target = open_checkpoint(checkpoint, argument="checkpoint"), expanded(output, "output")
     if target.is_dir() or (target.exists() and not overwrite):
         raise ValueError(

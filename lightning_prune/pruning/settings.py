@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune.errors import check_bool
 from lightning_prune.history import described
 from lightning_prune.pruning.allocation import Allocation, make_allocation
 from lightning_prune.pruning.patterns import NM, parse_pattern
@@ -95,6 +96,7 @@ class PruningSettings:
     def __post_init__(self) -> None:
         reject_bare_string("targets", self.targets)
         reject_bare_string("ignore", self.ignore)
+        check_bool("sequential", self.sequential)
         score, nm, group, allocation = self.score, self.nm, self.group, self.allocation
         if self.sparsity is not None and not is_share(self.sparsity):
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import CalibrationError, refuse_inference_tensors
+from lightning_prune.errors import CalibrationError, check_bool, refuse_inference_tensors
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import samples
 from lightning_prune.pruning.calibration import LossFn, collect
@@ -180,6 +180,7 @@ def check_structured(
     """
     checked = check_types(types)
     check_saliency(saliency, SALIENCIES)
+    check_bool("compensate", compensate)
     for name, value in (("num_samples", num_samples), ("rounds", rounds)):
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
             raise ValueError(f"{name}={value!r} must be an int of 1 or more, below 2**31")

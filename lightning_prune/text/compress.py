@@ -18,7 +18,7 @@ from lightning_prune.checkpoints.export import check_apart, write_model
 from lightning_prune.checkpoints.inspection import Inspection, report_tensor
 from lightning_prune.checkpoints.model import context_of, device_of, load_model, quiet_transformers
 from lightning_prune.checkpoints.sources import first_token
-from lightning_prune.errors import check_whole
+from lightning_prune.errors import check_bool, check_whole
 from lightning_prune.evaluation.perplexity import evaluating, perplexity
 from lightning_prune.perp.reconstruction import reconstruct
 from lightning_prune.pruning.masks import Masks
@@ -193,6 +193,8 @@ def compress(
 
         compress("HuggingFaceTB/SmolLM2-135M", "pruned", "train.txt", sparsity=0.5)
     """
+    check_bool("permute", permute)
+    check_bool("fit", fit)
     recipe = Recipe(score, num_samples, update, sequential, permute, fit)
     number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool)
     replaced = "stands in place of score, update, sequential, permute, fit and num_samples"

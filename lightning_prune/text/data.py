@@ -6,7 +6,9 @@ without any preparation a stream of them. Conversations are samples of their own
 Letters: B samples, T tokens (block_size).
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -175,8 +177,9 @@ class TextDataModule(L.LightningDataModule):
 
     Raises:
         ValueError: If an argument is out of range. On `setup`: if the text is empty or too short for the blocks
-            asked for, a file has an unknown extension, or the text field is missing; if the tokenizer has no chat
-            template, a row is no conversation, or the template does not allow to tell the assistant's tokens.
+            asked for, a file has an unknown extension, or the text field is missing; if `cache_dir` cannot be
+            used; if the tokenizer has no chat template, a row is no conversation, or the template does not allow to
+            tell the assistant's tokens.
         FileNotFoundError: If a local file does not exist.
 
     Example:
@@ -254,9 +257,10 @@ class TextDataModule(L.LightningDataModule):
         if self._tokenizer is None:
             hp = self.hparams
             if hp["tokenizer"] == "train":
-                self._tokenizer = trained_tokenizer(
-                    self._training_text(), hp["vocab_size"], self._cache_dir() / "lightning_prune_tokenizers"
-                )
+                with self._naming_cache_dir() as folder:
+                    self._tokenizer = trained_tokenizer(
+                        self._training_text(), hp["vocab_size"], folder / "lightning_prune_tokenizers"
+                    )
             else:
                 self._tokenizer = load_tokenizer(hp["tokenizer"], hp["gguf_file"], hp["eos_token"])
         return self._tokenizer
@@ -288,20 +292,21 @@ class TextDataModule(L.LightningDataModule):
         """
         hp = self.hparams
         check_parts(hp["source"], "source", name=hp["name"], split=hp["split"], revision=hp["revision"])
-        if hp["streaming"] and self._stream is None:
-            self._stream = self._streamed_documents(hp["source"])
-            if hp["validation"] is not None:
-                self._validation = self._blocks(hp["validation"], "validation")
-            else:
-                self._validation = datasets.Dataset.from_dict({"input_ids": []})
-        elif self._train is None and not hp["streaming"]:
-            blocks = self._blocks(hp["source"], "source")
-            if hp["validation"] is not None:
-                self._train, self._validation = blocks, self._blocks(hp["validation"], "validation")
-            else:
-                self._train, self._validation = hold_out(blocks, hp["validation_share"])
-        if self._test is None and hp["test"] is not None and stage in ("test", "all"):
-            self._test = self._blocks(hp["test"], "test")
+        with self._naming_cache_dir():
+            if hp["streaming"] and self._stream is None:
+                self._stream = self._streamed_documents(hp["source"])
+                if hp["validation"] is not None:
+                    self._validation = self._blocks(hp["validation"], "validation")
+                else:
+                    self._validation = datasets.Dataset.from_dict({"input_ids": []})
+            elif self._train is None and not hp["streaming"]:
+                blocks = self._blocks(hp["source"], "source")
+                if hp["validation"] is not None:
+                    self._train, self._validation = blocks, self._blocks(hp["validation"], "validation")
+                else:
+                    self._train, self._validation = hold_out(blocks, hp["validation_share"])
+            if self._test is None and hp["test"] is not None and stage in ("test", "all"):
+                self._test = self._blocks(hp["test"], "test")
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of training blocks in an order given by `seed` and the epoch; a resumed fit goes on with the next."""
@@ -384,8 +389,20 @@ class TextDataModule(L.LightningDataModule):
             )
         return documents
 
-    def _cache_dir(self) -> Path:
-        return expanded(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir")
+    @contextmanager
+    def _naming_cache_dir(self) -> Iterator[Path]:
+        """The folder of the cache; where it cannot be used, an error names the argument."""
+        folder = expanded(self.hparams["cache_dir"] or datasets.config.HF_DATASETS_CACHE, "cache_dir").absolute()
+        try:
+            yield folder
+        except OSError as error:
+            place = Path(os.fsdecode(error.filename or os.devnull)).absolute()
+            if not (place.is_relative_to(folder) or folder.is_relative_to(place)):
+                raise
+            raise ValueError(
+                f"cache_dir={str(folder)!r} cannot be used ({error.strerror}: {str(place)!r}); choose a folder that "
+                "can be written to"
+            ) from error
 
     def _blocks(self, source: str | list[str], argument: str) -> datasets.Dataset:
         hp = self.hparams

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from accelerate import cpu_offload
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from pruning_aware_models import batches, make_module, make_trainer
 from torch import nn
@@ -124,3 +125,20 @@ def test_what_other_callbacks_write_at_the_end_is_pruned_too(order: int) -> None
         make_module(), batches()
     )
     assert zeros_share(strategy.left) == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["pruning", "perp", "perp first", "shrinking"])
+def test_offloaded_weights_are_refused_and_nothing_else_is_said(name: str) -> None:
+    module = make_module()
+    cpu_offload(module.model, torch.device("cpu"))
+    trainer = make_trainer(*CALLBACKS[name](), max_steps=1)
+    with pytest.raises(ValueError, match=r"weight of 'model\.model\.embed_tokens' is offloaded.*without device_map"):
+        trainer.fit(module, batches())
+    assert "teardown" not in vars(trainer.strategy)
+
+
+def test_weights_without_values_are_refused_and_nothing_else_is_said() -> None:
+    module = make_module()
+    module.model.to("meta")
+    with pytest.raises(ValueError, match="parameters of CausalLM have no values yet"):
+        make_trainer(PERPRetraining(), max_steps=1).fit(module, batches())

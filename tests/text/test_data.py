@@ -337,6 +337,24 @@ def test_argument_errors(kwargs, message):
         TextDataModule(**kwargs)
 
 
+@pytest.mark.parametrize("below", ["", "inside/of/it"])
+@pytest.mark.parametrize("how", [{}, {"streaming": True}])
+def test_a_cache_that_cannot_be_used_is_named(chapters, tmp_path, below, how, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    place = tmp_path / "file" / below
+    more = {"tokenizer": "unread"} if how else {}
+    data = data_module(place, str(chapters), **more, **how)
+    with pytest.raises(ValueError, match=f"cache_dir='{place}' cannot be used .*choose a folder"):
+        data.setup("fit")
+    if not how:
+        with pytest.raises(ValueError, match=r"cache_dir=.* cannot be used"):
+            _ = data.tokenizer
+    with pytest.raises(ValueError, match="cache_dir='~nobody_here/x' begins with the home"):
+        data_module("~nobody_here/x", str(chapters), **more, **how).setup("fit")
+    assert not Path("~nobody_here").exists()
+
+
 def test_source_errors(cache, chapters, tmp_path):
     def setup(source, **kwargs):
         data_module(cache, source, **kwargs).setup("fit")
