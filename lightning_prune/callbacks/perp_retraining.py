@@ -67,9 +67,10 @@ class PERPRetraining(L.Callback):
 
     The adapters go on in ``setup``, so the module's ``configure_optimizers`` finds them; it has to leave out what
     requires no gradient, or give it to an optimizer that passes over parameters without one. With `WeightPruning` in
-    the same Trainer, in either order, the model is pruned at fit start and the adapters take its masks; without it the
-    masks are the exact zeros of a model pruned before, or `masks`. At fit end the adapters are merged, and the
-    module's model is the plain transformers model again, with every pruned weight at +0.0.
+    the same Trainer, in either order, the model is pruned at fit start and the adapters take its masks (layers that
+    were frozen before stay dense, without an adapter, unless its `targets` names them); without it the masks are the
+    exact zeros of a model pruned before, or `masks`. At fit end the adapters are merged, and the module's model is the
+    plain transformers model again, with every pruned weight at +0.0.
 
     Only adapters and the parts in `train` require gradients, so only they have gradients and optimizer states.
     While training, checkpoints hold the merged model under the plain module's names, so that ``load_from_checkpoint``

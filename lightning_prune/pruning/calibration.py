@@ -558,8 +558,8 @@ def _check_zeros(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks |
     if taps and len(zero) == len(taps):
         raise CalibrationError(
             f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: no weight could be told from "
-            "another; the weights are unchanged. Does the loss of a sample need the others of its batch, or does the "
-            "loss not depend on the model? Pass loss_fn=f(model, batch)"
+            "another; the weights are unchanged. Does the loss of a sample need the others of its batch (then give "
+            "batches of several), or does the loss not depend on the model? Pass loss_fn=f(model, batch)"
         )
     if dead:
         warnings.warn(

@@ -93,6 +93,7 @@ class WeightUses(TorchFunctionMode):
         # They hold this too: a circle would keep their sums, large as they are, until Python looks for circles.
         self.taps, self.layers = weakref.proxy(taps), layers
         self.known: dict[int, tuple[Tensor, str]] = {}
+        self.stored: dict[str, Tensor] = {}  # weights before the pass
         self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
         self.told: set[str] = set()
 
@@ -100,15 +101,22 @@ class WeightUses(TorchFunctionMode):
         """Forget the last forward pass; parameters may have been replaced since."""
         self.stand_ins = []
         self.known = {id(m.weight): (m.weight, name) for name, modules in self.layers for m in modules}  # type: ignore[misc]
+        self.stored = {name: weight for weight, name in self.known.values()}
 
     def add(self, name: str, layer: nn.Module) -> None:
-        """Know the weight that a layer is called with: a shard is another tensor while its layer runs."""
-        self.known[id(layer.weight)] = layer.weight, name  # type: ignore[assignment]
+        """Know the weight that a layer is called with: a shard is another tensor while its layer runs.
+
+        So is what ``torch.func.functional_call`` puts there; warn if these are other numbers.
+        """
+        weight: Any = layer.weight
+        self.known[id(weight)] = weight, name
+        if (stored := self.stored.get(name, weight)) is not weight:
+            self._look_at(name, layer, stored, weight)
 
     def forget(self, call: LayerCall) -> None:
         """Let go of a weight that was brought for a call which is over; warn if it was not used as it is."""
         if call.product is None and call.instead is not None:
-            self._look_at(call, call.instead)
+            self._look_at(call.name, call.layer, call.layer.weight, call.instead)  # type: ignore[arg-type]
         if is_offloaded(vars(call.layer).get("holder", (call.layer,))[0]):
             self.known = {key: known for key, known in self.known.items() if known[1] != call.name}
 
@@ -150,15 +158,14 @@ class WeightUses(TorchFunctionMode):
             self.known[id(result)] = result, min(names)
         return result
 
-    def _look_at(self, call: LayerCall, instead: Tensor) -> None:
+    def _look_at(self, name: str, layer: nn.Module, stored: Tensor, instead: Tensor) -> None:
         """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.
 
         Quantization that is only pretended changes little. Where weights are compared within rows alone, rows may be
         scaled.
         """
-        stored: Any = call.layer.weight
         parts = [local(t.detach()) for t in (stored, instead)]
-        if call.name in self.told or instead.dim() < 2 or parts[0].shape != parts[1].shape:
+        if name in self.told or instead.dim() < 2 or parts[0].shape != parts[1].shape or stored.is_meta:
             return
         weight, other = (part.flatten(1).float() for part in parts)
         norms = weight.norm(dim=1)
@@ -167,11 +174,11 @@ class WeightUses(TorchFunctionMode):
         if self.taps.backward:
             apart |= (factor - 1).abs() > _ROUNDED
         if bool(apart[norms > 0].any()):
-            self.told.add(call.name)
+            self.told.add(name)
             warnings.warn(
-                f"{_layer(call.name)} ({type_name(call.layer)}) does not multiply with its weight as it is stored, and "
+                f"{_layer(name)} ({type_name(layer)}) does not multiply with its weight as it is stored, and "
                 f"scores compare the weight that is stored: fold the change into the weight first, or add "
-                f"{to_ignore(call.name)}",
+                f"{to_ignore(name)}",
                 stacklevel=2,
             )
 

@@ -1062,12 +1062,19 @@ COLUMNS = torch.tensor([1.0, 4, 1, 1, 0.2, 1])
     ids=["scaled", "rows", "columns", "bent", "as it is", "quantized", "unchanged", "beside"],
 )
 @pytest.mark.parametrize("statistic", ["input_norm", "output_grad_norm"])
-def test_a_layer_with_other_numbers_in_its_weights_place_is_named(change, told, statistic):
+@pytest.mark.parametrize("where", ["Changed", "Linear"])  # in its forward; by who calls it
+def test_a_layer_with_other_numbers_in_its_weights_place_is_named(change, told, statistic, where):
     torch.manual_seed(0)
-    model = nn.Sequential(Changed(change) if change else Beside(), nn.Tanh(), nn.Linear(5, 2))
+    first = Beside() if change is None else Changed(change) if where == "Changed" else nn.Linear(6, 5)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(5, 2))
     batch = torch.randn(4, 6)
+
+    def loss(model, batch):
+        weights = {} if change is None or where == "Changed" else {"0.weight": change(model[0].weight)}
+        return torch.func.functional_call(model, weights, (batch,)).square().sum(1)
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        gather(model, [batch, batch], {statistic}, num_samples=8, loss_fn=lambda m, b: m(b).square().sum(1))
-    text = "'0' (Changed) does not multiply with its weight as it is stored"
+        gather(model, [batch, batch], {statistic}, num_samples=8, loss_fn=loss)
+    text = f"'0' ({where}) does not multiply with its weight as it is stored"
     assert [str(w.message).partition(", and")[0] for w in said] == [text] * (statistic in told)
