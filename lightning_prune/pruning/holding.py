@@ -170,7 +170,7 @@ def _warn_of_merges(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
         if has_class(module, "BaseTunerLayer")
         and module not in own
         and not any(has_class(module, kind) for kind in _KEEP_ZEROS)
-        and any(id(p) in pruned for p in module.base_layer.parameters())  # type: ignore[union-attr, operator]
+        and any(id(p) in pruned for p in module.base_layer.parameters())
     ]
     if dense and (not dist.is_initialized() or dist.get_rank() == 0):
         name, module = dense[0]

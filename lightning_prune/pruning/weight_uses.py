@@ -165,15 +165,16 @@ class WeightUses(TorchFunctionMode):
         scaled.
         """
         parts = [local(t.detach()) for t in (stored, instead)]
-        if name in self.told or instead.dim() < 2 or parts[0].shape != parts[1].shape or stored.is_meta:
+        apart = len({(part.shape, part.device) for part in parts}) > 1 or stored.is_meta  # a shard, or offloaded
+        if name in self.told or instead.dim() < 2 or apart:
             return
         weight, other = (part.flatten(1).float() for part in parts)
         norms = weight.norm(dim=1)
         factor = (weight * other).sum(1) / norms.square().clamp_min(1e-30)
-        apart = (other - factor[:, None] * weight).norm(dim=1) > _ROUNDED * factor.abs() * norms
+        changed = (other - factor[:, None] * weight).norm(dim=1) > _ROUNDED * factor.abs() * norms
         if self.taps.backward:
-            apart |= (factor - 1).abs() > _ROUNDED
-        if bool(apart[norms > 0].any()):
+            changed |= (factor - 1).abs() > _ROUNDED
+        if bool(changed[norms > 0].any()):
             self.told.add(name)
             warnings.warn(
                 f"{_layer(name)} ({type_name(layer)}) does not multiply with its weight as it is stored, and "
