@@ -95,7 +95,7 @@ class WeightUses(TorchFunctionMode):
         self.known: dict[int, tuple[Tensor, str]] = {}
         self.stored: dict[str, Tensor] = {}  # weights before the pass
         self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
-        self.told: set[str] = set()
+        self.looked_at: set[str] = set()
 
     def begin(self) -> None:
         """Forget the last forward pass; parameters may have been replaced since."""
@@ -166,8 +166,9 @@ class WeightUses(TorchFunctionMode):
         """
         parts = [local(t.detach()) for t in (stored, instead)]
         apart = len({(part.shape, part.device) for part in parts}) > 1 or stored.is_meta  # a shard, or offloaded
-        if name in self.told or instead.dim() < 2 or apart:
+        if name in self.looked_at or instead.dim() < 2 or apart:
             return
+        self.looked_at.add(name)  # once: nobody should wait for an answer at every batch
         weight, other = (part.flatten(1).float() for part in parts)
         norms = weight.norm(dim=1)
         factor = (weight * other).sum(1) / norms.square().clamp_min(1e-30)
@@ -175,7 +176,6 @@ class WeightUses(TorchFunctionMode):
         if self.taps.backward:
             changed |= (factor - 1).abs() > _ROUNDED
         if bool(changed[norms > 0].any()):
-            self.told.add(name)
             warnings.warn(
                 f"{_layer(name)} ({type_name(layer)}) does not multiply with its weight as it is stored, and "
                 f"scores compare the weight that is stored: fold the change into the weight first, or add "
