@@ -177,7 +177,7 @@ def _sliced_states(
     state, new = optimizer.state.get(p, {}), {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            if isinstance(value, (dict, list, tuple)) and len(value):
+            if holds_tensors(value):
                 raise ValueError(_unknown_state(optimizer, key, name, type(value).__name__))
             continue
         if value.numel() <= 1 and p.numel() > 1:  # a step count
@@ -189,6 +189,15 @@ def _sliced_states(
         sliced = _sliced(value, kept, None)
         new[key] = sliced if scale is None else scale.state(sliced, key)
     return state, new
+
+
+def holds_tensors(held: object, least: int = 2) -> bool:
+    """Return whether something is, or holds, a tensor of so many elements; single numbers need no slicing."""
+    if isinstance(held, Tensor):
+        return held.numel() >= least and not isinstance(held, nn.Parameter)
+    if isinstance(held, Mapping):
+        held = list(held.values())
+    return isinstance(held, (list, tuple)) and any(holds_tensors(item, least) for item in held)
 
 
 def _unknown_state(optimizer: Optimizer, key: str, name: str, found: str) -> str:
