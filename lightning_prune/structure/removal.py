@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.pruning.holding import bare_optimizer
+from lightning_prune.pruning.holding import bare_optimizer, with_inner
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards, type_name
 from lightning_prune.structure.classes import change_class, class_for
@@ -90,7 +90,7 @@ def remove_units(
     Args:
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
-        optimizers: Whose states are sliced alongside. Removed layers leave their parameter groups.
+        optimizers: Whose states are sliced alongside, and of those that they step. Removed layers leave their parameter groups.
         attention_unit: See `read_structure`.
 
     Returns:
@@ -112,7 +112,7 @@ def remove_units(
     gone = {id(p) for p in leaving}
     changed = {n: p for n, p in parameters.items() if (n in kept or n in scales) and id(p) not in gone}
     change = class_for(structure.model, sizes.hidden_size, sizes.num_attention_heads)
-    raw = [bare_optimizer(optimizer) for optimizer in optimizers]
+    raw = list(with_inner(map(bare_optimizer, optimizers)))
 
     weights = {n: _sliced(p.data, kept.get(n, ()), scales.get(n)) for n, p in changed.items()}
     states = [_sliced_states(o, n, p, kept.get(n, ()), scales.get(n)) for o in raw for n, p in changed.items()]

@@ -215,12 +215,28 @@ def trained(model, optimizer, steps=3, seed=0):
     return model
 
 
+class Slow(torch.optim.Optimizer):
+    """Steps another optimizer, and pulls weights towards slow copies, which are states of its own."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+        for p in self.param_groups[0]["params"]:
+            slow = self.state[p].setdefault("slow", p.detach().clone())
+            p.copy_(slow.lerp_(p, 0.5))
+
+
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.1),
     "adam-amsgrad-fused": lambda p: torch.optim.Adam(p, lr=1e-4, amsgrad=True, foreach=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-4, centered=True, momentum=0.5),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-4),
+    "one-that-steps-another": lambda p: Slow(torch.optim.AdamW(p, lr=1e-4)),
 }
 
 
