@@ -107,7 +107,8 @@ def mask_units(
     Args:
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
-        optimizers: Whose states of the parameters' shapes (momentum, variance) are to be cleared, and of those that they step.
+        optimizers: Whose states of the parameters' shapes (momentum, variance) are to be cleared, and of those that
+            they step.
         attention_unit: See `read_structure`.
 
     Raises:

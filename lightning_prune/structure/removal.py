@@ -90,7 +90,8 @@ def remove_units(
     Args:
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
-        optimizers: Whose states are sliced alongside, and of those that they step. Removed layers leave their parameter groups.
+        optimizers: Whose states are sliced alongside, and of those that they step. Removed layers leave their
+            parameter groups.
         attention_unit: See `read_structure`.
 
     Returns:

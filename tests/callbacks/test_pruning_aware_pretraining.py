@@ -465,6 +465,18 @@ def test_states_that_cannot_be_sliced_are_refused_before_they_exist(kind: str) -
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_gradients_of_an_earlier_fit_are_not_stepped_with_before_training() -> None:
+    """By an optimizer that no attribute holds, of which there can be no copy."""
+    module = stepped_by(STATES["hidden"][0])
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    before = weights(module)
+    with pytest.raises(ValueError, match="not among its attributes"):
+        make_trainer(PruningAwarePretraining(0.5)).fit(module, batches())
+    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+    assert all(bool((p.grad == 1).all()) for p in module.parameters())
+
+
 @pytest.mark.parametrize("skipped", [0, 2])
 def test_states_of_an_optimizer_that_cannot_be_tried_are_refused_at_its_first_step(skipped: int) -> None:
     """Which a scaler of losses may leave out."""
