@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow_copies import Slow
 from torch import nn
 
 from lightning_prune.callbacks.rewrapping import put_in_place
 from lightning_prune.pruning.holding import with_inner
-
-
-class Slow(torch.optim.Optimizer):
-    """Steps another optimizer, and has a state of its own of each weight."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, shared: bool) -> None:
-        groups = optimizer.param_groups
-        super().__init__(groups if shared else [{"params": list(group["params"])} for group in groups], {})
-        self.optimizer = optimizer
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        self.optimizer.step(closure)
-        for group in self.param_groups:
-            for p in group["params"]:
-                self.state[p]["slow"] = p.detach().clone()
 
 
 @pytest.mark.parametrize("shared", [False, True])

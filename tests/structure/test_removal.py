@@ -6,6 +6,7 @@ import math
 import pytest
 import structure_models as zoo
 import torch
+from slow_copies import Slow
 from tiny import snapshot
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -213,21 +214,6 @@ def trained(model, optimizer, steps=3, seed=0):
         optimizer.step()
         optimizer.zero_grad()
     return model
-
-
-class Slow(torch.optim.Optimizer):
-    """Steps another optimizer, and pulls weights towards slow copies, which are states of its own."""
-
-    def __init__(self, optimizer):
-        super().__init__(optimizer.param_groups, {})
-        self.optimizer = optimizer
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        self.optimizer.step(closure)
-        for p in self.param_groups[0]["params"]:
-            slow = self.state[p].setdefault("slow", p.detach().clone())
-            p.copy_(slow.lerp_(p, 0.5))
 
 
 OPTIMIZERS = {
