@@ -335,15 +335,22 @@ _TEMPLATES = "additional_chat_templates"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
-def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuse what cannot be written to, and to take away anything but an old model, and that only if asked to."""
+def check_replaceable(target: Path, overwrite: bool, keep: bool = False) -> None:
+    """Refuse what cannot be written to, and to take away anything but an old model, and that only if asked to.
+
+    Args:
+        target: A folder, there or not.
+        overwrite: Whether an old model may go.
+        keep: See `replacing`: the new files may then be moved into a folder that cannot be exchanged.
+    """
     check_bool("overwrite", overwrite)
-    check_writable(target, error=ExportError)
+    stays = _stays(target)
+    check_writable(target, "new" if keep and stays else "", error=ExportError)
     if not target.exists():
         return
     if not target.is_dir():
         raise ExportError(f"output={str(target)!r} is a file; give the name of a folder")
-    if _stays(target):
+    if stays and not keep:
         raise ExportError(
             f"output={str(target)!r} is the folder that you are in, or where a disk begins, and cannot be exchanged "
             "for another; name a folder inside it"
@@ -356,10 +363,12 @@ def check_replaceable(target: Path, overwrite: bool) -> None:
             f"output={str(target)!r} is not empty; choose another folder, or replace it with overwrite=True "
             "(--overwrite)"
         )
-    if not (target / "config.json").is_file() or any(entry.is_dir() and entry.name != _TEMPLATES for entry in inside):
+    folders = any(entry.is_dir() and entry.name != _TEMPLATES for entry in inside)
+    if not (target / "config.json").is_file() or (folders and not keep):
+        why = "no config.json)" if keep else "no config.json, or folders inside), which overwrite would delete"
         raise ExportError(
-            f"output={str(target)!r} holds other things than a model (no config.json, or folders inside), which "
-            "overwrite would delete; choose another folder, or remove it yourself"
+            f"output={str(target)!r} holds other things than a model ({why}; choose another folder, or remove it "
+            "yourself"
         )
 
 
@@ -371,7 +380,7 @@ def replacing(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Pat
         target: A folder, there or not.
         overwrite: See `check_replaceable`.
         keep: Leave all in `target` that is no part of a model, and refuse nothing that is there. Where it holds
-            folders, or cannot be moved itself, the new files are moved into it one by one.
+            folders, or cannot be exchanged for another, the new files are moved into it one by one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     stays = _stays(target)
@@ -385,13 +394,14 @@ def replacing(target: Path, overwrite: bool, keep: bool = False) -> Iterator[Pat
         if not keep:
             check_replaceable(target, overwrite)  # once more: writing took a while
         with uninterrupted():
-            others = _others(target, new) if keep else []
-            if stays or any(entry.is_dir() for entry in others):
+            try:
+                if target.exists():
+                    _take_over(target, new, keep)
+                swap_in(new, target, old)
+            except (OSError, NotImplementedError):  # also where another process saves the same model
+                if not (keep and target.is_dir()):
+                    raise
                 _move_in(new, target)
-                return
-            for entry in others:
-                _link(entry, new / entry.name)
-            swap_in(new, target, old)
 
 
 def _stays(target: Path) -> bool:
@@ -403,29 +413,32 @@ def _stays(target: Path) -> bool:
     )
 
 
-def _others(target: Path, new: Path) -> list[Path]:
-    """What a folder holds beside a model that is to be written over."""
-    inside = target.iterdir() if target.exists() else ()
-    return [e for e in inside if not (new / e.name).exists() and not _WEIGHTS.fullmatch(e.name)]
+def _take_over(target: Path, new: Path, keep: bool) -> None:
+    """Give a folder the mode of the one whose place it is to take, and what that holds beside a model by a second name.
+
+    Raises:
+        OSError: the other one holds folders, belongs to others, or has to stay; nothing of it is changed.
+        NotImplementedError: the system gives files no second names. A copy would leave behind who writes to the first.
+    """
+    if keep:
+        others = [e for e in target.iterdir() if not (new / e.name).exists() and not _WEIGHTS.fullmatch(e.name)]
+        owners = {(status.st_uid, status.st_gid) for status in (target.stat(), new.stat())}
+        if _stays(target) or len(owners) > 1 or any(entry.is_dir() for entry in others):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(target))
+        for entry in others:
+            os.link(entry, new / entry.name, follow_symlinks=False)
+    shutil.copymode(target, new)
 
 
 def _move_in(new: Path, target: Path) -> None:
     """Move what a folder holds into another, where it replaces what has its name, and old weights."""
     for old in target.iterdir():
         if _WEIGHTS.fullmatch(old.name) and not (new / old.name).exists():
-            old.unlink()
+            old.unlink(missing_ok=True)
     for entry in new.iterdir():
         if entry.is_dir():
             shutil.rmtree(target / entry.name, ignore_errors=True)
         os.replace(entry, target / entry.name)
-
-
-def _link(entry: Path, name: Path) -> None:
-    """Give a file a second name; where the file system knows none, a copy."""
-    try:
-        os.link(entry, name, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(entry, name, follow_symlinks=False)
 
 
 def swap_in(new: Path, target: Path, old: Path) -> None:

@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from tiny import TINY
 
 from lightning_prune import CausalLM
+from lightning_prune.callbacks.fit_end import check_saving
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.cli import main, parser_of
 from lightning_prune.pruning.masks import pack_masks
@@ -332,8 +334,36 @@ def test_a_folder_that_nothing_can_be_saved_to_is_refused_before_training(config
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     assert main(["fit", "--config", str(config), "--save_pretrained", str(tmp_path / "thesis")]) == 2
-    assert "holds other things than a model" in capsys.readouterr().err
+    assert "holds other things than a model (no config.json); choose" in capsys.readouterr().err
     assert not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("place", ["here", "disk", "own", "runs"])
+def test_a_folder_that_a_model_is_moved_into_is_not_refused(place, tmp_path, monkeypatch):
+    """`save_pretrained` writes into what it cannot exchange, and leaves what is beside a model."""
+    folder, access = tmp_path / "out", os.access
+    folder.mkdir()
+    if place == "here":
+        monkeypatch.chdir(folder)
+    elif place == "disk":  # such as a volume of a container
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    elif place == "own":  # where the folder around it is another user's
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+        make = tempfile.mkdtemp
+
+        def denied(suffix, prefix, folder):
+            if Path(folder) == tmp_path:
+                raise PermissionError(13, "Permission denied")
+            return make(suffix, prefix, folder)
+
+        monkeypatch.setattr(tempfile, "mkdtemp", denied)
+    else:
+        (folder / "checkpoint-10").mkdir()
+        (folder / "config.json").write_text("{}")
+    module = CausalLM(config=TINY)
+    check_saving(module, str(folder))
+    module.save_pretrained(folder)
+    assert (folder / "model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from lightning_prune.sharding import refuse_shards
 from lightning_prune.structure.device_goals import check_device_goal
 from lightning_prune.structure.planning import multiples_of
 from lightning_prune.structure.rehearsal import rehearse
-from lightning_prune.structure.removal import check_rescaling
+from lightning_prune.structure.removal import check_rescaling, holds_tensors
 from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
 from lightning_prune.structure.saving import noted_units
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
@@ -379,17 +379,17 @@ def check_states(
     for optimizer in optimizers:
         of_all = {name: held for name, held in optimizer.state.items() if not isinstance(name, Tensor)}
         for attribute, held in {**vars(optimizer), "state": of_all}.items():
-            if attribute != "param_groups" and _holds_copies(held, least):
+            if attribute != "param_groups" and holds_tensors(held, least):
                 raise ValueError(
                     f"{type(optimizer).__name__} keeps tensors in its attribute {attribute!r}, beside the states of "
                     f"single weights, and they would not be sliced with these: {way}"
                 )
         for name, p in parameters.items():
             for key, value in optimizer.state.get(p, {}).items():
-                if isinstance(value, (dict, list, tuple)) and len(value):
-                    found = f"as a {type(value).__name__}"
-                elif isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
                     found = f"with shape {tuple(value.shape)}"
+                elif not isinstance(value, Tensor) and holds_tensors(value):
+                    found = f"as a {type(value).__name__}"
                 else:
                     continue
                 raise ValueError(
@@ -398,15 +398,6 @@ def check_states(
                 )
     if "hidden" in types:
         check_rescaling(structure, optimizers, parameters)
-
-
-def _holds_copies(held: object, least: int) -> bool:
-    """Whether an attribute of an optimizer holds tensors as large as a matrix; small ones are tables and settings."""
-    if isinstance(held, Tensor):
-        return held.numel() >= least and not isinstance(held, nn.Parameter)
-    if isinstance(held, Mapping):
-        held = list(held.values())
-    return isinstance(held, (list, tuple)) and any(_holds_copies(item, least) for item in held)
 
 
 def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:

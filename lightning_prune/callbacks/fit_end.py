@@ -32,7 +32,7 @@ def check_saving(module: L.LightningModule, folder: str | None) -> None:
     target, source = expanded(folder, "save_pretrained").resolve(), module.hparams.get("model")
     if isinstance(source, str) and (here := expanded(source, "model")).exists():  # no hub id
         check_apart(here, target)
-    check_replaceable(target, overwrite=True)
+    check_replaceable(target, overwrite=True, keep=True)
 
 
 def finish_fit(

@@ -387,8 +387,9 @@ class PruningAwarePretraining(L.Callback):
     def _end_step(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         shrinking, step = self._now, trainer.global_step
         if self._unchecked and not shrinking.reached:  # an optimizer's first step says the last word on its states
-            check_states(shrinking.structure, list(with_inner(trainer.optimizers)), self.types)
-        self._unchecked = False
+            optimizers = list(with_inner(trainer.optimizers))
+            check_states(shrinking.structure, optimizers, self.types)
+            self._unchecked = not any(optimizer.state for optimizer in optimizers)  # as while losses are scaled anew
         if shrinking.moments is not None:
             shrinking.moments.end_step(sum_of(trainer))
         if self.schedule.due(step) and not shrinking.reached:

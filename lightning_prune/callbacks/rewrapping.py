@@ -33,15 +33,16 @@ def put_in_place(optimizers: Sequence[Optimizer], successors: Mapping[Tensor, Se
     """Have optimizers go on with what requires a gradient now; groups keep their settings, schedules go on.
 
     Args:
-        optimizers: Their parameters without a gradient leave, with their states.
+        optimizers: Their parameters without a gradient leave, with their states; those among them that others step
+            may share groups with them.
         successors: Parameters that join the group which holds (or held) another.
     """
-    for optimizer in optimizers:
-        raw = getattr(optimizer, "optimizer", optimizer)
-        for group in raw.param_groups:
-            joined = [new for p in group["params"] for new in (p, *successors.get(p, ()))]
-            group["params"] = [p for p in joined if p.requires_grad]
-            for p in joined:
-                if not p.requires_grad:
-                    raw.state.pop(p, None)
-                    p.grad = None
+    left: dict[Tensor, None] = {}
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        joined = [new for p in group["params"] for new in (p, *successors.get(p, ()))]
+        group["params"] = [p for p in joined if p.requires_grad]
+        left |= dict.fromkeys(p for p in joined if not p.requires_grad)
+    for p in left:
+        p.grad = None
+        for optimizer in optimizers:
+            optimizer.state.pop(p, None)

@@ -174,7 +174,8 @@ def _tables_of(results: Mapping[str, Any], read: ReadModel, file: str) -> list[T
 
 def check_apart(checkpoint: Path, target: Path) -> None:
     """Refuse to write over the checkpoint itself, or over files that it links to (as a cache of the hub does)."""
-    places = [checkpoint, *(checkpoint.iterdir() if checkpoint.is_dir() else ())]
+    files = filter(Path.is_file, checkpoint.iterdir() if checkpoint.is_dir() else ())
+    places = [checkpoint, *files]
     if any(place.resolve().is_relative_to(target) for place in places):
         raise ExportError(
             f"output={str(target)!r} is or holds the checkpoint, which would be lost with it; choose another folder"

@@ -6,7 +6,7 @@ Letters: B windows in a batch, T tokens, V vocabulary.
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,13 @@ from lightning_prune.errors import check_whole
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.running import (
     IGNORE_INDEX,
+    is_encoder_decoder,
     logits_of_tokens,
     next_token_labels,
     next_token_losses,
     unwrapped,
 )
+from lightning_prune.sharding import type_name
 
 
 class NextTokenLoss(Metric):
@@ -132,9 +134,15 @@ def perplexity(
         The perplexity with the counts it rests on.
 
     Raises:
-        ValueError: If an argument is out of range, the text is shorter than one window, no window predicts a
-            token, or windows hold inputs of the model that are not one value for each token.
+        ValueError: If the model is an encoder-decoder, an argument is out of range, the text is shorter than one
+            window, no window predicts a token, or windows hold inputs of the model that are not one value for each
+            token.
     """
+    if is_encoder_decoder(inner := unwrapped(model)):
+        raise ValueError(
+            f"model={type_name(inner)} is an encoder-decoder, which predicts other tokens than those of its input: "
+            "give a causal language model, or take the mean loss of model(**batch) over pairs of texts."
+        )
     windows, overlap = _windows(data, seq_len, stride, first_token)
     begin = [] if first_token is None else [first_token]
     if max_windows is not None:
@@ -233,18 +241,18 @@ def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:
     return None
 
 
-def _language_model(model: nn.Module) -> Any:
-    """The model of transformers in a CausalLM; any other as it is."""
-    return next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), model)
+def _language_models(model: nn.Module) -> list[Any]:
+    """The models of transformers that a model holds or is, such as that in a CausalLM; any other as it is."""
+    return [m for m in model.modules() if hasattr(m, "get_output_embeddings")] or [model]
 
 
 def _vocabulary(model: nn.Module) -> int | None:
-    """The number of tokens that a model has embeddings of, where it says so."""
-    try:
-        embeddings = getattr(_language_model(model), "get_input_embeddings", lambda: None)()
-    except NotImplementedError:  # of transformers, for families whose embeddings it does not find
-        return None
-    return getattr(embeddings, "num_embeddings", None)
+    """The number of tokens that a model has embeddings of, where it says so; of several models in one the most."""
+    known = []
+    for part in _language_models(model):
+        with suppress(NotImplementedError, AttributeError):  # of families whose embeddings transformers does not find
+            known.append(getattr(getattr(part, "get_input_embeddings", lambda: None)(), "num_embeddings", None))
+    return max((number for number in known if number is not None), default=None)
 
 
 def _check_tokens(ids: Tensor, known: int | None) -> None:
@@ -260,10 +268,11 @@ def _check_tokens(ids: Tensor, known: int | None) -> None:
 def _inputs_of(model: nn.Module) -> frozenset[str]:
     """What a model takes of a window beside tokens, labels and their mask, by the names in its forward pass."""
     inner = unwrapped(model)
-    forwards = [inspect.signature(type(module).forward).parameters for module in (inner, _language_model(inner))]
-    parameters = {**forwards[0], **forwards[1]}
-    more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return frozenset({*parameters, *(_PACKED if more else ())} - {"input_ids", "labels", "attention_mask"})
+    parameters = inspect.signature(inner.forward).parameters
+    names = {*parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):  # which it hands on
+        names |= {*_PACKED, *inspect.signature(type(_language_models(inner)[0]).forward).parameters}
+    return frozenset(names - {"input_ids", "labels", "attention_mask"})
 
 
 # Where packed texts begin: models hand it on to their attention without naming it.

@@ -180,7 +180,7 @@ def forward(model: nn.Module, batch: Any, targets: Sequence[Target]) -> None:
     """
     inputs, inner = _model_inputs(batch), unwrapped(model)
     if isinstance(inputs, dict) and _is_pretrained(inner):
-        if _is_encoder_decoder(inner):
+        if is_encoder_decoder(inner):
             labels = {n: batch[n] for n in ("labels",) if n in batch and _accepts(inner, n)}
             _run_encoder_decoder(model, _cast(model, {**inputs, **labels}))
             return
@@ -220,7 +220,7 @@ def _run_encoder_decoder(model: nn.Module, inputs: dict[str, Any]) -> Any:
     except ValueError as error:
         fed = any(inputs.get(name) is not None for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds"))
         unknown = isinstance(error.__cause__, TypeError)  # columns, see `run_batch`
-        whole = _is_encoder_decoder(unwrapped(model))
+        whole = is_encoder_decoder(unwrapped(model))
         if fed or unknown or not whole or not any(part in str(error) for part in ("decoder_input", "input_ids")):
             raise
         raise ValueError(
@@ -282,7 +282,8 @@ def _is_pretrained(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Return whether a model of transformers reads one text and writes another."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -293,7 +294,7 @@ def _is_causal_lm(model: nn.Module) -> bool:
     names = {name for entry in CAUSAL.values() for name in ([entry] if isinstance(entry, str) else entry)}
     # Those that transformers gives the loss of one: own code from the hub, language models that also take images.
     kind = getattr(model, "loss_type", None)
-    like_one = kind == "ForCausalLM" or (kind == "ForConditionalGeneration" and not _is_encoder_decoder(model))
+    like_one = kind == "ForCausalLM" or (kind == "ForConditionalGeneration" and not is_encoder_decoder(model))
     return type_name(model) in names or like_one
 
 

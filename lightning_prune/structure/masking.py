@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.pruning.holding import bare_optimizer
+from lightning_prune.pruning.holding import bare_optimizer, with_inner
 from lightning_prune.pruning.masks import Masks
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import local, shard_bounds
@@ -107,7 +107,8 @@ def mask_units(
     Args:
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
-        optimizers: Whose states of the parameters' shapes (momentum, variance) are to be cleared.
+        optimizers: Whose states of the parameters' shapes (momentum, variance) are to be cleared, and of those that
+            they step.
         attention_unit: See `read_structure`.
 
     Raises:
@@ -120,11 +121,11 @@ def mask_units(
     kept = kept_indices(structure, checked)
     removed = set(_removed_layers(structure, checked))
     norms = _layer_norms(structure) if structure.family.norm == "layernorm" and "hidden" in checked else {}
-    parameters = structure.parameters()
+    parameters, stepped = structure.parameters(), list(with_inner(map(bare_optimizer, optimizers)))
     with uninterrupted():
         for name in kept.keys() | removed:
             p = parameters[name]
-            for tensor in [p.data, p.grad, *state_tensors(p, optimizers)]:
+            for tensor in [p.data, p.grad, *state_tensors(p, stepped)]:
                 if tensor is None:
                     continue
                 if name in removed:
@@ -199,6 +200,6 @@ def state_tensors(parameter: nn.Parameter, optimizers: Sequence[Optimizer]) -> l
     return [
         value
         for optimizer in optimizers
-        for value in bare_optimizer(optimizer).state.get(parameter, {}).values()
+        for value in optimizer.state.get(parameter, {}).values()
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
     ]

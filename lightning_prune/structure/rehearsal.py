@@ -48,12 +48,18 @@ def rehearse(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> Re
     members = list(with_inner([optimizer]))
     if any(member.state for member in members):
         return None
-    devices = {p.device for member in members for group in member.param_groups for p in group["params"]}
+    gradients = [(p, p.grad) for member in members for group in member.param_groups for p in group["params"]]
+    devices = {p.device for p, _ in gradients if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]):
+        for p, _ in gradients:
+            p.grad = None  # an optimizer that no attribute holds is no copy, and would step
+        with torch.random.fork_rng(devices):
             return _stepped(members, parameters)
     except Exception:  # whatever somebody's optimizer does without its model: its own first step will show
         return None
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
 
 
 def _stepped(members: list[Optimizer], parameters: Mapping[str, nn.Parameter]) -> Rehearsal:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.pruning.holding import bare_optimizer
+from lightning_prune.pruning.holding import bare_optimizer, with_inner
 from lightning_prune.safety import uninterrupted
 from lightning_prune.sharding import refuse_shards, type_name
 from lightning_prune.structure.classes import change_class, class_for
@@ -90,7 +90,8 @@ def remove_units(
     Args:
         model: A causal language model of a known family, or a module that holds one.
         removal: Unit indices by type, see `lightning_prune.structure.units.check_removal`.
-        optimizers: Whose states are sliced alongside. Removed layers leave their parameter groups.
+        optimizers: Whose states are sliced alongside, and of those that they step. Removed layers leave their
+            parameter groups.
         attention_unit: See `read_structure`.
 
     Returns:
@@ -112,7 +113,7 @@ def remove_units(
     gone = {id(p) for p in leaving}
     changed = {n: p for n, p in parameters.items() if (n in kept or n in scales) and id(p) not in gone}
     change = class_for(structure.model, sizes.hidden_size, sizes.num_attention_heads)
-    raw = [bare_optimizer(optimizer) for optimizer in optimizers]
+    raw = list(with_inner(map(bare_optimizer, optimizers)))
 
     weights = {n: _sliced(p.data, kept.get(n, ()), scales.get(n)) for n, p in changed.items()}
     states = [_sliced_states(o, n, p, kept.get(n, ()), scales.get(n)) for o in raw for n, p in changed.items()]
@@ -177,7 +178,7 @@ def _sliced_states(
     state, new = optimizer.state.get(p, {}), {}
     for key, value in state.items():
         if not isinstance(value, Tensor):
-            if isinstance(value, (dict, list, tuple)) and len(value):
+            if holds_tensors(value):
                 raise ValueError(_unknown_state(optimizer, key, name, type(value).__name__))
             continue
         if value.numel() <= 1 and p.numel() > 1:  # a step count
@@ -189,6 +190,15 @@ def _sliced_states(
         sliced = _sliced(value, kept, None)
         new[key] = sliced if scale is None else scale.state(sliced, key)
     return state, new
+
+
+def holds_tensors(held: object, least: int = 2) -> bool:
+    """Return whether something is, or holds, a tensor of so many elements; single numbers need no slicing."""
+    if isinstance(held, Tensor):
+        return held.numel() >= least and not isinstance(held, nn.Parameter)
+    if isinstance(held, Mapping):
+        held = list(held.values())
+    return isinstance(held, (list, tuple)) and any(holds_tensors(item, least) for item in held)
 
 
 def _unknown_state(optimizer: Optimizer, key: str, name: str, found: str) -> str:

@@ -97,20 +97,21 @@ def writing_plain(
 
 
 def _check_said(model: nn.Module) -> None:
-    """Refuse parameters that a model of the same configuration has not, or has besides: loading would not bring them.
+    """Refuse parameters that a model of the same configuration has not, has besides, or shares: loading brings others.
 
     Raises:
         ValueError: naming some.
     """
-    model = uncompiled(model)
-    if is_own_class(model):  # which only its author can build
+    whole: Any = uncompiled(model)
+    # Only its author can build one of an own class; quantized layers come with the weights.
+    if is_own_class(whole) or getattr(whole.config, "quantization_config", None) is not None:
         return
-    whole: Any = model
-    kind: Any = plain_class(model)
+    kind: Any = plain_class(whole)
     with device("meta"):  # names only
         built = kind(copy.deepcopy(whole.config))
-    names, said = ({clean_name(name) for name in m.state_dict()} for m in (model, built))
-    own, wanted = ({clean_name(name) for name, _ in m.named_parameters()} for m in (model, built))
+    built.tie_weights()
+    names, said = ({clean_name(name) for name in m.state_dict()} for m in (whole, built))
+    own, wanted = ({clean_name(name) for name, _ in m.named_parameters()} for m in (whole, built))
     if lost := sorted(own - said):
         raise ValueError(
             f"the model has {len(lost)} parameters that its configuration does not say, such as {lost[0]!r}, and no "
@@ -121,6 +122,13 @@ def _check_said(model: nn.Module) -> None:
         raise ValueError(
             f"the model lacks {len(absent)} parameters that its configuration says, such as {absent[0]!r}, which every "
             "program that loads it would make up: give it to the model, or change the field of model.config"
+        )
+    # `save_pretrained` of transformers writes weights that are shared under one name.
+    if len(own) < len(wanted):
+        raise ValueError(
+            f"the model shares the parameter {min(wanted - own)!r} with another, which its configuration does not say, "
+            "so that every program that loads it would make it up: set model.config.tie_word_embeddings=True (where it "
+            "is a head tied to the embeddings), or give it a copy of its own"
         )
 
 

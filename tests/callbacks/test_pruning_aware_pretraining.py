@@ -465,11 +465,52 @@ def test_states_that_cannot_be_sliced_are_refused_before_they_exist(kind: str) -
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_states_of_an_optimizer_that_cannot_be_tried_are_refused_at_its_first_step() -> None:
+def test_gradients_of_an_earlier_fit_are_not_stepped_with_before_training() -> None:
+    """By an optimizer that no attribute holds, of which there can be no copy."""
+    module = stepped_by(STATES["hidden"][0])
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    before = weights(module)
+    with pytest.raises(ValueError, match="not among its attributes"):
+        make_trainer(PruningAwarePretraining(0.5)).fit(module, batches())
+    assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
+    assert all(bool((p.grad == 1).all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("skipped", [0, 2])
+def test_states_of_an_optimizer_that_cannot_be_tried_are_refused_at_its_first_step(skipped: int) -> None:
+    """Which a scaler of losses may leave out."""
+
+    class Scaled(Rows):
+        called = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.called += 1
+            assert closure is not None
+            return closure() if self.called <= skipped else super().step(closure)
+
     trainer = make_trainer(PruningAwarePretraining(0.5, start=5))
-    with pytest.raises(ValueError, match="Rows keeps the state 'rows'"):
-        trainer.fit(stepped_by(partial(Rows, locked=True)), batches())
-    assert trainer.global_step == 1
+    with pytest.raises(ValueError, match="Scaled keeps the state 'rows'"):
+        trainer.fit(stepped_by(partial(Scaled, locked=True)), batches())
+    assert trainer.global_step == 1 + skipped
+
+
+class Noting(torch.optim.SGD):
+    """Keeps numbers for each weight that have nothing of its shape."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state.setdefault("norms", []).append(float(p.grad.norm()))
+            state.update(betas=(0.9, 0.99), counts={"steps": torch.tensor(len(state["norms"]))})
+        return loss
+
+
+def test_numbers_that_an_optimizer_notes_of_each_weight_are_in_no_one_s_way() -> None:
+    callback = PruningAwarePretraining(0.9, ("ffn",), end=2)
+    fit(callback, stepped_by(partial(Noting, lr=1e-3)), max_steps=3)
+    assert len(callback.history) > 1
 
 
 REFUSALS: dict[str, tuple[Any, str]] = {

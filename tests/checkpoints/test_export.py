@@ -580,6 +580,8 @@ def test_a_folder_whose_files_the_checkpoint_links_to_is_not_replaced(old, tmp_p
     with pytest.raises(ExportError, match="would be lost with it"):
         export(tmp_path / "snapshot", tmp_path / "out", overwrite=True)
     export(tmp_path / "snapshot", tmp_path / "other")
+    (tmp_path / "snapshot" / "exported").symlink_to(tmp_path / "other")  # only where it was written to
+    export(tmp_path / "snapshot", tmp_path / "other", overwrite=True)
     assert files_of(tmp_path / "out") == old
 
 

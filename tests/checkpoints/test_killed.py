@@ -104,6 +104,70 @@ def test_where_the_file_system_cannot_exchange(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def refuse(error: Exception) -> Callable[..., Any]:
+    def refused(*args: Any, **options: Any) -> Any:
+        raise error
+
+    return refused
+
+
+@pytest.mark.parametrize("why", ["no links", "no such links", "busy", "of others", "saved meanwhile"])
+def test_a_folder_that_cannot_be_exchanged_is_written_into(why, tmp_path, monkeypatch):
+    """What others have open there stays the file that they write to."""
+    target = tmp_path / "model"
+    target.mkdir()
+    write(target, "old")
+    (target / "model-00001-of-00002.safetensors").write_text("old")
+    rename, status, inode = os.replace, Path.stat, target.stat().st_ino
+    if why == "no links":  # of the file system
+        monkeypatch.setattr(os, "link", refuse(PermissionError(1, "Operation not permitted")))
+    elif why == "no such links":  # of the operating system
+        monkeypatch.setattr(os, "link", refuse(NotImplementedError("follow_symlinks")))
+    elif why == "busy":
+        monkeypatch.setattr(safety, "_exchange", lambda one, other: False)
+        busy = refuse(PermissionError(13, "Permission denied"))
+        monkeypatch.setattr(os, "replace", lambda a, b: busy() if Path(a) == target else rename(a, b))
+    elif why == "of others":  # as in a folder that a group shares
+
+        def of_others(path: Path, **options: Any) -> os.stat_result:
+            found = status(path, **options)
+            return os.stat_result((*found[:5], found.st_gid + (path == target), *found[6:]))
+
+        monkeypatch.setattr(Path, "stat", of_others)
+    else:  # by another process, after this one has found nothing there
+        target.rename(tmp_path / "kept")
+
+        def late(a: Any, b: Any) -> None:
+            if not target.exists():
+                (tmp_path / "kept").rename(target)
+            rename(a, b)
+
+        monkeypatch.setattr(os, "replace", late)
+    log = (target if target.exists() else tmp_path / "kept") / "train.log"
+    with log.open("w", buffering=1) as running:
+        running.write("before\n")
+        with replacing(target, overwrite=True, keep=True) as folder:
+            write(folder, "new")
+        running.write("after\n")
+    assert (target / "train.log").read_text() == "before\nafter\n"
+    assert {(target / name).read_text() for name in ("config.json", "model.safetensors")} == {"new"}
+    assert len(list(target.iterdir())) == 3
+    assert target.stat().st_ino == inode
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_private_folder_stays_private(keep, tmp_path):
+    target = tmp_path / "model"
+    target.mkdir(mode=0o700)
+    write(target, "old")
+    inode = target.stat().st_ino
+    with replacing(target, overwrite=True, keep=keep) as folder:
+        write(folder, "new")
+    assert target.stat().st_ino != inode
+    assert target.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.slow
 def test_masks_texts_and_histories(tmp_path):
     masks, text, history = tmp_path / "m.safetensors", tmp_path / "results.json", tmp_path / "h.jsonl"

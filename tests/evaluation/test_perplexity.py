@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lightning_prune import CausalLM
 from lightning_prune.evaluation.perplexity import NextTokenLoss, perplexity
@@ -141,6 +141,43 @@ def test_inputs_that_cannot_be_cut_into_windows_are_refused(name, model, stream)
     with pytest.raises(ValueError, match=rf"data\[0\] has '{name}' of shape \(3,\), .* each of the 8 tokens\. Take it"):
         perplexity(model, [window])
     assert perplexity(Fixed([0.0] * V), [window]).tokens == 7  # takes no such thing
+
+
+class Around(nn.Module):
+    """Takes tokens alone, or hands on what it gets; a teacher that knows fewer words comes first."""
+
+    def __init__(self, model, hands_on):
+        super().__init__()
+        small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        self.teacher, self.model = LlamaForCausalLM(LlamaConfig(vocab_size=4, **small)), model
+        if hands_on:
+            self.forward = self.all
+
+    def forward(self, input_ids):
+        return self.model(input_ids).logits
+
+    def all(self, input_ids, **others):
+        return self.model(input_ids, use_cache=False, **others).logits
+
+
+def test_a_module_around_a_model_is_given_what_it_takes(model, stream):
+    window = {"input_ids": stream[:20], "position_ids": torch.arange(5, 25), "attention_mask": torch.ones(20)}
+    assert perplexity(Around(model, False), [window]) == perplexity(model, [stream[:20]])
+    window["position_ids"] = torch.cat([torch.arange(5), torch.arange(15)])
+    assert perplexity(Around(model, True), [window]) == perplexity(model, [window])
+    assert perplexity(model, [window]).tokens == 18
+
+
+def test_a_scripted_module_is_measured(stream):
+    own = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V))
+    assert perplexity(torch.jit.script(own), stream, seq_len=50) == perplexity(own, stream, seq_len=50)
+
+
+def test_an_encoder_decoder_is_refused(stream):
+    model = T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    window = {"input_ids": stream[:8], "decoder_input_ids": stream[8:16], "labels": stream[9:17]}
+    with pytest.raises(ValueError, match=r"model=T5ForConditionalGeneration is an encoder-decoder.*a causal language"):
+        perplexity(model, [window])
 
 
 @pytest.mark.parametrize("token", [-1, V, 10**6])

@@ -6,6 +6,7 @@ import math
 import pytest
 import structure_models as zoo
 import torch
+from slow_copies import Slow
 from tiny import snapshot
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -221,6 +222,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-4, centered=True, momentum=0.5),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-4),
+    "one-that-steps-another": lambda p: Slow(torch.optim.AdamW(p, lr=1e-4)),
 }
 
 

@@ -12,8 +12,9 @@ import torch
 from gpt2_config import GPT2
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import SMALL, count, fit, make_module
+from safetensors import safe_open
 from tiny import make_tokens
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_prune import CausalLM, PruningAwarePretraining, prune_structured
 from lightning_prune.checkpoints.export import export
@@ -197,3 +198,28 @@ def test_compiled_parts_are_written_by_the_names_of_an_ordinary_model(tied: bool
         assert found.config.intermediate_size == SMALL["intermediate_size"] - 2 * masked
     layers = json.loads((tmp_path / "own" / "sparsity.json").read_text(encoding="utf-8"))["layers"]
     assert set(layers) == {n for n, _ in found.named_parameters() if "_proj" in n}
+
+
+def test_weights_that_are_shared_as_no_configuration_says_are_not_lost_in_silence(tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL | {"tie_word_embeddings": False}))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(ValueError, match=r"shares the parameter 'lm_head.weight' .*config.tie_word_embeddings=True"):
+        save_plain(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    model.config.tie_word_embeddings = True
+    save_plain(model, tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = make_tokens(2, 9, vocab=64)
+    assert torch.equal(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_parameters_of_quantized_layers_are_said(tmp_path: Path) -> None:
+    """Which the layers are made with when weights are loaded."""
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL))
+    model.model.layers[0].mlp.up_proj.weight_scale_inv = torch.nn.Parameter(torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"does not say, such as 'model.layers.0.mlp.up_proj.weight_scale_inv'"):
+        save_plain(model, tmp_path)
+    model.config.quantization_config = {"quant_method": "fp8"}
+    save_plain(model, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "model.layers.0.mlp.up_proj.weight_scale_inv" in file.keys()  # noqa: SIM118
