@@ -191,6 +191,21 @@ def to_ignore(*names: str) -> str:
     return text + (f" ({pattern!r} for all blocks)" if len(layers) == 1 and pattern != layers[0] else "")
 
 
+def is_base_of_adapter(name: str) -> bool:
+    """Whether a parameter belongs to a layer that a wrapper of PEFT stands around."""
+    return _BASE_LAYER.search(name) is not None
+
+
+def adapter_in_its_place(name: str) -> str:
+    """Say what to do about a layer whose adapter of PEFT computes in its place (HiRA, HRA); nothing of other layers."""
+    if not is_base_of_adapter(name):
+        return ""
+    return (
+        "; or its adapter of PEFT multiplies with the weight by itself: merge it first (merge_and_unload), or prune "
+        "before it is put on"
+    )
+
+
 def plain_name(name: str) -> str:
     """A parameter's or module's name without what PEFT and ``torch.compile`` put into it.
 

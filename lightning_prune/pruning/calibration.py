@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
-from lightning_prune.naming import to_ignore
+from lightning_prune.naming import adapter_in_its_place, to_ignore
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Tap, Taps
@@ -496,7 +496,7 @@ def _not_reached(lost: Sequence[Tap], taps: Taps) -> str:
         )
         ways = f"checkpoint with use_reentrant=False, or add {to_ignore(*names)}"
     unknown = f"no calibration sample reached {names[0]!r}{more} ({absent}), so nothing says which weights matter in it"
-    return f"{unknown}: the layer {why}; {ways}"
+    return f"{unknown}: the layer {why}; {ways}{adapter_in_its_place(names[0])}"
 
 
 def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerStatistics], ranks: Ranks | None) -> None:

@@ -85,10 +85,13 @@ class ExpertMatrix(nn.Module):
         return self.holder[0]
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The whole parameter, of all experts, as it is now: gathered while a sharded model runs."""
+    def weight(self) -> Tensor:
+        """The whole parameter, of all experts, as it is now.
+
+        Gathered while a sharded model runs; with its adapter while a wrapper of PEFT around the experts does.
+        """
         weight = getattr(self.experts, self.name)
-        assert isinstance(weight, nn.Parameter)
+        assert isinstance(weight, Tensor)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -598,7 +598,7 @@ def adapter_modules(model: nn.Module) -> set[nn.Module]:
             has_class(parent, "BaseTunerLayer") or any(name.startswith("lora_") for name, _ in parent.named_children())
         ):
             inside = set(base.modules())
-            adapters.update(m for m in parent.modules() if m not in inside and m is not parent)
+            adapters.update(m for m in parent.modules() if m not in inside)  # a few of PEFT's wrappers are Linear
     return adapters
 
 

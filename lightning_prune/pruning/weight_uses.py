@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from lightning_prune.naming import to_ignore
+from lightning_prune.naming import adapter_in_its_place, is_base_of_adapter, to_ignore
 from lightning_prune.pruning.offloading import is_offloaded
 from lightning_prune.sharding import local, type_name
 
@@ -45,6 +46,8 @@ _SOME_VALUES = frozenset(
         *("split", "split_with_sizes", "tensor_split", "chunk"),
     )
 )
+# PEFT adds an adapter to a parameter so (``target_parameters``), and runs the layer with the sum in its place.
+_ADAPTING = frozenset(("add", "baddbmm"))
 # What they return gives the weight no gradient.
 _WITHOUT_GRADIENT = frozenset(("detach", "__setitem__", "__len__", "__repr__", "__format__", "tolist", "numpy", "item"))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -110,7 +113,7 @@ class WeightUses(TorchFunctionMode):
         """
         weight: Any = layer.weight
         self.known[id(weight)] = weight, name
-        if (stored := self.stored.get(name, weight)) is not weight:
+        if (stored := self.stored.get(name, weight)) is not weight and not _is_adapted(layer):
             self._look_at(name, layer, stored, weight)
 
     def forget(self, call: LayerCall) -> None:
@@ -119,6 +122,8 @@ class WeightUses(TorchFunctionMode):
             self._look_at(call.name, call.layer, call.layer.weight, call.instead)  # type: ignore[arg-type]
         if is_offloaded(vars(call.layer).get("holder", (call.layer,))[0]):
             self.known = {key: known for key, known in self.known.items() if known[1] != call.name}
+        elif _is_adapted(call.layer):
+            self.known.pop(id(call.layer.weight), None)  # as large as the weight itself
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -135,6 +140,8 @@ class WeightUses(TorchFunctionMode):
                 shape: Any = call.layer.weight.shape
                 alike = [a for a in _leaves((*args, *kwargs.values())) if isinstance(a, Tensor) and a.shape == shape]
                 call.instead = next((a for a in alike if a is not call.x), call.instead)
+            return func(*args, **kwargs)
+        if function in _ADAPTING and all(map(is_base_of_adapter, names)):
             return func(*args, **kwargs)
         inside = call is not None and names == {call.name}
         if call is not None and inside and function in _PRODUCTS:
@@ -241,7 +248,14 @@ class WeightUses(TorchFunctionMode):
             f"the weight {name!r} is also used outside its layer's forward pass ({function!r}: a penalty on weights, "
             f"or a function such as F.linear(x, layer.weight)), which calibration cannot see; add {to_ignore(name)}, "
             "pass a loss_fn without that use, or choose a score without statistics (magnitude)"
+            f"{adapter_in_its_place(name)}"
         )
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    """Whether a wrapper of PEFT adds its adapter to the weight while the layer runs (``target_parameters``)."""
+    holder = vars(layer).get("holder", (layer,))[0]
+    return is_parametrized(holder, vars(layer).get("name", "weight"))
 
 
 def same_gradient(one: Tensor, other: Tensor) -> bool:

@@ -18,8 +18,10 @@ number of parameters or just below; a target is the share of the parameters in t
   pruned to 2:4 when it has its size; aware-2:4-perp: then trains PERP's adapters instead of the weights.
 
 `--set NAME=VALUE` gives the arms aware-* other arguments of the callback, `--oneshot-types` the one-shot arms other
-unit types, `--oneshot-sizes` sizes in place of the target's, `--oneshot-rounds` judges units anew between removals, and
-`--rates` all arms another course of the learning rate: so that single factors can be studied.
+unit types, `--oneshot-sizes` sizes in place of the target's, `--oneshot-rounds` judges units anew between removals,
+`--per-product N` compares types of units by saliency a product (multiplication and addition) in texts of N tokens, not
+by saliency a weight, and `--rates` gives all arms another course of the learning rate: so that single factors can be
+studied.
 
 `--losses distill` adds to the cross-entropy the divergence from the dense model, in equal shares, for every arm.
 
@@ -56,6 +58,8 @@ from pretraining import target_parameters
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lightning_prune.structure import planning
 
 BYTES_OF_2TO4 = (2 * 16 + 2 * 2) / (4 * 16)  # against dense bfloat16: two of four values, and where they are
 
@@ -302,6 +306,20 @@ def types_of(arm: Arm, args: argparse.Namespace) -> list[str]:
     return args.oneshot_types if arm.oneshot and arm.oneshot["compensate"] else args.pruner_types
 
 
+def weights_per_product(length: int, planner: Any, unit_type: str, sizes: Any) -> float:
+    """How many weights of a type go for one product of a token; stands in for `Planner.weights_saving`.
+
+    A token takes a product with every weight, and in every head with half of the keys and values of its text.
+    """
+
+    def attended(sizes: Any) -> int:
+        return sizes.num_hidden_layers * sizes.num_attention_heads * sizes.head_dim * length
+
+    least = planner.least([unit_type], sizes)
+    weights = planner.parameters(sizes) - planner.parameters(least)
+    return weights / (weights + attended(sizes) - attended(least)) if weights else 1.0
+
+
 def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
     """What decides the figures of an arm besides the training."""
     if arm.shrink is not None:
@@ -313,6 +331,8 @@ def pruning_of(arm: Arm, args: argparse.Namespace) -> str:
             words.append(f"in {args.oneshot_rounds} rounds")
     else:
         words, more = [], {}
+    if args.per_product and words:
+        words.append(f"by products at {args.per_product}")
     return " ".join([*words, *(f"{name}={value}" for name, value in more.items())])
 
 
@@ -519,6 +539,7 @@ def arguments() -> argparse.Namespace:
         "--oneshot-sizes", nargs="*", default=[], metavar="NAME=VALUE", help="sizes that the one-shot arms end with"
     )
     p.add_argument("--pruner-types", nargs="+", default=["attention", "ffn"], help="of oneshot-taylor and -magnitude")
+    p.add_argument("--per-product", type=int, metavar="N", help="types compare by saliency a product at N tokens")
     p.add_argument("--saliency-decay", type=float, default=0.9)
     p.add_argument("--every", type=int, default=1, help="steps between prunings (default 1)")
     p.add_argument("--shrink-share", type=float, default=0.5, help="share of the steps in which the model shrinks")
@@ -563,6 +584,8 @@ def main() -> None:
     args = arguments()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    if args.per_product:
+        planning.Planner.weights_saving = lambda planner, *of: weights_per_product(args.per_product, planner, *of)
     rows = common.Rows(args.json, ("arm", "target", "loss", "seed", "tokens", "training", "pruning", "model"))
     left = []
     if args.build and not build(args.work / "dense", args):

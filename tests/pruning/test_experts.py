@@ -1,13 +1,16 @@
 """Experts whose weights are 3-D parameters, against models in which each expert is made of Linear layers."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from experts_models import EXPERTS, WORDS, linear_of, make_moe, write_out
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_prune import CalibrationError, prune
+from lightning_prune.naming import plain_name
 from lightning_prune.pruning.calibration import collect
 from lightning_prune.pruning.statistics import ALL_STATISTICS
 from lightning_prune.pruning.targets import ExpertTarget, find_targets
@@ -91,6 +94,65 @@ def test_statistics_are_those_of_written_out_experts(family: str, size: int) -> 
             torch.testing.assert_close(found[target.name].get(key), value, **close)
             reached += 1
     assert reached > 0.7 * 5 * len(targets)
+
+
+@pytest.mark.few_fast(2)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_statistics_of_experts_with_adapters_of_peft_are_those_of_the_merged_model(family: str, size: int) -> None:
+    """PEFT puts the sum of weight and adapter in the weight's place while the experts run (``target_parameters``)."""
+    model = with_adapters(make_moe(family))
+    merged = copy.deepcopy(model).merge_and_unload().requires_grad_(True)
+    expected = naive_statistics(merged, family)
+    targets = [t for t in find_targets(model) if isinstance(t, ExpertTarget)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as that another weight than the stored one is used
+        found = collect(model, padded_batches(size), targets, ALL_STATISTICS, num_samples=4, progress=False)
+    for target in targets:
+        known = expected[linear_of(plain_name(target.name))]
+        assert known
+        for key, value in known.items():
+            close = {"rtol": 1e-4, "atol": 1e-6} if family == "llama4" else {"rtol": 1e-9, "atol": 1e-12}
+            torch.testing.assert_close(found[target.name].get(key), value, **close)
+
+
+def with_adapters(model: nn.Module) -> nn.Module:
+    """Adapters that change what is computed, on the experts, on a Linear, and on a Linear's weight as a parameter."""
+    parameters = ["experts.gate_up_proj", "experts.down_proj", "q_proj.weight"]
+    config = LoraConfig(r=2, target_modules=["k_proj"], target_parameters=parameters, init_lora_weights=False)
+    return get_peft_model(model, config).double()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"score": "gblm"},
+        {"score": "wanda"},
+        {"score": "kfac", "sequential": True},
+        {"score": "kfac", "update": "exact", "sequential": True},
+        {"score": "sparsegpt"},
+    ],
+)
+def test_experts_with_adapters_of_peft_are_pruned(settings: dict) -> None:
+    model = with_adapters(make_moe("mixtral"))
+    adapters = {n: p.detach().clone() for n, p in model.named_parameters() if "lora" in n}
+    masks = prune(model, padded_batches(2), sparsity=0.5, num_samples=4, progress=False, **settings)
+    weights = dict(model.named_parameters())
+    assert {plain_name(name) for name in masks} == set(prune(make_moe("mixtral"), score="magnitude", progress=False))
+    for name, mask in masks.items():
+        assert torch.equal(weights[name] != 0, mask), name
+    assert all(torch.equal(weights[name], adapter) for name, adapter in adapters.items())
+
+
+def test_a_penalty_on_a_weight_with_an_adapter_is_still_seen() -> None:
+    model = with_adapters(make_moe("mixtral"))
+    weight = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+
+    def loss_fn(model: nn.Module, batch: dict) -> torch.Tensor:
+        return model(**batch, labels=batch["input_ids"]).loss + weight.square().sum()
+
+    with pytest.raises(CalibrationError, match=r"used outside its layer.*merge it first \(merge_and_unload\)"):
+        prune(model, padded_batches(1), "gradient", 0.5, loss_fn=loss_fn, num_samples=4, progress=False)
 
 
 def reference_mask(scores: torch.Tensor, sparsity: float, group: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tiny import LAYERS, packed
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_prune import prune
+from lightning_prune import CalibrationError, prune
 from lightning_prune.naming import clean_name, name_matches
 from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, LINEAR, layer_kind
 from lightning_prune.pruning.stacks import find_blocks
@@ -228,6 +228,33 @@ def test_only_the_base_layers_of_a_lora_model_are_targets(llama):
     assert "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight" in names
     chosen = [t.name for t in find_targets(model, targets=["q_proj"])]
     assert chosen == [n for n in names if "q_proj" in n]
+
+
+@pytest.mark.parametrize("kind", ["RandLoraConfig", "GraloraConfig"])
+def test_a_wrapper_of_peft_that_is_a_linear_itself_is_no_target(llama, kind):
+    import peft
+
+    if not hasattr(peft, kind):
+        pytest.skip(f"PEFT {peft.__version__} has no {kind}")
+    model = peft.get_peft_model(llama, getattr(peft, kind)(r=4, target_modules=["q_proj", "down_proj"]))
+    wrapper = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert isinstance(wrapper, nn.Linear)
+    names = [t.name for t in find_targets(model)]
+    assert len(names) == 14
+    assert sum(name.endswith(".base_layer.weight") for name in names) == 4
+
+
+@pytest.mark.parametrize("kind", ["HRAConfig", "HiraConfig"])
+def test_an_adapter_that_computes_in_the_place_of_its_layer_is_named(llama, kind):
+    import peft
+
+    if not hasattr(peft, kind):
+        pytest.skip(f"PEFT {peft.__version__} has no {kind}")
+    model = peft.get_peft_model(llama, getattr(peft, kind)(r=4, target_modules=["q_proj"]))
+    batches = [torch.randint(0, 64, (2, 8))]
+    with pytest.raises(CalibrationError, match=r"its adapter of PEFT multiplies with the weight by itself"):
+        prune(model, batches, score="wanda", num_samples=2, progress=False)
+    prune(model, batches, score="wanda", ignore=["q_proj"], num_samples=2, progress=False)
 
 
 def test_of_layers_that_peft_saves_whole_the_copy_in_use_is_a_target(llama):
