@@ -85,10 +85,12 @@ class ExpertMatrix(nn.Module):
         return self.holder[0]
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The whole parameter, of all experts, as it is now: gathered while a sharded model runs."""
-        weight = getattr(self.experts, self.name)
-        assert isinstance(weight, nn.Parameter)
+    def weight(self) -> Tensor:
+        """The whole parameter, of all experts, as it is now: gathered while a sharded model runs.
+
+        No parameter is what ``torch.func.functional_call`` puts there.
+        """
+        weight: Tensor = getattr(self.experts, self.name)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

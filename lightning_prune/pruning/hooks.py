@@ -171,7 +171,7 @@ class Taps:
         self.seen: set[str] = set()
         self.without_gradient: set[str] = set()
         self.of_weights = bool(statistics & GRADIENTS)
-        self.uses = WeightUses(self, [(target.name, target.modules) for target in targets])
+        self.uses = WeightUses(self, [(target.parameter, target.modules) for target in targets])
         self.watched = False
         self.failure: CalibrationError | None = None
         self.not_per_sample = False
@@ -391,9 +391,9 @@ class Taps:
         yield module.register_forward_hook(after, prepend=True)
 
     def _enter(self, tap: Tap, layer: nn.Module, x: Tensor, record: _Record | None) -> None:
-        self.calls.append(LayerCall(tap.name, layer, x, record))
+        self.calls.append(LayerCall(tap.target.parameter, layer, x, record))
         if self.watched:
-            self.uses.add(tap.name, layer)
+            self.uses.add(tap.target.parameter, layer)
 
     def made_product(self, call: LayerCall, product: Tensor) -> None:
         """Compare, in backward, the gradient of the product with a weight to that of the layer's output, if need be."""
