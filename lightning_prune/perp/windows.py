@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.pruning.blocks import BlockBatch, BlockWalk
+from lightning_prune.pruning.blocks import BlockBatch, BlockWalk, hidden_keyword
 
 
 @dataclass(frozen=True)
@@ -161,5 +161,5 @@ def _second_half(order: list[tuple[str, bool]], weights: Collection[str]) -> int
 
 
 def _input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    hidden = args[0] if args else kwargs.get("hidden_states")
+    hidden = args[0] if args else kwargs.get(hidden_keyword(kwargs))
     return hidden if isinstance(hidden, Tensor) else None

@@ -43,11 +43,11 @@ class _AllRecordedError(Exception):
 
 @dataclass
 class _Call:
-    """What one block receives beside the hidden states, for one batch."""
+    """What one block receives beside the hidden states, for one batch; `keyword` is theirs, where they have one."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    by_keyword: bool
+    keyword: str | None
 
 
 @dataclass
@@ -192,8 +192,8 @@ class BlockWalk:
         call = batch.calls[index]
         hidden = hidden.to(batch.device, copy=True)  # a block may change its input in place
         args, kwargs = (hidden, *call.args), call.kwargs
-        if call.by_keyword:
-            args, kwargs = (), {**call.kwargs, "hidden_states": hidden}
+        if call.keyword is not None:
+            args, kwargs = (), {**call.kwargs, call.keyword: hidden}
         kwargs = _with_own_caches(kwargs)
         with self.samples.forward_context():
             if weights is None:
@@ -203,13 +203,7 @@ class BlockWalk:
                 own = _once_each(block, weights)
                 # Where a module has two names, torch's own way with ties leaves one of these weights in it.
                 output = torch.func.functional_call(block, own, args, kwargs, tie_weights=False)
-        whole = _first(output)
-        if not isinstance(whole, Tensor):
-            raise CalibrationError(
-                f"decoder block {index} returns a {type(whole).__name__}, no tensor of hidden states for the next one; "
-                "use sequential=False"
-            )
-        return whole
+        return _hidden_of(output, index)
 
     def put_by(self, hidden: Tensor) -> Tensor:
         """Hidden states where they wait until they are needed."""
@@ -230,8 +224,8 @@ class BlockWalk:
                         f"decoder block {index} ran out of order: block-by-block mode needs blocks that run once "
                         "each, one after the other; use sequential=False"
                     )
-                by_keyword = not args
-                hidden = kwargs.pop("hidden_states") if by_keyword else args[0]
+                keyword = None if args else hidden_keyword(kwargs)
+                hidden = args[0] if keyword is None else kwargs.pop(keyword, None)
                 if not isinstance(hidden, Tensor):
                     raise CalibrationError(
                         f"decoder block {index} takes no tensor of hidden states first; use sequential=False"
@@ -241,15 +235,17 @@ class BlockWalk:
                 if index == 0:
                     first.append(hidden)
                     inside.append(None if padding is None else padding.now)  # of the call that the blocks belong to
-                calls.append(_Call(args[1:], kwargs, by_keyword))
+                calls.append(_Call(args[1:], kwargs, keyword))
                 if len(calls) == len(self.blocks) and not self.to_the_end:
                     raise _AllRecordedError
                 output: Any = hidden
                 if self.returns is None or self.returns > 1:
                     own = hidden.clone()
-                    given = {**kwargs, "hidden_states": own} if by_keyword else kwargs
+                    given = kwargs if keyword is None else {**kwargs, keyword: own}
                     output = forwards[index](*(own, *args[1:])[: len(args)], **_with_own_caches(given))
                     self.returns = len(output) if isinstance(output, (tuple, list)) else 0
+                    if not self.returns:
+                        _hidden_of(output, index)
                 handed = _first(output) if self.returns > 1 else hidden
                 passed.append((handed, _times_written(handed)))
                 if self.returns > 1:
@@ -323,9 +319,28 @@ def _times_written(tensor: Any) -> int:
     return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else 0
 
 
+def hidden_keyword(kwargs: Mapping[str, Any]) -> str:
+    """The keyword by which a block is given its hidden states; the first where none has the usual name."""
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "hidden_states")
+
+
 def _first(output: Any) -> Any:
     """What a block returns for the next one."""
     return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def _hidden_of(output: Any, index: int) -> Tensor:
+    """The hidden states that block `index` returns.
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    if not isinstance(hidden := _first(output), Tensor):
+        raise CalibrationError(
+            f"decoder block {index} returns a {type(hidden).__name__}, no tensor of hidden states for the next one; "
+            "use sequential=False"
+        )
+    return hidden
 
 
 def _once_each(block: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

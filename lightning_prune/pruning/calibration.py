@@ -444,7 +444,7 @@ def _finish(
     results: dict[str, LayerStatistics] = {}
     with synchronized_errors(ranks):
         for tap in taps.all:
-            results[tap.name] = tap.accumulator.result(total)
+            results[tap.name] = _by_row(tap, tap.accumulator.result(total))
         check_finite(results)
     if unreached:
         names = [tap.name for tap in unreached]
@@ -454,6 +454,15 @@ def _finish(
             unrouted.update(dict.fromkeys(names))
         _fall_back(taps, unreached, results, ranks)
     return results
+
+
+def _by_row(tap: Tap, statistics: LayerStatistics) -> LayerStatistics:
+    """Statistics with the norms ``[G I]`` of all groups of a convolution as ``[O, I]``, each row's own."""
+    norms, groups = statistics.input_norm, tap.target.groups
+    if norms is None or groups == 1:
+        return statistics
+    outputs = tap.target.shape[0]
+    return replace(statistics, input_norm=norms.view(groups, -1).repeat_interleave(outputs // groups, dim=0))
 
 
 def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
@@ -476,7 +485,7 @@ def _check_reached(taps: Taps, ranks: Ranks | None) -> list[Tap]:
             unreached.append(tap)
         for name in sorted(taps.statistics - set(tap.accumulator.sums)):
             inputs = tap.target.shape[1] if HESSIAN in taps.statistics else tap.forward_shape[1]
-            tap.accumulator.fill(name, (tap.forward_shape[0], inputs), device)
+            tap.accumulator.fill(name, (tap.forward_shape[0], tap.target.groups * inputs), device)
             if name == HESSIAN and tap.spread and ranks is not None:
                 tap.accumulator.sums[name] = ranks.own_rows(tap.accumulator.sums[name])
     return unreached

@@ -88,10 +88,10 @@ class ExpertMatrix(nn.Module):
     def weight(self) -> Tensor:
         """The whole parameter, of all experts, as it is now.
 
-        Gathered while a sharded model runs; with its adapter while a wrapper of PEFT around the experts does.
+        Gathered while a sharded model runs. No parameter is what ``torch.func.functional_call`` puts there, nor its sum
+        with an adapter, while a wrapper of PEFT around the experts runs.
         """
-        weight = getattr(self.experts, self.name)
-        assert isinstance(weight, Tensor)
+        weight: Tensor = getattr(self.experts, self.name)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ the backward of its input and added to the aggregate at once. Of sharded weights
 inputs and output gradients, before any reduction; a layer's contribution is summed over ranks and cut to this rank's
 part of the aggregate before the next layer's is formed.
 
-Dimensions: B samples, T rows of a sample (tokens), I inputs, O outputs of a layer.
+Dimensions: B samples, T rows of a sample (tokens), I inputs, O outputs of a layer. Of a convolution in G groups X has
+the inputs of all groups, ``[B, T, G I]``; G is 1 of all other layers.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ class Taps:
         self.seen: set[str] = set()
         self.without_gradient: set[str] = set()
         self.of_weights = bool(statistics & GRADIENTS)
-        self.uses = WeightUses(self, [(target.name, target.modules) for target in targets])
+        self.uses = WeightUses(self, [(target.parameter, target.modules) for target in targets])
         self.watched = False
         self.failure: CalibrationError | None = None
         self.not_per_sample = False
@@ -390,9 +391,9 @@ class Taps:
         yield module.register_forward_hook(after, prepend=True)
 
     def _enter(self, tap: Tap, layer: nn.Module, x: Tensor, record: _Record | None) -> None:
-        self.calls.append(LayerCall(tap.name, layer, x, record))
+        self.calls.append(LayerCall(tap.target.parameter, layer, x, record))
         if self.watched:
-            self.uses.add(tap.name, layer)
+            self.uses.add(tap.target.parameter, layer)
 
     def made_product(self, call: LayerCall, product: Tensor) -> None:
         """Compare, in backward, the gradient of the product with a weight to that of the layer's output, if need be."""
@@ -486,8 +487,8 @@ class Taps:
             self._look_for_leak(deltas if record.routed is None else record.routed.by_sample(deltas, 2))
             return
         with torch.no_grad(), full_precision():
-            kind, accumulator = tap.target.kind, tap.accumulator
-            rows = kind.input_rows(record.layer, local(x))  # [B, T, I]
+            kind, accumulator, groups = tap.target.kind, tap.accumulator, tap.target.groups
+            rows = kind.input_rows(record.layer, local(x))  # [B, T, G I]
             deltas = kind.output_rows(local(delta))  # [B, T, O]
             self._check_layout(tap, rows, deltas)
             if self.statistics & FORWARD_STATISTICS:
@@ -507,10 +508,10 @@ class Taps:
             elif record.routed is not None and self.size is not None:
                 rows, deltas = record.routed.by_sample(rows, self.size), record.routed.by_sample(deltas, self.size)
             if not tap.at_once:  # abs and squares are of the sum over uses
-                gradients = torch.bmm(deltas.transpose(1, 2), rows)  # [B, O, I]
+                gradients = _gradient(deltas, rows, groups)  # [B, O, I]
                 tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
                 return
-            self._add_gradients(tap, (delta_b.t() @ x_b for x_b, delta_b in zip(rows, deltas, strict=True)))
+            self._add_gradients(tap, (_gradient(*pair, groups) for pair in zip(deltas, rows, strict=True)))
 
     def _look_for_leak(self, deltas: Tensor) -> None:
         assert self.probed is not None
@@ -523,7 +524,7 @@ class Taps:
     def _check_layout(self, tap: Tap, rows: Tensor, deltas: Tensor) -> None:
         outputs, inputs = tap.forward_shape
         alike = rows.shape[:2].numel() == deltas.shape[:2].numel()
-        if alike and (deltas.shape[-1], rows.shape[-1]) == (outputs, inputs):
+        if alike and (deltas.shape[-1], rows.shape[-1]) == (outputs, inputs * tap.target.groups):
             return
         raise CalibrationError(
             f"{tap.name!r} met inputs {tuple(rows.shape)} and output gradients {tuple(deltas.shape)} on this rank, "
@@ -545,6 +546,14 @@ class Taps:
             part = step.sums.pop(name, None)
             part = torch.zeros(tap.forward_shape, dtype=wide, device=self.device) if part is None else part
             tap.accumulator.add_aggregate(name, tap.layout.sum_to_shard(part, self.group, self.data_ranks))
+
+
+def _gradient(delta: Tensor, x: Tensor, groups: int) -> Tensor:
+    """Gradients of a weight ``[..., O, I]``, of output gradients ``[..., T, O]`` and inputs ``[..., T, G I]``."""
+    if groups > 1:
+        delta, x = (rows.unflatten(-1, (groups, -1)).movedim(-2, -3) for rows in (delta, x))  # [..., G, T, .]
+        return (delta.mT @ x).flatten(-3, -2)
+    return delta.mT @ x
 
 
 def routed_to(layer: nn.Module) -> Routed | None:

@@ -1,6 +1,7 @@
 """The kinds of layers that can be pruned: how each stores its weight as a matrix ``(O, I)`` and meets its inputs.
 
-Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O outputs of a layer.
+Dimensions: B samples, T rows (tokens or positions) of a sample, I inputs, O outputs of a layer, G groups of a
+convolution (1 of all other layers): the rows of a group meet I inputs of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class LayerKind:
         transposed: Whether the parameter stores ``(I, O)``.
         to_matrix: Weight-shaped tensor to a view or copy of shape ``(O, I)``.
         from_matrix: ``(O, I)`` and the parameter's shape to a weight-shaped tensor.
-        input_rows: Layer and its input to ``(B, T, I)``, columns in the order of ``to_matrix``.
+        input_rows: Layer and its input to ``(B, T, G I)``, group after group, each in the order of ``to_matrix``.
         output_rows: A tensor shaped like the layer's output to ``(B, T, O)``.
     """
 
@@ -58,7 +59,7 @@ def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, kh*kw*C)``."""
+    """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, G*kh*kw*C/G)``."""
     assert isinstance(layer, CONVOLUTIONS)
     flat = isinstance(layer, nn.Conv1d)
     x = x[None] if x.dim() == (2 if flat else 3) else x
@@ -67,7 +68,8 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     kernel, stride, dilation = ((1, *of)[-2:] for of in (layer.kernel_size, layer.stride, layer.dilation))
     patches = F.unfold(x[:, :, None] if flat else x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
     b, _, t = patches.shape
-    return patches.view(b, x.shape[1], -1, t).permute(0, 3, 2, 1).reshape(b, t, -1)
+    by_group = patches.view(b, layer.groups, x.shape[1] // layer.groups, -1, t)
+    return by_group.permute(0, 4, 1, 3, 2).reshape(b, t, -1)
 
 
 def _conv2d_outputs(y: Tensor) -> Tensor:

@@ -159,7 +159,8 @@ def make_plan(
     read = score.statistics | allocation_statistics(allocation)
     if settings.solver is not None:
         read = read | settings.solver.statistics
-    selection = select_layers(model, settings.targets, settings.ignore, called=bool(read), offloaded=offloaded)
+    needs = {"called": bool(read), "hessian": HESSIAN in read}
+    selection = select_layers(model, settings.targets, settings.ignore, **needs, offloaded=offloaded)
     found = selection.targets
     _check_layers(found, nm, read)
     _check_memory(found)
@@ -204,12 +205,18 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
                 f"{target.name!r} is multiplied inside of {type_name(target.module)}, where activations and gradients "
                 f"are not seen: {_without_data(target)}"
             )
-        for module in target.modules:
-            if statistics and isinstance(module, CONVOLUTIONS) and module.groups > 1:
-                raise ValueError(
-                    f"{target.name!r} is a grouped convolution, for which activations and gradients per input are not "
-                    f"defined here: {_without_data(target)}"
-                )
+        if HESSIAN in statistics and target.groups > 1:
+            raise ValueError(
+                f"{target.name!r} is a grouped convolution, which has a Hessian in each group, and none are made here: "
+                "choose a score without one (wanda, gblm, kfac, magnitude) and no update, or add "
+                f"{to_ignore(target.parameter)}"
+            )
+        groups = {module.groups for module in target.modules if isinstance(module, CONVOLUTIONS)}
+        if statistics and len(groups) > 1:
+            raise ValueError(
+                f"{target.name!r} is the weight of convolutions in {sorted(groups)} groups, whose rows meet different "
+                f"inputs: {_without_data(target)}"
+            )
 
 
 def _check_memory(targets: Sequence[Target]) -> None:

@@ -1,7 +1,8 @@
 """Scores: what a weight is worth. Pure functions of a weight matrix and its layer's statistics; larger = keep.
 
 A score is any object with the attributes of `Score`; the classes here are the built-in ones. Shapes: weights and
-scores ``[O, I]``, ``input_norm [I]``, ``output_grad_norm [O]``, gradient aggregates ``[O, I]``.
+scores ``[O, I]``, ``input_norm [I]`` (of grouped convolutions ``[O, I]``), ``output_grad_norm [O]``, gradient
+aggregates ``[O, I]``.
 """
 
 from __future__ import annotations

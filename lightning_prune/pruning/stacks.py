@@ -25,7 +25,7 @@ def find_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     stacks: list[list[tuple[str, nn.Module]]] = []
     classes, inside = block_classes(model), set[nn.Module]()
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and module not in inside:
+        if isinstance(module, nn.ModuleList) and module not in inside and not _has_gaps(module):
             blocks = [
                 (clean_name(f"{name}.{i}"), child)
                 for i, child in enumerate(module)
@@ -47,7 +47,7 @@ def likely_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     """
     stacks, inside = list[list[tuple[str, nn.Module]]](), set[nn.Module]()
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or module in inside:
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or module in inside or _has_gaps(module):
             continue
         blocks = [(clean_name(f"{name}.{i}" if name else str(i)), child) for i, child in enumerate(module)]
         alike = len({type(uncompiled(child)) for child in module}) == 1 < len(set(module))
@@ -60,6 +60,11 @@ def likely_stacks(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
 def stacks_to_walk(model: nn.Module) -> list[list[tuple[str, nn.Module]]]:
     """The stacks that a model names, or in one that names none those that it may have."""
     return find_stacks(model) or likely_stacks(model)
+
+
+def _has_gaps(module: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether a list has None in the place of some modules (Informer's convolutions between its layers)."""
+    return any(child is None for child in module)
 
 
 def _has_layers(module: nn.Module) -> bool:

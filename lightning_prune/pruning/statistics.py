@@ -38,6 +38,7 @@ class LayerStatistics:
     Attributes:
         samples: Number of samples n.
         input_norm: ``[I]``, ``sqrt(1/n * sum over samples and tokens of x^2)`` (Wanda, arXiv 2306.11695, sec. 3).
+            Of a grouped convolution ``[O, I]``: in each row those of the inputs that the row meets.
         output_grad_norm: ``[O]``, the same of delta.
         gradient_l1: ``[O, I]``, ``sum over samples of abs(G)`` (GBLM, arXiv 2311.04902, sec. 3). Of a sharded
             weight, this rank's part of the matrix.
@@ -56,11 +57,14 @@ class LayerStatistics:
     whole: bool = False
 
     def part(self, bounds: tuple[tuple[int, int], tuple[int, int]]) -> LayerStatistics:
-        """Those of some rows and columns: vectors are cut; gradients are taken to be of that part already."""
+        """Those of some rows and columns: norms are cut; gradients are taken to be of that part already."""
         (row, row_end), (column, column_end) = bounds
+        norms = self.input_norm
+        if norms is not None:
+            norms = norms[row:row_end, column:column_end] if norms.dim() > 1 else norms[column:column_end]
         return replace(
             self,
-            input_norm=None if self.input_norm is None else self.input_norm[column:column_end],
+            input_norm=norms,
             output_grad_norm=None if self.output_grad_norm is None else self.output_grad_norm[row:row_end],
         )
 
@@ -134,7 +138,8 @@ class Accumulator:
     def input_increments(self, x: Tensor, keep: Tensor | None, products: bool = True) -> dict[str, Tensor]:
         """What inputs ``[B, T, I]`` of B samples add to the sums; `keep` ``[B, T]`` marks real tokens.
 
-        Without `products` nothing of the Hessian's.
+        Of a grouped convolution x has the inputs of all groups, and what it adds to norms too. Without `products`
+        nothing of the Hessian's.
         """
         increments: dict[str, Tensor] = {}
         if INPUT_NORM in self.statistics:

@@ -68,6 +68,8 @@ DEFAULT_IGNORE = HEADS
 HEAD, ROUTER, FROZEN = "head", "router", "frozen"
 # And where statistics are read, which do not know them.
 FUNCTIONAL, GROUPED = "used functionally", "grouped convolution"
+# Models of state spaces multiply with it by themselves, and their layers never run.
+DEPTHWISE = "depthwise Conv1d"
 # And always: there would be no zeros in what it computes with.
 STANDARDIZED = "its forward makes other numbers of zeros (weight standardization?)"
 # Why others are left alone.
@@ -109,6 +111,11 @@ class Target:
     def shape(self) -> tuple[int, int]:
         """``(O, I)`` of the matrix."""
         return self.layout.shape
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution in how many groups of rows, each of which meets other inputs; else 1."""
+        return self.module.groups if isinstance(self.module, CONVOLUTIONS) else 1
 
     @property
     def device(self) -> torch.device:
@@ -387,6 +394,7 @@ def select_layers(
     targets: Sequence[str | type[nn.Module]] | None = None,
     ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
     called: bool = False,
+    hessian: bool = False,
     frozen: bool = False,
     offloaded: bool = False,
 ) -> Selection:
@@ -397,6 +405,7 @@ def select_layers(
         targets: See `find_targets`.
         ignore: See `find_targets`.
         called: Whether layers must run as modules, because statistics are read from their inputs and outputs.
+        hessian: Whether Hessians are among these; a grouped convolution has one in each group.
         frozen: See `find_targets`.
         offloaded: Whether to take weights that a `device_map` keeps in main memory or on disk.
 
@@ -419,11 +428,11 @@ def select_layers(
     aside = {name for name, layer in layers.items() if _selected(name, layer.module, ignored)}
 
     users = _users(model)
-    reasons = _reasons(model, layers, users, without_heads, called)
+    reasons = _reasons(model, layers, users, without_heads, called, hessian)
     if frozen:
         reasons = {name: reasons[name] - {FROZEN} for name in layers}
     if targets is None:
-        seen = [name for name in layers if not reasons[name] & {FUNCTIONAL, GROUPED}]
+        seen = [name for name in layers if not reasons[name] & {FUNCTIONAL, GROUPED, DEPTHWISE}]
         if seen and all(HEAD in reasons[name] for name in seen) and not packed_layers(model):
             reasons = {name: reasons[name] - {HEAD} for name in layers}
     else:
@@ -440,9 +449,8 @@ def select_layers(
         elif name in aside:
             left_out[name] = IGNORED
         elif reasons[name]:
-            left_out[name] = next(
-                r for r in (STANDARDIZED, ROUTER, HEAD, FUNCTIONAL, GROUPED, FROZEN) if r in reasons[name]
-            )
+            order = (STANDARDIZED, ROUTER, HEAD, FUNCTIONAL, GROUPED, DEPTHWISE, FROZEN)
+            left_out[name] = next(reason for reason in order if reason in reasons[name])
     chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))
@@ -478,7 +486,7 @@ def _nothing_to_prune(
 
 
 def _reasons(
-    model: nn.Module, layers: dict[str, _Candidate], users: _Users, without_heads: bool, called: bool
+    model: nn.Module, layers: dict[str, _Candidate], users: _Users, without_heads: bool, called: bool, hessian: bool
 ) -> dict[str, frozenset[str]]:
     """Why each layer is to be left alone by default; mostly for no reason."""
     inside = {id(layer.module) for layer in layers.values()}
@@ -502,13 +510,18 @@ def _reasons(
                 (ROUTER, name in routers),
                 (FROZEN, name in frozen),
                 (FUNCTIONAL, layer.module in functional),
-                (GROUPED, called and getattr(layer.module, "groups", 1) > 1),
+                (GROUPED, hessian and isinstance(layer.module, CONVOLUTIONS) and layer.module.groups > 1),
+                (DEPTHWISE, called and _is_depthwise(layer.module)),
                 (STANDARDIZED, isinstance(layer.module, (nn.Linear, *CONVOLUTIONS)) and not keeps_zeros(layer.module)),
             )
             if holds
         )
         for name, layer in layers.items()
     }
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d) and 1 < module.groups == module.in_channels
 
 
 _ROUTER_NAME = re.compile(r"gate|gating|router|\w+_gate|\w+_router|gate_network")

@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import adapter_in_its_place, is_base_of_adapter, to_ignore
+from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.offloading import is_offloaded
 from lightning_prune.sharding import local, type_name
 
@@ -88,7 +89,7 @@ class WeightUses(TorchFunctionMode):
 
     Args:
         taps: The hooks, which know the layers that are running.
-        layers: Names of weights and the layers that use them.
+        layers: Names of parameters and the layers that use them, or slices of them.
     """
 
     def __init__(self, taps: Watched, layers: Sequence[tuple[str, Sequence[nn.Module]]]) -> None:
@@ -120,7 +121,7 @@ class WeightUses(TorchFunctionMode):
         """Let go of a weight that was brought for a call which is over; warn if it was not used as it is."""
         if call.product is None and call.instead is not None:
             self._look_at(call.name, call.layer, call.layer.weight, call.instead)  # type: ignore[arg-type]
-        if is_offloaded(vars(call.layer).get("holder", (call.layer,))[0]):
+        if is_offloaded(_holder(call.layer)):
             self.known = {key: known for key, known in self.known.items() if known[1] != call.name}
         elif _is_adapted(call.layer):
             self.known.pop(id(call.layer.weight), None)  # as large as the weight itself
@@ -176,7 +177,7 @@ class WeightUses(TorchFunctionMode):
         if name in self.looked_at or instead.dim() < 2 or apart:
             return
         self.looked_at.add(name)  # once: nobody should wait for an answer at every batch
-        weight, other = (part.flatten(1).float() for part in parts)
+        weight, other = (_rows(layer, part).float() for part in parts)
         norms = weight.norm(dim=1)
         factor = (weight * other).sum(1) / norms.square().clamp_min(1e-30)
         changed = (other - factor[:, None] * weight).norm(dim=1) > _ROUNDED * factor.abs() * norms
@@ -184,7 +185,7 @@ class WeightUses(TorchFunctionMode):
             changed |= (factor - 1).abs() > _ROUNDED
         if bool(changed[norms > 0].any()):
             warnings.warn(
-                f"{_layer(name)} ({type_name(layer)}) does not multiply with its weight as it is stored, and "
+                f"{_layer(name)} ({type_name(_holder(layer))}) does not multiply with its weight as it is stored, and "
                 f"scores compare the weight that is stored: fold the change into the weight first, or add "
                 f"{to_ignore(name)}",
                 stacklevel=2,
@@ -252,12 +253,6 @@ class WeightUses(TorchFunctionMode):
         )
 
 
-def _is_adapted(layer: nn.Module) -> bool:
-    """Whether a wrapper of PEFT adds its adapter to the weight while the layer runs (``target_parameters``)."""
-    holder = vars(layer).get("holder", (layer,))[0]
-    return is_parametrized(holder, vars(layer).get("name", "weight"))
-
-
 def same_gradient(one: Tensor, other: Tensor) -> bool:
     """Whether two gradients agree up to rounding."""
     if one.numel() != other.numel():
@@ -265,6 +260,24 @@ def same_gradient(one: Tensor, other: Tensor) -> bool:
     a, b = one.detach().reshape(-1).float(), other.detach().reshape(-1).float()
     tolerance = max(_TOLERANCE.get(t.dtype, 1e-4) for t in (one, other))
     return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+def _holder(layer: nn.Module) -> nn.Module:
+    """The module of the model that a layer is, or stands in for."""
+    holder: nn.Module = vars(layer).get("holder", (layer,))[0]
+    return holder
+
+
+def _is_adapted(layer: nn.Module) -> bool:
+    """Whether a wrapper of PEFT adds its adapter to the weight while the layer runs (``target_parameters``)."""
+    return is_parametrized(_holder(layer), layer.name if isinstance(layer, ExpertMatrix) else "weight")
+
+
+def _rows(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight as a matrix with a row an output, of experts with those of each."""
+    if isinstance(layer, ExpertMatrix):
+        return (weight.mT if layer.transposed else weight).flatten(0, 1)
+    return weight.t() if type_name(layer) == "Conv1D" else weight.flatten(1)
 
 
 def _alike(x: Tensor, y: Tensor) -> bool:

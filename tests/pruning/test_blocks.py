@@ -12,6 +12,7 @@ from tiny import BLOCKS, LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 
 from lightning_prune import CalibrationError, prune
+from lightning_prune.perp import reconstruct
 from lightning_prune.pruning.blocks import BlockWalk, Samples
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals
@@ -324,6 +325,52 @@ def test_blocks_called_by_keyword():
         linear = model.blocks[i].linear
         assert torch.equal(linear.weight, weight * found[f"blocks.{i}.linear.weight"])
         x = torch.tanh(x @ linear.weight.detach().double().t() + linear.bias.detach().double())
+
+
+class Other(nn.Module):
+    """A block with another name for its hidden states, as PatchTST's, and something beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, hidden_state, scale):
+        return (scale * torch.tanh(self.linear(hidden_state)),)
+
+
+class Stack(nn.Module):
+    def __init__(self, run, block=Other):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks, self.run = nn.ModuleList(block() for _ in range(3)), run
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.run(block, x)
+        return x
+
+
+def test_blocks_with_another_keyword_for_their_input():
+    model, data = Stack(lambda block, x: block(hidden_state=x, scale=1.5)[0]), torch.randn(4, 3, 6)
+    expected = by_hand(model, data)
+    dense = copy.deepcopy(model)
+    found = prune(model, [data], "wanda", sequential=True, num_samples=4, progress=False)
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+    before = (model(data) - dense(data)).norm()
+    reconstruct(model, [data], dense=dense, num_samples=4, steps=40, seed=0, progress=False)
+    assert (model(data) - dense(data)).norm() < before
+
+
+def test_blocks_that_return_something_else_are_refused():
+    class Named(Other):  # as SqueezeBERT's
+        def forward(self, x):
+            return {"map": torch.tanh(self.linear(x))}
+
+    model = Stack(lambda block, x: block(x)["map"], Named)
+    weights = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match=r"block 0 returns a dict, no tensor.*sequential=False"):
+        prune(model, [torch.randn(4, 3, 6)], "wanda", sequential=True, num_samples=4, progress=False)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 def by_hand(model, data, stack="blocks"):

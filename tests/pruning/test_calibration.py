@@ -15,6 +15,7 @@ from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMultipleChoice, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from waiting import Waits
 
@@ -1045,6 +1046,20 @@ class Beside(nn.Linear):
 
 
 COLUMNS = torch.tensor([1.0, 4, 1, 1, 0.2, 1])
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_columns_of_a_transposed_layer_with_other_numbers_are_named_and_rows_are_not(side):
+    model, x = nn.Sequential(Conv1D(5, 6)), torch.randn(4, 3, 6)  # stored (in, out)
+    factor = COLUMNS[:, None] if side == "columns" else torch.arange(1.0, 6)
+
+    def loss(model, batch):
+        return torch.func.functional_call(model, {"0.weight": model[0].weight * factor}, (batch,)).sum((1, 2))
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        gather(model, [x], {"input_norm"}, num_samples=4, loss_fn=loss)
+    assert ["'0' (Conv1D) does not multiply" in str(w.message) for w in said] == [True] * (side == "columns")
 
 
 @pytest.mark.parametrize(

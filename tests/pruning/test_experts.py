@@ -281,3 +281,30 @@ def test_selection_by_name_and_type() -> None:
     assert chosen(ignore=["experts", "lm_head"]) == everything - experts
     assert chosen(["gate_up_proj"]) == {n for n in everything if "gate_up" in n}
     assert chosen(["MixtralExperts"]) == chosen(["experts"]) == experts
+
+
+@pytest.mark.parametrize("score", ["wanda", "kfac"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4"])
+def test_experts_with_other_numbers_in_their_weights_place_are_named_once(family: str, score: str) -> None:
+    model, ids = make_moe(family), torch.randint(1, WORDS, (4, 9))
+    name = next(name for name, p in model.named_parameters() if name.endswith("experts.gate_up_proj"))
+    stored = model.get_parameter(name)
+    outputs, inputs = (2, 1) if family != "mixtral" else (1, 2)  # dimensions
+    changes = {  # and whether it makes a difference between the weights of a row, and of a layer
+        "as it is": (1.0, False, False),
+        "rows": (torch.linspace(1, 4, stored.shape[outputs]).unsqueeze(2 - outputs), False, True),
+        "columns": (torch.linspace(1, 4, stored.shape[inputs]).unsqueeze(2 - inputs), True, True),
+    }
+    for factor, in_rows, in_layers in changes.values():
+
+        def loss(model: nn.Module, batch: torch.Tensor, factor: float | torch.Tensor = factor) -> torch.Tensor:
+            weights = {name: model.get_parameter(name) * factor}
+            return torch.func.functional_call(model, weights, (batch,)).logits.square().flatten(1).mean(1)
+
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            prune(make_moe(family), [ids, ids], score, loss_fn=loss, num_samples=8, progress=False)
+        found = [str(w.message) for w in said if "as it is stored" in str(w.message)]
+        assert len(found) == (in_rows if score == "wanda" else in_layers)
+        kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        assert all(text.startswith(f"{name!r} ({kind})") and f"add {name!r} to `ignore`" in text for text in found)

@@ -74,18 +74,6 @@ def test_conv1d_groups_run_along_the_channels(update):
     assert torch.equal(model[0].weight != 0, masks["0.weight"])
 
 
-def test_grouped_convolutions_are_left_out_where_inputs_are_asked_for():
-    model = nn.Sequential(nn.Conv1d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(8, 4))
-    assert select_layers(model, called=True).left_out == {"0": "grouped convolution"}
-    x, loss = torch.randn(2, 4, 4), lambda m, b: m(b).square().mean(1)
-    with pytest.warns(UserWarning, match=r"\*\.weight \(1 tensor, .*\): grouped convolution"):
-        masks = prune(model, [x], "wanda", num_samples=2, loss_fn=loss, progress=False)
-    assert list(masks) == ["2.weight"]
-    with pytest.raises(ValueError, match=r"'0\.weight' is a grouped convolution"):
-        prune(model, [x], "wanda", targets=["0", "2"], progress=False)
-    assert list(prune(model, score="magnitude")) == ["0.weight", "2.weight"]
-
-
 def test_a_conv1d_with_a_weight_norm_is_left_out_and_named():
     normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 3))
     model = nn.ModuleDict({"position": normed, "proj": nn.Linear(4, 4)})

@@ -598,18 +598,6 @@ def test_weights_of_several_blocks_cannot_be_pruned_block_by_block(llama_factory
     assert "model.layers.0.mlp.up_proj.weight" in prune(model, batches, score="wanda", num_samples=2, progress=False)
 
 
-def test_grouped_convolutions_are_pruned_by_magnitude_alone():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(ValueError, match=r"nothing to prune.*grouped convolution: '0'"):
-        prune(model, Untouched(), "wanda")
-    with pytest.raises(ValueError, match=r"'0\.weight' is a grouped convolution"):
-        prune(model, Untouched(), "wanda", targets=[nn.Conv2d])
-    for reads in ({"update": "exact"}, {"allocation": "owl"}):
-        with pytest.raises(ValueError, match=r"use score='magnitude', without an update or an allocation"):
-            prune(model, Untouched(), "magnitude", targets=[nn.Conv2d], **reads)
-    assert pruned(prune(model, None, "magnitude")) == 36
-
-
 # -- failures half way --------------------
 
 

@@ -237,3 +237,10 @@ def test_families_that_name_no_blocks(name):
     assert set(found) == set(expected)
     different = sum(int((found[n] != expected[n]).sum()) for n in expected)
     assert different <= 2e-3 * sum(m.numel() for m in expected.values())
+
+
+def test_lists_with_gaps_are_no_stacks():
+    # Informer has convolutions between its layers, and None behind the last.
+    model = nn.ModuleDict({"between": nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), None]), "last": nn.Linear(4, 4)})
+    assert find_stacks(model) == likely_stacks(model) == []
+    assert len(prune(model, score="magnitude")) == 2
