@@ -215,11 +215,13 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         mask = kept_by_sign(weight) if mask is None else mask
         effective = _combined(combine, weight, mask, left, right).to(dtype)
-        if not transposed:
-            return F.linear(x, effective, bias)
-        flat = x.reshape(-1, x.shape[-1])
-        y = flat @ effective if bias is None else torch.addmm(bias, flat, effective)
-        return y.view(*x.shape[:-1], effective.shape[1])
+        if transposed:
+            flat = x.reshape(-1, x.shape[-1])
+            y = flat @ effective if bias is None else torch.addmm(bias, flat, effective)
+            y = y.view(*x.shape[:-1], effective.shape[1])
+        else:
+            y = F.linear(x, effective, bias)
+        return y.unsafe_chunk(1)[0]  # the same memory, but no view: autograd lets nobody change such in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

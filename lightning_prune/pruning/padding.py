@@ -12,10 +12,12 @@ Letters: B samples, T tokens, I inputs of a layer.
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,9 @@ from lightning_prune.pruning.attention_masks import real_positions
 from lightning_prune.pruning.batches import named_mask, tensors_of, unless_all
 from lightning_prune.pruning.experts import Routed
 from lightning_prune.pruning.running import IGNORE_INDEX
+
+# Images, video and sound that are padded; attention masks are read.
+_OTHER_MASKS = re.compile(r"(pixel|feature|audio|video)\w*_mask$")
 
 
 @dataclass
@@ -77,7 +82,8 @@ class Padding:
         target: The same of the decoder; None where there is none, or its length is not known.
         towers: Modules that see no tokens, such as those of an image encoder beside a language model.
         decoder: Modules that see target tokens.
-        shorten: ``f(T', source)``, the mask of a source that the model has made shorter (convolutions over speech).
+        shorten: ``f(T', source)``, the mask of a source that the model has made shorter (all its convolutions over
+            speech, with or without those of an adapter behind its layers).
         unplaced: Names of layers whose rows fit no mask, gathered over batches.
         memory: What cross-attention looks at in the forward pass that runs, and its mask; what calls returned, too.
         finished: Masks of calls that were over when a layer outside of all calls ran.
@@ -89,7 +95,7 @@ class Padding:
     target: Tensor | None = None
     towers: frozenset[nn.Module] = frozenset()
     decoder: frozenset[nn.Module] = frozenset()
-    shorten: Callable[[int, Tensor], Tensor] | None = None
+    shorten: tuple[Callable[[int, Tensor], Tensor], ...] = ()
     unplaced: dict[str, None] = field(default_factory=dict)
     memory: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
     finished: tuple[Tensor, ...] = ()
@@ -158,10 +164,10 @@ class Padding:
             return mask.t().to(x.device)
         if rows[:2] == (samples, 1):  # a pooler, a classifier
             return None
-        if self.shorten is not None and rows[0] == samples and rows[1] < tokens:
-            short = self.shorten(rows[1], mask)
-            if short.shape == rows[:2]:
-                return short.bool().to(x.device)
+        if rows[0] == samples and rows[1] < tokens:
+            for shorten in self.shorten:
+                if (short := _shortened(shorten, rows[1], mask)) is not None:
+                    return short.to(x.device)
         self.unplaced[name] = None
         return None
 
@@ -200,6 +206,7 @@ class PaddingFinder:
     def __init__(self, model: nn.Module) -> None:
         self.unplaced: dict[str, None] = {}
         self.told: set[str] = set()
+        self.unread: dict[str, None] = {}  # names of masks of other things than tokens, in which something is padded
         self.named = False  # whether the batch says what is padding
         self.batch: Any
         self.base: Padding | None
@@ -211,10 +218,7 @@ class PaddingFinder:
         self.pairs = list(_encoder_decoders(model))
         self.decoder = frozenset(m for _, _, part in self.pairs for m in part)
         self.towers = frozenset(_towers(model))
-        self.shorten: Callable[[int, Tensor], Tensor] | None = next(
-            (f for m in model.modules() if (f := getattr(m, "_get_feature_vector_attention_mask", None)) is not None),
-            None,
-        )
+        self.shorten = _shorteners(model)
 
     def find(self, batch: Any) -> Padding | None:
         """The padding of a batch whose forward pass is next; None where nothing can be padded.
@@ -224,6 +228,9 @@ class PaddingFinder:
         """
         self.rest()
         self.batch, mask = batch, named_mask(batch)
+        for name, value in batch.items() if isinstance(batch, Mapping) else ():
+            if _OTHER_MASKS.search(str(name)) and isinstance(value, Tensor) and name not in self.unread:
+                self.unread |= {} if unless_all(value.bool()) is None else {name: None}
         self.named, source = mask is not None, unless_all(mask)
         target = _target_mask(batch, source) if self.decoder and isinstance(batch, Mapping) else None
         if source is None:
@@ -330,7 +337,14 @@ class PaddingFinder:
                 self.memory.append((made.detach(), unless_all(mask)))
 
     def warn(self) -> None:
-        """Name the layers in which padding was not found, once."""
+        """Name the layers in which padding was not found, and masks that are not read, once."""
+        if names := [name for name in self.unread if name not in self.told]:
+            warnings.warn(
+                f"the batches hold padding by {', '.join(map(repr, names))}, which is not read: what is padded counts "
+                "as if it were real. Give samples of one size where that matters",
+                stacklevel=3,
+            )
+            self.told.update(names)
         if names := [name for name in self.unplaced if name not in self.told]:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
             warnings.warn(
@@ -339,6 +353,21 @@ class PaddingFinder:
                 stacklevel=3,
             )
             self.told.update(names)
+
+
+def _shorteners(model: nn.Module) -> tuple[Callable[[int, Tensor], Tensor], ...]:
+    found = (getattr(module, "_get_feature_vector_attention_mask", None) for module in model.modules())
+    whole = next((function for function in found if function is not None), None)
+    if whole is None:
+        return ()
+    adapts = "add_adapter" in inspect.signature(whole).parameters
+    return (partial(whole, add_adapter=False), whole) if adapts else (whole,)
+
+
+def _shortened(shorten: Callable[[int, Tensor], Tensor], length: int, mask: Tensor) -> Tensor | None:
+    """The mask of rows of a length, if a text without padding has as many: the first convolutions have more rows."""
+    longest = shorten(mask.shape[1], torch.ones_like(mask)).sum(1)
+    return shorten(length, mask).bool() if bool((longest == length).all()) else None
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -77,6 +77,26 @@ def test_outputs_and_gradients_are_those_of_float64(
         torch.testing.assert_close(ours[name].grad.double(), expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "change", [lambda y: y.div_(2), lambda y: y.permute(2, 0, 1)[1].mul_(3), F.relu_], ids=range(3)
+)
+def test_what_follows_may_change_the_output_in_place(change: Any, transposed: bool, biased: bool) -> None:
+    made = make((6, 9), transposed)
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    found = []
+    for in_place in (True, False):
+        x, left = made["x"].clone().requires_grad_(), made["left"].clone().requires_grad_()
+        bias = made["bias"] if biased else None
+        y = effective_linear(x, made["weight"], kept, left, made["right"], bias, masked_sum, transposed)
+        y = y if in_place else y.clone()
+        change(y)
+        y.square().sum().backward()
+        found.append((y.detach(), x.grad, left.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("combine", COMBINATIONS)

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 import transformers as tr
-from batch_models import BERT, MODELS, build, mask_of, normal, one_by_one, own_loss, padded, samples_of, tokens
+from batch_models import (
+    BERT,
+    MODELS,
+    WAV2VEC2,
+    build,
+    mask_of,
+    normal,
+    one_by_one,
+    own_loss,
+    padded,
+    samples_of,
+    tokens,
+)
 from tiny import make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -260,6 +272,83 @@ def test_a_padded_classifier_in_a_trainer_and_as_a_function(score, tmp_path):
     expected = prune(build("bert classifier").float(), batches, progress=False, **how)
     assert "bert.pooler.dense.weight" in expected
     assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "adapter", "squeezed", "text of speech"])
+def test_layers_of_speech_have_the_mask_of_their_length_or_are_named(kind):
+    """The mask that a model makes for behind its convolutions is none for the first of them, nor for an adapter's."""
+    sizes = {**WAV2VEC2, "ctc_loss_reduction": "mean"}
+    torch.manual_seed(0)
+    if kind == "text of speech":
+        model = tr.Speech2TextForConditionalGeneration(tr.Speech2TextConfig(
+            vocab_size=20, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, pad_token_id=1,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, conv_channels=16,
+            conv_kernel_sizes=(3, 3), input_feat_per_channel=8, max_source_positions=100, max_target_positions=40,
+        ))  # fmt: skip
+    elif kind == "squeezed":
+        model = tr.SEWForCTC(tr.SEWConfig(**sizes, squeeze_factor=2))
+    else:
+        adapter = {"add_adapter": True, "num_adapter_layers": 2, "output_hidden_size": 12} if kind == "adapter" else {}
+        model = tr.Wav2Vec2ForCTC(tr.Wav2Vec2Config(**sizes, **adapter))
+    model = model.double().eval()
+    if kind == "text of speech":
+        lengths, waves = [20, 12, 16], [normal(n, 8, seed=i).double() for i, n in enumerate([20, 12, 16])]
+        name, batch = "input_features", {"labels": tokens(3, 4) % 19 + 1}
+    else:
+        lengths, waves = [400, 250, 330], [normal(n, seed=i).double() for i, n in enumerate([400, 250, 330])]
+        name, batch = "input_values", {"labels": tokens(3, 2) % 19 + 1}
+    batch |= {name: nn.utils.rnn.pad_sequence(waves, batch_first=True), "attention_mask": mask_of(lengths)}
+    found = find_targets(model)
+    how = {"statistics": {"input_norm"}, "progress": False}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        whole = collect(model, [batch], found, num_samples=3, **how)
+    alone = [
+        collect(model, [{name: x[None], "attention_mask": torch.ones(1, len(x)).long(), "labels": y[None]}], found,
+                num_samples=1, **how)
+        for x, y in zip(waves, batch["labels"], strict=True)
+    ]  # fmt: skip
+    first = "encoder.conv.conv_layers.0" if kind == "text of speech" else "feature_extractor.conv_layers.0.conv"
+    different = []
+    for target in found:
+        squares = sum(each[target.name].input_norm.square() for each in alone) / 3
+        if not torch.allclose(whole[target.name].input_norm, squares.sqrt(), rtol=1e-6):
+            different.append(target.name)
+    text = " ".join(str(w.message) for w in said)
+    assert f"{first}.weight" in text
+    assert any(name.endswith(f"{first}.weight") for name in different)
+    if kind == "squeezed":  # half as many rows in each layer
+        assert "sew.encoder.layers.0.attention.q_proj.weight" in text
+    else:  # what an adapter's first convolution makes of padding gets into the rows of its second
+        assert all(name in text or "adapter.layers.1" in name for name in different)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(
+    "name", ["pixel_mask", "pixel_attention_mask", "feature_attention_mask", "image_attention_mask"]
+)
+def test_padding_of_images_and_sound_is_said_to_count(name, sequential):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    padded = torch.ones(2, 3)
+    padded[1, 2] = 0
+    for masks in ([torch.ones(2, 3), torch.ones(2, 3)], [torch.ones(2, 3), padded, padded]):
+        batches = [{"x": torch.randn(2, 3, 4), name: mask} for mask in masks]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            prune(Model(), batches, "wanda", num_samples=2 * len(batches), sequential=sequential, progress=False,
+                  loss_fn=lambda m, b: m(b["x"]).square().flatten(1).mean(1))  # fmt: skip
+        # The mask of Idefics says which images a token sees.
+        expected = [f"the batches hold padding by {name!r}"] * (len(masks) == 3 and not name.startswith("image"))
+        assert [str(w.message).partition(", which is not read")[0] for w in said] == expected
 
 
 # -- the model's own loss --------------------
