@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -99,6 +99,30 @@ class CalibrationData:
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = hooks.on_before_batch_transfer(batch, 0)  # by position, as there
                 yield trainer.strategy.batch_to_device(batch)
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls,
+        trainer: L.Trainer,
+        source: Iterable[Any] | None,
+        num_samples: int,
+        seed: int,
+        kept: CalibrationData | None = None,
+    ) -> Iterator[CalibrationData]:
+        """Make calibration batches to read, and put back at the end what making and reading them has changed.
+
+        Args:
+            trainer: See the class, as `source`, `num_samples` and `seed`.
+            source: See there.
+            num_samples: See there.
+            seed: See there.
+            kept: What was made when the fit started, if it was to be kept.
+        """
+        with nullcontext() if kept is not None or source is not None else _loader_hook_undone(trainer):
+            data = cls(trainer, source, num_samples, seed) if kept is None else kept
+            with data.untouched():
+                yield data
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -272,6 +296,24 @@ def _listed(sampler: Any, dataset: Any, most: int, seed: int) -> list[Any]:
 def _training_source(trainer: L.Trainer) -> Any:
     """Where a fit gets its training data from; what was given to ``fit`` stands nowhere else before training."""
     return trainer.fit_loop._data_source
+
+
+@contextmanager
+def _loader_hook_undone(trainer: L.Trainer) -> Iterator[None]:
+    """Put back what ``train_dataloader`` changes in the module or data module, which training calls once more.
+
+    It may count its calls to choose a part of the data, or draw from a random generator.
+    """
+    owner = _training_source(trainer).instance
+    if not is_kind(owner, "LightningModule", "LightningDataModule"):
+        yield
+        return
+    name = type(owner).__name__
+    with unchanged({name: owner}, tensors=False) as state:
+        if state.unknown and owner is not trainer.lightning_module:  # of which it is said elsewhere
+            named = ", ".join(f"{path} ({kind})" for path, kind in state.unknown.items())
+            rank_zero_warn(f"what train_dataloader of {name} draws from {named} for calibration cannot be undone")
+        yield
 
 
 def _train_dataloader(trainer: L.Trainer) -> Any:

@@ -256,6 +256,70 @@ def test_training_sees_the_batches_that_it_would_see_without(kind: str) -> None:
     assert {batch.shape[1:] for batch in seen} == {batch.shape[1:] for batch in got}
 
 
+class Sharded:
+    """Another part of the data with every call of the hook, in an order of a generator of its own."""
+
+    shard = 0
+
+    def train_dataloader(self) -> DataLoader:
+        self.dice = getattr(self, "dice", np.random.default_rng(0))
+        self.shard += 1
+        self.part = [int(i) for i in self.dice.permutation(6) + 6 * (self.shard - 1)]
+        return DataLoader(Part(self), 2)
+
+
+class Part(Dataset):
+    """Reads which samples are its own from the one who made it, when it is asked for them."""
+
+    def __init__(self, maker: Any) -> None:
+        self.maker = maker
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return rows()[self.maker.part[index]]
+
+
+class ShardedData(Sharded, L.LightningDataModule):
+    pass
+
+
+class ShardedModule(Sharded, Numbered):
+    pass
+
+
+@pytest.mark.parametrize("where", ["module", "data module"])
+@pytest.mark.parametrize("schedule", [None, LinearSchedule(0, 6, 3)])
+def test_a_hook_that_makes_another_loader_every_time_makes_the_same_for_training(where: str, schedule: Any) -> None:
+    def data_and_module() -> tuple[Any, Any]:
+        return (None, ShardedModule()) if where == "module" else (ShardedData(), Numbered())
+
+    data, module = data_and_module()
+    expected = fit(data, module=module, reload_dataloaders_every_n_epochs=1)
+    assert [sorted(numbers(expected[i : i + 3])) for i in (0, 3)] == [[*range(6)], [*range(6, 12)]]
+    seen: list[Tensor] = []
+    data, module = data_and_module()
+    pruner = pruning(seen, sparsity=0.5, schedule=schedule, score="wanda", num_samples=6)
+    got = fit(data, pruner, module=module, reload_dataloaders_every_n_epochs=1)
+    assert numbers(got) == numbers(expected)
+    assert (module if where == "module" else data).shard == 2
+    assert sorted(numbers(seen)[:6]) == [*range(6)] if schedule is None else seen
+
+
+def test_what_a_loader_hook_draws_for_good_is_named() -> None:
+    class Turns(L.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turns = itertools.cycle([rows(), rows()])
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(next(self.turns), 4)
+
+    with pytest.warns(UserWarning, match=r"train_dataloader of Turns.*Turns\.turns \(cycle\).*cannot be undone"):
+        fit(Turns(), pruning())
+
+
 @pytest.mark.parametrize("kind", ["shuffled", "noisy", "weighted", "stream that goes on", "no loader"])
 def test_updates_in_the_middle_of_training_take_nothing_from_it(kind: str) -> None:
     expected = fit(LOADERS[kind]())
