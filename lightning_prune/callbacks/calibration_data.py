@@ -337,6 +337,10 @@ _WHEN = (
     "__init__ or setup, give the module calibration_loss(batch), pass loss_fn=f(module, batch) to the callback, or "
     "prune after the first step (schedule=OneShot(1))."
 )
+_EVALUATED = (
+    "It ran in evaluation mode, in which some models return no loss, or another number of things: pass "
+    "loss_fn=f(module, batch), which may call train() on such a part of the module."
+)
 
 
 def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
@@ -394,14 +398,22 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
     """Undo what a training step does beside its loss.
 
     Logging goes nowhere; attributes (counters, containers however nested, tensors, arrays, random generators, objects
-    of the user's classes), torchmetrics states, buffers, parameters and all random states (torch, CUDA, numpy, Python)
-    are afterwards what they were. What cannot be put back (iterators, files, what threads share) is named in a warning.
+    of the user's classes), torchmetrics states, buffers, parameters and whether they require a gradient, learning rates
+    and their schedulers, and all random states (torch, CUDA, numpy, Python) are afterwards what they were. What cannot
+    be put back (iterators, files, what threads share) is named in a warning.
 
     Yields what to run the loss in, so that parameters that it writes to are copied first.
     """
     loggers = trainer.loggers
     silenced = {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
-    with _random_states(), unchanged({type(module).__name__: module}) as state:
+    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    # The last is looked at first, and names what others hold too.
+    roots = {
+        "learning-rate schedulers": [config.scheduler for config in trainer.lr_scheduler_configs],
+        "optimizers": [optimizer.param_groups for optimizer in trainer.optimizers],
+        type(module).__name__: module,
+    }
+    with _random_states(), unchanged(roots) as state:
         if state.unknown:
             named = ", ".join(f"{name} ({kind})" for name, kind in state.unknown.items())
             rank_zero_warn(f"what a training step draws from or writes to {named} in calibration cannot be undone")
@@ -415,6 +427,9 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
                 module.__dict__.pop(name, None)
             trainer.loggers = loggers
             parameters.put_back()
+            for parameter, flag in trained:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
 
 
 def watched_loss(
@@ -429,10 +444,10 @@ def watched_loss(
         loss_fn: The loss.
         parameters: From `no_trace`.
         pruned: The parameters that are being pruned.
-        before_hooks: Whether the hooks of training have not run yet, to say so where the loss fails.
+        before_hooks: Whether the hooks of training have not run yet, to say so too where the loss fails.
 
     Raises:
-        CalibrationError: the loss fails as code does that misses something which hooks make.
+        CalibrationError: the loss fails as code does that misses something which hooks, or training mode, make.
         ValueError: it writes to a pruned parameter.
     """
     ours = {id(parameter) for parameter in pruned}
@@ -442,9 +457,8 @@ def watched_loss(
             with parameters:
                 value = loss_fn(module, batch)
         except (AttributeError, TypeError, LookupError, ArithmeticError, NameError) as error:
-            if not before_hooks:
-                raise
-            raise CalibrationError(f"the calibration loss failed: {type(error).__name__}: {error}. {_WHEN}") from error
+            why = f"{_EVALUATED} {_WHEN}" if before_hooks else _EVALUATED
+            raise CalibrationError(f"the calibration loss failed: {type(error).__name__}: {error}. {why}") from error
         changed = [name for name, (parameter, *_) in parameters.changed.items() if id(parameter) in ours]
         if changed:
             raise ValueError(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
@@ -98,7 +99,7 @@ class State:
             pass
         elif isinstance(value, IOBase) or (isinstance(value, Iterator) and not _is_users(value)):
             self.unknown[name] = type(value).__name__
-        elif _is_users(value) or isinstance(value, Dataset):
+        elif _is_users(value) or isinstance(value, (Dataset, LRScheduler)):
             return self._object(value, name)
         return ()
 

@@ -563,6 +563,47 @@ def test_nothing_of_a_training_step_stays(score: str) -> None:
     assert global_states[0] == global_states[1]
 
 
+@pytest.mark.parametrize("score", ["wanda", "gblm"])
+def test_learning_rates_and_what_is_trained_are_what_they_were(score: str) -> None:
+    class Steering(Numbered):
+        """Steps its schedulers, lowers its rate and freezes as it goes, in the training step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Linear(4, 3).requires_grad_(False)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for scheduler in self.lr_schedulers():
+                scheduler.step()
+            group = self.optimizers().param_groups[0]
+            group["momentum"] *= 0.5
+            group["seen"] = 1
+            self.net[0].bias.requires_grad_(False)
+            self.extra.bias.requires_grad_(True)
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.net.parameters(), 0.1, momentum=0.9)
+            decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            both = [decay, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+            chained = torch.optim.lr_scheduler.ChainedScheduler(both)
+            return [optimizer], [chained, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    found: list[Any] = []
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            optimizer = trainer.optimizers[0]
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            states = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+            found.append((groups, states, [p.requires_grad for p in pl_module.parameters()]))
+
+    fit(DataLoader(rows(), 4), Look(), module=Steering(), limit_train_batches=1)
+    fit(DataLoader(rows(), 4), pruning(loss_fn=None, score=score), Look(), module=Steering(), limit_train_batches=1)
+    assert found[0] == found[1]
+    assert found[0][0][0]["momentum"] == 0.9
+
+
 def test_what_cannot_be_put_back_is_named() -> None:
     class Drawing(Numbered):
         def __init__(self) -> None:
@@ -658,6 +699,27 @@ def test_a_step_that_needs_what_hooks_make_is_told_so_and_what_to_do(hook: str) 
     later = pruning(loss_fn=None, sparsity=0.5, schedule=OneShot(1))
     fit(DataLoader(rows(), 4), later, module=type("Hooked", (Prepared,), {hook: _make_factor})())
     assert later.sparsity == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_model_that_returns_no_loss_in_evaluation_mode_is_told_so() -> None:
+    class Detector(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            found = {"loss": super().training_step(batch, batch_idx)} if self.net.training else [batch]
+            return found.get("loss")
+
+    for schedule in (None, OneShot(1)):
+        with pytest.raises(
+            RuntimeError, match=r"AttributeError.*'get'.*evaluation mode.*loss_fn=f\(module, batch\).*train"
+        ):
+            fit(DataLoader(rows(), 4), pruning(loss_fn=None, schedule=schedule), module=Detector())
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        module.net.train()
+        return module.training_step(batch, 0)
+
+    module, pruner = Detector(), pruning(loss_fn=loss, sparsity=0.5)
+    fit(DataLoader(rows(), 4), pruner, module=module)
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_step_finds_what_it_finds_in_training() -> None:
