@@ -42,6 +42,8 @@ from lightning_prune.sharding import Layout, gather_whole, local
 
 # Share of a sample's gradient that rounding may leave in another's rows; in layouts with samples first it is none.
 _LEAK = 1e-3
+# Outputs and inputs of a weight whose gradients stand for all of it where only directions are compared.
+_CORNER = (64, 8)
 
 
 @dataclass
@@ -165,6 +167,7 @@ class Taps:
         self.in_backward = False
         self.whole = False
         self.probed: int | None = None
+        self.corners: dict[str, Tensor] | None = None
         self.leaks: list[Tensor] = []
         self.calls: list[LayerCall] = []
         self.seen: set[str] = set()
@@ -322,6 +325,15 @@ class Taps:
             self.probed = None
         leaks, self.leaks = self.leaks, []
         return any(values_of(leaks))
+
+    def gradient_corners(self, loss: Tensor) -> dict[str, Tensor]:
+        """Run the backward of a loss; returns some numbers of each weight's gradient. Nothing is added to the sums."""
+        self.corners = {}
+        try:
+            self._backward(loss * self.scale)
+        finally:
+            corners, self.corners = self.corners, None
+        return corners
 
     def _backward(self, loss: Tensor) -> None:
         self.device, self.in_backward = loss.device, True
@@ -481,6 +493,9 @@ class Taps:
         tap, delta, record.delta = record.tap, record.delta, None
         if delta is None:
             return
+        if self.corners is not None:
+            self._add_corner(self.corners, record, x, delta)
+            return
         if self.probed is not None:
             deltas = tap.target.kind.output_rows(local(delta.detach()))
             self._look_for_leak(deltas if record.routed is None else record.routed.by_sample(deltas, 2))
@@ -511,6 +526,16 @@ class Taps:
                 tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
                 return
             self._add_gradients(tap, (delta_b.t() @ x_b for x_b, delta_b in zip(rows, deltas, strict=True)))
+
+    @torch.no_grad()
+    @full_precision()
+    def _add_corner(self, corners: dict[str, Tensor], record: _Record, x: Tensor, delta: Tensor) -> None:
+        tap, kind = record.tap, record.tap.target.kind
+        rows = kind.input_rows(record.layer, local(x)).flatten(0, 1)[:, : _CORNER[1]]
+        deltas = kind.output_rows(local(delta)).flatten(0, 1)[:, : _CORNER[0]]
+        corner = deltas.to(wide_dtype(deltas.dtype)).t() @ rows.to(wide_dtype(rows.dtype))
+        corner = corner.cpu()
+        corners[tap.name] = corners[tap.name] + corner if tap.name in corners else corner
 
     def _look_for_leak(self, deltas: Tensor) -> None:
         assert self.probed is not None

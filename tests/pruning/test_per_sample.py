@@ -80,7 +80,24 @@ def centered(model, batch):
     return (y - y.mean(0)).square().mean()
 
 
-WHOLE = [in_batch_negatives, halves, neighbors, decorrelated, hardest_triplet, centered, in_batch_negatives_one_by_one]
+def beside_a_larger_loss(model, batch):
+    """Where a term is nothing of a sample alone, and too small to lift the loss over the largest of theirs."""
+    y = model(batch)
+    y = y - y.mean(0)
+    covariance = y.T @ y / len(batch)
+    return squares(model, batch).mean() + 4 * (covariance - covariance.diag().diag()).square().sum()
+
+
+WHOLE = [
+    in_batch_negatives,
+    halves,
+    neighbors,
+    decorrelated,
+    hardest_triplet,
+    centered,
+    in_batch_negatives_one_by_one,
+    beside_a_larger_loss,
+]
 
 
 @pytest.mark.parametrize("loss", WHOLE, ids=lambda f: f.__name__)
@@ -140,6 +157,30 @@ def test_a_mean_over_tokens_of_the_batch_is_taken_apart():
 
 
 # -- zero gradients --------------------------------------------------------------------------------------------------
+
+
+def two_means(model, batch):
+    """One mean over tokens, of which samples have more or fewer, and one over samples."""
+    return weighted_tokens(model, batch) + 0.5 * model(batch).mean(1).square().mean()
+
+
+def noisy(model, batch):
+    return squares(model, batch + torch.randn_like(batch)).mean()
+
+
+@pytest.mark.parametrize("loss", [two_means, noisy])
+def test_losses_whose_samples_weigh_differently_or_are_noisy_are_taken_apart(loss):
+    torch.manual_seed(0)
+    sizes = []
+
+    def noted(model, batch):
+        sizes.append(len(batch))
+        return loss(model, batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gather(two_layers(), data(8, 5, 6), noted)
+    assert sizes[-8:] == [1] * 8
 
 
 def test_gradients_that_are_all_zero_are_refused():
