@@ -1,5 +1,6 @@
 """Gradients of one sample each, of losses and layers that do not make it easy: right by plain autograd, or refused."""
 
+import copy
 import warnings
 
 import pytest
@@ -395,6 +396,36 @@ def test_gradient_penalties_are_refused():
 @pytest.mark.parametrize("loss", [adversarial, kept_graph], ids=lambda f: f.__name__)
 def test_gradients_inside_a_loss_that_it_does_not_depend_on(loss):
     assert_right(two_layers(), data(3, 4, 6), loss)
+
+
+def backward_inside(model, batch):
+    x = batch.clone().requires_grad_()
+    squares(model, x).sum().backward()
+    return squares(model, batch + 0.1 * x.grad.sign())
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("loss", [adversarial, penalty, backward_inside], ids=lambda f: f.__name__)
+def test_norms_of_a_loss_that_takes_gradients_by_its_inputs(loss, outside):
+    """A loss of forces, or of physics; the inputs of all its passes count, and no parameter gets a gradient."""
+    model, batches, rows = two_layers(), data(3, 4, 6), []
+    reference = copy.deepcopy(model).double()
+    reference[2].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().flatten(0, 1)))
+    for batch in batches:
+        loss(reference, batch.double())
+    model[0].bias.requires_grad_(False)
+    with outside():
+        found = gather(model, batches, loss, FORWARD_STATISTICS, num_samples=6)
+        assert torch.is_grad_enabled() == (outside is torch.enable_grad)
+    seen = torch.cat(rows)
+    torch.testing.assert_close(
+        found["2.weight"].input_norm.double(), (seen.square().sum(0) / 6).sqrt(), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(found["2.weight"].hessian.double(), seen.T @ seen / 6, rtol=1e-3, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    elsewhere = lambda m, x: functional(m, x) + loss(m, x)  # noqa: E731
+    assert_refused(two_layers(), batches, elsewhere, "also used outside its layer's forward pass", FORWARD_STATISTICS)
 
 
 # -- weights used elsewhere ------------------------------------------------------------------------------------------
