@@ -83,6 +83,8 @@ class CalibrationData:
             else:
                 self._touched = {"the training data": [source.generator, vars(source.sampler), source.dataset]}
                 source = _with_own_workers(source)
+        elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
+            self._touched = {"the calibration data": source.dataset}  # training may read it by a loader of its own
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:

@@ -378,6 +378,24 @@ def test_the_training_loader_itself_can_be_given_for_calibration(kind: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+@pytest.mark.parametrize("where", ["another loader", "a data module's loader"])
+def test_a_dataset_that_training_reads_too_is_as_it_was(where: str) -> None:
+    class Data(L.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.noisy = Noisy()
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(self.noisy, 4, shuffle=True)
+
+    expected = fit(LOADERS["noisy"]())
+    data, seen = Data(), []
+    pruner = pruning(seen, calibration=data.train_dataloader(), sparsity=0.5, schedule=LinearSchedule(0, 6, 3))
+    got = fit(data if where == "a data module's loader" else data.train_dataloader(), pruner)
+    assert len(seen) > 1
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
 @pytest.mark.slow  # processes
 def test_workers_that_training_reads_from_are_not_calibration_s() -> None:
     def shuffled(persistent: bool) -> DataLoader:
