@@ -530,9 +530,12 @@ class Taps:
     @torch.no_grad()
     @full_precision()
     def _add_corner(self, corners: dict[str, Tensor], record: _Record, x: Tensor, delta: Tensor) -> None:
-        tap, kind = record.tap, record.tap.target.kind
-        rows = kind.input_rows(record.layer, local(x)).flatten(0, 1)[:, : _CORNER[1]]
-        deltas = kind.output_rows(local(delta)).flatten(0, 1)[:, : _CORNER[0]]
+        tap, kind, layer, x = record.tap, record.tap.target.kind, record.layer, local(x)
+        if isinstance(layer, CONVOLUTIONS):  # patches of a few channels, since those of all may be as many as never run
+            places = layer.weight[0, 0].numel()
+            x = x.narrow(1 - layer.weight.dim(), 0, min(layer.in_channels, -(-_CORNER[1] // places)))
+        rows = kind.input_rows(layer, x)[..., : _CORNER[1]].flatten(0, 1)
+        deltas = kind.output_rows(local(delta))[..., : _CORNER[0]].flatten(0, 1)
         corner = deltas.to(wide_dtype(deltas.dtype)).t() @ rows.to(wide_dtype(rows.dtype))
         corner = corner.cpu()
         corners[tap.name] = corners[tap.name] + corner if tap.name in corners else corner
