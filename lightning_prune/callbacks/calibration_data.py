@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -395,6 +394,43 @@ def _random_states() -> Iterator[None]:
         isolated.__exit__(None, None, None)  # by hand, since after an error it restores nothing
 
 
+class _Nothing:
+    """Take every call and item in the place of what a logger writes to, and do nothing."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Nothing:
+        return self
+
+    def __getitem__(self, key: Any) -> _Nothing:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        pass
+
+
+def _silent(logger: Any) -> Any:
+    """Make a logger of the same class, folders and names, for which a step may look, that logs nothing."""
+    kind: Any = type(logger)
+    methods = [n for n in dir(kind) if n.startswith("log_") and callable(getattr(kind, n))] + ["save", "watch"]
+    quiet: dict[str, Any] = {name: lambda *args, **kwargs: None for name in methods if hasattr(kind, name)}
+    silent = object.__new__(type(kind.__name__, (kind,), {**quiet, "experiment": _Nothing()}))
+    silent.__dict__ = logger.__dict__
+    return silent
+
+
 @contextmanager
 def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedParameters]:
     """Undo what a training step does beside its loss.
@@ -420,7 +456,7 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
             named = ", ".join(f"{name} ({kind})" for name, kind in state.unknown.items())
             rank_zero_warn(f"what a training step draws from or writes to {named} in calibration cannot be undone")
         parameters = WatchedParameters(state.parameters)
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [_silent(logger) for logger in loggers]
         module.__dict__.update(silenced)
         try:
             yield parameters

@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from tiny import make_llama
 from torch import Tensor, nn
@@ -73,10 +74,9 @@ def rows(count: int = SAMPLES) -> Tensor:
 def fit(data: Any, *callbacks: L.Callback, module: L.LightningModule | None = None, **options: Any) -> list[Tensor]:
     """Train; returns the batches that training saw."""
     watch = Watch()
-    settings = {"max_epochs": 2, "limit_train_batches": 5, **options}
+    settings = {"max_epochs": 2, "limit_train_batches": 5, "logger": False, **options}
     trainer = L.Trainer(
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -770,6 +770,48 @@ def test_a_step_finds_what_it_finds_in_training() -> None:
     assert len(found) == 3
     assert found[0] == found[1] == found[2]
     assert found[0][0] == ["before", "transfer", "after"]
+
+
+@pytest.mark.parametrize("score", ["wanda", "gblm"])
+def test_a_step_finds_its_logger_which_logs_nothing(score: str, tmp_path: Any) -> None:
+    class Logged(CSVLogger):
+        """With what loggers of other programs have."""
+
+        def log_image(self, **image: Any) -> None:
+            images.append(image)
+
+    folders: list[Any] = []
+    images: list[Any] = []
+
+    class Drawing(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            found = next(logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger))
+            assert isinstance(self.logger, Logged)
+            folders.append((found.log_dir, self.trainer.log_dir, self.logger.save_dir, found.name, found.version))
+            self.logger.log_image(key="a")
+            self.logger.log_metrics({"direct": 1.0}, step=0)
+            if self.calibrating:
+                with found.experiment.train() as run:
+                    run.config["a"].update({"b": list(run.history)})
+            found.experiment.log_metrics({"written": 1.0})
+            return super().training_step(batch, batch_idx)
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            pl_module.calibrating = False
+            found = trainer.logger
+            assert found is logger
+            assert (found.experiment.metrics, images) == ([], [])
+
+    module, logger = Drawing(), Logged(tmp_path)
+    module.calibrating = True
+    pruner = pruning(loss_fn=None, sparsity=0.5, score=score)
+    fit(DataLoader(rows(), 4), pruner, Look(), module=module, logger=logger, max_steps=1)
+    assert len(folders) > 2
+    assert set(folders) == {
+        (str(tmp_path / "lightning_logs" / "version_0"),) * 2 + (str(tmp_path), "lightning_logs", 0)
+    }
+    assert len(images) == 1
 
 
 class Counting:
