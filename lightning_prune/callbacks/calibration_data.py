@@ -437,12 +437,12 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
 
     Logging goes nowhere; attributes (counters, containers however nested, tensors, arrays, random generators, objects
     of the user's classes), torchmetrics states, buffers, parameters and whether they require a gradient, learning rates
-    and their schedulers, and all random states (torch, CUDA, numpy, Python) are afterwards what they were. What cannot
-    be put back (iterators, files, what threads share) is named in a warning.
+    and their schedulers, whether training is to stop, and all random states (torch, CUDA, numpy, Python) are afterwards
+    what they were. What cannot be put back (iterators, files, what threads share) is named in a warning.
 
     Yields what to run the loss in, so that parameters that it writes to are copied first.
     """
-    loggers = trainer.loggers
+    loggers, stopping = trainer.loggers, trainer.should_stop
     silenced = {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
     trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     # The last is looked at first, and names what others hold too.
@@ -463,7 +463,7 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
         finally:
             for name in silenced:
                 module.__dict__.pop(name, None)
-            trainer.loggers = loggers
+            trainer.loggers, trainer.should_stop = loggers, stopping
             parameters.put_back()
             for parameter, flag in trained:
                 if parameter.requires_grad != flag:

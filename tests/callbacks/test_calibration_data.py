@@ -622,6 +622,17 @@ def test_learning_rates_and_what_is_trained_are_what_they_were(score: str) -> No
     assert found[0][0][0]["momentum"] == 0.9
 
 
+def test_a_step_that_ends_training_where_a_loss_is_small_does_not_end_it_in_calibration() -> None:
+    class Content(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if len(batch) == 1:  # as those of single samples are
+                self.trainer.should_stop = True
+            return super().training_step(batch, batch_idx)
+
+    seen = fit(DataLoader(rows(), 4), pruning(loss_fn=None, sparsity=0.5), module=Content(), max_epochs=1)
+    assert len(seen) == 5
+
+
 def test_what_cannot_be_put_back_is_named() -> None:
     class Drawing(Numbered):
         def __init__(self) -> None:
