@@ -448,7 +448,7 @@ def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedP
     # The last is looked at first, and names what others hold too.
     roots = {
         "learning-rate schedulers": [config.scheduler for config in trainer.lr_scheduler_configs],
-        "optimizers": [optimizer.param_groups for optimizer in trainer.optimizers],
+        "optimizers": list(trainer.optimizers),
         type(module).__name__: module,
     }
     with _random_states(), unchanged(roots) as state:
@@ -497,7 +497,7 @@ def watched_loss(
         except (AttributeError, TypeError, LookupError, ArithmeticError, NameError) as error:
             why = f"{_EVALUATED} {_WHEN}" if before_hooks else _EVALUATED
             raise CalibrationError(f"the calibration loss failed: {type(error).__name__}: {error}. {why}") from error
-        changed = [name for name, (parameter, *_) in parameters.changed.items() if id(parameter) in ours]
+        changed = [name for key, (name, *_) in parameters.changed.items() if key in ours]
         if changed:
             raise ValueError(
                 f"the loss writes to {', '.join(changed[:4])}, which is being pruned; the weights are unchanged. Do "

@@ -622,6 +622,44 @@ def test_learning_rates_and_what_is_trained_are_what_they_were(score: str) -> No
     assert found[0][0][0]["momentum"] == 0.9
 
 
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("schedule", [None, OneShot(1)])
+def test_what_a_step_optimizes_by_itself_is_as_it_was(how: dict[str, bool], schedule: Any) -> None:
+    """Parameters in containers, and an optimizer of its own for them, before its first step and after."""
+
+    class Inner(Numbered):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prototypes = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+            self.bank = {name: nn.Parameter(torch.zeros(3)) for name in "ab"}
+            self.inner = [torch.optim.Adam([*self.prototypes, *self.bank.values()], 0.1, **how)]
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for parameter in (*self.prototypes, *self.bank.values()):
+                parameter.grad = torch.ones(3)
+            self.inner[0].step()
+            return super().training_step(batch, batch_idx)
+
+    found: list[Any] = []
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            self.on_train_batch_end(trainer, pl_module)
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            values = [p.tolist() for p in (*pl_module.prototypes, *pl_module.bank.values())]
+            state = {
+                i: {k: v.tolist() for k, v in of.items()} for i, of in pl_module.inner[0].state_dict()["state"].items()
+            }
+            found.append((values, state))
+
+    for pruner in ([], [pruning(loss_fn=None, score="wanda", sparsity=0.5, schedule=schedule)]):
+        found.append("fit")
+        fit(DataLoader(rows(), 4), *pruner, Look(), module=Inner(), max_steps=2)
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
+    assert len(found) == 8
+
+
 def test_a_step_that_ends_training_where_a_loss_is_small_does_not_end_it_in_calibration() -> None:
     class Content(Numbered):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
