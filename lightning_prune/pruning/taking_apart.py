@@ -251,6 +251,8 @@ def _left_over(together: dict[str, Tensor], alone: list[dict[str, Tensor]], most
     for name, corner in together.items():
         wanted = corner.flatten().double()
         parts = torch.stack([wanted * 0, *(c[name].flatten().double() for c in alone if name in c)], dim=1)
+        if not bool(torch.isfinite(parts).all() & torch.isfinite(wanted).all()):
+            continue  # the run itself says what is wrong
         left = wanted - parts @ torch.linalg.lstsq(parts, wanted[:, None], driver="gelsd").solution[:, 0]
         noise = _TOLERANCE * float(parts.norm(dim=0).max())
         if float(left.norm()) > max(most * float(wanted.norm()), noise):

@@ -184,6 +184,11 @@ def test_losses_whose_samples_weigh_differently_or_are_noisy_are_taken_apart(los
     assert sizes[-8:] == [1] * 8
 
 
+def test_gradients_that_overflow_are_refused():
+    model, batches = two_layers().half(), [batch.half() for batch in data(8, 6)]
+    assert_refused(model, batches, lambda m, b: squares(m, b).mean() * 3e3, "NaN or infinity", {"output_grad_norm"})
+
+
 def test_gradients_that_are_all_zero_are_refused():
     assert_refused(two_layers(), data(4, 6), lambda m, b: squares(m, b) * 0, "zero in 2 of 2 layers")
 
