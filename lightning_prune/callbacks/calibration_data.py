@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -83,6 +82,8 @@ class CalibrationData:
             else:
                 self._touched = {"the training data": [source.generator, vars(source.sampler), source.dataset]}
                 source = _with_own_workers(source)
+        elif isinstance(source, DataLoader) and not isinstance(source.dataset, IterableDataset):
+            self._touched = {"the calibration data": source.dataset}  # training may read it by a loader of its own
         self.source = source
 
     def __iter__(self) -> Iterator[Any]:
@@ -99,6 +100,30 @@ class CalibrationData:
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = hooks.on_before_batch_transfer(batch, 0)  # by position, as there
                 yield trainer.strategy.batch_to_device(batch)
+
+    @classmethod
+    @contextmanager
+    def of(
+        cls,
+        trainer: L.Trainer,
+        source: Iterable[Any] | None,
+        num_samples: int,
+        seed: int,
+        kept: CalibrationData | None = None,
+    ) -> Iterator[CalibrationData]:
+        """Make calibration batches to read, and put back at the end what making and reading them has changed.
+
+        Args:
+            trainer: See the class, as `source`, `num_samples` and `seed`.
+            source: See there.
+            num_samples: See there.
+            seed: See there.
+            kept: What was made when the fit started, if it was to be kept.
+        """
+        with nullcontext() if kept is not None or source is not None else _loader_hook_undone(trainer):
+            data = cls(trainer, source, num_samples, seed) if kept is None else kept
+            with data.untouched():
+                yield data
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -274,6 +299,24 @@ def _training_source(trainer: L.Trainer) -> Any:
     return trainer.fit_loop._data_source
 
 
+@contextmanager
+def _loader_hook_undone(trainer: L.Trainer) -> Iterator[None]:
+    """Put back what ``train_dataloader`` changes in the module or data module, which training calls once more.
+
+    It may count its calls to choose a part of the data, or draw from a random generator.
+    """
+    owner = _training_source(trainer).instance
+    if not is_kind(owner, "LightningModule", "LightningDataModule"):
+        yield
+        return
+    name = type(owner).__name__
+    with unchanged({name: owner}, tensors=False) as state:
+        if state.unknown and owner is not trainer.lightning_module:  # of which it is said elsewhere
+            named = ", ".join(f"{path} ({kind})" for path, kind in state.unknown.items())
+            rank_zero_warn(f"what train_dataloader of {name} draws from {named} for calibration cannot be undone")
+        yield
+
+
 def _train_dataloader(trainer: L.Trainer) -> Any:
     # `trainer.train_dataloader` is None until training starts; its source knows the loader, module or datamodule.
     loader = _training_source(trainer).dataloader()
@@ -294,6 +337,10 @@ _WHEN = (
     "trainer.train_dataloader and trainer.num_training_batches are known. If it needs what they make: make it in "
     "__init__ or setup, give the module calibration_loss(batch), pass loss_fn=f(module, batch) to the callback, or "
     "prune after the first step (schedule=OneShot(1))."
+)
+_EVALUATED = (
+    "It ran in evaluation mode, in which some models return no loss, or another number of things: pass "
+    "loss_fn=f(module, batch), which may call train() on such a part of the module."
 )
 
 
@@ -347,32 +394,80 @@ def _random_states() -> Iterator[None]:
         isolated.__exit__(None, None, None)  # by hand, since after an error it restores nothing
 
 
+class _Nothing:
+    """Take every call and item in the place of what a logger writes to, and do nothing."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Nothing:
+        return self
+
+    def __getitem__(self, key: Any) -> _Nothing:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        pass
+
+
+def _silent(logger: Any) -> Any:
+    """Make a logger of the same class, folders and names, for which a step may look, that logs nothing."""
+    kind: Any = type(logger)
+    methods = [n for n in dir(kind) if n.startswith("log_") and callable(getattr(kind, n))] + ["save", "watch"]
+    quiet: dict[str, Any] = {name: lambda *args, **kwargs: None for name in methods if hasattr(kind, name)}
+    silent = object.__new__(type(kind.__name__, (kind,), {**quiet, "experiment": _Nothing()}))
+    silent.__dict__ = logger.__dict__
+    return silent
+
+
 @contextmanager
 def no_trace(trainer: L.Trainer, module: L.LightningModule) -> Iterator[WatchedParameters]:
     """Undo what a training step does beside its loss.
 
     Logging goes nowhere; attributes (counters, containers however nested, tensors, arrays, random generators, objects
-    of the user's classes), torchmetrics states, buffers, parameters and all random states (torch, CUDA, numpy, Python)
-    are afterwards what they were. What cannot be put back (iterators, files, what threads share) is named in a warning.
+    of the user's classes), torchmetrics states, buffers, parameters and whether they require a gradient, learning rates
+    and their schedulers, whether training is to stop, and all random states (torch, CUDA, numpy, Python) are afterwards
+    what they were. What cannot be put back (iterators, files, what threads share) is named in a warning.
 
     Yields what to run the loss in, so that parameters that it writes to are copied first.
     """
-    loggers = trainer.loggers
+    loggers, stopping = trainer.loggers, trainer.should_stop
     silenced = {name: lambda *args, **kwargs: None for name in ("log", "log_dict")}
-    with _random_states(), unchanged({type(module).__name__: module}) as state:
+    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    # The last is looked at first, and names what others hold too.
+    roots = {
+        "learning-rate schedulers": [config.scheduler for config in trainer.lr_scheduler_configs],
+        "optimizers": list(trainer.optimizers),
+        type(module).__name__: module,
+    }
+    with _random_states(), unchanged(roots) as state:
         if state.unknown:
             named = ", ".join(f"{name} ({kind})" for name, kind in state.unknown.items())
             rank_zero_warn(f"what a training step draws from or writes to {named} in calibration cannot be undone")
         parameters = WatchedParameters(state.parameters)
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [_silent(logger) for logger in loggers]
         module.__dict__.update(silenced)
         try:
             yield parameters
         finally:
             for name in silenced:
                 module.__dict__.pop(name, None)
-            trainer.loggers = loggers
+            trainer.loggers, trainer.should_stop = loggers, stopping
             parameters.put_back()
+            for parameter, flag in trained:
+                if parameter.requires_grad != flag:
+                    parameter.requires_grad_(flag)
 
 
 def watched_loss(
@@ -387,10 +482,10 @@ def watched_loss(
         loss_fn: The loss.
         parameters: From `no_trace`.
         pruned: The parameters that are being pruned.
-        before_hooks: Whether the hooks of training have not run yet, to say so where the loss fails.
+        before_hooks: Whether the hooks of training have not run yet, to say so too where the loss fails.
 
     Raises:
-        CalibrationError: the loss fails as code does that misses something which hooks make.
+        CalibrationError: the loss fails as code does that misses something which hooks, or training mode, make.
         ValueError: it writes to a pruned parameter.
     """
     ours = {id(parameter) for parameter in pruned}
@@ -400,10 +495,9 @@ def watched_loss(
             with parameters:
                 value = loss_fn(module, batch)
         except (AttributeError, TypeError, LookupError, ArithmeticError, NameError) as error:
-            if not before_hooks:
-                raise
-            raise CalibrationError(f"the calibration loss failed: {type(error).__name__}: {error}. {_WHEN}") from error
-        changed = [name for name, (parameter, *_) in parameters.changed.items() if id(parameter) in ours]
+            why = f"{_EVALUATED} {_WHEN}" if before_hooks else _EVALUATED
+            raise CalibrationError(f"the calibration loss failed: {type(error).__name__}: {error}. {why}") from error
+        changed = [name for key, (name, *_) in parameters.changed.items() if key in ours]
         if changed:
             raise ValueError(
                 f"the loss writes to {', '.join(changed[:4])}, which is being pruned; the weights are unchanged. Do "

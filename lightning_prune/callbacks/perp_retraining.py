@@ -661,8 +661,7 @@ def reconstruct_before_training(
             "the module was pruned before this fit, so the weights from before are not known to reconstruct: pass "
             "reconstruct={'dense': FOLDER}, or reconstruct=False for another fit"
         )
-    data = CalibrationData(trainer, before.calibration, before.settings.num_samples, seed)
-    with data.untouched():
+    with CalibrationData.of(trainer, before.calibration, before.settings.num_samples, seed) as data:
         return reconstruct(
             model,
             data,

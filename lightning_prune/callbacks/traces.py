@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset
 
+from lightning_prune.pruning.batches import tensors_of
 from lightning_prune.sharding import is_sharded, local
 
 _ATOMS = frozenset({bool, int, float, complex, str, bytes, type(None), range, slice})
@@ -29,7 +31,6 @@ _SKIPPED_TYPES = (
     types.MethodType,
     weakref.ref,
     np.generic,
-    Optimizer,
 )
 # Libraries whose objects look after themselves: a Trainer, shards of FSDP2, loaders, loggers.
 _SKIPPED_PACKAGES = frozenset(
@@ -55,13 +56,13 @@ class State:
         tensors: Whether to copy tensors and arrays; a data set's are many and not written to.
 
     Attributes:
-        parameters: Parameters, and tensors as large, by the name of where they were found.
+        parameters: Parameters, tensors as large, and optimizers' states, each with the name of where it was found.
         unknown: Where there is something whose state cannot be put back, and what it is.
     """
 
     def __init__(self, roots: dict[str, Any], tensors: bool = True) -> None:
         self.tensors = tensors
-        self.parameters: dict[str, Tensor] = {}
+        self.parameters: list[tuple[str, Tensor]] = []
         self.unknown: dict[str, str] = {}
         self._items = 0
         self._undo: list[Callable[[], None]] = []
@@ -96,9 +97,11 @@ class State:
             self._undo.append(undo)
         elif isinstance(value, _SKIPPED_TYPES):
             pass
+        elif isinstance(value, Optimizer):
+            return self._optimizer(value, name)
         elif isinstance(value, IOBase) or (isinstance(value, Iterator) and not _is_users(value)):
             self.unknown[name] = type(value).__name__
-        elif _is_users(value) or isinstance(value, Dataset):
+        elif _is_users(value) or isinstance(value, (Dataset, LRScheduler)):
             return self._object(value, name)
         return ()
 
@@ -121,12 +124,19 @@ class State:
             held += [(value, f"{name}.{key}") for key, value in kind.items()]
         return held + [(child, f"{name}.{key}") for key, child in module.named_children()]
 
+    def _optimizer(self, optimizer: Optimizer, name: str) -> Iterable[tuple[Any, str]]:
+        """Its settings, and its states: as large as the weights, so that only what is written to is copied."""
+        for tensor in tensors_of(optimizer.state):
+            self._seen[id(tensor)] = tensor
+            self.parameters.append((f"{name}.state", tensor))
+        return [(optimizer.state, f"{name}.state"), (optimizer.param_groups, f"{name}.param_groups")]
+
     def _tensor(self, tensor: Tensor, name: str) -> None:
         if not self.tensors or tensor.is_meta:
             return
         plain = type(local(tensor)) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
         if not plain or tensor.numel() * tensor.element_size() > _MOST_BYTES:
-            self.parameters[name] = tensor
+            self.parameters.append((name, tensor))
         else:
             held = tensor.detach()
             content = local(held).clone()
@@ -234,16 +244,19 @@ class WatchedParameters(TorchFunctionMode):
     """Copies parameters right before they are written to for the first time.
 
     Args:
-        parameters: By name.
+        parameters: Each with its name.
+
+    Attributes:
+        changed: Those that were written to, and what they were; by their ids.
     """
 
-    def __init__(self, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__()
         self.names: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, parameter in parameters.items():
+        for name, parameter in parameters:
             if pointer := _storage(parameter):
                 self.names.setdefault(pointer, []).append((name, parameter))
-        self.changed: dict[str, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self.changed: dict[int, tuple[str, Tensor, Tensor, Tensor | None]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function; look at what it will write to first."""
@@ -253,7 +266,9 @@ class WatchedParameters(TorchFunctionMode):
         in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
         if rebinds or in_place or kwargs.get("out") is not None:
             first = args[0] if args else next(iter(kwargs.values()), None)
-            for value in (kwargs.get("out"), first if rebinds or in_place else None):
+            # Fused steps of optimizers write to their states too.
+            written = args if name.startswith("_fused_") else (first,) if rebinds or in_place else ()
+            for value in (kwargs.get("out"), *written):
                 for tensor in value if isinstance(value, (list, tuple)) else [value]:
                     if isinstance(tensor, Tensor):
                         self._keep(tensor, copied=not rebinds)
@@ -262,7 +277,7 @@ class WatchedParameters(TorchFunctionMode):
     def put_back(self) -> None:
         """Give every parameter that was written to its values, in its own storage."""
         with torch.no_grad():
-            for parameter, before, content in self.changed.values():
+            for _, parameter, before, content in self.changed.values():
                 if content is not None:
                     local(before).copy_(content)
                 if _storage(parameter) != _storage(before):
@@ -270,10 +285,10 @@ class WatchedParameters(TorchFunctionMode):
 
     def _keep(self, tensor: Tensor, copied: bool) -> None:
         for name, parameter in self.names.get(_storage(tensor), ()):
-            before, content = self.changed.get(name, (parameter, parameter.data, None))[1:]
+            before, content = self.changed.get(id(parameter), (name, parameter, parameter.data, None))[2:]
             if copied and content is None and _storage(parameter) == _storage(before):
                 content = local(before).clone()
-            self.changed[name] = (parameter, before, content)
+            self.changed[id(parameter)] = (name, parameter, before, content)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -181,7 +181,7 @@ class WeightPruning(L.Callback):
         self._plan: PruningPlan | None = None
         self._uncounted: tuple[str, ...] = ()
         self._trained: dict[str, bool] = {}  # by parameter: whether it required a gradient when the fit started
-        self._data: CalibrationData | None = None  # made when a fit starts; kept where it cannot be made again
+        self._data: CalibrationData | None = None  # of a stream that cannot be copied once training reads it
         self._teardown: BeforeTeardown | None = None
         self._copied = False  # masks of a copy, whose module is not known
         self._counts: dict[str, tuple[int, int]] = {}  # by parameter, over all ranks: weights pruned, weights
@@ -359,8 +359,6 @@ class WeightPruning(L.Callback):
             if last:
                 for pruner in pruners:
                     pruner._before = None
-        if self._data is not None and not self._data.kept:
-            self._data = None
 
     def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check everything, once a fit; no weight changes."""
@@ -435,13 +433,13 @@ class WeightPruning(L.Callback):
             calibration_loss(trainer.lightning_module)  # for what it refuses
         updates = "more than one update" if gradual else ""
         check_repeatable(self.calibration, plan.passes, "calibration", updates)
-        data = CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
-        if data.once and (gradual or self.schedule.start):
-            raise ValueError(
-                f"{self.schedule!r} prunes while training reads its stream, whose data set cannot be copied: pass "
-                "calibration= (a DataLoader or a list of batches) to the callback"
-            )
-        self._data = data
+        with CalibrationData.of(trainer, self.calibration, plan.num_samples, self.seed) as data:
+            if data.once and (gradual or self.schedule.start):
+                raise ValueError(
+                    f"{self.schedule!r} prunes while training reads its stream, whose data set cannot be copied: pass "
+                    "calibration= (a DataLoader or a list of batches) to the callback"
+                )
+            self._data = data if data.kept else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Catch up with a checkpoint: steps and optimizer states are restored only now."""
@@ -650,8 +648,9 @@ class WeightPruning(L.Callback):
                     list(parameters_of(plan.targets).values()),
                     before_hooks=epochs.ready == epochs.completed,
                 )
-                data = self._data or CalibrationData(trainer, self.calibration, plan.num_samples, self.seed)
-                stack.enter_context(data.untouched())
+                data = stack.enter_context(
+                    CalibrationData.of(trainer, self.calibration, plan.num_samples, self.seed, self._data)
+                )
                 plan = plan.with_samples(data.local_samples)
             masks = run_plan(
                 plan,

@@ -7,13 +7,14 @@ it receives, such as the encoder's output, comes from pruned weights.
 Only the inputs of one block are held at a time, for all samples. What else a block receives (attention mask,
 positions, rotary embeddings, whatever the architecture passes) is recorded by a forward pass in which every block is
 a pass-through, so nothing here depends on a family; blocks that return more than hidden states are run, for the next
-one may need it.
+one may need it. A loss that runs the model more than once (on chosen and rejected texts) has a record of each time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -52,7 +53,7 @@ class _Call:
 
 @dataclass
 class BlockBatch:
-    """One batch on its way through the blocks.
+    """One batch on its way through the blocks, once.
 
     Attributes:
         hidden: Input of the next block, ``[B, T, D]``.
@@ -63,6 +64,7 @@ class BlockBatch:
         device: Where the blocks run.
         numbers: In the largest tensor of the batch; 0 of one that cannot be taken apart.
         counting: False for a batch that only keeps other ranks company.
+        again: Whether its samples are counted already, in an earlier run of the model on the same batch.
     """
 
     hidden: Tensor
@@ -73,6 +75,7 @@ class BlockBatch:
     device: torch.device
     numbers: int
     counting: bool = True
+    again: bool = False
 
     @property
     def keep(self) -> Tensor | None:
@@ -128,6 +131,7 @@ class BlockWalk:
         self.returns: int | None = None  # length of the tuple that a block returns, 0 for a tensor
         self.to_the_end = samples.ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
         self.optional = optional and samples.ranks is None
+        self.runs = 1  # of all blocks for one batch, as the first shows
         self.padding = PaddingFinder(samples.model)
         self.recording = Passes(samples.model, samples.ranks)
         self.passes = [Passes(samples.model, samples.ranks, block) for block in self.blocks]
@@ -137,11 +141,12 @@ class BlockWalk:
         try:
             for (batch, size), counting in in_step(units, samples.ranks):
                 seen = True
-                if (recorded := self._record(batch, size)) is not None:
-                    recorded.counting = counting
-                    if samples.compared and samples.ranks is None and not self.batches:
-                        self._check_order(batch, recorded)
-                    self.batches.append(recorded)
+                recorded = self._record(batch, size)
+                if recorded and samples.compared and samples.ranks is None and not self.batches:
+                    recorded = self._compared(batch, size, recorded)
+                for one in recorded:
+                    one.counting = counting
+                self.batches += recorded
         finally:
             reshard(samples.model)
         if not seen:
@@ -210,8 +215,9 @@ class BlockWalk:
         return hidden if self.samples.offload is None else hidden.to(self.samples.offload)
 
     @torch.no_grad()
-    def _record(self, batch: Any, size: int) -> BlockBatch | None:
-        calls: list[_Call] = []
+    def _record(self, batch: Any, size: int) -> list[BlockBatch]:
+        """What the blocks receive of a batch each time that they run on it; nothing if they do not."""
+        runs: list[list[_Call]] = [[]]
         first: list[Tensor] = []
         passed: list[tuple[Any, int]] = []  # what each block handed on, and how often that had been written to
         inside: list[Padding | None] = []
@@ -219,6 +225,9 @@ class BlockWalk:
 
         def recorder(index: int) -> Callable[..., Any]:
             def record(*args: Any, **kwargs: Any) -> Any:
+                if index == 0 and len(runs[-1]) == len(self.blocks) and len(runs) < self.runs:
+                    runs.append([])
+                calls = runs[-1]
                 if len(calls) != index:
                     raise CalibrationError(
                         f"decoder block {index} ran out of order: block-by-block mode needs blocks that run once "
@@ -236,7 +245,7 @@ class BlockWalk:
                     first.append(hidden)
                     inside.append(None if padding is None else padding.now)  # of the call that the blocks belong to
                 calls.append(_Call(args[1:], kwargs, keyword))
-                if len(calls) == len(self.blocks) and not self.to_the_end:
+                if len(calls) == len(self.blocks) and self.runs == 1 and not self.to_the_end:
                     raise _AllRecordedError
                 output: Any = hidden
                 if self.returns is None or self.returns > 1:
@@ -264,45 +273,66 @@ class BlockWalk:
             contextlib.suppress(_AllRecordedError),
         ):
             self._finished(self.recording, partial(self.samples.run, self.samples.model, batch), numbers, size)
-        if self.optional and not calls:
-            return None
-        if len(calls) != len(self.blocks):
-            raise CalibrationError(f"only {len(calls)} of {len(self.blocks)} decoder blocks ran; use sequential=False")
+        if self.optional and not runs[0]:
+            return []
+        if len(runs[-1]) != len(self.blocks):
+            raise CalibrationError(
+                f"only {len(runs[-1])} of {len(self.blocks)} decoder blocks ran; use sequential=False"
+            )
         if batch_size(batch) is None:
             size = first[0].shape[0]
-        hidden = first[0].detach()
-        return BlockBatch(self.put_by(hidden), inside[0], self.blocks[0], size, calls, hidden.device, numbers)
+        return [
+            BlockBatch(
+                self.put_by(hidden.detach()), mask, self.blocks[0], size, calls, hidden.device, numbers, again=again > 0
+            )
+            for again, (hidden, mask, calls) in enumerate(zip(first, inside, runs, strict=True))
+        ]
 
     @torch.no_grad()
-    def _check_order(self, batch: Any, recorded: BlockBatch) -> None:
-        """Refuse blocks that are not all that there is between the first one's input and the last one's output."""
+    def _compared(self, batch: Any, size: int, recorded: list[BlockBatch]) -> list[BlockBatch]:
+        """The record of a batch, anew if the blocks run on it more than once.
+
+        Raises:
+            CalibrationError: blocks that are not all that there is between the first one's input and the last one's
+                output, or that run again on what they returned.
+        """
         seen: list[Any] = []
 
-        def run_both() -> Tensor:
-            handle = self.blocks[-1].register_forward_hook(lambda _, args, output: seen.append(output))
+        def run() -> None:
+            handle = self.blocks[-1].register_forward_hook(lambda _, args, output: seen.append(_first(output)))
             try:
                 with self.samples.forward_context():
                     self.samples.run(self.samples.model, batch)
             finally:
                 handle.remove()
-            hidden = recorded.hidden
+
+        def walk(one: BlockBatch) -> Tensor:
+            hidden = one.hidden
             for index in range(len(self.blocks)):
-                hidden = self.forward(index, recorded, hidden)
+                hidden = self.forward(index, one, hidden)
             return hidden
 
         with without_fast_path():
-            hidden = self._finished(self.recording, run_both, recorded.numbers, recorded.samples)
-        assert hidden is not None  # which it is of ranks in lock step alone
-        tolerance = 1e-3 if hidden.dtype.itemsize > 2 else 5e-2
-        hidden, expected = hidden.float(), _first(seen[-1]).float()
-        if hidden.shape != expected.shape or (hidden - expected).norm() > tolerance * expected.norm():
-            raise self._computes_between()
+            self._finished(self.recording, run, recorded[0].numbers, recorded[0].samples)
+            if len(seen) > 1:
+                self.runs = len(seen)
+                recorded = self._record(batch, size)
+            for one, expected in itertools.zip_longest(recorded, seen):
+                if one is None or expected is None:
+                    raise self._computes_between()
+                hidden = self._finished(self.recording, partial(walk, one), one.numbers, one.samples)
+                assert hidden is not None  # which it is of ranks in lock step alone
+                tolerance = 1e-3 if hidden.dtype.itemsize > 2 else 5e-2
+                hidden, expected = hidden.float(), expected.float()
+                if hidden.shape != expected.shape or (hidden - expected).norm() > tolerance * expected.norm():
+                    raise self._computes_between()
+        return recorded
 
     def _computes_between(self) -> CalibrationError:
         return CalibrationError(
             f"the {len(self.blocks)} {type_name(self.blocks[0])} modules of {type_name(self.samples.model)}, run one "
-            "after the other, do not give what they give in the model, which computes something between them: use "
-            "sequential=False"
+            "after the other, do not give what they give in the model, which runs them again on what they gave, or "
+            "computes something between them: use sequential=False"
         )
 
 

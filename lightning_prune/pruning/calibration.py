@@ -33,6 +33,7 @@ from lightning_prune.pruning.room import Passes, Room, numbers_in
 from lightning_prune.pruning.running import (
     ForwardContext,
     forward,
+    frozen,
     model_loss,
     predicts_next_tokens,
     quiet_model,
@@ -338,12 +339,18 @@ class _Sweep:
             size = self.room.samples_in(batch, size)
             batch = take(batch, 0, size)
         whole = self.how is How.WHOLE or size is None
-        taps.begin(size, self.padding.find(batch), is_sequences(batch), counting, whole)
+        padding = self.padding.find(batch)
+        taps.begin(size, padding, is_sequences(batch), counting, whole)
         with taps.watching():
             short: ShortOfMemoryError | None = None
             if not taps.backward:
-                with self.forward_context():
-                    _, short = self.passes.run(lambda: self._forward(batch))
+                try:
+                    short = self._run_forward(batch)
+                except RuntimeError as error:
+                    if not self._record_gradients(error):
+                        raise
+                    taps.begin(size, padding, is_sequences(batch), counting, whole)
+                    short = self._run_forward(batch)
             else:
                 losses, problem = self._losses(batch, size, counting)
                 split = problem is None and losses is None
@@ -361,6 +368,23 @@ class _Sweep:
         elif counting:
             self.unlabeled += count
         return count if counting else 0
+
+    def _run_forward(self, batch: Any) -> ShortOfMemoryError | None:
+        with self.forward_context():
+            return self.passes.run(lambda: self._forward(batch))[1]
+
+    def _record_gradients(self, error: RuntimeError) -> bool:
+        """Have gradients recorded, but of no parameter, if a loss failed on its first batch since it takes some itself.
+
+        It may take them by its inputs: forces, physics, adversarial examples.
+        """
+        known = any(part in str(error) for part in _WITHOUT_PARAMETERS) and self.loss_fn is not None
+        if not known or self.samples or torch.is_grad_enabled() or self.lockstep is not None:
+            return False
+        self.taps.undo(only=True)
+        self.room.enter_context(frozen(self.model))
+        torch.set_grad_enabled(True)  # until the sweep ends
+        return True
 
     def _again(self, batch: Any, count: int, split: bool) -> None:
         """Put a batch first in the queue, taken apart if its samples have to run one by one."""

@@ -43,6 +43,8 @@ from lightning_prune.sharding import Layout, gather_whole, local
 
 # Share of a sample's gradient that rounding may leave in another's rows; in layouts with samples first it is none.
 _LEAK = 1e-3
+# Outputs and inputs of a weight whose gradients stand for all of it where only directions are compared.
+_CORNER = (64, 8)
 
 
 @dataclass
@@ -166,6 +168,7 @@ class Taps:
         self.in_backward = False
         self.whole = False
         self.probed: int | None = None
+        self.corners: dict[str, Tensor] | None = None
         self.leaks: list[Tensor] = []
         self.calls: list[LayerCall] = []
         self.seen: set[str] = set()
@@ -323,6 +326,15 @@ class Taps:
             self.probed = None
         leaks, self.leaks = self.leaks, []
         return any(values_of(leaks))
+
+    def gradient_corners(self, loss: Tensor) -> dict[str, Tensor]:
+        """Run the backward of a loss; returns some numbers of each weight's gradient. Nothing is added to the sums."""
+        self.corners = {}
+        try:
+            self._backward(loss * self.scale)
+        finally:
+            corners, self.corners = self.corners, None
+        return corners
 
     def _backward(self, loss: Tensor) -> None:
         self.device, self.in_backward = loss.device, True
@@ -482,6 +494,9 @@ class Taps:
         tap, delta, record.delta = record.tap, record.delta, None
         if delta is None:
             return
+        if self.corners is not None:
+            self._add_corner(self.corners, record, x, delta)
+            return
         if self.probed is not None:
             deltas = tap.target.kind.output_rows(local(delta.detach()))
             self._look_for_leak(deltas if record.routed is None else record.routed.by_sample(deltas, 2))
@@ -512,6 +527,19 @@ class Taps:
                 tap.pending = [tap.pending[0].add_(gradients)] if tap.pending else [gradients]
                 return
             self._add_gradients(tap, (_gradient(*pair, groups) for pair in zip(deltas, rows, strict=True)))
+
+    @torch.no_grad()
+    @full_precision()
+    def _add_corner(self, corners: dict[str, Tensor], record: _Record, x: Tensor, delta: Tensor) -> None:
+        tap, kind, layer, x = record.tap, record.tap.target.kind, record.layer, local(x)
+        if isinstance(layer, CONVOLUTIONS):  # patches of a few channels, since those of all may be as many as never run
+            places = layer.weight[0, 0].numel()
+            x = x.narrow(1 - layer.weight.dim(), 0, min(layer.in_channels, -(-_CORNER[1] // places)))
+        rows = kind.input_rows(layer, x)[..., : _CORNER[1]].flatten(0, 1)
+        deltas = kind.output_rows(local(delta))[..., : _CORNER[0]].flatten(0, 1)
+        corner = deltas.to(wide_dtype(deltas.dtype)).t() @ rows.to(wide_dtype(rows.dtype))
+        corner = corner.cpu()
+        corners[tap.name] = corners[tap.name] + corner if tap.name in corners else corner
 
     def _look_for_leak(self, deltas: Tensor) -> None:
         assert self.probed is not None

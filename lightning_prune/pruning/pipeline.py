@@ -579,7 +579,7 @@ class _Run:
             statistics = collect_forward(
                 layers,
                 self.plan.block_statistics,
-                ((b.padding, b.samples, b.counting) for b in walk.run(index)) if layers else (),
+                ((b.padding, 0 if b.again else b.samples, b.counting) for b in walk.run(index)) if layers else (),
                 self.ranks,
                 self.unrouted,
             )

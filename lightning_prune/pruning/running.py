@@ -360,8 +360,6 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
     caches = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
-    # By name: a device map makes new parameters with every forward pass.
-    trainable = [(m, n) for m in model.modules() for n, p in own_parameters(m).items() if freeze and p.requires_grad]
     device = model_device(model)
     devices = [device] if device.type == "cuda" else []
     # What inference mode makes can neither be saved for a backward pass nor watched for changes in place.
@@ -375,18 +373,29 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
                 module.training = module in checkpointed
             for config in caches:
                 config.use_cache = False
-            for module, name in trainable:
-                getattr(module, name).requires_grad_(False)
             torch.set_autocast_cache_enabled(False)
-            yield
+            with frozen(model) if freeze else nullcontext():
+                yield
         finally:
             torch.set_autocast_cache_enabled(casts_kept)
-            for module, name in trainable:
-                getattr(module, name).requires_grad_(True)
             for config in caches:
                 config.use_cache = True
             for module, mode in modes:
                 module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Have no parameter require a gradient while the block runs."""
+    # By name: a device map makes new parameters with every forward pass.
+    trainable = [(m, n) for m in model.modules() for n, p in own_parameters(m).items() if p.requires_grad]
+    try:
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(False)
+        yield
+    finally:
+        for module, name in trainable:
+            getattr(module, name).requires_grad_(True)
 
 
 def _checkpointed_layers(model: nn.Module) -> set[nn.Module]:

@@ -24,6 +24,9 @@ from lightning_prune.ranks import ShortOfMemoryError, meet
 _SAMPLES = 8
 # Half precision moves a loss by about a hundredth; a loss that needs its batch is moved far more.
 _TOLERANCE = 1e-2
+# Share of a layer's gradient of a batch that those of its samples, each by a factor of its own, may leave over. A mean
+# over the tokens of a batch beside one over its samples leaves some; a term between samples leaves all there is of it.
+_LEFT_OVER = 0.3
 
 
 class How(enum.IntEnum):
@@ -193,8 +196,11 @@ class Decision:
                     raise
             most = (most + 1) // 2
         total = None if whole is None else float(whole.detach().mean())
+        together = self._corners(whole)
         del whole
         found: list[float] = []
+        last: Any = None
+        alone: list[dict[str, Tensor]] = []
         reason = ""
         for i in range(most):
             sample = take(batch, i % count, i % count + 1)
@@ -208,7 +214,11 @@ class Decision:
                 reason = reason or f"a sample of it alone raises {_said(problem)}"
             elif not abs(value) < float("inf"):
                 reason = reason or f"that of a sample of it alone is {value}"
+            elif together and not reason:
+                alone.append(self._corners(loss))
+                last = sample
             found.append(value)
+            del loss
         if total is None:
             reason = reason or f"a part of it alone raises {_said(failure)}"
         elif found and not reason and not _made_of(total, found):
@@ -216,8 +226,38 @@ class Decision:
                 f"it is {total:.4g} for {count} samples, which alone have losses of {min(found):.4g} to "
                 f"{max(found):.4g}: neither a mean nor a sum of them"
             )
+        elif found and not reason and (layer := _left_over(together, alone)):
+            again = self._corners(self._loss(last)[0])  # of a loss that draws at random it does not tell
+            if not _left_over(again, alone[-1:], _TOLERANCE):
+                reason = f"the gradient of {count} samples in {layer} is not made of those that they have alone"
         whole_anywhere = any(flag for (flag,) in meet(self.lockstep, None, [int(bool(reason) and size > 1)]))
         return (How.WHOLE, reason) if whole_anywhere else (How.ONE_BY_ONE, "")
+
+    def _corners(self, loss: Tensor | None) -> dict[str, Tensor]:
+        """Parts of the weights' gradients of a loss; nothing where they cannot be had.
+
+        Ranks in lock step go without: one whose memory is too short for a backward pass would leave the others alone.
+        """
+        if loss is None or self.lockstep is not None:
+            return {}
+        try:
+            return self.taps.gradient_corners(loss.mean())
+        except torch.OutOfMemoryError:  # of more samples than ever run together
+            return {}
+
+
+def _left_over(together: dict[str, Tensor], alone: list[dict[str, Tensor]], most: float = _LEFT_OVER) -> str:
+    """The layer whose gradient of a batch is not made of those of its samples, if there is one."""
+    for name, corner in together.items():
+        wanted = corner.flatten().double()
+        parts = torch.stack([wanted * 0, *(c[name].flatten().double() for c in alone if name in c)], dim=1)
+        if not bool(torch.isfinite(parts).all() & torch.isfinite(wanted).all()):
+            continue  # the run itself says what is wrong
+        left = wanted - parts @ torch.linalg.lstsq(parts, wanted[:, None], driver="gelsd").solution[:, 0]
+        noise = _TOLERANCE * float(parts.norm(dim=0).max())
+        if float(left.norm()) > max(most * float(wanted.norm()), noise):
+            return name
+    return ""
 
 
 def _said(error: Exception | None) -> str:

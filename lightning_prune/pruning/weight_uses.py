@@ -156,7 +156,8 @@ class WeightUses(TorchFunctionMode):
             return result
         elementwise = function in _ELEMENTWISE and not inside
         product = function in _PRODUCTS or (elementwise and self._spreads(args, kwargs))
-        if not torch.is_grad_enabled() or (function.endswith("_") and not function.endswith("__")):
+        unseen = not self.taps.backward or not torch.is_grad_enabled()
+        if unseen or (function.endswith("_") and not function.endswith("__")):
             if not self.taps.backward and product and self._with_data(args, kwargs):
                 self._refuse(min(names), function)
             result = func(*args, **kwargs)

@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from tiny import make_llama
 from torch import Tensor, nn
@@ -73,10 +74,9 @@ def rows(count: int = SAMPLES) -> Tensor:
 def fit(data: Any, *callbacks: L.Callback, module: L.LightningModule | None = None, **options: Any) -> list[Tensor]:
     """Train; returns the batches that training saw."""
     watch = Watch()
-    settings = {"max_epochs": 2, "limit_train_batches": 5, **options}
+    settings = {"max_epochs": 2, "limit_train_batches": 5, "logger": False, **options}
     trainer = L.Trainer(
         accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -256,6 +256,70 @@ def test_training_sees_the_batches_that_it_would_see_without(kind: str) -> None:
     assert {batch.shape[1:] for batch in seen} == {batch.shape[1:] for batch in got}
 
 
+class Sharded:
+    """Another part of the data with every call of the hook, in an order of a generator of its own."""
+
+    shard = 0
+
+    def train_dataloader(self) -> DataLoader:
+        self.dice = getattr(self, "dice", np.random.default_rng(0))
+        self.shard += 1
+        self.part = [int(i) for i in self.dice.permutation(6) + 6 * (self.shard - 1)]
+        return DataLoader(Part(self), 2)
+
+
+class Part(Dataset):
+    """Reads which samples are its own from the one who made it, when it is asked for them."""
+
+    def __init__(self, maker: Any) -> None:
+        self.maker = maker
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Tensor:
+        return rows()[self.maker.part[index]]
+
+
+class ShardedData(Sharded, L.LightningDataModule):
+    pass
+
+
+class ShardedModule(Sharded, Numbered):
+    pass
+
+
+@pytest.mark.parametrize("where", ["module", "data module"])
+@pytest.mark.parametrize("schedule", [None, LinearSchedule(0, 6, 3)])
+def test_a_hook_that_makes_another_loader_every_time_makes_the_same_for_training(where: str, schedule: Any) -> None:
+    def data_and_module() -> tuple[Any, Any]:
+        return (None, ShardedModule()) if where == "module" else (ShardedData(), Numbered())
+
+    data, module = data_and_module()
+    expected = fit(data, module=module, reload_dataloaders_every_n_epochs=1)
+    assert [sorted(numbers(expected[i : i + 3])) for i in (0, 3)] == [[*range(6)], [*range(6, 12)]]
+    seen: list[Tensor] = []
+    data, module = data_and_module()
+    pruner = pruning(seen, sparsity=0.5, schedule=schedule, score="wanda", num_samples=6)
+    got = fit(data, pruner, module=module, reload_dataloaders_every_n_epochs=1)
+    assert numbers(got) == numbers(expected)
+    assert (module if where == "module" else data).shard == 2
+    assert sorted(numbers(seen)[:6]) == [*range(6)] if schedule is None else seen
+
+
+def test_what_a_loader_hook_draws_for_good_is_named() -> None:
+    class Turns(L.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turns = itertools.cycle([rows(), rows()])
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(next(self.turns), 4)
+
+    with pytest.warns(UserWarning, match=r"train_dataloader of Turns.*Turns\.turns \(cycle\).*cannot be undone"):
+        fit(Turns(), pruning())
+
+
 @pytest.mark.parametrize("kind", ["shuffled", "noisy", "weighted", "stream that goes on", "no loader"])
 def test_updates_in_the_middle_of_training_take_nothing_from_it(kind: str) -> None:
     expected = fit(LOADERS[kind]())
@@ -311,6 +375,24 @@ def test_the_training_loader_itself_can_be_given_for_calibration(kind: str) -> N
     loader, seen = LOADERS[kind](), []
     got = fit(loader, pruning(seen, calibration=loader))
     assert seen
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("where", ["another loader", "a data module's loader"])
+def test_a_dataset_that_training_reads_too_is_as_it_was(where: str) -> None:
+    class Data(L.LightningDataModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.noisy = Noisy()
+
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(self.noisy, 4, shuffle=True)
+
+    expected = fit(LOADERS["noisy"]())
+    data, seen = Data(), []
+    pruner = pruning(seen, calibration=data.train_dataloader(), sparsity=0.5, schedule=LinearSchedule(0, 6, 3))
+    got = fit(data if where == "a data module's loader" else data.train_dataloader(), pruner)
+    assert len(seen) > 1
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
@@ -499,6 +581,96 @@ def test_nothing_of_a_training_step_stays(score: str) -> None:
     assert global_states[0] == global_states[1]
 
 
+@pytest.mark.parametrize("score", ["wanda", "gblm"])
+def test_learning_rates_and_what_is_trained_are_what_they_were(score: str) -> None:
+    class Steering(Numbered):
+        """Steps its schedulers, lowers its rate and freezes as it goes, in the training step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra = nn.Linear(4, 3).requires_grad_(False)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for scheduler in self.lr_schedulers():
+                scheduler.step()
+            group = self.optimizers().param_groups[0]
+            group["momentum"] *= 0.5
+            group["seen"] = 1
+            self.net[0].bias.requires_grad_(False)
+            self.extra.bias.requires_grad_(True)
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.net.parameters(), 0.1, momentum=0.9)
+            decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            both = [decay, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+            chained = torch.optim.lr_scheduler.ChainedScheduler(both)
+            return [optimizer], [chained, torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    found: list[Any] = []
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            optimizer = trainer.optimizers[0]
+            groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            states = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+            found.append((groups, states, [p.requires_grad for p in pl_module.parameters()]))
+
+    fit(DataLoader(rows(), 4), Look(), module=Steering(), limit_train_batches=1)
+    fit(DataLoader(rows(), 4), pruning(loss_fn=None, score=score), Look(), module=Steering(), limit_train_batches=1)
+    assert found[0] == found[1]
+    assert found[0][0][0]["momentum"] == 0.9
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("schedule", [None, OneShot(1)])
+def test_what_a_step_optimizes_by_itself_is_as_it_was(how: dict[str, bool], schedule: Any) -> None:
+    """Parameters in containers, and an optimizer of its own for them, before its first step and after."""
+
+    class Inner(Numbered):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prototypes = [nn.Parameter(torch.zeros(3)) for _ in range(3)]
+            self.bank = {name: nn.Parameter(torch.zeros(3)) for name in "ab"}
+            self.inner = [torch.optim.Adam([*self.prototypes, *self.bank.values()], 0.1, **how)]
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            for parameter in (*self.prototypes, *self.bank.values()):
+                parameter.grad = torch.ones(3)
+            self.inner[0].step()
+            return super().training_step(batch, batch_idx)
+
+    found: list[Any] = []
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            self.on_train_batch_end(trainer, pl_module)
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+            values = [p.tolist() for p in (*pl_module.prototypes, *pl_module.bank.values())]
+            state = {
+                i: {k: v.tolist() for k, v in of.items()} for i, of in pl_module.inner[0].state_dict()["state"].items()
+            }
+            found.append((values, state))
+
+    for pruner in ([], [pruning(loss_fn=None, score="wanda", sparsity=0.5, schedule=schedule)]):
+        found.append("fit")
+        fit(DataLoader(rows(), 4), *pruner, Look(), module=Inner(), max_steps=2)
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
+    assert len(found) == 8
+
+
+def test_a_step_that_ends_training_where_a_loss_is_small_does_not_end_it_in_calibration() -> None:
+    class Content(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if len(batch) == 1:  # as those of single samples are
+                self.trainer.should_stop = True
+            return super().training_step(batch, batch_idx)
+
+    seen = fit(DataLoader(rows(), 4), pruning(loss_fn=None, sparsity=0.5), module=Content(), max_epochs=1)
+    assert len(seen) == 5
+
+
 def test_what_cannot_be_put_back_is_named() -> None:
     class Drawing(Numbered):
         def __init__(self) -> None:
@@ -596,6 +768,27 @@ def test_a_step_that_needs_what_hooks_make_is_told_so_and_what_to_do(hook: str) 
     assert later.sparsity == pytest.approx(0.5, abs=0.03)
 
 
+def test_a_model_that_returns_no_loss_in_evaluation_mode_is_told_so() -> None:
+    class Detector(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            found = {"loss": super().training_step(batch, batch_idx)} if self.net.training else [batch]
+            return found.get("loss")
+
+    for schedule in (None, OneShot(1)):
+        with pytest.raises(
+            RuntimeError, match=r"AttributeError.*'get'.*evaluation mode.*loss_fn=f\(module, batch\).*train"
+        ):
+            fit(DataLoader(rows(), 4), pruning(loss_fn=None, schedule=schedule), module=Detector())
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        module.net.train()
+        return module.training_step(batch, 0)
+
+    module, pruner = Detector(), pruning(loss_fn=loss, sparsity=0.5)
+    fit(DataLoader(rows(), 4), pruner, module=module)
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.03)
+
+
 def test_a_step_finds_what_it_finds_in_training() -> None:
     found: list[Any] = []
 
@@ -626,6 +819,48 @@ def test_a_step_finds_what_it_finds_in_training() -> None:
     assert len(found) == 3
     assert found[0] == found[1] == found[2]
     assert found[0][0] == ["before", "transfer", "after"]
+
+
+@pytest.mark.parametrize("score", ["wanda", "gblm"])
+def test_a_step_finds_its_logger_which_logs_nothing(score: str, tmp_path: Any) -> None:
+    class Logged(CSVLogger):
+        """With what loggers of other programs have."""
+
+        def log_image(self, **image: Any) -> None:
+            images.append(image)
+
+    folders: list[Any] = []
+    images: list[Any] = []
+
+    class Drawing(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            found = next(logger for logger in self.trainer.loggers if isinstance(logger, CSVLogger))
+            assert isinstance(self.logger, Logged)
+            folders.append((found.log_dir, self.trainer.log_dir, self.logger.save_dir, found.name, found.version))
+            self.logger.log_image(key="a")
+            self.logger.log_metrics({"direct": 1.0}, step=0)
+            if self.calibrating:
+                with found.experiment.train() as run:
+                    run.config["a"].update({"b": list(run.history)})
+            found.experiment.log_metrics({"written": 1.0})
+            return super().training_step(batch, batch_idx)
+
+    class Look(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            pl_module.calibrating = False
+            found = trainer.logger
+            assert found is logger
+            assert (found.experiment.metrics, images) == ([], [])
+
+    module, logger = Drawing(), Logged(tmp_path)
+    module.calibrating = True
+    pruner = pruning(loss_fn=None, sparsity=0.5, score=score)
+    fit(DataLoader(rows(), 4), pruner, Look(), module=module, logger=logger, max_steps=1)
+    assert len(folders) > 2
+    assert set(folders) == {
+        (str(tmp_path / "lightning_logs" / "version_0"),) * 2 + (str(tmp_path), "lightning_logs", 0)
+    }
+    assert len(images) == 1
 
 
 class Counting:

@@ -373,11 +373,11 @@ def test_blocks_that_return_something_else_are_refused():
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def by_hand(model, data, stack="blocks"):
+def by_hand(model, data, stack="blocks", **how):
     """Masks of wanda, each block's with statistics of a sweep of its own through the whole, partly pruned model."""
     model, found = copy.deepcopy(model), {}
     for i in range(len(model.get_submodule(stack))):
-        found |= prune(model, [data], "wanda", targets=[f"{stack}.{i}"], num_samples=len(data), progress=False)
+        found |= prune(model, [data], "wanda", targets=[f"{stack}.{i}"], num_samples=len(data), progress=False, **how)
     return found
 
 
@@ -447,6 +447,55 @@ def test_modules_of_one_class_that_feed_each_other_are_blocks(kind):
     assert any(not torch.equal(mask, dense[name]) for name, mask in found.items())
     updated = prune(model, [data], "wanda", sequential=True, update="exact", num_samples=4, progress=False)
     assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in updated.items())
+
+
+def preference(model, pair):
+    """Two runs of the model on each sample, ``[B, 2, T, D]``."""
+    return -torch.nn.functional.logsigmoid((model(pair[:, 0]) - model(pair[:, 1])).flatten(1).sum(1))
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+@pytest.mark.parametrize("named", [True, False])
+def test_a_loss_that_runs_the_blocks_on_two_texts_counts_both(named):
+    torch.manual_seed(0)
+    model = (Named if named else Unnamed)(lambda x, block: block(x))
+    data = torch.randn(6, 2, 3, 6)
+    data[:, 1] *= torch.tensor([3.0, 1, 0.2, 1, 2, 0.5])  # of which the first text knows nothing
+    how = {"loss_fn": preference, "progress": False, "num_samples": 6}
+    expected = by_hand(model, data, loss_fn=preference)
+    found = prune(copy.deepcopy(model), [data[:2], data[2:]], "wanda", sequential=True, **how)
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+    chosen = by_hand(model, data, loss_fn=lambda model, pair: preference(model, pair[:, [0, 0]]))
+    assert any(not torch.equal(mask, chosen[name]) for name, mask in found.items())
+    # A sample counts once: norms beside gradients are as large as in one sweep.
+    walked, swept = (
+        prune(copy.deepcopy(model), [data], "gblm", sequential=sequential, alpha=3.0, **how)
+        for sequential in (True, False)
+    )
+    assert all(torch.equal(walked[name], swept[name]) for name in list(found)[:2])
+    updated = prune(model, [data], "kfac", sequential=True, update="exact", **how)
+    assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in updated.items())
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda model, x: model(model(x)).sum((1, 2)), "runs them again on what they gave"),
+        (
+            lambda model, x: sum(model(x * i).sum((1, 2)) for i in range(1, 2 + len(x))),
+            "decoder block 0 ran out of order",
+        ),
+    ],
+    ids=["on their own output", "more often for another batch"],
+)
+def test_blocks_that_run_again_in_a_way_that_is_not_known(loss, message):
+    torch.manual_seed(0)
+    model, data = Unnamed(lambda x, block: block(x)), torch.randn(3, 3, 6)
+    before = snapshot(model)
+    with pytest.raises(CalibrationError, match=message):
+        prune(model, [data[:1], data[1:]], "wanda", sequential=True, num_samples=3, loss_fn=loss, progress=False)
+    assert snapshot(model) == before
 
 
 def test_likely_blocks_are_not_tried_on_shards():

@@ -1,5 +1,6 @@
 """Gradients of one sample each, of losses and layers that do not make it easy: right by plain autograd, or refused."""
 
+import copy
 import warnings
 
 import pytest
@@ -80,7 +81,24 @@ def centered(model, batch):
     return (y - y.mean(0)).square().mean()
 
 
-WHOLE = [in_batch_negatives, halves, neighbors, decorrelated, hardest_triplet, centered, in_batch_negatives_one_by_one]
+def beside_a_larger_loss(model, batch):
+    """Where a term is nothing of a sample alone, and too small to lift the loss over the largest of theirs."""
+    y = model(batch)
+    y = y - y.mean(0)
+    covariance = y.T @ y / len(batch)
+    return squares(model, batch).mean() + 4 * (covariance - covariance.diag().diag()).square().sum()
+
+
+WHOLE = [
+    in_batch_negatives,
+    halves,
+    neighbors,
+    decorrelated,
+    hardest_triplet,
+    centered,
+    in_batch_negatives_one_by_one,
+    beside_a_larger_loss,
+]
 
 
 @pytest.mark.parametrize("loss", WHOLE, ids=lambda f: f.__name__)
@@ -140,6 +158,35 @@ def test_a_mean_over_tokens_of_the_batch_is_taken_apart():
 
 
 # -- zero gradients --------------------------------------------------------------------------------------------------
+
+
+def two_means(model, batch):
+    """One mean over tokens, of which samples have more or fewer, and one over samples."""
+    return weighted_tokens(model, batch) + 0.5 * model(batch).mean(1).square().mean()
+
+
+def noisy(model, batch):
+    return squares(model, batch + torch.randn_like(batch)).mean()
+
+
+@pytest.mark.parametrize("loss", [two_means, noisy])
+def test_losses_whose_samples_weigh_differently_or_are_noisy_are_taken_apart(loss):
+    torch.manual_seed(0)
+    sizes = []
+
+    def noted(model, batch):
+        sizes.append(len(batch))
+        return loss(model, batch)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gather(two_layers(), data(8, 5, 6), noted)
+    assert sizes[-8:] == [1] * 8
+
+
+def test_gradients_that_overflow_are_refused():
+    model, batches = two_layers().half(), [batch.half() for batch in data(8, 6)]
+    assert_refused(model, batches, lambda m, b: squares(m, b).mean() * 3e3, "NaN or infinity", {"output_grad_norm"})
 
 
 def test_gradients_that_are_all_zero_are_refused():
@@ -354,6 +401,36 @@ def test_gradient_penalties_are_refused():
 @pytest.mark.parametrize("loss", [adversarial, kept_graph], ids=lambda f: f.__name__)
 def test_gradients_inside_a_loss_that_it_does_not_depend_on(loss):
     assert_right(two_layers(), data(3, 4, 6), loss)
+
+
+def backward_inside(model, batch):
+    x = batch.clone().requires_grad_()
+    squares(model, x).sum().backward()
+    return squares(model, batch + 0.1 * x.grad.sign())
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("loss", [adversarial, penalty, backward_inside], ids=lambda f: f.__name__)
+def test_norms_of_a_loss_that_takes_gradients_by_its_inputs(loss, outside):
+    """A loss of forces, or of physics; the inputs of all its passes count, and no parameter gets a gradient."""
+    model, batches, rows = two_layers(), data(3, 4, 6), []
+    reference = copy.deepcopy(model).double()
+    reference[2].register_forward_pre_hook(lambda _, args: rows.append(args[0].detach().flatten(0, 1)))
+    for batch in batches:
+        loss(reference, batch.double())
+    model[0].bias.requires_grad_(False)
+    with outside():
+        found = gather(model, batches, loss, FORWARD_STATISTICS, num_samples=6)
+        assert torch.is_grad_enabled() == (outside is torch.enable_grad)
+    seen = torch.cat(rows)
+    torch.testing.assert_close(
+        found["2.weight"].input_norm.double(), (seen.square().sum(0) / 6).sqrt(), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(found["2.weight"].hessian.double(), seen.T @ seen / 6, rtol=1e-3, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    elsewhere = lambda m, x: functional(m, x) + loss(m, x)  # noqa: E731
+    assert_refused(two_layers(), batches, elsewhere, "also used outside its layer's forward pass", FORWARD_STATISTICS)
 
 
 # -- weights used elsewhere ------------------------------------------------------------------------------------------
