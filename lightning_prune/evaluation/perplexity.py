@@ -39,7 +39,7 @@ class NextTokenLoss(Metric):
         perplexity: Return the perplexity, exp(mean), in place of the mean.
         kwargs: Arguments of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = NextTokenLoss()
         >>> metric.update(torch.tensor([[1.0, 2.0, 0.0]]), 2)
         >>> metric.update(torch.tensor([[6.0]]), 1)
