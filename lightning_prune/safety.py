@@ -23,8 +23,6 @@ from torch import Tensor, nn
 
 from lightning_prune.sharding import local
 
-Keeper = Callable[[nn.Parameter], None]
-
 
 class Originals:
     """Copies of parameters in main memory; of a sharded one, of this rank's part.

@@ -188,13 +188,13 @@ def _heat(
             return None
         return Cell(write(values[key]), round(100 * min(1.0, max(0.0, (values[key] - middle) / width + 0.5))))
 
+    # Of several stacks of blocks numbers alone would not tell them apart.
+    whole = len({block.rpartition(".")[0] for block in blocks if block}) > 1
+    names = [(block if whole else block.rsplit(".", 1)[-1]) or "other" for block in blocks]
     rows = [
-        HeatRow(block.rsplit(".", 1)[-1] or "other", [cell((block, kind)) for kind in kinds], total(block))
-        for block in blocks
+        HeatRow(name, [cell((block, kind)) for kind in kinds], total(block))
+        for name, block in zip(names, blocks, strict=True)
     ]
-    stacks = {block.rpartition(".")[0] for block in blocks if block}
-    if len(stacks) > 1:  # several stacks of blocks: numbers alone would not tell them apart
-        rows = [HeatRow(block or "other", row.cells, row.total) for block, row in zip(blocks, rows, strict=True)]
     return Heat(kinds, rows, write_end(low), write_end(high), [], "")
 
 
