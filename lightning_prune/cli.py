@@ -221,9 +221,11 @@ def parser_of(name: str) -> argparse.ArgumentParser:
             continue
         short = [command.short[parameter.name]] if parameter.name in command.short else []
         text = helps[parameter.name].replace("%", "%%")
-        if "default" not in text.lower() and parameter.default not in (parameter.empty, None, False, True, ()):
-            default = parameter.default
-            text += f" Default {' '.join(default) if isinstance(default, tuple) else default}."
+        default = parameter.default
+        # By identity: 1 and 0 are equal to True and False.
+        if "default" not in text.lower() and not any(default is none for none in (parameter.empty, None, False, ())):
+            shown = "on" if default is True else " ".join(default) if isinstance(default, tuple) else default
+            text += f" Default {shown}."
         options: dict[str, Any] = {"help": text}
         if parameter.default is parameter.empty:
             parser.add_argument(parameter.name, type=kind, **options)

@@ -46,7 +46,7 @@ class Table:
     def markdown(self) -> str:
         r"""For a document, with a heading of the second level.
 
-        Example:
+        Examples:
             >>> print(Table("Sizes", ("file", "MiB"), [("a|b", "3")], ["Two files."]).markdown())
             ## Sizes
             <BLANKLINE>

@@ -78,8 +78,9 @@ class OneShot(BuiltInSchedule):
 class LinearSchedule(BuiltInSchedule):
     """Sparsity grows in equal parts, every `every` steps from `start` to `end`.
 
-    >>> LinearSchedule(start=0, end=100, every=10).fraction(50)
-    0.5
+    Examples:
+        >>> LinearSchedule(start=0, end=100, every=10).fraction(50)
+        0.5
 
     Args:
         start: Step of the first update.
@@ -116,8 +117,9 @@ class LinearSchedule(BuiltInSchedule):
 class CubicSchedule(LinearSchedule):
     """Sparsity grows fast, then ever slower: ``s * (1 - (1 - t)^3)`` (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1).
 
-    >>> CubicSchedule(start=0, end=100, every=10).fraction(50)
-    0.875
+    Examples:
+        >>> CubicSchedule(start=0, end=100, every=10).fraction(50)
+        0.875
     """
 
     exponent = 3
@@ -266,7 +268,7 @@ def learning_rate_factor(
     Returns:
         The factor, in [0, 1].
 
-    Example:
+    Examples:
         >>> [learning_rate_factor(step, 6, 2, "linear") for step in range(7)]
         [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """

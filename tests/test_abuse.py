@@ -46,7 +46,7 @@ from lightning_prune.evaluation.tasks import read_tasks
 from lightning_prune.quickstart import quickstart
 from lightning_prune.ranks import ShortOfMemoryError
 from lightning_prune.results import KIND, write_results
-from lightning_prune.safety import check_replaceable
+from lightning_prune.structure.folders import check_replaceable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter"),

@@ -223,6 +223,14 @@ def test_version_and_help(capsys):
     assert "--trainer.max_steps" in capsys.readouterr().out
 
 
+def test_help_says_defaults_that_equal_true_and_false():
+    texts = {name: " ".join(parser_of(name).format_help().split()) for name in ("shrink", "quickstart")}
+    assert "on the smaller model. Default 1." in texts["shrink"]
+    assert "layers that lose inputs. Default on." in texts["shrink"]
+    assert "give the same result. Default 0." in texts["quickstart"]
+    assert "False" not in texts["shrink"]  # of a flag
+
+
 # -- Lightning's commands
 
 

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from lightning_prune.checkpoints.export import check_apart
 from lightning_prune.errors import first_line
 from lightning_prune.naming import has_class
-from lightning_prune.safety import check_replaceable, expanded
+from lightning_prune.safety import expanded
+from lightning_prune.structure.folders import check_replaceable
 
 
 def check_saving(module: L.LightningModule, folder: str | None) -> None:

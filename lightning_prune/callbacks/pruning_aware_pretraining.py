@@ -29,6 +29,7 @@ from lightning_prune.callbacks.checks import (
 )
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.pruning_notices import last_step, warn_of_an_end_too_late
 from lightning_prune.callbacks.resuming import (
     before_loading,
     check_before_loading,
@@ -350,6 +351,10 @@ class PruningAwarePretraining(L.Callback):
         saved, self._saved_step = self._saved_step, None
         self._seen_step = trainer.global_step
         self._now.begin(trainer.global_step, self.tokens)
+        end = self.schedule.end
+        if end is not None and not self._now.reached and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            last = last_step(trainer, pl_module)
+            warn_of_an_end_too_late(f"PruningAwarePretraining: {end=}", end, last, "the target will not be reached")
         # Saved before the step's pruning, by a callback ahead of this one or after an exception.
         if saved is not None and saved < trainer.global_step:
             self._end_step(trainer, pl_module)
@@ -404,7 +409,8 @@ class PruningAwarePretraining(L.Callback):
         if not shrinking.reached:
             rank_zero_warn(
                 f"PruningAwarePretraining: training ended at {shrinking.parameters:,} parameters, before the target "
-                f"({self.target!r}); train longer, set end, or raise units_per_pruning"
+                f"({self.target!r}); train longer, "
+                + ("set end, or raise units_per_pruning" if self.schedule.end is None else "or give an earlier end")
             )
         if self.picture is not None and len(self.history) > 1 and is_main_process():
             shrinking_picture(self.history, self.picture)

@@ -1,4 +1,4 @@
-"""What `WeightPruning` tells its user of a training that will not end, or was not resumed, as was asked for."""
+"""What callbacks that prune tell their user of a training that will not end, or was not resumed, as was asked for."""
 
 from __future__ import annotations
 
@@ -88,14 +88,24 @@ def last_step(trainer: L.Trainer, module: L.LightningModule) -> float:
 
 def warn_of_a_schedule_that_ends_too_late(schedule: Schedule, last: float) -> None:
     """Warn, before training, if it ends before the schedule does."""
-    if schedule.end <= last:
-        return
     what = "nothing will be pruned" if schedule.start > last else "the sparsity asked for will not be reached"
-    rank_zero_warn(
-        f"WeightPruning: {schedule!r} ends at step {schedule.end}, but training ends at step {last:.0f} at the latest "
-        f"(max_steps, max_epochs, limit_train_batches, accumulate_grad_batches): {what}; let the schedule end earlier, "
-        "or train longer"
-    )
+    warn_of_an_end_too_late(f"WeightPruning: {schedule!r} ends at step {schedule.end}", schedule.end, last, what)
+
+
+def warn_of_an_end_too_late(said: str, end: int, last: float, what: str) -> None:
+    """Warn, before training, if it ends before a callback does.
+
+    Args:
+        said: The callback and its setting.
+        end: Its last step.
+        last: See `last_step`.
+        what: Comes of it.
+    """
+    if end > last:
+        rank_zero_warn(
+            f"{said}, but training ends at step {last:.0f} at the latest (max_steps, max_epochs, limit_train_batches, "
+            f"accumulate_grad_batches): {what}; let the schedule end earlier, or train longer"
+        )
 
 
 def warn_of_missing_sparsity(schedule: Schedule, step: int, pruned: int, planned: int, total: int) -> None:

@@ -32,7 +32,8 @@ from lightning_prune.errors import ExportError, first_line
 from lightning_prune.naming import DTYPES
 from lightning_prune.progress import progress_bar
 from lightning_prune.results import Table, evaluation_tables
-from lightning_prune.safety import add_check_sums, check_replaceable, expanded, replacing
+from lightning_prune.safety import add_check_sums, expanded
+from lightning_prune.structure.folders import check_replaceable, replacing
 from lightning_prune.structure.saving import save_tokenizer
 
 # Of a model that takes images, speech or video the last ones: the settings of what makes its inputs.

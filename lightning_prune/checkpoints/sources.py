@@ -34,7 +34,7 @@ from lightning_prune.structure.saving import PADS_WITH
 def looks_like_path(source: str) -> bool:
     """Whether `source` can only mean a local file or folder, so that it is never looked up on the hub.
 
-    Example:
+    Examples:
         >>> [looks_like_path(source) for source in ("HuggingFaceTB/SmolLM2-135M", "./model", "a.gguf")]
         [False, True, True]
     """

@@ -249,7 +249,7 @@ class Timing:
     def of(cls, seconds: Sequence[float]) -> Timing:
         """Median and quartiles of at least two measurements.
 
-        Example:
+        Examples:
             >>> Timing.of([3.0, 1.0, 2.0, 9.0, 2.0])
             Timing(median=2.0, low=2.0, high=3.0, repeats=5)
         """

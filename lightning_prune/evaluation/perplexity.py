@@ -39,7 +39,7 @@ class NextTokenLoss(Metric):
         perplexity: Return the perplexity, exp(mean), in place of the mean.
         kwargs: Arguments of `torchmetrics.Metric`.
 
-    Example:
+    Examples:
         >>> metric = NextTokenLoss()
         >>> metric.update(torch.tensor([[1.0, 2.0, 0.0]]), 2)
         >>> metric.update(torch.tensor([[6.0]]), 1)
@@ -197,27 +197,21 @@ def _windows(
         if len(data) == 0:
             raise ValueError("data is an empty sequence of windows. Pass at least one window.")
         return data, 0
-    if not _is_whole(seq_len) or seq_len < 2:
-        raise ValueError(
-            f"seq_len={seq_len!r} must be at least 2, a whole number: the first token of a window is not predicted."
-        )
+    check_whole("seq_len", seq_len, least=2, hint=": the first token of a window is not predicted")
     if first_token is not None:
         check_whole("first_token", first_token, least=0)
     own = seq_len if first_token is None else seq_len - 1
     step = own if stride is None else stride
-    if not _is_whole(step) or not 1 <= step <= own:
-        bound = f"seq_len={seq_len}" if first_token is None else f"{own}, the tokens of text in a window"
-        raise ValueError(f"stride={stride!r} must lie between 1 and {bound}, a whole number.")
+    bound = f"at most seq_len={seq_len}" if first_token is None else f"at most {own}, the tokens of text in a window"
+    check_whole("stride", step, hint=f" and {bound}")
+    if step > own:
+        raise ValueError(f"stride={stride} must be {bound}")
     if len(stream) < own:
         raise ValueError(
             f"data has {len(stream)} tokens, fewer than one window of seq_len={seq_len}. Pass a smaller "
             "seq_len or more text."
         )
     return stream.unfold(0, own, step), own - step  # views
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _as_stream(data: Tensor | Sequence[Any]) -> Tensor | None:

@@ -40,7 +40,7 @@ class PackedMasks(MutableMapping[str, Tensor]):
         masks: Bool masks by name, whole or sharded; an iterable of pairs is read one by one, so that no two masks need
             to be there unpacked.
 
-    Example:
+    Examples:
         >>> masks = PackedMasks({"weight": torch.tensor([True, False])})
         >>> masks["weight"].tolist(), list(masks)
         ([True, False], ['weight'])

@@ -502,7 +502,7 @@ def causal_lm_losses(
     Raises:
         ValueError: If the shapes do not agree, or a sample has no label to predict.
 
-    Example:
+    Examples:
         >>> logits, labels = torch.zeros(2, 3, 4), torch.tensor([[0, 1, 2], [3, 1, -100]])
         >>> [round(loss, 4) for loss in causal_lm_losses(logits, labels).tolist()]  # log(4)
         [1.3863, 1.3863]

@@ -183,7 +183,7 @@ def _core(name: str) -> str:
 
 _MODEL_FILES = (".metadata", "*.safetensors", "*.bin", "*.index.json")
 _RUN_FILES = ("hparams.yaml", "metrics.csv", "config.yaml", HISTORY_FILE)
-_LARGEST_SOURCE = 64 << 20  # of the small files beside a model, bytes
+_LARGEST = 64 << 20  # of the small files beside a model, and of results; bytes
 
 
 @dataclass
@@ -229,7 +229,7 @@ def open_source(path: str | Path) -> Source:
     if path.is_dir() and not any(any(path.glob(pattern)) for pattern in _MODEL_FILES):
         source = Source(path, open_checkpoint(_newest_checkpoint(path)), run=_run_of(path))
     else:
-        source = Source(path, open_checkpoint(path), run=_run_around(path))
+        source = Source(path, open_checkpoint(path), run=_run_of(path.resolve().parent))
         if path.is_dir():
             source.sparsity = _read(source, path / "sparsity.json", _json)
     if source.run is not None:
@@ -269,11 +269,6 @@ def _named_folders(run: Path) -> list[Path]:
     return [Path(folder) for folder in found if isinstance(folder, str)]
 
 
-def _run_around(path: Path) -> Path | None:
-    """The run of a checkpoint: the folder of its ``checkpoints``, or its own."""
-    return _run_of(path.resolve().parent)
-
-
 def _run_of(folder: Path) -> Path | None:
     """The run of a folder of checkpoints, which may be the run's own."""
     places = [folder.parent] if folder.name == "checkpoints" else [folder]
@@ -285,7 +280,7 @@ def _read(source: Source, file: Path, load: Any) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        if file.stat().st_size > _LARGEST_SOURCE:
+        if file.stat().st_size > _LARGEST:
             raise ValueError(f"it has {file.stat().st_size:,} bytes")
         loaded = load(file)
     except (OSError, ValueError, yaml.YAMLError, csv.Error, RecursionError) as error:
@@ -347,7 +342,6 @@ def nested(mapping: Mapping[str, Any], *keys: str) -> Any:
 # Keys that name a row, in the order they are shown in; those behind "name" say more about it.
 _LABELS = ("name", "model", "row", "role", "implementation", "method", "score", "zeros", "pattern", "text", "source")
 _MOST_ROWS = 60
-_LARGEST = 64 << 20
 
 
 @dataclass

@@ -86,10 +86,7 @@ def _may_replace(file: Path) -> bool:
 def render(source: Source, measured: Measured, results: Sequence[Results] = (), layers: Sequence[str] = ()) -> str:
     """The page as text; see `report`."""
     inspection = measured.inspection
-    in_order = order_kinds(t.kind for t in inspection.selected())
-    kinds = {t.name: t.kind for t in sorted(inspection.selected(), key=lambda t: in_order.index(t.kind))}
     score_name, scores = _scores(source)
-    score_kinds = {name: place(name)[1] for name in scores.layers}
     masks, scale = sections.mask_pictures(measured, layers)
     totals = inspection.totals(True)
     values: dict[str, Any] = {
@@ -104,8 +101,8 @@ def render(source: Source, measured: Measured, results: Sequence[Results] = (), 
         "masks": masks,
         "scale": scale,
         "score_name": score_name,
-        "scores": histograms(scores, {n: score_kinds[n] for n in sorted(score_kinds, key=_order(score_kinds))}),
-        "magnitudes": histograms(measured.magnitudes, kinds),
+        "scores": histograms(scores, _in_order({name: place(name)[1] for name in scores.layers})),
+        "magnitudes": histograms(measured.magnitudes, _in_order({t.name: t.kind for t in inspection.selected()})),
         "dense": measured.dense,
         "saliency": sections.score_heat(source, scores),
         "results": [sections.results_table(file, source.path) for file in results],
@@ -133,9 +130,10 @@ def render(source: Source, measured: Measured, results: Sequence[Results] = (), 
     return environment.get_template("report.html.jinja").render(values)
 
 
-def _order(kinds: dict[str, str]) -> Any:
-    in_order = order_kinds(kinds.values())
-    return lambda name: in_order.index(kinds[name])
+def _in_order(kinds: dict[str, str]) -> dict[str, str]:
+    """Names with their kinds, kind after kind."""
+    order = order_kinds(kinds.values())
+    return dict(sorted(kinds.items(), key=lambda item: order.index(item[1])))
 
 
 def _scores(source: Source) -> tuple[str, ScoreSummary]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,13 +189,13 @@ def _heat(
             return None
         return Cell(write(values[key]), round(100 * min(1.0, max(0.0, (values[key] - middle) / width + 0.5))))
 
+    # Of several stacks of blocks numbers alone would not tell them apart.
+    whole = len({block.rpartition(".")[0] for block in blocks if block}) > 1
+    names = [(block if whole else block.rsplit(".", 1)[-1]) or "other" for block in blocks]
     rows = [
-        HeatRow(block.rsplit(".", 1)[-1] or "other", [cell((block, kind)) for kind in kinds], total(block))
-        for block in blocks
+        HeatRow(name, [cell((block, kind)) for kind in kinds], total(block))
+        for name, block in zip(names, blocks, strict=True)
     ]
-    stacks = {block.rpartition(".")[0] for block in blocks if block}
-    if len(stacks) > 1:  # several stacks of blocks: numbers alone would not tell them apart
-        rows = [HeatRow(block or "other", row.cells, row.total) for block, row in zip(blocks, rows, strict=True)]
     return Heat(kinds, rows, write_end(low), write_end(high), [], "")
 
 
@@ -400,16 +401,7 @@ _MODEL = ("model", "gguf_file", "revision", "learning_rate", "weight_decay", "lr
 def summarize(source: Source) -> Facts:
     """Facts by group: method, model, training, data, versions. Only what is known; the run's own words come first."""
     run, checkpoint = source.history.run, source.checkpoint
-    facts: Facts = {}
-    for callback in _callbacks(source):
-        title = facts.setdefault(f"Method: {callback[0]}", {})
-        title |= _lines(callback[1].items())
-    scores = [str(s["score"]) for s in _states(source) if s.get("score")]
-    if not facts and scores:
-        patterns = [str(s["pattern"]) for s in _states(source) if s.get("pattern")]
-        facts["Method"] = {"score": ", ".join(scores), **({"pattern": ", ".join(patterns)} if patterns else {})}
-    if not facts and source.sparsity:
-        facts["Method"] = _lines((k, source.sparsity.get(k)) for k in ("score", "pattern"))
+    facts = _methods(source)
     facts["Sizes"] = {name: f"{before:,} → {now:,}" for name, (before, now) in shrunk(source).items()}
     hyper = source.hparams or checkpoint.hyper_parameters
     config = checkpoint.config
@@ -429,8 +421,27 @@ def summarize(source: Source) -> Facts:
     return {title: lines for title, lines in facts.items() if lines}
 
 
-def _states(source: Source) -> list[Mapping[str, Any]]:
-    return [s for s in states_of(source.checkpoint.callbacks, "WeightPruning").values() if isinstance(s, Mapping)]
+def _methods(source: Source) -> Facts:
+    """Settings by method, numbered where there are several of one name: of callbacks, masks, or ``sparsity.json``."""
+    named = [(f"Method: {name}", settings) for name, settings in _callbacks(source)]
+    if not named:
+        states = states_of(source.checkpoint.callbacks, "WeightPruning").values()
+        named = [("Method", _own(s, s.get("settings"))) for s in states if isinstance(s, Mapping) and s.get("score")]
+    if not named:
+        told = source.sparsity.get("settings")
+        each = told if isinstance(told, list) and told else [None]
+        named = [("Method", _own(source.sparsity, settings)) for settings in each]
+    of, so_far = Counter(title for title, _ in named), Counter[str]()
+    facts: Facts = {}
+    for title, settings in named:
+        so_far[title] += 1
+        facts[title if of[title] == 1 else f"{title} {so_far[title]}"] = _lines(settings.items())
+    return facts
+
+
+def _own(told: Mapping[str, Any], settings: Any) -> dict[str, Any]:
+    """Score and pattern that stand beside settings, and these, where there are any."""
+    return {k: told.get(k) for k in ("score", "pattern")} | (dict(settings) if isinstance(settings, Mapping) else {})
 
 
 def _callbacks(source: Source) -> list[tuple[str, Mapping[str, Any]]]:

@@ -2,9 +2,8 @@
 
 The way through the files: `families` (the table of architectures), `sizes` (arithmetic), `units` (which rows and
 columns go together, and which may go), `masking` (as zeros) and `removal` (for good), `classes` (whose configuration
-takes the sizes), `saving`; `saliency` (what a
-unit is worth), `planning` (which go), `compensation` (the rest takes over),
-`streaming` and `shrinking` (while training), `oneshot`.
+takes the sizes), `saving` over `folders` (one takes the place of another); `saliency` (what a unit is worth),
+`planning` (which go), `compensation` (the rest takes over), `streaming` and `shrinking` (while training), `oneshot`.
 """
 
 from lightning_prune.structure.families import Family, find_family, known_families, register_family

@@ -13,9 +13,10 @@ from torch import Tensor, device, nn
 
 from lightning_prune.naming import clean_name, uncompiled
 from lightning_prune.progress import is_main_process
-from lightning_prune.safety import add_check_sums, expanded, replacing
+from lightning_prune.safety import add_check_sums, expanded
 from lightning_prune.sharding import plain_class, whole_state
 from lightning_prune.structure.classes import is_own_class
+from lightning_prune.structure.folders import replacing
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.sizes import AttentionUnit
 from lightning_prune.structure.units import (

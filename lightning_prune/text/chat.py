@@ -188,7 +188,7 @@ def assistant_spans(messages: Sequence[Message], render: Render) -> tuple[str, l
     Raises:
         ValueError: If the conversation begins with the assistant, or a rendered part does not begin the whole text.
 
-    Example:
+    Examples:
         >>> def render(messages, prompt):
         ...     return "".join(f"{m['role'][0]}:{m['content']};" for m in messages) + "a:" * prompt
         >>> talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -231,7 +231,7 @@ def label_tokens(input_ids: Sequence[int], offsets: Sequence[Span], spans: Seque
     Returns:
         T labels, unshifted.
 
-    Example:
+    Examples:
         >>> label_tokens([5, 6, 7, 8], [(0, 2), (2, 5), (5, 6), (6, 9)], [(4, 6)])
         [-100, 6, 7, -100]
     """

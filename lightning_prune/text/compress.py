@@ -28,7 +28,8 @@ from lightning_prune.pruning.plan import make_plan
 from lightning_prune.pruning.settings import PruningSettings, make_score
 from lightning_prune.pruning.targets import DEFAULT_IGNORE
 from lightning_prune.results import Table
-from lightning_prune.safety import check_replaceable, expanded
+from lightning_prune.safety import expanded
+from lightning_prune.structure.folders import check_replaceable
 from lightning_prune.structure.oneshot import check_structured, shrink_by_plan
 from lightning_prune.structure.permutation import check_permutable, permute_channels
 from lightning_prune.text.documents import check_local, check_parts, texts_of

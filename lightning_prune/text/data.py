@@ -182,7 +182,7 @@ class TextDataModule(L.LightningDataModule):
             tell the assistant's tokens.
         FileNotFoundError: If a local file does not exist.
 
-    Example:
+    Examples:
         >>> data = TextDataModule("austen", vocab_size=512, block_size=64)  # doctest: +SKIP
         >>> trainer.fit(model, datamodule=data)  # doctest: +SKIP
     """

@@ -29,19 +29,15 @@ def first_number(cell: str) -> float | None:
 
 def read_table() -> tuple[float, dict[str, dict[int, float]]]:
     """The dense perplexity, and those of each method by percent of zeros."""
-    text = PAGE.read_text(encoding="utf-8").split("### Other sparsities")[1]
+    text = PAGE.read_text(encoding="utf-8").split("### Other sparsities")[1].split("###")[0]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.split("\n") if line.startswith("|")]
-    names = [re.sub(r"[*`]", "", cell).removesuffix(", block by block") for cell in rows[0]]
-    curves: dict[str, dict[int, float]] = {name: {} for name in names[2:]}
-    dense = first_number(rows[2][1])
-    assert dense is not None
+    percents = [int(found.group(1)) for cell in rows[0] if (found := re.match(r"(\d+) %", cell))]  # not 2:4
+    curves = {}
     for row in rows[2:]:
-        percent = re.match(r"(\d+) %", row[0])
-        if percent is None:  # the row of 2:4, or the next table
-            break
-        for name, cell in zip(names[2:], row[2:], strict=True):
-            if (value := first_number(cell)) is not None:
-                curves[name][int(percent.group(1))] = value
+        name = re.sub(r"[*`]", "", row[0]).removesuffix(", block by block")
+        values = zip(percents, map(first_number, row[1:]), strict=False)
+        curves[name] = {percent: value for percent, value in values if value is not None}
+    dense = curves.pop("dense")[percents[0]]
     return dense, curves
 
 

@@ -324,6 +324,15 @@ def test_training_that_is_too_short_ends_as_a_small_model_and_says_so() -> None:
     assert all(p.shape == q.shape for p, q in zip(module.parameters(), CausalLM(config=now).parameters(), strict=True))
 
 
+def test_an_end_that_training_does_not_reach_is_said_at_the_start() -> None:
+    with pytest.warns(UserWarning, match="end=5, but training ends at step 3 at the latest") as caught:
+        fit(PruningAwarePretraining(0.9, ("ffn",), end=5), max_steps=3)
+    assert str(caught[-1].message).endswith("before the target (0.9); train longer, or give an earlier end")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*but training ends at step")
+        fit(PruningAwarePretraining(0.9, ("ffn",), end=3), max_steps=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -29,13 +29,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_prune import CausalLM, WeightPruning, safety
+from lightning_prune import CausalLM, WeightPruning
 from lightning_prune.checkpoints.export import ExportError, export
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.checkpoints.sources import trained_tokenizer
 from lightning_prune.cli import main
 from lightning_prune.errors import CheckpointError
 from lightning_prune.pruning.masks import unpack_masks
+from lightning_prune.structure import folders
 from lightning_prune.text.data import EMBEDDED
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -548,9 +549,9 @@ def test_a_failure_leaves_the_old_folder(error, stage, old, trained, tmp_path, m
                 signal.raise_signal(signal.SIGINT)
             replace(old, new)
 
-        monkeypatch.setattr("lightning_prune.safety.os.replace", fail)
+        monkeypatch.setattr("lightning_prune.structure.folders.os.replace", fail)
         # As on a file system that cannot exchange two folders in one step.
-        monkeypatch.setattr("lightning_prune.safety._exchange", lambda *_: False)
+        monkeypatch.setattr("lightning_prune.structure.folders._exchange", lambda *_: False)
     with pytest.raises((ExportError, OSError) if isinstance(error, OSError) else KeyboardInterrupt):
         export(source, tmp_path / "out", overwrite=True)
     assert seen
@@ -597,7 +598,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused_before_the_work(old, tra
 
 def test_ctrl_c_while_folders_are_exchanged_waits_for_the_new_one(old, trained, tmp_path, monkeypatch):
     _, source = trained()
-    exchange, done = safety._exchange, []
+    exchange, done = folders._exchange, []
 
     def interrupted(*paths):
         signal.raise_signal(signal.SIGINT)
@@ -605,7 +606,7 @@ def test_ctrl_c_while_folders_are_exchanged_waits_for_the_new_one(old, trained, 
         signal.raise_signal(signal.SIGINT)
         return done[-1]
 
-    monkeypatch.setattr(safety, "_exchange", interrupted)
+    monkeypatch.setattr(folders, "_exchange", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(source, tmp_path / "out", overwrite=True)
     assert len(done) == 1

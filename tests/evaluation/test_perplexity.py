@@ -235,9 +235,17 @@ def test_improbable_tokens_and_nan_show():
 @pytest.mark.parametrize(
     ("data", "kwargs", "message"),
     [
-        (torch.zeros(10, dtype=torch.long), {"seq_len": 1}, "seq_len=1 must be at least 2"),
-        (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "stride": 6}, "stride=6 must lie between 1 and"),
-        (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "stride": 0}, "stride=0 must lie between 1 and"),
+        (
+            torch.zeros(10, dtype=torch.long),
+            {"seq_len": 1},
+            "seq_len=1 must be a whole number of at least 2: the",
+        ),
+        (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "stride": 6}, "stride=6 must be at most seq_len=5"),
+        (
+            torch.zeros(10, dtype=torch.long),
+            {"seq_len": 5, "stride": 0},
+            "stride=0 must .* least 1 and at most seq_len=5",
+        ),
         (torch.zeros(10, dtype=torch.long), {}, "data has 10 tokens, fewer than one window of seq_len=512"),
         (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "max_windows": 0}, "max_windows=0 must be"),
         (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "batch_size": 0}, "batch_size=0 must be"),
@@ -247,7 +255,7 @@ def test_improbable_tokens_and_nan_show():
         (["It is a truth"], {}, r"data\[0\] must hold token ids, .*received 'It is a truth' .*Tokenize text first"),
         ([{"text": "It"}], {}, r"data\[0\] must hold token ids, or be a dict with 'input_ids'; received \{'text'"),
         ([None], {}, r"data\[0\] must hold token ids"),
-        (torch.zeros(10, dtype=torch.long), {"seq_len": "8"}, "seq_len='8' must be at least 2, a whole number"),
+        (torch.zeros(10, dtype=torch.long), {"seq_len": "8"}, "seq_len='8' must be a whole number of at least 2"),
         (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "stride": 1.5}, "stride=1.5 must .* a whole number"),
         (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "max_windows": 1.5}, "max_windows=1.5 must be a whole"),
         (torch.zeros(10, dtype=torch.long), {"seq_len": 5, "first_token": -1}, "first_token=-1 must be a whole"),

@@ -32,6 +32,7 @@ from lightning_prune.pruning.score_histograms import ScoreSummary
 from lightning_prune.report import report
 from lightning_prune.report.figures import WIDTH, histograms, line, strip
 from lightning_prune.report.measure import CELLS, before_and_after, measure, open_source, read_results, structure_of
+from lightning_prune.report.sections import summarize
 
 
 def page_of(path: Path, tmp_path: Path, **options: object) -> tuple[str, Page]:
@@ -59,6 +60,35 @@ def test_a_run_is_told_whole(tmp_path: Path) -> None:
     assert len(re.findall("Histogram of", page_of(run, tmp_path)[0])) == 8  # scores and weights of four types
     assert {"summary", "sparsity", "training", "masks", "histograms", "quality", "size", "tensors"} <= set(page.ids)
     assert "notes" not in page.ids  # the tuple in hparams.yaml is read
+
+
+def test_each_of_several_callbacks_is_told(tmp_path: Path) -> None:
+    dense = matrices()
+    run = write_run(tmp_path / "run", dense)
+    history = run / HISTORY_FILE
+    first, *steps = history.read_text().splitlines()
+    told = json.loads(first)
+    other = {"name": "WeightPruning", "settings": {"score": "wanda", "targets": ["mlp"]}}
+    told["run"]["callbacks"] += [other, {"name": "PERPRetraining", "settings": {"r": 8}}]
+    history.write_text("\n".join([json.dumps(told), *steps]))
+    facts = summarize(open_source(run))
+    assert facts["Method: WeightPruning 1"]["score"] == "GBLM(alpha=100.0)"
+    assert facts["Method: WeightPruning 2"] == {"score": "wanda", "targets": '["mlp"]'}
+    assert facts["Method: PERPRetraining"] == {"r": "8"}
+
+
+def test_a_folder_tells_how_it_was_pruned(tmp_path: Path) -> None:
+    masks, _ = prune(dense := matrices())
+    save_file({n: w * masks[n] for n, w in dense.items()}, tmp_path / "model.safetensors")
+    settings = [{"sparsity": 0.5, "sequential": True, "update": None}, {"score": "kfac"}]
+    for told in (settings, settings[:1], []):
+        written = {"score": "wanda", "pattern": None, "settings": told}
+        (tmp_path / "sparsity.json").write_text(json.dumps(written))
+        facts = {name: fact for name, fact in summarize(open_source(tmp_path)).items() if "Method" in name}
+        first = {"score": "wanda", **({"sparsity": "0.5", "sequential": "True"} if told else {})}
+        assert facts == ({"Method 1": first, "Method 2": {"score": "kfac"}} if len(told) > 1 else {"Method": first})
+    text, _ = page_of(tmp_path, tmp_path / "page")
+    assert '<span class="muted">100.0 % kept' not in text  # of what is left
 
 
 def test_the_heat_map_is_the_share_of_zeros(tmp_path: Path) -> None:
