@@ -40,7 +40,7 @@ class LeftOut:
     """Tensors of one name that are not pruned, for one reason.
 
     Attributes:
-        name: Their name, with ``*`` for numbers: ``layers.*.mlp.experts.down_proj``.
+        name: Their name, with ``*`` for numbers: ``layers.*.mlp.experts.down_proj``; adapters have one together.
         tensors: How many.
         numel: Weights in them.
         reason: Why.
@@ -205,7 +205,9 @@ def coverage_of(
             taken += size if counts else 0
         elif parameter.dim() > 1 and size:
             reason = _reason(name, module, selection)
-            groups.setdefault((_with_stars(name), reason, counts), []).append(size)
+            # Each layer may have two adapters, whose names say nothing and would hide all others.
+            shown = "what PEFT has added" if reason == "adapter" else _with_stars(name)
+            groups.setdefault((shown, reason, counts), []).append(size)
             if keeps_zeros and reason != "adapter" and (parameter.requires_grad or not trains):
                 with at_hand(module):
                     here = getattr(module, name.rpartition(".")[2], parameter)

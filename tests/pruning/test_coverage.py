@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_prune import CausalLM, OneShot, PERPRetraining, SparsityMonitor, WeightPruning, prune
 from lightning_prune.checkpoints.inspection import inspect
+from lightning_prune.perp import add_adapters
 from lightning_prune.pruning.coverage import Coverage, measure_coverage
 
 TEXT = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -282,6 +283,18 @@ def test_layers_in_a_form_that_nobody_knows_are_named(plain):
     assert found.worrying == (plain == 1)
     assert f"1 layers whose weights are no plain parameters (quantized?): {plain} (Linear4bit)" in str(found)
     assert "neither" not in str(measure_coverage(nn.Sequential(*layers[:plain])))
+
+
+def test_adapters_are_one_line():
+    model = CausalLM(config=TINY).model
+    prune(model, score="magnitude", sparsity=0.5)
+    model = add_adapters(model, adapter="mask_lora", r=2)
+    coverage = measure_coverage(model)
+    (added,) = [entry for entry in coverage.left_out if entry.reason == "adapter"]
+    matrices = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert (added.tensors, added.numel) == (len(matrices), sum(p.numel() for p in matrices))
+    assert f"what PEFT has added ({len(matrices)} tensors" in str(coverage)
+    assert "embedding" in str(coverage)
 
 
 def test_long_lists_end():
