@@ -426,7 +426,8 @@ def _silent(logger: Any) -> Any:
     kind: Any = type(logger)
     methods = [n for n in dir(kind) if n.startswith("log_") and callable(getattr(kind, n))] + ["save", "watch"]
     quiet: dict[str, Any] = {name: lambda *args, **kwargs: None for name in methods if hasattr(kind, name)}
-    silent = object.__new__(type(kind.__name__, (kind,), {**quiet, "experiment": _Nothing()}))
+    new: Any = type(kind.__name__, (kind,), {**quiet, "experiment": _Nothing()})
+    silent = kind.__new__(new)
     silent.__dict__ = logger.__dict__
     return silent
 

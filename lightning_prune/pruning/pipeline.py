@@ -555,8 +555,9 @@ class _Run:
             quiet_model(self.model, freeze=False),
             progress_bar("Pruning blocks", sum(map(len, stacks)), plan.settings.progress) as advance,
         ):
-            # A comparison would bring offloaded weights to the device twice more.
-            how: dict[str, Any] = {"room": room, "compared": plan.likely or not any(t.offloaded for t in plan.targets)}
+            # A comparison brings offloaded weights here twice more; but a loss may run the blocks several times.
+            compared = plan.likely or self.loss_fn is not None or not any(t.offloaded for t in plan.targets)
+            how: dict[str, Any] = {"room": room, "compared": compared}
             samples = Samples(self.model, batches, plan.num_samples, run, self.forward_context, self.parts, **how)
             for _, walk in walk_stacks(samples, stacks, errors=None if self.parts else self.ranks):
                 for index, block in enumerate(walk.blocks):
