@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -493,6 +494,25 @@ def test_conv2d(settings):
     for size in (3, 1):
         check(gather(model, data.split(size), loss_fn=squares), expected)
     check(gather(model, [data], FORWARD_STATISTICS), expected, FORWARD_STATISTICS)
+
+
+@pytest.mark.parametrize("size", [3, 1])
+@pytest.mark.parametrize("family", ["CLIPVision", "SiglipVision", "ViT", "Dinov2"])
+def test_patches_of_image_encoders(family, size):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    inner = {"mlp_ratio": 2} if family == "Dinov2" else {"intermediate_size": 12}
+    model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**sizes, **inner)).eval()
+    name = next(n for n, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    data, targets = torch.randn(3, 3, 8, 8), find_targets(model, targets=[nn.Conv2d])
+
+    def loss(model, batch):
+        return model(pixel_values=batch).last_hidden_state.pow(3).flatten(1).mean(1)  # squares of a norm are constant
+
+    expected = naive.statistics(model, [x.double() for x in data.split(1)], {f"{name}.weight": name},
+                                lambda m, x: loss(m, x).sum())  # fmt: skip
+    found = collect(model, data.split(size), targets, ALL_STATISTICS, loss_fn=loss, num_samples=3, progress=False)
+    check(found, expected)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular", "replicate", "same"])
