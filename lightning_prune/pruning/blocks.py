@@ -193,7 +193,7 @@ class BlockWalk:
         hidden = hidden.to(batch.device, copy=True)  # a block may change its input in place
         args, kwargs = (hidden, *call.args), call.kwargs
         if call.keyword is not None:
-            args, kwargs = (), {**call.kwargs, call.keyword: hidden}
+            args, kwargs = (), {call.keyword: hidden, **call.kwargs}  # first, as `hidden_keyword` finds it
         kwargs = _with_own_caches(kwargs)
         with self.samples.forward_context():
             if weights is None:
@@ -241,7 +241,7 @@ class BlockWalk:
                 output: Any = hidden
                 if self.returns is None or self.returns > 1:
                     own = hidden.clone()
-                    given = kwargs if keyword is None else {**kwargs, keyword: own}
+                    given = kwargs if keyword is None else {keyword: own, **kwargs}
                     output = forwards[index](*(own, *args[1:])[: len(args)], **_with_own_caches(given))
                     self.returns = len(output) if isinstance(output, (tuple, list)) else 0
                     if not self.returns:

@@ -350,14 +350,15 @@ class Stack(nn.Module):
         return x
 
 
-def test_blocks_with_another_keyword_for_their_input():
+@pytest.mark.parametrize("how", [{}, {"train": "all", "window": "half"}], ids=["adapters", "all"])
+def test_blocks_with_another_keyword_for_their_input(how):
     model, data = Stack(lambda block, x: block(hidden_state=x, scale=1.5)[0]), torch.randn(4, 3, 6)
     expected = by_hand(model, data)
     dense = copy.deepcopy(model)
     found = prune(model, [data], "wanda", sequential=True, num_samples=4, progress=False)
     assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
     before = (model(data) - dense(data)).norm()
-    reconstruct(model, [data], dense=dense, num_samples=4, steps=40, seed=0, progress=False)
+    reconstruct(model, [data], dense=dense, num_samples=4, steps=40, seed=0, progress=False, **how)
     assert (model(data) - dense(data)).norm() < before
 
 
