@@ -385,8 +385,13 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
                 getattr(module, name).requires_grad_(True)
             for config in caches:
                 config.use_cache = True
-            for module, mode in modes:
-                module.training = mode
+            try:
+                for module, mode in modes:
+                    if mode and type(module).train is not nn.Module.train:
+                        module.train()  # which lets go of what it has kept in evaluation mode, as LeViT does
+            finally:
+                for module, mode in modes:
+                    module.training = mode
 
 
 def _checkpointed_layers(model: nn.Module) -> set[nn.Module]:

@@ -1113,3 +1113,32 @@ def test_a_layer_with_other_numbers_in_its_weights_place_is_named(change, told, 
         gather(model, [batch, batch], {statistic}, num_samples=8, loss_fn=loss)
     text = f"'0' ({where}) does not multiply with its weight as it is stored"
     assert [str(w.message).partition(", and")[0] for w in said] == [text] * (statistic in told)
+
+
+class Keeping(nn.Module):
+    """Keeps in evaluation mode what it computes of its parameters, as LeViT does; `train` lets go of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.linear, self.drop = nn.Parameter(torch.zeros(6)), nn.Linear(6, 6), nn.Dropout(0.5)
+        self.kept = None
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = None
+        return self
+
+    def forward(self, x):
+        if not self.training and self.kept is None:
+            self.kept = self.bias.detach().clone()
+        return self.drop(self.linear(x)) + (self.bias if self.training else self.kept)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_a_model_keeps_in_evaluation_mode_does_not_outlast_calibration(mode):
+    model = nn.Sequential(Keeping()).train(mode)
+    model[0].drop.eval()
+    gather(model, [torch.randn(2, 6)], {"input_norm"}, num_samples=2)
+    assert [m.training for m in model.modules()] == [mode, mode, mode, False]
+    assert (model[0].kept is None) == mode
