@@ -115,6 +115,10 @@ class State:
             now.update(attributes)
 
         self._undo.append(undo)
+        # A first forward pass may register hooks, and note in an attribute that it has.
+        for key, hooks in vars(module).items():
+            if key in _MODULE_INTERNALS and key.endswith("hooks") and isinstance(hooks, dict):
+                self._container(hooks, name)
         held = [(value, f"{name}.{key}") for key, value in attributes.items()]
         for kind in (module._parameters, module._buffers):
             # FSDP2 exchanges its parameters by itself; TorchScript's cannot be exchanged, and are in no dictionary.

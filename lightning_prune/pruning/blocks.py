@@ -198,7 +198,7 @@ class BlockWalk:
         hidden = hidden.to(batch.device, copy=True)  # a block may change its input in place
         args, kwargs = (hidden, *call.args), call.kwargs
         if call.keyword is not None:
-            args, kwargs = (), {**call.kwargs, call.keyword: hidden}
+            args, kwargs = (), {call.keyword: hidden, **call.kwargs}  # first, as `hidden_keyword` finds it
         kwargs = _with_own_caches(kwargs)
         with self.samples.forward_context():
             if weights is None:
@@ -220,6 +220,7 @@ class BlockWalk:
         runs: list[list[_Call]] = [[]]
         first: list[Tensor] = []
         passed: list[tuple[Any, int]] = []  # what each block handed on, and how often that had been written to
+        beside: list[Tensor] = []  # what else the last block has returned
         inside: list[Padding | None] = []
         forwards = [block.forward for block in self.blocks]
 
@@ -241,6 +242,10 @@ class BlockWalk:
                     )
                 if index > 0 and not _same(hidden, *passed[-1]):
                     raise self._computes_between()
+                # A second stream (Reformer): it would come from the dense blocks before.
+                given = (*args, *kwargs.values())
+                if any(other is one and one.shape == hidden.shape for one in beside for other in given):
+                    raise self._computes_between()
                 if index == 0:
                     first.append(hidden)
                     inside.append(None if padding is None else padding.now)  # of the call that the blocks belong to
@@ -250,12 +255,13 @@ class BlockWalk:
                 output: Any = hidden
                 if self.returns is None or self.returns > 1:
                     own = hidden.clone()
-                    given = kwargs if keyword is None else {**kwargs, keyword: own}
-                    output = forwards[index](*(own, *args[1:])[: len(args)], **_with_own_caches(given))
+                    named = kwargs if keyword is None else {keyword: own, **kwargs}
+                    output = forwards[index](*(own, *args[1:])[: len(args)], **_with_own_caches(named))
                     self.returns = len(output) if isinstance(output, (tuple, list)) else 0
                     if not self.returns:
                         _hidden_of(output, index)
                 handed = _first(output) if self.returns > 1 else hidden
+                beside[:] = [part for part in output[1:] if isinstance(part, Tensor)] if self.returns > 1 else []
                 passed.append((handed, _times_written(handed)))
                 if self.returns > 1:
                     return output

@@ -579,7 +579,7 @@ class Taps:
 def _gradient(delta: Tensor, x: Tensor, groups: int) -> Tensor:
     """Gradients of a weight ``[..., O, I]``, of output gradients ``[..., T, O]`` and inputs ``[..., T, G I]``."""
     if groups > 1:
-        delta, x = (rows.unflatten(-1, (groups, -1)).movedim(-2, -3) for rows in (delta, x))  # [..., G, T, .]
+        delta, x = (torch.unflatten(rows, -1, (groups, -1)).movedim(-2, -3) for rows in (delta, x))  # [..., G, T, .]
         return (delta.mT @ x).flatten(-3, -2)
     return delta.mT @ x
 

@@ -380,8 +380,13 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
             torch.set_autocast_cache_enabled(casts_kept)
             for config in caches:
                 config.use_cache = True
-            for module, mode in modes:
-                module.training = mode
+            try:
+                for module, mode in modes:
+                    if mode and type(module).train is not nn.Module.train:
+                        module.train()  # which lets go of what it has kept in evaluation mode, as LeViT does
+            finally:
+                for module, mode in modes:
+                    module.training = mode
 
 
 @contextmanager

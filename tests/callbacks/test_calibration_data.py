@@ -671,6 +671,38 @@ def test_a_step_that_ends_training_where_a_loss_is_small_does_not_end_it_in_cali
     assert len(seen) == 5
 
 
+class Distilling(L.LightningModule):
+    """Reads hidden states, for which transformers registers hooks in the first forward pass that asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = make_llama()
+        self.found: list[int] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        out = self.model(**batch, labels=batch["input_ids"], output_hidden_states=True)
+        self.found.append(len(out.hidden_states))
+        return out.loss + out.hidden_states[1].square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("score", ["wanda", "kfac"])
+def test_hooks_that_a_step_registers_once_are_there_once(score: str) -> None:
+    ids = torch.randint(4, 60, (8, 6), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row} for row in ids]
+    module = Distilling()
+    layers = module.model.model.layers
+    called: list[nn.Module] = []
+    layers[0].register_forward_hook(lambda layer, *_: called.append(layer))
+    fit(DataLoader(data, 2), pruning(loss_fn=None, score=score, num_samples=2), module=module)
+    assert set(module.found) == {1 + len(layers)}
+    called.clear()
+    module.training_step({"input_ids": ids}, 0)
+    assert len(called) == 1  # what was registered before is there still
+
+
 def test_what_cannot_be_put_back_is_named() -> None:
     class Drawing(Numbered):
         def __init__(self) -> None:

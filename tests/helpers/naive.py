@@ -33,7 +33,7 @@ def input_rows(module: nn.Module, x: Tensor) -> Array:
     if not isinstance(module, nn.Conv2d):
         return x.reshape(-1, x.shape[-1]).numpy()
     assert x.shape[0] == 1
-    ph, pw = module.padding
+    ph, pw = (0, 0) if module.padding == "valid" else module.padding
     kh, kw = module.kernel_size
     dh, dw = module.dilation
     sh, sw = module.stride

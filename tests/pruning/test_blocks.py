@@ -350,15 +350,51 @@ class Stack(nn.Module):
         return x
 
 
-def test_blocks_with_another_keyword_for_their_input():
+@pytest.mark.parametrize("how", [{}, {"train": "all", "window": "half"}], ids=["adapters", "all"])
+def test_blocks_with_another_keyword_for_their_input(how):
     model, data = Stack(lambda block, x: block(hidden_state=x, scale=1.5)[0]), torch.randn(4, 3, 6)
     expected = by_hand(model, data)
     dense = copy.deepcopy(model)
     found = prune(model, [data], "wanda", sequential=True, num_samples=4, progress=False)
     assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
     before = (model(data) - dense(data)).norm()
-    reconstruct(model, [data], dense=dense, num_samples=4, steps=40, seed=0, progress=False)
+    reconstruct(model, [data], dense=dense, num_samples=4, steps=40, seed=0, progress=False, **how)
     assert (model(data) - dense(data)).norm() < before
+
+
+class Pair(nn.Module):
+    """Two streams, as Reformer's, or a bias that all blocks share, as T5's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.back = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, other):
+        if other is None:
+            other = torch.ones(3, 1)
+        if other.shape == x.shape:
+            other = other + torch.tanh(self.linear(x))
+            return x + torch.tanh(self.back(other)), other
+        return self.back(torch.tanh(self.linear(x) + other)), other
+
+
+def test_blocks_with_a_second_stream_are_refused():
+    def streams(shared):
+        def forward(self, x):
+            other = None if shared else x
+            for block in self.blocks:
+                x, other = block(x, other)
+            return x
+
+        return type("Streams", (Stack,), {"forward": forward})(None, Pair)
+
+    data = torch.randn(4, 3, 6)
+    model = streams(True)
+    expected = by_hand(model, data)
+    found = prune(model, [data], "wanda", sequential=True, num_samples=4, progress=False)
+    assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+    with pytest.raises(CalibrationError, match=r"the 3 Pair modules .* computes something between them"):
+        prune(streams(False), [data], "wanda", sequential=True, num_samples=4, progress=False)
 
 
 def test_blocks_that_return_something_else_are_refused():

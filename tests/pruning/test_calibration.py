@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from tiny import LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -493,6 +494,25 @@ def test_conv2d(settings):
     for size in (3, 1):
         check(gather(model, data.split(size), loss_fn=squares), expected)
     check(gather(model, [data], FORWARD_STATISTICS), expected, FORWARD_STATISTICS)
+
+
+@pytest.mark.parametrize("size", [3, 1])
+@pytest.mark.parametrize("family", ["CLIPVision", "SiglipVision", "ViT", "Dinov2"])
+def test_patches_of_image_encoders(family, size):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    inner = {"mlp_ratio": 2} if family == "Dinov2" else {"intermediate_size": 12}
+    model = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**sizes, **inner)).eval()
+    name = next(n for n, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    data, targets = torch.randn(3, 3, 8, 8), find_targets(model, targets=[nn.Conv2d])
+
+    def loss(model, batch):
+        return model(pixel_values=batch).last_hidden_state.pow(3).flatten(1).mean(1)  # squares of a norm are constant
+
+    expected = naive.statistics(model, [x.double() for x in data.split(1)], {f"{name}.weight": name},
+                                lambda m, x: loss(m, x).sum())  # fmt: skip
+    found = collect(model, data.split(size), targets, ALL_STATISTICS, loss_fn=loss, num_samples=3, progress=False)
+    check(found, expected)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular", "replicate", "same"])
@@ -1093,3 +1113,32 @@ def test_a_layer_with_other_numbers_in_its_weights_place_is_named(change, told, 
         gather(model, [batch, batch], {statistic}, num_samples=8, loss_fn=loss)
     text = f"'0' ({where}) does not multiply with its weight as it is stored"
     assert [str(w.message).partition(", and")[0] for w in said] == [text] * (statistic in told)
+
+
+class Keeping(nn.Module):
+    """Keeps in evaluation mode what it computes of its parameters, as LeViT does; `train` lets go of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias, self.linear, self.drop = nn.Parameter(torch.zeros(6)), nn.Linear(6, 6), nn.Dropout(0.5)
+        self.kept = None
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = None
+        return self
+
+    def forward(self, x):
+        if not self.training and self.kept is None:
+            self.kept = self.bias.detach().clone()
+        return self.drop(self.linear(x)) + (self.bias if self.training else self.kept)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_a_model_keeps_in_evaluation_mode_does_not_outlast_calibration(mode):
+    model = nn.Sequential(Keeping()).train(mode)
+    model[0].drop.eval()
+    gather(model, [torch.randn(2, 6)], {"input_norm"}, num_samples=2)
+    assert [m.training for m in model.modules()] == [mode, mode, mode, False]
+    assert (model[0].kept is None) == mode
