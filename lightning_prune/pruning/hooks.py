@@ -11,6 +11,7 @@ the inputs of all groups, ``[B, T, G I]``; G is 1 of all other layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -533,8 +534,11 @@ class Taps:
     def _add_corner(self, corners: dict[str, Tensor], record: _Record, x: Tensor, delta: Tensor) -> None:
         tap, kind, layer, x = record.tap, record.tap.target.kind, record.layer, local(x)
         if isinstance(layer, CONVOLUTIONS):  # patches of a few channels, since those of all may be as many as never run
-            places = layer.weight[0, 0].numel()
-            x = x.narrow(1 - layer.weight.dim(), 0, min(layer.in_channels, -(-_CORNER[1] // places)))
+            _, of_group, *places = layer.weight.shape
+            channels = -(-_CORNER[1] // math.prod(places))
+            if channels > of_group:  # whole groups
+                channels = min(layer.in_channels, -(-channels // of_group) * of_group)
+            x = x.narrow(1 - layer.weight.dim(), 0, channels)
         rows = kind.input_rows(layer, x)[..., : _CORNER[1]].flatten(0, 1)
         deltas = kind.output_rows(local(delta))[..., : _CORNER[0]].flatten(0, 1)
         corner = deltas.to(wide_dtype(deltas.dtype)).t() @ rows.to(wide_dtype(rows.dtype))

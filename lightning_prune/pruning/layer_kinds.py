@@ -6,6 +6,7 @@ convolution (1 of all other layers): the rows of a group meet I inputs of their 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -59,7 +60,10 @@ def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, G*kh*kw*C/G)``."""
+    """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, G*kh*kw*C/G)``.
+
+    Of the first channels alone, whole groups or a part of one, it gives theirs.
+    """
     assert isinstance(layer, CONVOLUTIONS)
     flat = isinstance(layer, nn.Conv1d)
     x = x[None] if x.dim() == (2 if flat else 3) else x
@@ -68,7 +72,7 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     kernel, stride, dilation = ((1, *of)[-2:] for of in (layer.kernel_size, layer.stride, layer.dilation))
     patches = F.unfold(x[:, :, None] if flat else x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
     b, _, t = patches.shape
-    by_group = patches.view(b, layer.groups, x.shape[1] // layer.groups, -1, t)
+    by_group = patches.view(b, -1, min(x.shape[1], layer.in_channels // layer.groups), math.prod(kernel), t)
     return by_group.permute(0, 4, 1, 3, 2).reshape(b, t, -1)
 
 

@@ -229,7 +229,7 @@ class Decision:
         elif found and not reason and (layer := _left_over(together, alone)):
             again = self._corners(self._loss(last)[0])  # of a loss that draws at random it does not tell
             if not _left_over(again, alone[-1:], _TOLERANCE):
-                reason = f"the gradient of {count} samples in {layer} is not made of those that they have alone"
+                reason = f"the gradient of {count} samples in {layer!r} is not made of those that they have alone"
         whole_anywhere = any(flag for (flag,) in meet(self.lockstep, None, [int(bool(reason) and size > 1)]))
         return (How.WHOLE, reason) if whole_anywhere else (How.ONE_BY_ONE, "")
 

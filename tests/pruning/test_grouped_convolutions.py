@@ -119,6 +119,29 @@ def test_statistics_are_those_of_a_loop_over_groups(name, size):
     torch.testing.assert_close(forward.input_norm, found["2.weight"].input_norm)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_scalar_loss_is_taken_apart(name):
+    """Whether that may be is told from gradients of a batch, by patches of the first channels alone."""
+    model, data = make(name)
+    targets = find_targets(model, targets=["2"])
+
+    def scalar(model, batch):
+        return squares(model, batch).mean()
+
+    def pairs(model, batch):  # no batch of one has any; a term whose value is too small to tell
+        apart = torch.pdist(model(batch).flatten(1)).square().sum()
+        return scalar(model, batch) + 20 * (apart - apart.detach())
+
+    def statistics_of(loss_fn):
+        return collect(model, [data], targets, WITHOUT_HESSIAN, loss_fn=loss_fn, num_samples=3, progress=False)
+
+    expected, found = statistics_of(squares)["2.weight"], statistics_of(scalar)["2.weight"]
+    for statistic in WITHOUT_HESSIAN:
+        torch.testing.assert_close(found.get(statistic), expected.get(statistic))
+    with pytest.warns(UserWarning, match=r"gradient of 3 samples in '2\.weight' is not made of"):
+        statistics_of(pairs)
+
+
 def test_a_rank_gets_the_norms_of_its_part():
     model, data = make("2d in two groups")
     whole = collect(model, [data], find_targets(model), {INPUT_NORM}, num_samples=3, progress=False)
