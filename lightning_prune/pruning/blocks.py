@@ -100,6 +100,7 @@ class Samples:
         offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
         room: In what pieces batches run.
         compared: Compare what a stack gives block after block with what it gives in the model, for the first batch.
+        otherwise: What to do about blocks that cannot be walked, as messages have it.
     """
 
     model: nn.Module
@@ -111,6 +112,7 @@ class Samples:
     offload: torch.device | None = None
     room: Room = field(default_factory=Room)
     compared: bool = True
+    otherwise: str = "use sequential=False"
 
 
 class BlockWalk:
@@ -208,7 +210,7 @@ class BlockWalk:
                 own = _once_each(block, weights)
                 # Where a module has two names, torch's own way with ties leaves one of these weights in it.
                 output = torch.func.functional_call(block, own, args, kwargs, tie_weights=False)
-        return _hidden_of(output, index)
+        return self._hidden_of(output, index)
 
     def put_by(self, hidden: Tensor) -> Tensor:
         """Hidden states where they wait until they are needed."""
@@ -230,16 +232,14 @@ class BlockWalk:
                     runs.append([])
                 calls = runs[-1]
                 if len(calls) != index:
-                    raise CalibrationError(
-                        f"decoder block {index} ran out of order: block-by-block mode needs blocks that run once "
-                        "each, one after the other; use sequential=False"
+                    raise self._refusal(
+                        f"decoder block {index} ran out of order: block by block needs blocks that run once each, one "
+                        "after the other"
                     )
                 keyword = None if args else hidden_keyword(kwargs)
                 hidden = args[0] if keyword is None else kwargs.pop(keyword, None)
                 if not isinstance(hidden, Tensor):
-                    raise CalibrationError(
-                        f"decoder block {index} takes no tensor of hidden states first; use sequential=False"
-                    )
+                    raise self._refusal(f"decoder block {index} takes no tensor of hidden states first")
                 if index > 0 and not _same(hidden, *passed[-1]):
                     raise self._computes_between()
                 # A second stream (Reformer): it would come from the dense blocks before.
@@ -259,7 +259,7 @@ class BlockWalk:
                     output = forwards[index](*(own, *args[1:])[: len(args)], **_with_own_caches(named))
                     self.returns = len(output) if isinstance(output, (tuple, list)) else 0
                     if not self.returns:
-                        _hidden_of(output, index)
+                        self._hidden_of(output, index)
                 handed = _first(output) if self.returns > 1 else hidden
                 beside[:] = [part for part in output[1:] if isinstance(part, Tensor)] if self.returns > 1 else []
                 passed.append((handed, _times_written(handed)))
@@ -282,9 +282,7 @@ class BlockWalk:
         if self.optional and not runs[0]:
             return []
         if len(runs[-1]) != len(self.blocks):
-            raise CalibrationError(
-                f"only {len(runs[-1])} of {len(self.blocks)} decoder blocks ran; use sequential=False"
-            )
+            raise self._refusal(f"only {len(runs[-1])} of {len(self.blocks)} decoder blocks ran")
         if batch_size(batch) is None:
             size = first[0].shape[0]
         return [
@@ -335,11 +333,22 @@ class BlockWalk:
         return recorded
 
     def _computes_between(self) -> CalibrationError:
-        return CalibrationError(
+        return self._refusal(
             f"the {len(self.blocks)} {type_name(self.blocks[0])} modules of {type_name(self.samples.model)}, run one "
             "after the other, do not give what they give in the model, which runs them again on what they gave, or "
-            "computes something between them: use sequential=False"
+            "computes something between them"
         )
+
+    def _hidden_of(self, output: Any, index: int) -> Tensor:
+        """The hidden states that block `index` returns; it is refused if there are none."""
+        if not isinstance(hidden := _first(output), Tensor):
+            raise self._refusal(
+                f"decoder block {index} returns a {type(hidden).__name__}, no tensor of hidden states for the next one"
+            )
+        return hidden
+
+    def _refusal(self, why: str) -> CalibrationError:
+        return CalibrationError(f"{why}; {self.samples.otherwise}")
 
 
 def _same(received: Tensor, passed: Any, version: int) -> bool:
@@ -363,20 +372,6 @@ def hidden_keyword(kwargs: Mapping[str, Any]) -> str:
 def _first(output: Any) -> Any:
     """What a block returns for the next one."""
     return output[0] if isinstance(output, (tuple, list)) else output
-
-
-def _hidden_of(output: Any, index: int) -> Tensor:
-    """The hidden states that block `index` returns.
-
-    Raises:
-        CalibrationError: there are none.
-    """
-    if not isinstance(hidden := _first(output), Tensor):
-        raise CalibrationError(
-            f"decoder block {index} returns a {type(hidden).__name__}, no tensor of hidden states for the next one; "
-            "use sequential=False"
-        )
-    return hidden
 
 
 def _once_each(block: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -407,6 +407,10 @@ def test_blocks_that_return_something_else_are_refused():
     with pytest.raises(CalibrationError, match=r"block 0 returns a dict, no tensor.*sequential=False"):
         prune(model, [torch.randn(4, 3, 6)], "wanda", sequential=True, num_samples=4, progress=False)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    dense = copy.deepcopy(model)
+    prune(model, score="magnitude", progress=False)
+    with pytest.raises(CalibrationError, match=r"block 0 returns a dict, .*; leave reconstruct out, and train"):
+        reconstruct(model, [torch.randn(4, 3, 6)], dense=dense, num_samples=4, steps=1, progress=False)
 
 
 def by_hand(model, data, stack="blocks", **how):
@@ -579,7 +583,7 @@ def test_blocks_that_a_model_names_are_compared_too(between):
     model, data = Named(between), torch.rand(4, 3, 6)
     data[2] += 6
     before = snapshot(model)
-    with pytest.raises(CalibrationError, match=r"the 3 Sequential modules of Named, .* between them: use sequential="):
+    with pytest.raises(CalibrationError, match=r"the 3 Sequential modules of Named, .* between them; use sequential="):
         prune(model, list(data.split(1)), "wanda", sequential=True, num_samples=4, progress=False)
     assert snapshot(model) == before
     plain = Named(lambda x, block: block(x))
@@ -603,7 +607,7 @@ def test_blocks_that_return_tuples_of_tuples_are_refused():
                 (x, _), _ = block(x)
             return x
 
-    with pytest.raises(CalibrationError, match=r"the 2 Block modules of Model, .* between them: use sequential=False"):
+    with pytest.raises(CalibrationError, match=r"the 2 Block modules of Model, .* between them; use sequential=False"):
         prune(Model(), [torch.randn(2, 3, 6)], "wanda", sequential=True, num_samples=2, progress=False)
 
 
