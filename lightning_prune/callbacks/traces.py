@@ -192,7 +192,7 @@ class State:
         if any(type(item).__module__ in _THREADS for item in attributes.values()):
             self.unknown[name] = type(value).__name__  # another thread may be at work in it
             return ()
-        slots = {slot: getattr(value, slot) for slot in _slots(type(value)) if hasattr(value, slot)}
+        slots = _in_slots(value)
 
         def undo() -> None:
             if attributes or hasattr(value, "__dict__"):
@@ -211,6 +211,15 @@ def _is_users(value: Any) -> bool:
     """Whether an object is of a class with attributes, outside the libraries that are left alone."""
     package = type(value).__module__.partition(".")[0]
     return package not in _SKIPPED_PACKAGES and (hasattr(value, "__dict__") or bool(list(_slots(type(value)))))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """All that an object holds by name, in its dictionary or in slots."""
+    return {**getattr(value, "__dict__", {}), **_in_slots(value)}
+
+
+def _in_slots(value: Any) -> dict[str, Any]:
+    return {slot: getattr(value, slot) for slot in _slots(type(value)) if hasattr(value, slot)}
 
 
 def _slots(kind: type) -> Iterator[str]:
