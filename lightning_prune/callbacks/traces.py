@@ -115,9 +115,11 @@ class State:
             now.update(attributes)
 
         self._undo.append(undo)
-        # A first forward pass may register hooks, and note in an attribute that it has.
+        # A first forward pass may register hooks, and note in an attribute that it has. FSDP2's does, once and for all,
+        # on state dicts, and notes it where nothing is put back.
         for key, hooks in vars(module).items():
-            if key in _MODULE_INTERNALS and key.endswith("hooks") and isinstance(hooks, dict):
+            own = key in _MODULE_INTERNALS and key.endswith("hooks") and "state_dict" not in key
+            if own and isinstance(hooks, dict):
                 self._container(hooks, name)
         held = [(value, f"{name}.{key}") for key, value in attributes.items()]
         for kind in (module._parameters, module._buffers):
