@@ -440,7 +440,8 @@ def _silent(logger: Any) -> Any:
     if hasattr(kind, "__getattr__"):  # it makes up what it has, as mocks do
         return DummyLogger()
     try:
-        silent = object.__new__(type(kind.__name__, (_Unannounced, kind), quiet))  # its own may give the one there is
+        # The class's own `__new__` may give the one logger that there is.
+        silent: Any = object.__new__(type(kind.__name__, (_Unannounced, kind), quiet))
         for name, value in attributes_of(logger).items():
             if name not in quiet:
                 object.__setattr__(silent, name, value)
