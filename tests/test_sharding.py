@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from lightning_prune import prune
+from lightning_prune.callbacks.traces import unchanged
 from lightning_prune.sharding import gathered_dtypes, reshard, settle, shard_dim, type_name
 from lightning_prune.structure.classes import is_own_class
 
@@ -78,6 +79,15 @@ def test_forward_methods_of_shards_get_arguments(root: bool, mesh: DeviceMesh, m
     monkeypatch.setattr(FSDPState, "_root_pre_forward", moving)
     settle(sharded(mesh, root))
     assert passes
+
+
+def test_a_first_pass_that_leaves_no_trace_leaves_state_dicts_sharded(mesh: DeviceMesh) -> None:
+    """FSDP2's first pass has state dicts shard what is gathered, and notes that it has."""
+    model = sharded(mesh, root=True)
+    with unchanged({"model": model}):
+        model(torch.randn(2, 4))
+    model(torch.randn(2, 4))  # the root's own parameters stay gathered
+    assert all(isinstance(value, DTensor) for value in model.state_dict().values())
 
 
 def test_gathered_dtypes_are_those_of_each_forward_pass(mesh: DeviceMesh) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -27,7 +28,7 @@ from torch.utils.data import (
 )
 
 from lightning_prune.callbacks.kinds import has_own, is_kind
-from lightning_prune.callbacks.traces import WatchedParameters, unchanged
+from lightning_prune.callbacks.traces import WatchedParameters, attributes_of, unchanged
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import to_ignore
 
@@ -421,14 +422,31 @@ class _Nothing:
         pass
 
 
+class _Unannounced:
+    """Keep classes that are made on the side from what a class does with its subclasses (a list of all by name)."""
+
+    __slots__ = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
 def _silent(logger: Any) -> Any:
     """Make a logger of the same class, folders and names, for which a step may look, that logs nothing."""
     kind: Any = type(logger)
-    methods = [n for n in dir(kind) if n.startswith("log_") and callable(getattr(kind, n))] + ["save", "watch"]
+    methods = [n for n in dir(kind) if n.startswith("log_") and callable(getattr(kind, n))] + ["log", "save", "watch"]
     quiet: dict[str, Any] = {name: lambda *args, **kwargs: None for name in methods if hasattr(kind, name)}
-    new: Any = type(kind.__name__, (kind,), {**quiet, "experiment": _Nothing()})
-    silent = kind.__new__(new)
-    silent.__dict__ = logger.__dict__
+    quiet["experiment"] = _Nothing()
+    if hasattr(kind, "__getattr__"):  # it makes up what it has, as mocks do
+        return DummyLogger()
+    try:
+        # The class's own `__new__` may give the one logger that there is.
+        silent: Any = object.__new__(type(kind.__name__, (_Unannounced, kind), quiet))
+        for name, value in attributes_of(logger).items():
+            if name not in quiet:
+                object.__setattr__(silent, name, value)
+    except (TypeError, AttributeError):  # a class that is not made so
+        return DummyLogger()
     return silent
 
 

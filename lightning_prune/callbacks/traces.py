@@ -115,9 +115,11 @@ class State:
             now.update(attributes)
 
         self._undo.append(undo)
-        # A first forward pass may register hooks, and note in an attribute that it has.
+        # A first forward pass may register hooks, and note in an attribute that it has. FSDP2's does, once and for all,
+        # on state dicts, and notes it where nothing is put back.
         for key, hooks in vars(module).items():
-            if key in _MODULE_INTERNALS and key.endswith("hooks") and isinstance(hooks, dict):
+            own = key in _MODULE_INTERNALS and key.endswith("hooks") and "state_dict" not in key
+            if own and isinstance(hooks, dict):
                 self._container(hooks, name)
         held = [(value, f"{name}.{key}") for key, value in attributes.items()]
         for kind in (module._parameters, module._buffers):
@@ -192,7 +194,7 @@ class State:
         if any(type(item).__module__ in _THREADS for item in attributes.values()):
             self.unknown[name] = type(value).__name__  # another thread may be at work in it
             return ()
-        slots = {slot: getattr(value, slot) for slot in _slots(type(value)) if hasattr(value, slot)}
+        slots = _in_slots(value)
 
         def undo() -> None:
             if attributes or hasattr(value, "__dict__"):
@@ -211,6 +213,15 @@ def _is_users(value: Any) -> bool:
     """Whether an object is of a class with attributes, outside the libraries that are left alone."""
     package = type(value).__module__.partition(".")[0]
     return package not in _SKIPPED_PACKAGES and (hasattr(value, "__dict__") or bool(list(_slots(type(value)))))
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """All that an object holds by name, in its dictionary or in slots."""
+    return {**getattr(value, "__dict__", {}), **_in_slots(value)}
+
+
+def _in_slots(value: Any) -> dict[str, Any]:
+    return {slot: getattr(value, slot) for slot in _slots(type(value)) if hasattr(value, slot)}
 
 
 def _slots(kind: type) -> Iterator[str]:

@@ -170,6 +170,8 @@ class Taps:
         self.whole = False
         self.probed: int | None = None
         self.corners: dict[str, Tensor] | None = None
+        # Experts tell the least of a loss: rounding, other in a batch than alone, sends single tokens to another one.
+        self.all_routed = all(isinstance(module, ExpertMatrix) for tap in self.all for module in tap.target.modules)
         self.leaks: list[Tensor] = []
         self.calls: list[LayerCall] = []
         self.seen: set[str] = set()
@@ -335,7 +337,7 @@ class Taps:
             self._backward(loss * self.scale)
         finally:
             corners, self.corners = self.corners, None
-        return corners
+        return {name: corner.cpu() for name, corner in corners.items()}  # once all are on their way
 
     def _backward(self, loss: Tensor) -> None:
         self.device, self.in_backward = loss.device, True
@@ -496,7 +498,8 @@ class Taps:
         if delta is None:
             return
         if self.corners is not None:
-            self._add_corner(self.corners, record, x, delta)
+            if record.routed is None or self.all_routed:
+                self._add_corner(self.corners, record, x, delta)
             return
         if self.probed is not None:
             deltas = tap.target.kind.output_rows(local(delta.detach()))
@@ -542,8 +545,8 @@ class Taps:
         rows = kind.input_rows(layer, x)[..., : _CORNER[1]].flatten(0, 1)
         deltas = kind.output_rows(local(delta))[..., : _CORNER[0]].flatten(0, 1)
         corner = deltas.to(wide_dtype(deltas.dtype)).t() @ rows.to(wide_dtype(rows.dtype))
-        corner = corner.cpu()
-        corners[tap.name] = corners[tap.name] + corner if tap.name in corners else corner
+        name = tap.target.parameter  # of all experts together
+        corners[name] = corners[name].to(corner.device) + corner if name in corners else corner
 
     def _look_for_leak(self, deltas: Tensor) -> None:
         assert self.probed is not None

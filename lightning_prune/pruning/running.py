@@ -383,7 +383,7 @@ def quiet_model(model: nn.Module, freeze: bool) -> Iterator[None]:
             try:
                 for module, mode in modes:
                     if mode and type(module).train is not nn.Module.train:
-                        module.train()  # which lets go of what it has kept in evaluation mode, as LeViT does
+                        module.train(True)  # which lets go of what it has kept in evaluation mode, as LeViT does
             finally:
                 for module, mode in modes:
                     module.training = mode

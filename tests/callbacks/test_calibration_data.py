@@ -12,13 +12,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import CombinedLoader
 from tiny import make_llama
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torchmetrics import MeanMetric
 
 from lightning_prune import LinearSchedule, OneShot, WeightPruning, prune
 from lightning_prune.callbacks import traces
+from lightning_prune.callbacks.calibration_data import _silent
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -893,6 +894,65 @@ def test_a_step_finds_its_logger_which_logs_nothing(score: str, tmp_path: Any) -
         (str(tmp_path / "lightning_logs" / "version_0"),) * 2 + (str(tmp_path), "lightning_logs", 0)
     }
     assert len(images) == 1
+
+
+class Alone(Logger):
+    """A logger with slots, one for all, whose class says what every class of loggers is called."""
+
+    __slots__ = ("_run",)
+    classes: ClassVar[dict[str, Any]] = {}
+    only: ClassVar[Any] = None
+
+    def __new__(cls, run: str) -> Any:
+        Alone.only = Alone.only or object.__new__(Alone)
+        return Alone.only
+
+    def __init__(self, run: str) -> None:
+        self._run, self.lines = run, list[Any]()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        Alone.classes[cls.__name__] = cls
+
+    name = version = property(lambda self: self._run)  # type: ignore[assignment]
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self.lines.append(args)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self.lines.append(args)
+
+
+class Twin(Alone):
+    """Of a class that is known by its name."""
+
+
+class MadeUp:
+    """Has every method that it is asked for."""
+
+    name = "run"
+
+    def __init__(self) -> None:
+        self.lines: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self.lines.append(name)
+
+
+def test_loggers_of_any_class_are_silent() -> None:
+    alone, twin, made_up = Alone("run"), object.__new__(Twin), MadeUp()
+    twin._run, twin.lines = "run", []
+    twin.log_metrics = lambda *args, **kwargs: twin.lines.append(args)
+    for logger in (alone, twin, made_up):
+        silent = _silent(logger)
+        silent.log_metrics({"a": 1.0}, step=0)
+        silent.experiment.add_image("a")
+        assert logger.lines == []
+        if logger is not made_up:
+            assert (type(silent).__name__, silent.name) == (type(logger).__name__, "run")
+            assert isinstance(silent, type(logger))
+    assert Alone.classes == {"Twin": Twin}
 
 
 class Counting:

@@ -1123,7 +1123,7 @@ class Keeping(nn.Module):
         self.bias, self.linear, self.drop = nn.Parameter(torch.zeros(6)), nn.Linear(6, 6), nn.Dropout(0.5)
         self.kept = None
 
-    def train(self, mode=True):
+    def train(self, mode):
         super().train(mode)
         if mode:
             self.kept = None

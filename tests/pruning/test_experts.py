@@ -247,6 +247,25 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude(score: str) -> None:
     assert torch.equal(mask, reference_mask(weight.abs(), 0.5, group))
 
 
+@pytest.mark.parametrize("ignore", [(), ("*self_attn*",)])
+def test_a_token_that_rounding_sends_to_another_expert_in_a_batch_does_not_keep_it_whole(ignore: tuple) -> None:
+    """Products are rounded otherwise for another number of rows, and some experts see few of them."""
+    model, tokens = make_moe("mixtral"), 24
+    silence(model, 1, layer=1)
+
+    def moved(_, __, output):
+        _, _, index = output
+        if len(index) > tokens:
+            index[20, 0] = 1
+
+    model.model.layers[1].mlp.gate.register_forward_hook(moved)
+    ids = torch.randint(1, WORDS, (4, tokens), generator=torch.Generator().manual_seed(1))
+    how = {"loss_fn": lambda m, b: m(input_ids=b, labels=b).loss, "ignore": ("lm_head", *ignore), "progress": False}
+    with pytest.warns(UserWarning, match="routed to") as told:
+        prune(model, [ids], "gblm", 0.5, num_samples=4, **how)
+    assert not [warning for warning in told if "taken apart" in str(warning.message)]
+
+
 @pytest.mark.parametrize("score", ["wanda", "gblm"])
 def test_experts_without_tokens_are_told_of_once_block_by_block(score: str) -> None:
     """The sweep of the dense model (gblm) and the walk each find them, in two blocks."""
