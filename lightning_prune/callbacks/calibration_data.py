@@ -434,11 +434,11 @@ class _Unannounced:
 def _silent(logger: Any) -> Any:
     """Make a logger of the same class, folders and names, for which a step may look, that logs nothing."""
     kind: Any = type(logger)
+    if hasattr(kind, "__getattr__"):  # it makes up what it has, as mocks do
+        return DummyLogger()
     methods = [n for n in dir(kind) if n.startswith("log_") and callable(getattr(kind, n))] + ["log", "save", "watch"]
     quiet: dict[str, Any] = {name: lambda *args, **kwargs: None for name in methods if hasattr(kind, name)}
     quiet["experiment"] = _Nothing()
-    if hasattr(kind, "__getattr__"):  # it makes up what it has, as mocks do
-        return DummyLogger()
     try:
         # The class's own `__new__` may give the one logger that there is.
         silent: Any = object.__new__(type(kind.__name__, (_Unannounced, kind), quiet))

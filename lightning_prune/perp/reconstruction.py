@@ -164,9 +164,15 @@ def reconstruct(
         stacks = [stack for stack in stacks if any(training.fits(name, block) for name, block in stack)]
         places = {name: place for place, (name, _) in enumerate(blocks)}
         taken = _taken_apart(on_device(model, batches), settings)
-        otherwise = "leave reconstruct out, and train adapters, or the kept weights under hold_masks"
-        how: dict[str, Any] = {"offload": device, "otherwise": otherwise}
-        calibrating = Samples(model, taken, settings.num_samples, _run_body, forward_context, **how)
+        calibrating = Samples(
+            model,
+            taken,
+            settings.num_samples,
+            _run_body,
+            forward_context,
+            offload=device,
+            otherwise="leave reconstruct out, and train adapters, or the kept weights under hold_masks",
+        )
         walks = walk_stacks(calibrating, [[block for _, block in stack] for stack in stacks], errors=ranks)
         errors = []
         with progress_bar("Reconstructing blocks", sum(map(len, stacks)), progress) as advance:
