@@ -290,12 +290,22 @@ def _fits(value: Any, size: int, top: bool = False) -> bool:
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors of a batch, in mappings and sequences too."""
+    """The tensors of a batch, in containers too."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
+    elif isinstance(value, PackedSequence):
+        yield value.data
+    else:
+        for item in _children(value) or ():
             yield from tensors_of(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_of(item)
+
+
+def form_of(value: Any) -> Any:
+    """What a batch is made of, whatever its sizes: equal for two batches that a module has no cause to treat apart."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim, value.dtype
+    if isinstance(value, (bool, type(None), enum.Enum)):
+        return value
+    if isinstance(value, Mapping):
+        return type(value), *((str(key), form_of(item)) for key, item in value.items())
+    return type(value), *dict.fromkeys(map(form_of, _children(value) or ()))

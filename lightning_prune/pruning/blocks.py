@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import own_parameters
-from lightning_prune.pruning.batches import batch_size, take
+from lightning_prune.pruning.batches import batch_size, form_of, take
 from lightning_prune.pruning.batches import samples as first_samples
 from lightning_prune.pruning.forwards import forwards_replaced
 from lightning_prune.pruning.padding import Padding, PaddingFinder
@@ -99,7 +99,8 @@ class Samples:
         ranks: Whose parameters are sharded, so that they run in lock step; or None.
         offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
         room: In what pieces batches run.
-        compared: Compare what a stack gives block after block with what it gives in the model, for the first batch.
+        compared: Compare what a stack gives block after block with what it gives in the model, for the first batch of
+            each form.
         otherwise: What to do about blocks that cannot be walked, as messages have it.
     """
 
@@ -133,25 +134,29 @@ class BlockWalk:
         self.returns: int | None = None  # length of the tuple that a block returns, 0 for a tensor
         self.to_the_end = samples.ranks is not None  # FSDP2 cannot be left in the middle of a forward pass
         self.optional = optional and samples.ranks is None
-        self.runs = 1  # of all blocks for one batch, as the first shows
+        self.runs = 1  # of all blocks for one batch, as the first of its form shows
         self.padding = PaddingFinder(samples.model)
         self.recording = Passes(samples.model, samples.ranks)
         self.passes = [Passes(samples.model, samples.ranks, block) for block in self.blocks]
         self.batches: list[BlockBatch] = []
-        seen = False
+        given = False
+        runs: dict[Any, int] = {}  # by what a batch is made of
         units = samples.room.units(first_samples(samples.batches, samples.number))
         try:
             for (batch, size), counting in in_step(units, samples.ranks):
-                seen = True
+                given, form = True, form_of(batch)
+                self.runs = runs.get(form, 1)
                 recorded = self._record(batch, size)
-                if recorded and samples.compared and samples.ranks is None and not self.batches:
+                if recorded and samples.compared and samples.ranks is None and form not in runs:
                     recorded = self._compared(batch, size, recorded)
+                if recorded:
+                    runs[form] = self.runs
                 for one in recorded:
                     one.counting = counting
                 self.batches += recorded
         finally:
             reshard(samples.model)
-        if not seen:
+        if not given:
             raise no_sample()
         if not self.batches:
             raise CalibrationError(

@@ -517,6 +517,27 @@ def test_a_loss_that_runs_the_blocks_on_two_texts_counts_both(named):
     assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in updated.items())
 
 
+class Tasks(nn.Module):
+    """Some batches have a second text, which runs through the same blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Unnamed(lambda x, block: block(x))
+
+    def forward(self, text, other=None):
+        return self.inner(text) if other is None else self.inner(text) + self.inner(other)
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+def test_batches_of_another_form_run_the_blocks_more_often():
+    torch.manual_seed(0)
+    model, one, two = Tasks(), torch.randn(1, 3, 6), torch.randn(1, 2, 3, 6) * torch.tensor([3.0, 1, 1, 0.2, 1, 1])
+    batches = [{"text": one}, {"text": two[:, 0], "other": two[:, 1]}, {"text": two[:, 1], "other": None}]
+    expected = by_hand(model.inner, torch.cat([one, two[:, 0], two[:, 1], two[:, 1]]))
+    found = prune(model, batches, "wanda", sequential=True, num_samples=3, progress=False)
+    assert all(torch.equal(mask, expected[name.removeprefix("inner.")]) for name, mask in found.items())
+
+
 @pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
 @pytest.mark.parametrize(
     ("loss", "message"),
