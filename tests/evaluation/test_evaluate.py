@@ -143,7 +143,7 @@ def test_command(files, tmp_path, capsys):
         assert text in document
         assert text in out.out
     assert "in windows of 32 tokens without overlap" in document
-    assert results["versions"]["torch"] == torch.__version__
+    assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (tmp_path / "results.json").stat().st_mode & 0o444 == 0o444  # not the private mode of temporary files
     assert len(list(tmp_path.iterdir())) == 2
 
