@@ -211,7 +211,7 @@ def undistilled(module: L.LightningModule) -> Iterator[None]:
 
 
 # Of the student's arguments: a cache of its own, and outputs that nobody asks the source for.
-_LEFT_OUT = ("past_key_values", "return_dict", "output_hidden_states", "output_attentions")
+_LEFT_OUT = ("past_key_values", "cache", "return_dict", "output_hidden_states", "output_attentions")
 
 
 def _inputs(student: nn.Module, source: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from perp_trainers import LLAMA, loader, make_trainer, pruning
 from tiny import make_llama, make_tokens, snapshot
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertForSequenceClassification, DynamicCache, T5Config, T5ForConditionalGeneration
 
 from lightning_prune import CausalLM, LinearSchedule, OneShot, PERPRetraining, PruningAwarePretraining
 from lightning_prune.callbacks.distillation import Distillation, logits_divergence
@@ -89,6 +90,19 @@ def test_the_wrapped_step_returns_the_mixed_loss_and_its_gradient(as_dict: bool)
     again = module.training_step(ids)
     torch.testing.assert_close(again["loss"] if as_dict else again, plain["loss"] if as_dict else plain)
     assert not any(name.startswith("source") for name in module.state_dict())
+
+
+def test_the_source_leaves_the_students_cache_of_keys_and_values_alone() -> None:
+    module, source, ids = Module(False), make_llama(seed=3), make_tokens(2, 7)
+    takes = inspect.signature(module.model.forward).parameters
+    name, cache = "cache" if "cache" in takes else "past_key_values", DynamicCache(config=module.model.config)
+    module.training_step = lambda *_: module.model(ids, labels=ids, use_cache=True, **{name: cache}).loss  # type: ignore[method-assign]
+    distillation = Distillation(source, weight=1.0)
+    distillation.begin(module, module.model)
+    loss = module.training_step(ids)
+    distillation.end()
+    torch.testing.assert_close(loss, logits_divergence(module.model(ids).logits, source(ids).logits, 1.0))
+    assert cache.get_seq_length() == 7
 
 
 class Distilled(CausalLM):

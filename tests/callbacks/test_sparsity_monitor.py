@@ -193,7 +193,7 @@ def test_the_history_says_how_the_run_was_made(tmp_path: Path) -> None:
     text = (tmp_path / HISTORY_FILE).read_text()
     assert all(json.loads(line) for line in text.splitlines())
     history = read_history(tmp_path / HISTORY_FILE)
-    assert history.run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a package may not name its build
+    assert history.run["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert history.run["seed"] == 3
     settings = history.run["callbacks"][0]["settings"]
     assert (settings["sparsity"], settings["num_samples"], settings["pattern"]) == (0.5, 4, "unstructured")
