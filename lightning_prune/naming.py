@@ -183,7 +183,7 @@ def to_ignore(*names: str) -> str:
     >>> to_ignore("model.base_model.model.head.up.base_layer.weight")  # adapters come and go
     "'head.up' to `ignore`"
     """
-    layers = [_BASE_LAYER.sub("", _IN_PEFT.sub("", name).removesuffix(".weight")) for name in names]
+    layers = [without_base_layers(_IN_PEFT.sub("", name).removesuffix(".weight")) for name in names]
     text = f"{', '.join(map(repr, layers))} to `ignore`"
     parts = layers[0].split(".")
     # A number at the end is a part of a Sequential, whose others are something else.
@@ -206,6 +206,15 @@ def adapter_in_its_place(name: str) -> str:
     )
 
 
+def without_base_layers(name: str) -> str:
+    """A name without what PEFT's wrappers of layers, or several around the same one, put into it.
+
+    >>> without_base_layers("mlp.experts.base_layer.base_layer.down_proj")
+    'mlp.experts.down_proj'
+    """
+    return _BASE_LAYER.sub("", name)
+
+
 def plain_name(name: str) -> str:
     """A parameter's or module's name without what PEFT and ``torch.compile`` put into it.
 
@@ -214,7 +223,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("base_model.model.base_layers.0.weight")  # a name that PEFT did not give
     'base_layers.0.weight'
     """
-    return _BASE_LAYER.sub("", clean_name(name).removeprefix(_PEFT_PREFIX))
+    return without_base_layers(clean_name(name).removeprefix(_PEFT_PREFIX))
 
 
 def has_class(value: object, name: str) -> bool:
