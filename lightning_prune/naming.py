@@ -162,9 +162,11 @@ def name_matches(name: str, pattern: str) -> bool:
     False
     >>> name_matches("tower.up[0]", "up[0]")  # a key of a ModuleDict
     True
+    >>> name_matches("mlp.experts.base_layer.base_layer.down_proj", "experts.down_proj")  # adapters come and go
+    True
     """
-    parts = name.split(".")
-    tails = (".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end))
+    forms = [form.split(".") for form in dict.fromkeys((name, without_base_layers(name)))]
+    tails = (".".join(p[start:end]) for p in forms for end in range(1, len(p) + 1) for start in range(end))
     return any(tail == pattern or fnmatchcase(tail, pattern) for tail in tails)
 
 

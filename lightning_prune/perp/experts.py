@@ -50,7 +50,7 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
         config: LoraConfig,
         variant: type[SparseLinear],
         r: int,
-        lora_alpha: float,
+        lora_alpha: int,
     ) -> None:
         self.variant = variant
         super().__init__(base_layer, adapter_name, parameter_name, config=config, r=r, lora_alpha=lora_alpha)
@@ -68,7 +68,7 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
         """See `SparseLayer.path`."""
         return name.rpartition(".")[0]
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Build the matrices of all experts, each as the variant builds those of a linear layer.
 
         Raises:
@@ -86,7 +86,7 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
             holder.register_parameter(self.parameter_name, nn.Parameter(wide))
         self.set_adapter(self.active_adapters)
 
-    def _as_layers(self, adapter_name: str, r: int, lora_alpha: float) -> Iterator[SparseLinear]:
+    def _as_layers(self, adapter_name: str, r: int, lora_alpha: int) -> Iterator[SparseLinear]:
         """Each expert's slice as a linear layer with a new adapter, in order."""
         for weight in gather_whole(self.base_weight.detach()):
             matrix = weight.mT if self.transposed else weight
@@ -99,7 +99,7 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
         """See `SparseLayer.begin_anew`."""
         (name,) = self.lora_A
         self._made_with = copy.copy(self._made_with)
-        self._made_with.init_lora_weights = init_lora_weights
+        self._made_with.init_lora_weights = init_lora_weights  # type: ignore[assignment]
         layers = list(self._as_layers(name, self.r[name], self.lora_alpha[name]))
         for matrix, new in zip(self.matrices(), _stacked(layers), strict=True):
             local(matrix).copy_(take_shard(matrix, new))
@@ -135,8 +135,9 @@ def put_on_experts(
     Keys of ``rank_pattern`` and ``alpha_pattern`` may name the parameter, or the experts.
     """
 
-    def of(pattern: Mapping[str, Any], default: Any) -> Any:
-        keys = (get_pattern_key(pattern.keys(), name) for name in (f"{path}.{parameter}", path))
+    def of(pattern: Mapping[str, Any] | None, default: Any) -> Any:
+        pattern = pattern or {}
+        keys = (get_pattern_key(list(pattern), name) for name in (f"{path}.{parameter}", path))
         return next((pattern[key] for key in keys if key in pattern), default)
 
     rank, alpha = of(config.rank_pattern, config.r), of(config.alpha_pattern, config.lora_alpha)

@@ -51,7 +51,7 @@ from lightning_prune.sharding import (
 )
 
 
-class SparseLayer(lora.LoraLayer):
+class SparseLayer(nn.Module, lora.LoraLayer):
     """A frozen pruned weight and one adapter: its mask, its two matrices and its merge, whatever layer multiplies.
 
     The mask lies beside the layer as a buffer of one byte a weight, which is not saved: it is the base weight's exact
@@ -211,8 +211,8 @@ class SparseLayer(lora.LoraLayer):
             )
         weight, whole = self._part_before_merge(), self.base_weight
         left, right = self.factors()
-        *stack, rows, columns = (slice(*bounds) for bounds in shard_bounds(whole))
-        left, right = left[(*stack, rows)], right[(*stack, slice(None), columns)]
+        bounds = [slice(*bounds) for bounds in shard_bounds(whole)]
+        left, right = left[tuple(bounds[:-1])], right[(*bounds[:-2], slice(None), bounds[-1])]
         with full_precision():  # a merge in a training hook may run under autocast
             return self.variant.combination()(weight, self.kept_part, left, right, None)
 
