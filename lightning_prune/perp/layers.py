@@ -150,11 +150,17 @@ class SparseLayer(nn.Module, lora.LoraLayer):
         return self.kept.to(weight.device) if self.kept.shape == weight.shape else None
 
     def check_sharded_with_adapter(self) -> None:
-        """Refuse a base layer that FSDP2 shards by itself.
+        """Refuse a layer that FSDP2 shards by itself.
 
         Raises:
-            ValueError: its adapter would be left out, and every rank would train its own.
+            ValueError: of a base layer the adapter would be left out, and every rank would train its own; with its
+                adapter it does not outlive the merge, after which nothing would gather its weight.
         """
+        refuse_shard_root(
+            self,
+            "fully_shard was called on a layer with an adapter, or on experts with theirs, which the merge takes off; "
+            "call it on decoder blocks and on the transformers model",
+        )
         refuse_shard_root(
             self.get_base_layer(),
             "fully_shard was called on a linear layer without its adapter, or on experts without theirs; call it on "
