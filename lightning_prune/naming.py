@@ -49,6 +49,15 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return inner
 
 
+def is_compiled_alone(path: str) -> bool:
+    """Whether a module is the one that ``torch.compile`` was called on, by its path in a model.
+
+    >>> is_compiled_alone("layers.0.mlp.experts._orig_mod"), is_compiled_alone("_orig_mod.layers.0.mlp.experts")
+    (True, False)
+    """
+    return path.endswith("._orig_mod")
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a module holds itself, by the names they have there."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))

@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_prune.naming import own_parameters
+from lightning_prune.naming import clean_name, is_compiled_alone, own_parameters
 from lightning_prune.perp.layers import SparseLayer, SparseLinear, check_base_weight
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.sharding import gather_whole, local, take_shard
@@ -161,8 +161,14 @@ def check_experts(name: str, experts: nn.Module, parameter_name: str, options: M
     """Refuse a parameter of experts that cannot be adapted; `name` is the parameter's.
 
     Raises:
-        ValueError: see `check_base_weight`; or `options` have dropout, which drops inputs of layers.
+        ValueError: see `check_base_weight`; the experts are compiled by themselves; or `options` have dropout, which
+            drops inputs of layers.
     """
+    if is_compiled_alone(name.rpartition(".")[0]):
+        raise ValueError(
+            f"the experts of {clean_name(name)!r} were given to torch.compile by themselves, and would go on without "
+            "an adapter: add adapters first, and compile the blocks or the model"
+        )
     if options.get("lora_dropout"):
         raise ValueError(
             f"lora_dropout={options['lora_dropout']!r} must be 0 for {name!r}: it would drop inputs of the adapter "

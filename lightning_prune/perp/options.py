@@ -184,8 +184,9 @@ def _is_chosen(config: LoraConfig, name: str, path: str) -> bool:
     if name == path:
         return bool(check_target_module_exists(config, name))
     everything = LoraConfig(target_modules=".*", exclude_modules=config.exclude_modules)
-    return any(check_target_module_exists(config, form) for form in (name, path)) and all(
-        check_target_module_exists(everything, form) for form in (name, path)
+    forms = (clean_name(name), clean_name(name).rpartition(".")[0])
+    return any(check_target_module_exists(config, form) for form in forms) and all(
+        check_target_module_exists(everything, form) for form in forms
     )
 
 

@@ -21,6 +21,7 @@ from lightning_prune.perp import (
     add_adapters,
     load_adapter,
     merge,
+    reconstruct,
     register_adapter,
     remove_adapters,
     save_adapter,
@@ -180,6 +181,55 @@ def test_training_lowers_the_loss_and_the_merge_keeps_zeros(adapter: str, family
         changed = (weight != before[name]).flatten(1).any(1)
         assert bool(changed.all()) if "experts" in name and dtype == torch.float32 else bool(changed.any()), name
     assert torch.equal(logits(merged), y) == (adapter != "lora_prune")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_autocast_the_merged_model_is_the_same(family: str) -> None:
+    model = add_adapters(pruned_moe(family, "batched_mm", torch.float32), r=4)
+    losses = []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(model(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+
+    def run(model: nn.Module) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return logits(model), model.generate(IDS[:, :4], max_new_tokens=3, do_sample=False)
+
+    before = run(model)
+    assert all(torch.equal(one, other) for one, other in zip(run(merge(model)), before, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("how", ["experts", "model"])
+def test_compiled_it_trains_the_same(how: str, family: str) -> None:
+    losses = []
+    for compiled in (False, True):
+        plain = pruned_moe(family, "batched_mm")
+        for block in plain.model.layers if compiled and how == "experts" else ():
+            (block.feed_forward if family == "llama4" else block.mlp).experts.compile(backend="eager")
+        torch.manual_seed(0)
+        model = add_adapters(plain, r=2)
+        losses.append(train(torch.compile(model, backend="aot_eager") if compiled and how == "model" else model, IDS))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+def test_experts_that_are_compiled_by_themselves_are_refused() -> None:
+    plain = pruned_moe("mixtral")
+    for block in plain.model.layers:
+        block.mlp.experts = torch.compile(block.mlp.experts, backend="eager")
+    before = snapshot(plain)
+    for options in ({}, {"target_modules": ["down_proj"]}):
+        with pytest.raises(
+            ValueError, match=r"experts of 'model\.layers\.0\.mlp\.experts\.\w+' were given to torch.comp"
+        ):
+            add_adapters(plain, **options)
+    assert snapshot(plain) == before
+    assert not any("experts" in n for n, _ in sparse_layers(add_adapters(plain, exclude_modules=["experts"])))
 
 
 def test_a_merge_in_place_gives_the_bits_back() -> None:
@@ -349,6 +399,31 @@ def test_a_merged_model_is_a_plain_folder(tmp_path: Path) -> None:
     plain, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert all(torch.equal(p, merged.get_parameter(n)) for n, p in plain.named_parameters())
+
+
+# -- block by block
+
+
+@pytest.mark.few_fast(2)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("window", "adapter"), [("block", "mask_lora"), ("half", "scale_lora"), ("half", "signed")])
+def test_reconstruct_fits_experts_through_their_adapters(window: str, adapter: str, family: str) -> None:
+    model = make_moe(family).float()
+    dense = copy.deepcopy(model)
+    masks = prune(model, score="magnitude", progress=False)
+    before = {name: model.get_parameter(name).detach().clone() for name in masks}
+    batches = [{"input_ids": make_tokens(2, 12, vocab=WORDS, seed=seed)} for seed in range(3)]
+    options = {"steps": 40, "learning_rate": 5e-3, "num_samples": 6, "progress": False, "r": 4, "adapter": adapter}
+    alone = reconstruct(copy.deepcopy(model), batches, dense, masks, exclude_modules=["experts"], **options)
+    done = reconstruct(model, batches, dense, masks, window=window, **options)
+    assert done.after < 0.8 * done.before
+    assert done.after < alone.after
+    assert not [module for module in model.modules() if hasattr(module, "base_layer")]
+    for name, mask in masks.items():
+        weight = model.get_parameter(name).detach()
+        assert not weight[~mask].view(torch.int32).any(), name
+        if "experts" in name:
+            assert all(not torch.equal(weight[e], before[name][e]) for e in range(EXPERTS)), name
 
 
 # -- what cannot be
