@@ -217,8 +217,9 @@ class SparseLayer(nn.Module, lora.LoraLayer):
             )
         weight, whole = self._part_before_merge(), self.base_weight
         left, right = self.factors()
-        bounds = [slice(*bounds) for bounds in shard_bounds(whole)]
-        left, right = left[tuple(bounds[:-1])], right[(*bounds[:-2], slice(None), bounds[-1])]
+        bounds = tuple(slice(*bounds) for bounds in shard_bounds(whole))
+        columns = (*bounds[:-2], slice(None), bounds[-1])
+        left, right = left[bounds[:-1]], right[columns]
         with full_precision():  # a merge in a training hook may run under autocast
             return self.variant.combination()(weight, self.kept_part, left, right, None)
 
