@@ -49,6 +49,15 @@ def uncompiled(module: nn.Module) -> nn.Module:
     return inner
 
 
+def is_compiled_alone(path: str) -> bool:
+    """Whether a module is the one that ``torch.compile`` was called on, by its path in a model.
+
+    >>> is_compiled_alone("layers.0.mlp.experts._orig_mod"), is_compiled_alone("_orig_mod.layers.0.mlp.experts")
+    (True, False)
+    """
+    return path.endswith("._orig_mod")
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that a module holds itself, by the names they have there."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
@@ -162,9 +171,11 @@ def name_matches(name: str, pattern: str) -> bool:
     False
     >>> name_matches("tower.up[0]", "up[0]")  # a key of a ModuleDict
     True
+    >>> name_matches("mlp.experts.base_layer.base_layer.down_proj", "experts.down_proj")  # adapters come and go
+    True
     """
-    parts = name.split(".")
-    tails = (".".join(parts[start:end]) for end in range(1, len(parts) + 1) for start in range(end))
+    forms = [form.split(".") for form in dict.fromkeys((name, without_base_layers(name)))]
+    tails = (".".join(p[start:end]) for p in forms for end in range(1, len(p) + 1) for start in range(end))
     return any(tail == pattern or fnmatchcase(tail, pattern) for tail in tails)
 
 
@@ -183,7 +194,7 @@ def to_ignore(*names: str) -> str:
     >>> to_ignore("model.base_model.model.head.up.base_layer.weight")  # adapters come and go
     "'head.up' to `ignore`"
     """
-    layers = [_BASE_LAYER.sub("", _IN_PEFT.sub("", name).removesuffix(".weight")) for name in names]
+    layers = [without_base_layers(_IN_PEFT.sub("", name).removesuffix(".weight")) for name in names]
     text = f"{', '.join(map(repr, layers))} to `ignore`"
     parts = layers[0].split(".")
     # A number at the end is a part of a Sequential, whose others are something else.
@@ -206,6 +217,15 @@ def adapter_in_its_place(name: str) -> str:
     )
 
 
+def without_base_layers(name: str) -> str:
+    """A name without what PEFT's wrappers of layers, or several around the same one, put into it.
+
+    >>> without_base_layers("mlp.experts.base_layer.base_layer.down_proj")
+    'mlp.experts.down_proj'
+    """
+    return _BASE_LAYER.sub("", name)
+
+
 def plain_name(name: str) -> str:
     """A parameter's or module's name without what PEFT and ``torch.compile`` put into it.
 
@@ -214,7 +234,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("base_model.model.base_layers.0.weight")  # a name that PEFT did not give
     'base_layers.0.weight'
     """
-    return _BASE_LAYER.sub("", clean_name(name).removeprefix(_PEFT_PREFIX))
+    return without_base_layers(clean_name(name).removeprefix(_PEFT_PREFIX))
 
 
 def has_class(value: object, name: str) -> bool:

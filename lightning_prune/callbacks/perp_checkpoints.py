@@ -11,7 +11,7 @@ from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.checkpoints.states import add_states, has_adapters, load_into, save_merged
 from lightning_prune.errors import CheckpointError
-from lightning_prune.perp.layers import SparseLinear
+from lightning_prune.perp.layers import SparseLayer
 
 _WRAPPED = ("save_checkpoint", "load_model_state_dict", "load_checkpoint")
 
@@ -90,4 +90,4 @@ def _wrap(strategy: Any, function: Any, original: Any) -> None:
 
 
 def _has_adapters(trainer: L.Trainer) -> bool:
-    return any(isinstance(layer, SparseLinear) for layer in trainer.lightning_module.modules())
+    return any(isinstance(layer, SparseLayer) for layer in trainer.lightning_module.modules())

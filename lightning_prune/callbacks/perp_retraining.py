@@ -37,6 +37,7 @@ from lightning_prune.checkpoints.states import UNMERGED
 from lightning_prune.errors import check_bool
 from lightning_prune.naming import plain_name
 from lightning_prune.perp.adapters import (
+    adaptable,
     adapter_masks,
     adapters_aside,
     attach,
@@ -253,8 +254,8 @@ class PERPRetraining(L.Callback):
         model, options = self._model(module), dict(self.options)
         targets = {name: target for pruner in pruners for name, target in self._targets_of(pruner, module)}
         if pruners and self.adapter is not None and options.get("target_modules") is None:
-            layers = [name for name, target in targets.items() if target.kind.name in ("Linear", "Conv1D")]
-            options["target_modules"] = WholeNames(name.removesuffix(".weight") for name in layers)
+            names = (name.removeprefix(f"{self.attribute}.") for name in adaptable(targets.values()))
+            options["target_modules"] = WholeNames(names)
             check_any_adapted(model, options["target_modules"])
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
@@ -512,7 +513,7 @@ class PERPRetraining(L.Callback):
             if not self._beside_pruner:
                 state["masks"] = pack_masks(adapter_masks(model))
             elif self.adapt_head:  # which the pruner has no mask of
-                heads = {f"{name}.weight" for name, layer in sparse_layers(model) if layer.stays_dense}
+                heads = {layer.weight_name(name) for name, layer in sparse_layers(model) if layer.stays_dense}
                 state["masks"] = pack_masks({n: mask for n, mask in adapter_masks(model).items() if n in heads})
         return state
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.checkpoints.reading import Checkpoint, fail, open_checkpoint
 from lightning_prune.errors import CheckpointError
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import clean_name, without_base_layers
 from lightning_prune.pruning.clearing import to_bytes
 from lightning_prune.pruning.masks import PackedMasks, unpack_masks
 from lightning_prune.safety import is_stored_whole
@@ -24,7 +24,7 @@ from lightning_prune.structure.saving import MaskedUnits
 from lightning_prune.structure.sizes import ATTENTION_UNITS
 
 if TYPE_CHECKING:
-    from lightning_prune.perp.layers import SparseLinear
+    from lightning_prune.perp.layers import SparseLayer
 
 _PRUNING, _SHRINKING, _RETRAINING = "WeightPruning", "PruningAwarePretraining", "PERPRetraining"
 
@@ -241,6 +241,8 @@ def _leave_rates(schedule: dict[str, Any], left: Sequence[bool]) -> None:
 
 # -- adapters --------------------------------------------------------------------------------------------------------
 
+# Of a layer's weight, or of one of several parameters of experts.
+_MATRIX = re.compile(r"(?P<module>.*)\.(?P<matrix>lora_[AB])\.[^.]+\.(?P<parameter>.+)")
 UNMERGED = "unmerged"
 """Where the callback's state holds base weights and adapters, by the names of the module that trains them."""
 _Load = Callable[[], Tensor]
@@ -266,7 +268,7 @@ def save_merged(checkpoint: dict[str, Any], module: nn.Module, attribute: str, s
     state: Mapping[str, Tensor] = checkpoint.get("state_dict", {})
     layers = _adapted_layers(module)
     parts = {name: _part_names(name, layer) for name, layer in layers.items()}
-    if not all(layer.mergeable for layer in layers.values()):
+    if not all(layer.variant.mergeable for layer in layers.values()):
         return
     if not layers or not all(key in state for keys in parts.values() for key in keys):  # a state dict of the user's own
         return
@@ -346,24 +348,25 @@ def load_merged_state(path: str | Path) -> dict[str, Tensor]:
     return dict(merged_checkpoint(open_checkpoint(path)))
 
 
-def _adapted_layers(module: nn.Module) -> dict[str, SparseLinear]:
+def _adapted_layers(module: nn.Module) -> dict[str, SparseLayer]:
     """The layers with adapters, by name."""
     # Imported here, since it takes peft and transformers with it, which reading a plain checkpoint has no need of.
-    from lightning_prune.perp.layers import SparseLinear
+    from lightning_prune.perp.layers import SparseLayer
 
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLinear)}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, SparseLayer)}
 
 
-def _part_names(name: str, layer: SparseLinear) -> tuple[str, str, str]:
+def _part_names(name: str, layer: SparseLayer) -> tuple[str, str, str]:
     """Keys of the base weight, A and B of a layer in the module's state dict."""
-    (adapter,) = layer.lora_A
-    return f"{name}.base_layer.weight", f"{name}.lora_A.{adapter}.weight", f"{name}.lora_B.{adapter}.weight"
+    (adapter,), own = layer.lora_A, layer.parameter_name
+    base = next(key for key, p in layer.named_parameters(name) if p is layer.base_weight)  # of experts further inside
+    return base, f"{name}.lora_A.{adapter}.{own}", f"{name}.lora_B.{adapter}.{own}"
 
 
 def _without_peft(name: str, attribute: str) -> str:
     """A key of the module's state dict as it is without adapters; other wrappers' parts of it stay."""
     prefix = f"{attribute}.{_PEFT}"
-    return f"{attribute}.{name.removeprefix(prefix)}".replace(".base_layer.", ".") if name.startswith(prefix) else name
+    return without_base_layers(f"{attribute}.{name.removeprefix(prefix)}") if name.startswith(prefix) else name
 
 
 # -- what is read as if it were merged -------------------------------------------------------------------------------
@@ -413,7 +416,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("model.base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     'model.model.layers.0.mlp.up_proj.weight'
     """
-    return clean_name(name).replace("base_model.model.", "", 1).replace(".base_layer.", ".")
+    return without_base_layers(clean_name(name).replace("base_model.model.", "", 1))
 
 
 def _is_adapter(name: str) -> bool:
@@ -466,29 +469,40 @@ class _Adapters:
 
     def merged(self, loads: Mapping[str, _Load]) -> Iterator[tuple[str, _Load]]:
         """Plain names, and functions that load what the weights are after the merge."""
+        matrices: dict[tuple[str, ...], list[_Load]] = {}
+        for name, load in loads.items():
+            if (found := _MATRIX.fullmatch(without_base_layers(name))) is not None:
+                matrices.setdefault(found.group("module", "parameter", "matrix"), []).append(load)
         for name, load in loads.items():
             if _is_adapter(name):
                 continue
-            parts = self._parts_of(name, loads)
+            parts = self._parts_of(name, matrices)
             plain = plain_name(name)
             yield plain, load if parts is None else self._merging(plain, load, *parts)
 
-    def _parts_of(self, name: str, loads: Mapping[str, _Load]) -> tuple[_Load, _Load] | None:
-        """How to load A and B of a base layer's weight; None for any other tensor."""
-        module, found, parameter = name.rpartition(".base_layer.")
-        if not found or parameter != "weight":
+    def _parts_of(self, name: str, matrices: Mapping[tuple[str, ...], Sequence[_Load]]) -> tuple[_Load, _Load] | None:
+        """How to load A and B of a base layer's weight, or of a parameter of experts; None for any other tensor."""
+        if ".base_layer." not in name:
             return None
-        pair = []
+        module, _, parameter = without_base_layers(name).rpartition(".")
+        pair: list[_Load] = []
         for matrix in ("lora_A", "lora_B"):
-            own = [load for other, load in loads.items() if other.startswith(f"{module}.{matrix}.")]
+            own = matrices.get((module, parameter, matrix), ())
             if len(own) != 1:
+                if parameter != "weight" and self._layer_of(plain_name(name)) is None:
+                    return None  # biases
                 fail(self._path, f"{module!r} has {len(own)} matrices {matrix}; one was expected")
             pair.extend(own)
         return pair[0], pair[1]
 
+    def _layer_of(self, name: str) -> Any:
+        """What the callback's state says of a weight; None where it does not know it."""
+        ends = ((f".{key}.weight", f".{key}") for key in self._layers)
+        found = (value for value, end in zip(self._layers.values(), ends, strict=True) if f".{name}".endswith(end))
+        return next(found, None)
+
     def _merging(self, name: str, base: _Load, first: _Load, second: _Load) -> _Load:
-        tails = (value for key, value in self._layers.items() if f".{name}".endswith(f".{key}.weight"))
-        layer = next(tails, None)
+        layer = self._layer_of(name)
         if not isinstance(layer, Mapping):
             fail(self._path, f"the state of its {_RETRAINING} callback knows no adapter of {name!r}; it is damaged")
         scaling, transposed = float(layer["scaling"]), bool(layer["transposed"])

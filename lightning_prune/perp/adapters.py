@@ -17,12 +17,14 @@ import peft
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import plain_name, uncompiled
-from lightning_prune.perp.layers import SparseLinear, check_base_layer, find_variant, own_weight, sparse_layers
+from lightning_prune.perp.experts import check_experts, place_of, put_on_experts, weight_name
+from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_variant, sparse_layers
 from lightning_prune.perp.masks import set_masks
 from lightning_prune.perp.options import (
     WholeNames,
@@ -51,7 +53,7 @@ from lightning_prune.perp.storage import (
 )
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.coverage import pruned_zeros
-from lightning_prune.pruning.layer_kinds import CONV1D, LINEAR, embeds
+from lightning_prune.pruning.layer_kinds import CONV1D, EXPERT, LINEAR, embeds
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of
@@ -66,8 +68,9 @@ from lightning_prune.sharding import (
     reshard,
 )
 
-# Kinds of layer that take an adapter.
-_ADAPTED = (LINEAR.name, CONV1D.name)
+# Kinds of layer that take an adapter; what "all-linear" means, as in PEFT.
+_ADAPTED = (LINEAR.name, CONV1D.name, EXPERT.name)
+_LINEAR = (LINEAR.name, CONV1D.name)
 
 
 def add_adapters(
@@ -94,7 +97,8 @@ def add_adapters(
         adapt_head: Put an adapter on the output embeddings too, as the code of the paper does. Nothing of them is
             pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
         **lora_options: ``r`` (16), ``lora_alpha`` (2 r; s = lora_alpha / r), ``use_rslora``, ``init_lora_weights``,
-            ``target_modules`` (default: every Linear and Conv1D with a pruned weight, without the head),
+            ``target_modules`` (default: every Linear, Conv1D and parameter of experts with a pruned weight, without
+            the head; experts are named by their own name or by that of one parameter, ``down_proj``),
             ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, and
             ``lora_dropout`` for the variants that add the adapter's output to the layer's.
 
@@ -143,7 +147,7 @@ def attach(
     if not names and not trained:
         raise ValueError(f"adapter={adapter!r} with train={parts} leaves nothing to train in {type(model).__name__}")
     _check_not_revived(model, trained, masks)
-    twice = [name for name in names if f"{name}.weight" in trained]
+    twice = [name for name in names if weight_name(model, name) in trained]
     if twice:
         raise ValueError(
             f"{twice[0]!r} is trained whole by train={parts}, which would fill its zeros, and would get an adapter "
@@ -160,7 +164,7 @@ def attach(
         required_grad=frozenset(name for name, p in model.named_parameters() if p.requires_grad),
         input_grads=adapter is not None and checkpoints_reentrantly(model),
     )
-    modules = {name: model.get_submodule(name) for name in names}
+    modules = {path: model.get_submodule(path) for path, _ in (place_of(model, name) for name in names)}
     with uninterrupted():
         try:
             built = model if adapter is None else _build(model, adapter, record)
@@ -226,9 +230,10 @@ def adapted_modules(
 ) -> list[str]:
     """Return the names of the modules that get an adapter, all of them checked, and of the head where it is named."""
     if options.get("target_modules") in (None, "all-linear"):
-        linear = [t.name.removesuffix(".weight") for t in _linear_targets(model)]
-        check_any_adapted(model, linear)
-        names = match_modules(model, adapter, {**options, "target_modules": WholeNames(linear)})
+        kinds = _ADAPTED if options.get("target_modules") is None else _LINEAR
+        found = adaptable(find_targets(model, frozen=True), kinds)
+        check_any_adapted(model, found)
+        names = match_modules(model, adapter, {**options, "target_modules": WholeNames(found)})
         if options.get("target_modules") is None and not pruned_later:
             names = [name for name in names if _is_pruned(model, name, masks)]
     else:
@@ -236,8 +241,12 @@ def adapted_modules(
     if head is not None:
         names = [*(name for name in names if name != head), head]
     for name in names:
-        check_base_layer(name, model.get_submodule(name))
-    check_unshared(model, {name: own_weight(model.get_submodule(name)) for name in names})
+        path, parameter = place_of(model, name)
+        if path == name:
+            check_base_layer(name, model.get_submodule(path))
+        else:
+            check_experts(name, model.get_submodule(path), parameter, options)
+    check_unshared(model, {name: model.get_parameter(weight_name(model, name)) for name in names})
     chosen = options.get("target_modules") is not None
     left = "" if chosen else _without_adapter(model, masks, pruned_later)
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
@@ -258,8 +267,8 @@ def check_any_adapted(model: nn.Module, names: Sequence[str]) -> None:
     """
     if not names:
         raise ValueError(
-            f"no layer of {type(model).__name__} that is pruned can get an adapter, which goes with Linear and Conv1D "
-            "alone: train biases and norms with adapter=None, or the kept weights themselves under masks "
+            f"no layer of {type(model).__name__} that is pruned can get an adapter, which goes with Linear, Conv1D and "
+            "experts alone: train biases and norms with adapter=None, or the kept weights themselves under masks "
             "(WeightPruning without PERPRetraining, or hold_masks)"
         )
 
@@ -299,14 +308,14 @@ def _head_name(model: nn.Module, adapter: str | None) -> str:
     return name
 
 
-def _linear_targets(model: nn.Module) -> list[Target]:
-    return [t for t in find_targets(model, frozen=True) if t.kind.name in _ADAPTED]
+def adaptable(targets: Iterable[Target], kinds: Collection[str] = _ADAPTED) -> list[str]:
+    """The names of what can get an adapter: layers, and parameters of experts, each once."""
+    return list(dict.fromkeys(t.parameter.removesuffix(".weight") for t in targets if t.kind.name in kinds))
 
 
 def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return has_pruned(weight, masks.get(f"{name}.weight"))
+    weight = weight_name(model, name)
+    return has_pruned(model.get_parameter(weight), masks.get(weight))
 
 
 def has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
@@ -327,8 +336,8 @@ def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later
         return ""
     share = sum(weight.numel() for weight in left.values()) / sum(t.numel for t in targets)
     return (
-        f"{share:.0%} of the weights that can be pruned get no adapter, which goes with Linear and Conv1D alone, and "
-        f"stay as they are ({next(iter(left))!r} and {len(left) - 1} more parameters): to retrain experts, "
+        f"{share:.0%} of the weights that can be pruned get no adapter, which goes with Linear, Conv1D and experts "
+        f"alone, and stay as they are ({next(iter(left))!r} and {len(left) - 1} more parameters): to retrain "
         "convolutions and recurrent weights too, use reconstruct(..., train='all'), or train the model under hold_masks"
     )
 
@@ -362,15 +371,20 @@ def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, T
 
 
 def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftModel:
-    config = make_config(adapter, record.options)
+    config, variant = make_config(adapter, record.options), find_variant(adapter)
+    places = {name: place_of(model, name) for name in record.options["target_modules"]}
+    linear = [name for name, (path, _) in places.items() if path == name]
     # The names are decided; what selected them must not act again on PEFT's side, nor may they be endings of others.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.target_modules = "|".join(map(re.escape, record.options["target_modules"]))
+    config.target_modules = "|".join(map(re.escape, linear)) or DUMMY_TARGET_MODULES
     with _of_no_family(model):
         built = SparsePeftModel(model, config)
+    for name, (path, parameter) in places.items():
+        if path != name:
+            put_on_experts(model, path, parameter, config, variant)
     # PEFT documents the registration of layer classes as experimental, and builds a plain LoRA where it fails.
-    for name in record.options["target_modules"]:
-        if type(module := model.get_submodule(name)) is not find_variant(adapter):
+    for name in linear:
+        if type(module := model.get_submodule(name)) is not variant:
             raise RuntimeError(
                 f"PEFT {peft.__version__} has put a {type(module).__name__} on {name!r} in place of adapter="
                 f"{adapter!r}, which would fill its zeros; install a version of PEFT that this package was tested with"
@@ -453,10 +467,10 @@ def fold(model: nn.Module) -> None:
     _check_mergeable(layers)
     with uninterrupted():
         for layer in layers.values():
-            layer.fold(record.options.get("init_lora_weights", True))
+            layer.fold(record.options.get("init_lora_weights") or True)  # a random start would be another model
 
 
-def _check_mergeable(layers: Mapping[str, SparseLinear]) -> None:
+def _check_mergeable(layers: Mapping[str, SparseLayer]) -> None:
     """All layers before any is written."""
     for name, layer in layers.items():
         broken = as_shard_of(layer.base_weight, ~layer.merged_weight().isfinite())
@@ -481,12 +495,15 @@ def adapters_aside(model: nn.Module) -> Iterator[nn.Module]:
         _exchange(plain, _base_layers(layers), None)
         yield plain
     finally:
+        outermost: dict[str, nn.Module] = {}  # of several around the same experts
+        for name, layer in layers.items():
+            outermost.setdefault(layer.path(name), layer)
         with uninterrupted():
-            _exchange(plain, layers, record, configuration)
+            _exchange(plain, outermost, record, configuration)
 
 
-def _base_layers(layers: Mapping[str, SparseLinear]) -> dict[str, nn.Module]:
-    return {name: layer.get_base_layer() for name, layer in layers.items()}
+def _base_layers(layers: Mapping[str, SparseLayer]) -> dict[str, nn.Module]:
+    return {layer.path(name): layer.get_base_layer() for name, layer in layers.items()}
 
 
 def _exchange(
@@ -514,7 +531,7 @@ def _take_off(model: nn.Module, modules: Mapping[str, nn.Module], record: Retrai
         model.disable_input_require_grads()  # type: ignore[operator]
 
 
-def _check_zeros(name: str, layer: SparseLinear) -> None:
+def _check_zeros(name: str, layer: SparseLayer) -> None:
     filled = int(((layer.base_part != 0) & (layer.kept_part == 0)).count_nonzero())
     if filled:
         raise RuntimeError(f"{filled} pruned weights of {name!r} are not zero after the merge; this is a bug")
@@ -543,7 +560,8 @@ def remove_adapters(model: nn.Module) -> nn.Module:
 def adapter_masks(model: nn.Module) -> Masks:
     """The masks of the adapted weights, bool, by the plain model's parameter names; sharded as the weights are."""
     reshard(model)
-    return {f"{n}.weight": as_shard_of(layer.base_weight, layer.kept_part != 0) for n, layer in sparse_layers(model)}
+    layers = {layer.weight_name(name): layer for name, layer in sparse_layers(model)}
+    return {name: as_shard_of(layer.base_weight, layer.kept_part != 0) for name, layer in layers.items()}
 
 
 def trainable_share(model: nn.Module) -> float:

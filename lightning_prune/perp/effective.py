@@ -15,6 +15,8 @@ product forward and two backward.
 Letters: T rows (tokens), I inputs, O outputs, r rank. A parameter is stored ``[O, I]`` (nn.Linear) with
 ``L = s B [O, r]`` and ``R = A [r, I]``, or transposed (transformers' Conv1D, ``[I, O]``) with ``L = s A^T [I, r]`` and
 ``R = B^T [r, O]``. Everything but the final product is the same for both, so it is written once, for ``[P, Q]``.
+Of experts that are one parameter ``[E, P, Q]`` each slice has an L and an R, ``[E, P, r]`` and ``[E, r, Q]``; all but
+`effective_linear` takes these too.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def combined_dtype(weight: Tensor, left: Tensor) -> torch.dtype:
 def thin_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """``L R [P, Q]`` in `combined_dtype`."""
     dtype = combined_dtype(weight, left)
-    return torch.mm(left.to(dtype), right.to(dtype), out=out)
+    return torch.matmul(left.to(dtype), right.to(dtype), out=out)
 
 
 def masked_sum(weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -272,8 +274,8 @@ def _thin_gradients(
         gradient = gradient.mul_(weight.to(gradient.dtype))
     gradient = zero_pruned_(gradient, mask)
     # Thin products with the large matrix in its own dtype: widening it would cost more than they do.
-    d_left = gradient @ right.t().to(gradient.dtype)
-    d_right = left.t().to(gradient.dtype) @ gradient
+    d_left = gradient @ right.mT.to(gradient.dtype)
+    d_right = left.mT.to(gradient.dtype) @ gradient
     return d_weight, d_left.to(left.dtype), d_right.to(right.dtype)
 
 

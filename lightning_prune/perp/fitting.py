@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.perp.adapters import adapted_modules, attach, has_pruned, merge, remove_adapters
+from lightning_prune.perp.experts import weight_name
 from lightning_prune.perp.options import ReconstructSettings, WholeNames, select_parameters
 from lightning_prune.perp.record import find_retraining
 from lightning_prune.perp.windows import Window
@@ -64,7 +65,7 @@ class Adapters:
     ) -> None:
         self.settings, self.masks = settings, masks
         names = adapted_modules(model, settings.adapter or "mask_lora", settings.lora_options, masks)
-        self.weights = _by_block([f"{name}.weight" for name in names], blocks)
+        self.weights = _by_block([weight_name(model, name) for name in names], blocks)
 
     def fits(self, name: str, block: nn.Module, within: Collection[str] | None = None) -> bool:
         """See `Training.fits`."""
@@ -83,7 +84,7 @@ class Adapters:
         kept = {name: value for name, value in options.items() if name not in _SELECTING}
         trained = self.trained(window.block, block)
         changing = [p for name, p in trained.items() if name in window.parameters]
-        changing += [block.get_parameter(f"{layer}.weight") for layer in layers if adapter is not None]
+        changing += [block.get_parameter(weight_name(block, layer)) for layer in layers if adapter is not None]
         try:
             chosen = {**kept, "target_modules": WholeNames(layers)} if adapter is not None else {}
             attach(block, adapter, _masks_in(window.block, self.masks), self.settings.parts, chosen)

@@ -1,4 +1,4 @@
-"""Adapt a pruned weight with PEFT's LoRA layer, in five ways, and merge the adapter into it.
+"""Adapt the pruned weight of a linear layer with PEFT's LoRA, in five ways, and merge the adapter into it.
 
 `CombinedLinear` is also the base of variants of your own, see `register_adapter`. The classes subclass
 `peft.tuners.lora.Linear`, so parameter names, adapter switching and checkpoints are PEFT's. They are given to PEFT by
@@ -51,8 +51,8 @@ from lightning_prune.sharding import (
 )
 
 
-class SparseLinear(lora.Linear):
-    """A frozen pruned linear layer and one adapter; the base of all variants.
+class SparseLayer(nn.Module, lora.LoraLayer):
+    """A frozen pruned weight and one adapter: its mask, its two matrices and its merge, whatever layer multiplies.
 
     The mask lies beside the layer as a buffer of one byte a weight, which is not saved: it is the base weight's exact
     zeros until `set_masks` says otherwise. Where FSDP2 shards the weight, `set_masks` leaves each rank its part of the
@@ -60,37 +60,43 @@ class SparseLinear(lora.Linear):
     weight, reads it. Outside of forward passes weights, masks and merged weights are a rank's parts.
 
     Attributes:
-        adapter: The variant's name.
-        inits: Values of ``init_lora_weights`` that it takes.
-        scaled: Whether ``lora_alpha`` scales the product.
-        mergeable: Whether it can be merged.
+        parameter_name: What the base layer calls the weight.
+        variant: How weight and adapter are combined.
+        transposed: The weight is stored with its inputs first.
         stays_dense: Whether nothing of the weight is pruned, whatever zeros it has.
         kept: The mask, int8 of the weight's shape or of this rank's part of it: -1 (all bits) where kept, 0 where
             pruned.
     """
 
-    adapter: ClassVar[str]
-    inits: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
-    scaled: ClassVar[bool] = True
-    mergeable: ClassVar[bool] = True
+    parameter_name: str
+    variant: type[SparseLinear]
+    transposed: bool
+    stays_dense: bool
     kept: Tensor
+    _unmerged: Tensor | None
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        check_base_layer(str(kwargs.get("target_name", "")), base_layer)
-        transposed = isinstance(base_layer, Conv1D)
-        kwargs["is_target_conv_1d_layer"] = transposed
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        # One configuration serves a model that has both kinds of layer.
-        self.fan_in_fan_out = transposed
+    def take_own_zeros(self) -> None:
+        """Take the weight's own zeros for its mask."""
         weight = self.base_weight
         self.register_buffer("kept", to_bytes(weight.detach() != 0, weight.device), persistent=False)
-        self._unmerged: Tensor | None = None
-        self.stays_dense = False
+        self._unmerged, self.stays_dense = None, False
+
+    def own_name(self, path: str) -> str:
+        """What `sparse_layers` calls this, from the base layer's path in the model."""
+        return path
+
+    def weight_name(self, name: str) -> str:
+        """The weight's name in the model, from the name that `sparse_layers` has for this."""
+        return f"{name}.{self.parameter_name}"
+
+    def path(self, name: str) -> str:
+        """The base layer's path in the model, from the name that `sparse_layers` has for this."""
+        return name
 
     @property
     def base_weight(self) -> nn.Parameter:
-        """The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D."""
-        weight = self.get_base_layer().weight
+        """The frozen weight, ``[O, I]``, or ``[I, O]`` if `transposed`; of experts a stack of such."""
+        weight = getattr(self.get_base_layer(), self.parameter_name)
         assert isinstance(weight, nn.Parameter)
         return weight
 
@@ -130,34 +136,39 @@ class SparseLinear(lora.Linear):
             self.kept = to_bytes(gather_whole(as_shard_of(weight, kept.to(torch.uint8))).bool(), part.device)
 
     @property
-    def weight(self) -> Tensor:
-        """What the layer multiplies with, for code that multiplies by itself: ``F.linear(x, layer.weight)``.
+    def is_off(self) -> bool:
+        """Whether the base layer computes alone: the adapter is merged, disabled or deleted."""
+        return self.disable_adapters or self.merged or not any(n in self.lora_A for n in self.active_adapters)
 
-        The base weight outside of forward passes of shards, and where the adapter is merged or off.
-        """
-        base = self.base_weight
-        if self.merged or self.disable_adapters or is_sharded(base) or not len(self.lora_A):
-            return base
-        return self._weight_with_adapter()
+    def weight_with_adapter(self) -> Tensor:
+        """What the layer multiplies with in training, in the weight's dtype, differentiable by the two matrices."""
+        return self.variant.training_weight(self.base_weight, self.mask_of_forward(), *self.factors())
 
-    def _weight_with_adapter(self) -> Tensor:
-        left, right = self.factors()
-        with torch.autocast(self.base_weight.device.type, enabled=False):
-            return (thin_product(self.base_weight, left, right) + self.base_weight).to(self.base_weight.dtype)
+    def mask_of_forward(self) -> Tensor | None:
+        """The mask of the whole weight; None where the weight brings it along, see `kept_by_sign`."""
+        weight = self.base_weight
+        return self.kept.to(weight.device) if self.kept.shape == weight.shape else None
 
     def check_sharded_with_adapter(self) -> None:
-        """Refuse a base layer that FSDP2 shards by itself.
+        """Refuse a layer that FSDP2 shards by itself.
 
         Raises:
-            ValueError: its adapter would be left out, and every rank would train its own.
+            ValueError: of a base layer the adapter would be left out, and every rank would train its own; with its
+                adapter it does not outlive the merge, after which nothing would gather its weight.
         """
         refuse_shard_root(
-            self.base_layer,
-            "fully_shard was called on a linear layer without its adapter; call it on decoder blocks and on the "
-            "transformers model, so that both are sharded together",
+            self,
+            "fully_shard was called on a layer with an adapter, or on experts with theirs, which the merge takes off; "
+            "call it on decoder blocks and on the transformers model",
+        )
+        refuse_shard_root(
+            self.get_base_layer(),
+            "fully_shard was called on a linear layer without its adapter, or on experts without theirs; call it on "
+            "decoder blocks and on the transformers model, so that both are sharded together",
         )
 
-    def _check_gathered(self) -> None:
+    def check_gathered(self) -> None:
+        """Refuse to compute with a shard."""
         self.check_sharded_with_adapter()
         refuse_shards(
             self.base_weight,
@@ -166,74 +177,29 @@ class SparseLinear(lora.Linear):
             "model as a whole",
         )
 
-    # As nn.Linear calls it; PEFT hands it on by position.
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """PEFT's: ``[..., I]`` to ``[..., O]``, the adapter's output added to the layer's."""
-        self._check_gathered()
-        y: Tensor = super().forward(input, *args, **kwargs)
-        return y
-
-    # -- what PEFT asks for while it builds the adapter --------------------------------------------------------------
-
-    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
-        """Refuse DoRA and PEFT's other variants, which combine the weights in ways of their own."""
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            if field.metadata.get("is_lora_variant") and value:
-                raise ValueError(
-                    f"{field.name}={value!r} is a LoRA variant of PEFT that does not go with adapter={self.adapter!r}; "
-                    "leave it out"
-                )
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Build the adapter's two matrices.
-
-        Raises:
-            ValueError: the layer has an adapter already, or `config` asks for what the variant cannot do.
-        """
-        if len(self.lora_A):
-            raise ValueError(
-                f"the layer has the adapter {next(iter(self.lora_A))!r}, so {adapter_name!r} cannot be added: only one "
-                "adapter can be combined with a pruned weight; merge the first, or delete it"
-            )
-        if config.lora_bias:
-            raise ValueError("lora_bias=True is not supported; train the layers' own biases with train=('bias',)")
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """No: another LoRA would not be masked."""
-        return False
-
     # -- the two matrices --------------------------------------------------------------------------------------------
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        """The adapter's parameters, A ``[r, I]`` and B ``[O, r]``."""
+        """The adapter's parameters, A ``[r, I]`` and B ``[O, r]``; of experts a stack of each."""
         (name,) = self.lora_A
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        a, b = (getattr(stack[name], self.parameter_name) for stack in (self.lora_A, self.lora_B))
         assert isinstance(a, Tensor)
         assert isinstance(b, Tensor)
         return a, b
 
+    def begin_anew(self, init_lora_weights: bool | str) -> None:
+        """Give the adapter initial values again."""
+        raise NotImplementedError
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """``L [P, r]`` and ``R [r, Q]`` of `effective`, whole, the scaling in L."""
         a, b = (gather_whole(matrix) for matrix in self.matrices())
-        return self.factors_of(a, b, **self.combining())
-
-    @classmethod
-    def factors_of(cls, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:
-        """`factors` of matrices that are in no layer, such as those of a checkpoint; the rest is of `combining`."""
-        left, right = (a.t(), b.t()) if transposed else (b, a)
-        return left * scaling if cls.scaled else left, right
-
-    @classmethod
-    def combination(cls) -> Combine:
-        """How weight and adapter become one matrix."""
-        return masked_sum
+        return self.variant.factors_of(a, b, **self.combining())
 
     def combining(self) -> dict[str, Any]:
         """What has to be known of the layer to combine stored tensors, in plain values."""
         (name,) = self.lora_A
-        return {"scaling": float(self.scaling[name]), "transposed": bool(self.fan_in_fan_out)}
+        return {"scaling": float(self.scaling[name]), "transposed": self.transposed}
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -244,12 +210,18 @@ class SparseLinear(lora.Linear):
         Raises:
             ValueError: the variant cannot be merged.
         """
+        if not self.variant.mergeable:
+            raise ValueError(
+                f"adapter={self.variant.adapter!r} cannot be merged: B A is dense and would fill the zeros of the "
+                "pruned weights. Keep the adapter apart (save_adapter), or train with adapter='mask_lora'"
+            )
         weight, whole = self._part_before_merge(), self.base_weight
         left, right = self.factors()
-        rows, columns = (slice(*bounds) for bounds in shard_bounds(whole))
-        left, right = left[rows], right[:, columns]
+        bounds = tuple(slice(*bounds) for bounds in shard_bounds(whole))
+        columns = (*bounds[:-2], slice(None), bounds[-1])
+        left, right = left[bounds[:-1]], right[columns]
         with full_precision():  # a merge in a training hook may run under autocast
-            return self.combination()(weight, self.kept_part, left, right, None)
+            return self.variant.combination()(weight, self.kept_part, left, right, None)
 
     @torch.no_grad()
     def merged_with(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -257,8 +229,8 @@ class SparseLinear(lora.Linear):
         if self.merged:
             return weight
         with torch.autocast(weight.device.type, enabled=False):
-            factors = self.factors_of(a, b, **self.combining())
-            return self.combination()(weight, self.kept.to(weight.device), *factors, None)
+            factors = self.variant.factors_of(a, b, **self.combining())
+            return self.variant.combination()(weight, self.kept.to(weight.device), *factors, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging adds to the base weight (to this rank's part of it)."""
@@ -300,6 +272,119 @@ class SparseLinear(lora.Linear):
             self.base_part.copy_(self.merged_weight())
         self._unmerged = None
         self.merged_adapters.clear()
+        self.begin_anew(init_lora_weights)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back as it was, to the bit."""
+        if self._unmerged is None:
+            return
+        self.base_part.copy_(self._unmerged)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Let the base weight stay as it is: there is no way back, and its zeros no longer say what is kept."""
+        self._unmerged = None
+        if is_sharded(self.base_weight):
+            self.base_part.add_(0.0)  # -0.0 + 0.0 is +0.0
+
+
+class SparseLinear(SparseLayer, lora.Linear):
+    """A frozen pruned linear layer and one adapter; the base of all variants.
+
+    Attributes:
+        adapter: The variant's name.
+        inits: Values of ``init_lora_weights`` that it takes.
+        scaled: Whether ``lora_alpha`` scales the product.
+        mergeable: Whether it can be merged.
+    """
+
+    adapter: ClassVar[str]
+    inits: ClassVar[tuple[bool | str, ...]] = (True, False, "gaussian")
+    scaled: ClassVar[bool] = True
+    mergeable: ClassVar[bool] = True
+    parameter_name = "weight"
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        check_base_layer(str(kwargs.get("target_name", "")), base_layer)
+        transposed = isinstance(base_layer, Conv1D)
+        kwargs["is_target_conv_1d_layer"] = transposed
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        # One configuration serves a model that has both kinds of layer.
+        self.fan_in_fan_out = self.transposed = transposed
+        self.variant = type(self)
+        self.take_own_zeros()
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with, for code that multiplies by itself: ``F.linear(x, layer.weight)``.
+
+        The base weight outside of forward passes of shards, and where the adapter is merged or off.
+        """
+        base = self.base_weight
+        if self.merged or self.disable_adapters or is_sharded(base) or not len(self.lora_A):
+            return base
+        return self.weight_with_adapter()
+
+    @classmethod
+    def combination(cls) -> Combine:
+        """How weight and adapter become one matrix."""
+        return masked_sum
+
+    @classmethod
+    def factors_of(cls, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> tuple[Tensor, Tensor]:
+        """`factors` of matrices that are in no layer, such as those of a checkpoint; the rest is of `combining`."""
+        left, right = (a.mT, b.mT) if transposed else (b, a)
+        return left * scaling if cls.scaled else left, right
+
+    @classmethod
+    def training_weight(cls, weight: Tensor, mask: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+        """What training multiplies with; arguments as of `effective_weight`."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return (thin_product(weight, left, right) + weight).to(weight.dtype)
+
+    # As nn.Linear calls it; PEFT hands it on by position.
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """PEFT's: ``[..., I]`` to ``[..., O]``, the adapter's output added to the layer's."""
+        self.check_gathered()
+        y: Tensor = super().forward(input, *args, **kwargs)
+        return y
+
+    # -- what PEFT asks for while it builds the adapter --------------------------------------------------------------
+
+    def resolve_lora_variant(self, *, config: LoraConfig, **kwargs: Any) -> None:
+        """Refuse DoRA and PEFT's other variants, which combine the weights in ways of their own."""
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.metadata.get("is_lora_variant") and value:
+                raise ValueError(
+                    f"{field.name}={value!r} is a LoRA variant of PEFT that does not go with adapter={self.adapter!r}; "
+                    "leave it out"
+                )
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        """Build the adapter's two matrices.
+
+        Raises:
+            ValueError: the layer has an adapter already, or `config` asks for what the variant cannot do.
+        """
+        if len(self.lora_A):
+            raise ValueError(
+                f"the layer has the adapter {next(iter(self.lora_A))!r}, so {adapter_name!r} cannot be added: only one "
+                "adapter can be combined with a pruned weight; merge the first, or delete it"
+            )
+        if config.lora_bias:
+            raise ValueError("lora_bias=True is not supported; train the layers' own biases with train=('bias',)")
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No: another LoRA would not be masked."""
+        return False
+
+    def begin_anew(self, init_lora_weights: bool | str) -> None:
+        """See `SparseLayer.begin_anew`."""
         (name,) = self.lora_A
         with self._whole_matrices(name):
             self.reset_lora_parameters(name, init_lora_weights)  # type: ignore[no-untyped-call]
@@ -319,22 +404,6 @@ class SparseLinear(lora.Linear):
                 part.copy_(take_shard(shard, whole.detach()))
                 module.weight = shard
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the base weight back as it was, to the bit."""
-        if self._unmerged is None:
-            return
-        self.base_part.copy_(self._unmerged)
-        self._unmerged = None
-        self.merged_adapters.clear()
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Let the base weight stay as it is: there is no way back, and its zeros no longer say what is kept."""
-        self._unmerged = None
-        if is_sharded(self.base_weight):
-            self.base_part.add_(0.0)  # -0.0 + 0.0 is +0.0
-
 
 class CombinedLinear(SparseLinear):
     """A variant whose forward pass multiplies with the combined weight, so that training sees the merged model.
@@ -347,7 +416,8 @@ class CombinedLinear(SparseLinear):
         """The combined weight, element by element; what it is where pruned does not matter.
 
         Args:
-            weight: The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D; float32 at least. Not to be changed.
+            weight: The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D, or a stack of such, of experts; float32
+                at least. Not to be changed.
             product: s B A, of the same shape and dtype. Zero at the start.
 
         Returns:
@@ -372,12 +442,12 @@ class CombinedLinear(SparseLinear):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """``[..., I]`` to ``[..., O]``."""
-        self._check_gathered()
+        self.check_gathered()
         if kwargs.pop("adapter_names", None) is not None:
             raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
         kwargs.pop("alora_offsets", None)
         base = self.base_layer
-        if self.disable_adapters or self.merged or not any(n in self.lora_A for n in self.active_adapters):
+        if self.is_off:
             if self.disable_adapters and self.merged:
                 self.unmerge()
             y: Tensor = base(input, *args, **kwargs)
@@ -395,16 +465,13 @@ class CombinedLinear(SparseLinear):
     def _effective(self, x: Tensor) -> Tensor:
         weight, bias = self.base_weight, self.get_base_layer().bias
         assert bias is None or isinstance(bias, Tensor)
-        left, right = self.factors()
-        mask = self._mask_of_forward()
-        return effective_linear(x, weight, mask, left, right, bias, self.combination(), self.fan_in_fan_out)
+        factors = self.factors()
+        return effective_linear(x, weight, self.mask_of_forward(), *factors, bias, self.combination(), self.transposed)
 
-    def _mask_of_forward(self) -> Tensor | None:
-        weight = self.base_weight
-        return self.kept.to(weight.device) if self.kept.shape == weight.shape else None
-
-    def _weight_with_adapter(self) -> Tensor:
-        return effective_weight(self.base_weight, self._mask_of_forward(), *self.factors(), self.combination())
+    @classmethod
+    def training_weight(cls, weight: Tensor, mask: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+        """See `SparseLinear.training_weight`."""
+        return effective_weight(weight, mask, left, right, cls.combination())
 
 
 class MaskLoRALinear(CombinedLinear):
@@ -480,13 +547,6 @@ class KeptLoRALinear(SparseLinear):
     adapter = "lora"
     mergeable = False
 
-    def merged_weight(self) -> Tensor:
-        """Refused."""
-        raise ValueError(
-            "adapter='lora' cannot be merged: B A is dense and would fill the zeros of the pruned weights. Keep the "
-            "adapter apart (save_adapter), or train with adapter='mask_lora'"
-        )
-
 
 def own_weight(layer: nn.Module) -> nn.Parameter | None:
     """Return a layer's weight if it is a parameter of the layer itself, neither computed nor missing."""
@@ -512,6 +572,20 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); make it "
             "permanent first (prune.remove, remove_parametrizations)"
         )
+    check_base_weight(name, layer, weight)
+    if not _is_plain_product(layer, weight):
+        raise ValueError(
+            f"the forward of {name!r} ({type(layer).__name__}) computes something else than the product of input and "
+            "weight, or more, and an adapter would take its place: leave it out (exclude_modules)"
+        )
+
+
+def check_base_weight(name: str, layer: nn.Module, weight: nn.Parameter) -> None:
+    """Refuse a weight, and a layer around it, that no adapter can be merged into.
+
+    Raises:
+        ValueError: it is quantized, sharded, offloaded or without data, or accelerate runs the layer.
+    """
     refuse_shards(
         weight,
         f"the weight of {name!r} is sharded (DTensor) already; add adapters first, then call fully_shard, so that "
@@ -530,11 +604,6 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             f"{name!r} is run by accelerate, which spreads the model over devices (device_map), and an adapter would "
             "go around that; load the model on one device, or take the hooks off "
             "(accelerate.hooks.remove_hook_from_submodules) and move it there"
-        )
-    if not _is_plain_product(layer, weight):
-        raise ValueError(
-            f"the forward of {name!r} ({type(layer).__name__}) computes something else than the product of input and "
-            "weight, or more, and an adapter would take its place: leave it out (exclude_modules)"
         )
 
 
@@ -560,11 +629,14 @@ def _is_plain_product(layer: nn.Module, weight: nn.Parameter) -> bool:
         return False
 
 
-def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
-    """The layers with a sparse adapter, by the name they had before (``model.layers.0.mlp.up_proj``)."""
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """The layers with a sparse adapter, by the name they had before (``model.layers.0.mlp.up_proj``).
+
+    One of experts adapts one parameter, and has its name (``model.layers.0.mlp.experts.down_proj``).
+    """
     for name, module in model.named_modules():
-        if isinstance(module, SparseLinear):
-            yield plain_name(name), module
+        if isinstance(module, SparseLayer):
+            yield module.own_name(plain_name(name)), module
 
 
 _BUILT_IN = {cls.adapter: cls for cls in (MaskLoRALinear, ScaleLoRALinear, HiRALinear, LoRAPruneLinear, KeptLoRALinear)}

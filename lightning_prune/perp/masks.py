@@ -48,9 +48,9 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor] | None = None, gathe
             raise ValueError(f"the adapter of {name!r} is merged, and its mask cannot change; unmerge it first")
         layer.check_sharded_with_adapter()
         weight = layer.base_weight.detach()
-        mask = given.get(f"{name}.weight")
+        mask = given.get(layer.weight_name(name))
         if mask is not None:
-            new[name] = checked_mask(f"{name}.weight", mask, weight)
+            new[name] = checked_mask(layer.weight_name(name), mask, weight)
         else:
             new[name] = (local(weight) != 0) | layer.stays_dense
     dtypes = gathered_dtypes(model) if gather else {}

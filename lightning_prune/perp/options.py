@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lightning_prune.errors import check_whole
 from lightning_prune.naming import clean_name, is_head
 from lightning_prune.perp.layers import CombinedLinear, find_variant
+from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.sharding import type_name
 
 # Section 4 and the published settings of arXiv 2312.15230: rank 16, alpha twice the rank.
@@ -131,6 +132,9 @@ class WholeNames(list[str]):
 def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) -> list[str]:
     """Names of the modules that ``target_modules`` and its companions name, as PEFT would find them.
 
+    Experts that hold their weights as parameters are named by these (``experts.down_proj``), and all at once by their
+    own name (``experts``).
+
     Raises:
         ValueError: none, or a pattern that cannot be compiled.
     """
@@ -143,9 +147,9 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
     ):
         raise ValueError(f"target_modules={chosen!r} must be a list of module names or a regular expression")
     config = make_config(adapter, {**options, "target_modules": chosen if isinstance(chosen, str) else list(chosen)})
-    names = [name for name, _ in model.named_modules() if name and (among is None or clean_name(name) in among)]
+    names = {name: path for name, path in nameable(model) if among is None or clean_name(name) in among}
     try:
-        found = [name for name in names if check_target_module_exists(config, name)]
+        found = [name for name, path in names.items() if _is_chosen(config, name, path)]
     except re.error as error:
         raise ValueError(f"target_modules={chosen!r} is no regular expression: {error}") from error
     if not found and among is not None:
@@ -164,6 +168,26 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
             f"{', '.join(map(repr, near or tails[:8]))}?"
         )
     return found
+
+
+def nameable(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What can be named of a model: modules, and in the place of experts each of their parameters; with the paths."""
+    for path, module in model.named_modules():
+        experts = expert_parameters(module)
+        for name in [f"{path}.{parameter}" for parameter in experts] or [path]:
+            if path:
+                yield name, path
+
+
+def _is_chosen(config: LoraConfig, name: str, path: str) -> bool:
+    """Whether a module is chosen by its name; a parameter of experts by its own or by that of the experts."""
+    if name == path:
+        return bool(check_target_module_exists(config, name))
+    everything = LoraConfig(target_modules=".*", exclude_modules=config.exclude_modules)
+    forms = (clean_name(name), clean_name(name).rpartition(".")[0])
+    return any(check_target_module_exists(config, form) for form in forms) and all(
+        check_target_module_exists(everything, form) for form in forms
+    )
 
 
 PARTS = ("bias", "norm", "head", "embedding")
@@ -190,7 +214,7 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
 
     Args:
         model: A plain model, before any adapter.
-        train: Any of ``"bias"`` (every parameter named bias, of norms too), ``"norm"`` (the parameters of
+        train: Any of ``"bias"`` (every parameter named bias, of norms and experts too), ``"norm"`` (the parameters of
             normalization layers), ``"head"`` (the output embeddings; of a model without any, its classifier) and
             ``"embedding"`` (all embeddings).
 
@@ -221,9 +245,10 @@ def _parameters_of(model: nn.Module, part: str) -> Iterator[nn.Parameter]:
         yield from found
         return
     for module in model.modules():
+        biases = ("bias", *(f"{name}_bias" for name in expert_parameters(module)))
         for name, parameter in module.named_parameters(recurse=False):
             if (
-                (part == "bias" and name == "bias")
+                (part == "bias" and name in biases)
                 or (part == "norm" and is_norm(module))
                 or (part == "embedding" and isinstance(module, nn.Embedding))
             ):

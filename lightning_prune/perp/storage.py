@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_prune.perp.layers import find_variant, sparse_layers
-from lightning_prune.perp.options import DEFAULT_RANK, WholeNames, check_options, check_parts, is_scaling
+from lightning_prune.perp.options import DEFAULT_RANK, WholeNames, check_options, check_parts, is_scaling, nameable
 from lightning_prune.perp.record import retraining_of
 from lightning_prune.pruning.masks import Masks, unpack_masks
 from lightning_prune.safety import publish
@@ -196,7 +196,7 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
         rank = record.options.get("r", DEFAULT_RANK)
         alpha = record.options.get("lora_alpha", 2 * rank)
         ranks = {name: next(iter(layer.r.values())) for name, layer in layers.items()}
-        alphas = {name: next(iter(layer.lora_alpha.values())) for name, layer in layers.items() if layer.scaled}
+        alphas = {n: next(iter(layer.lora_alpha.values())) for n, layer in layers.items() if layer.variant.scaled}
         options["target_modules"] = sorted(layers)
         options["rank_pattern"] = {re.escape(name): value for name, value in ranks.items() if value != rank}
         options["alpha_pattern"] = {re.escape(name): value for name, value in alphas.items() if value != alpha}
@@ -253,7 +253,7 @@ def options_for(
     targets = options.get("target_modules", [])
     if not targets:
         return {}
-    there = {name for name, _ in model.named_modules()}
+    there = {name for name, _ in nameable(model)}
     strange = [name for name in targets if name not in there]
     if strange:
         raise ValueError(
@@ -267,7 +267,7 @@ def options_for(
         del patterns["alpha_pattern"]
     for name in targets:
         stored, told = weights.get(f"{name}.lora_A"), patterns["rank_pattern"].get(re.escape(name), rank)
-        if stored is not None and (stored.dim() != 2 or stored.shape[0] != told):
+        if stored is not None and (stored.dim() not in (2, 3) or stored.shape[-2] != told):  # of experts a stack
             raise ValueError(
                 f"{where} gives {name!r} the rank {told}, but the adapter's matrix has shape "
                 f"{tuple(stored.shape)}: it is damaged, or belongs to another model"

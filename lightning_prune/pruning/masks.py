@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name, own_parameters
+from lightning_prune.naming import clean_name, own_parameters, without_base_layers
 from lightning_prune.pruning.bits import pack_mask, unpack_mask
 from lightning_prune.pruning.clearing import to_bytes, zero_pruned_
 from lightning_prune.pruning.offloading import at_hand, check_offloaded
@@ -133,7 +133,7 @@ def _without_adapters(name: str) -> str:
     """What a parameter's name has in common with and without PEFT's parts in it."""
     while "base_model.model." in name:  # a module of the user's may be called so too
         name = name.replace("base_model.model.", "")
-    return name.replace(".base_layer.", ".")
+    return without_base_layers(name)
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

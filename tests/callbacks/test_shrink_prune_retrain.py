@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from experts_models import make_moe
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import batches, count, make_module, make_trainer, weights
 from versions import WeightAveraging
@@ -76,6 +77,27 @@ def test_small_sparse_and_retrained_in_any_order(order: tuple[int, ...]) -> None
     assert steps[8][0] == steps[8][1] == count(module)  # everything is trained until masks are there
     assert steps[9][1] < steps[9][0]  # then adapters and norms alone
     assert all(p.requires_grad for p in module.parameters())  # merged
+
+
+def test_a_mixture_loses_experts_and_those_that_stay_are_pruned_and_retrained() -> None:
+    L.seed_everything(0, verbose=False)
+    config = make_moe("mixtral").config.to_dict() | {"initializer_range": 0.2, "vocab_size": 64}
+    module, seen = CausalLM(config=config, learning_rate=1e-2, lr_schedule="constant"), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            seen.append(sum("experts" in name and "lora_A" in name for name, _ in module.named_parameters()))
+
+    shrink = PruningAwarePretraining({"num_experts": 3}, types=("expert",), end=4, round_to=1)
+    prune = pruner(schedule=OneShot(6))
+    make_trainer(shrink, prune, retrainer(), Watch(), max_steps=10).fit(module, batches())
+    assert seen == [0] * 6 + [2 * 2] * 4
+    experts = {name: mask for name, mask in prune.masks.items() if "experts" in name}
+    assert len(experts) == 4
+    for name, mask in experts.items():
+        weight = module.get_parameter(name).detach()
+        assert len(weight) == 3
+        assert not weight[~mask].view(torch.int32).any()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_prune import ELSA, CausalLM, CubicSchedule, WeightPruning, export, hold_masks, inspect, prune
-from lightning_prune.perp import add_adapters, reconstruct
+from lightning_prune.perp import reconstruct
 from lightning_prune.report import report
 
 FAMILIES = ["mixtral", "gpt_oss"]  # out x in; in x out, with biases
@@ -155,23 +155,6 @@ def test_hold_masks_in_a_loop_of_ones_own(family: str) -> None:
 
 
 # -- retraining
-
-
-def test_experts_get_no_adapter_and_that_is_said() -> None:
-    model = make_moe("mixtral")
-    prune(model, score="magnitude")
-    experts = {n: p.detach().clone() for n, p in model.named_parameters() if "experts" in n}
-    with pytest.warns(UserWarning, match=r"8\d% of the weights .* get no adapter.*experts.*train='all'"):
-        adapted = add_adapters(model)
-    assert not any(p.requires_grad for n, p in adapted.named_parameters() if "experts" in n)
-    assert all(torch.equal(p, model.get_parameter(n)) for n, p in experts.items())
-
-
-def test_where_experts_alone_are_pruned_there_is_nothing_to_adapt() -> None:
-    model = make_moe("gpt_oss")
-    prune(model, score="magnitude", targets=["experts"])
-    with pytest.raises(ValueError, match=r"prune the model first.*get no adapter.*gate_up_proj.*train='all'"):
-        add_adapters(model)
 
 
 @pytest.mark.slow

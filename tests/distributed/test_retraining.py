@@ -13,6 +13,7 @@ from launching import assert_same_on_all_ranks, launch, masks, results, share_of
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from versions import has
 
 from lightning_prune import CausalLM, load_merged_state
 from lightning_prune.checkpoints.export import export
@@ -20,6 +21,7 @@ from lightning_prune.pruning.masks import unpack_masks
 
 pytestmark = pytest.mark.distributed
 
+MIXTURES = has("transformers", "5")  # before, experts are layers
 # Name: settings. Each is one fit of a few steps under FSDP2, and one under DDP on the same samples.
 CASES: dict[str, dict[str, Any]] = {
     "gblm": {"causal_lm": True},
@@ -49,13 +51,22 @@ CASES: dict[str, dict[str, Any]] = {
     "functional": {"functional": True},
     "refused": {"refused": True},
 }
+if MIXTURES:
+    CASES |= {
+        "experts": {"pruned_before": True, "family": "mixtral"},
+        "experts, inputs first": {"pruned_before": True, "family": "gpt_oss", "adapter": "hira"},
+        "experts cut along their rows": {"pruned_before": True, "family": "mixtral", "parallel": {"expert_dim": 1}},
+        "experts cut along their columns": {"pruned_before": True, "family": "gpt_oss", "parallel": {"expert_dim": 2}},
+        "experts by kfac": {"score": "kfac", "family": "mixtral", "gradual": True},
+        "experts, bf16": {"pruned_before": True, "family": "mixtral", "parallel": {"bf16": True}},
+    }
 # The same on four ranks, in groups of two that hold copies of each other's shards.
 HYBRID: dict[str, dict[str, Any]] = {
     "hybrid schedule": {"score": "magnitude", "gradual": True, "parallel": {"replicas": 2}},
     "hybrid kept zeros": {"pruned_before": True, "parallel": {"replicas": 2}},
 }
 # What DDP has no like of, or what rounds otherwise there.
-_ALONE = ("bf16", "bf16 and tiny weights", "functional", "refused")
+_ALONE = ("bf16", "bf16 and tiny weights", "experts, bf16", "functional", "refused")
 _FITS = [
     name for name in CASES if name not in ("norms alone", "trained on", "functional", "refused")
 ]  # and with adapters
@@ -172,13 +183,15 @@ def test_merged_weights_are_those_of_float64_written_out(name: str, folder: Path
     adapter, rank = CASES[name].get("adapter", "mask_lora"), CASES[name].get("r", 4)
     moved = 0
     for name_of_mask, mask in masks(state).items():
-        layer = name_of_mask.removeprefix("mask.").removesuffix(".weight")
-        base, a, b = (state[n].double() for n in (f"base.{layer}.weight", f"factor.{layer}.A", f"factor.{layer}.B"))
-        product = (b @ a).t() if CASES[name].get("family") == "gpt2" else b @ a
+        weight = name_of_mask.removeprefix("mask.")
+        layer = weight.removesuffix(".weight")
+        base, a, b = (state[n].double() for n in (f"base.{weight}", f"factor.{layer}.A", f"factor.{layer}.B"))
+        turned = CASES[name].get("family") == ("gpt_oss" if "experts" in layer else "gpt2")
+        product = (b @ a).mT if turned else b @ a
         combined = {"scale_lora": base * product, "hira": base * (1 + product)}
         expected = combined.get(adapter, base + 2 * mask * product)
-        assert rank == a.shape[0] == b.shape[1]
-        merged = state[f"weight.{layer}.weight"]
+        assert rank == a.shape[-2] == b.shape[-1]
+        merged = state[f"weight.{weight}"]
         tolerance = {"rtol": 1e-2, "atol": 1e-4} if merged.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
         torch.testing.assert_close(merged.double(), expected, **tolerance)
         assert not torch.equal(merged.double(), base)
@@ -193,9 +206,10 @@ def test_every_rank_holds_its_part_alone(name: str, folder: Path) -> None:
     ranks = results(folder / name, 2)
     for held in (n for n in ranks[0] if n.startswith("held.") and n.endswith(".weight")):
         layer = held.removeprefix("held.").removesuffix(".weight")
-        size = ranks[0][f"weight.{layer}.weight"].numel()
+        weight = f"weight.{layer}" if "experts" in layer else f"weight.{layer}.weight"
+        size = ranks[0][weight].numel()
         assert sum(int(rank[held]) for rank in ranks) == size
-        for what, total in (("A", f"factor.{layer}.A"), ("B", f"factor.{layer}.B"), ("kept", f"weight.{layer}.weight")):
+        for what, total in (("A", f"factor.{layer}.A"), ("B", f"factor.{layer}.B"), ("kept", weight)):
             parts = [int(rank[f"held.{layer}.{what}"]) for rank in ranks]
             if what == "kept" and name == "bf16 and tiny weights" and layer == "model.layers.0.self_attn.o_proj":
                 assert parts == [size, size]  # some of its weights vanish in bfloat16, and the mask with them
@@ -212,6 +226,9 @@ def test_what_cannot_be_right_is_refused_on_every_rank(folder: Path) -> None:
         assert "sharded (DTensor) already; add adapters first" in errors["sharded before"]
         assert "fully_shard(model.get_base_model())" in errors["PEFT model sharded"]
         assert "on a linear layer without its adapter" in errors["layer sharded"]
+        assert "or on experts without theirs" in errors.get("experts sharded", "") or not MIXTURES
+        for what in ("layer sharded with its adapter", *(["experts sharded with adapters"] if MIXTURES else [])):
+            assert "or on experts with theirs, which the merge takes off" in errors[what]
         assert "build the module anew" in errors["fit after the merge"]
         assert "under SingleDeviceStrategy; use the ModelParallelStrategy" in errors["another strategy"]
 
@@ -306,15 +323,17 @@ def test_a_checkpoint_before_the_merge_exports_the_merged_model(
 
 def test_checkpoints_of_weights_alone_can_be_merged_too(tmp_path: Path) -> None:
     runs = {"beside": {"causal_lm": True}, "own": {"pruned_before": True}}
+    runs |= {"experts": {"pruned_before": True, "family": "gpt_oss"}} if MIXTURES else {}
     cases = {(name, strategy): tmp_path / f"{name} {strategy}" for name in runs for strategy in STRATEGIES}
     start(2, *((path, strategy, {**runs[name], "weights_only": True}) for (name, strategy), path in cases.items()))
     for (name, strategy), path in cases.items():
         state = results(path, 2)[0]
         loaded = load_merged_state(path / "epoch=0.ckpt")
         weights = {key.removeprefix("weight."): value for key, value in state.items() if key.startswith("weight.")}
-        assert {key.removeprefix("model.") for key in loaded} - {"lm_head.weight"} == weights.keys()  # it is tied
+        names = {key.removeprefix("model.") for key in loaded}
+        assert names - (set() if name == "experts" else {"lm_head.weight"}) == weights.keys()  # it is tied
         for key, value in loaded.items():
-            if key == "model.lm_head.weight":
+            if key == "model.lm_head.weight" and name != "experts":
                 continue
             torch.testing.assert_close(value, weights[key.removeprefix("model.")], rtol=1e-5, atol=1e-7)
         for key, mask in masks(state).items():

@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from versions import has
 from worker import LLAMA, SHARDED, STRATEGIES, Model, Tokens
 
 from lightning_prune import CausalLM, LinearSchedule, PERPRetraining, WeightPruning
@@ -43,7 +44,8 @@ def halve(model: nn.Module) -> dict[str, Tensor]:
     """Prune half of every decoder matrix at random; a tenth of what is kept is zero too. The masks."""
     generator, masks = torch.Generator().manual_seed(0), {}
     for name, p in model.named_parameters():
-        if p.dim() == 2 and (".layers." in name or ".h." in name):
+        aside = ("bias", ".gate.weight", "router")
+        if p.dim() > 1 and (".layers." in name or ".h." in name) and not any(part in name for part in aside):
             draw = torch.rand(p.shape, generator=generator)
             masks[name] = draw > 0.5
             p.data.masked_fill_(draw < 0.55, 0.0)
@@ -80,7 +82,7 @@ class Watch(L.Callback):
         reshard(pl_module)
         for name, layer in sparse_layers(pl_module.model):
             a, b = layer.matrices()
-            self.state |= whole(iter({f"{name}.weight": layer.base_weight}.items()), "base")
+            self.state |= whole(iter({layer.weight_name(name): layer.base_weight}.items()), "base")
             self.state |= whole(iter({f"{name}.A": a, f"{name}.B": b}.items()), "factor")
             held = {"kept": layer.kept, "A": local(a), "B": local(b), "weight": layer.base_part}
             self.state |= {f"held.{name}.{what}": torch.tensor(t.numel()) for what, t in held.items()}
@@ -165,7 +167,9 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
     if trained_on:  # all of the merged model, with its zeros held
         pruner = WeightPruning(score="keep", num_samples=16, progress=False)
         make_trainer(pruner).fit(module, DataLoader(Tokens(), batch_size=4))
-    assert type(module.model).__name__.removeprefix("FSDP") in ("LlamaForCausalLM", "GPT2LMHeadModel")
+    assert type(module.model).__name__.removeprefix("FSDP") in (
+        "LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "GptOssForCausalLM",
+    )  # fmt: skip
     assert "configure_model" not in module.__dict__
     if isinstance(module, CausalLM):
         module.save_pretrained(out / "model")
@@ -228,9 +232,9 @@ def refused(out: Path, module: Model) -> None:
             yield
         errors[what] = str(error.value)
 
-    def sharded(*names: str) -> nn.Module:
+    def sharded(*names: str, family: str = "llama") -> nn.Module:
         """A new model with adapters; FSDP2 shards these of its modules."""
-        fresh = Model().model
+        fresh = Model(family=family).model
         model = add_adapters(fresh, masks=halve(fresh), r=4)
         for name in names:
             fully_shard(model.get_submodule(name), mesh=mesh)
@@ -240,6 +244,13 @@ def refused(out: Path, module: Model) -> None:
     for what, name in (("PEFT model sharded", ""), ("layer sharded", f"base_model.model.{first}.base_layer")):
         with refuses(what):
             sharded(name)(input_ids=ids)
+    with refuses("layer sharded with its adapter"):
+        sharded(f"base_model.model.{first}")(input_ids=ids)
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    places = {"experts sharded": f"{experts}.base_layer.base_layer", "experts sharded with adapters": experts}
+    for what, name in places.items() if has("transformers", "5") else ():
+        with refuses(what):
+            sharded(name, family="mixtral")(input_ids=ids)
     model = sharded("base_model.model")
     masks = adapter_masks(model)
     layer = dict(sparse_layers(model))[first]

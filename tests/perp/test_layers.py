@@ -13,6 +13,7 @@ from tiny import snapshot
 from torch import nn
 
 from lightning_prune.perp import add_adapters
+from lightning_prune.perp.experts import SparseExperts
 from lightning_prune.perp.layers import SparseLinear
 from lightning_prune.pruning.running import has_hooks
 
@@ -53,10 +54,16 @@ def test_layers_that_peft_builds_as_its_own_are_refused(monkeypatch: pytest.Monk
     assert not any(isinstance(module, lora.Linear) for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["resolve_lora_variant", "update_layer", "supports_lora_conversion"])
-def test_overridden_methods_are_still_those_of_peft(name: str) -> None:
-    theirs = inspect.signature(getattr(lora.Linear, name)).parameters
-    ours = inspect.signature(getattr(SparseLinear, name)).parameters
+@pytest.mark.parametrize(
+    ("own", "base", "name"),
+    [
+        *((SparseLinear, lora.Linear, n) for n in ("resolve_lora_variant", "update_layer", "supports_lora_conversion")),
+        *((SparseExperts, lora.ParamWrapper, name) for name in ("update_layer", "merge", "unmerge")),
+    ],
+)
+def test_overridden_methods_are_still_those_of_peft(own: type, base: type, name: str) -> None:
+    theirs = inspect.signature(getattr(base, name)).parameters
+    ours = inspect.signature(getattr(own, name)).parameters
     named = {parameter for parameter in ours.values() if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
     assert {parameter.name for parameter in named} <= theirs.keys()
 
