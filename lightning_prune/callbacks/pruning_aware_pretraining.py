@@ -35,9 +35,9 @@ from lightning_prune.callbacks.resuming import (
     check_before_loading,
     epsilon_of,
     refuse_other_shapes,
-    says_sizes,
     take_saved_shapes,
-    write_hyper_parameters,
+    unsaid_fields,
+    updating_hyper_parameters,
 )
 from lightning_prune.callbacks.rewrapping import without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
@@ -259,7 +259,8 @@ class PruningAwarePretraining(L.Callback):
                 refuse_other_shapes(pl_module, checkpoint)
                 return
             averaged = averages(trainer) if stage == "fit" else ()  # there are none before
-            take_saved_shapes([pl_module, *averaged], state, self.attention_unit)
+            with updating_hyper_parameters(pl_module):
+                take_saved_shapes([pl_module, *averaged], state, self.attention_unit)
 
         self._let_go()
         self._begun = False
@@ -333,11 +334,13 @@ class PruningAwarePretraining(L.Callback):
 
     def _warn_of_checkpoints(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Say which way checkpoints of the small model will load, where the usual one will not."""
-        if trainer.checkpoint_callback is None or says_sizes(module.hparams, self._now.structure.config):
+        planner, name = self._now.planner, type(module).__name__
+        missing = unsaid_fields(module.hparams, self._now.structure, planner.changing_sizes())
+        if trainer.checkpoint_callback is None or not missing:
             return
-        name = type(module).__name__
         rank_zero_warn(
-            f"PruningAwarePretraining: the hyper-parameters of {name} do not say the sizes of its model, so "
+            f"PruningAwarePretraining: the hyper-parameters of {name} do not say the sizes of its model "
+            f"({', '.join(missing)}), so "
             f"{name}.load_from_checkpoint(path) will build the large one, which checkpoints of the small one do not "
             "fit. Build it from a hyper-parameter that holds the configuration (a mapping with model_type, see "
             f"save_hyperparameters), or load them by Trainer(callbacks=[PruningAwarePretraining(...)]).validate("
@@ -476,14 +479,12 @@ class PruningAwarePretraining(L.Callback):
         shrinking = self._now
         if not shrinking.pending or shrinking.compact_every is None:
             return
-        before = shrinking.structure.config.to_dict()
         pruner = neighbor(trainer, WeightPruning)
         masks = {} if pruner is None else sliced_masks(shrinking.structure, shrinking.pending, pruner.masks)
-        with without_wrapper(trainer, module):
+        with updating_hyper_parameters(module), without_wrapper(trainer, module):
             shrinking.compact(list(with_inner(trainer.optimizers)), averages(trainer))
         if pruner is not None:
             pruner.change_masks(trainer, module, masks, complete=shrinking.reached)
-        write_hyper_parameters(module, before, shrinking.structure.config.to_dict())
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
