@@ -171,7 +171,7 @@ class PruningAwarePretraining(L.Callback):
     ) -> None:
         super().__init__()
         self.target = target
-        self.types = check_types(list(types) if not isinstance(types, str) else types)
+        self.types = check_types(types)
         self.schedule = ShrinkSchedule(start, end, every_n_steps, units_per_pruning)
         self.saliency = saliency
         self.saliency_decay = saliency_decay

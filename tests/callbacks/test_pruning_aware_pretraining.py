@@ -27,7 +27,7 @@ from versions import EMAWeightAveraging
 
 from lightning_prune import CausalLM, PruningAwarePretraining
 from lightning_prune.callbacks.checks import check_trainer, units_stay
-from lightning_prune.structure import read_structure
+from lightning_prune.structure import read_structure, remove_units
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 ALL = ("attention", "ffn", "hidden")
@@ -472,6 +472,14 @@ def test_states_that_cannot_be_sliced_are_refused_before_they_exist(kind: str) -
     assert all(p.grad is None for p in module.parameters())
     assert not any(optimizer.state for optimizer in trainer.optimizers)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_module_that_was_shrunk_between_two_fits_is_refused() -> None:
+    callback = PruningAwarePretraining({"intermediate_size": 40}, ("ffn",), end=2)
+    fit(callback, module := make_module(), max_steps=2)
+    remove_units(module.model, {"ffn": [[0]] * module.model.config.num_hidden_layers})
+    with pytest.raises(ValueError, match=r"was changed in between.*with a new PruningAwarePretraining"):
+        fit(callback, module, max_steps=4)
 
 
 def test_gradients_of_an_earlier_fit_are_not_stepped_with_before_training() -> None:
