@@ -197,6 +197,7 @@ class PruningAwarePretraining(L.Callback):
         self._waiting = False  # for a checkpoint
         self._begun = False  # in this fit
         self._unchecked = True  # states of the optimizers after a step of this fit
+        self._passed_over = 0  # prunings of this fit that knew no finite gradient
         self._seen_step = 0
         self._saved_step: int | None = None  # that the state of a checkpoint is of; None once training goes on from it
 
@@ -283,7 +284,7 @@ class PruningAwarePretraining(L.Callback):
         """Find the units, once a fit; a callback beside this one may have it done before it changes the module."""
         if self._begun:
             return
-        self._waiting, self._begun, self._unchecked = False, True, True
+        self._waiting, self._begun, self._unchecked, self._passed_over = False, True, True, 0
         reshard(pl_module)
         state = self._loaded or (None if self._shrinking is None else self._shrinking.state_dict())
         if self._owner is not None and self._owner() is not pl_module:
@@ -410,9 +411,13 @@ class PruningAwarePretraining(L.Callback):
         shrinking = self._now
         self._compact(trainer, pl_module)
         if not shrinking.reached:
+            lost = self._passed_over
+            why = (
+                f"{lost} prunings were passed over, as no gradient before them was finite (lower the learning rate?); "
+            )
             rank_zero_warn(
                 f"PruningAwarePretraining: training ended at {shrinking.parameters:,} parameters, before the target "
-                f"({self.target!r}); train longer, "
+                f"({self.target!r}); {why if lost else ''}train longer, "
                 + ("set end, or raise units_per_pruning" if self.schedule.end is None else "or give an earlier end")
             )
         if self.picture is not None and len(self.history) > 1 and is_main_process():
@@ -460,6 +465,7 @@ class PruningAwarePretraining(L.Callback):
             down_to = self.schedule.goal(step, planner.cost(planner.first), planner.final)
             # Final sizes are reached one by one, not when their product is.
             down_to = -1 if planner.final_sizes is not None and step >= self.schedule.end else down_to
+        self._passed_over += not shrinking.saliency.steps
         reshard(shrinking.structure.model)
         record = shrinking.prune(step, self.tokens, self.schedule.units, down_to, optimizers, averages(trainer))
         if record is None:

@@ -474,6 +474,16 @@ def test_states_that_cannot_be_sliced_are_refused_before_they_exist(kind: str) -
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_prunings_without_finite_gradients_are_told_at_the_end() -> None:
+    class Overflowing(CausalLM):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) * torch.inf
+
+    callback = PruningAwarePretraining(0.9, ("ffn",), end=2)
+    with pytest.warns(UserWarning, match=r"\(0\.9\); 3 prunings were passed over, as no gradient.*finite"):
+        fit(callback, Overflowing(config=SMALL), max_steps=3)
+
+
 def test_a_module_that_was_shrunk_between_two_fits_is_refused() -> None:
     callback = PruningAwarePretraining({"intermediate_size": 40}, ("ffn",), end=2)
     fit(callback, module := make_module(), max_steps=2)
