@@ -412,9 +412,7 @@ class PruningAwarePretraining(L.Callback):
         self._compact(trainer, pl_module)
         if not shrinking.reached:
             lost = self._passed_over
-            why = (
-                f"{lost} prunings were passed over, as no gradient before them was finite (lower the learning rate?); "
-            )
+            why = f"{lost} prunings were passed over, as no gradient before them was finite (lower learning_rate?); "
             rank_zero_warn(
                 f"PruningAwarePretraining: training ended at {shrinking.parameters:,} parameters, before the target "
                 f"({self.target!r}); {why if lost else ''}train longer, "
