@@ -25,6 +25,7 @@ from lightning_prune.callbacks.checks import (
     masked_while_shrinking,
     neighbor,
     units_stay,
+    warn_of_pruned,
     warn_of_readers,
 )
 from lightning_prune.callbacks.copies import copied_state
@@ -43,7 +44,7 @@ from lightning_prune.callbacks.rewrapping import without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
-from lightning_prune.checkpoints.states import leave_emptied_groups
+from lightning_prune.checkpoints.states import follow_shrunk_checkpoints
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.batches import padding_mask
 from lightning_prune.pruning.holding import with_inner
@@ -242,7 +243,7 @@ class PruningAwarePretraining(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be shrunk, and be there when a checkpoint is loaded."""
         check_checkpoint_of(trainer)
-        leave_emptied_groups(trainer)
+        follow_shrunk_checkpoints(trainer)
         find_language_model(pl_module)
         if stage == "fit":
             check_trainer(trainer, self)
@@ -296,6 +297,8 @@ class PruningAwarePretraining(L.Callback):
         check_module(pl_module, trainer.strategy)  # once more: configure_model may have compiled it
         if state is None:
             check_not_masked(structure)
+            if neighbor(trainer, WeightPruning) is None:
+                warn_of_pruned(structure)
         first = None if state is None else Sizes(**state["first"])
         table = None if state is None or not state["latency"] else LatencyTable.from_dict(state["latency"])
         if table is None and is_latency(self.target):
@@ -593,11 +596,15 @@ def sum_of(trainer: L.Trainer) -> Callable[[Tensor], Tensor] | None:
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: of ``input_ids``, or of the first tensor, without the padding that it names."""
+    """Tokens of a batch, or batches in it: of ``input_ids``, or of the first tensor, without the padding it names."""
     if (mask := padding_mask(batch)) is not None:
         return int(mask.sum())
-    if isinstance(batch, Mapping):
-        batch = batch.get("input_ids", next((v for v in batch.values() if isinstance(v, Tensor)), None))
-    elif isinstance(batch, (list, tuple)):
-        batch = next((v for v in batch if isinstance(v, Tensor)), None)
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        batch = batch["input_ids"]
+    elif isinstance(batch, (Mapping, list, tuple)):
+        parts = list(batch.values() if isinstance(batch, Mapping) else batch)
+        tensor_first = next((v for v in parts if isinstance(v, Tensor)), None)
+        if tensor_first is None:  # batches in a batch, as of a CombinedLoader
+            return sum(map(count_tokens, parts))
+        batch = tensor_first
     return batch.numel() if isinstance(batch, Tensor) else 0

@@ -12,6 +12,7 @@ import lightning as L
 from torch import Tensor, arange, nn, tensor
 
 from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.checkpoints.states import find_misfit
 from lightning_prune.errors import CheckpointError
 from lightning_prune.structure.removal import remove_units, set_epsilon
 from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes, units_to_remove
@@ -89,17 +90,12 @@ def refuse_other_shapes(module: nn.Module, checkpoint: Mapping[str, Any]) -> Non
     Raises:
         ValueError: naming a weight, and how to load them.
     """
-    if "callbacks" in checkpoint:
-        return
-    own = module.state_dict()
-    for name, saved in checkpoint.get("state_dict", {}).items():
-        if name in own and own[name].shape != saved.shape:
-            raise ValueError(
-                f"the checkpoint has weights alone (save_weights_only=True), in other sizes than the module: {name!r} "
-                f"has {tuple(saved.shape)} there, {tuple(own[name].shape)} here. Load it with "
-                f"{type(module).__name__}.load_from_checkpoint(path), if hyper-parameters of the module hold the "
-                "configuration, and leave ckpt_path out; to resume, save full checkpoints"
-            )
+    if "callbacks" not in checkpoint and (misfit := find_misfit(module, checkpoint)):
+        raise ValueError(
+            f"the checkpoint has weights alone (save_weights_only=True), in other sizes than the module: {misfit}. "
+            f"Load it with {type(module).__name__}.load_from_checkpoint(path), if hyper-parameters of the module hold "
+            "the configuration, and leave ckpt_path out; to resume, save full checkpoints"
+        )
 
 
 def take_saved_shapes(modules: Iterable[nn.Module], state: Mapping[str, Any], attention_unit: AttentionUnit) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 from versions import EMAWeightAveraging
 
-from lightning_prune import CausalLM, PruningAwarePretraining
+from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
 from lightning_prune.checkpoints.export import export
 
 # Epochs of three steps; prunings at 2, 4, ...: the checkpoints lie before the first, between two, after a compaction.
@@ -251,6 +251,25 @@ def test_configurations_among_hyper_parameters_become_those_of_the_small_model(k
         assert type(loaded.language_model) is MistralForCausalLM
         assert loaded.hparams["teacher"] == teacher
         torch.testing.assert_close(loaded.language_model(ids).logits, module.language_model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("others", [[], [WeightPruning(score="magnitude")]], ids=["a CausalLM", "WeightPruning"])
+def test_a_large_module_without_the_callback_is_told_what_it_lacks(others: list[Any], tmp_path: Path) -> None:
+    kind = WithSizes if others else CausalLM
+
+    def large() -> Any:
+        return WithSizes() if others else make_module()
+
+    trainer = make_trainer(PruningAwarePretraining({"hidden_size": 20}, ("hidden",), end=1), *others, max_steps=2)
+    trainer.fit(large(), batches())
+    trainer.save_checkpoint(path := tmp_path / "small.ckpt")
+    message = (
+        rf"shrunk: '.*embed_tokens.* has \(\d+, 20\) there, \(\d+, 32\) here.*{kind.__name__}.load_from_checkpoint"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(*others, max_steps=3).fit(large(), batches(), ckpt_path=path)
+    small = kind.load_from_checkpoint(path, weights_only=True)  # as it says
+    make_trainer(*others, max_steps=3).fit(small, batches(), ckpt_path=path)
 
 
 def test_sizes_that_hyper_parameters_lack_are_named(tmp_path: Path) -> None:
