@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from os import PathLike
 from typing import Any
 
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 
@@ -57,6 +59,23 @@ def check_bool(name: str, value: Any) -> None:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be True or False")
+
+
+def check_model(model: Any, loss_fn: Any = None) -> None:
+    """Refuse what is no module, and a loss function that cannot be called.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not isinstance(model, nn.Module):
+        hint = ", which AutoModelForCausalLM.from_pretrained(...) loads" if isinstance(model, (str, PathLike)) else ""
+        kind = type(model).__name__
+        raise TypeError(f"model={model!r:.80} of type {kind} is no model: pass a torch.nn.Module{hint}")
+    if loss_fn is not None and not callable(loss_fn):
+        kind = type(loss_fn).__name__
+        raise TypeError(
+            f"loss_fn={loss_fn!r:.80} of type {kind} cannot be called: pass a function, loss_fn(model, batch), or none"
+        )
 
 
 def refuse_inference_tensors(parameters: Iterable[tuple[str, Any]], frozen: bool = True) -> None:

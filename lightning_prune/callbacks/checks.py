@@ -19,6 +19,7 @@ from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
 from lightning_prune.errors import check_bool, check_whole, refuse_inference_tensors
 from lightning_prune.naming import has_class, uncompiled
+from lightning_prune.pruning.coverage import pruned_zeros
 from lightning_prune.pruning.elsa import ELSA
 from lightning_prune.pruning.holding import with_inner
 from lightning_prune.pruning.patterns import parse_pattern
@@ -300,6 +301,19 @@ def warn_of_readers(module: L.LightningModule, structure: Structure) -> None:
             f"model and has a dimension of {hidden}, the number of hidden channels. Nothing slices it with the model: "
             "if it reads hidden states, training will fail once hidden channels are sliced off. Leave 'hidden' out of "
             "types then"
+        )
+
+
+def warn_of_pruned(structure: Structure) -> None:
+    """Warn of weights that were pruned before, and that nothing holds at zero while the model shrinks."""
+    inside = {name for i in range(structure.sizes.num_hidden_layers) for name in structure.in_layer(i)}
+    matrices = {name: p for name, p in structure.parameters().items() if name in inside and p.dim() > 1}
+    zeros = {name: count for name, p in matrices.items() if (count := pruned_zeros(p, whole_rows=False))}
+    if zeros:
+        rank_zero_warn(
+            f"PruningAwarePretraining: {len(zeros)} layers ({next(iter(zeros))}, ...) have {sum(zeros.values()):,} "
+            "zeros of pruned weights, which training fills, as nothing holds them: put WeightPruning(score='keep') "
+            "beside it, or prune when the model has its size"
         )
 
 

@@ -25,6 +25,7 @@ from lightning_prune.callbacks.checks import (
     masked_while_shrinking,
     neighbor,
     units_stay,
+    warn_of_pruned,
     warn_of_readers,
 )
 from lightning_prune.callbacks.copies import copied_state
@@ -35,15 +36,15 @@ from lightning_prune.callbacks.resuming import (
     check_before_loading,
     epsilon_of,
     refuse_other_shapes,
-    says_sizes,
     take_saved_shapes,
-    write_hyper_parameters,
+    unsaid_fields,
+    updating_hyper_parameters,
 )
 from lightning_prune.callbacks.rewrapping import without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning
 from lightning_prune.checkpoints.reading import check_checkpoint_of
-from lightning_prune.checkpoints.states import leave_emptied_groups
+from lightning_prune.checkpoints.states import follow_shrunk_checkpoints
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.batches import padding_mask
 from lightning_prune.pruning.holding import with_inner
@@ -171,7 +172,7 @@ class PruningAwarePretraining(L.Callback):
     ) -> None:
         super().__init__()
         self.target = target
-        self.types = check_types(list(types) if not isinstance(types, str) else types)
+        self.types = check_types(types)
         self.schedule = ShrinkSchedule(start, end, every_n_steps, units_per_pruning)
         self.saliency = saliency
         self.saliency_decay = saliency_decay
@@ -197,6 +198,7 @@ class PruningAwarePretraining(L.Callback):
         self._waiting = False  # for a checkpoint
         self._begun = False  # in this fit
         self._unchecked = True  # states of the optimizers after a step of this fit
+        self._passed_over = 0  # prunings of this fit that knew no finite gradient
         self._seen_step = 0
         self._saved_step: int | None = None  # that the state of a checkpoint is of; None once training goes on from it
 
@@ -241,7 +243,7 @@ class PruningAwarePretraining(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what could not be shrunk, and be there when a checkpoint is loaded."""
         check_checkpoint_of(trainer)
-        leave_emptied_groups(trainer)
+        follow_shrunk_checkpoints(trainer)
         find_language_model(pl_module)
         if stage == "fit":
             check_trainer(trainer, self)
@@ -259,7 +261,8 @@ class PruningAwarePretraining(L.Callback):
                 refuse_other_shapes(pl_module, checkpoint)
                 return
             averaged = averages(trainer) if stage == "fit" else ()  # there are none before
-            take_saved_shapes([pl_module, *averaged], state, self.attention_unit)
+            with updating_hyper_parameters(pl_module):
+                take_saved_shapes([pl_module, *averaged], state, self.attention_unit)
 
         self._let_go()
         self._begun = False
@@ -282,7 +285,7 @@ class PruningAwarePretraining(L.Callback):
         """Find the units, once a fit; a callback beside this one may have it done before it changes the module."""
         if self._begun:
             return
-        self._waiting, self._begun, self._unchecked = False, True, True
+        self._waiting, self._begun, self._unchecked, self._passed_over = False, True, True, 0
         reshard(pl_module)
         state = self._loaded or (None if self._shrinking is None else self._shrinking.state_dict())
         if self._owner is not None and self._owner() is not pl_module:
@@ -294,6 +297,8 @@ class PruningAwarePretraining(L.Callback):
         check_module(pl_module, trainer.strategy)  # once more: configure_model may have compiled it
         if state is None:
             check_not_masked(structure)
+            if neighbor(trainer, WeightPruning) is None:
+                warn_of_pruned(structure)
         first = None if state is None else Sizes(**state["first"])
         table = None if state is None or not state["latency"] else LatencyTable.from_dict(state["latency"])
         if table is None and is_latency(self.target):
@@ -333,11 +338,13 @@ class PruningAwarePretraining(L.Callback):
 
     def _warn_of_checkpoints(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Say which way checkpoints of the small model will load, where the usual one will not."""
-        if trainer.checkpoint_callback is None or says_sizes(module.hparams, self._now.structure.config):
+        planner, name = self._now.planner, type(module).__name__
+        missing = unsaid_fields(module.hparams, self._now.structure, planner.changing_sizes())
+        if trainer.checkpoint_callback is None or not missing:
             return
-        name = type(module).__name__
         rank_zero_warn(
-            f"PruningAwarePretraining: the hyper-parameters of {name} do not say the sizes of its model, so "
+            f"PruningAwarePretraining: the hyper-parameters of {name} do not say the sizes of its model "
+            f"({', '.join(missing)}), so "
             f"{name}.load_from_checkpoint(path) will build the large one, which checkpoints of the small one do not "
             "fit. Build it from a hyper-parameter that holds the configuration (a mapping with model_type, see "
             f"save_hyperparameters), or load them by Trainer(callbacks=[PruningAwarePretraining(...)]).validate("
@@ -407,9 +414,11 @@ class PruningAwarePretraining(L.Callback):
         shrinking = self._now
         self._compact(trainer, pl_module)
         if not shrinking.reached:
+            lost = self._passed_over
+            why = f"{lost} prunings were passed over, as no gradient before them was finite (lower learning_rate?); "
             rank_zero_warn(
                 f"PruningAwarePretraining: training ended at {shrinking.parameters:,} parameters, before the target "
-                f"({self.target!r}); train longer, "
+                f"({self.target!r}); {why if lost else ''}train longer, "
                 + ("set end, or raise units_per_pruning" if self.schedule.end is None else "or give an earlier end")
             )
         if self.picture is not None and len(self.history) > 1 and is_main_process():
@@ -457,6 +466,7 @@ class PruningAwarePretraining(L.Callback):
             down_to = self.schedule.goal(step, planner.cost(planner.first), planner.final)
             # Final sizes are reached one by one, not when their product is.
             down_to = -1 if planner.final_sizes is not None and step >= self.schedule.end else down_to
+        self._passed_over += not shrinking.saliency.steps
         reshard(shrinking.structure.model)
         record = shrinking.prune(step, self.tokens, self.schedule.units, down_to, optimizers, averages(trainer))
         if record is None:
@@ -476,14 +486,12 @@ class PruningAwarePretraining(L.Callback):
         shrinking = self._now
         if not shrinking.pending or shrinking.compact_every is None:
             return
-        before = shrinking.structure.config.to_dict()
         pruner = neighbor(trainer, WeightPruning)
         masks = {} if pruner is None else sliced_masks(shrinking.structure, shrinking.pending, pruner.masks)
-        with without_wrapper(trainer, module):
+        with updating_hyper_parameters(module), without_wrapper(trainer, module):
             shrinking.compact(list(with_inner(trainer.optimizers)), averages(trainer))
         if pruner is not None:
             pruner.change_masks(trainer, module, masks, complete=shrinking.reached)
-        write_hyper_parameters(module, before, shrinking.structure.config.to_dict())
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -588,11 +596,15 @@ def sum_of(trainer: L.Trainer) -> Callable[[Tensor], Tensor] | None:
 
 
 def count_tokens(batch: Any) -> int:
-    """Tokens of a batch: of ``input_ids``, or of the first tensor, without the padding that it names."""
+    """Tokens of a batch, or batches in it: of ``input_ids``, or of the first tensor, without the padding it names."""
     if (mask := padding_mask(batch)) is not None:
         return int(mask.sum())
-    if isinstance(batch, Mapping):
-        batch = batch.get("input_ids", next((v for v in batch.values() if isinstance(v, Tensor)), None))
-    elif isinstance(batch, (list, tuple)):
-        batch = next((v for v in batch if isinstance(v, Tensor)), None)
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        batch = batch["input_ids"]
+    elif isinstance(batch, (Mapping, list, tuple)):
+        parts = list(batch.values() if isinstance(batch, Mapping) else batch)
+        tensor_first = next((v for v in parts if isinstance(v, Tensor)), None)
+        if tensor_first is None:  # batches in a batch, as of a CombinedLoader
+            return sum(map(count_tokens, parts))
+        batch = tensor_first
     return batch.numel() if isinstance(batch, Tensor) else 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -10,8 +12,8 @@ import lightning as L
 from torch import Tensor, arange, nn, tensor
 
 from lightning_prune.checkpoints.reading import open_checkpoint
+from lightning_prune.checkpoints.states import find_misfit
 from lightning_prune.errors import CheckpointError
-from lightning_prune.structure.families import find_family
 from lightning_prune.structure.removal import remove_units, set_epsilon
 from lightning_prune.structure.sizes import SIZE_NAMES, AttentionUnit, Sizes, units_to_remove
 from lightning_prune.structure.units import Structure, read_structure
@@ -88,17 +90,12 @@ def refuse_other_shapes(module: nn.Module, checkpoint: Mapping[str, Any]) -> Non
     Raises:
         ValueError: naming a weight, and how to load them.
     """
-    if "callbacks" in checkpoint:
-        return
-    own = module.state_dict()
-    for name, saved in checkpoint.get("state_dict", {}).items():
-        if name in own and own[name].shape != saved.shape:
-            raise ValueError(
-                f"the checkpoint has weights alone (save_weights_only=True), in other sizes than the module: {name!r} "
-                f"has {tuple(saved.shape)} there, {tuple(own[name].shape)} here. Load it with "
-                f"{type(module).__name__}.load_from_checkpoint(path), if hyper-parameters of the module hold the "
-                "configuration, and leave ckpt_path out; to resume, save full checkpoints"
-            )
+    if "callbacks" not in checkpoint and (misfit := find_misfit(module, checkpoint)):
+        raise ValueError(
+            f"the checkpoint has weights alone (save_weights_only=True), in other sizes than the module: {misfit}. "
+            f"Load it with {type(module).__name__}.load_from_checkpoint(path), if hyper-parameters of the module hold "
+            "the configuration, and leave ckpt_path out; to resume, save full checkpoints"
+        )
 
 
 def take_saved_shapes(modules: Iterable[nn.Module], state: Mapping[str, Any], attention_unit: AttentionUnit) -> None:
@@ -161,38 +158,60 @@ def epsilon_of(structure: Structure) -> float | None:
     return None if name is None else float(getattr(structure.config, name))
 
 
-def says_sizes(hyper_parameters: Mapping[str, Any], config: Any) -> bool:
-    """Whether hyper-parameters of a module hold its model's configuration, or one of the sizes in it.
+def unsaid_fields(hyper_parameters: Mapping[str, Any], structure: Structure, changing: Iterable[str]) -> list[str]:
+    """Name the fields of the configuration that change, and that hyper-parameters of a module do not hold.
 
     Args:
-        hyper_parameters: Of the module.
-        config: Of its model.
+        hyper_parameters: Of the module; one that holds the configuration says all.
+        structure: Of its model.
+        changing: Sizes that may change.
     """
-    family = find_family(config)
-    sizes = {name for size in SIZE_NAMES for name in family.fields_of(size)}
-    return any(
-        name in sizes or hasattr(value, "model_type") or (isinstance(value, Mapping) and "model_type" in value)
-        for name, value in hyper_parameters.items()
-    )
+    if any(map(_is_config, hyper_parameters.values())):
+        return []
+    family, other = structure.family, _other_names(structure.config)
+    names = [family.fields_of(size)[0] for size in changing]
+    if "hidden_size" in names and family.eps_field is not None:
+        names.append(family.eps_field)
+    return [name for name in names if hyper_parameters.keys().isdisjoint({name, other.get(name, name)})]
 
 
-def write_hyper_parameters(module: L.LightningModule, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Write what has changed in the configuration into the module's hyper-parameters, which checkpoints carry.
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "model_type") or (isinstance(value, Mapping) and "model_type" in value)
 
-    A hyper-parameter called as a field of the configuration, and mappings that hold such fields (a configuration), are
-    updated where they hold the old value; all else is the module's own business.
 
-    Args:
-        module: With hyper-parameters, or without.
-        before: Fields of the configuration before the compaction.
-        after: Those after it.
+def _other_names(config: Any) -> Mapping[str, str]:
+    """Fields by the names that other configurations have for them, such as GPT-2's ``n_embd`` for ``hidden_size``."""
+    return getattr(config, "attribute_map", {})
+
+
+@contextmanager
+def updating_hyper_parameters(module: L.LightningModule) -> Iterator[None]:
+    """Write what the block changes in the configuration into the module's hyper-parameters, which checkpoints carry.
+
+    A hyper-parameter called as a field of the configuration, and mappings or configurations of the model's sizes, are
+    updated where they hold the old values; all else, such as a teacher's, is the module's own business.
     """
-    changed = {name: value for name, value in after.items() if name not in before or before[name] != value}
-    found = module.hparams
-    for name, value in list(found.items()):
-        if name in changed and name in before and value == before[name]:
-            found[name] = changed[name]
-        elif isinstance(value, Mapping) and "model_type" in value:
-            own = {k: v for k, v in changed.items() if k in value and k in before and value[k] == before[k]}
-            # Fields that were left at their default have to be said now.
-            found[name] = {**value, **changed, **own}
+    structure, found = read_structure(module), module.hparams
+    model: Any = structure.model
+    old, before, other = model.config, copy.deepcopy(model.config.to_dict()), _other_names(model.config)
+    sizes = {other.get(name, name) for size in SIZE_NAMES for name in structure.family.fields_of(size)} | {"model_type"}
+
+    def plain(config: Any) -> dict[str, Any]:
+        fields = config.to_dict() if hasattr(config, "to_dict") else config
+        return {other.get(name, name): value for name, value in fields.items()}
+
+    own = {
+        name
+        for name, value in found.items()
+        if value is old
+        or (_is_config(value) and all(v in (None, before.get(k)) for k, v in plain(value).items() if k in sizes))
+    }
+    yield
+    after = copy.deepcopy(model.config.to_dict())
+    for name, value in list(found.items()) if after != before else ():
+        if name in own and isinstance(value, Mapping):
+            found[name] = {**plain(value), **after}  # all of it: defaults follow from sizes, and from the class
+        elif name in own:
+            found[name] = model.config if value is old else copy.deepcopy(model.config)
+        elif name in after and name in before and value == before[name]:
+            found[name] = after[name]

@@ -29,7 +29,7 @@ from lightning_prune.callbacks.pruning_notices import (
 )
 from lightning_prune.callbacks.teardown import BeforeTeardown, refuse_offloaded
 from lightning_prune.checkpoints.reading import check_checkpoint_of
-from lightning_prune.checkpoints.states import states_of
+from lightning_prune.checkpoints.states import follow_shrunk_checkpoints, states_of
 from lightning_prune.history import described, plain
 from lightning_prune.pruning.allocation import KFACAllocation, OWLAllocation
 from lightning_prune.pruning.batches import check_repeatable
@@ -328,6 +328,7 @@ class WeightPruning(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse unsafe checkpoints, and strategies whose shards the masks could not follow."""
         check_checkpoint_of(trainer)
+        follow_shrunk_checkpoints(trainer)
         self._stage, self._prepared = stage, False
         if stage == "fit":
             refuse_offloaded(trainer.strategy, pl_module)

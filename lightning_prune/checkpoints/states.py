@@ -194,16 +194,29 @@ def units_in(callbacks: Mapping[str, Any], sharded: bool = False) -> MaskedUnits
 _FOR_EACH_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "max_lrs", "min_lrs")
 
 
-def leave_emptied_groups(trainer: Any) -> None:
-    """Have a Trainer's strategy load optimizer states without groups whose layers are gone; call it in ``setup``.
+def follow_shrunk_checkpoints(trainer: Any) -> None:
+    """Have a Trainer's strategy load what `PruningAwarePretraining` has shrunk, or say why not; call it in ``setup``.
 
-    Optimizers that trained on when `PruningAwarePretraining` took layers away keep a group of them, empty, since
-    learning rate schedules count groups. Those that a module makes for the small model may have none for it.
+    A module of other sizes is refused. Optimizer states are loaded without groups whose layers are gone: optimizers
+    that trained on when layers went keep a group of them, empty, since learning rate schedules count groups. Those that
+    a module makes for the small model may have none for it.
     """
     strategy = trainer.strategy
     original: Any = strategy.load_optimizer_state_dict
+    load_weights: Any = strategy.load_model_state_dict
     if getattr(original, "leaves_groups", False):
         return
+
+    @wraps(load_weights)
+    def load_model_state_dict(checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        shrunk = states_of(checkpoint.get("callbacks", {}), _SHRINKING)
+        if shrunk and (misfit := find_misfit(strategy.lightning_module, checkpoint)):
+            name = type(strategy.lightning_module).__name__
+            raise ValueError(
+                f"the checkpoint is of a model that PruningAwarePretraining has shrunk: {misfit}. Put that callback "
+                f"into this Trainer too, as it was; or build the small module with {name}.load_from_checkpoint(path)"
+            )
+        return load_weights(checkpoint, *args, **kwargs)
 
     @wraps(original)
     def load_optimizer_state_dict(checkpoint: Mapping[str, Any]) -> None:
@@ -213,6 +226,16 @@ def leave_emptied_groups(trainer: Any) -> None:
 
     load_optimizer_state_dict.leaves_groups = True  # type: ignore[attr-defined]
     strategy.__dict__["load_optimizer_state_dict"] = load_optimizer_state_dict
+    strategy.__dict__["load_model_state_dict"] = load_model_state_dict
+
+
+def find_misfit(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | None:
+    """Find a weight of a checkpoint that has another shape in the module, and say both; None where all fit."""
+    own = module.state_dict()
+    for name, saved in checkpoint.get("state_dict", {}).items():
+        if isinstance(saved, Tensor) and name in own and own[name].shape != saved.shape:
+            return f"{name!r} has {tuple(saved.shape)} there, {tuple(own[name].shape)} here"
+    return None
 
 
 def _leave_emptied_groups(checkpoint: Mapping[str, Any], strategy: Any) -> None:

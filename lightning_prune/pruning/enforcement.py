@@ -45,12 +45,14 @@ class Enforcer:
         """Call the parameters by other names."""
         self._weights = {rename(name): weight for name, weight in self._weights.items()}
 
-    def follows(self, name: str, parameter: Tensor | None) -> bool:
-        """Whether a parameter is the one that is masked under a name, where and of the shape it was then."""
-        if parameter is None or parameter is not self._weights[name]:
-            return False
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether a masked parameter is where and of the shape it was when it got its mask."""
         own, mask = local(parameter.detach()), self._held[id(parameter)]
         return own.device == mask.device and own.shape == mask.shape
+
+    def follows(self, name: str, parameter: Tensor | None) -> bool:
+        """Whether a parameter is the one that is masked under a name, where and of the shape it was then."""
+        return parameter is not None and parameter is self._weights[name] and self.fits(parameter)
 
     @property
     def weights(self) -> Mapping[str, nn.Parameter]:

@@ -284,7 +284,8 @@ class MaskHold:
         except ValueError as error:
             raise RuntimeError(
                 f"the parameter {strange[0]!r} was replaced during training, and its mask cannot follow: {error}. "
-                "Replace layers before or after training, or leave them unpruned"
+                "Replace or shrink layers before masks are held, or when they are no more (MaskHold.remove), or leave "
+                "them unpruned"
             ) from error
         if not dist.is_initialized() or dist.get_rank() == 0:
             warnings.warn(
@@ -352,8 +353,11 @@ class MaskHold:
         held = weakref.ref(self)
 
         def after_gradient(parameter: nn.Parameter) -> None:
-            if (hold := held()) is not None:
-                hold._enforcer.mask_gradients((parameter,))
+            if (hold := held()) is None:
+                return
+            if not hold._enforcer.fits(parameter):
+                hold.follow()
+            hold._enforcer.mask_gradients((parameter,))
 
         for key, weight in weights.items():
             if self._hooks and weight.requires_grad and key not in self._gradient_hooks:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import CalibrationError
+from lightning_prune.errors import CalibrationError, check_model
 from lightning_prune.progress import is_main_process, progress_bar
 from lightning_prune.pruning.allocation import (
     Allocation,
@@ -138,6 +138,7 @@ def prune(
         TypeError: an argument of the wrong type.
         CalibrationError: calibration could not give finite statistics of every layer.
     """
+    check_model(model, loss_fn)
     chosen = make_score(score, alpha=alpha, gamma=gamma, grad_norm=grad_norm, seed=seed)
     how = (sparsity, pattern, group, allocation, update, num_samples, sequential)
     settings = PruningSettings(chosen, *how, targets, ignore, gradient_dtype, gradient_device, progress)

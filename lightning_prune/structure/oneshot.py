@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import CalibrationError, check_bool, refuse_inference_tensors
+from lightning_prune.errors import CalibrationError, check_bool, check_model, refuse_inference_tensors
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import samples
 from lightning_prune.pruning.calibration import LossFn, collect
@@ -142,6 +142,7 @@ def prune_structured(
         report = prune_structured(model, batches, target=0.8)
         save_plain(model, "smaller", tokenizer)
     """
+    check_model(model, loss_fn)
     structure, planner = check_structured(
         model, target, types, saliency, compensate, round_to, num_samples, attention_unit, rounds, batches is not None
     )

@@ -103,6 +103,12 @@ class Planner:
         """Return the number of parameters of a model of these sizes."""
         return self.shapes.count(sizes)
 
+    def changing_sizes(self) -> list[str]:
+        """Return the names of the sizes that are to shrink, or may."""
+        names = [name for t in self.types for name in _SIZES_OF[t]]
+        final = self.final_sizes
+        return [name for name in names if final is None or getattr(final, name) != getattr(self.first, name)]
+
     def cost(self, sizes: Sizes) -> int:
         """Return what the goal limits: parameters, or nanoseconds of a step."""
         return self.parameters(sizes) if self.latency is None else _nanoseconds(self.latency.seconds(sizes))

@@ -122,7 +122,7 @@ def remove_units(
             p.data, p.grad = weights[name], None
         for state, new in states:
             state.update(new)
-        _forget(raw, gone)
+        _forget(raw, gone, structure, checked)
         _rewrite(structure, checked, sizes)
         change_class(structure.model, change)
     return sizes
@@ -277,14 +277,24 @@ def _embedding_scale(structure: Structure, hidden: int) -> float:
 # -- everything else that knows a size -------------------------------------------------------------------------------
 
 
-def _forget(optimizers: Sequence[Optimizer], gone: set[int]) -> None:
-    """Take removed parameters out of optimizers."""
+def _forget(optimizers: Sequence[Optimizer], gone: set[int], structure: Structure, removal: Removal) -> None:
+    """Take removed parameters out of optimizers, and give the others the names that they have from now on."""
+    before = {name: name for name in structure.axes}
+    new = {old: name for name, old in renumbered(before, structure.layer_names(), _layers(removal)).items()}
+    ours = {id(p): name for name, p in structure.parameters().items()}
     for optimizer in optimizers if gone else ():
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if id(p) in gone:
                     optimizer.state.pop(p, None)
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
+            left = [(i, p) for i, p in enumerate(group["params"]) if id(p) not in gone]
+            if (names := group.get("param_names")) is not None:  # of an optimizer that was given named_parameters()
+                found = [(names[i], ours.get(id(p), "")) for i, p in left]
+                group["param_names"] = [
+                    name.removesuffix(old) + new[old] if old in new and name.endswith(old) else name
+                    for name, old in found
+                ]
+            group["params"] = [p for _, p in left]
 
 
 def _rewrite(structure: Structure, removal: Removal, sizes: Sizes) -> None:

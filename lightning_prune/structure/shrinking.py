@@ -243,7 +243,11 @@ class Shrinking:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` was; the model must have its sizes."""
         if (saved := Sizes(**state["sizes"])) != self.structure.sizes:
-            raise ValueError(f"the checkpoint's model has {saved}, this one {self.structure.sizes}")
+            raise ValueError(
+                f"what a checkpoint or an earlier fit has left is of a model of {saved.as_dict()}, and this one has "
+                f"{self.structure.sizes.as_dict()}: it was changed in between. Shrink it further with a new "
+                "PruningAwarePretraining"
+            )
         self.pending = merge_removals(self.structure, state["pending"])
         self.layers_left = list(state["layers_left"])
         self._since = int(state["since"])

@@ -6,7 +6,7 @@ Letters: h query heads, k key/value heads, e dimensions of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -115,15 +115,17 @@ class Shapes:
         return sizes.num_hidden_layers * sum(map(numel, self.inside)) + sum(map(numel, self.outside))
 
 
-def check_types(types: Sequence[str]) -> tuple[UnitType, ...]:
+def check_types(types: Collection[str]) -> tuple[UnitType, ...]:
     """Unit types in their fixed order.
 
     Raises:
-        TypeError: a bare string.
+        TypeError: a bare string, or no sequence.
         ValueError: none, or an unknown one.
     """
     if isinstance(types, str):
         raise TypeError(f"types must be a sequence, got the string {types!r}; write types=({types!r},)")
+    if not isinstance(types, Collection):
+        raise TypeError(f"types={types!r} must be several of {', '.join(map(repr, UNIT_TYPES))}")
     unknown = [t for t in types if t not in UNIT_TYPES]
     if unknown or not types:
         raise ValueError(f"types={types!r} must be one or more of {', '.join(map(repr, UNIT_TYPES))}")

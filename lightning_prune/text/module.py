@@ -36,7 +36,7 @@ from lightning_prune.checkpoints.sources import (
     named_where_it_fails,
     plain_source,
 )
-from lightning_prune.checkpoints.states import leave_emptied_groups, units_in
+from lightning_prune.checkpoints.states import follow_shrunk_checkpoints, units_in
 from lightning_prune.errors import CheckpointError
 from lightning_prune.evaluation.perplexity import NextTokenLoss
 from lightning_prune.naming import DTYPES, has_class, uncompiled
@@ -360,7 +360,7 @@ class CausalLM(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check that the data module fits the model, and take its tokenizer if the model has none."""
         check_checkpoint_of(self.trainer)
-        leave_emptied_groups(self.trainer)  # of a run in which layers went, be it resumed without its callback
+        follow_shrunk_checkpoints(self.trainer)  # also where it is resumed without its callback
         datamodule = getattr(self.trainer, "datamodule", None)
         tokenizer = getattr(datamodule, "tokenizer", None)
         if isinstance(tokenizer, PreTrainedTokenizerBase):  # a data module of the user's own may hold another kind

@@ -25,9 +25,10 @@ from tiny import make_tokens
 from transformers import AutoModelForCausalLM
 from versions import EMAWeightAveraging
 
-from lightning_prune import CausalLM, PruningAwarePretraining
+from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning, prune
 from lightning_prune.callbacks.checks import check_trainer, units_stay
-from lightning_prune.structure import read_structure
+from lightning_prune.callbacks.pruning_aware_pretraining import count_tokens
+from lightning_prune.structure import read_structure, remove_units
 
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
 ALL = ("attention", "ffn", "hidden")
@@ -472,6 +473,46 @@ def test_states_that_cannot_be_sliced_are_refused_before_they_exist(kind: str) -
     assert all(p.grad is None for p in module.parameters())
     assert not any(optimizer.state for optimizer in trainer.optimizers)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_zeros_that_nothing_holds_are_told() -> None:
+    def shrink(*others: L.Callback) -> None:
+        module = make_module()
+        prune(module.model, score="magnitude", sparsity=0.5)
+        make_trainer(PruningAwarePretraining(0.9, ("ffn",), end=1), *others, max_steps=2).fit(module, batches())
+
+    with pytest.warns(UserWarning, match=r"\.weight, \.\.\.\) have [\d,]+ zeros of pruned.*score='keep'"):
+        shrink()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*zeros of pruned weights")
+        shrink(WeightPruning(score="keep"))  # as it says
+        fit(PruningAwarePretraining(0.9, ("ffn",), end=1), make_module(), max_steps=2)
+
+
+def test_tokens_of_batches_in_a_batch_count() -> None:
+    ids, real = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    assert count_tokens({"a": {"input_ids": ids}, "b": [ids, ids]}) == 20
+    assert count_tokens([{"input_ids": ids, "attention_mask": real}, (ids, "text")]) == 17
+    assert count_tokens({"labels": ids, "input_ids": ids}) == 10
+    assert count_tokens("text") == count_tokens({}) == 0
+
+
+def test_prunings_without_finite_gradients_are_told_at_the_end() -> None:
+    class Overflowing(CausalLM):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) * torch.inf
+
+    callback = PruningAwarePretraining(0.9, ("ffn",), end=2)
+    with pytest.warns(UserWarning, match=r"\(0\.9\); 3 prunings were passed over, as no gradient.*finite"):
+        fit(callback, Overflowing(config=SMALL), max_steps=3)
+
+
+def test_a_module_that_was_shrunk_between_two_fits_is_refused() -> None:
+    callback = PruningAwarePretraining({"intermediate_size": 40}, ("ffn",), end=2)
+    fit(callback, module := make_module(), max_steps=2)
+    remove_units(module.model, {"ffn": [[0]] * module.model.config.num_hidden_layers})
+    with pytest.raises(ValueError, match=r"was changed in between.*with a new PruningAwarePretraining"):
+        fit(callback, module, max_steps=4)
 
 
 def test_gradients_of_an_earlier_fit_are_not_stepped_with_before_training() -> None:

@@ -13,10 +13,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pruning_aware_models import SMALL, batches, make_module, make_trainer, weights
 from tiny import make_tokens
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 from versions import EMAWeightAveraging
 
-from lightning_prune import CausalLM, PruningAwarePretraining
+from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
 from lightning_prune.checkpoints.export import export
 
 # Epochs of three steps; prunings at 2, 4, ...: the checkpoints lie before the first, between two, after a compaction.
@@ -213,6 +213,76 @@ def test_hyper_parameters_of_any_module_are_kept_up_to_date(tmp_path: Path) -> N
     }
     ids = make_tokens(1, 6, vocab=64)
     torch.testing.assert_close(loaded.language_model(ids).logits, module.language_model(ids).logits, rtol=0, atol=0)
+
+
+class WithConfiguration(L.LightningModule):
+    """A module whose hyper-parameters hold the configuration, a mapping or an object, and that of a teacher."""
+
+    training_step, configure_optimizers = WithSizes.training_step, WithSizes.configure_optimizers
+
+    def __init__(self, config: Any, teacher: Any = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        config = AutoConfig.for_model(**config) if isinstance(config, dict) else config
+        self.language_model = AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "object"])
+def test_configurations_among_hyper_parameters_become_those_of_the_small_model(kind: str, tmp_path: Path) -> None:
+    """A Llama that has become a Mistral has other defaults (eight key/value heads), and another head_dim."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24}
+    plain = {"model_type": "llama", **sizes, "num_hidden_layers": 1, "num_attention_heads": 4}
+    teacher = {**plain, "hidden_size": 32}  # of another model, and alike in the size that goes first
+
+    def shrink(resume: Path | None = None, steps: int = 5) -> tuple[Any, Any]:
+        given = plain if kind == "mapping" else AutoConfig.for_model(**plain)
+        module = WithConfiguration(given, teacher)
+        callback = PruningAwarePretraining({"hidden_size": 14, "intermediate_size": 9}, ("ffn", "hidden"), end=4)
+        trainer = make_trainer(callback, max_steps=steps)
+        trainer.fit(module, batches(), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module, WithConfiguration.load_from_checkpoint(tmp_path / f"{steps}.ckpt", weights_only=False)
+
+    ids = make_tokens(1, 6, vocab=64)
+    for resume, steps in ((None, 5), (tmp_path / "5.ckpt", 6)):  # in the resumed one nothing is left to slice
+        if resume is not None and kind == "object":  # which Lightning does not resume, as it would have to be unpickled
+            continue
+        module, loaded = shrink(resume, steps)
+        assert type(loaded.language_model) is MistralForCausalLM
+        assert loaded.hparams["teacher"] == teacher
+        torch.testing.assert_close(loaded.language_model(ids).logits, module.language_model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("others", [[], [WeightPruning(score="magnitude")]], ids=["a CausalLM", "WeightPruning"])
+def test_a_large_module_without_the_callback_is_told_what_it_lacks(others: list[Any], tmp_path: Path) -> None:
+    kind = WithSizes if others else CausalLM
+
+    def large() -> Any:
+        return WithSizes() if others else make_module()
+
+    trainer = make_trainer(PruningAwarePretraining({"hidden_size": 20}, ("hidden",), end=1), *others, max_steps=2)
+    trainer.fit(large(), batches())
+    trainer.save_checkpoint(path := tmp_path / "small.ckpt")
+    message = (
+        rf"shrunk: '.*embed_tokens.* has \(\d+, 20\) there, \(\d+, 32\) here.*{kind.__name__}.load_from_checkpoint"
+    )
+    with pytest.raises(ValueError, match=message):
+        make_trainer(*others, max_steps=3).fit(large(), batches(), ckpt_path=path)
+    small = kind.load_from_checkpoint(path, weights_only=True)  # as it says
+    make_trainer(*others, max_steps=3).fit(small, batches(), ckpt_path=path)
+
+
+def test_sizes_that_hyper_parameters_lack_are_named(tmp_path: Path) -> None:
+    class Fewer(WithSizes):
+        def __init__(self, hidden_size: int = 32) -> None:
+            super().__init__(hidden_size)
+            self.save_hyperparameters()
+            del self._hparams["intermediate_size"], self._hparams["rms_norm_eps"], self._hparams["heads"]
+
+    keeping = {"enable_checkpointing": True, "default_root_dir": tmp_path, "max_steps": 1}
+    callback = PruningAwarePretraining({"hidden_size": 20}, ("ffn", "hidden"), end=1)
+    with pytest.warns(UserWarning, match=r"Fewer do not say the sizes of its model \(rms_norm_eps\), so"):
+        make_trainer(callback, **keeping).fit(Fewer(), batches())
 
 
 def test_a_module_whose_hyper_parameters_say_no_sizes_is_told_how_its_checkpoints_load(tmp_path: Path) -> None:

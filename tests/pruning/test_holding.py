@@ -333,6 +333,17 @@ def test_replaced_moved_and_newly_trained_parameters_are_followed():
         hold.follow()
 
 
+def test_a_model_that_shrinks_while_its_masks_are_held_says_so_in_the_backward_pass():
+    model = make_model()
+    hold = hold_masks(model, make_masks(model), torch.optim.AdamW(model.parameters()))
+    model[0].weight.data, model[0].bias.data = model[0].weight[:5].detach(), model[0].bias[:5].detach()
+    model[2].weight.data = model[2].weight[:, :5].detach()
+    with pytest.raises(RuntimeError, match=r"'0\.weight'.*\(10, 6\), the parameter \(5, 6\).*MaskHold\.remove"):
+        model(inputs(1)[0]).sum().backward()
+    hold.remove()
+    model(inputs(1)[0]).sum().backward()
+
+
 def test_following_a_layer_costs_the_same_however_many_lie_beside_it():
     def calls_a_layer(layers: int) -> float:
         model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(layers)))

@@ -339,6 +339,10 @@ def test_a_failing_removal_undoes_the_compensation(how, monkeypatch):
         ({"rounds": 2.0}, "rounds=2.0"),
         ({"attention_unit": "pair"}, "attention_unit='pair'"),
         ({"batches": None}, "pass batches"),
+        ({"model": "folder"}, r"^model='folder' of type str is no model: pass.*from_pretrained"),
+        ({"model": None}, "^model=None of type NoneType is no model"),
+        ({"loss_fn": 3}, "^loss_fn=3 of type int cannot be called"),
+        ({"types": None}, "^types=None must be"),
     ],
 )
 def test_bad_arguments_are_refused_before_data_is_read(arguments, message):
@@ -346,8 +350,8 @@ def test_bad_arguments_are_refused_before_data_is_read(arguments, message):
         raise AssertionError
         yield
 
-    with pytest.raises(ValueError, match=message):
-        prune_structured(zoo.make("llama"), **{"batches": unread(), **arguments})
+    with pytest.raises((ValueError, TypeError), match=message):
+        prune_structured(**{"model": zoo.make("llama"), "batches": unread(), **arguments})
 
 
 # -- rounds ------------------------------------------------------------------------------------------------------

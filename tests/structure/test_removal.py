@@ -296,6 +296,14 @@ def test_a_removed_layer_leaves_the_optimizer():
 # -- the rest ----------------------------------------------------------------------------------------------------
 
 
+def test_an_optimizer_of_named_parameters_names_those_that_are_left():
+    module = nn.ModuleDict({"inner": zoo.make("llama"), "other": nn.Linear(2, 2)})
+    optimizer = torch.optim.AdamW(module.named_parameters())
+    remove_units(module, {"layer": [0]}, [optimizer])
+    (group,) = optimizer.param_groups
+    assert dict(zip(group["param_names"], group["params"], strict=True)) == dict(module.named_parameters())
+
+
 def test_epsilon_and_weights_of_rms_norms():
     model = zoo.make("llama")
     weight = model.model.norm.weight.detach().clone()
