@@ -139,7 +139,9 @@ def test_an_allocation_names_one_expert(tmp_path: Path) -> None:
     name = "layers.0.mlp.experts.gate_up_proj"
     module, pruned, _, _ = fit(tmp_path, "gpt_oss", pruner=pruning(allocation={f"{name}.3": 0.75}), max_steps=2)
     mask = pruned.masks[f"model.model.{name}"]
-    assert [float((~part).double().mean()) for part in mask] == [0.5, 0.5, 0.5, 0.75]
+    shares = [float((~part).double().mean()) for part in mask]
+    assert shares[3] == 0.75
+    assert max(shares[:3]) < 0.5  # all others make up for it
     assert not module.get_parameter(f"model.model.{name}")[~mask].any()
 
 
