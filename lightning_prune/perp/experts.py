@@ -10,7 +10,7 @@ Letters: E experts, I inputs, O outputs of an expert's matrix, r rank, P and Q a
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,23 +76,33 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
         """
         self.transposed = expert_parameters(self.get_base_layer())[self.parameter_name]
         self._made_with = config
-        layers = list(self._as_layers(adapter_name, r, lora_alpha))
+        last, *stacks = self._made(adapter_name, r, lora_alpha)
         for name in ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias"):
-            getattr(self, name)[adapter_name] = getattr(layers[0], name)[adapter_name]
-        for holders, matrices in zip((self.lora_A, self.lora_B), _stacked(layers), strict=True):
+            getattr(self, name)[adapter_name] = getattr(last, name)[adapter_name]
+        for holders, matrices in zip((self.lora_A, self.lora_B), stacks, strict=True):
             holders[adapter_name] = holder = nn.Module()
             # As PEFT has it for adapters of layers: at least float32, whatever the weight is.
             wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
             holder.register_parameter(self.parameter_name, nn.Parameter(wide))
         self.set_adapter(self.active_adapters)
 
-    def _as_layers(self, adapter_name: str, r: int, lora_alpha: int) -> Iterator[SparseLinear]:
-        """Each expert's slice as a linear layer with a new adapter, in order."""
+    @torch.no_grad()
+    def _made(self, adapter_name: str, r: int, lora_alpha: int) -> tuple[SparseLinear, Tensor, Tensor]:
+        """Take each expert's slice for a linear layer, one after the other, and put a new adapter on it.
+
+        Returns:
+            The last such layer, and the matrices of all, A ``[E, r, I]`` and B ``[E, O, r]``.
+        """
+        first: list[Tensor] = []
+        second: list[Tensor] = []
         for weight in gather_whole(self.base_weight.detach()):
             matrix = weight.mT if self.transposed else weight
             layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
             layer.weight = nn.Parameter(matrix, requires_grad=False)
-            yield self.variant(layer, adapter_name, config=self._made_with, r=r, lora_alpha=lora_alpha)
+            adapted = self.variant(layer, adapter_name, config=self._made_with, r=r, lora_alpha=lora_alpha)
+            for stack, made in zip((first, second), adapted.matrices(), strict=True):
+                stack.append(made)
+        return adapted, torch.stack(first), torch.stack(second)
 
     @torch.no_grad()
     def begin_anew(self, init_lora_weights: bool | str) -> None:
@@ -100,8 +110,8 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
         (name,) = self.lora_A
         self._made_with = copy.copy(self._made_with)
         self._made_with.init_lora_weights = init_lora_weights  # type: ignore[assignment]
-        layers = list(self._as_layers(name, self.r[name], self.lora_alpha[name]))
-        for matrix, new in zip(self.matrices(), _stacked(layers), strict=True):
+        _, *stacks = self._made(name, self.r[name], self.lora_alpha[name])
+        for matrix, new in zip(self.matrices(), stacks, strict=True):
             local(matrix).copy_(take_shard(matrix, new))
 
     # What a block calls its experts with differs between families.
@@ -119,12 +129,6 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
         while isinstance(within, SparseExperts):
             name, within = f"base_layer.{name}", within.base_layer
         return functional_call(self.base_layer, {name: self.weight_with_adapter()}, args, kwargs)
-
-
-def _stacked(layers: Sequence[SparseLinear]) -> tuple[Tensor, Tensor]:
-    """A ``[E, r, I]`` and B ``[E, O, r]`` of experts from those of each."""
-    first, second = zip(*(layer.matrices() for layer in layers), strict=True)
-    return torch.stack(first).detach(), torch.stack(second).detach()
 
 
 def put_on_experts(

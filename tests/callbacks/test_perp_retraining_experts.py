@@ -135,6 +135,16 @@ def test_targets_name_parameters_of_experts(targets: list[str], tmp_path: Path) 
     assert all(not module.get_parameter(name)[~mask].any() for name, mask in pruned.masks.items())
 
 
+def test_an_allocation_names_one_expert(tmp_path: Path) -> None:
+    name = "layers.0.mlp.experts.gate_up_proj"
+    module, pruned, _, _ = fit(tmp_path, "gpt_oss", pruner=pruning(allocation={f"{name}.3": 0.75}), max_steps=2)
+    mask = pruned.masks[f"model.model.{name}"]
+    shares = [float((~part).double().mean()) for part in mask]
+    assert shares[3] == 0.75
+    assert max(shares[:3]) < 0.5  # all others make up for it
+    assert not module.get_parameter(f"model.model.{name}")[~mask].any()
+
+
 def test_weights_only_and_a_model_pruned_before(tmp_path: Path) -> None:
     first, masks, _, _ = fit(tmp_path / "first", "gpt_oss")
     module = copy.deepcopy(first)

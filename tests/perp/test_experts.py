@@ -218,6 +218,19 @@ def test_compiled_it_trains_the_same(how: str, family: str) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_trains_the_same(family: str) -> None:
+    losses = []
+    for kind in (None, False, True):
+        plain = pruned_moe(family, "batched_mm")
+        if kind is not None:
+            plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind})
+        torch.manual_seed(0)
+        losses.append(train(add_adapters(plain, r=2), IDS))
+    assert losses[1] == losses[2] == pytest.approx(losses[0], rel=1e-9)
+    assert losses[0][-1] < losses[0][0]
+
+
 def test_experts_that_are_compiled_by_themselves_are_refused() -> None:
     plain = pruned_moe("mixtral")
     for block in plain.model.layers:
