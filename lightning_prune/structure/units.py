@@ -212,24 +212,33 @@ def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         ValueError: there is none, or more than one side by side.
     """
+    found = language_models(module)
+    if len(found) != 1:
+        names = [name or type(m).__name__ for name, m in found]
+        hint = "pass the causal language model itself"
+        if found and hasattr(module, "training_step"):
+            hint = (
+                "pass a teacher as distill_from, and keep what else is no part of it out of the modules, such as in a "
+                "list (self.other = [other])"
+            )
+        elif hasattr(module, "training_step"):
+            hint = "build it in __init__, setup or configure_model, and keep it in an attribute"
+        raise ValueError(
+            f"{type(module).__name__} holds {len(found)} transformers models{f' {names}' if names else ''}, one is "
+            f"needed: {hint}"
+        )
+    return found[0]
+
+
+def language_models(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The transformers models in a module that are in no other one, and their names there."""
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_modules():
         if hasattr(getattr(child, "config", None), "model_type") and hasattr(child, "get_output_embeddings"):
             inner = uncompiled(child)
             if not any(inner in set(outer.modules()) for _, outer in found):
                 found.append((clean_name(f"{name}.").rstrip("."), inner))
-    if len(found) != 1:
-        names = [name or type(m).__name__ for name, m in found]
-        hint = "the causal language model itself"
-        if found and hasattr(module, "training_step"):
-            hint = (
-                "a teacher as distill_from, and keep what else is no part of it out of the modules, such as in a list "
-                "(self.other = [other])"
-            )
-        raise ValueError(
-            f"{type(module).__name__} holds {len(found)} transformers models {names or ''}, one is needed: pass {hint}"
-        )
-    return found[0]
+    return found
 
 
 def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -> Structure:
