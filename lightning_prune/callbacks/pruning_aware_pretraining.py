@@ -75,7 +75,8 @@ class PruningAwarePretraining(L.Callback):
     gradients, right before each optimizer step (averaged over processes, summed over accumulated batches, not yet
     clipped). A pruned unit is zero at first; every `compact_every` prunings, and when the target is reached, zeros are
     sliced off: parameters, optimizer states, averaged weights (``WeightAveraging``), the configuration. The loss does
-    not change by that. What is left is an ordinary model of its family.
+    not change by that. Hidden channels under LayerNorms are sliced off at once too. What is left is an ordinary model
+    of its family.
 
     Works with automatic optimization of one optimizer (Adam, AdamW, SGD, ... : states of the weights' shapes) on one
     device or under DDP, with accumulation, clipping, mixed precision, gradient checkpointing and tied embeddings. DDP
