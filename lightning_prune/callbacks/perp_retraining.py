@@ -472,7 +472,7 @@ class PERPRetraining(L.Callback):
         if not isinstance(model, nn.Module):
             raise ValueError(
                 f"attribute={self.attribute!r}: {type(module).__name__} has no such module; name the attribute that "
-                "holds the transformers model"
+                "holds the transformers model, which has to be built in __init__, before adapters are put on"
             )
         return model
 

@@ -58,7 +58,7 @@ from lightning_prune.structure.removal import sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
 from lightning_prune.structure.shrinking import Shrinking, ShrinkRecord, pruned_ratios
 from lightning_prune.structure.sizes import AttentionUnit, Sizes, check_types
-from lightning_prune.structure.units import Structure, find_language_model, read_structure
+from lightning_prune.structure.units import Structure, find_language_model, language_models, read_structure
 
 _STATE_VERSION = 2
 # What the accumulated statistics of a checkpoint were made with.
@@ -75,7 +75,8 @@ class PruningAwarePretraining(L.Callback):
     gradients, right before each optimizer step (averaged over processes, summed over accumulated batches, not yet
     clipped). A pruned unit is zero at first; every `compact_every` prunings, and when the target is reached, zeros are
     sliced off: parameters, optimizer states, averaged weights (``WeightAveraging``), the configuration. The loss does
-    not change by that. What is left is an ordinary model of its family.
+    not change by that. Hidden channels under LayerNorms are sliced off at once too. What is left is an ordinary model
+    of its family.
 
     Works with automatic optimization of one optimizer (Adam, AdamW, SGD, ... : states of the weights' shapes) on one
     device or under DDP, with accumulation, clipping, mixed precision, gradient checkpointing and tied embeddings. DDP
@@ -244,16 +245,17 @@ class PruningAwarePretraining(L.Callback):
         """Refuse what could not be shrunk, and be there when a checkpoint is loaded."""
         check_checkpoint_of(trainer)
         follow_shrunk_checkpoints(trainer)
-        find_language_model(pl_module)
+        if built := bool(language_models(pl_module)) or not _builds_later(pl_module):
+            find_language_model(pl_module)
         if stage == "fit":
             check_trainer(trainer, self)
             check_module(pl_module, trainer.strategy)
             if (pruner := neighbor(trainer, WeightPruning)) is not None:  # before that one prunes anything
-                check_neighbors(trainer, self, read_structure(pl_module, self.attention_unit))
+                if built:
+                    check_neighbors(trainer, self, read_structure(pl_module, self.attention_unit))
                 pruner.do_first(partial(self.begin, trainer, pl_module))
-            if self.distill_from is not None and self._distillation is None:
-                self._distillation = Distillation(self.distill_from, self.distill_weight, self.temperature)
-                self._distillation.load(pl_module)
+            if built:
+                self._load_source(pl_module)
 
         def prepare(checkpoint: dict[str, Any]) -> None:
             state = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -287,6 +289,7 @@ class PruningAwarePretraining(L.Callback):
             return
         self._waiting, self._begun, self._unchecked, self._passed_over = False, True, True, 0
         reshard(pl_module)
+        self._load_source(pl_module)
         state = self._loaded or (None if self._shrinking is None else self._shrinking.state_dict())
         if self._owner is not None and self._owner() is not pl_module:
             state = self._saved_step = None  # another module's, such as one that was tested
@@ -335,6 +338,12 @@ class PruningAwarePretraining(L.Callback):
                 warn_of_readers(pl_module, structure)
         if self._distillation is not None:
             self._distillation.begin(pl_module, structure.model)
+
+    def _load_source(self, module: L.LightningModule) -> None:
+        if self.distill_from is not None and self._distillation is None:
+            distillation = Distillation(self.distill_from, self.distill_weight, self.temperature)
+            distillation.load(module)
+            self._distillation = distillation
 
     def _warn_of_checkpoints(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Say which way checkpoints of the small model will load, where the usual one will not."""
@@ -554,6 +563,12 @@ def _measured_once(structure: Structure, target: Any, trainer: L.Trainer) -> Lat
     agree(values)
     *found, rest = values.tolist()
     return LatencyTable(tuple(found[: len(table.weights)]), tuple(found[len(table.weights) :]), rest)
+
+
+def _builds_later(module: L.LightningModule) -> bool:
+    """Whether a module has hooks that may build its model, and come after a callback's ``setup``."""
+    hooks = ("setup", "configure_model")
+    return any(getattr(type(module), hook) is not getattr(L.LightningModule, hook) for hook in hooks)
 
 
 def _shrunk_to(state: dict[str, Any], sizes: Sizes) -> bool:

@@ -17,6 +17,7 @@ from lightning_prune.safety import add_check_sums, expanded
 from lightning_prune.sharding import plain_class, whole_state
 from lightning_prune.structure.classes import is_own_class
 from lightning_prune.structure.folders import replacing
+from lightning_prune.structure.masking import KeptChannelsNorm
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.sizes import AttentionUnit
 from lightning_prune.structure.units import (
@@ -86,6 +87,11 @@ def writing_plain(
         ValueError: parameters that the configuration does not say; `folder` is a file.
     """
     _check_said(model)
+    if any(isinstance(module, KeptChannelsNorm) for module in model.modules()):
+        raise ValueError(
+            "hidden channels are masked (mask_units) in the model's LayerNorms, which leave them out of their mean, as "
+            "no program that loads it would: remove them for good (remove_units), with all that is masked"
+        )
     if folder.is_file():
         raise ValueError(f"folder={str(folder)!r} is a file; give the name of a folder")
     plain: Any = model

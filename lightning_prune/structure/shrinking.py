@@ -79,10 +79,15 @@ class Shrinking:
 
     @property
     def compaction_due(self) -> bool:
-        """Whether masked units should be sliced off now; experts, which cannot be masked, always."""
-        if self.compact_every is None:
+        """Whether masked units should be sliced off now; at once those that weights of zero alone do not mask.
+
+        Those are experts, and hidden channels of LayerNorms, which subtract a mean over all of them: in a checkpoint,
+        or wherever the model is saved, nothing would say that their norms leave these out.
+        """
+        if self.compact_every is None or not self.pending:
             return False
-        return bool(self.pending) and (self._since >= self.compact_every or self.reached or "expert" in self.pending)
+        normed = "hidden" in self.pending and self.structure.family.norm == "layernorm"
+        return self._since >= self.compact_every or self.reached or normed or "expert" in self.pending
 
     # -- watching ----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -212,24 +212,33 @@ def find_language_model(module: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         ValueError: there is none, or more than one side by side.
     """
+    found = language_models(module)
+    if len(found) != 1:
+        names = [name or type(m).__name__ for name, m in found]
+        hint = "pass the causal language model itself"
+        if found and hasattr(module, "training_step"):
+            hint = (
+                "pass a teacher as distill_from, and keep what else is no part of it out of the modules, such as in a "
+                "list (self.other = [other])"
+            )
+        elif hasattr(module, "training_step"):
+            hint = "build it in __init__, setup or configure_model, and keep it in an attribute"
+        raise ValueError(
+            f"{type(module).__name__} holds {len(found)} transformers models{f' {names}' if names else ''}, one is "
+            f"needed: {hint}"
+        )
+    return found[0]
+
+
+def language_models(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The transformers models in a module that are in no other one, and their names there."""
     found: list[tuple[str, nn.Module]] = []
     for name, child in module.named_modules():
         if hasattr(getattr(child, "config", None), "model_type") and hasattr(child, "get_output_embeddings"):
             inner = uncompiled(child)
             if not any(inner in set(outer.modules()) for _, outer in found):
                 found.append((clean_name(f"{name}.").rstrip("."), inner))
-    if len(found) != 1:
-        names = [name or type(m).__name__ for name, m in found]
-        hint = "the causal language model itself"
-        if found and hasattr(module, "training_step"):
-            hint = (
-                "a teacher as distill_from, and keep what else is no part of it out of the modules, such as in a list "
-                "(self.other = [other])"
-            )
-        raise ValueError(
-            f"{type(module).__name__} holds {len(found)} transformers models {names or ''}, one is needed: pass {hint}"
-        )
-    return found[0]
+    return found
 
 
 def read_structure(module: nn.Module, attention_unit: AttentionUnit = "group") -> Structure:
@@ -373,7 +382,7 @@ def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Te
     if structure.places(unit_type) == 1 and unit_type in ("hidden", "layer"):
         single = isinstance(given, (list, tuple)) and len(given) == 1 and isinstance(given[0], Tensor)
         given = [given[0] if single else given]
-    places = [torch.as_tensor(indices, dtype=torch.int64, device="cpu").reshape(-1).sort().values for indices in given]
+    places = [_indices(unit_type, indices) for indices in _several(unit_type, given)]
     units = structure.units(unit_type)
     if len(places) != structure.places(unit_type):
         raise ValueError(
@@ -393,6 +402,26 @@ def _checked_places(structure: Structure, unit_type: str, given: Any) -> list[Te
         stay = "one must" if least == 1 else f"{least} must (num_experts_per_tok)"
         raise ValueError(f"removal[{unit_type!r}] removes {gone} units; at least {stay} stay")
     return places
+
+
+def _several(unit_type: str, given: Any) -> Iterable[Any]:
+    if not isinstance(given, Iterable) or isinstance(given, (str, bytes, Mapping)):
+        raise ValueError(f"removal[{unit_type!r}]={given!r:.80} must be indices of units, for each layer")
+    return given
+
+
+def _indices(unit_type: str, given: Any) -> Tensor:
+    """Sorted int64; neither truth values nor fractions, which would be read as other indices."""
+    try:
+        indices = torch.as_tensor(given, device="cpu").reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"removal[{unit_type!r}] has {given!r:.80}, which are no indices of units: {error}") from error
+    if indices.numel() and (indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex()):
+        raise ValueError(
+            f"removal[{unit_type!r}] has {str(indices.dtype).removeprefix('torch.')} values; it takes whole numbers, "
+            "the indices of units that go (mask.nonzero().flatten() of a mask)"
+        )
+    return indices.to(torch.int64).sort().values
 
 
 def check_data(structure: Structure) -> None:

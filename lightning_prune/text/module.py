@@ -53,6 +53,7 @@ from lightning_prune.safety import expanded
 from lightning_prune.schedules import LearningRateSchedule as Schedule
 from lightning_prune.schedules import learning_rate_factor
 from lightning_prune.sharding import has_sharded_parameters, whole_state
+from lightning_prune.structure.masking import mask_units
 from lightning_prune.structure.saving import note_masked_units, without_masked_units, writing_plain
 from lightning_prune.text.parallelize import parallelize
 from lightning_prune.text.reading_once import read_here, read_once
@@ -423,6 +424,8 @@ class CausalLM(L.LightningModule):
         # In one piece, and in a Trainer, the callback slices them off.
         if units is not None and (self._trainer is None or has_sharded_parameters(self.model)):
             note_masked_units(self.model, units.removal, units.attention_unit)
+            if self._trainer is None:  # zeros are loaded with the weights, but no norms that leave channels out
+                mask_units(self.model, units.removal, attention_unit=units.attention_unit)
         state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
         unmerged = any(".lora_A." in name for name in state)
         wrapped = any(name.startswith("model.base_model.model.") for name in state) and not unmerged

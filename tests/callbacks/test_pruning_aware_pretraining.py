@@ -25,7 +25,7 @@ from tiny import make_tokens
 from transformers import AutoModelForCausalLM
 from versions import EMAWeightAveraging
 
-from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning, prune
+from lightning_prune import CausalLM, CubicSchedule, PruningAwarePretraining, WeightPruning, prune
 from lightning_prune.callbacks.checks import check_trainer, units_stay
 from lightning_prune.callbacks.pruning_aware_pretraining import count_tokens
 from lightning_prune.structure import read_structure, remove_units
@@ -473,6 +473,52 @@ def test_states_that_cannot_be_sliced_are_refused_before_they_exist(kind: str) -
     assert all(p.grad is None for p in module.parameters())
     assert not any(optimizer.state for optimizer in trainer.optimizers)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class Late(L.LightningModule):
+    """Builds its model in `configure_model`, as Lightning advises for large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model: Any = None
+
+    def configure_model(self) -> None:
+        self.language_model = self.language_model or make_module().model
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.language_model(batch["input_ids"], labels=batch["input_ids"]).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_model_may_be_built_in_configure_model(masked: bool, tmp_path: Path) -> None:
+    def shrink(module: Late, steps: int, resume: Path | None = None) -> Late:
+        settings = {"end": 3, "round_to": 4, "compact_every": 1, "distill_from": make_module(seed=4).model}
+        others = [WeightPruning(score="magnitude", schedule=CubicSchedule(1, 4, 1))] if masked else []
+        trainer = make_trainer(*others, PruningAwarePretraining(0.7, **settings), max_steps=steps)
+        trainer.fit(module, batches(samples=4), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    built = Late()
+    built.configure_model()
+    shrink(built, 5)
+    shrink(Late(), 2)
+    for late in (shrink(Late(), 5), shrink(Late(), 5, tmp_path / "2.ckpt")):
+        assert late.language_model.config.to_dict() == built.language_model.config.to_dict()
+        assert late.language_model.config.hidden_size < 32 or late.language_model.config.intermediate_size < 48
+        assert all(torch.equal(value, weights(built)[name]) for name, value in weights(late).items())
+
+
+def test_a_model_that_is_never_built_is_missed() -> None:
+    class Never(Late):
+        def configure_model(self) -> None:
+            self.head = torch.nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match=r"Never holds 0 transformers models, one is needed: build it in __init__"):
+        make_trainer(PruningAwarePretraining(0.7), max_steps=1).fit(Never(), batches())
 
 
 def test_zeros_that_nothing_holds_are_told() -> None:

@@ -219,6 +219,10 @@ def test_registering_replaces_and_adds():
         ({"hidden": torch.arange(48)}, "all 48 units"),
         ({"layer": [0, 1, 2]}, "all 3 units"),
         ({"layer": [-1]}, "0 to 2"),
+        ({"hidden": torch.arange(32) < 1}, r"'hidden'\] has bool values.*mask\.nonzero"),
+        ({"ffn": [[0.5]] * 3}, r"'ffn'\] has float32 values"),
+        ({"ffn": None}, r"'ffn'\]=None must be"),
+        ({"hidden": "all"}, r"'hidden'\] has 'all', which are no indices"),
     ],
 )
 def test_removals_that_do_not_fit_are_refused(removal, message):
