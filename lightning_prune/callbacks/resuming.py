@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor, arange, nn, tensor
+from transformers import PretrainedConfig
 
 from lightning_prune.checkpoints.reading import open_checkpoint
 from lightning_prune.checkpoints.states import find_misfit
@@ -176,7 +177,17 @@ def unsaid_fields(hyper_parameters: Mapping[str, Any], structure: Structure, cha
 
 
 def _is_config(value: Any) -> bool:
-    return hasattr(value, "model_type") or (isinstance(value, Mapping) and "model_type" in value)
+    """Whether a hyper-parameter is a configuration: an object of transformers', or a mapping that names its family."""
+    named = value.get("model_type") if isinstance(value, Mapping) else None
+    return isinstance(value, PretrainedConfig) or isinstance(named, str)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether a hyper-parameter, of any kind, holds a value of a configuration."""
+    try:
+        return bool(value == other)
+    except (RuntimeError, TypeError, ValueError):  # arrays
+        return False
 
 
 def _other_names(config: Any) -> Mapping[str, str]:
@@ -197,21 +208,27 @@ def updating_hyper_parameters(module: L.LightningModule) -> Iterator[None]:
     sizes = {other.get(name, name) for size in SIZE_NAMES for name in structure.family.fields_of(size)} | {"model_type"}
 
     def plain(config: Any) -> dict[str, Any]:
-        fields = config.to_dict() if hasattr(config, "to_dict") else config
+        fields = config.to_dict() if isinstance(config, PretrainedConfig) else config
         return {other.get(name, name): value for name, value in fields.items()}
 
     own = {
         name
         for name, value in found.items()
         if value is old
-        or (_is_config(value) and all(v in (None, before.get(k)) for k, v in plain(value).items() if k in sizes))
+        or (
+            _is_config(value)
+            and all(v is None or _same(v, before.get(k)) for k, v in plain(value).items() if k in sizes)
+        )
     }
-    yield
-    after = copy.deepcopy(model.config.to_dict())
-    for name, value in list(found.items()) if after != before else ():
-        if name in own and isinstance(value, Mapping):
-            found[name] = {**plain(value), **after}  # all of it: defaults follow from sizes, and from the class
-        elif name in own:
-            found[name] = model.config if value is old else copy.deepcopy(model.config)
-        elif name in after and name in before and value == before[name]:
-            found[name] = after[name]
+    try:
+        yield
+    finally:  # what has failed after the model has changed, too
+        after = copy.deepcopy(model.config.to_dict())
+        changed = {name for name in before.keys() & after.keys() if before[name] != after[name]}
+        for name, value in list(found.items()) if after != before else ():
+            if name in own and isinstance(value, Mapping):
+                found[name] = {**plain(value), **after}  # all of it: defaults follow from sizes, and from the class
+            elif name in own:
+                found[name] = model.config if value is old else copy.deepcopy(model.config)
+            elif name in changed and _same(value, before[name]):
+                found[name] = after[name]

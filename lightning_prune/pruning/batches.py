@@ -188,8 +188,13 @@ def _children(value: Any) -> Iterable[Any] | None:
     if isinstance(value, (list, tuple)):
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in fields(value)]
+        return _fields_set(value).values()
     return None
+
+
+def _fields_set(value: Any) -> dict[str, Any]:
+    """Fields of a dataclass by name, but those that it has no value of (``field(init=False)``)."""
+    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
 
 
 def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -212,8 +217,8 @@ def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
         return type(value)(map(change, value))
     if is_dataclass(value) and not isinstance(value, type):
         other = copy.copy(value)
-        for field in fields(value):
-            object.__setattr__(other, field.name, change(getattr(value, field.name)))
+        for name, item in _fields_set(value).items():
+            object.__setattr__(other, name, change(item))
         return other
     return value
 
@@ -300,12 +305,24 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def form_of(value: Any) -> Any:
+def form_of(batch: Any) -> Any:
     """What a batch is made of, whatever its sizes: equal for two batches that a module has no cause to treat apart."""
+    if isinstance(batch, (list, tuple)):  # what a loader returns: arguments, whose number counts
+        return type(batch), *map(_form, batch)
+    return _form(batch)
+
+
+def _form(value: Any) -> Any:
+    """What a part is made of; hashable, whatever it is."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim, value.dtype
-    if isinstance(value, (bool, type(None), enum.Enum)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, enum.Enum):
+        return type(value), value.name  # its value may not be hashable, and it may compare as that
+    if isinstance(value, _PLAIN):
+        return type(value)
     if isinstance(value, Mapping):
-        return type(value), *((str(key), form_of(item)) for key, item in value.items())
-    return type(value), *dict.fromkeys(map(form_of, _children(value) or ()))
+        keys = (key if isinstance(key, (str, int)) else type(key) for key in value)
+        return type(value), *zip(keys, map(_form, value.values()), strict=True)
+    return type(value), *dict.fromkeys(map(_form, _children(value) or ()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from versions import EMAWeightAveraging
 
 from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
+from lightning_prune.callbacks.resuming import updating_hyper_parameters
 from lightning_prune.checkpoints.export import export
+from lightning_prune.structure.removal import remove_units
 
 # Epochs of three steps; prunings at 2, 4, ...: the checkpoints lie before the first, between two, after a compaction.
 SETTINGS: dict[str, Any] = {"target": {"hidden_size": 27, "intermediate_size": 40}, "types": ("ffn", "hidden")}
@@ -251,6 +254,46 @@ def test_configurations_among_hyper_parameters_become_those_of_the_small_model(k
         assert type(loaded.language_model) is MistralForCausalLM
         assert loaded.hparams["teacher"] == teacher
         torch.testing.assert_close(loaded.language_model(ids).logits, module.language_model(ids).logits, rtol=0, atol=0)
+
+
+def test_hyper_parameters_of_a_users_own_are_left_alone() -> None:
+    class Own(WithSizes):
+        def __init__(self, **others: Any) -> None:
+            super().__init__()
+            self.save_hyperparameters({"hidden_size": 32, "rms_norm_eps": 1e-6, **others})
+
+    others = {
+        "arguments": Namespace(model_type="llama", hidden_size=32),
+        "kind": LlamaConfig,
+        "unnamed": {"model_type": None},
+        "spread": {"model_type": "llama", "hidden_size": torch.tensor([32, 32])},
+        "bos_token_id": torch.tensor([1, 2]),
+        "intermediate_size": torch.tensor([48, 48]),
+        "use_cache": 1,  # equal to True
+        "layers": (32, None),
+        "nothing": None,
+    }
+    module = Own(**others)
+    make_trainer(PruningAwarePretraining({"hidden_size": 20}, ("hidden",), end=1), max_steps=2).fit(module, batches())
+    found = dict(module.hparams)
+    assert found.pop("hidden_size") == 20
+    assert found.pop("rms_norm_eps") == module.language_model.config.rms_norm_eps
+    assert found.pop("heads") == 2
+    assert found.keys() == others.keys()
+    assert all(found[name] is value for name, value in others.items())
+
+
+def test_a_failure_after_the_model_has_shrunk_leaves_hyper_parameters_of_its_sizes() -> None:
+    module = WithSizes()
+
+    def fail() -> None:
+        with updating_hyper_parameters(module):
+            remove_units(module, {"ffn": [torch.arange(8)]})
+            raise RuntimeError("afterwards")
+
+    with pytest.raises(RuntimeError, match="afterwards"):
+        fail()
+    assert module.hparams["intermediate_size"] == module.language_model.config.intermediate_size == 40
 
 
 @pytest.mark.parametrize("others", [[], [WeightPruning(score="magnitude")]], ids=["a CausalLM", "WeightPruning"])

@@ -1,7 +1,8 @@
 """Sizes, parts and padding of batches of every shape that users have."""
 
 from collections import OrderedDict, UserDict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
-from lightning_prune.pruning.batches import batch_size, padding_mask, samples, take, to_device
+from lightning_prune.pruning.batches import batch_size, form_of, padding_mask, samples, take, tensors_of, to_device
 
 Pair = namedtuple("Pair", "x y")
 
@@ -219,3 +220,82 @@ def test_to_device_keeps_the_structure():
     assert moved["c"].y == 3
     assert moved["d"] is None
     assert not batch["a"].is_meta
+
+
+# -- what a batch is made of
+
+
+class Listed(Enum):
+    """A member that compares as its value, and has no hash."""
+
+    A = 1
+    B = 2
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Listed) and self.value == other.value
+
+
+class Unprintable:
+    def __str__(self) -> str:
+        raise RuntimeError("no name")
+
+
+@dataclass
+class Later:
+    x: torch.Tensor
+    cached: Any = field(init=False)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        Listed.A,
+        {Unprintable(): torch.zeros(2)},
+        {torch.zeros(2): torch.zeros(2)},
+        {1, 2},
+        np.dtype("f4"),
+        np.zeros(2, dtype=[("a", "f4")]),
+        Graph(),
+        Later(torch.zeros(2, 3)),
+        BatchEncoding({"input_ids": tokens(2, 3)}),
+        torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged),
+        pack_sequence([torch.zeros(3), torch.zeros(2)]),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_a_form_is_had_of_anything(part):
+    forms = [form_of(batch) for batch in (part, [part, part], {"x": part}, {"x": [part]}, {"x": {"y": part}})]
+    assert len(set(forms)) == 5
+    assert form_of({"x": [part]}) == form_of({"x": [part, part]})
+
+
+def test_forms_differ_where_a_module_may_treat_batches_apart():
+    ids = tokens(2, 3)
+    different = [
+        {"ids": ids},
+        {"ids": ids, "other": None},
+        {"ids": ids, "other": ids},
+        {"ids": ids, "other": ids.float()},
+        {"ids": ids, "twice": True},
+        {"ids": ids, "twice": False},
+        {"ids": ids, "task": Listed.A},
+        {"ids": ids, "task": Listed.B},
+        [ids],
+        [ids, ids],
+        (ids, ids),
+        {0: ids},
+        {1: ids},
+    ]
+    assert len(set(map(form_of, different))) == len(different)
+    alike = [{"ids": tokens(n, 3), "names": ["a"] * n, "boxes": detected(*range(n))} for n in (2, 3)]
+    assert form_of(alike[0]) == form_of(alike[1])
+
+
+def test_a_dataclass_may_lack_a_field():
+    batch = Later(torch.zeros(2, 3))
+    assert batch_size(batch) == 2
+    assert [tuple(part.shape) for part in tensors_of(batch)] == [(2, 3)]
+    cut = take(batch, 0, 1)
+    assert cut.x.shape == (1, 3)
+    assert not hasattr(cut, "cached")
+    assert not hasattr(to_device(batch, torch.device("cpu")), "cached")

@@ -528,13 +528,18 @@ class Tasks(nn.Module):
         return self.inner(text) if other is None else self.inner(text) + self.inner(other)
 
 
+@pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
-def test_batches_of_another_form_run_the_blocks_more_often():
+def test_batches_of_another_form_run_the_blocks_more_often(listed):
     torch.manual_seed(0)
     model, one, two = Tasks(), torch.randn(1, 3, 6), torch.randn(1, 2, 3, 6) * torch.tensor([3.0, 1, 1, 0.2, 1, 1])
     batches = [{"text": one}, {"text": two[:, 0], "other": two[:, 1]}, {"text": two[:, 1], "other": None}]
+    loss_fn = None
+    if listed:
+        batches = [[text for text in batch.values() if text is not None] for batch in batches]
+        loss_fn = lambda model, batch: model(*batch).sum()  # noqa: E731
     expected = by_hand(model.inner, torch.cat([one, two[:, 0], two[:, 1], two[:, 1]]))
-    found = prune(model, batches, "wanda", sequential=True, num_samples=3, progress=False)
+    found = prune(model, batches, "wanda", sequential=True, num_samples=3, progress=False, loss_fn=loss_fn)
     assert all(torch.equal(mask, expected[name.removeprefix("inner.")]) for name, mask in found.items())
 
 
