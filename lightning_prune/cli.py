@@ -528,3 +528,7 @@ def _class_paths(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _class_paths(item)
+
+
+if __name__ == "__main__":  # python -m lightning_prune.cli, where the command is not on the path
+    sys.exit(main())

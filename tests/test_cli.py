@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -208,6 +209,14 @@ def test_errors_that_are_nobodys_input_are_not_hidden(monkeypatch):
     monkeypatch.setattr("lightning_prune.checkpoints.inspection.open_checkpoint", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", "x"])
+
+
+def test_the_module_runs_as_the_command_does(monkeypatch, capsys):
+    """It did nothing, and ended well."""
+    monkeypatch.setattr(sys, "argv", ["lightning-prune", "--version"])
+    with pytest.warns(RuntimeWarning, match="found in sys.modules"), pytest.raises(SystemExit, match="0"):
+        runpy.run_module("lightning_prune.cli", run_name="__main__")
+    assert version("lightning-prune") in capsys.readouterr().out
 
 
 def test_version_and_help(capsys):
