@@ -122,7 +122,7 @@ class PERPRetraining(L.Callback):
         distill_weight: Share of the divergence in the loss, above 0 and at most 1.
         temperature: Of both distributions in the divergence.
         seed: Of the adapters' initial values; the Trainer's random states are left alone.
-        attribute: Name of the module's attribute that holds the transformers model.
+        attribute: Name of the module's attribute that holds the model: one of transformers, or any other module.
 
     Attributes:
         reconstruction: The errors of the blocks before and after `reconstruct`; None without it.
@@ -470,9 +470,11 @@ class PERPRetraining(L.Callback):
     def _model(self, module: nn.Module) -> nn.Module:
         model = getattr(module, self.attribute, None)
         if not isinstance(model, nn.Module):
+            children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
             raise ValueError(
                 f"attribute={self.attribute!r}: {type(module).__name__} has no such module; name the attribute that "
-                "holds the transformers model"
+                f"holds the model, of {', '.join(map(repr, children)) or 'none'}. If these are the model's layers, put "
+                "it into one attribute (self.model = ...), whose place the adapted model can take"
             )
         return model
 

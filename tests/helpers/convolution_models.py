@@ -33,6 +33,17 @@ def make_vision(family: str, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def make_short_convolution(seed: int = 0) -> nn.Module:
+    """A language model with a depthwise convolution in one block and attention in the other."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(seed)
+    config = Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention"], conv_L_cache=4, initializer_range=0.3)
+    return Lfm2ForCausalLM(config).eval()
+
+
 def make_images(samples: int = 8, seed: int = 0) -> dict[str, Tensor]:
     """Images whose class can be seen: which channel, or none, is lighter."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from convolution_models import make_images, make_vision, naive_convolution
+from convolution_models import make_images, make_short_convolution, make_vision, naive_convolution
 from tiny import snapshot
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -388,14 +388,12 @@ def test_what_is_trained_is_counted() -> None:
 def test_a_state_space_that_reads_the_weight_has_the_adapter(family: str) -> None:
     import transformers as hf
 
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64}
-    torch.manual_seed(0)
     if family == "mamba":
-        plain: nn.Module = hf.MambaForCausalLM(hf.MambaConfig(state_size=4, initializer_range=0.3, **sizes)).eval()
+        sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 4}
+        torch.manual_seed(0)
+        plain: nn.Module = hf.MambaForCausalLM(hf.MambaConfig(initializer_range=0.3, **sizes)).eval()
     else:
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
-        config = hf.Lfm2Config(**sizes, **heads, layer_types=["conv", "full_attention"], initializer_range=0.3)
-        plain = hf.Lfm2ForCausalLM(config).eval()
+        plain = make_short_convolution()
     name = "conv1d" if family == "mamba" else "conv.conv"
     masks = prune(plain, score="magnitude", targets=[name], progress=False)
     model = moved(add_adapters(plain, masks=masks, target_modules=[name]))
