@@ -84,8 +84,8 @@ class SparseConvolution(SubstitutingLayer):
         """See `SparseLayer.factors_of_part`."""
         left, right = self.factors()
         rows, *others = (slice(*bounds) for bounds in shard_bounds(self.base_weight))
-        kernels = right.view(-1, *self.base_weight.shape[1:])
-        return left[rows], kernels[(slice(None), *others)].flatten(1)
+        columns = (slice(None), *others)
+        return left[rows], right.view(-1, *self.base_weight.shape[1:])[columns].flatten(1)
 
     def weight_with_adapter(self) -> Tensor:
         """See `SparseLayer.weight_with_adapter`; in the weight's memory format, by which kernels are chosen."""

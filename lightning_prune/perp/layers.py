@@ -201,7 +201,8 @@ class SparseLayer(nn.Module, lora.LoraLayer):
         """`factors` of `base_part`; where the weight is a shard every rank must call."""
         left, right = self.factors()
         bounds = tuple(slice(*bounds) for bounds in shard_bounds(self.base_weight))
-        return left[bounds[:-1]], right[(*bounds[:-2], slice(None), bounds[-1])]
+        columns = (*bounds[:-2], slice(None), bounds[-1])
+        return left[bounds[:-1]], right[columns]
 
     def combining(self) -> dict[str, Any]:
         """What has to be known of the layer to combine stored tensors, in plain values."""

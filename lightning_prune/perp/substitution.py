@@ -88,7 +88,7 @@ class SubstitutingLayer(SparseLayer):
         return functional_call(self.base_layer, {name: self.weight_with_adapter()}, args, kwargs)
 
 
-def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, float]:
+def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, Any]:
     """Rank and ``lora_alpha`` of a layer by its names, the first of which that a pattern matches counts."""
 
     def of(pattern: Mapping[str, Any] | None, default: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from convolution_models import make_images, make_short_convolution, make_vision, naive_convolution
-from tiny import snapshot
+from tiny import make_tokens, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -24,6 +24,7 @@ from lightning_prune.perp import (
     add_adapters,
     load_adapter,
     merge,
+    reconstruct,
     register_adapter,
     remove_adapters,
     save_adapter,
@@ -490,3 +491,34 @@ def test_a_shared_convolution_is_refused() -> None:
     prune(plain, score="magnitude", progress=False)
     with pytest.raises(ValueError, match=re.escape("the weight of '0' is also that of others")):
         add_adapters(plain)
+
+
+# -- block by block
+
+
+@pytest.mark.parametrize("adapter", ["mask_lora", "scale_lora", "signed"])
+def test_reconstruct_fits_convolutions_through_their_adapters(adapter: str) -> None:
+    model = make_short_convolution()
+    dense = copy.deepcopy(model)
+    masks = prune(model, score="magnitude", progress=False)
+    (name,) = (name for name, mask in masks.items() if mask.dim() == 3)
+    before = model.get_parameter(name).detach().clone()
+    batches = [{"input_ids": make_tokens(2, 12, vocab=64, seed=seed)} for seed in range(3)]
+    options = {"steps": 30, "learning_rate": 5e-3, "num_samples": 6, "progress": False, "r": 4}
+    done = reconstruct(model, batches, dense, masks, adapter=adapter, **options)
+    assert done.after < done.before
+    assert not [module for module in model.modules() if hasattr(module, "base_layer")]
+    assert not torch.equal(model.get_parameter(name), before)
+    for weight, mask in masks.items():
+        assert not model.get_parameter(weight).detach()[~mask].view(torch.int32).any(), weight
+
+
+@pytest.mark.parametrize("family", ["resnet", "convnext"])
+def test_reconstruct_goes_through_blocks_of_images(family: str) -> None:
+    model = make_vision(family)
+    dense = copy.deepcopy(model)
+    masks = prune(model, score="magnitude", progress=False)
+    batches = [{"pixel_values": IMAGES["pixel_values"]}]
+    done = reconstruct(model, batches, dense, masks, steps=20, num_samples=8, progress=False, r=4)
+    assert done.after < done.before
+    assert all(not model.get_parameter(name).detach()[~mask].view(torch.int32).any() for name, mask in masks.items())
