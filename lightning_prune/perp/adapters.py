@@ -90,7 +90,7 @@ def add_adapters(
     AdamW without weight decay, a linear schedule with 10 % warm-up), train, and `merge`.
 
     Args:
-        model: A transformers model with pruned weights. It is changed in place; use what is returned.
+        model: A model with pruned weights, of transformers or any other. It is changed in place; use what is returned.
         adapter: ``"mask_lora"``: W + M * (s B A). ``"scale_lora"``: W * (B A). ``"hira"``: W + W * (B A).
             ``"lora_prune"``: W + s B A, masked at the merge. ``"lora"``: W + s B A, never merged. None: no adapters,
             only `train`. Or the name of a variant of your own, see `register_adapter`.
@@ -99,9 +99,10 @@ def add_adapters(
         train: Any of ``"bias"``, ``"norm"``, ``"head"`` (of a classifier too) and ``"embedding"``.
         adapt_head: Put an adapter on the output embeddings too, as the code of the paper does. Nothing of them is
             pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
-        **lora_options: ``r`` (16), ``lora_alpha`` (2 r; s = lora_alpha / r), ``use_rslora``, ``init_lora_weights``,
-            ``target_modules`` (default: every Linear, Conv1D and parameter of experts with a pruned weight, without
-            the head; experts are named by their own name or by that of one parameter, ``down_proj``),
+        **lora_options: ``r`` (16; of a convolution at most the rank that its kernel can have), ``lora_alpha`` (2 r; s =
+            lora_alpha / r), ``use_rslora``, ``init_lora_weights``, ``target_modules`` (default: every Linear, Conv1D,
+            Conv1d, Conv2d and parameter of experts with a pruned weight, without the head; experts are named by their
+            own name or by that of one parameter, ``down_proj``),
             ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, and
             ``lora_dropout`` for the variants that add the adapter's output to the layer's.
 
@@ -596,11 +597,14 @@ def is_adapter_parameter(name: str) -> bool:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything that is trained, by plain names: ``"<module>.lora_A"``, ``"<module>.lora_B"``, and own parameters.
 
-    The tensors share memory with the model.
+    And what training changes besides: running averages of norms. The tensors share memory with the model.
     """
     record = retraining_of(model)
     own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
     state = {name: own[name].detach() for name in record.trained}
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+            state[plain_name(name)] = buffer
     for name, layer in sparse_layers(model):
         a, b = layer.matrices()
         state[f"{name}.lora_A"], state[f"{name}.lora_B"] = a.detach(), b.detach()

@@ -96,7 +96,7 @@ class SparseLayer(nn.Module, lora.LoraLayer):
 
     @property
     def base_weight(self) -> nn.Parameter:
-        """The frozen weight, ``[O, I]``, or ``[I, O]`` if `transposed`; of experts a stack of such."""
+        """The frozen weight, ``[O, I]``, or ``[I, O]`` if `transposed`; of experts a stack; a convolution's kernel."""
         weight = getattr(self.get_base_layer(), self.parameter_name)
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -420,8 +420,8 @@ class CombinedLinear(SparseLinear):
         """The combined weight, element by element; what it is where pruned does not matter.
 
         Args:
-            weight: The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D, or a stack of such, of experts; float32
-                at least. Not to be changed.
+            weight: The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D, or a stack of such, of experts, or the
+                kernel of a convolution; float32 at least. Not to be changed.
             product: s B A, of the same shape and dtype. Zero at the start.
 
         Returns:

@@ -431,9 +431,7 @@ def test_an_adapter_that_was_saved_is_the_same(adapter: str, tmp_path: Path) -> 
         assert all(torch.equal(x, y) for x, y in zip(layer.matrices(), again[name].matrices(), strict=True))
         assert layer.combining() == again[name].combining()
     assert all(torch.equal(mask, adapter_masks(loaded)[name]) for name, mask in adapter_masks(model).items())
-    for name, buffer in model.named_buffers():  # running averages are no parameters
-        loaded.get_buffer(name).copy_(buffer)
-    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(loaded), logits(model))  # with BatchNorm's running averages
     dense = make_vision("mobilenet")
     before = snapshot(dense)
     with pytest.raises(ValueError, match="are not zero"):
