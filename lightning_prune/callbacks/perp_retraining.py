@@ -55,7 +55,8 @@ from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
 from lightning_prune.pruning.holding import with_inner
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
-from lightning_prune.pruning.targets import Target, find_targets
+from lightning_prune.pruning.plan import needs_of
+from lightning_prune.pruning.targets import Target, find_targets, parameters_of, select_layers
 from lightning_prune.sharding import reshard
 
 _STATE_VERSION = 1
@@ -488,8 +489,10 @@ class PERPRetraining(L.Callback):
         prefix = f"{self.attribute}."
         # Where nothing is trained yet, it says nothing of what is to be pruned once adapters are.
         frozen = not any(parameter.requires_grad for parameter in self._model(module).parameters())
-        for target in find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=frozen):
-            if target.name.startswith(prefix):
+        targets, ignore, needs = pruner.settings.targets, pruner.settings.ignore, needs_of(pruner.settings)
+        pruned = parameters_of(select_layers(module, targets, ignore, frozen=frozen, **needs).targets)
+        for target in find_targets(module, targets, ignore, frozen):  # as layers, also where scores see projections
+            if target.parameter in pruned and target.name.startswith(prefix):
                 yield target.name.removeprefix(prefix), target
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:

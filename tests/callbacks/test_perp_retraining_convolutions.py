@@ -163,6 +163,16 @@ def test_other_variants(adapter: str, tmp_path: Path) -> None:
     assert_held(module, pruned.masks)
 
 
+def test_a_convolution_that_a_score_leaves_dense_gets_no_adapter(tmp_path: Path) -> None:
+    """sparsegpt of grouped ones."""
+    module, pruned, seen, _ = fit(tmp_path, "plain", pruner=pruning(score="sparsegpt", num_samples=4))
+    grouped = {n for n, m in module.net.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    assert len(grouped) == 2
+    assert seen.convolutions == {name.removeprefix("net.").removesuffix(".weight") for name in pruned.masks}
+    assert not seen.convolutions & grouped
+    assert all(torch.equal(module.net.get_submodule(n).weight, Vision().net.get_submodule(n).weight) for n in grouped)
+
+
 def test_weights_only_and_a_model_pruned_before(tmp_path: Path) -> None:
     first, masks, _, _ = fit(tmp_path / "first", "plain")
     keeping = WeightPruning(score="keep", progress=False)
