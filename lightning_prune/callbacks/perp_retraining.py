@@ -55,7 +55,8 @@ from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
 from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
 from lightning_prune.pruning.holding import with_inner
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
-from lightning_prune.pruning.targets import Target, find_targets
+from lightning_prune.pruning.plan import needs_of
+from lightning_prune.pruning.targets import Target, find_targets, parameters_of, select_layers
 from lightning_prune.sharding import reshard
 
 _STATE_VERSION = 1
@@ -122,7 +123,7 @@ class PERPRetraining(L.Callback):
         distill_weight: Share of the divergence in the loss, above 0 and at most 1.
         temperature: Of both distributions in the divergence.
         seed: Of the adapters' initial values; the Trainer's random states are left alone.
-        attribute: Name of the module's attribute that holds the transformers model.
+        attribute: Name of the module's attribute that holds the model: one of transformers, or any other module.
 
     Attributes:
         reconstruction: The errors of the blocks before and after `reconstruct`; None without it.
@@ -470,9 +471,12 @@ class PERPRetraining(L.Callback):
     def _model(self, module: nn.Module) -> nn.Module:
         model = getattr(module, self.attribute, None)
         if not isinstance(model, nn.Module):
+            children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
             raise ValueError(
                 f"attribute={self.attribute!r}: {type(module).__name__} has no such module; name the attribute that "
-                "holds the transformers model, which has to be built in __init__, before adapters are put on"
+                f"holds the model, of {', '.join(map(repr, children)) or 'none'}. Adapters need one that is built in "
+                "__init__; if these are the model's layers, put them into one module (self.model = ...), whose place "
+                "the adapted model can take"
             )
         return model
 
@@ -486,8 +490,10 @@ class PERPRetraining(L.Callback):
         prefix = f"{self.attribute}."
         # Where nothing is trained yet, it says nothing of what is to be pruned once adapters are.
         frozen = not any(parameter.requires_grad for parameter in self._model(module).parameters())
-        for target in find_targets(module, pruner.settings.targets, pruner.settings.ignore, frozen=frozen):
-            if target.name.startswith(prefix):
+        targets, ignore, needs = pruner.settings.targets, pruner.settings.ignore, needs_of(pruner.settings)
+        pruned = parameters_of(select_layers(module, targets, ignore, frozen=frozen, **needs).targets)
+        for target in find_targets(module, targets, ignore, frozen):  # as layers, also where scores see projections
+            if target.parameter in pruned and target.name.startswith(prefix):
                 yield target.name.removeprefix(prefix), target
 
     def _masks_for(self, trainer: L.Trainer) -> Mapping[str, Tensor] | None:

@@ -1,8 +1,9 @@
 """PERP: retrain a sliver of a pruned model, and merge without losing a zero (arXiv 2312.15230).
 
-The way through the files: `effective` (the formulas), `layers` (PEFT layers, by name), `experts` (the same for stacks
-of matrices), `options` (what a user may ask for), `masks`, `storage` (files), `adapters` (put on, save, load, merge),
-`windows` (halves of a block), `fitting` (one window) and `reconstruction` (block by block).
+The way through the files: `effective` (the formulas), `layers` (PEFT layers, by name), `substitution` (layers that run
+as they are), of these `experts` (stacks of matrices) and `convolutions`, `options` (what a user may ask for), `masks`,
+`storage` (files), `adapters` (put on, save, load, merge), `windows` (halves of a block), `fitting` (one window) and
+`reconstruction` (block by block).
 """
 
 from lightning_prune.perp.adapters import (

@@ -5,6 +5,7 @@ PERP: Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Er
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import plain_name, uncompiled
+from lightning_prune.perp.convolutions import CONVOLUTIONS, check_convolution, put_on_convolution
 from lightning_prune.perp.experts import check_experts, place_of, put_on_experts, weight_name
 from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_variant, sparse_layers
 from lightning_prune.perp.masks import set_masks
@@ -51,9 +53,10 @@ from lightning_prune.perp.storage import (
     settings_of,
     write_named,
 )
+from lightning_prune.perp.substitution import without_keys_of
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.coverage import pruned_zeros
-from lightning_prune.pruning.layer_kinds import CONV1D, EXPERT, LINEAR, embeds
+from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, CONVOLUTION1D, EXPERT, LINEAR, embeds
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of
@@ -69,7 +72,7 @@ from lightning_prune.sharding import (
 )
 
 # Kinds of layer that take an adapter; what "all-linear" means, as in PEFT.
-_ADAPTED = (LINEAR.name, CONV1D.name, EXPERT.name)
+_ADAPTED = (LINEAR.name, CONV1D.name, EXPERT.name, CONVOLUTION1D.name, CONV2D.name)
 _LINEAR = (LINEAR.name, CONV1D.name)
 
 
@@ -87,7 +90,7 @@ def add_adapters(
     AdamW without weight decay, a linear schedule with 10 % warm-up), train, and `merge`.
 
     Args:
-        model: A transformers model with pruned weights. It is changed in place; use what is returned.
+        model: A model with pruned weights, of transformers or any other. It is changed in place; use what is returned.
         adapter: ``"mask_lora"``: W + M * (s B A). ``"scale_lora"``: W * (B A). ``"hira"``: W + W * (B A).
             ``"lora_prune"``: W + s B A, masked at the merge. ``"lora"``: W + s B A, never merged. None: no adapters,
             only `train`. Or the name of a variant of your own, see `register_adapter`.
@@ -96,9 +99,10 @@ def add_adapters(
         train: Any of ``"bias"``, ``"norm"``, ``"head"`` (of a classifier too) and ``"embedding"``.
         adapt_head: Put an adapter on the output embeddings too, as the code of the paper does. Nothing of them is
             pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
-        **lora_options: ``r`` (16), ``lora_alpha`` (2 r; s = lora_alpha / r), ``use_rslora``, ``init_lora_weights``,
-            ``target_modules`` (default: every Linear, Conv1D and parameter of experts with a pruned weight, without
-            the head; experts are named by their own name or by that of one parameter, ``down_proj``),
+        **lora_options: ``r`` (16; of a convolution at most the rank that its kernel can have), ``lora_alpha`` (2 r; s =
+            lora_alpha / r), ``use_rslora``, ``init_lora_weights``, ``target_modules`` (default: every Linear, Conv1D,
+            Conv1d, Conv2d and parameter of experts with a pruned weight, without the head; experts are named by their
+            own name or by that of one parameter, ``down_proj``),
             ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, and
             ``lora_dropout`` for the variants that add the adapter's output to the layer's.
 
@@ -242,10 +246,13 @@ def adapted_modules(
         names = [*(name for name in names if name != head), head]
     for name in names:
         path, parameter = place_of(model, name)
-        if path == name:
-            check_base_layer(name, model.get_submodule(path))
+        layer = model.get_submodule(path)
+        if path != name:
+            check_experts(name, layer, parameter, options)
+        elif isinstance(layer, CONVOLUTIONS):
+            check_convolution(name, layer, options)
         else:
-            check_experts(name, model.get_submodule(path), parameter, options)
+            check_base_layer(name, layer)
     check_unshared(model, {name: model.get_parameter(weight_name(model, name)) for name in names})
     chosen = options.get("target_modules") is not None
     left = "" if chosen else _without_adapter(model, masks, pruned_later)
@@ -260,16 +267,16 @@ def adapted_modules(
 
 
 def check_any_adapted(model: nn.Module, names: Sequence[str]) -> None:
-    """Refuse a model of which no layer that is pruned can get an adapter, such as one of convolutions.
+    """Refuse a model of which no layer that is pruned can get an adapter, such as one that is recurrent.
 
     Raises:
         ValueError: saying what to train in place of adapters.
     """
     if not names:
         raise ValueError(
-            f"no layer of {type(model).__name__} that is pruned can get an adapter, which goes with Linear, Conv1D and "
-            "experts alone: train biases and norms with adapter=None, or the kept weights themselves under masks "
-            "(WeightPruning without PERPRetraining, or hold_masks)"
+            f"no layer of {type(model).__name__} that is pruned can get an adapter, which goes with Linear, Conv1D, "
+            "convolutions and experts alone: train biases and norms with adapter=None, or the kept weights themselves "
+            "under masks (WeightPruning without PERPRetraining, or hold_masks)"
         )
 
 
@@ -336,9 +343,9 @@ def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later
         return ""
     share = sum(weight.numel() for weight in left.values()) / sum(t.numel for t in targets)
     return (
-        f"{share:.0%} of the weights that can be pruned get no adapter, which goes with Linear, Conv1D and experts "
-        f"alone, and stay as they are ({next(iter(left))!r} and {len(left) - 1} more parameters): to retrain "
-        "convolutions and recurrent weights too, use reconstruct(..., train='all'), or train the model under hold_masks"
+        f"{share:.0%} of the weights that can be pruned get no adapter, which goes with Linear, Conv1D, convolutions "
+        f"and experts alone, and stay as they are ({next(iter(left))!r} and {len(left) - 1} more parameters): to "
+        "retrain recurrent weights too, use reconstruct(..., train='all'), or train the model under hold_masks"
     )
 
 
@@ -373,15 +380,23 @@ def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, T
 def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftModel:
     config, variant = make_config(adapter, record.options), find_variant(adapter)
     places = {name: place_of(model, name) for name in record.options["target_modules"]}
-    linear = [name for name, (path, _) in places.items() if path == name]
+    convolutions = [name for name in places if isinstance(model.get_submodule(places[name][0]), CONVOLUTIONS)]
+    linear = [name for name, (path, _) in places.items() if path == name and name not in convolutions]
     # The names are decided; what selected them must not act again on PEFT's side, nor may they be endings of others.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = "|".join(map(re.escape, linear)) or DUMMY_TARGET_MODULES
+    # PEFT warns of keys that name none of its own layers.
+    others = {*places, *(path for path, _ in places.values())} - set(linear)
+    known = copy.copy(config)
+    known.rank_pattern = without_keys_of(config.rank_pattern, others, linear)
+    known.alpha_pattern = without_keys_of(config.alpha_pattern, others, linear)
     with _of_no_family(model):
-        built = SparsePeftModel(model, config)
+        built = SparsePeftModel(model, known)
     for name, (path, parameter) in places.items():
         if path != name:
             put_on_experts(model, path, parameter, config, variant)
+    for name in convolutions:
+        put_on_convolution(model, name, config, variant)
     # PEFT documents the registration of layer classes as experimental, and builds a plain LoRA where it fails.
     for name in linear:
         if type(module := model.get_submodule(name)) is not variant:
@@ -582,11 +597,14 @@ def is_adapter_parameter(name: str) -> bool:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything that is trained, by plain names: ``"<module>.lora_A"``, ``"<module>.lora_B"``, and own parameters.
 
-    The tensors share memory with the model.
+    And what training changes besides: running averages of norms. The tensors share memory with the model.
     """
     record = retraining_of(model)
     own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
     state = {name: own[name].detach() for name in record.trained}
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+            state[plain_name(name)] = buffer
     for name, layer in sparse_layers(model):
         a, b = layer.matrices()
         state[f"{name}.lora_A"], state[f"{name}.lora_B"] = a.detach(), b.detach()

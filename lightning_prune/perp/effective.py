@@ -15,8 +15,9 @@ product forward and two backward.
 Letters: T rows (tokens), I inputs, O outputs, r rank. A parameter is stored ``[O, I]`` (nn.Linear) with
 ``L = s B [O, r]`` and ``R = A [r, I]``, or transposed (transformers' Conv1D, ``[I, O]``) with ``L = s A^T [I, r]`` and
 ``R = B^T [r, O]``. Everything but the final product is the same for both, so it is written once, for ``[P, Q]``.
-Of experts that are one parameter ``[E, P, Q]`` each slice has an L and an R, ``[E, P, r]`` and ``[E, r, Q]``; all but
-`effective_linear` takes these too.
+Of experts that are one parameter ``[E, P, Q]`` each slice has an L and an R, ``[E, P, r]`` and ``[E, r, Q]``. A
+convolution's kernel ``[O, I / groups, ...]`` counts as the matrix of its rows ``[O, Q]``, and L R takes its shape. All
+but `effective_linear` takes these too.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def combined_dtype(weight: Tensor, left: Tensor) -> torch.dtype:
 
 
 def thin_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """``L R [P, Q]`` in `combined_dtype`."""
+    """``L R``, of the weight's shape, in `combined_dtype`."""
     dtype = combined_dtype(weight, left)
-    return torch.matmul(left.to(dtype), right.to(dtype), out=out)
+    return torch.matmul(left.to(dtype), right.to(dtype), out=out).view(weight.shape)
 
 
 def masked_sum(weight: Tensor, mask: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -272,7 +273,7 @@ def _thin_gradients(
             d_weight = zero_pruned_(d_weight.mul_(factor.add_(1.0) if combine is masked_growth else factor), mask)
     if combine in (masked_product, masked_growth):
         gradient = gradient.mul_(weight.to(gradient.dtype))
-    gradient = zero_pruned_(gradient, mask)
+    gradient = zero_pruned_(gradient, mask).view(*left.shape[:-1], right.shape[-1])
     # Thin products with the large matrix in its own dtype: widening it would cost more than they do.
     d_left = gradient @ right.mT.to(gradient.dtype)
     d_right = left.mT.to(gradient.dtype) @ gradient

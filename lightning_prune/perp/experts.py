@@ -2,31 +2,29 @@
 
 As PEFT's own wrapper of a parameter it stands around the module that holds it; of two parameters one wrapper stands
 around the other. While the experts run they find the combined weight in the parameter's place, so every
-``experts_implementation`` of transformers computes with it, and a hook of somebody else sees what it always sees.
+``experts_implementation`` of transformers computes with it.
 
 Letters: E experts, I inputs, O outputs of an expert's matrix, r rank, P and Q as in `effective`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_prune.naming import clean_name, is_compiled_alone, own_parameters
-from lightning_prune.perp.layers import SparseLayer, SparseLinear, check_base_weight
+from lightning_prune.perp.layers import SparseLinear, check_base_weight
+from lightning_prune.perp.substitution import SubstitutingLayer, rank_and_alpha, refuse_dropout
 from lightning_prune.pruning.experts import expert_parameters
-from lightning_prune.sharding import gather_whole, local, take_shard
+from lightning_prune.sharding import gather_whole
 
 
-class SparseExperts(SparseLayer, lora.ParamWrapper):
+class SparseExperts(SubstitutingLayer, lora.ParamWrapper):
     """A frozen pruned parameter ``[E, P, Q]`` of a layer's experts, and an adapter of each expert.
 
     Gradients of A ``[E, r, I]`` and B ``[E, O, r]`` are made of that of the combined weight, which is there for one
@@ -68,67 +66,19 @@ class SparseExperts(SparseLayer, lora.ParamWrapper):
         """See `SparseLayer.path`."""
         return name.rpartition(".")[0]
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Build the matrices of all experts, each as the variant builds those of a linear layer.
-
-        Raises:
-            ValueError: the variant refuses; see `SparseLinear.update_layer`.
-        """
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig, **kwargs: Any) -> None:
+        """See `SubstitutingLayer.update_layer`."""
         self.transposed = expert_parameters(self.get_base_layer())[self.parameter_name]
-        self._made_with = config
-        last, *stacks = self._made(adapter_name, r, lora_alpha)
-        for name in ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias"):
-            getattr(self, name)[adapter_name] = getattr(last, name)[adapter_name]
-        for holders, matrices in zip((self.lora_A, self.lora_B), stacks, strict=True):
-            holders[adapter_name] = holder = nn.Module()
-            # As PEFT has it for adapters of layers: at least float32, whatever the weight is.
-            wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
-            holder.register_parameter(self.parameter_name, nn.Parameter(wide))
-        self.set_adapter(self.active_adapters)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
-    @torch.no_grad()
-    def _made(self, adapter_name: str, r: int, lora_alpha: int) -> tuple[SparseLinear, Tensor, Tensor]:
-        """Take each expert's slice for a linear layer, one after the other, and put a new adapter on it.
-
-        Returns:
-            The last such layer, and the matrices of all, A ``[E, r, I]`` and B ``[E, O, r]``.
-        """
-        first: list[Tensor] = []
-        second: list[Tensor] = []
+    def pruned_matrices(self) -> Iterator[Tensor]:
+        """See `SubstitutingLayer.pruned_matrices`; one for each expert."""
         for weight in gather_whole(self.base_weight.detach()):
-            matrix = weight.mT if self.transposed else weight
-            layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
-            layer.weight = nn.Parameter(matrix, requires_grad=False)
-            adapted = self.variant(layer, adapter_name, config=self._made_with, r=r, lora_alpha=lora_alpha)
-            for stack, made in zip((first, second), adapted.matrices(), strict=True):
-                stack.append(made)
-        return adapted, torch.stack(first), torch.stack(second)
+            yield weight.mT if self.transposed else weight
 
-    @torch.no_grad()
-    def begin_anew(self, init_lora_weights: bool | str) -> None:
-        """See `SparseLayer.begin_anew`."""
-        (name,) = self.lora_A
-        self._made_with = copy.copy(self._made_with)
-        self._made_with.init_lora_weights = init_lora_weights  # type: ignore[assignment]
-        _, *stacks = self._made(name, self.r[name], self.lora_alpha[name])
-        for matrix, new in zip(self.matrices(), stacks, strict=True):
-            local(matrix).copy_(take_shard(matrix, new))
-
-    # What a block calls its experts with differs between families.
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the experts with the combined weight in the parameter's place."""
-        self.check_gathered()
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
-        kwargs.pop("alora_offsets", None)
-        if self.is_off:
-            if self.disable_adapters and self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        name, within = self.parameter_name, self.base_layer
-        while isinstance(within, SparseExperts):
-            name, within = f"base_layer.{name}", within.base_layer
-        return functional_call(self.base_layer, {name: self.weight_with_adapter()}, args, kwargs)
+    def stored(self, matrices: Sequence[Tensor]) -> Tensor:
+        """See `SubstitutingLayer.stored`."""
+        return torch.stack(list(matrices))
 
 
 def put_on_experts(
@@ -138,13 +88,7 @@ def put_on_experts(
 
     Keys of ``rank_pattern`` and ``alpha_pattern`` may name the parameter, or the experts.
     """
-
-    def of(pattern: Mapping[str, Any] | None, default: Any) -> Any:
-        pattern = pattern or {}
-        keys = (get_pattern_key(list(pattern), name) for name in (f"{path}.{parameter}", path))
-        return next((pattern[key] for key in keys if key in pattern), default)
-
-    rank, alpha = of(config.rank_pattern, config.r), of(config.alpha_pattern, config.lora_alpha)
+    rank, alpha = rank_and_alpha(config, f"{path}.{parameter}", path)
     layer = SparseExperts(model.get_submodule(path), "default", parameter, config, variant, rank, alpha)
     model.set_submodule(path, layer)
 
@@ -173,10 +117,5 @@ def check_experts(name: str, experts: nn.Module, parameter_name: str, options: M
             f"the experts of {clean_name(name)!r} were given to torch.compile by themselves, and would go on without "
             "an adapter: add adapters first, and compile the blocks or the model"
         )
-    if options.get("lora_dropout"):
-        raise ValueError(
-            f"lora_dropout={options['lora_dropout']!r} must be 0 for {name!r}: it would drop inputs of the adapter "
-            "alone, but experts compute with one weight; use weight decay, or leave experts out "
-            "(exclude_modules=['experts'])"
-        )
+    refuse_dropout(name, options)
     check_base_weight(name, experts, own_parameters(experts)[parameter_name])

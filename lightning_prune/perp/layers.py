@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.naming import plain_name
@@ -95,7 +96,7 @@ class SparseLayer(nn.Module, lora.LoraLayer):
 
     @property
     def base_weight(self) -> nn.Parameter:
-        """The frozen weight, ``[O, I]``, or ``[I, O]`` if `transposed`; of experts a stack of such."""
+        """The frozen weight, ``[O, I]``, or ``[I, O]`` if `transposed`; of experts a stack; a convolution's kernel."""
         weight = getattr(self.get_base_layer(), self.parameter_name)
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -196,6 +197,13 @@ class SparseLayer(nn.Module, lora.LoraLayer):
         a, b = (gather_whole(matrix) for matrix in self.matrices())
         return self.variant.factors_of(a, b, **self.combining())
 
+    def factors_of_part(self) -> tuple[Tensor, Tensor]:
+        """`factors` of `base_part`; where the weight is a shard every rank must call."""
+        left, right = self.factors()
+        bounds = tuple(slice(*bounds) for bounds in shard_bounds(self.base_weight))
+        columns = (*bounds[:-2], slice(None), bounds[-1])
+        return left[bounds[:-1]], right[columns]
+
     def combining(self) -> dict[str, Any]:
         """What has to be known of the layer to combine stored tensors, in plain values."""
         (name,) = self.lora_A
@@ -215,11 +223,7 @@ class SparseLayer(nn.Module, lora.LoraLayer):
                 f"adapter={self.variant.adapter!r} cannot be merged: B A is dense and would fill the zeros of the "
                 "pruned weights. Keep the adapter apart (save_adapter), or train with adapter='mask_lora'"
             )
-        weight, whole = self._part_before_merge(), self.base_weight
-        left, right = self.factors()
-        bounds = tuple(slice(*bounds) for bounds in shard_bounds(whole))
-        columns = (*bounds[:-2], slice(None), bounds[-1])
-        left, right = left[bounds[:-1]], right[columns]
+        weight, (left, right) = self._part_before_merge(), self.factors_of_part()
         with full_precision():  # a merge in a training hook may run under autocast
             return self.variant.combination()(weight, self.kept_part, left, right, None)
 
@@ -416,8 +420,8 @@ class CombinedLinear(SparseLinear):
         """The combined weight, element by element; what it is where pruned does not matter.
 
         Args:
-            weight: The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D, or a stack of such, of experts; float32
-                at least. Not to be changed.
+            weight: The frozen weight, ``[O, I]``, or ``[I, O]`` of a Conv1D, or a stack of such, of experts, or the
+                kernel of a convolution; float32 at least. Not to be changed.
             product: s B A, of the same shape and dtype. Zero at the start.
 
         Returns:
@@ -564,15 +568,10 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
         kind = layer_kind(layer)
         what = kind.name if kind is not None else type(layer).__name__
         raise ValueError(
-            f"{name!r} is a {what}; adapters go with nn.Linear and Conv1D, unquantized: leave it out of target_modules"
+            f"{name!r} is a {what}; adapters go with nn.Linear, Conv1D, nn.Conv1d to Conv3d and experts, unquantized: "
+            "leave it out of target_modules"
         )
-    weight = own_weight(layer)
-    if weight is None:
-        raise ValueError(
-            f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); make it "
-            "permanent first (prune.remove, remove_parametrizations)"
-        )
-    check_base_weight(name, layer, weight)
+    weight = checked_weight(name, layer)
     if not _is_plain_product(layer, weight):
         raise ValueError(
             f"the forward of {name!r} ({type(layer).__name__}) computes something else than the product of input and "
@@ -580,17 +579,35 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
         )
 
 
+def checked_weight(name: str, layer: nn.Module) -> nn.Parameter:
+    """Return a layer's weight, to which an adapter can be put and merged.
+
+    Raises:
+        ValueError: it is no parameter of the layer itself; or see `check_base_weight`.
+    """
+    weight = own_weight(layer)
+    if weight is None:
+        raise ValueError(
+            f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); make it "
+            "permanent first (prune.remove, remove_parametrizations)"
+        )
+    check_base_weight(name, layer, weight)
+    return weight
+
+
 def check_base_weight(name: str, layer: nn.Module, weight: nn.Parameter) -> None:
     """Refuse a weight, and a layer around it, that no adapter can be merged into.
 
     Raises:
-        ValueError: it is quantized, sharded, offloaded or without data, or accelerate runs the layer.
+        ValueError: it is quantized, sharded, offloaded, or without shape or data, or accelerate runs the layer.
     """
     refuse_shards(
         weight,
         f"the weight of {name!r} is sharded (DTensor) already; add adapters first, then call fully_shard, so that "
         "they are sharded with the weights",
     )
+    if is_lazy(weight):
+        raise ValueError(f"the weight of {name!r} has no shape yet (lazy layer); run the model once first")
     # bitsandbytes and torchao put tensor subclasses in the place of the weight, which may claim to be floating point.
     if not weight.is_floating_point() or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         raise ValueError(

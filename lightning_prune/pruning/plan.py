@@ -151,16 +151,8 @@ def make_plan(
     Raises:
         ValueError, TypeError: see `prune`.
     """
-    score, nm = settings.scored_by, settings.nm
-    group, allocation = settings.compared_within, settings.allocation
-    if allocation is None:
-        allocation = "uniform" if nm is not None or group == "global" else score.allocation
-    allocation = make_allocation(allocation)
-    read = score.statistics | allocation_statistics(allocation)
-    if settings.solver is not None:
-        read = read | settings.solver.statistics
-    needs = {"called": bool(read), "hessian": HESSIAN in read}
-    selection = select_layers(model, settings.targets, settings.ignore, **needs, offloaded=offloaded)
+    nm, group, allocation, read = settings.nm, settings.compared_within, _allocation_of(settings), _read_by(settings)
+    selection = select_layers(model, settings.targets, settings.ignore, **needs_of(settings), offloaded=offloaded)
     found = selection.targets
     _check_layers(found, nm, read)
     _check_memory(found)
@@ -177,6 +169,26 @@ def make_plan(
     backward = bool(plan.dense_statistics & BACKWARD_STATISTICS)
     refuse_inference_tensors(model.named_parameters(), frozen=backward)
     return plan
+
+
+def needs_of(settings: PruningSettings) -> dict[str, bool]:
+    """What `select_layers` has to know of settings: they leave some layers alone, which they cannot score."""
+    read = _read_by(settings)
+    return {"called": bool(read), "hessian": HESSIAN in read}
+
+
+def _allocation_of(settings: PruningSettings) -> Allocation:
+    given = settings.allocation
+    if given is None:
+        uniform = settings.nm is not None or settings.compared_within == "global"
+        given = "uniform" if uniform else settings.scored_by.allocation
+    return make_allocation(given)
+
+
+def _read_by(settings: PruningSettings) -> frozenset[str]:
+    """The statistics that are read of any layer."""
+    solver = frozenset() if settings.solver is None else settings.solver.statistics
+    return settings.scored_by.statistics | allocation_statistics(_allocation_of(settings)) | solver
 
 
 def _check_offloaded(plan: PruningPlan, model: nn.Module) -> None:

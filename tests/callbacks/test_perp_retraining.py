@@ -317,14 +317,14 @@ def test_what_does_not_fit_the_module_is_refused_before_anything_changes(
     assert isinstance(module.model, LlamaForCausalLM)
 
 
-def test_a_model_of_convolutions_alone_is_told_to_train_biases_and_norms(tmp_path: Path) -> None:
+def test_a_recurrent_model_is_told_to_train_biases_and_norms(tmp_path: Path) -> None:
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.Conv1d(4, 4, 1))
+            self.model = nn.Sequential(nn.LayerNorm(5), nn.LSTM(5, 4))
 
         def training_step(self, batch: Tensor, index: int) -> Tensor:
-            return self.model(batch).square().mean()
+            return self.model(batch)[0].square().mean()
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
@@ -332,10 +332,10 @@ def test_a_model_of_convolutions_alone_is_told_to_train_biases_and_norms(tmp_pat
     module, data = Module(), DataLoader(torch.randn(8, 3, 5), batch_size=4)
     with pytest.raises(ValueError, match=r"no layer of Sequential that is pruned can get an adapter.*adapter=None"):
         make_trainer(tmp_path, pruning(), PERPRetraining()).fit(module, data)
-    bias = module.model[2].bias.detach().clone()
+    before = module.model[0].bias.detach().clone()
     make_trainer(tmp_path, pruning(), PERPRetraining(adapter=None)).fit(module, data)  # as it says
-    assert not torch.equal(bias, module.model[2].bias)
-    assert (module.model[2].weight == 0).sum() == 8
+    assert not torch.equal(before, module.model[0].bias)
+    assert (module.model[1].weight_hh_l0 == 0).sum() == 16 * 4 // 2
 
 
 def test_a_second_attribute_for_a_part_of_the_model_is_refused_with_the_cure(tmp_path: Path) -> None:

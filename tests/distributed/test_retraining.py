@@ -51,8 +51,11 @@ CASES: dict[str, dict[str, Any]] = {
     "functional": {"functional": True},
     "refused": {"refused": True},
 }
-if MIXTURES:
+if MIXTURES:  # and LFM2
     CASES |= {
+        "convolutions": {"pruned_before": True, "family": "lfm2"},
+        "convolutions cut along their kernel": {"pruned_before": True, "family": "lfm2", "parallel": {"expert_dim": 2}},
+        "convolutions, bf16": {"pruned_before": True, "family": "lfm2", "parallel": {"bf16": True}},
         "experts": {"pruned_before": True, "family": "mixtral"},
         "experts, inputs first": {"pruned_before": True, "family": "gpt_oss", "adapter": "hira"},
         "experts cut along their rows": {"pruned_before": True, "family": "mixtral", "parallel": {"expert_dim": 1}},
@@ -66,7 +69,7 @@ HYBRID: dict[str, dict[str, Any]] = {
     "hybrid kept zeros": {"pruned_before": True, "parallel": {"replicas": 2}},
 }
 # What DDP has no like of, or what rounds otherwise there.
-_ALONE = ("bf16", "bf16 and tiny weights", "experts, bf16", "functional", "refused")
+_ALONE = ("bf16", "bf16 and tiny weights", "experts, bf16", "convolutions, bf16", "functional", "refused")
 _FITS = [
     name for name in CASES if name not in ("norms alone", "trained on", "functional", "refused")
 ]  # and with adapters

@@ -168,7 +168,7 @@ def run(out: Path, devices: int, strategy: str, settings: dict[str, Any]) -> Non
         pruner = WeightPruning(score="keep", num_samples=16, progress=False)
         make_trainer(pruner).fit(module, DataLoader(Tokens(), batch_size=4))
     assert type(module.model).__name__.removeprefix("FSDP") in (
-        "LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "GptOssForCausalLM",
+        "LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "GptOssForCausalLM", "Lfm2ForCausalLM",
     )  # fmt: skip
     assert "configure_model" not in module.__dict__
     if isinstance(module, CausalLM):

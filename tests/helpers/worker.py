@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from attention_models import TorchCausalLM
+from convolution_models import make_short_convolution
 from experts_models import make_moe
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
@@ -136,6 +137,9 @@ class Model(L.LightningModule):
             return
         if family in ("mixtral", "gpt_oss"):
             self.model = make_moe(family).float().train()
+            return
+        if family == "lfm2":  # a short convolution and attention
+            self.model = make_short_convolution().train()
             return
         if family == "attention":
             self.model = TorchCausalLM()

@@ -534,8 +534,8 @@ def parametrized() -> nn.Module:
     return model
 
 
-def convolutions() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3))
+def recurrent() -> nn.Module:
+    model = nn.Sequential(nn.LSTM(3, 8), nn.LayerNorm(8))
     prune(model, score="magnitude", progress=False)
     return model
 
@@ -559,7 +559,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (pruned, {"target_modules": ["embed_tokens"]}, "is a Embedding"),
     (pruned, {"target_modules": ["up_proj"], "exclude_modules": ["up_proj"]}, "matches no module"),
     (make_llama, {}, "prune the model first"),
-    (convolutions, {}, "no layer of Sequential that is pruned can get an adapter.*adapter=None"),
+    (recurrent, {}, "no layer of Sequential that is pruned can get an adapter.*adapter=None"),
     (make_llama, {"target_modules": ["up_proj"]}, "prune the model first"),
     (make_llama, {"masks": {"model.layers.0.mlp.up_proj.weight": torch.eye(96, 64) > 0}}, "call apply_masks"),
     (pruned, {"masks": {"nothing.weight": torch.ones(2, 2).bool()}}, "belong to another model"),

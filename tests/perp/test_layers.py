@@ -13,6 +13,7 @@ from tiny import snapshot
 from torch import nn
 
 from lightning_prune.perp import add_adapters
+from lightning_prune.perp.convolutions import SparseConvolution
 from lightning_prune.perp.experts import SparseExperts
 from lightning_prune.perp.layers import SparseLinear
 from lightning_prune.pruning.running import has_hooks
@@ -59,6 +60,7 @@ def test_layers_that_peft_builds_as_its_own_are_refused(monkeypatch: pytest.Monk
     [
         *((SparseLinear, lora.Linear, n) for n in ("resolve_lora_variant", "update_layer", "supports_lora_conversion")),
         *((SparseExperts, lora.ParamWrapper, name) for name in ("update_layer", "merge", "unmerge")),
+        *((SparseConvolution, lora.Conv2d, name) for name in ("update_layer", "merge", "unmerge")),
     ],
 )
 def test_overridden_methods_are_still_those_of_peft(own: type, base: type, name: str) -> None:
