@@ -204,8 +204,6 @@ def follow_shrunk_checkpoints(trainer: Any) -> None:
     strategy = trainer.strategy
     original: Any = strategy.load_optimizer_state_dict
     load_weights: Any = strategy.load_model_state_dict
-    if getattr(original, "leaves_groups", False):
-        return
 
     @wraps(load_weights)
     def load_model_state_dict(checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -224,9 +222,11 @@ def follow_shrunk_checkpoints(trainer: Any) -> None:
             _leave_emptied_groups(checkpoint, strategy)
         original(checkpoint)
 
-    load_optimizer_state_dict.leaves_groups = True  # type: ignore[attr-defined]
-    strategy.__dict__["load_optimizer_state_dict"] = load_optimizer_state_dict
-    strategy.__dict__["load_model_state_dict"] = load_model_state_dict
+    # One by one: a second fit of the Trainer may find that others have put their own in the place of one.
+    for function in (load_optimizer_state_dict, load_model_state_dict):
+        if not getattr(getattr(strategy, function.__name__), "of_shrunk", False):
+            function.of_shrunk = True  # type: ignore[attr-defined]
+            strategy.__dict__[function.__name__] = function
 
 
 def find_misfit(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | None:
@@ -324,7 +324,7 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
         state_key: See `save_merged`.
 
     Raises:
-        ValueError: the module has adapters, and the checkpoint none for them.
+        ValueError: the module has adapters, and the checkpoint none for them, or others.
         CheckpointError: see `merged_state`.
     """
     state = checkpoint.get("state_dict", {})
@@ -343,9 +343,40 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
             "written without PERPRetraining, with save_weights_only=True, or after the merge. Load it with "
             "load_from_checkpoint, and start a new fit from there, without ckpt_path"
         )
+    check_adapters(unmerged, module)
     names = {_without_peft(key, attribute): key for key in module.state_dict() if not _is_adapter(key)}
     checkpoint["state_dict"] = {**{names.get(key, key): tensor for key, tensor in state.items()}, **unmerged}
     checkpoint["callbacks"] = _renamed_masks(callbacks, lambda name: names.get(name, name))
+
+
+def check_adapters(tensors: Iterable[str], module: nn.Module) -> None:
+    """Refuse a checkpoint whose adapters are not on the layers that have some in the module, or of other ranks.
+
+    Args:
+        tensors: Of the checkpoint, by their names in the module that trained them; or these names alone.
+        module: To load them.
+
+    Raises:
+        ValueError: naming a layer.
+    """
+    state = module.state_dict()
+    saved, own = ({plain_name(name): name for name in some if _is_adapter(name)} for some in (tensors, state))
+    refused = "so it cannot be resumed: give PERPRetraining"
+    layer = lambda name: re.sub(r"\.lora_[AB]\.[^.]+(\.weight$)?", "", name)  # noqa: E731
+    if others := saved.keys() ^ own.keys():
+        name = min(others)
+        here, there = ("an", "none") if name in own else ("no", "one")
+        raise ValueError(
+            f"{layer(name)!r} has {here} adapter in this module and {there} in the checkpoint, {refused} what says "
+            "which layers have one as it was then (target_modules, and exclude_modules, layers_to_transform and "
+            "layers_pattern in lora_options)"
+        )
+    for name, key in saved.items() if isinstance(tensors, Mapping) else ():
+        if ".lora_A." in name and (there := tensors[key].shape[-2]) != (here := state[own[name]].shape[-2]):
+            raise ValueError(
+                f"the adapter of {layer(name)!r} has the rank {here} in this module and {there} in the checkpoint, "
+                f"{refused} the r, and the rank_pattern in lora_options, that it had then"
+            )
 
 
 def add_states(checkpoint: dict[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:

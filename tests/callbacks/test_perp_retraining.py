@@ -144,6 +144,29 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
             trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", **WEIGHTS_ONLY)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, r"layers\.0\.mlp\.down_proj' has no adapter in this module and one in the"),
+        ({"lora_options": {"exclude_modules": ["q_proj"]}}, r"layers\.0\.self_attn\.q_proj' has no adapter .* and one"),
+        ({"target_modules": None}, r"layers\.0\.mlp\.gate_proj' has an adapter in this module and none in the"),
+        ({"r": 3}, r"adapter of '.*down_proj' has the rank 3 in this module and 2 in the checkpoint.*the r, and"),
+        ({"lora_options": {"rank_pattern": {"k_proj": 3}}}, r"k_proj' has the rank 3 in this module and 2 in the"),
+        ({"lora_options": {"alpha_pattern": {"k_proj": 1}}}, r"k_proj' was scaled by 2, but .* scales it by 0\.5; use"),
+    ],
+    ids=str,
+)
+def test_resume_with_adapters_of_other_layers_ranks_or_scalings_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "k_proj", "down_proj"]}
+    save = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    make_trainer(tmp_path, PERPRetraining(**options), pruning(), save, max_epochs=1).fit(make_module(), loader())
+    trainer = make_trainer(tmp_path, PERPRetraining(**{**options, **changes}), pruning(), max_epochs=2)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", **WEIGHTS_ONLY)
+
+
 @pytest.mark.slow
 def test_unmerged_fit_can_go_on_and_be_merged_later(tmp_path: Path) -> None:
     module, pruner = make_module(), pruning()
