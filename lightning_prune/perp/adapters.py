@@ -28,6 +28,7 @@ from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_vari
 from lightning_prune.perp.masks import set_masks
 from lightning_prune.perp.options import (
     WholeNames,
+    by_pattern,
     check_adapter,
     check_options,
     check_parts,
@@ -377,11 +378,18 @@ def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftMode
     # The names are decided; what selected them must not act again on PEFT's side, nor may they be endings of others.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = "|".join(map(re.escape, linear)) or DUMMY_TARGET_MODULES
+    ranks, alphas = (
+        {name: by_pattern(pattern, (name, path), default) for name, (path, _) in places.items()}
+        for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+    )
+    # By whole names, of layers alone: what the patterns say has been found out, compiled blocks or not.
+    config.rank_pattern = {re.escape(name): ranks[name] for name in linear if ranks[name] != config.r}
+    config.alpha_pattern = {re.escape(name): alphas[name] for name in linear if alphas[name] != config.lora_alpha}
     with _of_no_family(model):
         built = SparsePeftModel(model, config)
     for name, (path, parameter) in places.items():
         if path != name:
-            put_on_experts(model, path, parameter, config, variant)
+            put_on_experts(model, path, parameter, config, variant, ranks[name], alphas[name])
     # PEFT documents the registration of layer classes as experimental, and builds a plain LoRA where it fails.
     for name in linear:
         if type(module := model.get_submodule(name)) is not variant:
@@ -586,7 +594,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """
     record = retraining_of(model)
     own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
-    state = {name: own[name].detach() for name in record.trained}
+    state = {name: own[name].detach() for name in map(plain_name, record.trained)}  # blocks may be compiled
     for name, layer in sparse_layers(model):
         a, b = layer.matrices()
         state[f"{name}.lora_A"], state[f"{name}.lora_B"] = a.detach(), b.detach()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners import lora
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -128,19 +127,9 @@ def _stacked(layers: Sequence[SparseLinear]) -> tuple[Tensor, Tensor]:
 
 
 def put_on_experts(
-    model: nn.Module, path: str, parameter: str, config: LoraConfig, variant: type[SparseLinear]
+    model: nn.Module, path: str, parameter: str, config: LoraConfig, variant: type[SparseLinear], rank: int, alpha: int
 ) -> None:
-    """Put an adapter on a parameter of the experts at a path; rank and scaling are those of `config`.
-
-    Keys of ``rank_pattern`` and ``alpha_pattern`` may name the parameter, or the experts.
-    """
-
-    def of(pattern: Mapping[str, Any] | None, default: Any) -> Any:
-        pattern = pattern or {}
-        keys = (get_pattern_key(list(pattern), name) for name in (f"{path}.{parameter}", path))
-        return next((pattern[key] for key in keys if key in pattern), default)
-
-    rank, alpha = of(config.rank_pattern, config.r), of(config.alpha_pattern, config.lora_alpha)
+    """Put an adapter on a parameter of the experts at a path."""
     layer = SparseExperts(model.get_submodule(path), "default", parameter, config, variant, rank, alpha)
     model.set_submodule(path, layer)
 
