@@ -223,9 +223,10 @@ def follow_shrunk_checkpoints(trainer: Any) -> None:
         original(checkpoint)
 
     # One by one: a second fit of the Trainer may find that others have put their own in the place of one.
-    for function in (load_optimizer_state_dict, load_model_state_dict):
+    functions: tuple[Any, ...] = (load_optimizer_state_dict, load_model_state_dict)
+    for function in functions:
         if not getattr(getattr(strategy, function.__name__), "of_shrunk", False):
-            function.of_shrunk = True  # type: ignore[attr-defined]
+            function.of_shrunk = True
             strategy.__dict__[function.__name__] = function
 
 
@@ -362,7 +363,10 @@ def check_adapters(tensors: Iterable[str], module: nn.Module) -> None:
     state = module.state_dict()
     saved, own = ({plain_name(name): name for name in some if _is_adapter(name)} for some in (tensors, state))
     refused = "so it cannot be resumed: give PERPRetraining"
-    layer = lambda name: re.sub(r"\.lora_[AB]\.[^.]+(\.weight$)?", "", name)  # noqa: E731
+
+    def layer(name: str) -> str:
+        return re.sub(r"\.lora_[AB]\.[^.]+(\.weight$)?", "", name)
+
     if others := saved.keys() ^ own.keys():
         name = min(others)
         here, there = ("an", "none") if name in own else ("no", "one")
@@ -371,12 +375,14 @@ def check_adapters(tensors: Iterable[str], module: nn.Module) -> None:
             "which layers have one as it was then (target_modules, and exclude_modules, layers_to_transform and "
             "layers_pattern in lora_options)"
         )
-    for name, key in saved.items() if isinstance(tensors, Mapping) else ():
-        if ".lora_A." in name and (there := tensors[key].shape[-2]) != (here := state[own[name]].shape[-2]):
-            raise ValueError(
-                f"the adapter of {layer(name)!r} has the rank {here} in this module and {there} in the checkpoint, "
-                f"{refused} the r, and the rank_pattern in lora_options, that it had then"
-            )
+    if isinstance(tensors, Mapping):
+        for name, key in saved.items():
+            then, now = tensors[key].shape[-2], state[own[name]].shape[-2]
+            if ".lora_A." in name and then != now:
+                raise ValueError(
+                    f"the adapter of {layer(name)!r} has the rank {now} in this module and {then} in the checkpoint, "
+                    f"{refused} the r, and the rank_pattern in lora_options, that it had then"
+                )
 
 
 def add_states(checkpoint: dict[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:
