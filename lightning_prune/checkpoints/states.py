@@ -328,9 +328,10 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
         ValueError: the module has adapters, and the checkpoint none for them, or others.
         CheckpointError: see `merged_state`.
     """
-    state = checkpoint.get("state_dict", {})
-    adapted = bool(_adapted_layers(module))
-    if has_adapters(state) == adapted:
+    state, layers = checkpoint.get("state_dict", {}), _adapted_layers(module)
+    adapted, ours = bool(layers), {key for name, layer in layers.items() for key in _part_names(name, layer)}
+    others = module.state_dict().keys() - ours  # such as adapters of PEFT on another model in the module
+    if has_adapters(key for key in state if key not in others) == adapted:
         return
     callbacks = checkpoint.get("callbacks") or {}
     if not adapted:
@@ -361,14 +362,17 @@ def check_adapters(tensors: Iterable[str], module: nn.Module) -> None:
         ValueError: naming a layer.
     """
     state = module.state_dict()
-    saved, own = ({plain_name(name): name for name in some if _is_adapter(name)} for some in (tensors, state))
+    ours = {key for name, layer in _adapted_layers(module).items() for key in _part_names(name, layer)[1:]}
+    others = state.keys() - ours  # such as adapters of PEFT on another model in the module
+    saved = {plain_name(name): name for name in tensors if _is_adapter(name) and name not in others}
+    own = {plain_name(name): name for name in ours}
     refused = "so it cannot be resumed: give PERPRetraining"
 
     def layer(name: str) -> str:
         return re.sub(r"\.lora_[AB]\.[^.]+(\.weight$)?", "", name)
 
-    if others := saved.keys() ^ own.keys():
-        name = min(others)
+    if differing := saved.keys() ^ own.keys():
+        name = min(differing)
         here, there = ("an", "none") if name in own else ("no", "one")
         raise ValueError(
             f"{layer(name)!r} has {here} adapter in this module and {there} in the checkpoint, {refused} what says "

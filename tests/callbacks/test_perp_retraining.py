@@ -14,6 +14,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from peft import LoraConfig, get_peft_model
 from perp_models import halve, zeros
 from perp_trainers import GPT2, LLAMA, Losses, loader, make_module, make_trainer, pruning
 from tiny import snapshot
@@ -165,6 +166,23 @@ def test_resume_with_adapters_of_other_layers_ranks_or_scalings_is_refused(
     trainer = make_trainer(tmp_path, PERPRetraining(**{**options, **changes}), pruning(), max_epochs=2)
     with pytest.raises(ValueError, match=message):
         trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", **WEIGHTS_ONLY)
+
+
+def test_another_model_in_the_module_may_have_adapters_of_peft(tmp_path: Path) -> None:
+    def run(resume: Any = None) -> dict[str, bytes]:
+        module = make_module(seed=0 if resume is None else 7)
+        module.other = get_peft_model(make_module(seed=3).model, LoraConfig(target_modules=["q_proj"]))
+        save = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = [PERPRetraining(r=2), pruning(ignore=["other", "lm_head"]), save]
+        make_trainer(tmp_path, *callbacks, max_epochs=2).fit(module, loader(), ckpt_path=resume)
+        return snapshot(module.model)
+
+    whole = run()
+    assert run(tmp_path / "epoch=0.ckpt") == whole
+    plain = make_module(seed=7)
+    plain.other = get_peft_model(make_module(seed=3).model, LoraConfig(target_modules=["q_proj"]))
+    make_trainer(tmp_path, PERPRetraining(r=2)).validate(plain, loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert snapshot(plain.model) == whole
 
 
 @pytest.mark.slow
