@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import lightning as L
 
 from lightning_prune.callbacks.kinds import is_kind
 from lightning_prune.checkpoints.reading import open_checkpoint
-from lightning_prune.checkpoints.states import add_states, has_adapters, load_into, save_merged
+from lightning_prune.checkpoints.states import add_states, check_adapters, has_adapters, load_into, save_merged
 from lightning_prune.errors import CheckpointError
 from lightning_prune.perp.layers import SparseLayer
 
@@ -62,8 +62,9 @@ def _follow_sharded(trainer: L.Trainer, states: Callable[[], Mapping[str, Mappin
         save(checkpoint, *args, **kwargs)
 
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        names: Iterable[str] = ()
         try:
-            stored = has_adapters(open_checkpoint(checkpoint_path))
+            stored = has_adapters(names := open_checkpoint(checkpoint_path))
         except CheckpointError:  # Lightning's to say, which may have been told to trust it
             stored = _has_adapters(trainer)
         if stored and not _has_adapters(trainer):
@@ -78,6 +79,8 @@ def _follow_sharded(trainer: L.Trainer, states: Callable[[], Mapping[str, Mappin
                 "has put on this module: it was written without PERPRetraining, after the merge, on one device, or "
                 "under DDP. Resume it there, or load its weights first, and start a new fit without ckpt_path"
             )
+        if stored and names:
+            check_adapters(list(names), trainer.lightning_module)
         return load(checkpoint_path, *args, **kwargs)
 
     _wrap(strategy, save_checkpoint, save)

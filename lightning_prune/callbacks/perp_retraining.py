@@ -33,7 +33,7 @@ from lightning_prune.callbacks.rewrapping import put_in_place, without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of, ranks_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
-from lightning_prune.checkpoints.states import UNMERGED
+from lightning_prune.checkpoints.states import UNMERGED, check_adapters
 from lightning_prune.errors import check_bool
 from lightning_prune.naming import plain_name
 from lightning_prune.perp.adapters import (
@@ -367,6 +367,7 @@ class PERPRetraining(L.Callback):
         if self._goes_on and shrinker is not None:  # a checkpoint of the time after; optimizer states come next
             shrinker.begin(trainer, pl_module)
             self._begin_after_shrinking(trainer, pl_module)
+            check_adapters(self._unmerged or {}, pl_module)
             pl_module.load_state_dict(self._unmerged or {}, strict=False)
             self._unmerged = None
 
@@ -537,6 +538,9 @@ class PERPRetraining(L.Callback):
         if version != _STATE_VERSION:
             raise ValueError(f"the checkpoint's PERPRetraining state has version {version!r}, not {_STATE_VERSION}")
         _check_same(state_dict["settings"], _settings_of(self), "the checkpoint's adapters were")
+        module = None if self._module is None else self._module()
+        if module is not None and self.adapter is not None:
+            _check_scalings(state_dict["layers"], self._model(module))
         self._loaded_masks = unpack_masks(state_dict["masks"])
         self._resumed = state_dict.get("started", True)
         if self._waits and state_dict.get("begun", True):
@@ -562,6 +566,17 @@ def _check_same(found: Mapping[str, Any], mine: Mapping[str, Any], whose: str) -
             raise ValueError(
                 f"{whose} made with {name}={found.get(name)!r}, but this PERPRetraining has {mine[name]!r}; use the "
                 "same setting, or merge what is there first"
+            )
+
+
+def _check_scalings(saved: Mapping[str, Mapping[str, Any]], model: nn.Module) -> None:
+    """Refuse adapters that were scaled otherwise: the same matrices would be another model."""
+    for name, layer in sparse_layers(model):
+        scaling = layer.combining()["scaling"]
+        if name in saved and saved[name]["scaling"] != scaling:
+            raise ValueError(
+                f"the checkpoint's adapter of {name!r} was scaled by {saved[name]['scaling']:g}, but this "
+                f"PERPRetraining scales it by {scaling:g}; use the same alpha_pattern and rank_pattern in lora_options"
             )
 
 

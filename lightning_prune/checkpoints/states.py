@@ -204,8 +204,6 @@ def follow_shrunk_checkpoints(trainer: Any) -> None:
     strategy = trainer.strategy
     original: Any = strategy.load_optimizer_state_dict
     load_weights: Any = strategy.load_model_state_dict
-    if getattr(original, "leaves_groups", False):
-        return
 
     @wraps(load_weights)
     def load_model_state_dict(checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -224,9 +222,12 @@ def follow_shrunk_checkpoints(trainer: Any) -> None:
             _leave_emptied_groups(checkpoint, strategy)
         original(checkpoint)
 
-    load_optimizer_state_dict.leaves_groups = True  # type: ignore[attr-defined]
-    strategy.__dict__["load_optimizer_state_dict"] = load_optimizer_state_dict
-    strategy.__dict__["load_model_state_dict"] = load_model_state_dict
+    # One by one: a second fit of the Trainer may find that others have put their own in the place of one.
+    functions: tuple[Any, ...] = (load_optimizer_state_dict, load_model_state_dict)
+    for function in functions:
+        if not getattr(getattr(strategy, function.__name__), "of_shrunk", False):
+            function.of_shrunk = True
+            strategy.__dict__[function.__name__] = function
 
 
 def find_misfit(module: nn.Module, checkpoint: Mapping[str, Any]) -> str | None:
@@ -324,12 +325,13 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
         state_key: See `save_merged`.
 
     Raises:
-        ValueError: the module has adapters, and the checkpoint none for them.
+        ValueError: the module has adapters, and the checkpoint none for them, or others.
         CheckpointError: see `merged_state`.
     """
-    state = checkpoint.get("state_dict", {})
-    adapted = bool(_adapted_layers(module))
-    if has_adapters(state) == adapted:
+    state, layers = checkpoint.get("state_dict", {}), _adapted_layers(module)
+    adapted, ours = bool(layers), {key for name, layer in layers.items() for key in _part_names(name, layer)}
+    others = module.state_dict().keys() - ours  # such as adapters of PEFT on another model in the module
+    if has_adapters(key for key in state if key not in others) == adapted:
         return
     callbacks = checkpoint.get("callbacks") or {}
     if not adapted:
@@ -343,9 +345,48 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
             "written without PERPRetraining, with save_weights_only=True, or after the merge. Load it with "
             "load_from_checkpoint, and start a new fit from there, without ckpt_path"
         )
+    check_adapters(unmerged, module)
     names = {_without_peft(key, attribute): key for key in module.state_dict() if not _is_adapter(key)}
     checkpoint["state_dict"] = {**{names.get(key, key): tensor for key, tensor in state.items()}, **unmerged}
     checkpoint["callbacks"] = _renamed_masks(callbacks, lambda name: names.get(name, name))
+
+
+def check_adapters(tensors: Iterable[str], module: nn.Module) -> None:
+    """Refuse a checkpoint whose adapters are not on the layers that have some in the module, or of other ranks.
+
+    Args:
+        tensors: Of the checkpoint, by their names in the module that trained them; or these names alone.
+        module: To load them.
+
+    Raises:
+        ValueError: naming a layer.
+    """
+    state = module.state_dict()
+    ours = {key for name, layer in _adapted_layers(module).items() for key in _part_names(name, layer)[1:]}
+    others = state.keys() - ours  # such as adapters of PEFT on another model in the module
+    saved = {plain_name(name): name for name in tensors if _is_adapter(name) and name not in others}
+    own = {plain_name(name): name for name in ours}
+    refused = "so it cannot be resumed: give PERPRetraining"
+
+    def layer(name: str) -> str:
+        return re.sub(r"\.lora_[AB]\.[^.]+(\.weight$)?", "", name)
+
+    if differing := saved.keys() ^ own.keys():
+        name = min(differing)
+        here, there = ("an", "none") if name in own else ("no", "one")
+        raise ValueError(
+            f"{layer(name)!r} has {here} adapter in this module and {there} in the checkpoint, {refused} what says "
+            "which layers have one as it was then (target_modules, and exclude_modules, layers_to_transform and "
+            "layers_pattern in lora_options)"
+        )
+    if isinstance(tensors, Mapping):
+        for name, key in saved.items():
+            then, now = tensors[key].shape[-2], state[own[name]].shape[-2]
+            if ".lora_A." in name and then != now:
+                raise ValueError(
+                    f"the adapter of {layer(name)!r} has the rank {now} in this module and {then} in the checkpoint, "
+                    f"{refused} the r, and the rank_pattern in lora_options, that it had then"
+                )
 
 
 def add_states(checkpoint: dict[str, Any], states: Mapping[str, Mapping[str, Any]]) -> None:

@@ -5,7 +5,6 @@ PERP: Zimmer et al. 2023, "PERP: Rethinking the Prune-Retrain Paradigm in the Er
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import warnings
@@ -30,6 +29,7 @@ from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_vari
 from lightning_prune.perp.masks import set_masks
 from lightning_prune.perp.options import (
     WholeNames,
+    by_pattern,
     check_adapter,
     check_options,
     check_parts,
@@ -53,7 +53,6 @@ from lightning_prune.perp.storage import (
     settings_of,
     write_named,
 )
-from lightning_prune.perp.substitution import without_keys_of
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.coverage import pruned_zeros
 from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, CONVOLUTION1D, EXPERT, LINEAR, embeds
@@ -385,18 +384,20 @@ def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftMode
     # The names are decided; what selected them must not act again on PEFT's side, nor may they be endings of others.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = "|".join(map(re.escape, linear)) or DUMMY_TARGET_MODULES
-    # PEFT warns of keys that name none of its own layers.
-    others = {*places, *(path for path, _ in places.values())} - set(linear)
-    known = copy.copy(config)
-    known.rank_pattern = without_keys_of(config.rank_pattern, others, linear)
-    known.alpha_pattern = without_keys_of(config.alpha_pattern, others, linear)
+    ranks, alphas = (
+        {name: by_pattern(pattern, (name, path), default) for name, (path, _) in places.items()}
+        for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+    )
+    # By whole names, of layers alone: what the patterns say has been found out, compiled blocks or not.
+    config.rank_pattern = {re.escape(name): ranks[name] for name in linear if ranks[name] != config.r}
+    config.alpha_pattern = {re.escape(name): alphas[name] for name in linear if alphas[name] != config.lora_alpha}
     with _of_no_family(model):
-        built = SparsePeftModel(model, known)
+        built = SparsePeftModel(model, config)
     for name, (path, parameter) in places.items():
         if path != name:
-            put_on_experts(model, path, parameter, config, variant)
+            put_on_experts(model, path, parameter, config, variant, ranks[name], alphas[name])
     for name in convolutions:
-        put_on_convolution(model, name, config, variant)
+        put_on_convolution(model, name, config, variant, ranks[name], alphas[name])
     # PEFT documents the registration of layer classes as experimental, and builds a plain LoRA where it fails.
     for name in linear:
         if type(module := model.get_submodule(name)) is not variant:
@@ -601,7 +602,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """
     record = retraining_of(model)
     own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
-    state = {name: own[name].detach() for name in record.trained}
+    state = {name: own[name].detach() for name in map(plain_name, record.trained)}  # blocks may be compiled
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2] in ("running_mean", "running_var"):
             state[plain_name(name)] = buffer

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name, is_compiled_alone
 from lightning_prune.perp.layers import SparseLinear, checked_weight, own_weight
-from lightning_prune.perp.substitution import SubstitutingLayer, rank_and_alpha, refuse_dropout
+from lightning_prune.perp.substitution import SubstitutingLayer, refuse_dropout
 from lightning_prune.pruning.layer_kinds import CONVOLUTIONS as PRUNED
 from lightning_prune.pruning.zeros import keeps_zeros
 from lightning_prune.sharding import gather_whole, shard_bounds
@@ -93,14 +93,15 @@ class SparseConvolution(SubstitutingLayer):
         return combined if combined.stride() == weight.stride() else torch.empty_like(weight).copy_(combined)
 
 
-def put_on_convolution(model: nn.Module, path: str, config: LoraConfig, variant: type[SparseLinear]) -> None:
-    """Put an adapter on the convolution at a path; rank and scaling are those of `config`.
+def put_on_convolution(
+    model: nn.Module, path: str, config: LoraConfig, variant: type[SparseLinear], rank: int, alpha: float
+) -> None:
+    """Put an adapter on the convolution at a path.
 
     A matrix of few rows or columns, as of depthwise convolutions, has no more rank than these: where more is asked
     for, it gets as much as there is, with the same scaling.
     """
     layer = model.get_submodule(path)
-    rank, alpha = rank_and_alpha(config, path)
     weight = own_weight(layer)
     assert weight is not None
     full = min(len(weight), weight[0].numel())

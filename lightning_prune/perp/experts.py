@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_prune.naming import clean_name, is_compiled_alone, own_parameters
 from lightning_prune.perp.layers import SparseLinear, check_base_weight
-from lightning_prune.perp.substitution import SubstitutingLayer, rank_and_alpha, refuse_dropout
+from lightning_prune.perp.substitution import SubstitutingLayer, refuse_dropout
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.sharding import gather_whole
 
@@ -82,13 +82,9 @@ class SparseExperts(SubstitutingLayer, lora.ParamWrapper):
 
 
 def put_on_experts(
-    model: nn.Module, path: str, parameter: str, config: LoraConfig, variant: type[SparseLinear]
+    model: nn.Module, path: str, parameter: str, config: LoraConfig, variant: type[SparseLinear], rank: int, alpha: int
 ) -> None:
-    """Put an adapter on a parameter of the experts at a path; rank and scaling are those of `config`.
-
-    Keys of ``rank_pattern`` and ``alpha_pattern`` may name the parameter, or the experts.
-    """
-    rank, alpha = rank_and_alpha(config, f"{path}.{parameter}", path)
+    """Put an adapter on a parameter of the experts at a path."""
     layer = SparseExperts(model.get_submodule(path), "default", parameter, config, variant, rank, alpha)
     model.set_submodule(path, layer)
 

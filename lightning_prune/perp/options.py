@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -188,6 +189,16 @@ def _is_chosen(config: LoraConfig, name: str, path: str) -> bool:
     return any(check_target_module_exists(config, form) for form in forms) and all(
         check_target_module_exists(everything, form) for form in forms
     )
+
+
+def by_pattern(pattern: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
+    """The number that ``rank_pattern`` or ``alpha_pattern`` gives to one of some names, the first that it knows.
+
+    Names are also known without what ``torch.compile`` adds.
+    """
+    pattern = pattern or {}
+    forms = (form for name in names for form in dict.fromkeys((name, clean_name(name))))
+    return next((pattern[key] for f in forms if (key := get_pattern_key(list(pattern), f)) in pattern), default)
 
 
 PARTS = ("bias", "norm", "head", "embedding")

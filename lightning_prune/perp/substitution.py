@@ -7,12 +7,11 @@ somebody else sees what it always sees. The combined weight is made once a forwa
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -92,26 +91,6 @@ class SubstitutingLayer(SparseLayer):
         while isinstance(within, SubstitutingLayer):
             name, within = f"base_layer.{name}", within.base_layer
         return functional_call(self.base_layer, {name: self.weight_with_adapter()}, args, kwargs)
-
-
-def rank_and_alpha(config: LoraConfig, *names: str) -> tuple[int, Any]:
-    """Rank and ``lora_alpha`` of a layer by its names, the first of which that a pattern matches counts."""
-
-    def of(pattern: Mapping[str, Any] | None, default: Any) -> Any:
-        pattern = pattern or {}
-        keys = (get_pattern_key(list(pattern), name) for name in names)
-        return next((pattern[key] for key in keys if key in pattern), default)
-
-    return of(config.rank_pattern, config.r), of(config.alpha_pattern, config.lora_alpha)
-
-
-def without_keys_of(pattern: Mapping[str, Any] | None, names: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
-    """A pattern without the keys that match layers of these names and none of the others."""
-
-    def is_of(key: str, layers: Iterable[str]) -> bool:
-        return any(get_pattern_key([key], name) == key for name in layers)
-
-    return {key: value for key, value in (pattern or {}).items() if is_of(key, others) or not is_of(key, names)}
 
 
 def refuse_dropout(name: str, options: Mapping[str, Any]) -> None:

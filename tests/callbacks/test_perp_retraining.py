@@ -14,6 +14,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from peft import LoraConfig, get_peft_model
 from perp_models import halve, zeros
 from perp_trainers import GPT2, LLAMA, Losses, loader, make_module, make_trainer, pruning
 from tiny import snapshot
@@ -142,6 +143,46 @@ def test_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, PERPRetraining(**changes), pruning(), max_epochs=2)
         with pytest.raises(ValueError, match=f"made with {message}"):
             trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", **WEIGHTS_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, r"layers\.0\.mlp\.down_proj' has no adapter in this module and one in the"),
+        ({"lora_options": {"exclude_modules": ["q_proj"]}}, r"layers\.0\.self_attn\.q_proj' has no adapter .* and one"),
+        ({"target_modules": None}, r"layers\.0\.mlp\.gate_proj' has an adapter in this module and none in the"),
+        ({"r": 3}, r"adapter of '.*down_proj' has the rank 3 in this module and 2 in the checkpoint.*the r, and"),
+        ({"lora_options": {"rank_pattern": {"k_proj": 3}}}, r"k_proj' has the rank 3 in this module and 2 in the"),
+        ({"lora_options": {"alpha_pattern": {"k_proj": 1}}}, r"k_proj' was scaled by 2, but .* scales it by 0\.5; use"),
+    ],
+    ids=str,
+)
+def test_resume_with_adapters_of_other_layers_ranks_or_scalings_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "k_proj", "down_proj"]}
+    save = ModelCheckpoint(dirpath=tmp_path, filename="last")
+    make_trainer(tmp_path, PERPRetraining(**options), pruning(), save, max_epochs=1).fit(make_module(), loader())
+    trainer = make_trainer(tmp_path, PERPRetraining(**{**options, **changes}), pruning(), max_epochs=2)
+    with pytest.raises(ValueError, match=message):
+        trainer.fit(make_module(), loader(), ckpt_path=tmp_path / "last.ckpt", **WEIGHTS_ONLY)
+
+
+def test_another_model_in_the_module_may_have_adapters_of_peft(tmp_path: Path) -> None:
+    def run(resume: Any = None) -> dict[str, bytes]:
+        module = make_module(seed=0 if resume is None else 7)
+        module.other = get_peft_model(make_module(seed=3).model, LoraConfig(target_modules=["q_proj"]))
+        save = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}", save_top_k=-1)
+        callbacks = [PERPRetraining(r=2), pruning(ignore=["other", "lm_head"]), save]
+        make_trainer(tmp_path, *callbacks, max_epochs=2).fit(module, loader(), ckpt_path=resume)
+        return snapshot(module.model)
+
+    whole = run()
+    assert run(tmp_path / "epoch=0.ckpt") == whole
+    plain = make_module(seed=7)
+    plain.other = get_peft_model(make_module(seed=3).model, LoraConfig(target_modules=["q_proj"]))
+    make_trainer(tmp_path, PERPRetraining(r=2)).validate(plain, loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert snapshot(plain.model) == whole
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
 from versions import EMAWeightAveraging
 
-from lightning_prune import CausalLM, PruningAwarePretraining, WeightPruning
+from lightning_prune import CausalLM, PERPRetraining, PruningAwarePretraining, WeightPruning
 from lightning_prune.callbacks.resuming import updating_hyper_parameters
 from lightning_prune.checkpoints.export import export
 from lightning_prune.structure.removal import remove_units
@@ -313,6 +313,18 @@ def test_a_large_module_without_the_callback_is_told_what_it_lacks(others: list[
         make_trainer(*others, max_steps=3).fit(large(), batches(), ckpt_path=path)
     small = kind.load_from_checkpoint(path, weights_only=True)  # as it says
     make_trainer(*others, max_steps=3).fit(small, batches(), ckpt_path=path)
+
+
+def test_a_trainer_that_runs_twice_tells_it_too(tmp_path: Path) -> None:
+    """PERPRetraining stands between it and the strategy, and takes what stands there off before each run."""
+    trainer = make_trainer(PruningAwarePretraining({"hidden_size": 20}, ("hidden",), end=1), max_steps=2)
+    trainer.fit(make_module(), batches())
+    trainer.save_checkpoint(path := tmp_path / "small.ckpt")
+    other = make_trainer(PERPRetraining())
+    other.validate(make_module(), batches(), verbose=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"shrunk: '.*embed_tokens.* there, .* here.*load_from_checkpoint"):
+            other.validate(make_module(), batches(), ckpt_path=path, verbose=False)
 
 
 def test_sizes_that_hyper_parameters_lack_are_named(tmp_path: Path) -> None:

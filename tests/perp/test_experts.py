@@ -393,6 +393,27 @@ def test_an_adapter_that_was_saved_is_the_same(adapter: str, family: str, tmp_pa
     assert snapshot(dense) == before
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["onto compiled blocks", "from compiled blocks"])
+def test_files_are_those_of_the_model_whether_blocks_are_compiled(trained: bool, tmp_path: Path) -> None:
+    def build(compiled: bool) -> nn.Module:
+        plain = pruned_moe("gpt_oss", "batched_mm")
+        for place in range(2 if compiled else 0):
+            plain.model.layers[place] = torch.compile(plain.model.layers[place], backend="eager")
+        return plain
+
+    ranks = {"0.mlp.experts": 3, "0.self_attn.q_proj": 4}
+    model = add_adapters(build(trained), r=2, train=("bias",), rank_pattern=ranks)
+    found = {name: layer.matrices()[0].shape[-2] for name, layer in sparse_layers(model)}
+    assert sorted(found.values()) == [2] * 9 + [3, 3, 4]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(build(not trained), tmp_path)
+    assert {name: layer.matrices()[0].shape[-2] for name, layer in sparse_layers(loaded)} == found
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-9, atol=1e-12)
+
+
 def test_an_adapter_of_other_experts_is_refused(tmp_path: Path) -> None:
     model = add_adapters(pruned_moe("mixtral"), r=2)
     save_adapter(model, tmp_path)
