@@ -36,6 +36,7 @@ from lightning_prune.perp.options import (
     make_config,
     match_modules,
     select_parameters,
+    warn_of_unmatched,
 )
 from lightning_prune.perp.record import Retraining, find_retraining, remember, retraining_of, unwrapped
 from lightning_prune.perp.storage import (
@@ -384,6 +385,9 @@ def _build(model: nn.Module, adapter: str, record: Retraining) -> SparsePeftMode
     # The names are decided; what selected them must not act again on PEFT's side, nor may they be endings of others.
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.target_modules = "|".join(map(re.escape, linear)) or DUMMY_TARGET_MODULES
+    known = {*places, *(path for path, _ in places.values())}
+    warn_of_unmatched("rank_pattern", config.rank_pattern, known)
+    warn_of_unmatched("alpha_pattern", config.alpha_pattern, known)
     ranks, alphas = (
         {name: by_pattern(pattern, (name, path), default) for name, (path, _) in places.items()}
         for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -199,6 +200,14 @@ def by_pattern(pattern: Mapping[str, Any] | None, names: Iterable[str], default:
     pattern = pattern or {}
     forms = (form for name in names for form in dict.fromkeys((name, clean_name(name))))
     return next((pattern[key] for f in forms if (key := get_pattern_key(list(pattern), f)) in pattern), default)
+
+
+def warn_of_unmatched(option: str, pattern: Mapping[str, Any] | None, names: Iterable[str]) -> None:
+    """Warn of keys of ``rank_pattern`` or ``alpha_pattern`` that name none of the layers, as PEFT does."""
+    forms = {form for name in names for form in (name, clean_name(name))}
+    left = [key for key in pattern or () if not any(get_pattern_key([key], form) == key for form in forms)]
+    if left:
+        warnings.warn(f"{option}: {left} match no layer that gets an adapter", stacklevel=4)
 
 
 PARTS = ("bias", "norm", "head", "embedding")

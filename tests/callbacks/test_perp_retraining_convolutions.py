@@ -195,5 +195,5 @@ def test_a_module_that_is_its_own_model_is_told_to_put_it_into_an_attribute(tmp_
             for name, child in net.named_children():
                 self.add_module(name, child)
 
-    with pytest.raises(ValueError, match=r"attribute='model'.*of 'conv1', 'layer1', 'classifier'.*into one attribute"):
+    with pytest.raises(ValueError, match=r"attribute='model'.*of 'conv1', 'layer1', 'classifier'.*into one module"):
         make_trainer(tmp_path, pruning(), PERPRetraining(r=2)).fit(Own(), loader())

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -99,11 +100,14 @@ def start(folder: str | None = None) -> torch.device:
     global DEVICE
     if DEVICE.type == NAME:
         return DEVICE
-    folder = folder or os.path.join(tempfile.gettempdir(), "pretend_device")
+    folder = folder or os.path.join(tempfile.gettempdir(), f"pretend_device_{torch.__version__}")
     os.makedirs(folder, exist_ok=True)
     source = Path(__file__).with_suffix(".cpp")
     torch.utils.rename_privateuse1_backend(NAME)
-    load("pretend_device", [str(source)], build_directory=folder, extra_cflags=["-O0"], is_python_module=False)
+    with FileLock(os.path.join(folder, "own.lock")):
+        # torch's own lock is a file that stays when its process is killed, and everybody after it would wait for ever.
+        Path(folder, "lock").unlink(missing_ok=True)
+        load("pretend_device", [str(source)], build_directory=folder, extra_cflags=["-O0"], is_python_module=False)
     torch._register_device_module(NAME, _Module(NAME))
     torch.utils.generate_methods_for_privateuse1_backend()
     library = operators.Library("aten", "IMPL")
