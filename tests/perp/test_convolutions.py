@@ -13,29 +13,25 @@ from typing import Any
 import pytest
 import torch
 from convolution_models import make_images, make_short_convolution, make_vision, naive_convolution
+from substituted import EXACT, adapted, check_fold, check_merge_in_place, combined
 from tiny import make_tokens, snapshot
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lightning_prune import prune
 from lightning_prune.perp import (
-    CombinedLinear,
     adapter_masks,
     add_adapters,
     load_adapter,
     merge,
     reconstruct,
-    register_adapter,
-    remove_adapters,
     save_adapter,
     set_masks,
     trainable_share,
 )
-from lightning_prune.perp.adapters import adapters_aside, fold
 from lightning_prune.perp.convolutions import SparseConvolution
 from lightning_prune.perp.layers import sparse_layers
 
-EXACT = ["mask_lora", "scale_lora", "hira", "signed"]  # the model that trains is the one that is merged
 FAMILIES = ["resnet", "convnext", "mobilenet"]
 IMAGES = make_images()
 LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -49,21 +45,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "3d": lambda: nn.Conv3d(6, 4, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 1)),
     "3d grouped": lambda: nn.Conv3d(6, 4, 2, groups=2),
 }
-
-
-class Signed(CombinedLinear):
-    """W * exp(s B A), of CONTRIBUTING.md."""
-
-    adapter = "signed"
-
-    @staticmethod
-    def combine(weight: Tensor, product: Tensor) -> Tensor:
-        return weight * product.exp()
-
-
-@pytest.fixture(autouse=True)
-def _signed() -> None:
-    register_adapter(Signed)
 
 
 def halved(layer: nn.Module) -> nn.Sequential:
@@ -102,19 +83,6 @@ def train(model: nn.Module, steps: int = 8, lr: float = 1e-2, autocast: bool = F
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def combined(adapter: str, w: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """The matrix ``[O, K]`` of a kernel with its adapter, as training has it."""
-    kept = (w != 0).to(w.dtype)
-    return {
-        "mask_lora": lambda: w + s * kept * (b @ a),
-        "scale_lora": lambda: w * (b @ a),
-        "hira": lambda: w + w * (b @ a),
-        "signed": lambda: w * torch.exp(s * (b @ a)),
-        "lora_prune": lambda: w + s * (b @ a),
-        "lora": lambda: w + s * (b @ a),
-    }[adapter]()
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -265,32 +233,13 @@ def test_a_merge_in_place_gives_the_bits_back() -> None:
     plain = pruned_vision("convnext")
     weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
     model = moved(add_adapters(plain, r=2, train=()))
-    y = logits(model)
-    model.merge_adapter()
-    assert torch.equal(logits(model), y)
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), y)
-    with adapters_aside(model) as aside:
-        assert not [module for module in aside.modules() if hasattr(module, "base_layer")]
-        base = logits(aside)
-    assert torch.equal(logits(model), y)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-        assert not torch.equal(base, y)
-    plain = remove_adapters(model)
-    assert all(torch.equal(p, weights[name]) for name, p in plain.named_parameters())
+    check_merge_in_place(model, weights, logits)
 
 
 @pytest.mark.parametrize("init", [True, False])
 def test_fold_begins_anew_from_the_merged_weights(init: bool) -> None:
     model = moved(add_adapters(pruned_vision("resnet", torch.float64), r=2, init_lora_weights=init))
-    y, masks = logits(model), adapter_masks(model)
-    before = [m.detach().clone() for _, layer in sparse_layers(model) for m in layer.matrices()]
-    fold(model)
-    torch.testing.assert_close(logits(model), y, rtol=1e-9, atol=1e-10)
-    after = [m for _, layer in sparse_layers(model) for m in layer.matrices()]
-    assert all(not torch.equal(new, old) for new, old in zip(after, before, strict=True))
-    assert all(torch.equal(mask, masks[name]) for name, mask in adapter_masks(model).items())
+    check_fold(model, logits)
 
 
 def test_masks_say_what_is_kept_where_a_kept_weight_is_zero() -> None:
@@ -309,13 +258,6 @@ def test_masks_say_what_is_kept_where_a_kept_weight_is_zero() -> None:
 
 
 # -- which of them, and their ranks
-
-
-def adapted(model: nn.Module, **options: Any) -> set[str]:
-    wrapped = add_adapters(model, r=2, **options)
-    names = {name for name, _ in sparse_layers(wrapped)}
-    remove_adapters(wrapped)
-    return names
 
 
 def test_convolutions_are_selected_by_their_names() -> None:

@@ -11,44 +11,25 @@ import pytest
 import torch
 from experts_models import EXPERTS, WORDS, linear_of, make_moe, write_out
 from perp_models import train
+from substituted import EXACT, adapted, check_fold, check_merge_in_place, combined
 from tiny import make_tokens, snapshot
 from torch import Tensor, nn
 
 from lightning_prune import prune
 from lightning_prune.perp import (
-    CombinedLinear,
     adapter_masks,
     add_adapters,
     load_adapter,
     merge,
     reconstruct,
-    register_adapter,
-    remove_adapters,
     save_adapter,
     set_masks,
     trainable_share,
 )
-from lightning_prune.perp.adapters import adapters_aside, fold
 from lightning_prune.perp.layers import sparse_layers
 
 FAMILIES = ["mixtral", "qwen3_moe", "gpt_oss", "llama4"]
-EXACT = ["mask_lora", "scale_lora", "hira", "signed"]  # the model that trains is the one that is merged
 IDS = make_tokens(3, 10, vocab=WORDS)
-
-
-class Signed(CombinedLinear):
-    """W * exp(s B A), of CONTRIBUTING.md."""
-
-    adapter = "signed"
-
-    @staticmethod
-    def combine(weight: Tensor, product: Tensor) -> Tensor:
-        return weight * product.exp()
-
-
-@pytest.fixture(autouse=True)
-def _signed() -> None:
-    register_adapter(Signed)
 
 
 def pruned_moe(family: str, implementation: str = "eager", dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -67,19 +48,6 @@ def by_expert(name: str, stack: Tensor, transposed: bool) -> dict[str, Tensor]:
     """The experts' matrices ``[O, I]`` of a stack, by their names in the written-out model."""
     first = linear_of(name)
     return {f"{first}.{e}.weight": matrix.t() if transposed else matrix for e, matrix in enumerate(stack)}
-
-
-def combined(adapter: str, w: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """One expert's matrix ``[O, I]`` with its adapter, as training has it."""
-    kept = (w != 0).to(w.dtype)
-    return {
-        "mask_lora": lambda: w + s * kept * (b @ a),
-        "scale_lora": lambda: w * (b @ a),
-        "hira": lambda: w + w * (b @ a),
-        "signed": lambda: w * torch.exp(s * (b @ a)),
-        "lora_prune": lambda: w + s * (b @ a),
-        "lora": lambda: w + s * (b @ a),
-    }[adapter]()
 
 
 @pytest.mark.few_fast(8)
@@ -250,34 +218,14 @@ def test_a_merge_in_place_gives_the_bits_back() -> None:
     weights = {name: p.detach().clone() for name, p in plain.named_parameters()}
     model = add_adapters(plain, r=2, train=())
     train(model, IDS)
-    y = logits(model)
-    model.merge_adapter()
-    assert torch.equal(logits(model), y)
-    model.unmerge_adapter()
-    assert torch.equal(logits(model), y)
-    with adapters_aside(model) as aside:
-        assert not [module for module in aside.modules() if hasattr(module, "base_layer")]
-        base = logits(aside)
-    assert torch.equal(logits(model), y)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), base)
-        assert not torch.equal(base, y)
-    assert torch.equal(logits(model), y)
-    plain = remove_adapters(model)
-    assert all(torch.equal(p, weights[name]) for name, p in plain.named_parameters())
+    check_merge_in_place(model, weights, logits)
 
 
 @pytest.mark.parametrize("init", [True, False])
 def test_fold_begins_anew_from_the_merged_weights(init: bool) -> None:
     model = add_adapters(pruned_moe("mixtral"), r=2, init_lora_weights=init)
     train(model, IDS)
-    y, masks = logits(model), adapter_masks(model)
-    before = [m.detach().clone() for _, layer in sparse_layers(model) for m in layer.matrices()]
-    fold(model)
-    torch.testing.assert_close(logits(model), y, rtol=1e-9, atol=1e-10)
-    after = [m for _, layer in sparse_layers(model) for m in layer.matrices()]
-    assert all(not torch.equal(new, old) for new, old in zip(after, before, strict=True))
-    assert all(torch.equal(mask, masks[name]) for name, mask in adapter_masks(model).items())
+    check_fold(model, logits)
 
 
 def test_masks_say_what_is_kept_where_a_kept_weight_is_zero() -> None:
@@ -299,25 +247,26 @@ def test_masks_say_what_is_kept_where_a_kept_weight_is_zero() -> None:
 # -- which of them
 
 
-def adapted(model: nn.Module, **options: Any) -> set[str]:
-    wrapped = add_adapters(model, r=2, **options)
-    names = {name for name, _ in sparse_layers(wrapped)}
-    remove_adapters(wrapped)
-    return {name.removeprefix("model.layers.") for name in names}
+def adapted_experts(model: nn.Module, **options: Any) -> set[str]:
+    return {name.removeprefix("model.layers.") for name in adapted(model, **options)}
 
 
 def test_experts_are_selected_by_their_names() -> None:
     plain = pruned_moe("mixtral")
     attention = {f"{b}.self_attn.{name}_proj" for b in "01" for name in "qkvo"}
     first, second = ({f"{b}.mlp.experts.{name}" for b in "01"} for name in ("gate_up_proj", "down_proj"))
-    assert adapted(plain) == attention | first | second
-    assert adapted(plain, target_modules="all-linear") == attention
-    assert adapted(plain, target_modules=["experts"]) == first | second
-    assert adapted(plain, target_modules=["q_proj", "down_proj"]) == second | {f"{b}.self_attn.q_proj" for b in "01"}
-    assert adapted(plain, target_modules=r".*0\.mlp\.experts\.\w+_proj") == {n for n in first | second if n[0] == "0"}
-    assert adapted(plain, exclude_modules=["experts"]) == attention
-    assert adapted(plain, exclude_modules=["gate_up_proj"]) == attention | second
-    assert adapted(plain, layers_to_transform=[1]) == {n for n in attention | first | second if n[0] == "1"}
+    assert adapted_experts(plain) == attention | first | second
+    assert adapted_experts(plain, target_modules="all-linear") == attention
+    assert adapted_experts(plain, target_modules=["experts"]) == first | second
+    assert adapted_experts(plain, target_modules=["q_proj", "down_proj"]) == second | {
+        f"{b}.self_attn.q_proj" for b in "01"
+    }
+    assert adapted_experts(plain, target_modules=r".*0\.mlp\.experts\.\w+_proj") == {
+        n for n in first | second if n[0] == "0"
+    }
+    assert adapted_experts(plain, exclude_modules=["experts"]) == attention
+    assert adapted_experts(plain, exclude_modules=["gate_up_proj"]) == attention | second
+    assert adapted_experts(plain, layers_to_transform=[1]) == {n for n in attention | first | second if n[0] == "1"}
     with pytest.raises(ValueError, match=r"target_modules=\['gate_up'\].*did you mean 'gate_up_proj'"):
         add_adapters(plain, target_modules=["gate_up"])
 
@@ -325,7 +274,7 @@ def test_experts_are_selected_by_their_names() -> None:
 def test_experts_that_are_not_pruned_get_no_adapter() -> None:
     plain = make_moe("qwen3_moe")
     prune(plain, score="magnitude", ignore=["layers.0.mlp.experts", "lm_head"], progress=False)
-    names = {name for name in adapted(plain) if "experts" in name}
+    names = {name for name in adapted_experts(plain) if "experts" in name}
     assert names == {"1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"}
 
 
