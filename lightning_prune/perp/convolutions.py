@@ -18,9 +18,8 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name, is_compiled_alone
 from lightning_prune.perp.layers import SparseLinear, checked_weight, own_weight
-from lightning_prune.perp.substitution import SubstitutingLayer, refuse_dropout
+from lightning_prune.perp.substitution import SubstitutingLayer, check_substitution
 from lightning_prune.pruning.layer_kinds import CONVOLUTIONS as PRUNED
 from lightning_prune.pruning.zeros import keeps_zeros
 from lightning_prune.sharding import gather_whole, shard_bounds
@@ -115,16 +114,10 @@ def check_convolution(name: str, layer: nn.Module, options: Mapping[str, Any]) -
     """Refuse a convolution that cannot be adapted.
 
     Raises:
-        ValueError: see `check_base_weight`; its weight is no parameter of its own, or has no shape yet; it computes
-            with other numbers than zeros where its weight has zeros; it is compiled by itself; or `options` have
-            dropout, which drops inputs of layers.
+        ValueError: see `check_substitution` and `checked_weight`; or it computes with other numbers than zeros where
+            its weight has zeros.
     """
-    if is_compiled_alone(name):
-        raise ValueError(
-            f"the convolution {clean_name(name)!r} was given to torch.compile by itself, and would go on without an "
-            "adapter: add adapters first, and compile the blocks or the model"
-        )
-    refuse_dropout(name, options)
+    check_substitution("the products of", name, name, options)
     checked_weight(name, layer)
     if not keeps_zeros(layer):
         raise ValueError(

@@ -17,9 +17,9 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name, is_compiled_alone, own_parameters
+from lightning_prune.naming import own_parameters
 from lightning_prune.perp.layers import SparseLinear, check_base_weight
-from lightning_prune.perp.substitution import SubstitutingLayer, refuse_dropout
+from lightning_prune.perp.substitution import SubstitutingLayer, check_substitution
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.sharding import gather_whole
 
@@ -105,13 +105,7 @@ def check_experts(name: str, experts: nn.Module, parameter_name: str, options: M
     """Refuse a parameter of experts that cannot be adapted; `name` is the parameter's.
 
     Raises:
-        ValueError: see `check_base_weight`; the experts are compiled by themselves; or `options` have dropout, which
-            drops inputs of layers.
+        ValueError: see `check_substitution` and `check_base_weight`.
     """
-    if is_compiled_alone(name.rpartition(".")[0]):
-        raise ValueError(
-            f"the experts of {clean_name(name)!r} were given to torch.compile by themselves, and would go on without "
-            "an adapter: add adapters first, and compile the blocks or the model"
-        )
-    refuse_dropout(name, options)
+    check_substitution("the experts of", name, name.rpartition(".")[0], options)
     check_base_weight(name, experts, own_parameters(experts)[parameter_name])

@@ -141,6 +141,22 @@ class SparseLayer(nn.Module, lora.LoraLayer):
         """Whether the base layer computes alone: the adapter is merged, disabled or deleted."""
         return self.disable_adapters or self.merged or not any(n in self.lora_A for n in self.active_adapters)
 
+    def runs_alone(self, call: dict[str, Any]) -> bool:
+        """Whether the base layer computes a call alone, with its own weight where the adapter is switched off.
+
+        Args:
+            call: Its keywords, from which those that PEFT adds are taken.
+
+        Raises:
+            ValueError: several adapters are asked for.
+        """
+        if call.pop("adapter_names", None) is not None:
+            raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
+        call.pop("alora_offsets", None)
+        if self.is_off and self.disable_adapters and self.merged:
+            self.unmerge()
+        return self.is_off
+
     def weight_with_adapter(self) -> Tensor:
         """What the layer multiplies with in training, in the weight's dtype, differentiable by the two matrices."""
         return self.variant.training_weight(self.base_weight, self.mask_of_forward(), *self.factors())
@@ -447,13 +463,8 @@ class CombinedLinear(SparseLinear):
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """``[..., I]`` to ``[..., O]``."""
         self.check_gathered()
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
-        kwargs.pop("alora_offsets", None)
         base = self.base_layer
-        if self.is_off:
-            if self.disable_adapters and self.merged:
-                self.unmerge()
+        if self.runs_alone(kwargs):
             y: Tensor = base(input, *args, **kwargs)
             return y
         if not has_hooks(base):

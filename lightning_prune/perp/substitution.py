@@ -15,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_prune.naming import clean_name, is_compiled_alone
 from lightning_prune.perp.layers import SparseLayer, SparseLinear
 from lightning_prune.sharding import local, take_shard
 
@@ -80,12 +81,7 @@ class SubstitutingLayer(SparseLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer with the combined weight in the parameter's place."""
         self.check_gathered()
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names (several adapters in one batch) is not supported beside a pruned weight")
-        kwargs.pop("alora_offsets", None)
-        if self.is_off:
-            if self.disable_adapters and self.merged:
-                self.unmerge()
+        if self.runs_alone(kwargs):
             return self.base_layer(*args, **kwargs)
         name, within = self.parameter_name, self.base_layer
         while isinstance(within, SubstitutingLayer):
@@ -93,12 +89,23 @@ class SubstitutingLayer(SparseLayer):
         return functional_call(self.base_layer, {name: self.weight_with_adapter()}, args, kwargs)
 
 
-def refuse_dropout(name: str, options: Mapping[str, Any]) -> None:
-    """Refuse dropout of the adapter's inputs, which it does not have by itself.
+def check_substitution(what: str, name: str, path: str, options: Mapping[str, Any]) -> None:
+    """Refuse a layer that could not run with another weight in its place, and what such an adapter has not.
+
+    Args:
+        what: What is compiled alone, as messages have it before the name.
+        name: Of the weight, or the layer, that gets the adapter.
+        path: Of the layer.
+        options: Of LoRA.
 
     Raises:
-        ValueError: naming the layer.
+        ValueError: the layer is compiled by itself; or `options` have dropout, which drops inputs of layers.
     """
+    if is_compiled_alone(path):
+        raise ValueError(
+            f"{what} {clean_name(name)!r} were given to torch.compile alone, and would go on without an adapter: add "
+            "adapters first, and compile the blocks or the model"
+        )
     if options.get("lora_dropout"):
         raise ValueError(
             f"lora_dropout={options['lora_dropout']!r} must be 0 for {name!r}: it would drop inputs of the adapter "
