@@ -31,7 +31,7 @@ from lightning_prune.structure.device_goals import check_device_goal
 from lightning_prune.structure.planning import multiples_of
 from lightning_prune.structure.rehearsal import rehearse
 from lightning_prune.structure.removal import check_rescaling, holds_tensors
-from lightning_prune.structure.saliency import TRAINING_SALIENCIES, check_saliency
+from lightning_prune.structure.saliency import TRAINING_SALIENCIES, SaliencyAccumulator, check_saliency
 from lightning_prune.structure.saving import noted_units
 from lightning_prune.structure.sizes import ATTENTION_UNITS, UnitType
 from lightning_prune.structure.units import Structure
@@ -331,35 +331,45 @@ def check_not_masked(structure: Structure) -> None:
 
 
 def check_optimizers(
-    structure: Structure, optimizers: Sequence[Optimizer], saliency: str, types: Sequence[str]
+    structure: Structure, optimizers: Sequence[Optimizer], saliency: SaliencyAccumulator, types: Sequence[str]
 ) -> None:
     """Optimizers and gradients that the saliency cannot be read from, and states that could not be sliced.
 
     Raises:
-        ValueError: several optimizers, parameters without gradients, or see `check_states`: of the states that are
-            there, or that the first step would make.
+        ValueError: several optimizers, parameters whose gradients are needed and that have none or are never stepped,
+            or see `check_states`: of the states that are there, or that the first step would make.
     """
     if len(optimizers) != 1:
         raise ValueError(
             f"PruningAwarePretraining needs one optimizer, found {len(optimizers)}: with several, a step is no longer "
             "one set of gradients"
         )
-    frozen = [name for name, p in structure.parameters().items() if not p.requires_grad]
-    if frozen and saliency != "magnitude":
+    parameters, needed = structure.parameters(), saliency.read_gradients()
+    if frozen := [name for name in needed if not parameters[name].requires_grad]:
         raise ValueError(
-            f"saliency={saliency!r} needs gradients, but {len(frozen)} parameters are frozen ({frozen[0]}, ...); "
-            "train them, or use saliency='magnitude'"
+            f"saliency={saliency.kind!r} of types={tuple(types)!r} needs gradients, but {len(frozen)} parameters are "
+            f"frozen ({frozen[0]}, ...); train them, use saliency='magnitude', or types of units that they are no part "
+            "of ('ffn' needs those of its own layers alone)"
         )
     found = list(with_inner(optimizers))
     stepped = {p for optimizer in found for group in optimizer.param_groups for p in group["params"]}
-    if not frozen and stepped.isdisjoint(structure.model.parameters()):
+    trained = {p for p in parameters.values() if p.requires_grad}
+    if trained and stepped.isdisjoint(trained):
         raise ValueError(
             f"{type(optimizers[0]).__name__} has no parameter of the model (it may step copies of them), so none would "
             "follow when the model shrinks: give it the model's own, model.parameters()"
         )
+    # Hooks see the gradients of one batch alone.
+    if left_out := [n for n in needed if parameters[n] not in stepped and saliency.stream is None]:
+        raise ValueError(
+            f"saliency={saliency.kind!r} of types={tuple(types)!r} needs the gradients of {left_out[0]} "
+            f"({len(left_out)} parameters in all), which {type(optimizers[0]).__name__} does not have, so that nobody "
+            "clears them after a step: give them to it, or freeze them (requires_grad_(False)) and use types of units "
+            "that they are no part of, or saliency='magnitude'"
+        )
     check_states(structure, found, types)
     for optimizer in optimizers:
-        if (rehearsal := rehearse(optimizer, structure.parameters())) is None:
+        if (rehearsal := rehearse(optimizer, parameters)) is None:
             continue
         if rehearsal.hidden:
             raise ValueError(

@@ -328,7 +328,7 @@ class PruningAwarePretraining(L.Callback):
         else:
             self.tokens = 0
         if not shrinking.reached:
-            check_optimizers(structure, trainer.optimizers, self.saliency, self.types)
+            check_optimizers(structure, trainer.optimizers, saliency, self.types)
         self._shrinking, self._owner, self._loaded = shrinking, weakref.ref(pl_module), None
         self._copied = False
         if not shrinking.reached:

@@ -111,6 +111,11 @@ class SaliencyAccumulator:
                     uses.setdefault(s.name, []).append((s.dim, place, unit_type, on_device[axis]))
         return uses
 
+    def read_gradients(self) -> list[str]:
+        """Return the names of the parameters whose gradients the sums are made of."""
+        names = () if self.kind == "magnitude" else self.structure.axes
+        return [name for name in names if name in self._uses or name in self._layers]
+
     @torch.no_grad()
     def add(self) -> None:
         """Take in the weights and the gradients that they hold now: just before an optimizer step.
@@ -399,6 +404,10 @@ class StreamedKFAC(SaliencyAccumulator):
         self._targets = reader_targets(structure, self.types)
         wanted = frozenset({INPUT_NORM, OUTPUT_GRAD_NORM})
         self.stream.follow(structure, {t.name.removesuffix(".weight"): wanted for t in self._targets})
+
+    def read_gradients(self) -> list[str]:
+        """Return the weights of the layers that are watched, whose outputs have gradients where these have."""
+        return [target.name for target in self._targets if target.name in self.structure.axes]  # not a tied head
 
     @torch.no_grad()
     def add(self) -> None:

@@ -674,6 +674,43 @@ def test_frozen_and_compiled_models_are_refused() -> None:
         fit(PruningAwarePretraining(0.5), module)
 
 
+@pytest.mark.parametrize("saliency", ["taylor2", "kfac"])
+def test_frozen_parameters_that_no_saliency_reads_are_no_cause_to_refuse(saliency: str) -> None:
+    def make() -> Any:
+        module = make_module(config={**SMALL, "tie_word_embeddings": True})
+        module.model.requires_grad_(False)
+        for layer in module.model.model.layers:
+            layer.mlp.requires_grad_(True)
+        return module
+
+    module = make()
+    before = weights(module)
+    fit(callback := PruningAwarePretraining(0.9, ("ffn",), end=2, saliency=saliency), module, max_steps=4)
+    assert callback.finished
+    assert module.model.config.intermediate_size < 48
+    after = weights(module)
+    kept = [name for name in before if "mlp" not in name]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    for types in (("ffn", "attention"), ("hidden",), ("layer",)):
+        with pytest.raises(ValueError, match=r"parameters are frozen \(model"):
+            fit(PruningAwarePretraining(0.9, types, saliency=saliency), make())
+
+
+def test_gradients_that_no_optimizer_clears_are_refused() -> None:
+    """They are the sums of all steps so far, by which units would be judged."""
+
+    class Module(CausalLM):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([p for n, p in self.named_parameters() if "mlp" not in n], lr=1e-3)
+
+    module = Module(config=SMALL)
+    with pytest.raises(ValueError, match=r"needs the gradients of model.layers.0.mlp.*\(6 parameters.*AdamW does not"):
+        fit(PruningAwarePretraining(0.9, ("ffn",)), module)
+    for how in ({"types": ("attention",)}, {"types": ("ffn",), "saliency": "kfac"}):
+        fit(PruningAwarePretraining(0.95, end=1, **how), Module(config=SMALL), max_steps=2)
+
+
 def test_a_teacher_in_the_module_is_refused_with_a_way_that_works() -> None:
     module, teacher = make_module(), make_module(1).model
     module.teacher = teacher
