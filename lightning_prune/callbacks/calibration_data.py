@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -31,6 +32,7 @@ from lightning_prune.callbacks.kinds import has_own, is_kind
 from lightning_prune.callbacks.traces import WatchedParameters, attributes_of, unchanged
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import to_ignore
+from lightning_prune.pruning.batches import tensors_of
 
 # Samplers that come by all of a dataset: any sample may be drawn from it.
 _OF_ALL = (SequentialSampler, RandomSampler, DistributedSampler)
@@ -67,6 +69,8 @@ class CalibrationData:
         self.local_samples = len(range(self.rank, num_samples, self.world))
         self.presplit = self.kept = self.once = False
         self._touched: dict[str, Any] = {}
+        self._given: list[tuple[weakref.ref[Tensor], int]] = []  # first tensors of the batches that somebody still has
+        self._index = 0
         training = _training_source(trainer).instance
         if _several(source):
             raise ValueError(
@@ -91,6 +95,7 @@ class CalibrationData:
         trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
         own = data is not None and has_own(data, "on_before_batch_transfer")
         hooks: Any = data if own else trainer.lightning_module
+        self._index = -1
         for index, batch in enumerate(self.source):
             # Lightning looks for SIGTERM between training batches only, and calibration may take long. Several
             # processes get it at different samples, and would wait for each other: there it waits for the first batch.
@@ -100,7 +105,16 @@ class CalibrationData:
                 # As the training loop does.
                 batch = trainer.precision_plugin.convert_input(batch)
                 batch = hooks.on_before_batch_transfer(batch, 0)  # by position, as there
-                yield trainer.strategy.batch_to_device(batch)
+                batch = trainer.strategy.batch_to_device(batch)
+                self._index += 1
+                self._given = [(given, i) for given, i in self._given if given() is not None]
+                self._given += [(weakref.ref(tensor), self._index) for tensor in islice(tensors_of(batch), 1)]
+                yield batch
+
+    def index_of(self, batch: Any) -> int:
+        """Return the number of a batch of this rank, as training would give it; of a part that of what came last."""
+        first = next(tensors_of(batch), None)
+        return next((i for given, i in reversed(self._given) if given() is first), max(self._index, 0))
 
     @classmethod
     @contextmanager
@@ -345,11 +359,17 @@ _EVALUATED = (
 )
 
 
-def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
+def calibration_loss(
+    module: L.LightningModule, data: CalibrationData | None = None
+) -> Callable[[nn.Module, Any], Tensor]:
     """The loss a LightningModule trains with, as ``loss_fn(module, batch)``.
 
     A module's own ``calibration_loss(batch)``, one loss a sample ``[B]``, is preferred where it has one; else
     ``training_step``.
+
+    Args:
+        module: The module.
+        data: Whose batches it is given, to number them for ``training_step``; without it each is the first.
 
     Raises:
         ValueError: the training step optimizes by itself (manual optimization) or takes the data iterator.
@@ -369,10 +389,11 @@ def calibration_loss(module: L.LightningModule) -> Callable[[nn.Module, Any], Te
         )
     # As Lightning gives it: to a step that takes anything (wrapped by a decorator, say) too.
     positional = [p for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    extra = (0,) if len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values()) else ()
+    numbered = len(positional) > 1 or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
 
     def loss(_: nn.Module, batch: Any) -> Any:
-        output = module.training_step(batch, *extra)
+        index = (0 if data is None else data.index_of(batch),) if numbered else ()
+        output = module.training_step(batch, *index)
         found: Any = output["loss"] if isinstance(output, dict) and "loss" in output else output
         # None passes over a batch in training: its layers' inputs are seen all the same, and only gradients need more.
         if not isinstance(found, Tensor) and found is not None:

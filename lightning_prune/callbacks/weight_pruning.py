@@ -643,14 +643,14 @@ class WeightPruning(L.Callback):
             if plan.needs_data:
                 parameters = stack.enter_context(no_trace(trainer, module))
                 epochs = trainer.fit_loop.epoch_progress.current
+                data = stack.enter_context(
+                    CalibrationData.of(trainer, self.calibration, plan.num_samples, self.seed, self._data)
+                )
                 loss_fn = watched_loss(
-                    self.loss_fn or calibration_loss(module),
+                    self.loss_fn or calibration_loss(module, data),
                     parameters,
                     list(parameters_of(plan.targets).values()),
                     before_hooks=epochs.ready == epochs.completed,
-                )
-                data = stack.enter_context(
-                    CalibrationData.of(trainer, self.calibration, plan.num_samples, self.seed, self._data)
                 )
                 plan = plan.with_samples(data.local_samples)
             masks = run_plan(

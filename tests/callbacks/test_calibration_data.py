@@ -33,6 +33,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 from torchmetrics import MeanMetric
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lightning_prune import LinearSchedule, OneShot, WeightPruning, prune
 from lightning_prune.callbacks import traces
@@ -1003,6 +1004,51 @@ def test_a_step_that_takes_anything_gets_the_index_as_in_training() -> None:
     pruner = pruning(loss_fn=None, sparsity=0.5)
     fit(DataLoader(rows(), 4), pruner, module=Wrapped())
     assert pruner.sparsity == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("score", ["wanda", "gradient"])
+def test_a_step_is_told_which_batch_it_is_given(score: str) -> None:
+    told: list[tuple[int, int]] = []
+
+    class Counted(Numbered):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if self.trainer.global_step == 0:
+                told.append((int(batch[0, 0]) // 4, batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    data = rows().split(4)
+    pruner = pruning(loss_fn=None, score=score, sparsity=0.5, calibration=data, num_samples=SAMPLES)
+    fit(DataLoader(rows(), 4), pruner, module=Counted(), max_steps=1)
+    *calibration, first_of_training = told
+    assert first_of_training[1] == 0
+    assert {batch for batch, _ in calibration} == set(range(SAMPLES // 4))
+    assert all(batch == index for batch, index in calibration)
+
+
+def test_a_step_is_told_which_batch_it_is_given_where_batches_wait_for_several_stacks() -> None:
+    told: list[tuple[int, int]] = []
+
+    class Translating(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = T5ForConditionalGeneration(
+                T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+            )
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if not self.training and len(batch) == 2:  # not one that shows the order of the stacks alone
+                told.append((int(batch[0, 0]) - 1, batch_idx))
+            return self.model(input_ids=batch, labels=batch).loss
+
+        configure_optimizers = Numbered.configure_optimizers
+
+    data = [torch.full((2, 5), 1 + i) for i in range(3)]
+    pruner = WeightPruning("wanda", sparsity=0.5, sequential=True, num_samples=6, calibration=data)
+    fit(DataLoader(torch.ones(8, 5, dtype=torch.long), 4), pruner, module=Translating())
+    assert len(told) >= 6
+    assert {batch for batch, _ in told} == {0, 1, 2}
+    assert all(batch == index for batch, index in told)
 
 
 def test_a_step_that_passes_over_a_batch_gives_inputs_but_no_gradient() -> None:
