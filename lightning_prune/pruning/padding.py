@@ -89,6 +89,7 @@ class Padding:
         finished: Masks of calls that were over when a layer outside of all calls ran.
         calls: Those of the forward pass; None of a padding that does not change with them.
         readable: False where there is a mask from which padding cannot be read.
+        strided: Masks of what convolutions over the source have made of it, the last of each length.
     """
 
     source: Tensor | None
@@ -101,6 +102,7 @@ class Padding:
     finished: tuple[Tensor, ...] = ()
     calls: Calls | None = None
     readable: bool = True
+    strided: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def now(self) -> Padding:
@@ -168,8 +170,17 @@ class Padding:
             for shorten in self.shorten:
                 if (short := _shortened(shorten, rows[1], mask)) is not None:
                     return short.to(x.device)
+        if mask is source and (strided := self.strided.get(rows[1])) is not None and rows[:2] == strided.shape:
+            return strided.to(x.device)
         self.unplaced[name] = None
         return None
+
+    def stride(self, layer: nn.Conv1d, x: Tensor) -> None:
+        """Note the mask of what a convolution makes of the source, or of what others have made of it."""
+        source, length = self.source, x.shape[-1]
+        before = source if source is not None and source.shape[1] == length else self.strided.get(length)
+        if before is not None and (after := _strided(layer, before)) is not None:
+            self.strided[after.shape[1]] = after
 
     def keep_routed(self, name: str, experts: nn.Module, routed: Routed) -> Tensor | None:
         """Find which of the tokens that one expert sees are real, ``[1, R]``; None: all of them.
@@ -219,6 +230,7 @@ class PaddingFinder:
         self.decoder = frozenset(m for _, _, part in self.pairs for m in part)
         self.towers = frozenset(_towers(model))
         self.shorten = _shorteners(model)
+        self.convolutions = [m for m in model.modules() if isinstance(m, nn.Conv1d) and m not in self.decoder]
 
     def find(self, batch: Any) -> Padding | None:
         """The padding of a batch whose forward pass is next; None where nothing can be padded.
@@ -258,7 +270,12 @@ class PaddingFinder:
                 fits = isinstance(mask, Tensor) and mask.shape == states.shape[:2]
                 self.memory.append((states.detach(), mask.bool() if isinstance(mask, Tensor) and fits else None))
 
-        handles = [encoder.register_forward_hook(encoded) for encoder, _, _ in self.pairs]
+        def strided(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.base is not None and args:
+                self.base.now.stride(cast(nn.Conv1d, layer), args[0])
+
+        handles = [layer.register_forward_pre_hook(strided, prepend=True) for layer in self.convolutions]
+        handles += [encoder.register_forward_hook(encoded) for encoder, _, _ in self.pairs]
         handles += [part.register_forward_pre_hook(received, with_kwargs=True) for part in self.parts]
         handles += [part.register_forward_pre_hook(self._enter, with_kwargs=True) for part in self.parts]
         handles += [part.register_forward_hook(self._leave, always_call=True) for part in self.parts]
@@ -368,6 +385,16 @@ def _shortened(shorten: Callable[[int, Tensor], Tensor], length: int, mask: Tens
     """The mask of rows of a length, if a text without padding has as many: the first convolutions have more rows."""
     longest = shorten(mask.shape[1], torch.ones_like(mask)).sum(1)
     return shorten(length, mask).bool() if bool((longest == length).all()) else None
+
+
+def _strided(layer: nn.Conv1d, mask: Tensor) -> Tensor | None:
+    """The mask of a convolution's rows, as many as each sample has without padding; None where that is not behind."""
+    lengths, places = mask.sum(1, keepdim=True), torch.arange(mask.shape[1], device=mask.device)
+    if isinstance(layer.padding, str) or not _equal(mask.bool(), places < lengths):
+        return None
+    least = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1 - 2 * layer.padding[0]
+    rows, lengths = ((n - least) // layer.stride[0] + 1 for n in (mask.shape[1], lengths))
+    return torch.arange(max(rows, 0), device=mask.device) < lengths
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

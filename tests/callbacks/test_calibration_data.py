@@ -1033,7 +1033,9 @@ def test_a_step_is_told_which_batch_it_is_given_where_batches_wait_for_several_s
             super().__init__()
             torch.manual_seed(0)
             self.model = T5ForConditionalGeneration(
-                T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+                T5Config(
+                    vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+                )
             )
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
