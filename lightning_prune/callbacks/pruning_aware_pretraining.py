@@ -388,7 +388,7 @@ class PruningAwarePretraining(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Accumulate saliency of the step's gradients."""
         if trainer.global_step >= self.schedule.start and not self._now.reached:
-            self._now.saliency.add()
+            self._now.saliency.add(_loss_scale(trainer, optimizer))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -569,6 +569,13 @@ def _builds_later(module: L.LightningModule) -> bool:
     """Whether a module has hooks that may build its model, and come after a callback's ``setup``."""
     hooks = ("setup", "configure_model")
     return any(getattr(type(module), hook) is not getattr(L.LightningModule, hook) for hook in hooks)
+
+
+def _loss_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
+    """How many times too large gradients are before a step: a fused optimizer unscales those of a scaled loss itself."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    return float(scaler.get_scale()) if scaler is not None and fused else 1.0
 
 
 def _shrunk_to(state: dict[str, Any], sizes: Sizes) -> bool:

@@ -117,8 +117,8 @@ class SaliencyAccumulator:
         return [name for name in names if name in self._uses or name in self._layers]
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Take in the weights and the gradients that they hold now: just before an optimizer step.
+    def add(self, scale: float = 1.0) -> None:
+        """Take in the weights and the gradients that they hold now, `scale` times too large: just before a step.
 
         Weights without a gradient count as zero. A step with NaN or infinity does not count (an optimizer under a
         gradient scaler skips it too). Of sharded parameters each rank takes its part, and the parts are summed, in one
@@ -130,7 +130,7 @@ class SaliencyAccumulator:
             if (not uses and layer is None) or (p.grad is None and self.kind != "magnitude"):
                 continue
             dims = sorted({dim for dim, *_ in uses}) or [0]
-            by_dim = self._sum_over_others(p, dims)
+            by_dim = self._sum_over_others(p, dims, scale)
             for dim, place, unit_type, indices in uses:
                 step[unit_type][place] += by_dim[dim][indices].sum(1)
             if layer is not None:
@@ -145,7 +145,7 @@ class SaliencyAccumulator:
         self.steps += 1
         self._weight += 1.0
 
-    def _sum_over_others(self, p: nn.Parameter, dims: Sequence[int]) -> dict[int, Tensor]:
+    def _sum_over_others(self, p: nn.Parameter, dims: Sequence[int], scale: float) -> dict[int, Tensor]:
         """Saliencies of a parameter's weights, summed over all dimensions but one, for each of `dims`."""
         weight, grad = local(p.detach()), None if p.grad is None else local(p.grad)
         bounds = shard_bounds(p)
@@ -156,14 +156,14 @@ class SaliencyAccumulator:
         rows = max(1, piece // weight[0].numel())
         for start in range(0, len(weight), rows):
             part = slice(start, start + rows)
-            values = self._values(weight[part], None if grad is None else grad[part])
+            values = self._values(weight[part], None if grad is None else grad[part], scale)
             for dim in dims:
                 first = bounds[dim][0] + (start if dim == 0 else 0)
                 others = [d for d in range(values.dim()) if d != dim]
                 sums[dim][first : first + values.shape[dim]] += values.sum(others) if others else values
         return sums
 
-    def _values(self, w: Tensor, g: Tensor | None) -> Tensor:
+    def _values(self, w: Tensor, g: Tensor | None, scale: float) -> Tensor:
         """Saliency of every weight of a piece, in float32 or wider; valid until the next call."""
         dtype = torch.promote_types(w.dtype, torch.float32)
         buffer = self._scratch.get(w.device)
@@ -174,6 +174,8 @@ class SaliencyAccumulator:
             return torch.abs(w.to(dtype), out=out)
         assert g is not None
         torch.mul(w.to(dtype), g.to(dtype), out=out)
+        if scale != 1.0:
+            out.div_(scale)
         if self.kind == "taylor2":
             out.addcmul_(out, out, value=-0.5)
         return out.abs_()
@@ -410,8 +412,11 @@ class StreamedKFAC(SaliencyAccumulator):
         return [target.name for target in self._targets if target.name in self.structure.axes]  # not a tied head
 
     @torch.no_grad()
-    def add(self) -> None:
-        """Take in the step whose passes were observed; one with NaN or infinity does not count."""
+    def add(self, scale: float = 1.0) -> None:
+        """Take in the step whose passes were observed, of a loss `scale` times too large.
+
+        One with NaN or infinity does not count.
+        """
         taken, vectors = self.stream.take(), []
         for target in self._targets:
             outputs, inputs = target.shape  # of the whole weight, which passes see where it is sharded
@@ -426,7 +431,7 @@ class StreamedKFAC(SaliencyAccumulator):
             return
         norms = iter(torch.split(flat.sqrt(), [len(vector) for vector in vectors]))
         statistics = {
-            target.name: LayerStatistics(1, input_norm=next(norms), output_grad_norm=next(norms))
+            target.name: LayerStatistics(1, input_norm=next(norms), output_grad_norm=next(norms) / scale)
             for target in self._targets
         }
         for unit_type, means in kfac_saliency(self.structure, statistics, self.types, self._unexplained).items():

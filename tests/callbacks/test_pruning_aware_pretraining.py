@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import threading
@@ -17,6 +18,7 @@ import torch
 from gpt2_config import GPT2
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from own_modules import FindAgain
 from pruning_aware_models import SMALL, batches, count, fit, make_module, make_trainer, weights
@@ -709,6 +711,35 @@ def test_gradients_that_no_optimizer_clears_are_refused() -> None:
         fit(PruningAwarePretraining(0.9, ("ffn",)), module)
     for how in ({"types": ("attention",)}, {"types": ("ffn",), "saliency": "kfac"}):
         fit(PruningAwarePretraining(0.95, end=1, **how), Module(config=SMALL), max_steps=2)
+
+
+@pytest.mark.parametrize("saliency", ["taylor1", "taylor2"])
+def test_a_scaled_loss_gives_the_saliencies_of_the_loss(saliency: str) -> None:
+    """A fused optimizer gets gradients that are scaled still, and so they are when saliency is read from them."""
+
+    class InFloat32(MixedPrecision):
+        def autocast_context_manager(self) -> Any:
+            return contextlib.nullcontext()
+
+    class Module(CausalLM):
+        fused = False
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=self.fused)
+
+    found = []
+    for fused, scaled in ((False, False), (False, True), (True, True)):
+        torch.manual_seed(0)
+        module = Module(config=SMALL)
+        module.fused = fused
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=2)
+        settings = {"plugins": [InFloat32("16-mixed", "cpu", scaler)]} if scaled else {}
+        callback = PruningAwarePretraining({"intermediate_size": 40}, ("ffn",), end=4, saliency=saliency)
+        fit(callback, module, max_steps=5, **settings)
+        found.append([record.saliency["ffn"] for record in callback.history[1:]])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_a_teacher_in_the_module_is_refused_with_a_way_that_works() -> None:
