@@ -572,7 +572,7 @@ def _builds_later(module: L.LightningModule) -> bool:
 
 
 def _loss_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
-    """How many times too large gradients are before a step: a fused optimizer unscales those of a scaled loss itself."""
+    """How many times too large gradients are before a step: a fused optimizer unscales those of a scaled loss."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     fused = any(group.get("fused") for group in optimizer.param_groups)
     return float(scaler.get_scale()) if scaler is not None and fused else 1.0
