@@ -386,7 +386,8 @@ class PruningAwarePretraining(L.Callback):
         self._now.rest()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Accumulate saliency of the step's gradients."""
+        """Accumulate saliency of the step's gradients, and keep masked layers from coming back."""
+        self._now.clear_gradients()
         if trainer.global_step >= self.schedule.start and not self._now.reached:
             self._now.saliency.add(_loss_scale(trainer, optimizer))
 

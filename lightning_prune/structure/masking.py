@@ -1,8 +1,9 @@
 """Units as masks: zero everything a unit occupies, so that the model computes what it will after their removal.
 
 A zero unit stays zero in training, without anything being enforced: the gradients of all its weights vanish, since
-each is a product with another of them. Only what an optimizer remembers of it has to be cleared. Channels of an RMS
-norm's input that are zero leave its divisor the number of all channels, which slicing makes up for. LayerNorm
+each is a product with another of them. Only what an optimizer remembers of it has to be cleared, and of a whole layer
+the gradients of the biases that it adds to the hidden states, which no other weight of it stands before. Channels of
+an RMS norm's input that are zero leave its divisor the number of all channels, which slicing makes up for. LayerNorm
 subtracts a mean, so a masked one computes over the kept channels alone.
 """
 

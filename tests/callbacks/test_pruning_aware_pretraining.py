@@ -713,6 +713,40 @@ def test_gradients_that_no_optimizer_clears_are_refused() -> None:
         fit(PruningAwarePretraining(0.95, end=1, **how), Module(config=SMALL), max_steps=2)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_masked_layers_with_biases_do_not_come_back(kind: str) -> None:
+    """What a layer adds to the hidden states at its end is no product with another of its weights."""
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = {**GPT2, "n_layer": 4, **dropout}
+    if kind == "llama":
+        config = {**SMALL, "num_hidden_layers": 4, "attention_bias": True, "mlp_bias": True}
+    found, losses = [], []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+            losses[-1].append(float(outputs["loss"]))
+            if compact_every > 1 and "layer" in callback._now.pending:
+                names = [n for i in callback._now.pending["layer"][0] for n in callback._now.structure.in_layer(i)]
+                parameters = callback._now.structure.parameters()
+                seen.append(any(bool(parameters[name].any()) for name in names))
+
+    for compact_every in (1, 100):
+        losses.append([])
+        seen: list[bool] = []
+        callback = PruningAwarePretraining(
+            {"num_hidden_layers": 2}, ("layer",), every_n_steps=5, compact_every=compact_every
+        )
+        module = make_module(config=config)
+        fit(callback, module, Watch(), max_steps=12, gradient_clip_val=0.5)
+        found.append(weights(module))
+    assert len(seen) > 3
+    assert not any(seen)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("saliency", ["taylor1", "taylor2"])
 def test_a_scaled_loss_gives_the_saliencies_of_the_loss(saliency: str) -> None:
     """A fused optimizer gets gradients that are scaled still, and so they are when saliency is read from them."""
