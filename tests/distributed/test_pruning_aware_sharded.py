@@ -41,6 +41,10 @@ CASES: dict[str, dict[str, Any]] = {
         "target": FEWER, "types": ["attention", "ffn", "layer"], "end": 11, "compact_every": 2,
         "trainer": {"gradient_clip_val": 0.5}, "module": {"cpu_offload": True, "reshard_after_forward": False},
     },
+    "layers with biases": {
+        "config": {"attention_bias": True, "mlp_bias": True}, "types": ["ffn", "layer"], "end": 11, "compact_every": 2,
+        "target": {"intermediate_size": 40, "num_hidden_layers": 1},
+    },
     "magnitude, fit twice": {"target": 0.6, "end": 12, "saliency": "magnitude", "epochs": 2, "again": 4},
     # Its shards are pieces of rows, and 50 does not divide into them.
     "gpt2, variant B, kfac": {

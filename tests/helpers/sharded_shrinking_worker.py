@@ -50,7 +50,7 @@ def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]]) -> Tensor
     if layer is not None and "ffn" in units:
         if "gate_proj" in parts or "up_proj" in parts:
             gone[units["ffn"][layer]] = True
-        elif "down_proj" in parts:
+        elif "down_proj" in parts and len(shape) == 2:
             gone[:, units["ffn"][layer]] = True
         elif "c_fc" in parts:
             gone[..., units["ffn"][layer]] = True
