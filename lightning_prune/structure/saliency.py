@@ -416,8 +416,18 @@ class StreamedKFAC(SaliencyAccumulator):
         """Take in the step whose passes were observed, of a loss `scale` times too large.
 
         One with NaN or infinity does not count.
+
+        Raises:
+            ValueError: a layer ran while no gradient was recorded, and not again.
         """
+        hidden = self.stream.without_gradient
         taken, vectors = self.stream.take(), []
+        if unseen := sorted(hidden - taken.keys()):
+            raise ValueError(
+                f"saliency='kfac' needs the gradients of layers' outputs, and {unseen[0]!r} ({len(unseen)} layers in "
+                "all) runs where none are recorded: under no_grad, or in a re-entrant gradient checkpoint. Checkpoint "
+                "with gradient_checkpointing_enable({'use_reentrant': False}), or use saliency='taylor2'"
+            )
         for target in self._targets:
             outputs, inputs = target.shape  # of the whole weight, which passes see where it is sharded
             seen = taken.get(target.name.removesuffix(".weight"))

@@ -29,6 +29,7 @@ class StreamedStatistics:
         listening: Whether passes are observed now.
         padding: Of the batch whose passes are observed; None where nothing is padded.
         tokens: Tokens that each layer has seen in this step.
+        without_gradient: Names of layers that ran in this step while no gradient was recorded, though one was wanted.
     """
 
     def __init__(self, structure: Structure, wanted: Mapping[str, frozenset[str]]) -> None:
@@ -64,12 +65,16 @@ class StreamedStatistics:
             sums.settle()
         self._sums: dict[str, Accumulator] = {}
         self.tokens: dict[str, int] = {}
+        self.without_gradient: set[str] = set()
         return taken
 
     def _hook(self, name: str, statistics: frozenset[str]) -> Any:
         def take(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             backward = bool(statistics & BACKWARD_STATISTICS)
-            if not self.listening or (backward and not output.requires_grad):
+            if not self.listening:
+                return
+            if backward and not output.requires_grad:
+                self.without_gradient.add(name)
                 return
             kind, sums = layer_kind(layer), self._of(name, layer, statistics)
             assert kind is not None

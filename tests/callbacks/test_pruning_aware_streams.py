@@ -244,6 +244,19 @@ def test_gradient_checkpointing_counts_a_pass_once() -> None:
             assert other.saliency[unit_type] == pytest.approx(value, rel=1e-3)
 
 
+def test_gradients_that_are_not_recorded_are_refused() -> None:
+    """A re-entrant checkpoint runs its layers under no_grad: all saliencies were zero."""
+    module = make_module()
+    module.model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.down_proj' \(2 layers.*'use_reentrant': False"):
+        fit(callback := PruningAwarePretraining(0.9, ("ffn",), saliency="kfac", end=2), module, max_steps=3)
+    assert len(callback.history) == 1
+    assert hooks(module) == hooks(make_module())
+    module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    fit(PruningAwarePretraining(0.9, ("ffn",), saliency="kfac", end=2), module, max_steps=3)
+    assert module.model.config.intermediate_size < 48
+
+
 @pytest.mark.slow
 def test_the_second_order_update_lowers_the_loss_right_after_a_pruning() -> None:
     """What variant B is for: the same units go, the loss rises less."""
