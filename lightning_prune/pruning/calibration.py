@@ -58,8 +58,8 @@ from lightning_prune.sharding import reshard, settle
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
-# Loss scale for float16 models: output gradients are of the order 1/T, near the smallest float16.
-_HALF_SCALE = 2.0**14
+HALF_SCALE = 2.0**14
+"""Loss scale for float16 models: output gradients are of the order 1/T, near the smallest float16."""
 
 
 def collect(
@@ -219,7 +219,7 @@ class _Sweep:
         self.how = How.UNKNOWN
         self.cut = False  # whether the last batch is a part of one
         if taps.backward and self._runs_in_half():
-            taps.scale = _HALF_SCALE
+            taps.scale = HALF_SCALE
 
     def _runs_in_half(self) -> bool:
         """Whether output gradients are float16: by the weights, or by autocast."""

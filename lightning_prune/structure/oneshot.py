@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import CalibrationError, check_bool, check_model, refuse_inference_tensors
 from lightning_prune.progress import progress_bar
 from lightning_prune.pruning.batches import samples
-from lightning_prune.pruning.calibration import LossFn, collect
+from lightning_prune.pruning.calibration import HALF_SCALE, LossFn, collect
 from lightning_prune.pruning.coverage import pruned_zeros
 from lightning_prune.pruning.running import model_loss, on_device, quiet_model
 from lightning_prune.pruning.statistics import HESSIAN, INPUT_NORM, OUTPUT_GRAD_NORM, LayerStatistics
@@ -310,26 +310,30 @@ class _Round:
     def _accumulate(self, scores: SaliencyAccumulator, data: list[Any]) -> None:
         """Forward and backward of every batch; gradients and flags of the model are afterwards what they were."""
         model = self.structure.model
-        loss_fn, steps = self.loss_fn or model_loss, 0
+        loss_fn = self.loss_fn or model_loss
+        half = any(p.dtype == torch.float16 for p in model.parameters())
         with (
             _own_gradients(list(model.parameters())) as clear,
             quiet_model(model, freeze=False),
             progress_bar("Calibrating (forward + backward)", len(data), self.progress) as advance,
         ):
             for batch in on_device(model, data):
-                loss = loss_fn(model, batch).nanmean()  # NaN: a sample without labels
-                if not bool(torch.isfinite(loss)):
-                    raise CalibrationError(
-                        f"the loss of a calibration batch is not finite ({loss.item()}); the weights are unchanged"
-                    )
-                loss.backward()  # type: ignore[no-untyped-call]
-                scores.add()
-                if scores.steps == steps:
+                steps = scores.steps
+                for scale in (HALF_SCALE, 1.0) if half else (1.0,):  # large gradients are the rarer ones
+                    loss = loss_fn(model, batch).nanmean()  # NaN: a sample without labels
+                    if not bool(torch.isfinite(loss)):
+                        raise CalibrationError(
+                            f"the loss of a calibration batch is not finite ({loss.item()}); the weights are unchanged"
+                        )
+                    (loss.float() * scale if half else loss).backward()  # type: ignore[no-untyped-call]
+                    scores.add(scale)
+                    clear()
+                    if scores.steps > steps:
+                        break
+                else:
                     raise CalibrationError(
                         "the gradients of a calibration batch are not finite; the weights are unchanged"
                     )
-                steps = scores.steps
-                clear()
                 advance()
         if not scores.steps:
             raise CalibrationError("there is no calibration sample; the weights are unchanged")

@@ -13,7 +13,7 @@ import structure_models as zoo
 import torch
 from tiny import snapshot
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lightning_prune
 from lightning_prune import CalibrationError, prune_structured
@@ -231,6 +231,27 @@ def test_taylor_gradients_leave_no_trace():
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for n, p in model.named_parameters() if n != "model.norm.weight")
+
+
+@pytest.mark.parametrize("saliency", ["taylor1", "taylor2"])
+@pytest.mark.parametrize("factor", [1e-5, 1.0, 1e4])
+def test_gradients_of_float16_models_neither_vanish_nor_overflow(saliency, factor):
+    """They are below the smallest float16 where a loss is the mean over many tokens."""
+
+    def loss(model, batch):
+        return model(**batch, labels=batch["input_ids"]).loss.float() * factor
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ).eval()
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        chosen = copy.deepcopy(model).to(dtype)
+        how = {"target": {"intermediate_size": 32}, "saliency": saliency, "compensate": False, "loss_fn": loss}
+        found.append(prune_structured(chosen, data(), **how, progress=False).removal["ffn"])
+    for wanted, units in zip(*found, strict=True):
+        assert len(set(wanted.tolist()) ^ set(units.tolist())) <= 4
 
 
 def test_a_module_that_holds_the_model_and_a_loss_of_ones_own():
