@@ -1,8 +1,9 @@
 """Units as masks: zero everything a unit occupies, so that the model computes what it will after their removal.
 
 A zero unit stays zero in training, without anything being enforced: the gradients of all its weights vanish, since
-each is a product with another of them. Only what an optimizer remembers of it has to be cleared, and of a whole layer
-the gradients of the biases that it adds to the hidden states, which no other weight of it stands before. Channels of
+each is a product with another of them. Only what an optimizer remembers of it has to be cleared. Of two kinds some
+weights have gradients all the same, which `mask_gradients` sets to zero: the biases that a whole layer adds to the
+hidden states, and the columns that read one query head of a group, whose values are there for the others. Channels of
 an RMS norm's input that are zero leave its divisor the number of all channels, which slicing makes up for. LayerNorm
 subtracts a mean, so a masked one computes over the kept channels alone.
 """
@@ -24,6 +25,7 @@ from lightning_prune.sharding import local, shard_bounds
 from lightning_prune.structure.sizes import AttentionUnit
 from lightning_prune.structure.units import (
     KeptIndices,
+    Removal,
     Structure,
     check_data,
     check_removal,
@@ -102,7 +104,8 @@ def mask_units(
     """Set units to zero, in place: weights, gradients and optimizer states.
 
     The model then computes what `remove_units` with the same removal leaves. Calling it again, with the same units or
-    more of them, is cheap: it writes only the rows and columns of the units. Sharded parameters are masked where
+    more of them, is cheap: it writes only the rows and columns of the units; after every step of a training where
+    layers, or query heads alone, are masked (see `mask_gradients`). Sharded parameters are masked where
     they are (their gradients and states too).
 
     Args:
@@ -136,6 +139,28 @@ def mask_units(
                         _zero(tensor, entry)
         if norms:
             _mask_norms(norms, checked["hidden"][0], structure)
+
+
+@torch.no_grad()
+def mask_gradients(structure: Structure, removal: Removal) -> None:
+    """Set to zero, before an optimizer step, those gradients of masked units that do not vanish by themselves.
+
+    Args:
+        structure: Of the model.
+        removal: The units, in their normal form (see `check_removal`).
+    """
+    heads = structure.attention_unit == "head" and "attention" in removal
+    entries = kept_indices(structure, {"attention": removal["attention"]}) if heads else {}
+    whole = set(_removed_layers(structure, removal))
+    parameters = structure.parameters() if entries or whole else {}
+    for name in entries.keys() | whole:
+        if (gradient := parameters[name].grad) is None:
+            continue
+        if name in whole:
+            local(gradient).zero_()
+        else:
+            for entry in entries[name]:
+                _zero(gradient, entry)
 
 
 def _zero(tensor: Tensor, entry: KeptIndices) -> None:

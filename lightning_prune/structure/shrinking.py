@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_prune.pruning.padding import PaddingFinder
-from lightning_prune.sharding import local
 from lightning_prune.structure.compensation import StreamedMoments, compensate, lost_inputs
 from lightning_prune.structure.masking import mask_units
 from lightning_prune.structure.planning import Planner
@@ -188,15 +187,6 @@ class Shrinking:
         self._since += 1
         self.history.append(self._record(step, tokens, saliency))
         return self.history[-1]
-
-    @torch.no_grad()
-    def clear_gradients(self) -> None:
-        """Set the gradients of masked layers to zero, before an optimizer step: their last biases would come back."""
-        parameters = self.structure.parameters() if "layer" in self.pending else {}
-        for index in self.pending["layer"][0].tolist() if parameters else ():
-            for name in self.structure.in_layer(index):
-                if (gradient := parameters[name].grad) is not None:
-                    local(gradient).zero_()
 
     def _saliency(self) -> dict[UnitType, Tensor]:
         """Return the mean saliency over each unit's weights, ``[P, U]`` in float64; infinite for masked ones."""

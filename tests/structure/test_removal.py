@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_prune.checkpoints.sources import load_tokenizer
 from lightning_prune.structure import mask_units, read_structure, remove_units, save_plain
-from lightning_prune.structure.masking import KeptChannelsNorm, unit_masks, unmask_norms
+from lightning_prune.structure.masking import KeptChannelsNorm, mask_gradients, unit_masks, unmask_norms
 from lightning_prune.structure.planning import make_planner
 from lightning_prune.structure.units import check_removal, sizes_after
 
@@ -186,17 +186,24 @@ def test_kept_channels_are_on_the_device_of_a_model_whose_norms_have_no_weights(
     assert {norm.kept_channels.device.type for norm in norms} == {"meta"}
 
 
-@pytest.mark.parametrize("name", zoo.FAMILIES)
-def test_masked_units_stay_zero_in_training(name):
-    """Weight decay, momentum and all: the gradients of a whole unit vanish, so nothing has to be enforced."""
+@pytest.mark.parametrize(
+    ("name", "unit"), [(name, "group") for name in zoo.FAMILIES] + [(name, "head") for name in zoo.RMS_FAMILIES]
+)
+def test_masked_units_stay_zero_in_training(name, unit):
+    """Weight decay, momentum and all: the gradients of most units vanish as a whole; of the others they are masked."""
     model, removal = zoo.make(name), zoo.removals(name)["all"]
-    removal = {k: v for k, v in removal.items() if k != "layer"}
+    if unit == "head":
+        removal = {"attention": zoo.per_layer(2, 1, 1)}
+    structure = read_structure(model, unit)
+    checked = check_removal(structure, removal)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    masks = unit_masks(model, removal)
+    masks = unit_masks(model, removal, unit)
     for step in range(4):
         if step == 2:
-            mask_units(model, removal, [optimizer])
+            mask_units(model, removal, [optimizer], unit)
         model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
+        if step >= 2:
+            mask_gradients(structure, checked)
         optimizer.step()
         optimizer.zero_grad()
     parameters = dict(model.named_parameters())
