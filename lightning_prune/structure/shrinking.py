@@ -203,6 +203,11 @@ class Shrinking:
     def _note(self) -> None:
         if self.compact_every is None:
             note_masked_units(self.structure.model, self.pending, self.structure.attention_unit)
+        heads = {"attention": self.pending["attention"]} if "attention" in self.pending else {}
+        # A masked query head averages the values of its group, which are there for the others.
+        masked = lost_inputs(self.structure, heads) if self.structure.attention_unit == "head" else {}
+        for stream in self.streams:
+            stream.masked = masked
 
     def _record(self, step: int, tokens: int, saliency: dict[str, float]) -> ShrinkRecord:
         sizes = self.sizes
@@ -228,6 +233,7 @@ class Shrinking:
         if self.moments is not None:
             self.moments.compact(lost, gone, before, self.structure)
         self.pending, self._since = {}, 0
+        self._note()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

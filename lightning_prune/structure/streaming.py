@@ -28,6 +28,7 @@ class StreamedStatistics:
     Attributes:
         listening: Whether passes are observed now.
         padding: Of the batch whose passes are observed; None where nothing is padded.
+        masked: Inputs that count as zero though they are not, by layer.
         tokens: Tokens that each layer has seen in this step.
         without_gradient: Names of layers that ran in this step while no gradient was recorded, though one was wanted.
     """
@@ -35,6 +36,7 @@ class StreamedStatistics:
     def __init__(self, structure: Structure, wanted: Mapping[str, frozenset[str]]) -> None:
         self.listening = False
         self.padding: Padding | None = None
+        self.masked: Mapping[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self.follow(structure, wanted)
 
@@ -79,7 +81,9 @@ class StreamedStatistics:
             kind, sums = layer_kind(layer), self._of(name, layer, statistics)
             assert kind is not None
             x = args[0].detach()
-            rows = kind.input_rows(layer, x)  # [B, T, I]
+            masked = self.masked.get(name)
+            counted = x if masked is None else x.index_fill(-1, masked.to(x.device), 0.0)
+            rows = kind.input_rows(layer, counted)  # [B, T, I]
             real = None if self.padding is None else self.padding.now.keep(name, layer, x, rows.shape)
             sums.add(sums.input_increments(rows, real))
             seen = rows.shape[:2].numel() if real is None else int(real.sum())

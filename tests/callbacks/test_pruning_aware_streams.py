@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from pruning_aware_models import count, fit, make_module, make_trainer
+from pruning_aware_models import SMALL, count, fit, make_module, make_trainer
 from tiny import make_llama, make_tokens
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -242,6 +242,31 @@ def test_gradient_checkpointing_counts_a_pass_once() -> None:
         assert one.units == other.units
         for unit_type, value in one.saliency.items():
             assert other.saliency[unit_type] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("saliency", ["taylor1", "kfac"])
+def test_masked_query_heads_are_as_if_sliced_off(saliency: str) -> None:
+    """One alone averages the values of its group, which no moment may count, nor any column come back for."""
+    config = {**SMALL, "model_type": "mistral", "num_attention_heads": 8, "head_dim": 4, "sliding_window": None}
+    histories, losses = [], []
+    for compact_every in (1, 100):
+        callback = PruningAwarePretraining(
+            {"num_attention_heads": 2}, ("attention",), every_n_steps=3, saliency=saliency, attention_unit="head",
+            second_order=True, second_order_every=1, compact_every=compact_every,
+        )  # fmt: skip
+        seen: list[float] = []
+
+        class Losses(L.Callback):
+            def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+                seen.append(float(outputs["loss"]))  # noqa: B023
+
+        fit(callback, make_module(config=config), Losses(), max_steps=11)
+        histories.append([record.saliency for record in callback.history[1:]])
+        losses.append(seen)
+    assert len(histories[0]) == 3
+    for one, other in zip(*histories, strict=True):
+        assert other["attention"] == pytest.approx(one["attention"], rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_gradients_that_are_not_recorded_are_refused() -> None:
