@@ -45,6 +45,10 @@ CASES: dict[str, dict[str, Any]] = {
         "config": {"attention_bias": True, "mlp_bias": True}, "types": ["ffn", "layer"], "end": 11, "compact_every": 2,
         "target": {"intermediate_size": 40, "num_hidden_layers": 1},
     },
+    "query heads, variant B": {
+        "target": {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 44}, "end": 12,
+        "types": ["attention", "ffn"], "attention_unit": "head", "second_order": True, "second_order_every": 1,
+    },
     "magnitude, fit twice": {"target": 0.6, "end": 12, "saliency": "magnitude", "epochs": 2, "again": 4},
     # Its shards are pieces of rows, and 50 does not divide into them.
     "gpt2, variant B, kfac": {

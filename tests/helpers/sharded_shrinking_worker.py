@@ -33,13 +33,19 @@ PROBE = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(1))
 HEAD_DIM, GROUPS = LLAMA["hidden_size"] // LLAMA["num_attention_heads"], LLAMA["num_key_value_heads"]
 
 
-def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]]) -> Tensor:
+def lost(name: str, shape: torch.Size, units: dict[str, list[Tensor]], unit: str = "group") -> Tensor:
     """Bool of a parameter's shape, True where pruned units lie: of Llama, written out; of GPT-2 the FFN alone."""
     gone, parts = torch.zeros(shape, dtype=torch.bool), name.split(".")
     layer = next((int(part) for part in parts if part.isdigit()), None)
     if layer is not None and "layer" in units and layer in units["layer"][0].tolist():
         return torch.ones(shape, dtype=torch.bool)
-    if layer is not None and "attention" in units:
+    if layer is not None and "attention" in units and unit == "head":
+        for head in units["attention"][layer].tolist():
+            if "q_proj" in parts:
+                gone.view(GROUPS, -1, HEAD_DIM, shape[1])[:, head] = True
+            elif "o_proj" in parts:
+                gone.view(shape[0], GROUPS, -1, HEAD_DIM)[:, :, head] = True
+    elif layer is not None and "attention" in units:
         for group in units["attention"][layer].tolist():
             if "q_proj" in parts:
                 gone.view(GROUPS, -1, shape[1])[group] = True
@@ -84,7 +90,7 @@ class Watch(L.Callback):
         pending = self.callback._shrinking.pending
         states = trainer.optimizers[0].state
         for name, p in pl_module.named_parameters():
-            gone = lost(name, p.shape, pending)
+            gone = lost(name, p.shape, pending, self.callback.attention_unit)
             here = take_shard(p, gone)
             for tensor in (p.detach(), *(s for s in states[p].values() if s.dim())) if p in states else (p.detach(),):
                 assert local(tensor).shape == here.shape, name
