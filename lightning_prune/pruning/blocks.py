@@ -7,7 +7,8 @@ it receives, such as the encoder's output, comes from pruned weights.
 Only the inputs of one block are held at a time, for all samples. What else a block receives (attention mask,
 positions, rotary embeddings, whatever the architecture passes) is recorded by a forward pass in which every block is
 a pass-through, so nothing here depends on a family; blocks that return more than hidden states are run, for the next
-one may need it. A loss that runs the model more than once (on chosen and rejected texts) has a record of each time.
+one may need it. So what a model adds to the hidden states between two blocks is what it adds to these. A loss that
+runs the model more than once (on chosen and rejected texts) has a record of each time.
 """
 
 from __future__ import annotations
@@ -44,11 +45,19 @@ class _AllRecordedError(Exception):
 
 @dataclass
 class _Call:
-    """What one block receives beside the hidden states, for one batch; `keyword` is theirs, where they have one."""
+    """What one block receives beside the hidden states, for one batch.
+
+    Attributes:
+        args: By position.
+        kwargs: By name.
+        keyword: That of the hidden states, where they have one.
+        added: What the model adds to the hidden states ahead of the block (images, in Qwen3-VL); None: nothing.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     keyword: str | None
+    added: Tensor | None = None
 
 
 @dataclass
@@ -100,7 +109,7 @@ class Samples:
         offload: Where hidden states wait between two blocks, such as the CPU; default where the model made them.
         room: In what pieces batches run.
         compared: Compare what a stack gives block after block with what it gives in the model, for the first batch of
-            each form.
+            each form, and each to which something is added between blocks.
         otherwise: What to do about blocks that cannot be walked, as messages have it.
     """
 
@@ -147,7 +156,8 @@ class BlockWalk:
                 given, form = True, form_of(batch)
                 self.runs = runs.get(form, 1)
                 recorded = self._record(batch, size)
-                if recorded and samples.compared and samples.ranks is None and form not in runs:
+                adds = any(call.added is not None for one in recorded for call in one.calls)
+                if recorded and samples.compared and samples.ranks is None and (adds or form not in runs):
                     recorded = self._compared(batch, size, recorded)
                 if recorded:
                     runs[form] = self.runs
@@ -203,6 +213,8 @@ class BlockWalk:
         """
         call = batch.calls[index]
         hidden = hidden.to(batch.device, copy=True)  # a block may change its input in place
+        if call.added is not None:
+            hidden = hidden + call.added.to(batch.device)
         args, kwargs = (hidden, *call.args), call.kwargs
         if call.keyword is not None:
             args, kwargs = (), {call.keyword: hidden, **call.kwargs}  # first, as `hidden_keyword` finds it
@@ -245,8 +257,9 @@ class BlockWalk:
                 hidden = args[0] if keyword is None else kwargs.pop(keyword, None)
                 if not isinstance(hidden, Tensor):
                     raise self._refusal(f"decoder block {index} takes no tensor of hidden states first")
+                added = None
                 if index > 0 and not _same(hidden, *passed[-1]):
-                    raise self._computes_between()
+                    added = self._added(hidden, *passed[-1])
                 # A second stream (Reformer): it would come from the dense blocks before.
                 given = (*args, *kwargs.values())
                 if any(other is one and one.shape == hidden.shape for one in beside for other in given):
@@ -254,7 +267,7 @@ class BlockWalk:
                 if index == 0:
                     first.append(hidden)
                     inside.append(None if padding is None else padding.now)  # of the call that the blocks belong to
-                calls.append(_Call(args[1:], kwargs, keyword))
+                calls.append(_Call(args[1:], kwargs, keyword, added))
                 if len(calls) == len(self.blocks) and self.runs == 1 and not self.to_the_end:
                     raise _AllRecordedError
                 output: Any = hidden
@@ -336,6 +349,21 @@ class BlockWalk:
                 if hidden.shape != expected.shape or (hidden - expected).norm() > tolerance * expected.norm():
                     raise self._computes_between()
         return recorded
+
+    def _added(self, hidden: Tensor, passed: Any, version: int) -> Tensor:
+        """What has been added to the hidden states that a block handed on, if that is all that was done to them.
+
+        Whether it does not depend on them is seen when the batch is compared.
+
+        Raises:
+            CalibrationError: they were replaced, or changed in place; or the batch will not be compared.
+        """
+        compared = self.samples.compared and self.samples.ranks is None
+        if not compared or not isinstance(passed, Tensor) or hidden is passed or hidden.shape != passed.shape:
+            raise self._computes_between()
+        if _times_written(passed) != version:
+            raise self._computes_between()
+        return self.put_by(hidden.detach() - passed.detach().to(hidden))
 
     def _computes_between(self) -> CalibrationError:
         return self._refusal(

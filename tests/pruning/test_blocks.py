@@ -10,6 +10,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from tiny import BLOCKS, LAYERS, make_llama, make_tokens, snapshot
 from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from lightning_prune import CalibrationError, prune
 from lightning_prune.perp import reconstruct
@@ -614,6 +615,80 @@ def test_blocks_that_a_model_names_are_compared_too(between):
     assert snapshot(model) == before
     plain = Named(lambda x, block: block(x))
     assert prune(plain, list(data.split(1)), "wanda", sequential=True, num_samples=4, progress=False)
+
+
+class Deep(Unnamed):
+    """Images, made of the inputs, are added again to the hidden states behind the first blocks."""
+
+    _no_split_modules = ("Sequential",)
+
+    def forward(self, x):
+        image, x = torch.sin(x[:, :2] * 3), x.clone()
+        for block in self.blocks[:2]:
+            x = block(x).clone()
+            x[:, :2] += image
+        return self.blocks[2](x)
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+@pytest.mark.parametrize("update", [None, "exact"])
+def test_what_is_added_between_blocks_is_added_to_the_outputs_of_pruned_ones(update):
+    torch.manual_seed(0)
+    model, data = Deep(None), torch.randn(4, 3, 6)
+    expected = by_hand(model, data)
+    dense = copy.deepcopy(model)
+    found = prune(model, list(data.split([1, 3])), "wanda", sequential=True, num_samples=4, progress=False,
+                  update=update)  # fmt: skip
+    if update is None:
+        assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+        swept = prune(dense, [data], "wanda", num_samples=4, progress=False)
+        assert any(not torch.equal(mask, swept[name]) for name, mask in found.items())
+    offloaded = Samples(model, [data], 4, lambda model, x: model(x), compared=False)
+    with pytest.raises(CalibrationError, match="or computes something between them"):
+        BlockWalk(offloaded, list(model.blocks))
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+def test_qwen3_vl_is_walked():
+    text = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4,
+        "temporal_patch_size": 1, "spatial_merge_size": 2, "out_hidden_size": 32, "num_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "deepstack_visual_indexes": [0, 1],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=60, vision_start_token_id=62)
+    model = Qwen3VLForConditionalGeneration(config).double().eval()
+    ids = make_tokens(2, 12, vocab=59) + 1
+    ids[:, 1], ids[:, 2:6] = 62, 60
+    batch = {
+        "input_ids": ids, "pixel_values": torch.randn(32, 48).double(), "attention_mask": torch.ones_like(ids),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "mm_token_type_ids": (ids == 60).long(),
+    }  # fmt: skip
+    by_loop, expected = copy.deepcopy(model), {}
+    for index, block in enumerate(by_loop.model.language_model.layers):
+        norms, linears = {}, {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+        handles = [
+            m.register_forward_pre_hook(lambda _, args, n=n: norms.update({n: args[0].square().sum((0, 1)).sqrt()}))  # noqa: B023
+            for n, m in linears.items()
+        ]
+        with torch.no_grad():
+            by_loop(**batch)
+            for name, linear in linears.items():
+                order = (linear.weight.abs() * norms[name]).argsort(1).argsort(1)
+                mask = order >= linear.in_features // 2
+                linear.weight.mul_(mask)
+                expected[f"model.language_model.layers.{index}.{name}.weight"] = mask
+        for handle in handles:
+            handle.remove()
+    found = prune(model, [batch], "wanda", sequential=True, num_samples=2, ignore=["*visual*"], progress=False)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
 
 
 def test_blocks_that_return_tuples_of_tuples_are_refused():
