@@ -393,8 +393,8 @@ def _strided(layer: nn.Conv1d, mask: Tensor) -> Tensor | None:
     if isinstance(layer.padding, str) or not _equal(mask.bool(), places < lengths):
         return None
     least = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1 - 2 * layer.padding[0]
-    rows, lengths = ((n - least) // layer.stride[0] + 1 for n in (mask.shape[1], lengths))
-    return torch.arange(max(rows, 0), device=mask.device) < lengths
+    rows = (mask.shape[1] - least) // layer.stride[0] + 1
+    return torch.arange(max(rows, 0), device=mask.device) < (lengths - least) // layer.stride[0] + 1
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
