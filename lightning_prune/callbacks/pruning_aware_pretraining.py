@@ -53,7 +53,6 @@ from lightning_prune.schedules import ShrinkSchedule
 from lightning_prune.sharding import reshard
 from lightning_prune.structure.compensation import StreamedMoments
 from lightning_prune.structure.device_goals import LatencyTable, is_latency, latency_of
-from lightning_prune.structure.masking import mask_gradients
 from lightning_prune.structure.planning import make_planner
 from lightning_prune.structure.removal import sliced_masks
 from lightning_prune.structure.saliency import SaliencyAccumulator, StreamedKFAC
@@ -388,7 +387,7 @@ class PruningAwarePretraining(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Accumulate saliency of the step's gradients, and keep masked units from coming back."""
-        mask_gradients(self._now.structure, self._now.pending)
+        self._now.mask_gradients()
         if trainer.global_step >= self.schedule.start and not self._now.reached:
             self._now.saliency.add(_loss_scale(trainer, optimizer))
 

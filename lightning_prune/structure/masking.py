@@ -141,26 +141,32 @@ def mask_units(
             _mask_norms(norms, checked["hidden"][0], structure)
 
 
-@torch.no_grad()
-def mask_gradients(structure: Structure, removal: Removal) -> None:
-    """Set to zero, before an optimizer step, those gradients of masked units that do not vanish by themselves.
+def gradients_left(structure: Structure, removal: Removal) -> dict[str, list[KeptIndices]]:
+    """Where masked units have gradients that do not vanish by themselves, for `mask_gradients`.
 
     Args:
         structure: Of the model.
         removal: The units, in their normal form (see `check_removal`).
+
+    Returns:
+        By parameter, along which dimensions; nothing said of one that is to have none at all.
     """
     heads = structure.attention_unit == "head" and "attention" in removal
     entries = kept_indices(structure, {"attention": removal["attention"]}) if heads else {}
-    whole = set(_removed_layers(structure, removal))
-    parameters = structure.parameters() if entries or whole else {}
-    for name in entries.keys() | whole:
+    return entries | {name: [] for name in _removed_layers(structure, removal)}
+
+
+@torch.no_grad()
+def mask_gradients(structure: Structure, left: Mapping[str, Sequence[KeptIndices]]) -> None:
+    """Set gradients to zero before an optimizer step, where `gradients_left` says."""
+    parameters = structure.parameters() if left else {}
+    for name, entries in left.items():
         if (gradient := parameters[name].grad) is None:
             continue
-        if name in whole:
+        if not entries:
             local(gradient).zero_()
-        else:
-            for entry in entries[name]:
-                _zero(gradient, entry)
+        for entry in entries:
+            _zero(gradient, entry)
 
 
 def _zero(tensor: Tensor, entry: KeptIndices) -> None:

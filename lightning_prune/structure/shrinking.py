@@ -13,14 +13,21 @@ from torch.optim import Optimizer
 
 from lightning_prune.pruning.padding import PaddingFinder
 from lightning_prune.structure.compensation import StreamedMoments, compensate, lost_inputs
-from lightning_prune.structure.masking import mask_units
+from lightning_prune.structure.masking import gradients_left, mask_gradients, mask_units
 from lightning_prune.structure.planning import Planner
 from lightning_prune.structure.removal import remove_units
 from lightning_prune.structure.saliency import SaliencyAccumulator
 from lightning_prune.structure.saving import note_masked_units
 from lightning_prune.structure.sizes import Sizes, UnitType
 from lightning_prune.structure.streaming import StreamedStatistics
-from lightning_prune.structure.units import Removal, Structure, merge_removals, read_structure, sizes_after
+from lightning_prune.structure.units import (
+    KeptIndices,
+    Removal,
+    Structure,
+    merge_removals,
+    read_structure,
+    sizes_after,
+)
 
 
 class Shrinking:
@@ -59,6 +66,7 @@ class Shrinking:
         self.layers_left = list(range(planner.first.num_hidden_layers))
         self._agree = agree
         self._since = 0  # prunings since the last compaction
+        self._left: dict[str, list[KeptIndices]] = {}
         self._finder = PaddingFinder(structure.model)
         self._watching = ExitStack()
 
@@ -208,6 +216,11 @@ class Shrinking:
         masked = lost_inputs(self.structure, heads) if self.structure.attention_unit == "head" else {}
         for stream in self.streams:
             stream.masked = masked
+        self._left = gradients_left(self.structure, self.pending)
+
+    def mask_gradients(self) -> None:
+        """Keep masked units from coming back in the optimizer step that is next."""
+        mask_gradients(self.structure, self._left)
 
     def _record(self, step: int, tokens: int, saliency: dict[str, float]) -> ShrinkRecord:
         sizes = self.sizes

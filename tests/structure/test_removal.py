@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from lightning_prune.checkpoints.sources import load_tokenizer
 from lightning_prune.structure import mask_units, read_structure, remove_units, save_plain
-from lightning_prune.structure.masking import KeptChannelsNorm, mask_gradients, unit_masks, unmask_norms
+from lightning_prune.structure.masking import KeptChannelsNorm, gradients_left, mask_gradients, unit_masks, unmask_norms
 from lightning_prune.structure.planning import make_planner
 from lightning_prune.structure.units import check_removal, sizes_after
 
@@ -203,7 +203,7 @@ def test_masked_units_stay_zero_in_training(name, unit):
             mask_units(model, removal, [optimizer], unit)
         model(input_ids=zoo.tokens(), labels=zoo.tokens()).loss.backward()
         if step >= 2:
-            mask_gradients(structure, checked)
+            mask_gradients(structure, gradients_left(structure, checked))
         optimizer.step()
         optimizer.zero_grad()
     parameters = dict(model.named_parameters())
