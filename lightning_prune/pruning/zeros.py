@@ -40,7 +40,7 @@ def keeps_zeros(layer: nn.Module) -> bool:
 
     Weight standardization subtracts a mean first, after which none is. A scale or a rounding keeps them. A layer with a
     forward of its own is tried with a made-up weight and input, on a copy; one that cannot be run so counts as keeping
-    them.
+    them. What else it learns is tried without zeros: a gain that begins at zero hides what will become of the weight's.
 
     Args:
         layer: A Linear, Conv1d or Conv2d, or of a class that inherits from one.
@@ -53,25 +53,28 @@ def keeps_zeros(layer: nn.Module) -> bool:
         made = ((index % 2) * (1 + index % 3)).to(weight.dtype).view(weight.shape)  # every second is zero
         products = _Products(made.numel())
         with products:
-            run_copy(layer, nn.Parameter(made), _input(layer, made))
+            run_copy(layer, nn.Parameter(made), _input(layer, made), learned=True)
     except Exception:  # whatever it needs, it cannot be run alone
         return True
     zeros = int((made == 0).sum())
     return all(found >= zeros for found in products.zeros)
 
 
-def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor) -> Any:
+def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor, learned: bool = False) -> Any:
     """Run the forward of a layer's class on a copy in evaluation mode, so that the layer stays as it is.
 
     Args:
         layer: The layer. It is not called, so that its hooks do not run.
         weight: Of the copy, which shares it.
         x: Its input.
+        learned: Whether to run it as it may be once it has learned: with ones for zeros in its other parameters.
     """
     trial, own = copy.copy(layer), own_parameters(layer).get("weight")
     held = vars(trial)
     for kind in ("_parameters", "_buffers", "_modules"):
         held[kind] = copy.deepcopy({name: value for name, value in held[kind].items() if value is not own})
+    for parameter in own_parameters(trial).values() if learned else ():
+        parameter.masked_fill_(parameter == 0, 1)
     trial.weight = weight
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         return type(layer).forward(trial.eval(), x)
