@@ -77,9 +77,12 @@ class Watched(Protocol):
 
     backward: bool
     of_weights: bool
+    watched: bool
     calls: list[LayerCall]
 
     def fail(self, message: str) -> None: ...  # noqa: D102
+
+    def run_as_layer(self, name: str, x: Tensor, product: Callable[[Tensor], Any]) -> Any: ...  # noqa: D102
 
     def made_product(self, call: LayerCall, product: Tensor) -> None: ...  # noqa: D102
 
@@ -87,9 +90,16 @@ class Watched(Protocol):
 class WeightUses(TorchFunctionMode):
     """Watches where weights are used.
 
+    A layer that is never called, since what holds it multiplies with its weight (``F.linear(x, self.qkv.weight)``, as
+    the attention of Swin and BEiT does), is run as if it were called.
+
     Args:
         taps: The hooks, which know the layers that are running.
         layers: Names of parameters and the layers that use them, or slices of them.
+
+    Attributes:
+        called: Names of weights whose layers have been called.
+        functional: Names of those that others multiply with in the place of their layers.
     """
 
     def __init__(self, taps: Watched, layers: Sequence[tuple[str, Sequence[nn.Module]]]) -> None:
@@ -100,6 +110,8 @@ class WeightUses(TorchFunctionMode):
         self.stored: dict[str, Tensor] = {}  # weights before the pass
         self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
         self.looked_at: set[str] = set()
+        self.called: set[str] = set()
+        self.functional: set[str] = set()
 
     def begin(self) -> None:
         """Forget the last forward pass; parameters may have been replaced since."""
@@ -131,6 +143,10 @@ class WeightUses(TorchFunctionMode):
     ) -> Any:
         """Run the function; where it is a use that hooks do not see, with a stand-in for the weight."""
         kwargs = kwargs or {}
+        if (product := self._as_layer(func, args, kwargs)) is not None:
+            return product
+        if not self.taps.watched:
+            return func(*args, **kwargs)
         call = self.taps.calls[-1] if self.taps.calls else None
         if call is not None and is_offloaded(call.layer):  # its weight has come since the layer was called
             self.add(call.name, call.layer)
@@ -166,6 +182,22 @@ class WeightUses(TorchFunctionMode):
         if elementwise and not product and isinstance(result, Tensor):  # a scaled weight may still meet data
             self.known[id(result)] = result, min(names)
         return result
+
+    def enter(self, name: str, functional: bool = False) -> None:
+        """Note how a layer is used that begins to run; refuse one that is used in both ways."""
+        (self.functional if functional else self.called).add(name)
+        if name in self.functional and name in self.called:
+            self._refuse(name, "linear")
+
+    def _as_layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a product as a call of the layer that it stands for; None for anything else."""
+        if getattr(func, "__name__", "") != "linear":
+            return None
+        given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        weight, name = self.known.get(id(given.get("weight")), (None, ""))
+        if weight is None or weight is not self.stored.get(name) or name in self.called:
+            return None
+        return self.taps.run_as_layer(name, given["input"], lambda x: func(x, weight, given.get("bias")))
 
     def _look_at(self, name: str, layer: nn.Module, stored: Tensor, instead: Tensor) -> None:
         """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.

@@ -598,7 +598,7 @@ def test_layers_whose_forward_is_another_are_refused_by_name(kind, size):
 def test_a_refusal_says_what_to_ignore_in_all_blocks():
     """As of Mamba's dt_proj, whose module multiplies with its weight by itself in every block."""
     model = nn.Sequential(*(nn.ModuleDict({"up": nn.Linear(6, 6), "skip": nn.Linear(6, 6)}) for _ in range(3)))
-    model.forward = lambda x: [x := F.linear(block["up"](x), block["skip"].weight) for block in model][-1]
+    model.forward = lambda x: [x := (block["skip"].weight @ block["up"](x).mT).mT for block in model][-1]
     by_name = r"add '0\.skip' to `ignore` \('\*\.skip' for all blocks\)"
     assert_refused(model, data(3, 6), squares, by_name, FORWARD_STATISTICS)
     targets = find_targets(model, ignore=["*.skip"])
