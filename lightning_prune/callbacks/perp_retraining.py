@@ -47,6 +47,7 @@ from lightning_prune.perp.adapters import (
     merge,
     remove_adapters,
     trainable_share,
+    without_adapter,
 )
 from lightning_prune.perp.layers import find_variant, sparse_layers
 from lightning_prune.perp.masks import copy_masks, set_masks
@@ -258,6 +259,8 @@ class PERPRetraining(L.Callback):
             names = (name.removeprefix(f"{self.attribute}.") for name in adaptable(targets.values()))
             options["target_modules"] = WholeNames(names)
             check_any_adapted(model, options["target_modules"])
+            if left := without_adapter(list(targets.values())):
+                rank_zero_warn(f"PERPRetraining: {left}")
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
         pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))

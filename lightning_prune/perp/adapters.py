@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,8 @@ def adapted_modules(
             check_base_layer(name, layer)
     check_unshared(model, {name: model.get_parameter(weight_name(model, name)) for name in names})
     chosen = options.get("target_modules") is not None
-    left = "" if chosen else _without_adapter(model, masks, pruned_later)
+    pruned = None if pruned_later else lambda name, weight: has_pruned(weight, masks.get(name))
+    left = "" if chosen else without_adapter(find_targets(model, frozen=True), pruned)
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
         raise ValueError(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
@@ -330,22 +331,22 @@ def has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
     return not bool((weight.detach() if mask is None else mask).all())
 
 
-def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later: bool) -> str:
-    """Name the pruned weights of kinds that no adapter goes with; empty if there are none."""
-    targets = find_targets(model, frozen=True)
-    others = [t for t in targets if t.kind.name not in _ADAPTED]
-    left = {
-        name: weight
-        for name, weight in parameters_of(others).items()
-        if pruned_later or has_pruned(weight, masks.get(name))
-    }
+def without_adapter(targets: Sequence[Target], pruned: Callable[[str, nn.Parameter], bool] | None = None) -> str:
+    """Name the weights that are pruned and of kinds that no adapter goes with; empty if there are none.
+
+    Args:
+        targets: What may be pruned.
+        pruned: Whether a parameter is, by its name; None where all are, or will be.
+    """
+    others = parameters_of([t for t in targets if t.kind.name not in _ADAPTED])
+    left = {name: weight for name, weight in others.items() if pruned is None or pruned(name, weight)}
     if not left:
         return ""
     share = sum(weight.numel() for weight in left.values()) / sum(t.numel for t in targets)
     return (
         f"{share:.0%} of the weights that can be pruned get no adapter, which goes with Linear, Conv1D, convolutions "
         f"and experts alone, and stay as they are ({next(iter(left))!r} and {len(left) - 1} more parameters): to "
-        "retrain recurrent weights too, use reconstruct(..., train='all'), or train the model under hold_masks"
+        "retrain them too, use reconstruct(..., train='all'), or train the model under hold_masks"
     )
 
 

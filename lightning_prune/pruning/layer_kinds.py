@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.naming import clean_name, own_parameters
 from lightning_prune.pruning.experts import expert_parameters
+from lightning_prune.pruning.zeros import is_plain_product
 from lightning_prune.sharding import type_name
 
 
@@ -93,6 +94,8 @@ LINEAR = LayerKind(
     input_rows=lambda _, x: _rows(x),
     output_rows=_rows,
 )
+# A layer of a class of its own that computes what a Linear does, such as torch_geometric's.
+LINEAR_ALIKE = replace(LINEAR, name="layer like Linear")
 # transformers' Conv1D (GPT-2) is a linear layer that stores its weight transposed.
 CONV1D = LayerKind(
     "Conv1D",
@@ -143,6 +146,9 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     # By name, so that the functional core needs no import of transformers.
     if type_name(module) == "Conv1D" and hasattr(module, "nf"):
         return CONV1D
+    if re.search(r"Linear|Dense", type_name(module)):
+        lazy = is_lazy(own_parameters(module).get("weight"))  # refused later, with what to do
+        return LINEAR_ALIKE if lazy or is_plain_product(module) else None
     return None
 
 

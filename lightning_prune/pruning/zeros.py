@@ -1,4 +1,4 @@
-"""Tell layers in whose product a zero of the weight is no zero: pruning them would remove nothing."""
+"""Try out what a layer does with its weight: whether zeros of it remove anything, and whether it is a plain product."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import own_parameters
@@ -58,6 +60,31 @@ def keeps_zeros(layer: nn.Module) -> bool:
         return True
     zeros = int((made == 0).sum())
     return all(found >= zeros for found in products.zeros)
+
+
+@torch.no_grad()
+def is_plain_product(layer: nn.Module, transposed: bool = False) -> bool:
+    """Return whether a layer multiplies its input with its weight and adds its bias, and no more.
+
+    It is tried out; one that cannot be run alone does something else, and so does one without numbers yet.
+
+    Args:
+        layer: Of any class, with a parameter ``weight``.
+        transposed: Whether that is stored ``[I, O]``, and not ``[O, I]``.
+    """
+    weight, own, bias = own_parameters(layer).get("weight"), vars(layer).get("forward"), getattr(layer, "bias", None)
+    if weight is None or is_lazy(weight) or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        return False
+    matrix = weight.t() if transposed else weight
+    x = torch.linspace(-1, 1, 2 * matrix.shape[1], device=weight.device).to(weight.dtype).view(2, -1)
+    try:
+        found = run_copy(layer, weight, x) if own is None else own(x)
+        expected = F.linear(x, matrix, bias)
+        close = 0.02 if weight.element_size() < 4 else 1e-4
+        least = close * float(expected.abs().max()) if expected.numel() else 0.0
+        return found.shape == expected.shape and torch.allclose(found, expected, close, least, equal_nan=True)
+    except Exception:  # whatever it needs, it gets no such thing from a trial, or from an adapter in its place
+        return False
 
 
 def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor, learned: bool = False) -> Any:
