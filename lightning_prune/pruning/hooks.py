@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
-from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, LINEAR, LayerKind
+from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, LINEAR, LayerKind, as_called
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.projections import Projection, projections_written_out
@@ -39,6 +39,7 @@ from lightning_prune.pruning.statistics import (
 )
 from lightning_prune.pruning.targets import Target
 from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
+from lightning_prune.pruning.zeros import pads_by_itself
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, gather_whole, local
 
@@ -359,11 +360,20 @@ class Taps:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def run_as_layer(self, name: str, x: Tensor, product: Callable[[Tensor], Any]) -> Any:
-        """Make a product with a layer's weight as if the layer were called; None where it cannot be one of a layer."""
+    def run_as_layer(self, name: str, x: Tensor, how: dict[str, Any], product: Callable[[Tensor], Any]) -> Any:
+        """Make a product with a layer's weight as if the layer were called; None where it cannot be one of a layer.
+
+        Args:
+            name: Of the weight.
+            x: The input.
+            how: Other arguments of the product.
+            product: Makes it.
+        """
         if name not in self.around or not isinstance(x, Tensor):
             return None
         layer, before, after = self.around[name]
+        if isinstance(layer, CONVOLUTIONS) and (layer := as_called(layer, **how)) is None:
+            return None
         self.uses.enter(name, functional=True)
         changed = before(layer, (x,), {})
         output = product(x if changed is None else changed[0][0])
@@ -427,8 +437,11 @@ class Taps:
                 record.doubtful = doubtful
                 on_gradient(output, lambda delta: setattr(record, "delta", delta))
 
-        if tap.target.kind is LINEAR:
+        padded = isinstance(module, CONVOLUTIONS) and pads_by_itself(module)
+        if tap.target.kind is LINEAR or padded:
             self.around[tap.target.parameter] = (module, before, after)
+        if padded:  # what it multiplies with is not what it is called with
+            return
         # Next to the layer, inside the hooks of others: these may change what it receives and returns.
         yield module.register_forward_pre_hook(called, with_kwargs=True)
         yield module.register_forward_hook(after, prepend=True)

@@ -6,10 +6,12 @@ convolution (1 of all other layers): the rows of a group meet I inputs of their 
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,34 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     b, _, t = patches.shape
     by_group = patches.view(b, -1, min(x.shape[1], layer.in_channels // layer.groups), math.prod(kernel), t)
     return by_group.permute(0, 4, 1, 3, 2).reshape(b, t, -1)
+
+
+def as_called(
+    layer: nn.Module,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> nn.Module | None:
+    """Return a stand-in for a convolution, of the geometry that its weight is used with; None of other groups."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if groups != layer.groups:
+        return None
+    other, size = copy.copy(layer), weight.dim() - 2
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    vars(other).update(
+        {name: value if isinstance(value, str) else _for_each(value, size) for name, value in geometry.items()},
+        padding_mode="zeros",
+    )
+    return other
+
+
+def _for_each(value: Any, size: int) -> tuple[int, ...]:
+    """A number for each dimension, of one for all, alone or in a sequence."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * size if len(values) == 1 else values
 
 
 def _conv2d_outputs(y: Tensor) -> Tensor:

@@ -49,6 +49,9 @@ _SOME_VALUES = frozenset(
 )
 # PEFT adds an adapter to a parameter so (``target_parameters``), and runs the layer with the sum in its place.
 _ADAPTING = frozenset(("add", "baddbmm"))
+# Products that stand for a call of a layer, and their arguments.
+_OF_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_ARGUMENTS = {"linear": _OF_CONVOLUTION[:3], "conv1d": _OF_CONVOLUTION, "conv2d": _OF_CONVOLUTION}
 # What they return gives the weight no gradient.
 _WITHOUT_GRADIENT = frozenset(("detach", "__setitem__", "__len__", "__repr__", "__format__", "tolist", "numpy", "item"))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -82,7 +85,9 @@ class Watched(Protocol):
 
     def fail(self, message: str) -> None: ...  # noqa: D102
 
-    def run_as_layer(self, name: str, x: Tensor, product: Callable[[Tensor], Any]) -> Any: ...  # noqa: D102
+    def run_as_layer(  # noqa: D102
+        self, name: str, x: Tensor, how: dict[str, Any], product: Callable[[Tensor], Any]
+    ) -> Any: ...
 
     def made_product(self, call: LayerCall, product: Tensor) -> None: ...  # noqa: D102
 
@@ -191,13 +196,15 @@ class WeightUses(TorchFunctionMode):
 
     def _as_layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a product as a call of the layer that it stands for; None for anything else."""
-        if getattr(func, "__name__", "") != "linear":
+        names = _ARGUMENTS.get(getattr(func, "__name__", ""))
+        if names is None:
             return None
-        given = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         weight, name = self.known.get(id(given.get("weight")), (None, ""))
         if weight is None or weight is not self.stored.get(name) or name in self.called:
             return None
-        return self.taps.run_as_layer(name, given["input"], lambda x: func(x, weight, given.get("bias")))
+        rest = {key: value for key, value in given.items() if key != "input"}
+        return self.taps.run_as_layer(name, given["input"], rest, lambda x: func(x, **rest))
 
     def _look_at(self, name: str, layer: nn.Module, stored: Tensor, instead: Tensor) -> None:
         """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.

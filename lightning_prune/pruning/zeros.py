@@ -62,6 +62,43 @@ def keeps_zeros(layer: nn.Module) -> bool:
     return all(found >= zeros for found in products.zeros)
 
 
+class _Inputs(TorchFunctionMode):
+    """Writes down the inputs of convolutions with a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").startswith("conv") and any(
+            a is self.weight for a in (*args, *kwargs.values())
+        ):
+            self.seen.append(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def pads_by_itself(layer: nn.Module) -> bool:
+    """Return whether a convolution pads its input before it multiplies, as those of TensorFlow's "same" padding do.
+
+    It is tried out as in `keeps_zeros`.
+    """
+    weight = own_parameters(layer).get("weight")
+    if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or is_lazy(weight):
+        return False
+    x, trial = _input(layer, weight), nn.Parameter(torch.zeros_like(weight))
+    try:
+        with _Inputs(trial) as inputs:
+            run_copy(layer, trial, x)
+    except Exception:  # whatever it needs, it cannot be run alone
+        return False
+    return [seen.numel() > x.numel() for seen in inputs.seen] == [True]
+
+
 @torch.no_grad()
 def is_plain_product(layer: nn.Module, transposed: bool = False) -> bool:
     """Return whether a layer multiplies its input with its weight and adds its bias, and no more.
