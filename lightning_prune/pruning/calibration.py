@@ -226,6 +226,7 @@ class _Sweep:
         self.room = Room([block for _, block in find_blocks(model)] if taps.backward else [])
         self.how = How.UNKNOWN
         self.cut = False  # whether the last batch is a part of one
+        self.uncut = False  # whether any batch was of a size that is not known
         if taps.backward and self._runs_in_half():
             taps.scale = _HALF_SCALE
 
@@ -253,7 +254,8 @@ class _Sweep:
                 advance(self._run_or_divide(batch, count, counting))
         drawn = self.samples + self.unlabeled
         if 0 < drawn < num_samples:
-            warnings.warn(f"calibration data ended after {drawn} of num_samples={num_samples}", stacklevel=3)
+            uncut = " (a batch whose samples cannot be told apart counts as one)" if self.uncut else ""
+            warnings.warn(f"calibration data ended after {drawn} of num_samples={num_samples}{uncut}", stacklevel=3)
         if self.samples and self.unlabeled:
             warnings.warn(
                 f"{self.unlabeled} of {drawn} calibration samples have no label (all are -100) and so no gradient; "
@@ -346,6 +348,7 @@ class _Sweep:
     def _run_batch(self, batch: Any, count: int, counting: bool) -> int:
         """Run a batch; returns the number of samples dealt with."""
         taps, size = self.taps, batch_size(batch)
+        self.uncut |= size is None
         if not counting and size is not None:  # repeated, and maybe too large by now
             size = self.room.samples_in(batch, size)
             batch = take(batch, 0, size)
@@ -603,7 +606,9 @@ def _check_zeros(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks |
         raise CalibrationError(
             f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: no weight could be told from "
             "another; the weights are unchanged. Does the loss of a sample need the others of its batch (then give "
-            "batches of several), or does the loss not depend on the model? Pass loss_fn=f(model, batch)"
+            "batches of several), or does the loss not depend on the model? Pass loss_fn=f(model, batch). Or is the "
+            "output layer still zero, as that of a new vision transformer is? Then train it first (in a Trainer: "
+            "schedule=OneShot(10)), or choose a score without gradients (wanda, sparsegpt, magnitude)"
         )
     if dead:
         warnings.warn(
