@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import plain_name, uncompiled
-from lightning_prune.perp.convolutions import CONVOLUTIONS, check_convolution, put_on_convolution
+from lightning_prune.perp.convolutions import check_convolution, put_on_convolution
 from lightning_prune.perp.experts import check_experts, place_of, put_on_experts, weight_name
 from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_variant, sparse_layers
 from lightning_prune.perp.masks import set_masks
@@ -56,7 +56,16 @@ from lightning_prune.perp.storage import (
 )
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.coverage import pruned_zeros
-from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, CONVOLUTION1D, EXPERT, LINEAR, embeds
+from lightning_prune.pruning.layer_kinds import (
+    CONV1D,
+    CONV2D,
+    CONVOLUTION1D,
+    CONVOLUTION3D,
+    CONVOLUTIONS,
+    EXPERT,
+    LINEAR,
+    embeds,
+)
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of
@@ -72,7 +81,7 @@ from lightning_prune.sharding import (
 )
 
 # Kinds of layer that take an adapter; what "all-linear" means, as in PEFT.
-_ADAPTED = (LINEAR.name, CONV1D.name, EXPERT.name, CONVOLUTION1D.name, CONV2D.name)
+_ADAPTED = (LINEAR.name, CONV1D.name, EXPERT.name, CONVOLUTION1D.name, CONV2D.name, CONVOLUTION3D.name)
 _LINEAR = (LINEAR.name, CONV1D.name)
 
 
@@ -101,7 +110,7 @@ def add_adapters(
             pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
         **lora_options: ``r`` (16; of a convolution at most the rank that its kernel can have), ``lora_alpha`` (2 r; s =
             lora_alpha / r), ``use_rslora``, ``init_lora_weights``, ``target_modules`` (default: every Linear, Conv1D,
-            Conv1d, Conv2d and parameter of experts with a pruned weight, without the head; experts are named by their
+            convolution and parameter of experts with a pruned weight, without the head; experts are named by their
             own name or by that of one parameter, ``down_proj``),
             ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, and
             ``lora_dropout`` for the variants that add the adapter's output to the layer's.

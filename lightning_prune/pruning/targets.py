@@ -374,7 +374,7 @@ def find_targets(
     Args:
         model: Any module.
         targets: Layer types, type names, or patterns of module names (``"q_proj"``, ``"layers.0.*"``).
-            Default: every Linear, Conv1D (transformers), Conv1d and Conv2d, experts, and the matrices inside of
+            Default: every Linear, Conv1D (transformers), Conv1d to Conv3d, experts, and the matrices inside of
             MultiheadAttention, LSTM, GRU and RNN.
         ignore: The same, left out. Default: output layers by the names that transformers gives them
             (`DEFAULT_IGNORE`), which are left out beside other layers that are named here too; with ``[]`` they are

@@ -51,11 +51,11 @@ _SOME_VALUES = frozenset(
 _ADAPTING = frozenset(("add", "baddbmm"))
 # Products that stand for a call of a layer, and their arguments.
 _OF_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-_ARGUMENTS = {"linear": _OF_CONVOLUTION[:3], "conv1d": _OF_CONVOLUTION, "conv2d": _OF_CONVOLUTION}
+_ARGUMENTS = {"linear": _OF_CONVOLUTION[:3], **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _OF_CONVOLUTION)}
 # What they return gives the weight no gradient.
 _WITHOUT_GRADIENT = frozenset(("detach", "__setitem__", "__len__", "__repr__", "__format__", "tolist", "numpy", "item"))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _ROUNDED = 0.2  # more than quantization to four bits changes a row
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 

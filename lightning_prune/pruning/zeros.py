@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import own_parameters
 
-_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
-_PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "matmul", "mm", "addmm", "__matmul__"))
+_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "addmm", "__matmul__"))
 
 
 class _Products(TorchFunctionMode):
@@ -45,7 +45,7 @@ def keeps_zeros(layer: nn.Module) -> bool:
     them. What else it learns is tried without zeros: a gain that begins at zero hides what will become of the weight's.
 
     Args:
-        layer: A Linear, Conv1d or Conv2d, or of a class that inherits from one.
+        layer: A Linear or convolution, or of a class that inherits from one.
     """
     weight = own_parameters(layer).get("weight")
     if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or not weight.is_floating_point():
@@ -146,7 +146,7 @@ def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor, learned: bool = 
 
 def _input(layer: nn.Module, weight: Tensor) -> Tensor:
     """Ones that a layer takes, not as many as its weight has."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         # Twice what the kernel spans: a padding mode may want more than the padding.
         spans = [2 * step * (size - 1) + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
         shape = [layer.in_channels, *spans]
