@@ -174,13 +174,8 @@ def pruner(score: str) -> WeightPruning:
     return WeightPruning(score, 0.5, num_samples=8, progress=False, schedule=LinearSchedule(0, 4, 2))
 
 
-def test_adapters_beside_a_score_from_data_are_refused_before_training() -> None:
-    module = Module()
-    with pytest.raises(CalibrationError, match=r"no calibration sample reached.*attention\.qkv.*prune before"):
-        fit(module, pruner("wanda"), PERPRetraining(r=2))
-
-
-@pytest.mark.parametrize(("score", "adapters"), [("kfac", False), ("wanda", False), ("magnitude", True)])
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("score", ["kfac", "wanda", "magnitude"])
 def test_in_a_trainer_along_a_schedule(score: str, adapters: bool) -> None:
     pruning, module, start = pruner(score), Module(), make()
     fit(module, pruning, *([PERPRetraining(r=2)] if adapters else []))
@@ -190,3 +185,14 @@ def test_in_a_trainer_along_a_schedule(score: str, adapters: bool) -> None:
         weight, before = module.get_parameter(name), start.get_parameter(name.removeprefix("model."))
         assert not weight[~mask].any()
         assert not torch.allclose(weight[mask], before[mask])
+
+
+@pytest.mark.parametrize("score", ["kfac", "wanda"])
+def test_new_adapters_change_no_mask(score: str) -> None:
+    found = []
+    for others in ([], [PERPRetraining(r=2)]):
+        pruning = WeightPruning(score, 0.5, num_samples=8, progress=False)
+        fit(Module(), pruning, *others)
+        found.append(dict(pruning.masks))
+    assert list(found[0]) == list(found[1])
+    assert all(torch.equal(mask, found[1][name]) for name, mask in found[0].items())
