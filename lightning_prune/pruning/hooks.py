@@ -371,8 +371,9 @@ class Taps:
         """
         if name not in self.around or not isinstance(x, Tensor):
             return None
-        layer, before, after = self.around[name]
-        if isinstance(layer, CONVOLUTIONS) and (layer := as_called(layer, **how)) is None:
+        module, before, after = self.around[name]
+        layer = as_called(module, **how) if isinstance(module, CONVOLUTIONS) else module
+        if layer is None:
             return None
         self.uses.enter(name, functional=True)
         changed = before(layer, (x,), {})

@@ -74,7 +74,8 @@ def _patches(layer: nn.Module, x: Tensor) -> Tensor:
     for i in range(size):
         span = layer.dilation[i] * (layer.kernel_size[i] - 1) + 1
         x = x.unfold(2 + i, span, layer.stride[i])[..., :: layer.dilation[i]]
-    x = x.unflatten(1, (-1, min(x.shape[1], layer.in_channels // layer.groups)))  # (B, G, C/G, places, kernel)
+    of_group = min(x.shape[1], layer.in_channels // layer.groups)
+    x = torch.unflatten(x, 1, (-1, of_group))  # (B, G, C/G, places, kernel)
     places = range(3, 3 + size)
     return x.permute(0, *places, 1, *(i + size for i in places), 2).flatten(1, size).flatten(2)
 
@@ -176,7 +177,8 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     if type_name(module) == "Conv1D" and hasattr(module, "nf"):
         return CONV1D
     if re.search(r"Linear|Dense", type_name(module)):
-        lazy = is_lazy(own_parameters(module).get("weight"))  # refused later, with what to do
+        weight = own_parameters(module).get("weight")
+        lazy = weight is not None and is_lazy(weight)  # refused later, with what to do
         return LINEAR_ALIKE if lazy or is_plain_product(module) else None
     return None
 
