@@ -113,7 +113,7 @@ class WeightUses(TorchFunctionMode):
         self.taps, self.layers = weakref.proxy(taps), layers
         self.known: dict[int, tuple[Tensor, str]] = {}
         self.stored: dict[str, Tensor] = {}  # weights before the pass
-        self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
+        self.stand_ins: list[tuple[str, str, bool, bool, Tensor]] = []
         self.looked_at: set[str] = set()
         self.called: set[str] = set()
         self.functional: set[str] = set()
@@ -254,7 +254,8 @@ class WeightUses(TorchFunctionMode):
             return arguments
         weight, name = self.known[id(arguments)]
         stand_in = weight.detach().requires_grad_()
-        self.stand_ins.append((name, function, product, stand_in))
+        inside = any(call.name == name for call in self.taps.calls)
+        self.stand_ins.append((name, function, product, inside, stand_in))
         return stand_in
 
     def _product(self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -278,13 +279,20 @@ class WeightUses(TorchFunctionMode):
 
     def check_gradients(self) -> None:
         """After backward: refuse weights whose gradient is not all in their layers."""
-        for name, function, product, stand_in in self.stand_ins:
+        for name, function, product, inside, stand_in in self.stand_ins:
             matters = self.taps.of_weights or product
             if matters and stand_in.grad is not None and bool((local(stand_in.grad) != 0).any()):
-                self._refuse(name, function)
+                self._refuse(name, function, inside)
         self.stand_ins = []
 
-    def _refuse(self, name: str, function: str) -> None:
+    def _refuse(self, name: str, function: str, inside: bool = False) -> None:
+        if inside:
+            self.taps.fail(
+                f"{_layer(name)} changes its weight ({function!r}: a mask, a scale?) before it multiplies with it, so "
+                f"the gradient of the weight that is stored cannot be told; add {to_ignore(name)}, or choose a score "
+                f"without gradients of weights (kfac, wanda, magnitude){adapter_in_its_place(name)}"
+            )
+            return
         self.taps.fail(
             f"the weight {name!r} is also used outside its layer's forward pass ({function!r}: a penalty on weights, "
             f"or a function such as F.linear(x, layer.weight)), which calibration cannot see; add {to_ignore(name)}, "
