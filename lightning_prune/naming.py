@@ -202,6 +202,30 @@ def to_ignore(*names: str) -> str:
     return text + (f" ({pattern!r} for all blocks)" if len(layers) == 1 and pattern != layers[0] else "")
 
 
+def and_alike(names: Sequence[str], others: Iterable[str]) -> str:
+    """Say what takes all of several layers into `ignore`; nothing of a single one.
+
+    Args:
+        names: The layers, or their weights.
+        others: Those that no pattern is to match.
+
+    >>> and_alike(["a.0.down.weight", "a.1.down.weight", "b.up.weight"], ["a.0.up.weight"])
+    "; it is one of 3 layers like this, and ignore=['a.*.down', 'b.up'] takes all of them"
+    """
+    if len(names) < 2:
+        return ""
+    layers, rest = ([to_name.removesuffix(".weight") for to_name in group] for group in (names, others))
+    found: dict[str, None] = {}
+    for layer in layers:
+        parts = layer.split(".")
+        pattern = ".".join("*" if part.isdigit() and part is not parts[-1] else part for part in parts)
+        if pattern in found or not any(name_matches(other, pattern) for other in rest):
+            found[pattern] = None
+        else:
+            found[layer] = None
+    return f"; it is one of {len(layers)} layers like this, and ignore={list(found)!r} takes all of them"
+
+
 def is_base_of_adapter(name: str) -> bool:
     """Whether a parameter belongs to a layer that a wrapper of PEFT stands around."""
     return _BASE_LAYER.search(name) is not None

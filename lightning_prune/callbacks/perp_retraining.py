@@ -47,8 +47,9 @@ from lightning_prune.perp.adapters import (
     merge,
     remove_adapters,
     trainable_share,
+    without_adapter,
 )
-from lightning_prune.perp.layers import find_variant, sparse_layers
+from lightning_prune.perp.layers import SparseLayer, find_variant, sparse_layers
 from lightning_prune.perp.masks import copy_masks, set_masks
 from lightning_prune.perp.options import ReconstructSettings, WholeNames, check_adapter, check_options, check_parts
 from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
@@ -258,6 +259,8 @@ class PERPRetraining(L.Callback):
             names = (name.removeprefix(f"{self.attribute}.") for name in adaptable(targets.values()))
             options["target_modules"] = WholeNames(names)
             check_any_adapted(model, options["target_modules"])
+            if left := without_adapter(list(targets.values())):
+                rank_zero_warn(f"PERPRetraining: {left}")
         # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
         # loaded is not known before.
         pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))
@@ -349,7 +352,12 @@ class PERPRetraining(L.Callback):
                     torch.manual_seed(self.seed + trainer.global_step)
                     fold(part)
             _forget(trainer, (p for _, layer in sparse_layers(model) for p in layer.matrices()))
-        yield
+        elif self.options.get("init_lora_weights", True) is False:  # adapters that change the model from the start
+            yield
+            self._set_masks(trainer, model)
+            return
+        with _switched_off(layer for _, layer in sparse_layers(model)):
+            yield
         self._set_masks(trainer, model)
 
     def _set_masks(self, trainer: L.Trainer, model: nn.Module) -> None:
@@ -582,6 +590,22 @@ def _check_scalings(saved: Mapping[str, Mapping[str, Any]], model: nn.Module) ->
 
 def _has_zeros(model: nn.Module) -> bool:
     return any(not bool(t.matrix().all()) for t in find_targets(model, frozen=True))
+
+
+@contextmanager
+def _switched_off(layers: Iterable[SparseLayer]) -> Iterator[None]:
+    """Run layers without their adapters, which have just begun and change nothing.
+
+    So scores see the weight itself where a module multiplies with it (``F.linear(x, layer.weight)``).
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:

@@ -645,7 +645,8 @@ def readable(path: Path, name: str | None = None) -> Iterator[None]:
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
-        reason = str(error).split(". ")[0].splitlines()[0]
+        object_of = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        reason = f"an object of {object_of[1]}" if object_of else str(error).split(". ")[0].splitlines()[0]
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, or is damaged, and is not opened, because "
             f"loading it could run code ({reason}); save a state dict or safetensors from where you trust it"

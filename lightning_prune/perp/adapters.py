@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import plain_name, uncompiled
-from lightning_prune.perp.convolutions import CONVOLUTIONS, check_convolution, put_on_convolution
+from lightning_prune.perp.convolutions import check_convolution, put_on_convolution
 from lightning_prune.perp.experts import check_experts, place_of, put_on_experts, weight_name
 from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_variant, sparse_layers
 from lightning_prune.perp.masks import set_masks
@@ -56,7 +56,16 @@ from lightning_prune.perp.storage import (
 )
 from lightning_prune.progress import is_main_process
 from lightning_prune.pruning.coverage import pruned_zeros
-from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, CONVOLUTION1D, EXPERT, LINEAR, embeds
+from lightning_prune.pruning.layer_kinds import (
+    CONV1D,
+    CONV2D,
+    CONVOLUTION1D,
+    CONVOLUTION3D,
+    CONVOLUTIONS,
+    EXPERT,
+    LINEAR,
+    embeds,
+)
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of
@@ -72,7 +81,7 @@ from lightning_prune.sharding import (
 )
 
 # Kinds of layer that take an adapter; what "all-linear" means, as in PEFT.
-_ADAPTED = (LINEAR.name, CONV1D.name, EXPERT.name, CONVOLUTION1D.name, CONV2D.name)
+_ADAPTED = (LINEAR.name, CONV1D.name, EXPERT.name, CONVOLUTION1D.name, CONV2D.name, CONVOLUTION3D.name)
 _LINEAR = (LINEAR.name, CONV1D.name)
 
 
@@ -101,7 +110,7 @@ def add_adapters(
             pruned, so with mask_lora and lora_prune it is a plain LoRA, and merged densely.
         **lora_options: ``r`` (16; of a convolution at most the rank that its kernel can have), ``lora_alpha`` (2 r; s =
             lora_alpha / r), ``use_rslora``, ``init_lora_weights``, ``target_modules`` (default: every Linear, Conv1D,
-            Conv1d, Conv2d and parameter of experts with a pruned weight, without the head; experts are named by their
+            convolution and parameter of experts with a pruned weight, without the head; experts are named by their
             own name or by that of one parameter, ``down_proj``),
             ``exclude_modules``, ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, and
             ``lora_dropout`` for the variants that add the adapter's output to the layer's.
@@ -255,7 +264,8 @@ def adapted_modules(
             check_base_layer(name, layer)
     check_unshared(model, {name: model.get_parameter(weight_name(model, name)) for name in names})
     chosen = options.get("target_modules") is not None
-    left = "" if chosen else _without_adapter(model, masks, pruned_later)
+    pruned = None if pruned_later else lambda name, weight: has_pruned(weight, masks.get(name))
+    left = "" if chosen else without_adapter(find_targets(model, frozen=True), pruned)
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
         raise ValueError(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
@@ -330,22 +340,22 @@ def has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
     return not bool((weight.detach() if mask is None else mask).all())
 
 
-def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later: bool) -> str:
-    """Name the pruned weights of kinds that no adapter goes with; empty if there are none."""
-    targets = find_targets(model, frozen=True)
-    others = [t for t in targets if t.kind.name not in _ADAPTED]
-    left = {
-        name: weight
-        for name, weight in parameters_of(others).items()
-        if pruned_later or has_pruned(weight, masks.get(name))
-    }
+def without_adapter(targets: Sequence[Target], pruned: Callable[[str, nn.Parameter], bool] | None = None) -> str:
+    """Name the weights that are pruned and of kinds that no adapter goes with; empty if there are none.
+
+    Args:
+        targets: What may be pruned.
+        pruned: Whether a parameter is, by its name; None where all are, or will be.
+    """
+    others = parameters_of([t for t in targets if t.kind.name not in _ADAPTED])
+    left = {name: weight for name, weight in others.items() if pruned is None or pruned(name, weight)}
     if not left:
         return ""
     share = sum(weight.numel() for weight in left.values()) / sum(t.numel for t in targets)
     return (
         f"{share:.0%} of the weights that can be pruned get no adapter, which goes with Linear, Conv1D, convolutions "
         f"and experts alone, and stay as they are ({next(iter(left))!r} and {len(left) - 1} more parameters): to "
-        "retrain recurrent weights too, use reconstruct(..., train='all'), or train the model under hold_masks"
+        "retrain them too, use reconstruct(..., train='all'), or train the model under hold_masks"
     )
 
 

@@ -20,12 +20,8 @@ from torch import Tensor, nn
 
 from lightning_prune.perp.layers import SparseLinear, checked_weight, own_weight
 from lightning_prune.perp.substitution import SubstitutingLayer, check_substitution
-from lightning_prune.pruning.layer_kinds import CONVOLUTIONS as PRUNED
 from lightning_prune.pruning.zeros import keeps_zeros
 from lightning_prune.sharding import gather_whole, shard_bounds
-
-CONVOLUTIONS = (*PRUNED, nn.Conv3d)
-"""What takes an adapter; of Conv3d only one that is named, since they are not pruned here."""
 
 
 class SparseConvolution(SubstitutingLayer):

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.pruning.offloading import is_hooked
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.running import has_hooks
-from lightning_prune.pruning.zeros import run_copy
+from lightning_prune.pruning.zeros import is_plain_product
 from lightning_prune.sharding import (
     as_shard_of,
     count_over_ranks,
@@ -582,8 +581,8 @@ def check_base_layer(name: str, layer: nn.Module) -> None:
             f"{name!r} is a {what}; adapters go with nn.Linear, Conv1D, nn.Conv1d to Conv3d and experts, unquantized: "
             "leave it out of target_modules"
         )
-    weight = checked_weight(name, layer)
-    if not _is_plain_product(layer, weight):
+    checked_weight(name, layer)
+    if not _is_plain_product(layer):
         raise ValueError(
             f"the forward of {name!r} ({type(layer).__name__}) computes something else than the product of input and "
             "weight, or more, and an adapter would take its place: leave it out (exclude_modules)"
@@ -635,26 +634,10 @@ def check_base_weight(name: str, layer: nn.Module, weight: nn.Parameter) -> None
         )
 
 
-@torch.no_grad()
-def _is_plain_product(layer: nn.Module, weight: nn.Parameter) -> bool:
-    """Return whether a layer multiplies its input with its weight and adds its bias, and no more.
-
-    One with a forward of its own is tried out; one that cannot be run alone does something else.
-    """
-    own = vars(layer).get("forward")
-    if own is None and type(layer).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    transposed, bias = isinstance(layer, Conv1D), getattr(layer, "bias", None)
-    inputs = weight.shape[0 if transposed else 1]
-    x = torch.linspace(-1, 1, 2 * inputs, device=weight.device).to(weight.dtype).view(2, inputs)
-    try:
-        found = run_copy(layer, weight, x) if own is None else own(x)
-        expected = F.linear(x, weight.t() if transposed else weight, bias)
-        close = 0.02 if weight.element_size() < 4 else 1e-4
-        least = close * float(expected.abs().max()) if expected.numel() else 0.0
-        return found.shape == expected.shape and torch.allclose(found, expected, close, least, equal_nan=True)
-    except Exception:  # whatever it needs, it gets no such thing from an adapter
-        return False
+def _is_plain_product(layer: nn.Module) -> bool:
+    """Return whether a layer multiplies its input with its weight and adds its bias, and no more."""
+    plain = "forward" not in vars(layer) and type(layer).forward in (nn.Linear.forward, Conv1D.forward)
+    return plain or is_plain_product(layer, transposed=isinstance(layer, Conv1D))
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -125,7 +125,7 @@ def collect(
         if any(target.offloaded for target in targets):
             sweep.room.recompute()
         try:
-            with _explained():
+            with _explained(taps.uses.functional):
                 sweep.run(batches, num_samples, progress)
         finally:
             reshard(model)
@@ -138,10 +138,11 @@ def collect(
 # Parts of what torch says where a loss does what calibration cannot follow, and what that is.
 _UNDER_TRANSFORM = ("functorch", "(vjp, jvp, grad, etc) transform")
 _WITHOUT_PARAMETERS = ("does not require grad", "not have been used in the graph")
+_IN_CHECKPOINT = "number of tensors was saved"
 
 
 @contextlib.contextmanager
-def _explained() -> Iterator[None]:
+def _explained(functional: Collection[str] = ()) -> Iterator[None]:
     """Say of torch's errors why they come in calibration, though training has none."""
     try:
         yield
@@ -151,6 +152,13 @@ def _explained() -> Iterator[None]:
             why = "a layer is called inside a transform of torch.func (vmap, grad, jvp), which hides what passes there"
         elif any(part in str(error) for part in _WITHOUT_PARAMETERS):
             why = "the loss takes gradients by parameters inside of it, which have none while layers are scored"
+        if not isinstance(error, CalibrationError) and _IN_CHECKPOINT in str(error) and functional:
+            name = min(functional).removesuffix(".weight")
+            raise CalibrationError(
+                f"{name!r} is never called, since what holds it multiplies with its weight (F.linear), and it is in a "
+                "gradient checkpoint, in which that cannot be seen: switch checkpointing off until the model is "
+                f"pruned, choose a score without gradients (wanda, sparsegpt, magnitude), or add {to_ignore(name)}"
+            ) from error
         if not why or isinstance(error, CalibrationError):
             raise
         raise CalibrationError(
@@ -218,6 +226,7 @@ class _Sweep:
         self.room = Room([block for _, block in find_blocks(model)] if taps.backward else [])
         self.how = How.UNKNOWN
         self.cut = False  # whether the last batch is a part of one
+        self.uncut = False  # whether any batch was of a size that is not known
         if taps.backward and self._runs_in_half():
             taps.scale = HALF_SCALE
 
@@ -245,7 +254,8 @@ class _Sweep:
                 advance(self._run_or_divide(batch, count, counting))
         drawn = self.samples + self.unlabeled
         if 0 < drawn < num_samples:
-            warnings.warn(f"calibration data ended after {drawn} of num_samples={num_samples}", stacklevel=3)
+            uncut = " (a batch whose samples cannot be told apart counts as one)" if self.uncut else ""
+            warnings.warn(f"calibration data ended after {drawn} of num_samples={num_samples}{uncut}", stacklevel=3)
         if self.samples and self.unlabeled:
             warnings.warn(
                 f"{self.unlabeled} of {drawn} calibration samples have no label (all are -100) and so no gradient; "
@@ -285,7 +295,8 @@ class _Sweep:
     def _decide(self, batch: Any) -> tuple[How, str]:
         """What `Decision.make` says; where its two samples do not fit, what is known without them."""
         try:
-            return self.decision.make(batch)
+            with self.taps.trying():
+                return self.decision.make(batch)
         except torch.OutOfMemoryError as caught:
             problem = self._known_to_all(caught)
         put_away(self.model)
@@ -293,7 +304,8 @@ class _Sweep:
         size = min(batch_size(batch) or 1, 2)
         pair = take(batch, 0, size)
         self.room.make(problem, numbers_in(pair, size), size, alone, self.lockstep)
-        return (How.ONE_BY_ONE, "") if alone else self.decision.make(batch)
+        with self.taps.trying():
+            return (How.ONE_BY_ONE, "") if alone else self.decision.make(batch)
 
     def _gives_own_losses(self, batch: Any) -> bool:
         return self.loss_fn is None and predicts_next_tokens(self.model, batch)
@@ -325,7 +337,8 @@ class _Sweep:
         if not self.taps.backward or self._gives_own_losses(batch):
             return True
         try:
-            return self.decision.of_each_alone(batch)
+            with self.taps.trying():
+                return self.decision.of_each_alone(batch)
         except torch.OutOfMemoryError as caught:
             self._known_to_all(caught)
             return False
@@ -335,6 +348,7 @@ class _Sweep:
     def _run_batch(self, batch: Any, count: int, counting: bool) -> int:
         """Run a batch; returns the number of samples dealt with."""
         taps, size = self.taps, batch_size(batch)
+        self.uncut |= size is None
         if not counting and size is not None:  # repeated, and maybe too large by now
             size = self.room.samples_in(batch, size)
             batch = take(batch, 0, size)
@@ -592,7 +606,9 @@ def _check_zeros(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks |
         raise CalibrationError(
             f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: no weight could be told from "
             "another; the weights are unchanged. Does the loss of a sample need the others of its batch (then give "
-            "batches of several), or does the loss not depend on the model? Pass loss_fn=f(model, batch)"
+            "batches of several), or does the loss not depend on the model? Pass loss_fn=f(model, batch). Or is the "
+            "output layer still zero, as that of a new vision transformer is? Then train it first (in a Trainer: "
+            "schedule=OneShot(10)), or choose a score without gradients (wanda, sparsegpt, magnitude)"
         )
     if dead:
         warnings.warn(

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
-from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, LayerKind
+from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, LINEAR, LayerKind, as_called
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.projections import Projection, projections_written_out
@@ -39,6 +39,7 @@ from lightning_prune.pruning.statistics import (
 )
 from lightning_prune.pruning.targets import Target
 from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
+from lightning_prune.pruning.zeros import pads_by_itself
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, gather_whole, local
 
@@ -179,6 +180,8 @@ class Taps:
         self.of_weights = bool(statistics & GRADIENTS)
         self.uses = WeightUses(self, [(target.parameter, target.modules) for target in targets])
         self.watched = False
+        # By parameter: what comes before and after a call of a layer, for one that its parent runs without calling it.
+        self.around: dict[str, tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = {}
         self.failure: CalibrationError | None = None
         self.not_per_sample = False
         self.last_input: _Increments | None = None
@@ -215,11 +218,14 @@ class Taps:
             for handle in handles:
                 handle.remove()
             self.last_input = None
-            self.calls, self.leaks = [], []
+            self.calls, self.leaks, self.around = [], [], {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch for uses of weights that hooks do not see, until every layer has been seen once."""
+        """Watch for uses of weights that hooks do not see, until every layer has been seen once.
+
+        With layers that are never called there is no end to it: the watch is what runs them.
+        """
         self.watched = len(self.seen) < len({tap.target.parameter for tap in self.all})
         mode: AbstractContextManager[Any] = self.uses if self.watched else nullcontext()
         try:
@@ -227,6 +233,12 @@ class Taps:
                 yield
         finally:
             self.watched = False
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """Run layers that are never called, in passes that nothing is taken from."""
+        with self.uses:
+            yield
 
     def fail(self, message: str) -> None:
         """Note what is wrong; the first message stays."""
@@ -348,7 +360,32 @@ class Taps:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
+    def run_as_layer(self, name: str, x: Tensor, how: dict[str, Any], product: Callable[[Tensor], Any]) -> Any:
+        """Make a product with a layer's weight as if the layer were called; None where it cannot be one of a layer.
+
+        Args:
+            name: Of the weight.
+            x: The input.
+            how: Other arguments of the product.
+            product: Makes it.
+        """
+        if name not in self.around or not isinstance(x, Tensor):
+            return None
+        module, before, after = self.around[name]
+        layer = as_called(module, **how) if isinstance(module, CONVOLUTIONS) else module
+        if layer is None:
+            return None
+        self.uses.enter(name, functional=True)
+        changed = before(layer, (x,), {})
+        output = product(x if changed is None else changed[0][0])
+        after(layer, (x,), output)
+        return output
+
     def _hook(self, tap: Tap, module: nn.Module) -> Iterator[RemovableHandle]:
+        def called(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            self.uses.enter(tap.target.parameter)
+            return before(layer, args, kwargs)
+
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             key = "input" if "input" in kwargs else next(iter(kwargs), "")
             x = args[0] if args else kwargs.get(key)
@@ -389,7 +426,7 @@ class Taps:
                         f"gradient cannot be told; add {to_ignore(tap.name)}; routers of experts are best left dense"
                     )
                 return
-            if self.watched:
+            if self.watched and tap.target.parameter in self.uses.called:
                 self.seen.add(tap.target.parameter)
             doubtful = self.watched and self.backward and not call.returns_product(output)
             if doubtful and call.record is None:  # recomputed later by a re-entrant checkpoint, out of sight
@@ -401,8 +438,13 @@ class Taps:
                 record.doubtful = doubtful
                 on_gradient(output, lambda delta: setattr(record, "delta", delta))
 
+        padded = isinstance(module, CONVOLUTIONS) and pads_by_itself(module)
+        if tap.target.kind is LINEAR or padded:
+            self.around[tap.target.parameter] = (module, before, after)
+        if padded:  # what it multiplies with is not what it is called with
+            return
         # Next to the layer, inside the hooks of others: these may change what it receives and returns.
-        yield module.register_forward_pre_hook(before, with_kwargs=True)
+        yield module.register_forward_pre_hook(called, with_kwargs=True)
         yield module.register_forward_hook(after, prepend=True)
 
     def _enter(self, tap: Tap, layer: nn.Module, x: Tensor, record: _Record | None) -> None:

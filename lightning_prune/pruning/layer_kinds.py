@@ -6,10 +6,11 @@ convolution (1 of all other layers): the rows of a group meet I inputs of their 
 
 from __future__ import annotations
 
-import math
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.naming import clean_name, own_parameters
 from lightning_prune.pruning.experts import expert_parameters
+from lightning_prune.pruning.zeros import is_plain_product
 from lightning_prune.sharding import type_name
 
 
@@ -49,7 +51,7 @@ def _rows(x: Tensor) -> Tensor:
     return x[:, None] if x.dim() == 2 else x.flatten(1, -2)
 
 
-def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
+def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[tuple[int, int]]:
     """What a convolution adds before and after each dimension; of an odd sum the larger half comes after."""
     if layer.padding == "same":
         sums = [step * (size - 1) for step, size in zip(layer.dilation, layer.kernel_size, strict=True)]
@@ -60,29 +62,55 @@ def _padding(layer: nn.Conv1d | nn.Conv2d) -> list[tuple[int, int]]:
 
 
 def _patches(layer: nn.Module, x: Tensor) -> Tensor:
-    """The patches a convolution multiplies with its weight, ``(B, C, [H,] W)`` to ``(B, T, G*kh*kw*C/G)``.
+    """The patches a convolution multiplies with its weight, ``(B, C, [[D,] H,] W)`` to ``(B, T, G*kd*kh*kw*C/G)``.
 
     Of the first channels alone, whole groups or a part of one, it gives theirs.
     """
     assert isinstance(layer, CONVOLUTIONS)
-    flat = isinstance(layer, nn.Conv1d)
-    x = x[None] if x.dim() == (2 if flat else 3) else x
+    size = layer.weight.dim() - 2
+    x = x[None] if x.dim() == size + 1 else x
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, [side for sizes in reversed(_padding(layer)) for side in sizes], mode=mode)
-    kernel, stride, dilation = ((1, *of)[-2:] for of in (layer.kernel_size, layer.stride, layer.dilation))
-    patches = F.unfold(x[:, :, None] if flat else x, kernel, dilation=dilation, stride=stride)  # (B, C*kh*kw, T)
-    b, _, t = patches.shape
-    by_group = patches.view(b, -1, min(x.shape[1], layer.in_channels // layer.groups), math.prod(kernel), t)
-    return by_group.permute(0, 4, 1, 3, 2).reshape(b, t, -1)
+    for i in range(size):
+        span = layer.dilation[i] * (layer.kernel_size[i] - 1) + 1
+        x = x.unfold(2 + i, span, layer.stride[i])[..., :: layer.dilation[i]]
+    of_group = min(x.shape[1], layer.in_channels // layer.groups)
+    x = torch.unflatten(x, 1, (-1, of_group))  # (B, G, C/G, places, kernel)
+    places = range(3, 3 + size)
+    return x.permute(0, *places, 1, *(i + size for i in places), 2).flatten(1, size).flatten(2)
 
 
-def _conv2d_outputs(y: Tensor) -> Tensor:
-    y = y[None] if y.dim() == 3 else y
-    return y.flatten(2).transpose(1, 2)
+def as_called(
+    layer: nn.Module,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> nn.Module | None:
+    """Return a stand-in for a convolution, of the geometry that its weight is used with; None of other groups."""
+    assert isinstance(layer, CONVOLUTIONS)
+    if groups != layer.groups:
+        return None
+    other, size = copy.copy(layer), weight.dim() - 2
+    geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+    vars(other).update(
+        {name: value if isinstance(value, str) else _for_each(value, size) for name, value in geometry.items()},
+        padding_mode="zeros",
+    )
+    return other
 
 
-def _conv1d_outputs(y: Tensor) -> Tensor:
-    return (y[None] if y.dim() == 2 else y).transpose(1, 2)
+def _for_each(value: Any, size: int) -> tuple[int, ...]:
+    """A number for each dimension, of one for all, alone or in a sequence."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * size if len(values) == 1 else values
+
+
+def _outputs(size: int) -> Callable[[Tensor], Tensor]:
+    """What makes rows of the outputs of convolutions over so many dimensions."""
+    return lambda y: (y[None] if y.dim() == size + 1 else y).flatten(2).transpose(1, 2)
 
 
 LINEAR = LayerKind(
@@ -93,6 +121,8 @@ LINEAR = LayerKind(
     input_rows=lambda _, x: _rows(x),
     output_rows=_rows,
 )
+# A layer of a class of its own that computes what a Linear does, such as torch_geometric's.
+LINEAR_ALIKE = replace(LINEAR, name="layer like Linear")
 # transformers' Conv1D (GPT-2) is a linear layer that stores its weight transposed.
 CONV1D = LayerKind(
     "Conv1D",
@@ -109,10 +139,11 @@ CONV2D = LayerKind(
     to_matrix=lambda w: w.movedim(1, -1).reshape(w.shape[0], w.shape[1:].numel()),
     from_matrix=lambda m, s: m.view(s[0], *s[2:], s[1]).movedim(-1, 1),
     input_rows=_patches,
-    output_rows=_conv2d_outputs,
+    output_rows=_outputs(2),
 )
-CONVOLUTION1D = replace(CONV2D, name="Conv1d", output_rows=_conv1d_outputs)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+CONVOLUTION1D = replace(CONV2D, name="Conv1d", output_rows=_outputs(1))
+CONVOLUTION3D = replace(CONV2D, name="Conv3d", output_rows=_outputs(3))
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # A matrix that its module multiplies with by itself, without a layer that could be watched.
 INNER = replace(LINEAR, name="inner matrix")
@@ -140,9 +171,15 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
         return CONV2D
     if isinstance(module, nn.Conv1d):
         return CONVOLUTION1D
+    if isinstance(module, nn.Conv3d):
+        return CONVOLUTION3D
     # By name, so that the functional core needs no import of transformers.
     if type_name(module) == "Conv1D" and hasattr(module, "nf"):
         return CONV1D
+    if re.search(r"Linear|Dense", type_name(module)):
+        weight = own_parameters(module).get("weight")
+        lazy = weight is not None and is_lazy(weight)  # refused later, with what to do
+        return LINEAR_ALIKE if lazy or is_plain_product(module) else None
     return None
 
 

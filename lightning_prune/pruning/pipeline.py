@@ -114,7 +114,7 @@ def prune(
             model in one sweep.
         loss_fn: ``loss_fn(model, batch)``, a scalar or one loss a sample ``[B]``; also drives the forward pass of
             scores without gradients.
-        targets: Layer types, type names or name patterns to prune; default all (Linear, Conv1D, Conv1d, Conv2d,
+        targets: Layer types, type names or name patterns to prune; default all (Linear, Conv1D, Conv1d to Conv3d,
             experts, what is inside of attention and recurrent layers) but frozen ones, routers and output layers; a
             selector that matches nothing else names those too.
         ignore: The same, left out beside output layers; default these alone, by transformers' names for them. With

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_prune.errors import refuse_inference_tensors
-from lightning_prune.naming import to_ignore
+from lightning_prune.naming import and_alike, to_ignore
 from lightning_prune.pruning.allocation import (
     Allocation,
     KFACAllocation,
@@ -208,9 +208,11 @@ def _check_layers(targets: Sequence[Target], nm: NM | None, statistics: frozense
     for target in targets:
         inputs = target.shape[1]
         if nm is not None and inputs % nm.m:
+            odd = {t.parameter: None for t in targets if t.shape[1] % nm.m}
+            others = {t.parameter for t in targets} - odd.keys()
             raise ValueError(
                 f"pattern={str(nm)!r}: the {inputs} inputs of {target.name!r} do not divide by {nm.m}; add "
-                f"{to_ignore(target.parameter)}, or choose another pattern"
+                f"{to_ignore(target.parameter)}, or choose another pattern{and_alike(list(odd), others)}"
             )
         if statistics and target.kind is INNER:
             raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_prune.errors import refuse_inference_tensors
 from lightning_prune.naming import (
     HEADS,
+    and_alike,
     clean_name,
     has_class,
     is_head,
@@ -40,6 +42,7 @@ from lightning_prune.pruning.layer_kinds import (
     LINEAR,
     PROJECTION,
     LayerKind,
+    embeds,
     packed_layers,
     stored_weights,
 )
@@ -371,7 +374,7 @@ def find_targets(
     Args:
         model: Any module.
         targets: Layer types, type names, or patterns of module names (``"q_proj"``, ``"layers.0.*"``).
-            Default: every Linear, Conv1D (transformers), Conv1d and Conv2d, experts, and the matrices inside of
+            Default: every Linear, Conv1D (transformers), Conv1d to Conv3d, experts, and the matrices inside of
             MultiheadAttention, LSTM, GRU and RNN.
         ignore: The same, left out. Default: output layers by the names that transformers gives them
             (`DEFAULT_IGNORE`), which are left out beside other layers that are named here too; with ``[]`` they are
@@ -473,6 +476,15 @@ def _nothing_to_prune(
     for reason in dict.fromkeys(left_out.values()):
         names = [name for name, why in left_out.items() if why == reason]
         text += f"; {reason}: {', '.join(map(repr, names[:4]))}{', ...' if len(names) > 4 else ''}"
+    others = Counter(
+        type_name(m)
+        for m in model.modules()
+        if not stored_weights(m)
+        and not embeds(m)
+        and any(is_lazy(p) or p.dim() > 1 for p in own_parameters(m).values())
+    )
+    if others:
+        text += f"; weights of other kinds are not pruned: {', '.join(f'{n} {kind}' for kind, n in others.items())}"
     packed = packed_layers(model)
     if packed:
         return f"{text}. {len(packed)} layers such as {packed[0][0]!r} are quantized: prune before quantizing"
@@ -690,6 +702,12 @@ def _is_embedding(module: nn.Module) -> bool:
 def _group_by_parameter(model: nn.Module, chosen: dict[str, _Candidate], users: _Users, called: bool) -> list[Target]:
     names = {p: clean_name(n) for n, p in model.named_parameters(remove_duplicate=True)}
     grouped: dict[nn.Parameter, list[tuple[str, _Candidate]]] = {}
+    if computed := [name for name, layer in chosen.items() if layer.weight is None]:
+        raise ValueError(
+            f"the weight of {computed[0]!r} is not a plain parameter (weight_norm, spectral_norm, torch.nn.utils.prune "
+            "or parametrize?); make it permanent first (prune.remove, remove_parametrizations), or add "
+            f"{to_ignore(computed[0])}{and_alike(computed, chosen.keys() - computed)}"
+        )
     for name, layer in chosen.items():
         grouped.setdefault(_checked_weight(name, layer), []).append((name, layer))
 
@@ -751,11 +769,7 @@ def _stand_in(user: _Candidate, index: int) -> nn.Module:
 
 def _checked_weight(name: str, layer: _Candidate) -> nn.Parameter:
     weight = layer.weight
-    if weight is None:
-        raise ValueError(
-            f"the weight of {name!r} is not a plain parameter (torch.nn.utils.prune or parametrize?); "
-            f"make it permanent first (prune.remove, remove_parametrizations), or add {to_ignore(name)}"
-        )
+    assert weight is not None
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"the weight of {name!r} has no shape yet (lazy layer); run the model once first")
     if weight.is_complex():

@@ -49,10 +49,13 @@ _SOME_VALUES = frozenset(
 )
 # PEFT adds an adapter to a parameter so (``target_parameters``), and runs the layer with the sum in its place.
 _ADAPTING = frozenset(("add", "baddbmm"))
+# Products that stand for a call of a layer, and their arguments.
+_OF_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_ARGUMENTS = {"linear": _OF_CONVOLUTION[:3], **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _OF_CONVOLUTION)}
 # What they return gives the weight no gradient.
 _WITHOUT_GRADIENT = frozenset(("detach", "__setitem__", "__len__", "__repr__", "__format__", "tolist", "numpy", "item"))
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+_PLAIN = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _ROUNDED = 0.2  # more than quantization to four bits changes a row
 _TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -77,9 +80,14 @@ class Watched(Protocol):
 
     backward: bool
     of_weights: bool
+    watched: bool
     calls: list[LayerCall]
 
     def fail(self, message: str) -> None: ...  # noqa: D102
+
+    def run_as_layer(  # noqa: D102
+        self, name: str, x: Tensor, how: dict[str, Any], product: Callable[[Tensor], Any]
+    ) -> Any: ...
 
     def made_product(self, call: LayerCall, product: Tensor) -> None: ...  # noqa: D102
 
@@ -87,9 +95,16 @@ class Watched(Protocol):
 class WeightUses(TorchFunctionMode):
     """Watches where weights are used.
 
+    A layer that is never called, since what holds it multiplies with its weight (``F.linear(x, self.qkv.weight)``, as
+    the attention of Swin and BEiT does), is run as if it were called.
+
     Args:
         taps: The hooks, which know the layers that are running.
         layers: Names of parameters and the layers that use them, or slices of them.
+
+    Attributes:
+        called: Names of weights whose layers have been called.
+        functional: Names of those that others multiply with in the place of their layers.
     """
 
     def __init__(self, taps: Watched, layers: Sequence[tuple[str, Sequence[nn.Module]]]) -> None:
@@ -98,8 +113,10 @@ class WeightUses(TorchFunctionMode):
         self.taps, self.layers = weakref.proxy(taps), layers
         self.known: dict[int, tuple[Tensor, str]] = {}
         self.stored: dict[str, Tensor] = {}  # weights before the pass
-        self.stand_ins: list[tuple[str, str, bool, Tensor]] = []
+        self.stand_ins: list[tuple[str, str, bool, bool, Tensor]] = []
         self.looked_at: set[str] = set()
+        self.called: set[str] = set()
+        self.functional: set[str] = set()
 
     def begin(self) -> None:
         """Forget the last forward pass; parameters may have been replaced since."""
@@ -131,6 +148,10 @@ class WeightUses(TorchFunctionMode):
     ) -> Any:
         """Run the function; where it is a use that hooks do not see, with a stand-in for the weight."""
         kwargs = kwargs or {}
+        if (product := self._as_layer(func, args, kwargs)) is not None:
+            return product
+        if not self.taps.watched:
+            return func(*args, **kwargs)
         call = self.taps.calls[-1] if self.taps.calls else None
         if call is not None and is_offloaded(call.layer):  # its weight has come since the layer was called
             self.add(call.name, call.layer)
@@ -166,6 +187,24 @@ class WeightUses(TorchFunctionMode):
         if elementwise and not product and isinstance(result, Tensor):  # a scaled weight may still meet data
             self.known[id(result)] = result, min(names)
         return result
+
+    def enter(self, name: str, functional: bool = False) -> None:
+        """Note how a layer is used that begins to run; refuse one that is used in both ways."""
+        (self.functional if functional else self.called).add(name)
+        if name in self.functional and name in self.called:
+            self._refuse(name, "linear")
+
+    def _as_layer(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a product as a call of the layer that it stands for; None for anything else."""
+        names = _ARGUMENTS.get(getattr(func, "__name__", ""))
+        if names is None:
+            return None
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        weight, name = self.known.get(id(given.get("weight")), (None, ""))
+        if weight is None or weight is not self.stored.get(name) or name in self.called:
+            return None
+        rest = {key: value for key, value in given.items() if key != "input"}
+        return self.taps.run_as_layer(name, given["input"], rest, lambda x: func(x, **rest))
 
     def _look_at(self, name: str, layer: nn.Module, stored: Tensor, instead: Tensor) -> None:
         """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.
@@ -215,7 +254,8 @@ class WeightUses(TorchFunctionMode):
             return arguments
         weight, name = self.known[id(arguments)]
         stand_in = weight.detach().requires_grad_()
-        self.stand_ins.append((name, function, product, stand_in))
+        inside = any(call.name == name for call in self.taps.calls)
+        self.stand_ins.append((name, function, product, inside, stand_in))
         return stand_in
 
     def _product(self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -239,13 +279,20 @@ class WeightUses(TorchFunctionMode):
 
     def check_gradients(self) -> None:
         """After backward: refuse weights whose gradient is not all in their layers."""
-        for name, function, product, stand_in in self.stand_ins:
+        for name, function, product, inside, stand_in in self.stand_ins:
             matters = self.taps.of_weights or product
             if matters and stand_in.grad is not None and bool((local(stand_in.grad) != 0).any()):
-                self._refuse(name, function)
+                self._refuse(name, function, inside)
         self.stand_ins = []
 
-    def _refuse(self, name: str, function: str) -> None:
+    def _refuse(self, name: str, function: str, inside: bool = False) -> None:
+        if inside:
+            self.taps.fail(
+                f"{_layer(name)} changes its weight ({function!r}: a mask, a scale?) before it multiplies with it, so "
+                f"the gradient of the weight that is stored cannot be told; add {to_ignore(name)}, or choose a score "
+                f"without gradients of weights (kfac, wanda, magnitude){adapter_in_its_place(name)}"
+            )
+            return
         self.taps.fail(
             f"the weight {name!r} is also used outside its layer's forward pass ({function!r}: a penalty on weights, "
             f"or a function such as F.linear(x, layer.weight)), which calibration cannot see; add {to_ignore(name)}, "

@@ -1,4 +1,4 @@
-"""Tell layers in whose product a zero of the weight is no zero: pruning them would remove nothing."""
+"""Try out what a layer does with its weight: whether zeros of it remove anything, and whether it is a plain product."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import own_parameters
 
-_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
-_PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "matmul", "mm", "addmm", "__matmul__"))
+_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+_PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "addmm", "__matmul__"))
 
 
 class _Products(TorchFunctionMode):
@@ -40,10 +42,10 @@ def keeps_zeros(layer: nn.Module) -> bool:
 
     Weight standardization subtracts a mean first, after which none is. A scale or a rounding keeps them. A layer with a
     forward of its own is tried with a made-up weight and input, on a copy; one that cannot be run so counts as keeping
-    them.
+    them. What else it learns is tried without zeros: a gain that begins at zero hides what will become of the weight's.
 
     Args:
-        layer: A Linear, Conv1d or Conv2d, or of a class that inherits from one.
+        layer: A Linear or convolution, or of a class that inherits from one.
     """
     weight = own_parameters(layer).get("weight")
     if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or not weight.is_floating_point():
@@ -53,25 +55,90 @@ def keeps_zeros(layer: nn.Module) -> bool:
         made = ((index % 2) * (1 + index % 3)).to(weight.dtype).view(weight.shape)  # every second is zero
         products = _Products(made.numel())
         with products:
-            run_copy(layer, nn.Parameter(made), _input(layer, made))
+            run_copy(layer, nn.Parameter(made), _input(layer, made), learned=True)
     except Exception:  # whatever it needs, it cannot be run alone
         return True
     zeros = int((made == 0).sum())
     return all(found >= zeros for found in products.zeros)
 
 
-def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor) -> Any:
+class _Inputs(TorchFunctionMode):
+    """Writes down the inputs of convolutions with a weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.seen: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").startswith("conv") and any(
+            a is self.weight for a in (*args, *kwargs.values())
+        ):
+            self.seen.append(args[0] if args else kwargs["input"])
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def pads_by_itself(layer: nn.Module) -> bool:
+    """Return whether a convolution pads its input before it multiplies, as those of TensorFlow's "same" padding do.
+
+    It is tried out as in `keeps_zeros`.
+    """
+    weight = own_parameters(layer).get("weight")
+    if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or is_lazy(weight):
+        return False
+    x, trial = _input(layer, weight), nn.Parameter(torch.zeros_like(weight))
+    try:
+        with _Inputs(trial) as inputs:
+            run_copy(layer, trial, x)
+    except Exception:  # whatever it needs, it cannot be run alone
+        return False
+    return [seen.numel() > x.numel() for seen in inputs.seen] == [True]
+
+
+@torch.no_grad()
+def is_plain_product(layer: nn.Module, transposed: bool = False) -> bool:
+    """Return whether a layer multiplies its input with its weight and adds its bias, and no more.
+
+    It is tried out; one that cannot be run alone does something else, and so does one without numbers yet.
+
+    Args:
+        layer: Of any class, with a parameter ``weight``.
+        transposed: Whether that is stored ``[I, O]``, and not ``[O, I]``.
+    """
+    weight, own, bias = own_parameters(layer).get("weight"), vars(layer).get("forward"), getattr(layer, "bias", None)
+    if weight is None or is_lazy(weight) or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        return False
+    matrix = weight.t() if transposed else weight
+    x = torch.linspace(-1, 1, 2 * matrix.shape[1], device=weight.device).to(weight.dtype).view(2, -1)
+    try:
+        found = run_copy(layer, weight, x) if own is None else own(x)
+        expected = F.linear(x, matrix, bias)
+        close = 0.02 if weight.element_size() < 4 else 1e-4
+        least = close * float(expected.abs().max()) if expected.numel() else 0.0
+        return found.shape == expected.shape and torch.allclose(found, expected, close, least, equal_nan=True)
+    except Exception:  # whatever it needs, it gets no such thing from a trial, or from an adapter in its place
+        return False
+
+
+def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor, learned: bool = False) -> Any:
     """Run the forward of a layer's class on a copy in evaluation mode, so that the layer stays as it is.
 
     Args:
         layer: The layer. It is not called, so that its hooks do not run.
         weight: Of the copy, which shares it.
         x: Its input.
+        learned: Whether to run it as it may be once it has learned: with ones for zeros in its other parameters.
     """
     trial, own = copy.copy(layer), own_parameters(layer).get("weight")
     held = vars(trial)
     for kind in ("_parameters", "_buffers", "_modules"):
         held[kind] = copy.deepcopy({name: value for name, value in held[kind].items() if value is not own})
+    for parameter in own_parameters(trial).values() if learned else ():
+        parameter.masked_fill_(parameter == 0, 1)
     trial.weight = weight
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         return type(layer).forward(trial.eval(), x)
@@ -79,7 +146,7 @@ def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor) -> Any:
 
 def _input(layer: nn.Module, weight: Tensor) -> Tensor:
     """Ones that a layer takes, not as many as its weight has."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         # Twice what the kernel spans: a padding mode may want more than the padding.
         spans = [2 * step * (size - 1) + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
         shape = [layer.in_channels, *spans]

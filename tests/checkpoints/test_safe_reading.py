@@ -384,3 +384,9 @@ def test_check_sums_change_nothing_else(tmp_path):
         assert handle.metadata() | {CHECK_SUMS: ""} == {"format": "pt", "mine": "kept", CHECK_SUMS: ""}
     assert dict(open_checkpoint(tmp_path / "m.safetensors")).keys() == tensors.keys()
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_the_class_of_what_a_file_holds_beside_tensors_is_named(tmp_path):
+    torch.save({"state_dict": {}, "hyper_parameters": {"made_by": Path("x")}}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"could run code \(an object of pathlib\.[\w.]*PosixPath\)"):
+        read_resumable(tmp_path / "last.ckpt")

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from waiting import Waits
 
+from lightning_prune import prune
 from lightning_prune.checkpoints.model import quiet_transformers
 from lightning_prune.errors import CalibrationError
 from lightning_prune.pruning.calibration import collect, collect_forward
@@ -1142,3 +1143,19 @@ def test_what_a_model_keeps_in_evaluation_mode_does_not_outlast_calibration(mode
     gather(model, [torch.randn(2, 6)], {"input_norm"}, num_samples=2)
     assert [m.training for m in model.modules()] == [mode, mode, mode, False]
     assert (model[0].kept is None) == mode
+
+
+def test_a_new_output_layer_of_zeros_is_named_as_a_cause():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    nn.init.zeros_(model[2].weight)
+    loss = lambda m, b: F.cross_entropy(m(b), torch.zeros(len(b), dtype=torch.long))  # noqa: E731
+    with pytest.raises(CalibrationError, match=r"zero in 1 of 1 layers.*output layer still zero.*OneShot\(10\)"):
+        prune(model, [torch.randn(4, 4)], "kfac", num_samples=4, loss_fn=loss, targets=["0"], progress=False)
+
+
+def test_batches_that_cannot_be_taken_apart_are_said_to_count_as_one():
+    graphs = [(torch.randn(5, 4), torch.randint(0, 5, (2, 9))) for _ in range(3)]
+    model, ended = nn.Sequential(nn.Linear(4, 4)), "ended after 3 of num_samples=8"
+    for batches, rest in ((graphs, r" \(a batch whose .* counts as one\)$"), ([(torch.randn(3, 4),)], "$")):
+        with pytest.warns(UserWarning, match=ended + rest):
+            prune(model, batches, "wanda", num_samples=8, loss_fn=lambda m, b: m(*b[:1]), progress=False)

@@ -1,4 +1,4 @@
-"""Grouped convolutions, up to depthwise ones: the rows of a group meet inputs of their own."""
+"""Grouped convolutions, up to depthwise ones: the rows of a group meet inputs of their own; and those of volumes."""
 
 import math
 
@@ -26,6 +26,9 @@ LAYERS = {
     "2d, depthwise": (4, 4, 3, {"groups": 4, "padding": 1}),
     "2d, two rows a channel": (3, 6, 2, {"groups": 3, "padding": 1, "padding_mode": "replicate"}),
     "2d, points": (8, 4, 1, {"groups": 4, "bias": False}),
+    "3d in one group": (3, 4, (2, 3, 1), {"stride": (1, 2, 1), "padding": (1, 0, 2), "dilation": (2, 1, 1)}),
+    "3d, same": (4, 6, (2, 1, 3), {"groups": 2, "padding": "same", "padding_mode": "replicate"}),
+    "3d, depthwise": (4, 4, 3, {"groups": 4, "padding": 1}),
     "1d in two groups": (6, 4, 3, {"groups": 2, "stride": 2, "padding": 1}),
     "1d, even and same": (4, 8, 4, {"groups": 4, "padding": "same", "padding_mode": "circular"}),
     "1d, depthwise": (4, 4, 3, {"groups": 4, "dilation": 2, "padding": 2, "padding_mode": "reflect"}),
@@ -36,10 +39,10 @@ def make(name):
     """A model with a grouped convolution in the middle, and samples for it."""
     torch.manual_seed(0)
     channels, outputs, kernel, how = LAYERS[name]
-    kind = nn.Conv1d if name.startswith("1d") else nn.Conv2d
+    kind = {"1d": nn.Conv1d, "2d": nn.Conv2d, "3d": nn.Conv3d}[name[:2]]
     layer = kind(channels, outputs, kernel, **how)
     model = nn.Sequential(kind(3, channels, 1), nn.Tanh(), layer, nn.Tanh())
-    return model, torch.randn(3, 3, *(7, 6)[: len(layer.kernel_size)])
+    return model, torch.randn(3, 3, *(7, 6, 5)[: len(layer.kernel_size)])
 
 
 def squares(model, batch):
@@ -115,6 +118,8 @@ def test_statistics_are_those_of_a_loop_over_groups(name, size):
     for statistic, expected in reference(model, data).items():
         assert expected.max() > 0
         value = found["2.weight"].get(statistic).double().numpy()
+        if model[2].groups == 1 and statistic == "input_norm":  # all rows meet the same inputs
+            value = np.broadcast_to(value, expected.shape)
         np.testing.assert_allclose(value, expected, rtol=2e-4, atol=2e-6 * expected.max(), err_msg=statistic)
     torch.testing.assert_close(forward.input_norm, found["2.weight"].input_norm)
 

@@ -595,10 +595,24 @@ def test_layers_whose_forward_is_another_are_refused_by_name(kind, size):
     assert_refused(of_kind(kind), data(size, 4, 6), squares, r"'2'.*`ignore`")
 
 
+class Masked(nn.Linear):
+    """As the layers of autoregressive flows are."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight * (torch.arange(6) < 3), self.bias)
+
+
+def test_a_layer_that_masks_its_weight_is_said_to_change_it():
+    message = r"'2' changes its weight \('(__)?mul(__)?': a mask.*add '2' to `ignore`, or choose.*\(kfac,"
+    assert_refused(of_kind(Masked), data(3, 4, 6), squares, message)
+    with pytest.warns(UserWarning, match=r"'2' \(Masked\) does not multiply with its weight as it is stored"):
+        gather(of_kind(Masked), data(3, 4, 6), squares, {"input_norm", "output_grad_norm"})
+
+
 def test_a_refusal_says_what_to_ignore_in_all_blocks():
     """As of Mamba's dt_proj, whose module multiplies with its weight by itself in every block."""
     model = nn.Sequential(*(nn.ModuleDict({"up": nn.Linear(6, 6), "skip": nn.Linear(6, 6)}) for _ in range(3)))
-    model.forward = lambda x: [x := F.linear(block["up"](x), block["skip"].weight) for block in model][-1]
+    model.forward = lambda x: [x := (block["skip"].weight @ block["up"](x).mT).mT for block in model][-1]
     by_name = r"add '0\.skip' to `ignore` \('\*\.skip' for all blocks\)"
     assert_refused(model, data(3, 6), squares, by_name, FORWARD_STATISTICS)
     targets = find_targets(model, ignore=["*.skip"])

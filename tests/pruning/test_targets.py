@@ -528,3 +528,28 @@ def test_a_quantized_teacher_is_a_frozen_teacher(llama):
             packed(layer)
     model = body_and(teacher=llama.requires_grad_(False))
     assert names_of(model) == BODY
+
+
+def test_all_layers_that_one_reason_refuses_are_named_at_once():
+    def block():
+        return nn.ModuleDict({"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 8, 1), "c": nn.Conv2d(8, 3, 1)})
+
+    model = nn.Sequential(block(), block(), nn.Conv2d(8, 8, 3, groups=8))
+    message = r"27 inputs of '0\.a\.weight' do not divide by 4.*one of 3 layers like this, and ignore=\['\*\.a', '2'\]"
+    with pytest.raises(ValueError, match=message):
+        prune(model, score="magnitude", pattern="2:4")
+    assert len(prune(model, score="magnitude", pattern="2:4", ignore=["*.a", "2"])) == 4
+    for name in ("0.a", "1.a", "1.b"):
+        nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+    message = (
+        r"'0\.a' is not a plain parameter \(weight_norm.*one of 3 layers like this, and ignore=\['\*\.a', '1\.b'\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_targets(model)
+    assert len(find_targets(model, ignore=["*.a", "1.b"])) == 4
+
+
+def test_where_nothing_can_be_pruned_what_is_there_is_named():
+    model = nn.Sequential(nn.ConvTranspose2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="weights of other kinds are not pruned: 2 ConvTranspose2d"):
+        find_targets(model)

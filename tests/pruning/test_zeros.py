@@ -23,6 +23,29 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, (self.weight - mean) / (deviation + 1e-5), self.bias)
 
 
+class Gained(Standardized):
+    """Standardization with a gain that is learned from zero on, so that a block begins as the identity."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.zeros(sizes[1], 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = F.batch_norm(self.weight.flatten(1)[None], None, None, self.gain.flatten(), training=True)
+        return self._conv_forward(x, weight.view_as(self.weight), self.bias)
+
+
+class Gate(nn.Linear):
+    """The weight times a gain that is learned from zero on."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.zeros(sizes[1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.gain, self.bias)
+
+
 class Binary(nn.Linear):
     """The signs of the centered weight."""
 
@@ -71,6 +94,8 @@ class Counting(nn.Linear):
     [
         (lambda: Standardized(3, 4, 3, padding=1, padding_mode="reflect"), False),
         (lambda: Standardized(4, 4, 1, dtype=torch.bfloat16), False),
+        (lambda: Gained(3, 4, 3), False),
+        (lambda: Gate(6, 4), True),
         (lambda: Binary(6, 4), False),
         (lambda: Binary(6, 1), False),
         (lambda: Ternary(6, 4), True),
