@@ -214,7 +214,7 @@ class PERPRetraining(L.Callback):
         pruners = pruners_of(trainer)
         model = self._model(pl_module)
         found = find_retraining(model)
-        check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None)
+        check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None, self.merge)
         callbacks = callbacks_of(trainer)
         if self in callbacks:
             check_order(callbacks, self)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from peft import LoraConfig, get_peft_model
 from perp_models import halve, zeros
 from perp_trainers import GPT2, LLAMA, Losses, loader, make_module, make_trainer, pruning
@@ -298,6 +298,7 @@ def model_parallel(tensor: int) -> ModelParallelStrategy:
         (DeepSpeedStrategy.__new__(DeepSpeedStrategy), {}, r"does not support DeepSpeedStrategy"),
         (model_parallel(2), {}, r"ModelParallelStrategy\(tensor_parallel_size=2\).*use tensor_parallel_size=1"),
         (model_parallel(1), {"reconstruct": True}, r"which ModelParallelStrategy shards: pass reconstruct=False"),
+        (DDPStrategy(start_method="fork"), {"merge": False}, r"start_method='fork'.*'ddp', or merge=True"),
     ],
 )
 def test_strategies_that_adapters_cannot_follow_are_refused(
@@ -310,6 +311,19 @@ def test_strategies_that_adapters_cannot_follow_are_refused(
     assert snapshot(module) == before
     assert isinstance(module.model, LlamaForCausalLM)
     assert "configure_model" not in module.__dict__
+
+
+def test_processes_of_their_own_end_with_the_layers_of_the_module_that_takes_their_weights() -> None:
+    ddp, trainer = (
+        SimpleNamespace(strategy=DDPStrategy(start_method=method), callbacks=[]) for method in ("popen", "spawn")
+    )
+    module, plain = make_module(), make_module()
+    PERPRetraining(merge=False).setup(ddp, module, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"merge=True\).*a module with, which takes none"):
+        PERPRetraining().setup(trainer, module, "fit")  # type: ignore[arg-type]
+    PERPRetraining(merge=False).setup(trainer, module, "fit")  # type: ignore[arg-type]
+    PERPRetraining().setup(trainer, plain, "fit")  # type: ignore[arg-type]
+    assert isinstance(plain.model, SparsePeftModel)
 
 
 def test_a_model_made_in_configure_model_is_refused() -> None:
