@@ -393,6 +393,34 @@ def test_a_recurrent_model_is_told_to_train_biases_and_norms(tmp_path: Path) -> 
     assert (module.model[1].weight_hh_l0 == 0).sum() == 16 * 4 // 2
 
 
+def test_an_attention_of_torch_is_scored_by_data_as_without_adapters(tmp_path: Path) -> None:
+    """It multiplies with the output's matrix by itself, which has an adapter here."""
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.model = nn.TransformerEncoder(layer, 2)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return (self.model(batch) - batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    data = DataLoader(torch.randn(8, 3, 8, generator=torch.Generator().manual_seed(1)), batch_size=4)
+    found, trained = [], []
+    for beside in ([], [PERPRetraining(merge=False)]):
+        pruner, module = pruning(score="gblm"), Module()
+        make_trainer(tmp_path, pruner, *beside, max_epochs=1).fit(module, data)
+        found.append(pruner.masks)
+        trained += [p for n, p in module.named_parameters() if "out_proj.lora_B" in n]
+    assert len(found[0]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+    assert [bool(matrix.any()) for matrix in trained] == [True, True]
+
+
 def test_a_second_attribute_for_a_part_of_the_model_is_refused_with_the_cure(tmp_path: Path) -> None:
     module = make_module()
     module.backbone = module.model.model
