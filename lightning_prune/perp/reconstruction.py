@@ -34,6 +34,7 @@ from lightning_prune.pruning.stacks import stacks_to_walk
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals, restored_on_failure
 
+_OWN_BATCHES = "give batches that the model takes by itself (in PERPRetraining: reconstruct={'calibration': ...}), or "
 _RATES = (1.0, 0.25)  # shares of the learning rate that are tried
 
 
@@ -173,7 +174,8 @@ def reconstruct(
             loss_fn or _run_body,
             forward_context,
             offload=device,
-            otherwise="leave reconstruct out, and train adapters, or the kept weights under hold_masks",
+            otherwise=("" if loss_fn is None else _OWN_BATCHES)
+            + "leave reconstruct out, and train adapters, or the kept weights under hold_masks",
         )
         walks = walk_stacks(calibrating, [[block for _, block in stack] for stack in stacks], errors=ranks)
         errors = []
