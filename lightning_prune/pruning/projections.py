@@ -67,15 +67,15 @@ class Projection(nn.Module):
         start, stop = self.bounds
         weight = self.weight.detach()[start:stop]  # frozen while statistics are collected
         if self.index == OUTPUT:
-            return F.linear(x, weight, self.holder[0].bias)
+            return F.linear(x, weight, output_layer(self.attention).bias)
         bias = self.attention.in_proj_bias
         return F.linear(x, weight, None if bias is None else bias.chunk(3)[self.index])
 
 
-def output_layer(attention: nn.MultiheadAttention) -> nn.Module:
+def output_layer(attention: nn.MultiheadAttention) -> nn.Linear:
     """The layer that holds the output's matrix, which an adapter may stand around."""
     base = getattr(attention.out_proj, "base_layer", None)
-    return base if isinstance(base, nn.Module) else attention.out_proj
+    return base if isinstance(base, nn.Linear) else attention.out_proj
 
 
 def can_be_written_out(attention: nn.MultiheadAttention) -> bool:
