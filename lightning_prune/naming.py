@@ -19,7 +19,7 @@ HEADS = (
     *("lm_head", "embed_out", "output_projection", "vocab_projector", "generator_lm_head", "text_lm_head"),
     *("predictions.decoder", "lm_loss", "pred_layer", "ctc_head", "seq_relationship", "sop_classifier"),
     *("classifier", "cls_classifier", "distillation_classifier", "classification_head", "class_labels_classifier"),
-    *("class_predictor", "class_embed", "score", "qa_outputs", "logits_proj", "head"),
+    *("class_predictor", "class_embed", "score", "qa_outputs", "logits_proj", "head", "mlm_head", "to_logits"),
 )
 """What output layers are called in transformers, and in most models of one's own."""
 

@@ -37,7 +37,7 @@ USES = {
     "_compiled_call_impl": "callbacks.checks",
     "_StorageInfo": "checkpoints.reading",
     "_MEM_FORMAT_ENCODING": "checkpoints.reading",
-    "_start_method": "callbacks.checks",
+    "_start_method": "callbacks.kinds",
     "_ddp_comm_state": "callbacks.checks",
     "_data_source": "callbacks.calibration_data",
     "_batches_that_stepped": "callbacks.sparsity_monitor",

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.callbacks.kinds import callbacks_of, is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind, start_method
 from lightning_prune.callbacks.teardown import refuse_offloaded, refuse_unmovable
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of
@@ -96,9 +96,9 @@ def check_trainer(trainer: L.Trainer, callback: Any) -> None:
     if is_kind(strategy, "ModelParallelStrategy"):
         _check_sharding(strategy, trainer)
     if is_kind(strategy, "DDPStrategy"):
-        if strategy._start_method != "popen":
+        if (method := start_method(strategy)) is not None:
             raise ValueError(
-                f"PruningAwarePretraining does not support DDP with start_method={strategy._start_method!r}, which "
+                f"PruningAwarePretraining does not support DDP with start_method={method!r}, which "
                 "returns the weights to a module of the old sizes; use strategy='ddp'"
             )
         if strategy._ddp_comm_state is not None:
@@ -424,7 +424,9 @@ def check_states(
         check_rescaling(structure, optimizers, parameters)
 
 
-def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool, reconstruct: bool) -> None:
+def check_strategy(
+    strategy: Any, module: L.LightningModule, has_adapters: bool, reconstruct: bool, merge: bool
+) -> None:
     """Whether adapters can be trained, and merged, under a strategy.
 
     Args:
@@ -432,6 +434,7 @@ def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool,
         module: As it is before adapters are put on.
         has_adapters: Whether an earlier fit left them on.
         reconstruct: Whether blocks are to be fitted before training.
+        merge: Whether adapters are to be merged at the end.
 
     Raises:
         ValueError: naming what to use instead.
@@ -441,6 +444,14 @@ def check_strategy(strategy: Any, module: L.LightningModule, has_adapters: bool,
             f"PERPRetraining does not support {type(strategy).__name__}, whose flat shards hide the weights; use "
             "strategy=ModelParallelStrategy(tensor_parallel_size=1), which shards with FSDP2 (fully_shard in "
             "configure_model), or 'ddp'"
+        )
+    if (method := start_method(strategy)) is not None and has_adapters == merge:
+        # Lightning loads what comes back without looking whether any name is the module's.
+        end, here = ("without", "with") if merge else ("with", "without")
+        raise ValueError(
+            f"PERPRetraining(merge={merge}) does not support DDP with start_method={method!r}: its processes end {end} "
+            f"adapters, and give their weights to a module {here}, which takes none of them; use strategy='ddp', or "
+            f"merge={not merge}"
         )
     if is_kind(strategy, "ModelParallelStrategy"):
         tensor = strategy.device_mesh["tensor_parallel"].size()

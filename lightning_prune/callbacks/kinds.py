@@ -28,3 +28,9 @@ def callbacks_of(trainer: L.Trainer) -> list[Any]:
     """Return the callbacks of a Trainer, in its order; Lightning declares no type for the attribute."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def start_method(strategy: object) -> str | None:
+    """Return how a strategy starts processes that live for one fit, of which the weights alone come back; else None."""
+    method: str = getattr(strategy, "_start_method", "popen")
+    return None if method == "popen" else method

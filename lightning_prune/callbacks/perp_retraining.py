@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.averages import averages
-from lightning_prune.callbacks.calibration_data import CalibrationData
+from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace
 from lightning_prune.callbacks.checks import (
     check_after_shrinking,
     check_order,
@@ -25,12 +25,13 @@ from lightning_prune.callbacks.checks import (
     neighbor,
 )
 from lightning_prune.callbacks.copies import copied_state
-from lightning_prune.callbacks.distillation import Distillation
+from lightning_prune.callbacks.distillation import Distillation, undistilled
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
 from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
 from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
 from lightning_prune.callbacks.rewrapping import put_in_place, without_wrapper
 from lightning_prune.callbacks.teardown import BeforeTeardown
+from lightning_prune.callbacks.traces import WatchedParameters
 from lightning_prune.callbacks.weight_pruning import WeightPruning, pruners_of, ranks_of
 from lightning_prune.checkpoints.reading import check_checkpoint_of, open_checkpoint
 from lightning_prune.checkpoints.states import UNMERGED, check_adapters
@@ -57,6 +58,7 @@ from lightning_prune.perp.record import Retraining, find_retraining, unwrapped
 from lightning_prune.pruning.holding import with_inner
 from lightning_prune.pruning.masks import Masks, mask_sparsity, named_weights, pack_masks, unpack_masks
 from lightning_prune.pruning.plan import needs_of
+from lightning_prune.pruning.running import quiet_model
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of, select_layers
 from lightning_prune.sharding import reshard
 
@@ -115,8 +117,9 @@ class PERPRetraining(L.Callback):
         lora_options: Further options of `add_adapters`, such as ``{"use_rslora": True}``.
         adapt_head: Put an adapter on the output embeddings too; see `lightning_prune.perp.add_adapters`.
         reconstruct: Fit the pruned model block by block to the dense one before training: True, or a mapping with any
-            of ``dense`` (default: the weights as `WeightPruning` finds them in this fit), ``calibration`` (default:
-            samples drawn from the training data, whose order is untouched) and the options of
+            of ``dense`` (default: the weights as `WeightPruning` finds them in this fit), ``calibration`` (batches as
+            the model takes them; default: samples drawn from the training data, whose order is untouched, with which
+            the training step calls the model) and the options of
             `lightning_prune.perp.reconstruct`, such as ``{"train": "all"}``; ``num_samples`` are over all ranks,
             ``adapter`` and its options default to this one's. Not done again when a checkpoint is resumed.
         distill_from: A dense source model whose logits to stay close to: a causal language model, or where to load
@@ -215,7 +218,7 @@ class PERPRetraining(L.Callback):
         pruners = pruners_of(trainer)
         model = self._model(pl_module)
         found = find_retraining(model)
-        check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None)
+        check_strategy(trainer.strategy, pl_module, found is not None, self.reconstruct is not None, self.merge)
         callbacks = callbacks_of(trainer)
         if self in callbacks:
             check_order(callbacks, self)
@@ -555,6 +558,14 @@ class PERPRetraining(L.Callback):
             self._goes_on, self._unmerged = True, state_dict.get(UNMERGED)
 
 
+def _step(
+    loss_fn: Callable[[nn.Module, Any], Any], parameters: WatchedParameters, model: nn.Module, batch: Any
+) -> None:
+    """Run the training step of a module; what it writes to parameters is put back later."""
+    with parameters:
+        loss_fn(model, batch)
+
+
 def _settings_of(callback: PERPRetraining) -> dict[str, Any]:
     return _settings(Retraining(callback.adapter, callback.train, callback.options, (), frozenset()))
 
@@ -707,7 +718,15 @@ def reconstruct_before_training(
             "the module was pruned before this fit, so the weights from before are not known to reconstruct: pass "
             "reconstruct={'dense': FOLDER}, or reconstruct=False for another fit"
         )
-    with CalibrationData.of(trainer, before.calibration, before.settings.num_samples, seed) as data:
+    module, loss_fn = trainer.lightning_module, None
+    with ExitStack() as stack:
+        if before.calibration is None and module.automatic_optimization:
+            # What training reads is for the training step, which alone may know how to call the model.
+            stack.enter_context(undistilled(module))
+            parameters = stack.enter_context(no_trace(trainer, module))
+            stack.enter_context(quiet_model(module, freeze=False))
+            loss_fn = partial(_step, calibration_loss(module), parameters)
+        data = stack.enter_context(CalibrationData.of(trainer, before.calibration, before.settings.num_samples, seed))
         return reconstruct(
             model,
             data,
@@ -716,5 +735,6 @@ def reconstruct_before_training(
             seed=seed,
             forward_context=trainer.precision_plugin.train_step_context,
             ranks=ranks_of(trainer),
+            loss_fn=loss_fn,
             **{**before.settings.options(), "num_samples": data.local_samples},
         )

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_prune.callbacks.kinds import callbacks_of, is_kind
+from lightning_prune.callbacks.kinds import callbacks_of, is_kind, start_method
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.patterns import parse_pattern
 from lightning_prune.pruning.scores import Criterion
@@ -65,6 +65,17 @@ def warn_of_untrained(weights: Mapping[str, nn.Parameter], optimizers: Iterable[
             f"WeightPruning: {len(idle)} of the {len(weights)} weights to prune require a gradient, but no optimizer "
             f"has them, first {idle[0]!r}: they are pruned and not trained. Give them to an optimizer; or, if they are "
             f"to stay dense as a teacher, freeze them (requires_grad_(False)), or add {to_ignore(*idle[:4])}"
+        )
+
+
+def warn_of_masks_that_stay_behind(strategy: object) -> None:
+    """Warn of a strategy whose processes end with the fit, and the callback's masks with them."""
+    if (method := start_method(strategy)) is not None:
+        rank_zero_warn(
+            f"WeightPruning: processes of start_method={method!r} (ddp_spawn, ddp_fork, ddp_notebook) give back the "
+            "weights alone, with their zeros: after the fit masks is empty, sparsity 0.0, and trainer.save_checkpoint "
+            "saves no masks. Those are in the checkpoints of the fit (ModelCheckpoint); WeightPruning(score='keep') "
+            "holds the zeros in another fit. With strategy='ddp' the masks stay"
         )
 
 

@@ -23,6 +23,7 @@ from lightning_prune.callbacks.pruning_notices import (
     last_step,
     warn_of_a_schedule_that_ends_too_late,
     warn_of_choice_by_score,
+    warn_of_masks_that_stay_behind,
     warn_of_missing_sparsity,
     warn_of_other_settings,
     warn_of_untrained,
@@ -99,7 +100,7 @@ class WeightPruning(L.Callback):
         group: ``"row"``, ``"layer"``, ``"global"``, or None for the score's own.
         allocation: Layer sparsities.
         update: None, ``"exact"``, ``"alps"`` (or an `ALPS`), ``"obs"``.
-        num_samples: Calibration samples over all ranks, at least one for each data-parallel rank.
+        num_samples: Calibration samples over all data-parallel ranks, as many on each (a remainder is left out).
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
         grad_norm: ``"l1"`` or ``"l2"``.
@@ -338,6 +339,8 @@ class WeightPruning(L.Callback):
                 "weights; use strategy=ModelParallelStrategy(), which shards with FSDP2 (fully_shard in "
                 "configure_model), or 'ddp'"
             )
+        if stage == "fit":
+            warn_of_masks_that_stay_behind(trainer.strategy)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune, or take up the masks that are there, before the first batch."""

@@ -240,13 +240,17 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
 
     Returns:
         Parameters by name, each once; a part that the model does not have adds nothing, except that a missing head
-        is an error. A head tied to the embedding is one parameter with it.
+        is an error. A head tied to the embedding is one parameter with it. Of a part of which some require gradients
+        the others are left out: those of a frozen teacher, or of frozen layers.
 
     Raises:
         TypeError, ValueError: an unknown part, or ``"head"`` of a model without one.
     """
     parts = check_parts(train)
-    wanted = {p for part in parts for p in _parameters_of(model, part)}
+    wanted: set[nn.Parameter] = set()
+    for part in parts:
+        found = list(_parameters_of(model, part))
+        wanted.update([p for p in found if p.requires_grad] or found)
     return {name: p for name, p in model.named_parameters() if p in wanted}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from lightning_prune.pruning.stacks import stacks_to_walk
 from lightning_prune.ranks import Ranks
 from lightning_prune.safety import Originals, restored_on_failure
 
+_OWN_BATCHES = "give batches that the model takes by itself (in PERPRetraining: reconstruct={'calibration': ...}), or "
 _RATES = (1.0, 0.25)  # shares of the learning rate that are tried
 
 
@@ -86,6 +87,7 @@ def reconstruct(
     progress: bool = True,
     forward_context: ForwardContext = contextlib.nullcontext,
     ranks: Ranks | None = None,
+    loss_fn: Callable[[nn.Module, Any], Any] | None = None,
     **options: Any,
 ) -> Reconstruction:
     """Fit each decoder block of a pruned model, or its halves, to the dense one's outputs; every zero stays.
@@ -115,6 +117,7 @@ def reconstruct(
         forward_context: Makes the context that forward passes run in (autocast).
         ranks: The processes that work together, each with batches and `num_samples` of its own and all with the same
             weights: gradients are averaged over them, and all end with the same weights. Every one must call.
+        loss_fn: ``loss_fn(model, batch)`` runs the model; its value is not used. Default: the model takes the batch.
         **options: Those of `ReconstructSettings` (``train``, ``adapter``, ``window``, ``steps`` or ``epochs``,
             ``batch_size``, ``learning_rate`` or ``relative_rate``, ``num_samples``, ``teacher``, ``share``,
             ``offload``), and for adapters those of `add_adapters`, without ``rank_pattern``, ``alpha_pattern`` and
@@ -168,10 +171,11 @@ def reconstruct(
             model,
             taken,
             settings.num_samples,
-            _run_body,
+            loss_fn or _run_body,
             forward_context,
             offload=device,
-            otherwise="leave reconstruct out, and train adapters, or the kept weights under hold_masks",
+            otherwise=("" if loss_fn is None else _OWN_BATCHES)
+            + "leave reconstruct out, and train adapters, or the kept weights under hold_masks",
         )
         walks = walk_stacks(calibrating, [[block for _, block in stack] for stack in stacks], errors=ranks)
         errors = []

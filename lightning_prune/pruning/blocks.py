@@ -32,7 +32,7 @@ from lightning_prune.pruning.forwards import forwards_replaced
 from lightning_prune.pruning.padding import Padding, PaddingFinder
 from lightning_prune.pruning.projections import without_fast_path
 from lightning_prune.pruning.room import Passes, Room, numbers_in
-from lightning_prune.pruning.running import ForwardContext
+from lightning_prune.pruning.running import ForwardContext, RandomStates
 from lightning_prune.ranks import Ranks, in_step, meet, no_sample, synchronized_errors
 from lightning_prune.sharding import reshard, type_name
 
@@ -155,10 +155,11 @@ class BlockWalk:
             for (batch, size), counting in in_step(units, samples.ranks):
                 given, form = True, form_of(batch)
                 self.runs = runs.get(form, 1)
+                drawn = RandomStates(samples.model)
                 recorded = self._record(batch, size)
                 adds = any(call.added is not None for one in recorded for call in one.calls)
                 if recorded and samples.compared and samples.ranks is None and (adds or form not in runs):
-                    recorded = self._compared(batch, size, recorded)
+                    recorded = self._compared(batch, size, recorded, drawn)
                 if recorded:
                     runs[form] = self.runs
                 for one in recorded:
@@ -311,8 +312,14 @@ class BlockWalk:
         ]
 
     @torch.no_grad()
-    def _compared(self, batch: Any, size: int, recorded: list[BlockBatch]) -> list[BlockBatch]:
+    def _compared(self, batch: Any, size: int, recorded: list[BlockBatch], drawn: RandomStates) -> list[BlockBatch]:
         """The record of a batch, anew if the blocks run on it more than once.
+
+        Args:
+            batch: The batch.
+            size: Its samples.
+            recorded: What the blocks receive of it.
+            drawn: From where that was drawn, by a loss that masks tokens or adds noise: it is compared with the same.
 
         Raises:
             CalibrationError: blocks that are not all that there is between the first one's input and the last one's
@@ -335,10 +342,12 @@ class BlockWalk:
             return hidden
 
         with without_fast_path():
-            self._finished(self.recording, run, recorded[0].numbers, recorded[0].samples)
+            with drawn.again():
+                self._finished(self.recording, run, recorded[0].numbers, recorded[0].samples)
             if len(seen) > 1:
                 self.runs = len(seen)
-                recorded = self._record(batch, size)
+                with drawn.again():
+                    recorded = self._record(batch, size)
             for one, expected in itertools.zip_longest(recorded, seen):
                 if one is None or expected is None:
                     raise self._computes_between()

@@ -401,6 +401,11 @@ class Taps:
                 self._enter(tap, layer, x, None)
                 self._take_input(tap, layer, x)
                 return None
+            if x.is_nested and x.layout is torch.strided:
+                raise CalibrationError(
+                    f"{name!r} receives a nested tensor of strided layout, whose gradients cannot be watched: make it "
+                    "with layout=torch.jagged, or choose a score without gradients (wanda, sparsegpt, magnitude)"
+                )
             if not self.in_backward:
                 tap.uses += 1
                 self._check_per_sample(tap, layer, x)
@@ -511,7 +516,7 @@ class Taps:
                 return
             # Two dimensions then are tokens of all samples put together (experts), whatever their number.
             least = layer.weight.dim() if isinstance(layer, CONVOLUTIONS) else 3 if self.of_sequences else 2
-            if x.dim() < least or x.shape[0] != self.size:
+            if x.is_nested or x.dim() < least or x.shape[0] != self.size:
                 self.not_per_sample = True
 
     def _padding_now(self) -> Padding | None:
@@ -527,7 +532,7 @@ class Taps:
         padding: Padding | None,
     ) -> Tensor | None:
         """Which of a layer's rows ``[B, T, I]``, made of its input x, are real; None where all are."""
-        if padding is None:
+        if padding is None or x.is_nested:  # of which all rows are real
             return None
         if routed is None:
             return padding.keep(tap.name, layer, local(x), rows.shape)

@@ -45,7 +45,9 @@ class LayerKind:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``(B, ..., C)`` to ``(B, T, C)``; a 2-D input is one row a sample."""
+    """``(B, ..., C)`` to ``(B, T, C)``; a 2-D input is one row a sample. Samples of several lengths become one."""
+    if x.is_nested:
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in x.unbind()])[None]
     if x.dim() == 1:
         return x[None, None]
     return x[:, None] if x.dim() == 2 else x.flatten(1, -2)

@@ -37,7 +37,7 @@ class Projection(nn.Module):
         super().__init__()
         # In tuples, or they would be parts of it.
         self.inside = (attention,)
-        self.holder: tuple[nn.Module] = (attention.out_proj if index == OUTPUT else attention,)
+        self.holder: tuple[nn.Module] = (output_layer(attention) if index == OUTPUT else attention,)
         self.index = index
         self.packed = index != OUTPUT and attention.in_proj_weight is not None
         self.name = "weight" if index == OUTPUT else "in_proj_weight" if self.packed else _PARAMETERS[index]
@@ -67,9 +67,15 @@ class Projection(nn.Module):
         start, stop = self.bounds
         weight = self.weight.detach()[start:stop]  # frozen while statistics are collected
         if self.index == OUTPUT:
-            return F.linear(x, weight, self.attention.out_proj.bias)
+            return F.linear(x, weight, output_layer(self.attention).bias)
         bias = self.attention.in_proj_bias
         return F.linear(x, weight, None if bias is None else bias.chunk(3)[self.index])
+
+
+def output_layer(attention: nn.MultiheadAttention) -> nn.Linear:
+    """The layer that holds the output's matrix, which an adapter may stand around."""
+    base = getattr(attention.out_proj, "base_layer", None)
+    return base if isinstance(base, nn.Linear) else attention.out_proj
 
 
 def can_be_written_out(attention: nn.MultiheadAttention) -> bool:

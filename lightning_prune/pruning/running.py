@@ -5,12 +5,15 @@ Letters: B samples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -343,6 +346,41 @@ def on_device(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
     device = model_device(model)
     for batch in batches:
         yield to_device(batch, device)
+
+
+class RandomStates:
+    """The states of random generators of torch, Python and numpy, to draw the same numbers again.
+
+    Args:
+        model: Where it runs a generator is looked at too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        device = model_device(model)
+        self.devices = [device] if device.type == "cuda" else []
+        self._take()
+
+    def _take(self) -> None:
+        self._torch = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in self.devices]
+        self._others = random.getstate(), np.random.get_state()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Begin from these states while the block runs; afterwards all are where they were before it."""
+        now = copy.copy(self)
+        now._take()
+        self._set()
+        try:
+            yield
+        finally:
+            now._set()
+
+    def _set(self) -> None:
+        torch.set_rng_state(self._torch[0])
+        for device, state in zip(self.devices, self._torch[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._others[0])
+        np.random.set_state(self._others[1])
 
 
 # A compiled model would not see hooks that were added after it was compiled.

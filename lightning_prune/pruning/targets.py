@@ -48,7 +48,7 @@ from lightning_prune.pruning.layer_kinds import (
 )
 from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
-from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out
+from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out, output_layer
 from lightning_prune.pruning.zeros import keeps_zeros
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import (
@@ -332,7 +332,7 @@ def _candidates(model: nn.Module, adapters: Collection[nn.Module]) -> dict[str, 
     attentions: dict[nn.Module, nn.MultiheadAttention] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and can_be_written_out(module):
-            attentions |= {module: module, module.out_proj: module}
+            attentions |= {module: module, output_layer(module): module}
         if module in adapters:
             continue
         for parameter, kind in stored_weights(module).items():
@@ -504,7 +504,7 @@ def _reasons(
     inside = {id(layer.module) for layer in layers.values()}
     routers, frozen = _routers(model, layers), _frozen(model, layers)
     # Their parent reads their weights, and never calls them.
-    outputs = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    outputs = {output_layer(m) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     functional = {
         layer.module
         for layer in layers.values()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from peft import LoraConfig, get_peft_model
 from perp_models import halve, zeros
 from perp_trainers import GPT2, LLAMA, Losses, loader, make_module, make_trainer, pruning
@@ -298,6 +298,7 @@ def model_parallel(tensor: int) -> ModelParallelStrategy:
         (DeepSpeedStrategy.__new__(DeepSpeedStrategy), {}, r"does not support DeepSpeedStrategy"),
         (model_parallel(2), {}, r"ModelParallelStrategy\(tensor_parallel_size=2\).*use tensor_parallel_size=1"),
         (model_parallel(1), {"reconstruct": True}, r"which ModelParallelStrategy shards: pass reconstruct=False"),
+        (DDPStrategy(start_method="fork"), {"merge": False}, r"start_method='fork'.*'ddp', or merge=True"),
     ],
 )
 def test_strategies_that_adapters_cannot_follow_are_refused(
@@ -310,6 +311,19 @@ def test_strategies_that_adapters_cannot_follow_are_refused(
     assert snapshot(module) == before
     assert isinstance(module.model, LlamaForCausalLM)
     assert "configure_model" not in module.__dict__
+
+
+def test_processes_of_their_own_end_with_the_layers_of_the_module_that_takes_their_weights() -> None:
+    ddp, trainer = (
+        SimpleNamespace(strategy=DDPStrategy(start_method=method), callbacks=[]) for method in ("popen", "spawn")
+    )
+    module, plain = make_module(), make_module()
+    PERPRetraining(merge=False).setup(ddp, module, "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"merge=True\).*a module with, which takes none"):
+        PERPRetraining().setup(trainer, module, "fit")  # type: ignore[arg-type]
+    PERPRetraining(merge=False).setup(trainer, module, "fit")  # type: ignore[arg-type]
+    PERPRetraining().setup(trainer, plain, "fit")  # type: ignore[arg-type]
+    assert isinstance(plain.model, SparsePeftModel)
 
 
 def test_a_model_made_in_configure_model_is_refused() -> None:
@@ -377,6 +391,34 @@ def test_a_recurrent_model_is_told_to_train_biases_and_norms(tmp_path: Path) -> 
     make_trainer(tmp_path, pruning(), PERPRetraining(adapter=None)).fit(module, data)  # as it says
     assert not torch.equal(before, module.model[0].bias)
     assert (module.model[1].weight_hh_l0 == 0).sum() == 16 * 4 // 2
+
+
+def test_an_attention_of_torch_is_scored_by_data_as_without_adapters(tmp_path: Path) -> None:
+    """It multiplies with the output's matrix by itself, which has an adapter here."""
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            self.model = nn.TransformerEncoder(layer, 2)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return (self.model(batch) - batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    data = DataLoader(torch.randn(8, 3, 8, generator=torch.Generator().manual_seed(1)), batch_size=4)
+    found, trained = [], []
+    for beside in ([], [PERPRetraining(merge=False)]):
+        pruner, module = pruning(score="gblm"), Module()
+        make_trainer(tmp_path, pruner, *beside, max_epochs=1).fit(module, data)
+        found.append(pruner.masks)
+        trained += [p for n, p in module.named_parameters() if "out_proj.lora_B" in n]
+    assert len(found[0]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(found[0].values(), found[1].values(), strict=True))
+    assert [bool(matrix.any()) for matrix in trained] == [True, True]
 
 
 def test_a_second_attribute_for_a_part_of_the_model_is_refused_with_the_cure(tmp_path: Path) -> None:

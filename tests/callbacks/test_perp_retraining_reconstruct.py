@@ -121,6 +121,33 @@ def test_what_cannot_be_reconstructed_is_refused_before_the_pruner_prunes(tmp_pa
     PERPRetraining(adapter=None, train=("head",), reconstruct={"train": "all"})
 
 
+class OwnWords(CausalLM):
+    """Its batches have names of its own, and its step counts."""
+
+    calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.calls += 1
+        self.log("calls", float(self.calls))
+        return super().training_step({"input_ids": batch["tokens"]}, batch_idx)
+
+    calibration_loss = None  # type: ignore[assignment]
+
+
+def test_the_training_step_runs_the_model_on_what_training_reads(tmp_path: Path) -> None:
+    found = []
+    for kind in (CausalLM, OwnWords):
+        L.seed_everything(0, verbose=False)
+        module = kind(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
+        name = "tokens" if kind is OwnWords else "input_ids"
+        data = DataLoader([{name: row["input_ids"]} for row in loader(8).dataset], batch_size=4)
+        perp = PERPRetraining(reconstruct=OPTIONS)
+        make_trainer(tmp_path, perp, pruning(), max_epochs=1).fit(module, data)
+        found.append(perp.reconstruction)
+    assert found[0] == found[1]
+    assert module.calls == 2  # those of training alone
+
+
 class Augmented(Dataset):
     """Draws from the global random generators."""
 

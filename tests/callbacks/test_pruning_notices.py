@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,7 @@ import pytest
 import torch
 from averaging import assert_zero, magnitude, module
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint, Timer
+from lightning.pytorch.strategies import DDPStrategy
 from own_modules import Classifier, Manual, dataset, make_trainer, squared_error
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -298,3 +300,18 @@ def test_the_recipe_chooses_among_finished_models(tmp_path: Path) -> None:
         assert (chosen.sparsity < 0.49) == dense
         if not dense:
             assert state["global_step"] == 36  # the first that is finished is the best of them
+
+
+# -- processes that end ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["popen", "fork", "spawn"])
+def test_masks_that_stay_in_processes_of_a_fit_are_told(method: Any) -> None:
+    trainer: Any = SimpleNamespace(strategy=DDPStrategy(start_method=method), callbacks=[])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WeightPruning().setup(trainer, Classifier(), "test")
+        WeightPruning().setup(trainer, Classifier(), "fit")
+    texts = [text for w in caught if "WeightPruning:" in (text := str(w.message))]
+    assert len(texts) == (method != "popen")
+    assert all(f"start_method={method!r}" in text and "WeightPruning(score='keep')" in text for text in texts)

@@ -300,6 +300,19 @@ def test_the_head_of_a_classifier_trains() -> None:
         add_adapters(plain.roberta, train=("head",))
 
 
+@pytest.mark.parametrize("all_frozen", [False, True])
+def test_parts_of_a_frozen_teacher_stay_frozen(all_frozen: bool) -> None:
+    """Of a model that is frozen whole, as for inference, they are trained."""
+    student, teacher = (nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)) for _ in range(2))
+    model = nn.ModuleDict({"student": student, "teacher": teacher})
+    (model if all_frozen else teacher).requires_grad_(False)
+    prune(student, score="magnitude", progress=False)
+    built = add_adapters(model, train=("bias", "norm"))
+    trained = {n.removeprefix("base_model.model.") for n, p in built.named_parameters() if p.requires_grad}
+    assert {"student.1.weight", "student.1.bias", "student.0.base_layer.bias"} <= trained
+    assert any(name.startswith("teacher") for name in trained) == all_frozen
+
+
 def test_without_adapters_the_parts_train_alone() -> None:
     plain = pruned()
     before = zeros(plain)

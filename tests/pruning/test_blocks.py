@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import naive
 import numpy as np
@@ -361,6 +362,29 @@ def test_blocks_with_another_keyword_for_their_input(how):
     before = (model(data) - dense(data)).norm()
     reconstruct(model, [data], dense=dense, num_samples=4, steps=40, seed=0, progress=False, **how)
     assert (model(data) - dense(data)).norm() < before
+
+
+DRAWS = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: float(np.random.rand()),
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_loss_that_draws_at_random_is_compared_with_the_same_numbers(times, draw):
+    """It masks tokens, or adds noise: two passes on a batch give the blocks other inputs."""
+    model, scales = Stack(lambda block, x: block(hidden_state=x, scale=1.5)[0]), []
+
+    def loss(model, batch):
+        for _ in range(times):
+            scales.append(1 + draw())
+            model(scales[-1] * batch)
+
+    prune(model, [torch.randn(4, 3, 6)], "wanda", sequential=True, num_samples=4, loss_fn=loss, progress=False)
+    assert len(set(scales)) == times
+    assert len(scales) > times
 
 
 class Pair(nn.Module):

@@ -323,6 +323,29 @@ def test_time_first_layers(shape):
         assert_right(TimeFirst(), data(*shape, 6), squares)
 
 
+def ragged(layout):
+    """A loss of samples of one to six tokens, each made of its own."""
+
+    def loss(model, batch):
+        lengths = [1 + int(10 * row.abs().sum()) % 6 for row in batch]
+        texts = [row * torch.arange(1, n + 1)[:, None] for row, n in zip(batch, lengths, strict=True)]
+        out = model(torch.nested.as_nested_tensor(texts, layout=layout))
+        return sum(y.square().mean() for y in out.unbind()) / len(batch)
+
+    return loss
+
+
+def test_samples_of_several_lengths_in_one_tensor():
+    model, batches, loss = two_layers(), data(4, 6), ragged(torch.jagged)
+    assert_right(model, batches, loss)
+    found = gather(model, batches, loss, {"input_norm"})  # forward passes of whole batches
+    alone = gather(model, [row[None] for batch in batches for row in batch], loss, {"input_norm", "output_grad_norm"})
+    for name, statistics in found.items():
+        torch.testing.assert_close(statistics.input_norm, alone[name].input_norm)
+        assert bool(alone[name].output_grad_norm.all())
+    assert_refused(model, batches, ragged(torch.strided), r"layout=torch\.jagged, or choose a score without gradients")
+
+
 def test_a_first_batch_of_one_sample_does_not_tell_the_layout():
     one, four = torch.randn(1, 4, 6), torch.randn(4, 4, 6)  # as many samples as tokens
     assert_right(TimeFirst(), [one, four], squares)

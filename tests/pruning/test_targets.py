@@ -328,7 +328,10 @@ def body_and(**parts):
 BODY = ["body.0", "body.1"]
 
 
-@pytest.mark.parametrize("head", ["lm_head", "classifier", "score", "qa_outputs", "head", "logits_proj", "ctc_head"])
+@pytest.mark.parametrize(
+    "head",
+    ["lm_head", "classifier", "score", "qa_outputs", "head", "logits_proj", "ctc_head", "to_logits", "mlm_head"],
+)
 def test_heads_are_left_alone_unless_named(head):
     model = body_and(**{head: nn.Linear(4, 2)})
     assert names_of(model) == BODY
