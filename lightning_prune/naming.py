@@ -160,6 +160,15 @@ def clean_name(name: str) -> str:
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
+def clean_path(path: str) -> str:
+    """`clean_name` of a module's path, which may itself be what a wrapper put there.
+
+    >>> clean_path("layers.0._orig_mod.up_proj._orig_mod")
+    'layers.0.up_proj'
+    """
+    return clean_name(f"{path}.").removesuffix(".")
+
+
 def name_matches(name: str, pattern: str) -> bool:
     """Whether a module name, one of its ancestors, or the tail of either is a pattern or matches it, shell-style.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -29,6 +30,17 @@ def is_main_process() -> bool:
         return dist.get_rank() == 0
     named = (os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
     return int(next(named, "0")) == 0
+
+
+def warn(text: str, stacklevel: int = 1) -> None:
+    """Warn once for all ranks, of what is the same on each.
+
+    Args:
+        text: The warning; nothing is said where it is empty.
+        stacklevel: Whose line is named, as `warnings.warn` counts from the caller.
+    """
+    if text and is_main_process():
+        warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import refuse_inference_tensors
-from lightning_prune.naming import plain_name, uncompiled
+from lightning_prune.naming import clean_path, is_compiled_alone, plain_name, uncompiled
 from lightning_prune.perp.convolutions import CONVOLUTIONS, check_convolution, put_on_convolution
 from lightning_prune.perp.experts import check_experts, place_of, put_on_experts, weight_name
 from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_variant, sparse_layers
@@ -54,7 +53,7 @@ from lightning_prune.perp.storage import (
     settings_of,
     write_named,
 )
-from lightning_prune.progress import is_main_process
+from lightning_prune.progress import is_main_process, warn
 from lightning_prune.pruning.coverage import pruned_zeros
 from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, CONVOLUTION1D, EXPERT, LINEAR, embeds
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
@@ -146,7 +145,7 @@ def attach(
     masks = dict(masks or {})
     check_masks(model, masks)
     trained = select_parameters(model, parts)
-    head = _head_name(model, adapter) if adapt_head else None
+    head = head_name(model, adapter) if adapt_head else None
     names = [] if adapter is None else adapted_modules(model, adapter, options, masks, pruned_later, head)
     if not names and not trained:
         raise ValueError(f"adapter={adapter!r} with train={parts} leaves nothing to train in {type(model).__name__}")
@@ -233,20 +232,16 @@ def adapted_modules(
     head: str | None = None,
 ) -> list[str]:
     """Return the names of the modules that get an adapter, all of them checked, and of the head where it is named."""
-    if options.get("target_modules") in (None, "all-linear"):
-        kinds = _ADAPTED if options.get("target_modules") is None else _LINEAR
-        found = adaptable(find_targets(model, frozen=True), kinds)
-        check_any_adapted(model, found)
-        names = match_modules(model, adapter, {**options, "target_modules": WholeNames(found)})
-        if options.get("target_modules") is None and not pruned_later:
-            names = [name for name in names if _is_pruned(model, name, masks)]
-    else:
-        names = match_modules(model, adapter, options)
-    if head is not None:
-        names = [*(name for name in names if name != head), head]
+    names = chosen_modules(model, adapter, options, masks, pruned_later, head)
     for name in names:
         path, parameter = place_of(model, name)
         layer = model.get_submodule(path)
+        if is_compiled_alone(path):
+            raise ValueError(
+                f"the {'products' if path == name else 'experts'} of {clean_path(name)!r} were given to torch.compile "
+                "alone, and would go on without an adapter: add adapters first, and compile the blocks or the model, "
+                "or leave them out (exclude_modules)"
+            )
         if path != name:
             check_experts(name, layer, parameter, options)
         elif isinstance(layer, CONVOLUTIONS):
@@ -261,9 +256,41 @@ def adapted_modules(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
             f"sparsity to keep: prune the model first, or use plain PEFT{f'. {left}' if left else ''}"
         )
-    if left and is_main_process():
-        warnings.warn(left, stacklevel=4)
+    warn(left, stacklevel=4)
     return names
+
+
+def chosen_modules(
+    model: nn.Module,
+    adapter: str,
+    options: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    pruned_later: bool = False,
+    head: str | None = None,
+) -> list[str]:
+    """Return the names of the modules that are to get an adapter, whether they can or not.
+
+    Args:
+        model: The plain model.
+        adapter: The variant.
+        options: Of LoRA.
+        masks: See `attach`.
+        pruned_later: See `attach`.
+        head: Name of output embeddings that get one too.
+
+    Raises:
+        ValueError: none is named, or none can be pruned.
+    """
+    if options.get("target_modules") in (None, "all-linear"):
+        kinds = _ADAPTED if options.get("target_modules") is None else _LINEAR
+        found = adaptable(find_targets(model, frozen=True), kinds)
+        check_any_adapted(model, found)
+        names = match_modules(model, adapter, {**options, "target_modules": WholeNames(found)})
+        if options.get("target_modules") is None and not pruned_later:
+            names = [name for name in names if _is_pruned(model, name, masks)]
+    else:
+        names = match_modules(model, adapter, options)
+    return names if head is None else [*(name for name in names if name != head), head]
 
 
 def check_any_adapted(model: nn.Module, names: Sequence[str]) -> None:
@@ -304,8 +331,8 @@ def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None])
             )
 
 
-def _head_name(model: nn.Module, adapter: str | None) -> str:
-    """Return the name of the output embeddings."""
+def head_name(model: nn.Module, adapter: str | None) -> str:
+    """Return the name of the output embeddings, which are to get an adapter."""
     if adapter is None:
         raise ValueError("adapt_head=True with adapter=None has no adapter to put on the head; name one, or remove it")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
@@ -327,7 +354,7 @@ def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool
 
 def has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
     """Whether a mask prunes any weight; without one, whether any is zero."""
-    return not bool((weight.detach() if mask is None else mask).all())
+    return count_over_ranks({"": weight.detach() if mask is None else mask}, lambda part: int((part == 0).sum())) > 0
 
 
 def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later: bool) -> str:
@@ -369,8 +396,8 @@ def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, T
         if name not in masks and weight.dim() > 1 and not weight.is_meta:
             lost[name] = pruned_zeros(weight, whole_rows=not embeds(module))
     text = ", ".join(f"{zeros:,} of {name!r}" for name, zeros in lost.items() if zeros)
-    if text and is_main_process():
-        warnings.warn(
+    if text:
+        warn(
             f"training whole matrices (train, adapt_head) fills zeros that look pruned: {text}. To keep them, leave "
             "that part out, or train the model under WeightPruning(score='keep', targets=...) or hold_masks",
             stacklevel=4,
