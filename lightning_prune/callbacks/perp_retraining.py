@@ -525,6 +525,7 @@ class PERPRetraining(L.Callback):
         """
         module = None if self._module is None else self._module()
         state: dict[str, Any] = {"version": _STATE_VERSION, "callback": "PERPRetraining", "masks": {}, "layers": {}}
+        state["attribute"] = self.attribute
         state["settings"] = settings_of(self._record(self.options))
         state["begun"], state["started"] = not self._waits, self._started
         if module is not None and self.adapter is not None:
