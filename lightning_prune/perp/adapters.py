@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import refuse_inference_tensors
-from lightning_prune.naming import clean_path, is_compiled_alone, plain_name, uncompiled
+from lightning_prune.naming import clean_path, is_bias, is_compiled_alone, plain_name, uncompiled
 from lightning_prune.perp.convolutions import CONVOLUTIONS, check_convolution, put_on_convolution
 from lightning_prune.perp.experts import check_experts, place_of, put_on_experts, weight_name
 from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_variant, sparse_layers
@@ -393,7 +393,7 @@ def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, T
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         weight = getattr(module, attribute)
-        if name not in masks and weight.dim() > 1 and not weight.is_meta:
+        if name not in masks and weight.dim() > 1 and not weight.is_meta and not is_bias(attribute):
             lost[name] = pruned_zeros(weight, whole_rows=not embeds(module))
     text = ", ".join(f"{zeros:,} of {name!r}" for name, zeros in lost.items() if zeros)
     if text:

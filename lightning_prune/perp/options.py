@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.errors import check_whole
-from lightning_prune.naming import clean_name, clean_path, is_head, own_parameters, uncompiled
+from lightning_prune.naming import clean_name, clean_path, is_bias, is_head, own_parameters, uncompiled
 from lightning_prune.perp.convolutions import CONVOLUTIONS
 from lightning_prune.perp.layers import CombinedLinear, find_variant
 from lightning_prune.progress import warn
@@ -309,7 +309,7 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
 
     Args:
         model: A plain model, before any adapter.
-        train: Any of ``"bias"`` (every parameter named bias, of norms and experts too), ``"norm"`` (the parameters of
+        train: Any of ``"bias"`` (every bias, see `lightning_prune.naming.is_bias`), ``"norm"`` (the parameters of
             normalization layers), ``"head"`` (the output embeddings; of a model without any, its classifier) and
             ``"embedding"`` (all embeddings).
 
@@ -340,10 +340,9 @@ def _parameters_of(model: nn.Module, part: str) -> Iterator[nn.Parameter]:
         yield from found
         return
     for module in model.modules():
-        biases = ("bias", *(f"{name}_bias" for name in expert_parameters(module)))
         for name, parameter in module.named_parameters(recurse=False):
             if (
-                (part == "bias" and name in biases)
+                (part == "bias" and is_bias(name))
                 or (part == "norm" and is_norm(module))
                 or (part == "embedding" and isinstance(module, nn.Embedding))
             ):

@@ -12,11 +12,12 @@ import torch
 from experts_models import make_moe
 from perp_models import halve, pruned
 from tiny import make_llama, snapshot
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune import prune
 from lightning_prune.perp import add_adapters, merge
 from lightning_prune.perp.layers import sparse_layers
+from lightning_prune.perp.options import select_parameters
 
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
@@ -108,6 +109,56 @@ def test_warnings_are_those_of_the_first_rank(monkeypatch: pytest.MonkeyPatch) -
     for rank, count in ((0, 3), (1, 0)):
         monkeypatch.setenv("RANK", str(rank))
         assert len(told(pruned, **options)[1]) == count
+
+
+class Biased(nn.Module):
+    """With biases under all the names that torch gives them, and none beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
+        self.lstm = nn.LSTM(8, 4, 2, bidirectional=True, batch_first=True, proj_size=0)
+        self.gru = nn.GRUCell(8, 8)
+        self.up = nn.ConvTranspose1d(8, 8, 1)
+        self.tables = nn.ParameterDict({name: torch.randn(8) for name in ("dt_bias", "pos_bias_u", "bias_table")})
+        self.tables["e_score_correction_bias"] = torch.randn(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = self.lstm(self.attention(x, x, x)[0])[0]
+        x = self.up(x.mT).mT + self.tables["dt_bias"] * self.tables["pos_bias_u"]
+        return self.gru(x.flatten(0, 1))
+
+
+def test_every_bias_is_trained() -> None:
+    torch.manual_seed(0)
+    model = Biased()
+    prune(model, score="magnitude", targets=["first"], progress=False)
+    names, x = [name for name, _ in model.named_parameters()], torch.randn(2, 3, 8)
+    expected = {n for n in names if re.search(r"bias(_[uvk]|_[ih]h\w*)?$", n) and "correction" not in n}
+    assert len(expected) == 1 + 4 + 8 + 2 + 1 + 2
+    assert set(select_parameters(model, ("bias",))) == expected
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model = add_adapters(model, r=2, train=("bias",))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(x).square().sum().backward()
+    optimizer.step()
+    after = dict(merge(model).named_parameters())
+    assert {n for n in names if not torch.equal(after[n], before[n])} - {"first.weight"} == expected
+
+
+@pytest.mark.parametrize("part", ["all", "some"])
+def test_zeros_of_biases_do_not_look_pruned(part: str) -> None:
+    def make() -> nn.Module:
+        model = make_moe("gpt_oss")
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj_bias"):
+                parameter.data[..., :: 1 if part == "all" else 2] = 0.0
+        prune(model, score="magnitude", progress=False)
+        return model
+
+    assert told(make)[1] == []
 
 
 def compiled_blocks() -> nn.Module:
