@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.calibration_data import CalibrationData
@@ -198,10 +199,11 @@ class PERPRetraining(L.Callback):
         self._goes_on = False  # from a checkpoint of the time after
         self._unmerged: Mapping[str, Tensor] | None = None  # its base weights and adapters
         self._end: BeforeTeardown | None = None
+        self._frozen: dict[Tensor, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and loaded masks, nothing of a module or of a fit that runs."""
-        return copied_state(self, _module=None, _started=False, _end=None, _distillation=None)
+        return copied_state(self, _module=None, _started=False, _end=None, _distillation=None, _frozen={})
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 
@@ -410,8 +412,29 @@ class PERPRetraining(L.Callback):
             f"PERPRetraining: {trained:,} parameters are trained, {trainable_share(model):.3%} of the model's "
             f"({', '.join([self.adapter or 'no adapter', *self.train])}{pruned})"
         )
+        self._frozen = self._pruned_weights(trainer, model)
         if self._distillation is not None:
             self._distillation.begin(pl_module, model)
+
+    def _pruned_weights(self, trainer: L.Trainer, model: nn.Module) -> dict[Tensor, str]:
+        """The weights that nothing but a merge may change, and their names; those that a pruner holds aside."""
+        if self.adapter is not None:
+            return {layer.base_weight: name for name, layer in sparse_layers(model)}
+        targets = {} if pruners_of(trainer) else parameters_of(find_targets(model, frozen=True))
+        return {p: name for name, p in targets.items() if not p.requires_grad and has_pruned(p, None)}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Refuse a step that would train what is frozen, whoever has unfrozen it."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in self._frozen:
+                    raise ValueError(
+                        f"{self._frozen[parameter]!r} is pruned and was frozen by PERPRetraining, but has a gradient, "
+                        f"and this step of {type(optimizer).__name__} would fill its zeros: another callback, such as "
+                        "BackboneFinetuning, or a hook of the module has made it trainable since. Leave that out; name "
+                        "what else is to be trained in train, or train the weights themselves under masks "
+                        "(WeightPruning without PERPRetraining)"
+                    )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -469,6 +492,7 @@ class PERPRetraining(L.Callback):
 
     def _let_go(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Give back what was wrapped for the time of a fit."""
+        self._frozen = {}
         if self._end is not None:
             self._end.remove()
             self._end = None
