@@ -43,6 +43,7 @@ _SCALINGS = ("lora_alpha", "use_rslora", "alpha_pattern")
 _INSTEAD = {
     "bias": "train=('bias',)",
     "lora_bias": "train=('bias',)",
+    "target_parameters": "target_modules, which names parameters of experts too",
     "modules_to_save": "train, any of 'norm', 'head' and 'embedding'",
 }
 

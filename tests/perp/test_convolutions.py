@@ -425,6 +425,20 @@ def test_what_cannot_be_adapted_is_refused_by_its_name(
     assert not hasattr(model, "peft_config")
 
 
+def test_parts_of_a_sequence_are_found_with_adapters() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    prune(plain, score="magnitude", progress=False)
+    model, x = moved(add_adapters(plain, r=2)), torch.randn(2, 3, 5, 5)
+    y = x
+    for part in model:
+        y = part(y)
+    assert torch.equal(y, model(x))
+    assert model[0] is plain[0]
+    assert not torch.equal(model[:1](x), plain[0].base_layer(x))
+    with pytest.raises(TypeError, match="not subscriptable"):
+        add_adapters(pruned_vision("resnet"), r=2)[0]
+
+
 def test_a_shared_convolution_is_refused() -> None:
     convolution = nn.Conv2d(4, 4, 3)
     plain = nn.Sequential(convolution, nn.ReLU(), convolution)

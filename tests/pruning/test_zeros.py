@@ -23,6 +23,17 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(x, (self.weight - mean) / (deviation + 1e-5), self.bias)
 
 
+class Standardized3d(nn.Conv3d):
+    """In what the forward of a convolution calls."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean((1, 2, 3, 4), keepdim=True), bias)
+
+
+class Inherited(nn.Conv3d):
+    """Nothing of its own."""
+
+
 class Binary(nn.Linear):
     """The signs of the centered weight."""
 
@@ -71,6 +82,8 @@ class Counting(nn.Linear):
     [
         (lambda: Standardized(3, 4, 3, padding=1, padding_mode="reflect"), False),
         (lambda: Standardized(4, 4, 1, dtype=torch.bfloat16), False),
+        (lambda: Standardized3d(3, 4, (1, 2, 3), dilation=(1, 2, 1)), False),
+        (lambda: Inherited(4, 4, 2, groups=2, padding="same"), True),
         (lambda: Binary(6, 4), False),
         (lambda: Binary(6, 1), False),
         (lambda: Ternary(6, 4), True),
