@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import warnings
@@ -15,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # What launchers call the rank of a process that has not joined its group yet: torchrun, SLURM, Lightning's own.
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+# This package, and what stands between its functions: decorators, context managers.
+_NOT_THE_CALLER = frozenset((__name__.partition(".")[0], "torch", "contextlib"))
 
 
 class Advance(Protocol):
@@ -32,15 +35,18 @@ def is_main_process() -> bool:
     return int(next(named, "0")) == 0
 
 
-def warn(text: str, stacklevel: int = 1) -> None:
-    """Warn once for all ranks, of what is the same on each.
+def warn(text: str) -> None:
+    """Warn once for all ranks, of what is the same on each, at the line that called this package.
 
     Args:
         text: The warning; nothing is said where it is empty.
-        stacklevel: Whose line is named, as `warnings.warn` counts from the caller.
     """
-    if text and is_main_process():
-        warnings.warn(text, stacklevel=stacklevel + 1)
+    if not text or not is_main_process():
+        return
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level + 1)
 
 
 @contextmanager

@@ -256,7 +256,7 @@ def adapted_modules(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
             f"sparsity to keep: prune the model first, or use plain PEFT{f'. {left}' if left else ''}"
         )
-    warn(left, stacklevel=4)
+    warn(left)
     return names
 
 
@@ -400,7 +400,6 @@ def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, T
         warn(
             f"training whole matrices (train, adapt_head) fills zeros that look pruned: {text}. To keep them, leave "
             "that part out, or train the model under WeightPruning(score='keep', targets=...) or hold_masks",
-            stacklevel=4,
         )
 
 

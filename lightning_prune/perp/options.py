@@ -179,7 +179,6 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
         if nothing := [entry for entry, found in zip(entries, matched, strict=True) if not found]:
             warn(
                 f"target_modules: {', '.join(map(_said, nothing))} matches no layer that can get an adapter",
-                stacklevel=4,
             )
         matched = [_adaptable_of(model, names, entry, found) for entry, found in zip(entries, matched, strict=True)]
     return [name for name in names if any(name in found for found in matched)]
@@ -208,7 +207,6 @@ def _excluded(model: nn.Module, names: Mapping[str, str], chosen: Any) -> set[st
                 f"as '.*{entry[0]}.*', also excludes what is inside"
                 if isinstance(entry, list)
                 else "",
-                stacklevel=4,
             )
         found |= matched
     return found
@@ -244,7 +242,6 @@ def _adaptable_of(model: nn.Module, names: Mapping[str, str], entry: str | list[
         text = ", ".join(f"{n[0]!r} ({kind}{f', and {len(n) - 1} more' if n[1:] else ''})" for kind, n in kinds.items())
         warn(
             f"target_modules: {_said(entry)} also matches what no adapter goes with, which is left out: {text}",
-            stacklevel=4,
         )
     return matched - others.keys()
 
@@ -283,7 +280,7 @@ def warn_of_unmatched(option: str, pattern: Mapping[str, Any] | None, names: Ite
     """Warn of keys of ``rank_pattern`` or ``alpha_pattern`` that name none of the layers, as PEFT does."""
     forms = {form for name in names for form in (name, clean_name(name))}
     left = [key for key in pattern or () if not any(get_pattern_key([key], form) == key for form in forms)]
-    warn(f"{option}: {left} match no layer that gets an adapter" if left else "", stacklevel=4)
+    warn(f"{option}: {left} match no layer that gets an adapter" if left else "")
 
 
 PARTS = ("bias", "norm", "head", "embedding")

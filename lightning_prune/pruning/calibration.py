@@ -573,7 +573,6 @@ def warn_of_unrouted(unrouted: Iterable[str]) -> None:
             f"{', ...' if len(names) > 4 else ''}): their weights are compared by magnitude, and with other layers' as "
             "if they mattered as little as those of the least used expert. Use more samples for statistics of their "
             "own",
-            stacklevel=4,
         )
 
 
@@ -599,14 +598,12 @@ def _check_zeros(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks |
             f"the inputs are zero in {_some_of(dead, taps)} in every calibration sample (behind a layer that is still "
             "zero?): nothing is known of their weights' effect, and they are pruned by what else their score knows. "
             "Give samples that reach them, or put them into `ignore`",
-            stacklevel=4,
         )
     if zero := [name for name in zero if name not in dead]:
         warn(
             f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: nothing is known of their "
             "weights' effect on it, and they are pruned by what else their score knows. Put layers that the loss does "
             "not depend on into `ignore`",
-            stacklevel=4,
         )
 
 

@@ -178,7 +178,6 @@ def _warn_of_merges(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
             f"({type(module).__module__}.{type(module).__name__}): merged (merge_and_unload), these fill the zeros, "
             "and no mask holds by then. Keep them unmerged, or train those of lightning_prune.perp.add_adapters, whose "
             "merge keeps the zeros",
-            stacklevel=4,
         )
 
 
@@ -289,7 +288,6 @@ class MaskHold:
         warn(
             f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their masks hold for "
             "the new ones from now on",
-            stacklevel=2,
         )
 
     def mask_gradients(self) -> None:

@@ -147,7 +147,7 @@ def prune(
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
     check_repeatable(batches, plan.passes, "batches")
     if plan.coverage.worrying:
-        warn(f"prune: {plan.coverage}", stacklevel=2)
+        warn(f"prune: {plan.coverage}")
     else:
         _log.info("prune: %s", plan.coverage)
     moved = None if batches is None else _Moved(model, batches)
@@ -238,7 +238,6 @@ def _warn_of_untouched(targets: Sequence[Target], plan: PruningPlan) -> None:
         f"{', ...' if len(names) > 4 else ''}): sparsity={float(plan.sparsity)} of a group of {size} weights "
         f"(group={plan.group!r}) is less than one. Compare within larger groups (group='layer', 'global'), or add them "
         "to `ignore`",
-        stacklevel=5,
     )
 
 

@@ -353,7 +353,6 @@ class _Round:
                 f"compensate=True fills {sum(filled.values()):,} zeros of pruned weights in {len(filled)} layers "
                 f"({next(iter(filled))}, ...), which it re-fits for the inputs that go: shrink before you prune, prune "
                 "again afterwards, or pass compensate=False, which keeps them",
-                stacklevel=4,
             )
 
     def _moments(self, data: list[Any], types: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -104,6 +104,13 @@ def test_names_that_match_nothing_are_told() -> None:
     assert told(pruned, exclude_modules=["lm_head", "q_proj"])[1] == []  # a layer that could have one
 
 
+def test_warnings_are_at_the_line_that_asked() -> None:
+    with pytest.warns(UserWarning, match="match") as seen:
+        add_adapters(pruned(), target_modules=["q_proj", ".x"], exclude_modules=["mlp"], rank_pattern={"y": 3})
+    assert {w.filename for w in seen if "match" in str(w.message)} == {__file__}
+    assert len(seen) >= 3
+
+
 def test_warnings_are_those_of_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"target_modules": ["q_proj", "k_prj"], "rank_pattern": {"x": 3}, "exclude_modules": ["mlp"]}
     for rank, count in ((0, 3), (1, 0)):
