@@ -420,7 +420,7 @@ class PERPRetraining(L.Callback):
         """The weights that nothing but a merge may change, and their names; those that a pruner holds aside."""
         if self.adapter is not None:
             return {layer.base_weight: name for name, layer in sparse_layers(model)}
-        targets = {} if pruners_of(trainer) else parameters_of(find_targets(model, frozen=True))
+        targets = {} if pruners_of(trainer) else parameters_of(find_targets(model, frozen=True, parametrized=False))
         return {p: name for name, p in targets.items() if not p.requires_grad and has_pruned(p, None)}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -586,7 +586,10 @@ class PERPRetraining(L.Callback):
 
 
 def _has_zeros(model: nn.Module) -> bool:
-    return any(has_pruned(weight, None) for weight in parameters_of(find_targets(model, frozen=True)).values())
+    return any(
+        has_pruned(weight, None)
+        for weight in parameters_of(find_targets(model, frozen=True, parametrized=False)).values()
+    )
 
 
 def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:

@@ -283,7 +283,7 @@ def chosen_modules(
     """
     if options.get("target_modules") in (None, "all-linear"):
         kinds = _ADAPTED if options.get("target_modules") is None else _LINEAR
-        found = adaptable(find_targets(model, frozen=True), kinds)
+        found = adaptable(find_targets(model, frozen=True, parametrized=False), kinds)
         check_any_adapted(model, found)
         names = match_modules(model, adapter, {**options, "target_modules": WholeNames(found)})
         if options.get("target_modules") is None and not pruned_later:
@@ -359,7 +359,7 @@ def has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
 
 def _without_adapter(model: nn.Module, masks: Mapping[str, Tensor], pruned_later: bool) -> str:
     """Name the pruned weights of kinds that no adapter goes with; empty if there are none."""
-    targets = find_targets(model, frozen=True)
+    targets = find_targets(model, frozen=True, parametrized=False)
     others = [t for t in targets if t.kind.name not in _ADAPTED]
     left = {
         name: weight

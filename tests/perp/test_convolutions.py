@@ -425,6 +425,25 @@ def test_what_cannot_be_adapted_is_refused_by_its_name(
     assert not hasattr(model, "peft_config")
 
 
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_layers_beside_parametrized_ones_are_adapted(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), wrap(nn.Conv2d(4, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    with pytest.raises(ValueError, match="the weight of '1' is not a plain parameter"):
+        prune(plain, score="magnitude", progress=False)
+    masks = prune(plain, score="magnitude", ignore=["1"], progress=False)
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    model, x = moved(add_adapters(plain, r=2, train=())), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert [name for name, _ in sparse_layers(model)] == ["0", "3"]
+    model(x).square().sum().backward()
+    y = model.eval()(x)
+    merged = merge(model)
+    assert torch.equal(merged(x), y)
+    changed = {name for name, p in merged.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == masks.keys() == {"0.weight", "3.weight"}
+    assert not any(merged.get_parameter(name).detach()[~mask].any() for name, mask in masks.items())
+
+
 def test_parts_of_a_sequence_are_found_with_adapters() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
     prune(plain, score="magnitude", progress=False)
