@@ -628,13 +628,15 @@ def is_adapter_parameter(name: str) -> bool:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything that is trained, by plain names: ``"<module>.lora_A"``, ``"<module>.lora_B"``, and own parameters.
 
-    And what training changes besides: running averages of norms. The tensors share memory with the model.
+    And what training changes besides, or may change: buffers of numbers that belong to the model, such as running
+    averages of norms and codebooks. The tensors share memory with the model.
     """
     record = retraining_of(model)
     own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
     state = {name: own[name].detach() for name in map(plain_name, record.trained)}  # blocks may be compiled
+    stored = model.state_dict()
     for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+        if name in stored and buffer.is_floating_point():
             state[plain_name(name)] = buffer
     for name, layer in sparse_layers(model):
         a, b = layer.matrices()

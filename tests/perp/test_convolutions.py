@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from convolution_models import make_images, make_short_convolution, make_vision, naive_convolution
+from safetensors.torch import load_file
 from substituted import EXACT, adapted, check_fold, check_merge_in_place, combined
 from tiny import make_tokens, snapshot
 from torch import Tensor, nn
@@ -442,6 +443,42 @@ def test_layers_beside_parametrized_ones_are_adapted(wrap: Callable[[nn.Module],
     changed = {name for name, p in merged.named_parameters() if not torch.equal(p, before[name])}
     assert changed == masks.keys() == {"0.weight", "3.weight"}
     assert not any(merged.get_parameter(name).detach()[~mask].any() for name, mask in masks.items())
+
+
+class Codebook(nn.Module):
+    """Vectors that follow what they stand for, as buffers; of one more nothing is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("vectors", torch.randn(8, 4))
+        self.register_buffer("scratch", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.movedim(1, -1).reshape(-1, 4).detach()
+        nearest = torch.cdist(flat, self.vectors).argmin(1)
+        if self.training:
+            sums = torch.zeros_like(self.vectors).index_add_(0, nearest, flat)
+            self.vectors.lerp_(sums / torch.bincount(nearest, minlength=8)[:, None].clamp(min=1), 0.1)
+        found = self.vectors[nearest].view(x.movedim(1, -1).shape).movedim(-1, 1)
+        return x + (found - x).detach()
+
+
+def test_a_saved_adapter_has_all_that_training_changed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), Codebook(), parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4)]
+    plain = nn.Sequential(*layers, nn.Conv2d(4, 2, 1)).train()
+    prune(plain, score="magnitude", ignore=["2"], progress=False)
+    other, x = copy.deepcopy(plain).eval(), torch.randn(2, 3, 8, 8)
+    model = moved(add_adapters(plain, r=2))
+    for _ in range(3):
+        model.train()(x)
+    expected = model.eval()(x)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(other, tmp_path).eval()(x), expected)
+    (file,) = tmp_path.glob("perp_adapter-*")
+    names = load_file(file).keys()
+    assert {"1.vectors", "3.running_mean"} < names
+    assert "1.scratch" not in names
 
 
 def test_parts_of_a_sequence_are_found_with_adapters() -> None:
