@@ -677,7 +677,8 @@ class SparsePeftModel(PeftModel):
 
     def __getitem__(self, index: Any) -> Any:
         """A part of the model, where it is a list of such, such as `nn.Sequential`; over which it can be iterated."""
-        return self.get_base_model()[index]
+        plain: Any = self.get_base_model()
+        return plain[index]
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """Make embeddings' outputs require gradients where checkpoints are re-entrant, which need it.
