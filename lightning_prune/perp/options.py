@@ -176,10 +176,9 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
             f"{', '.join(map(repr, near or tails[:8]))}?"
         )
     if among is None:
-        if nothing := [entry for entry, found in zip(entries, matched, strict=True) if not found]:
-            warn(
-                f"target_modules: {', '.join(map(_said, nothing))} matches no layer that can get an adapter",
-            )
+        unmatched = [entry for entry, found in zip(entries, matched, strict=True) if not found]
+        if nothing := [entry for entry in unmatched if not _named(everything, entry)]:  # others were narrowed away
+            warn(f"target_modules: {', '.join(map(_said, nothing))} matches no layer that can get an adapter")
         matched = [_adaptable_of(model, names, entry, found) for entry, found in zip(entries, matched, strict=True)]
     return [name for name in names if any(name in found for found in matched)]
 

@@ -100,6 +100,9 @@ def test_names_that_match_nothing_are_told() -> None:
         assert len(names) == 7
         assert text.startswith(f"exclude_modules: {excluded[0]!r} matches no layer that can get an adapter; a regular")
         assert f"'.*{excluded[0]}.*'" in text
+    narrowed = {"exclude_modules": ["q_proj"], "layers_to_transform": [0]}
+    chosen = ["q_proj", "k_proj", "layers.1.mlp.up_proj"]
+    assert told(pruned, target_modules=chosen, **narrowed) == ({"self_attn.k_proj"}, [])
     assert told(pruned, exclude_modules=".*mlp.*") == ({f"self_attn.{name}" for name in LINEAR - MLP}, [])
     assert told(pruned, exclude_modules=["lm_head", "q_proj"])[1] == []  # a layer that could have one
 
