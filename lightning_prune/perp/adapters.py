@@ -632,9 +632,9 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     averages of norms and codebooks. The tensors share memory with the model.
     """
     record = retraining_of(model)
+    stored = model.state_dict().keys()  # first: FSDP2 frees gathered parameters when it is asked for this
     own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
     state = {name: own[name].detach() for name in map(plain_name, record.trained)}  # blocks may be compiled
-    stored = model.state_dict()
     for name, buffer in model.named_buffers():
         if name in stored and buffer.is_floating_point():
             state[plain_name(name)] = buffer
