@@ -33,6 +33,8 @@ _NO_MATRIX = re.compile(
     r"\w*(pos|position)_(embed|embd|enc|bias|encoding)\w*|positions?(_ids)?|rotary\w*|(tokens|positions)_embed|"
     r"(cls|mask|class|dist|distillation|register|reg)_tokens?|\w*norm\d*|ln(_\w+)?"
 )
+_BIAS = re.compile(r"(\w+_)?bias(_(k|v|u|ih|hh)(_\w+)?)?")  # the ends of MultiheadAttention, Conformer and LSTM
+_CORRECTION = re.compile(r"correction_bias|^expert_bias$")  # of DeepSeek and those after it
 _ADAPTER = re.compile(r"(^|[._])lora_\w+([._]|$)")
 # Families whose linear layers are transformers' Conv1D, stored (in, out).
 _CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -79,6 +81,20 @@ def is_head(name: str) -> bool:
     outside = parts[: numbers[0]] if numbers else parts
     ends = range(max(len(parts) - 2, 0), len(outside) + 1)
     return any(tuple(outside[end - size : end]) in _HEADS for end in ends for size in (1, 2) if end >= size)
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter is a bias, by the name that its module has for it.
+
+    Of attention, recurrent layers, convolutions and experts too. What corrects a router's choice gets no gradient, and
+    a table of biases by position is an embedding.
+
+    >>> [is_bias(name) for name in ("bias", "bias_ih_l0", "in_proj_bias", "gate_up_proj_bias", "pos_bias_u")]
+    [True, True, True, True, True]
+    >>> is_bias("relative_position_bias_table"), is_bias("e_score_correction_bias"), is_bias("weight")
+    (False, False, False)
+    """
+    return _BIAS.fullmatch(name) is not None and _CORRECTION.search(name) is None
 
 
 def is_prunable(name: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
@@ -158,6 +174,15 @@ def as_matrix(name: str, tensor: Tensor, model_type: str | None = None) -> Tenso
 def clean_name(name: str) -> str:
     """A parameter or module name without what ``torch.compile`` and checkpoint wrappers put into it."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def clean_path(path: str) -> str:
+    """`clean_name` of a module's path, which may itself be what a wrapper put there.
+
+    >>> clean_path("layers.0._orig_mod.up_proj._orig_mod")
+    'layers.0.up_proj'
+    """
+    return clean_name(f"{path}.").removesuffix(".")
 
 
 def name_matches(name: str, pattern: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -14,6 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # What launchers call the rank of a process that has not joined its group yet: torchrun, SLURM, Lightning's own.
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+# This package, and what stands between its functions: decorators, context managers.
+_NOT_THE_CALLER = frozenset((__name__.partition(".")[0], "torch", "contextlib"))
 
 
 class Advance(Protocol):
@@ -29,6 +33,20 @@ def is_main_process() -> bool:
         return dist.get_rank() == 0
     named = (os.environ[name] for name in _RANK_VARIABLES if name in os.environ)
     return int(next(named, "0")) == 0
+
+
+def warn(text: str) -> None:
+    """Warn once for all ranks, of what is the same on each, at the line that called this package.
+
+    Args:
+        text: The warning; nothing is said where it is empty.
+    """
+    if not text or not is_main_process():
+        return
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_CALLER:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level + 1)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 from forking import start
 from tiny import clean_environment
 
-from lightning_prune.progress import is_main_process, progress_bar
+from lightning_prune.progress import is_main_process, progress_bar, warn
 
 pty = pytest.importorskip("pty", reason="no pseudo-terminals on this system")
 SHOWN = (
@@ -93,6 +93,15 @@ def test_the_group_says_more_than_the_environment(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     assert is_main_process()
+
+
+def test_all_ranks_warn_once(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        warn("the same on each")
+        warn("")
+    (seen,) = recwarn
+    assert (str(seen.message), seen.filename) == ("the same on each", __file__)
 
 
 def test_a_bar_that_is_not_shown_can_be_told_of_steps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ class HoldMasksCallback(TrainerCallback):  # type: ignore[misc]
 
     def _masks(self, model: nn.Module) -> PackedMasks:
         if self._given is None:
-            return masks_from_zeros(find_targets(model, frozen=True))
+            return masks_from_zeros(find_targets(model, frozen=True, parametrized=False))
         return follow_names(model, load_masks(self._given) if isinstance(self._given, (str, Path)) else self._given)
 
     def _resumed_masks(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> PackedMasks:

@@ -64,7 +64,7 @@ def _follow_sharded(trainer: L.Trainer, states: Callable[[], Mapping[str, Mappin
     def load_checkpoint(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         names: Iterable[str] = ()
         try:
-            stored = has_adapters(names := open_checkpoint(checkpoint_path))
+            stored = has_adapters(names := open_checkpoint(checkpoint_path), trainer.lightning_module)
         except CheckpointError:  # Lightning's to say, which may have been told to trust it
             stored = _has_adapters(trainer)
         if stored and not _has_adapters(trainer):

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_prune.callbacks.averages import averages
 from lightning_prune.callbacks.calibration_data import CalibrationData, calibration_loss, no_trace
@@ -27,6 +28,7 @@ from lightning_prune.callbacks.checks import (
 from lightning_prune.callbacks.copies import copied_state
 from lightning_prune.callbacks.distillation import Distillation, undistilled
 from lightning_prune.callbacks.kinds import callbacks_of, is_kind
+from lightning_prune.callbacks.perp_agreement import check_left_on, check_same, check_scalings, settings_of
 from lightning_prune.callbacks.perp_checkpoints import follow_checkpoints
 from lightning_prune.callbacks.pruning_aware_pretraining import PruningAwarePretraining
 from lightning_prune.callbacks.rewrapping import put_in_place, without_wrapper
@@ -45,12 +47,13 @@ from lightning_prune.perp.adapters import (
     check_any_adapted,
     check_unshared,
     fold,
+    has_pruned,
     merge,
     remove_adapters,
     trainable_share,
     without_adapter,
 )
-from lightning_prune.perp.layers import SparseLayer, find_variant, sparse_layers
+from lightning_prune.perp.layers import SparseLayer, sparse_layers
 from lightning_prune.perp.masks import copy_masks, set_masks
 from lightning_prune.perp.options import ReconstructSettings, WholeNames, check_adapter, check_options, check_parts
 from lightning_prune.perp.reconstruction import Reconstruction, reconstruct
@@ -63,8 +66,6 @@ from lightning_prune.pruning.targets import Target, find_targets, parameters_of,
 from lightning_prune.sharding import reshard
 
 _STATE_VERSION = 1
-# What adapters must have been made with to be trained on: otherwise the same tensors mean something else.
-_SAME = ("adapter", "train", "r", "lora_alpha", "use_rslora")
 
 
 class PERPRetraining(L.Callback):
@@ -202,10 +203,11 @@ class PERPRetraining(L.Callback):
         self._goes_on = False  # from a checkpoint of the time after
         self._unmerged: Mapping[str, Tensor] | None = None  # its base weights and adapters
         self._end: BeforeTeardown | None = None
+        self._frozen: dict[Tensor, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: settings and loaded masks, nothing of a module or of a fit that runs."""
-        return copied_state(self, _module=None, _started=False, _end=None, _distillation=None)
+        return copied_state(self, _module=None, _started=False, _end=None, _distillation=None, _frozen={})
 
     # -- life of a fit -----------------------------------------------------------------------------------------------
 
@@ -244,7 +246,8 @@ class PERPRetraining(L.Callback):
         if found is None:
             self._put_on(pruners, pl_module)
         else:  # left on by an interrupted fit, or by merge=False
-            _check_same(_settings(found), _settings_of(self), "the module's adapters were")
+            options, later, _ = self._asked(pruners, pl_module)
+            check_left_on(model, self._record(options), self.masks or {}, later, self.adapt_head)
         for pruner in pruners:
             self._rename_masks(pruner, pl_module)
             pruner.wrap_updates(partial(self._settled, trainer, pl_module))
@@ -256,17 +259,11 @@ class PERPRetraining(L.Callback):
 
     def _put_on(self, pruners: Sequence[WeightPruning], module: L.LightningModule) -> None:
         """Freeze the model and put the adapters on."""
-        model, options = self._model(module), dict(self.options)
-        targets = {name: target for pruner in pruners for name, target in self._targets_of(pruner, module)}
-        if pruners and self.adapter is not None and options.get("target_modules") is None:
-            names = (name.removeprefix(f"{self.attribute}.") for name in adaptable(targets.values()))
-            options["target_modules"] = WholeNames(names)
-            check_any_adapted(model, options["target_modules"])
-            if left := without_adapter(list(targets.values())):
-                rank_zero_warn(f"PERPRetraining: {left}")
-        # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
-        # loaded is not known before.
-        pruned_later = bool(pruners) or not (self.masks or _has_zeros(model))
+        model = self._model(module)
+        options, pruned_later, targets = self._asked(pruners, module)
+        chosen = self.adapter is None or self.options.get("target_modules") is not None
+        if pruners and not chosen and (left := without_adapter(list(targets.values()))):
+            rank_zero_warn(f"PERPRetraining: {left}")
         told = any(pruner.settings.keeps_zeros for pruner in pruners)  # of all that nobody holds, at fit start
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -282,6 +279,24 @@ class PERPRetraining(L.Callback):
                 f"{self.attribute!r}, make that a property which returns the part, so that every weight has one name"
             ) from None
         setattr(module, self.attribute, wrapped)
+
+    def _asked(
+        self, pruners: Sequence[WeightPruning], module: L.LightningModule
+    ) -> tuple[dict[str, Any], bool, dict[str, Target]]:
+        """The options of the adapters, `pruned_later` of `attach`, and what pruners beside will prune of the model."""
+        model, options = self._model(module), dict(self.options)
+        targets = {name: target for pruner in pruners for name, target in self._targets_of(pruner, module)}
+        if pruners and self.adapter is not None and options.get("target_modules") is None:
+            names = [name.removeprefix(f"{self.attribute}.") for name in adaptable(targets.values())]
+            options["target_modules"] = WholeNames(names if find_retraining(model) is None else map(plain_name, names))
+            check_any_adapted(model, options["target_modules"])
+        # Weights to be pruned at fit start, or to be loaded from a checkpoint, have no zeros yet; that one will be
+        # loaded is not known before.
+        return options, bool(pruners) or not (self.masks or _has_zeros(model)), targets
+
+    def _record(self, options: dict[str, Any]) -> Retraining:
+        """What `add_adapters` would remember, as far as it is asked for."""
+        return Retraining(self.adapter, self.train, options, (), frozenset())
 
     def _rename_masks(self, pruner: WeightPruning, module: L.LightningModule) -> None:
         actual = {self._plain(name): name for name in named_weights(module)}
@@ -409,8 +424,29 @@ class PERPRetraining(L.Callback):
             f"PERPRetraining: {trained:,} parameters are trained, {trainable_share(model):.3%} of the model's "
             f"({', '.join([self.adapter or 'no adapter', *self.train])}{pruned})"
         )
+        self._frozen = self._pruned_weights(trainer, model)
         if self._distillation is not None:
             self._distillation.begin(pl_module, model)
+
+    def _pruned_weights(self, trainer: L.Trainer, model: nn.Module) -> dict[Tensor, str]:
+        """The weights that nothing but a merge may change, and their names; those that a pruner holds aside."""
+        if self.adapter is not None:
+            return {layer.base_weight: name for name, layer in sparse_layers(model)}
+        targets = {} if pruners_of(trainer) else parameters_of(find_targets(model, frozen=True, parametrized=False))
+        return {p: name for name, p in targets.items() if not p.requires_grad and has_pruned(p, None)}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Refuse a step that would train what is frozen, whoever has unfrozen it."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter in self._frozen:
+                    raise ValueError(
+                        f"{self._frozen[parameter]!r} is pruned and was frozen by PERPRetraining, but has a gradient, "
+                        f"and this step of {type(optimizer).__name__} would fill its zeros: another callback, such as "
+                        "BackboneFinetuning, or a hook of the module has made it trainable since. Leave that out; name "
+                        "what else is to be trained in train, or train the weights themselves under masks "
+                        "(WeightPruning without PERPRetraining)"
+                    )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -468,6 +504,7 @@ class PERPRetraining(L.Callback):
 
     def _let_go(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Give back what was wrapped for the time of a fit."""
+        self._frozen = {}
         if self._end is not None:
             self._end.remove()
             self._end = None
@@ -524,7 +561,9 @@ class PERPRetraining(L.Callback):
         """
         module = None if self._module is None else self._module()
         state: dict[str, Any] = {"version": _STATE_VERSION, "callback": "PERPRetraining", "masks": {}, "layers": {}}
-        state["settings"], state["begun"], state["started"] = _settings_of(self), not self._waits, self._started
+        state["attribute"] = self.attribute
+        state["settings"] = settings_of(self._record(self.options))
+        state["begun"], state["started"] = not self._waits, self._started
         if module is not None and self.adapter is not None:
             model = self._model(module)
             state["layers"] = {name: layer.combining() for name, layer in sparse_layers(model)}
@@ -548,10 +587,10 @@ class PERPRetraining(L.Callback):
         version = state_dict.get("version")
         if version != _STATE_VERSION:
             raise ValueError(f"the checkpoint's PERPRetraining state has version {version!r}, not {_STATE_VERSION}")
-        _check_same(state_dict["settings"], _settings_of(self), "the checkpoint's adapters were")
+        check_same(state_dict["settings"], settings_of(self._record(self.options)), "the checkpoint's adapters were")
         module = None if self._module is None else self._module()
         if module is not None and self.adapter is not None:
-            _check_scalings(state_dict["layers"], self._model(module))
+            check_scalings(state_dict["layers"], self._model(module))
         self._loaded_masks = unpack_masks(state_dict["masks"])
         self._resumed = state_dict.get("started", True)
         if self._waits and state_dict.get("begun", True):
@@ -566,41 +605,11 @@ def _step(
         loss_fn(model, batch)
 
 
-def _settings_of(callback: PERPRetraining) -> dict[str, Any]:
-    return _settings(Retraining(callback.adapter, callback.train, callback.options, (), frozenset()))
-
-
-def _settings(record: Retraining) -> dict[str, Any]:
-    """What has to agree for adapters to be trained on, in plain values."""
-    options = record.options
-    rank = options.get("r") if record.adapter is not None else None
-    alpha = None if rank is None or not find_variant(record.adapter).scaled else options.get("lora_alpha", 2 * rank)
-    values = (record.adapter, list(record.train), rank, alpha, bool(options.get("use_rslora", False)))
-    return dict(zip(_SAME, values, strict=True))
-
-
-def _check_same(found: Mapping[str, Any], mine: Mapping[str, Any], whose: str) -> None:
-    for name in _SAME:
-        if found.get(name) != mine[name]:
-            raise ValueError(
-                f"{whose} made with {name}={found.get(name)!r}, but this PERPRetraining has {mine[name]!r}; use the "
-                "same setting, or merge what is there first"
-            )
-
-
-def _check_scalings(saved: Mapping[str, Mapping[str, Any]], model: nn.Module) -> None:
-    """Refuse adapters that were scaled otherwise: the same matrices would be another model."""
-    for name, layer in sparse_layers(model):
-        scaling = layer.combining()["scaling"]
-        if name in saved and saved[name]["scaling"] != scaling:
-            raise ValueError(
-                f"the checkpoint's adapter of {name!r} was scaled by {saved[name]['scaling']:g}, but this "
-                f"PERPRetraining scales it by {scaling:g}; use the same alpha_pattern and rank_pattern in lora_options"
-            )
-
-
 def _has_zeros(model: nn.Module) -> bool:
-    return any(not bool(t.matrix().all()) for t in find_targets(model, frozen=True))
+    return any(
+        has_pruned(weight, None)
+        for weight in parameters_of(find_targets(model, frozen=True, parametrized=False)).values()
+    )
 
 
 @contextmanager

@@ -250,13 +250,17 @@ def _short_names(source: Checkpoint, model: Any) -> dict[str, str]:
     short = {name: clean_name(name) for name in names}
     short = {name: own.removeprefix(_ATTRIBUTE) for name, own in short.items() if own.startswith(_ATTRIBUTE)}
     missing, unexpected = _difference(short.values(), model)
+    advice = "it was not saved by CausalLM"
+    if any("lora_" in name or "base_layer" in name for name in unexpected):
+        advice = "merge the adapters and save again"
+    elif not (missing or unexpected):  # a subclass, with a second model
+        advice = "load it with the class that wrote it, and call its save_pretrained"
     unexpected += [name for name in names if name not in short]
     if missing or unexpected:
-        adapters = any("lora_" in name or "base_layer" in name for name in unexpected)
         raise ExportError(
             f"checkpoint={str(source.path)!r} does not hold the tensors of its own architecture "
             f"({type(model).__name__} as the attribute 'model'): {some_of(missing)} missing, {some_of(unexpected)} "
-            f"unexpected; {'merge the adapters and save again' if adapters else 'it was not saved by CausalLM'}"
+            f"unexpected; {advice}"
         )
     return short
 

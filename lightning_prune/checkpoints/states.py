@@ -326,17 +326,14 @@ def load_into(checkpoint: dict[str, Any], module: nn.Module, attribute: str, sta
 
     Raises:
         ValueError: the module has adapters, and the checkpoint none for them, or others.
-        CheckpointError: see `merged_state`.
+        CheckpointError: see `merged_checkpoint`.
     """
-    state, layers = checkpoint.get("state_dict", {}), _adapted_layers(module)
-    adapted, ours = bool(layers), {key for name, layer in layers.items() for key in _part_names(name, layer)}
-    others = module.state_dict().keys() - ours  # such as adapters of PEFT on another model in the module
-    if has_adapters(key for key in state if key not in others) == adapted:
+    state, adapted = checkpoint.get("state_dict", {}), bool(_adapted_layers(module))
+    if has_adapters(state, module) == adapted:
         return
     callbacks = checkpoint.get("callbacks") or {}
     if not adapted:
-        checkpoint["state_dict"] = merged_state(state, callbacks, "the checkpoint")
-        checkpoint["callbacks"] = _renamed_masks(callbacks, plain_name)
+        checkpoint["state_dict"], checkpoint["callbacks"] = merged_parts(state, callbacks, "the checkpoint")
         return
     unmerged = (callbacks.get(state_key) or {}).get(UNMERGED)
     if not unmerged:
@@ -361,9 +358,8 @@ def check_adapters(tensors: Iterable[str], module: nn.Module) -> None:
     Raises:
         ValueError: naming a layer.
     """
-    state = module.state_dict()
+    state, others = module.state_dict(), _others(module)
     ours = {key for name, layer in _adapted_layers(module).items() for key in _part_names(name, layer)[1:]}
-    others = state.keys() - ours  # such as adapters of PEFT on another model in the module
     saved = {plain_name(name): name for name in tensors if _is_adapter(name) and name not in others}
     own = {plain_name(name): name for name in ours}
     refused = "so it cannot be resumed: give PERPRetraining"
@@ -436,42 +432,100 @@ def _without_peft(name: str, attribute: str) -> str:
 # -- what is read as if it were merged -------------------------------------------------------------------------------
 
 
-def has_adapters(names: Iterable[str]) -> bool:
-    """Whether tensors of these names include adapters beside the weights they belong to."""
-    names = list(names)
+def has_adapters(names: Iterable[str], module: nn.Module) -> bool:
+    """Whether tensors of these names include adapters beside the weights they belong to, others than PEFT's own.
+
+    Args:
+        names: Of the tensors of a checkpoint.
+        module: To load them. What it has under the same names is none of ours.
+    """
+    others = _others(module)
+    names = [name for name in names if name not in others]
     return any(".lora_A." in name for name in names) and any(".base_layer." in name for name in names)
+
+
+def _others(module: nn.Module) -> set[str]:
+    """Tensors of a module that belong to no adapter of ours, such as adapters of PEFT on another model in it."""
+    ours = {key for name, layer in _adapted_layers(module).items() for key in _part_names(name, layer)}
+    return set(module.state_dict().keys() - ours)
 
 
 def merged_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with its adapters merged, tensor by tensor when they are read; any other as it is.
 
+    Adapters of PEFT on another model in the module stay as they are.
+
     Raises:
         CheckpointError: adapters of something else than `PERPRetraining`, or of a kind that cannot be merged.
     """
-    if not has_adapters(checkpoint) or _state_of(checkpoint.callbacks) is None:
+    state = _state_of(checkpoint.callbacks)
+    prefix = None if state is None else _prefix_in(checkpoint, state, checkpoint.path)
+    if prefix is None:
         return checkpoint
-    adapters = _Adapters(checkpoint.path, checkpoint.callbacks, checkpoint)
+    adapters = _Adapters(checkpoint.path, checkpoint.callbacks, checkpoint, prefix)
     return dataclasses.replace(
         checkpoint,
         loaders=dict(adapters.merged(checkpoint.loaders)),
-        callbacks=_renamed_masks(checkpoint.callbacks, plain_name),
-        ties={plain_name(name): plain_name(first) for name, first in checkpoint.ties.items()},
+        callbacks=_renamed_masks(checkpoint.callbacks, adapters.plain_name),
+        ties={adapters.plain_name(name): adapters.plain_name(first) for name, first in checkpoint.ties.items()},
     )
 
 
-def merged_state(state: Mapping[str, Tensor], callbacks: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """A state dict with its adapters merged, under the names of the plain model.
+def merged_parts(
+    state: Mapping[str, Tensor], callbacks: Mapping[str, Any], path: str | Path
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A state dict with its adapters merged, under the names of the plain model, and the callbacks' states with these.
 
     Raises:
         CheckpointError: see `merged_checkpoint`.
     """
-    if _state_of(callbacks) is None:
+    own = _state_of(callbacks)
+    if own is None:
         fail(
             Path(path),
             "holds adapters that PERPRetraining did not make; merge them with the program that did, and save again",
         )
+    prefix = _prefix_in(state, own, Path(path))
+    if prefix is None:
+        return dict(state), dict(callbacks)
     loads: dict[str, _Load] = {name: tensor.detach for name, tensor in state.items()}
-    return {name: load() for name, load in _Adapters(Path(path), callbacks, loads).merged(loads)}
+    adapters = _Adapters(Path(path), callbacks, loads, prefix)
+    merged = {name: load() for name, load in adapters.merged(loads)}
+    return merged, _renamed_masks(callbacks, adapters.plain_name)
+
+
+def _prefix_in(names: Iterable[str], state: Mapping[str, Any], path: Path) -> str | None:
+    """What names of the model that `PERPRetraining` adapted begin with; None where it is merged, or never was adapted.
+
+    Args:
+        names: Of the tensors.
+        state: The callback's.
+        path: Of the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: it was written by a version that did not say which model it was, and it may be either of two.
+    """
+    adapted = [name for name in map(clean_name, names) if _is_adapter(name)]
+    if UNMERGED in state or not adapted:
+        return None
+    if isinstance(attribute := state.get("attribute"), str):
+        prefix = f"{attribute}.{_PEFT}"
+        return prefix if any(name.startswith(prefix) for name in adapted) else None
+    found = {name.partition(_PEFT)[0] + _PEFT for name in adapted if _PEFT in name}
+    layers = state.get("layers")
+    if len(found) > 1 and isinstance(layers, Mapping):
+        layers_of = {start: {_adapted_by(name.removeprefix(start)) for name in adapted} for start in found}
+        found = {start for start, there in layers_of.items() if layers.keys() <= there}
+        if len(found) > 1:
+            fail(path, f"{' and '.join(sorted(found))} have adapters of the same layers: resume it, and save it again")
+    return next(iter(found), None)
+
+
+def _adapted_by(name: str) -> str:
+    """What the callback's state calls the layer of an adapter's matrix, from the matrix' name in the model."""
+    match = _MATRIX.fullmatch(without_base_layers(name))
+    module, parameter = match.group("module", "parameter") if match else (name, "weight")
+    return module if parameter == "weight" else f"{module}.{parameter}"
 
 
 def plain_name(name: str) -> str:
@@ -480,7 +534,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("model.base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
     'model.model.layers.0.mlp.up_proj.weight'
     """
-    return without_base_layers(clean_name(name).replace("base_model.model.", "", 1))
+    return without_base_layers(clean_name(name).replace(_PEFT, "", 1))
 
 
 def _is_adapter(name: str) -> bool:
@@ -505,8 +559,8 @@ def _renamed_masks(callbacks: Mapping[str, Any], rename: Callable[[str], str]) -
 class _Adapters:
     """What the callback's state says of adapters, and the masks of `WeightPruning` or of its own."""
 
-    def __init__(self, path: Path, callbacks: Mapping[str, Any], names: Iterable[str]) -> None:
-        self._path = path
+    def __init__(self, path: Path, callbacks: Mapping[str, Any], names: Iterable[str], prefix: str) -> None:
+        self._path, self._prefix = path, prefix
         state = _state_of(callbacks) or {}
         settings, layers = state.get("settings"), state.get("layers")
         if not isinstance(settings, Mapping) or not isinstance(layers, Mapping):
@@ -526,22 +580,30 @@ class _Adapters:
                 "lightning_prune.perp.save_adapter",
             )
         packed = dict(state.get("masks") or {})
-        for other in states_of(_renamed_masks(callbacks, plain_name), _PRUNING).values():
+        for other in states_of(_renamed_masks(callbacks, self.plain_name), _PRUNING).values():
             if isinstance(other, Mapping):
                 packed.update(other.get("masks") or {})
-        self._masks = StoredMasks(path, packed, tensors=frozenset(map(plain_name, names)))
+        self._masks = StoredMasks(path, packed, tensors=frozenset(map(self.plain_name, names)))
+
+    def plain_name(self, name: str) -> str:
+        """A parameter's name in the LightningModule without what PEFT puts into it."""
+        return plain_name(name) if self._is_inside(name) else clean_name(name)
+
+    def _is_inside(self, name: str) -> bool:
+        return clean_name(name).startswith(self._prefix)
 
     def merged(self, loads: Mapping[str, _Load]) -> Iterator[tuple[str, _Load]]:
         """Plain names, and functions that load what the weights are after the merge."""
         matrices: dict[tuple[str, ...], list[_Load]] = {}
-        for name, load in loads.items():
+        inside = {name: load for name, load in loads.items() if self._is_inside(name)}
+        for name, load in inside.items():
             if (found := _MATRIX.fullmatch(without_base_layers(name))) is not None:
                 matrices.setdefault(found.group("module", "parameter", "matrix"), []).append(load)
         for name, load in loads.items():
-            if _is_adapter(name):
+            if name in inside and _is_adapter(name):
                 continue
-            parts = self._parts_of(name, matrices)
-            plain = plain_name(name)
+            parts = self._parts_of(name, matrices) if name in inside else None
+            plain = self.plain_name(name)
             yield plain, load if parts is None else self._merging(plain, load, *parts)
 
     def _parts_of(self, name: str, matrices: Mapping[tuple[str, ...], Sequence[_Load]]) -> tuple[_Load, _Load] | None:
@@ -553,17 +615,16 @@ class _Adapters:
         for matrix in ("lora_A", "lora_B"):
             own = matrices.get((module, parameter, matrix), ())
             if len(own) != 1:
-                if parameter != "weight" and self._layer_of(plain_name(name)) is None:
+                if parameter != "weight" and self._layer_of(self.plain_name(name)) is None:
                     return None  # biases
                 fail(self._path, f"{module!r} has {len(own)} matrices {matrix}; one was expected")
             pair.extend(own)
         return pair[0], pair[1]
 
     def _layer_of(self, name: str) -> Any:
-        """What the callback's state says of a weight; None where it does not know it."""
-        ends = ((f".{key}.weight", f".{key}") for key in self._layers)
-        found = (value for value, end in zip(self._layers.values(), ends, strict=True) if f".{name}".endswith(end))
-        return next(found, None)
+        """What the callback's state says of a weight, by its plain name; None where it does not know it."""
+        name = name.removeprefix(self._prefix.removesuffix(_PEFT))
+        return self._layers.get(name, self._layers.get(name.removesuffix(".weight")))
 
     def _merging(self, name: str, base: _Load, first: _Load, second: _Load) -> _Load:
         layer = self._layer_of(name)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_prune.errors import refuse_inference_tensors
-from lightning_prune.naming import plain_name, uncompiled
+from lightning_prune.naming import clean_path, is_bias, is_compiled_alone, plain_name, uncompiled
 from lightning_prune.perp.convolutions import check_convolution, put_on_convolution
 from lightning_prune.perp.experts import check_experts, place_of, put_on_experts, weight_name
 from lightning_prune.perp.layers import SparseLayer, check_base_layer, find_variant, sparse_layers
@@ -54,21 +53,13 @@ from lightning_prune.perp.storage import (
     settings_of,
     write_named,
 )
-from lightning_prune.progress import is_main_process
+from lightning_prune.progress import is_main_process, warn
 from lightning_prune.pruning.coverage import pruned_zeros
-from lightning_prune.pruning.layer_kinds import (
-    CONV1D,
-    CONV2D,
-    CONVOLUTION1D,
-    CONVOLUTION3D,
-    CONVOLUTIONS,
-    EXPERT,
-    LINEAR,
-    embeds,
-)
+from lightning_prune.pruning.layer_kinds import CONV1D, CONV2D, CONVOLUTION1D, CONVOLUTION3D, EXPERT, LINEAR, embeds
 from lightning_prune.pruning.masks import Masks, check_masks, pack_masks
 from lightning_prune.pruning.running import checkpoints_reentrantly
 from lightning_prune.pruning.targets import Target, find_targets, parameters_of
+from lightning_prune.pruning.zeros import CONVOLUTIONS
 from lightning_prune.safety import expanded, uninterrupted
 from lightning_prune.sharding import (
     as_shard_of,
@@ -155,7 +146,7 @@ def attach(
     masks = dict(masks or {})
     check_masks(model, masks)
     trained = select_parameters(model, parts)
-    head = _head_name(model, adapter) if adapt_head else None
+    head = head_name(model, adapter) if adapt_head else None
     names = [] if adapter is None else adapted_modules(model, adapter, options, masks, pruned_later, head)
     if not names and not trained:
         raise ValueError(f"adapter={adapter!r} with train={parts} leaves nothing to train in {type(model).__name__}")
@@ -242,20 +233,16 @@ def adapted_modules(
     head: str | None = None,
 ) -> list[str]:
     """Return the names of the modules that get an adapter, all of them checked, and of the head where it is named."""
-    if options.get("target_modules") in (None, "all-linear"):
-        kinds = _ADAPTED if options.get("target_modules") is None else _LINEAR
-        found = adaptable(find_targets(model, frozen=True), kinds)
-        check_any_adapted(model, found)
-        names = match_modules(model, adapter, {**options, "target_modules": WholeNames(found)})
-        if options.get("target_modules") is None and not pruned_later:
-            names = [name for name in names if _is_pruned(model, name, masks)]
-    else:
-        names = match_modules(model, adapter, options)
-    if head is not None:
-        names = [*(name for name in names if name != head), head]
+    names = chosen_modules(model, adapter, options, masks, pruned_later, head)
     for name in names:
         path, parameter = place_of(model, name)
         layer = model.get_submodule(path)
+        if is_compiled_alone(path):
+            raise ValueError(
+                f"the {'products' if path == name else 'experts'} of {clean_path(name)!r} were given to torch.compile "
+                "alone, and would go on without an adapter: add adapters first, and compile the blocks or the model, "
+                "or leave them out (exclude_modules)"
+            )
         if path != name:
             check_experts(name, layer, parameter, options)
         elif isinstance(layer, CONVOLUTIONS):
@@ -265,15 +252,47 @@ def adapted_modules(
     check_unshared(model, {name: model.get_parameter(weight_name(model, name)) for name in names})
     chosen = options.get("target_modules") is not None
     pruned = None if pruned_later else lambda name, weight: has_pruned(weight, masks.get(name))
-    left = "" if chosen else without_adapter(find_targets(model, frozen=True), pruned)
+    left = "" if chosen else without_adapter(find_targets(model, frozen=True, parametrized=False), pruned)
     if not pruned_later and not any(_is_pruned(model, name, masks) for name in names):
         raise ValueError(
             f"no weight of {type(model).__name__} that would get an adapter is pruned (exactly zero), so there is no "
             f"sparsity to keep: prune the model first, or use plain PEFT{f'. {left}' if left else ''}"
         )
-    if left and is_main_process():
-        warnings.warn(left, stacklevel=4)
+    warn(left)
     return names
+
+
+def chosen_modules(
+    model: nn.Module,
+    adapter: str,
+    options: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    pruned_later: bool = False,
+    head: str | None = None,
+) -> list[str]:
+    """Return the names of the modules that are to get an adapter, whether they can or not.
+
+    Args:
+        model: The plain model.
+        adapter: The variant.
+        options: Of LoRA.
+        masks: See `attach`.
+        pruned_later: See `attach`.
+        head: Name of output embeddings that get one too.
+
+    Raises:
+        ValueError: none is named, or none can be pruned.
+    """
+    if options.get("target_modules") in (None, "all-linear"):
+        kinds = _ADAPTED if options.get("target_modules") is None else _LINEAR
+        found = adaptable(find_targets(model, frozen=True, parametrized=False), kinds)
+        check_any_adapted(model, found)
+        names = match_modules(model, adapter, {**options, "target_modules": WholeNames(found)})
+        if options.get("target_modules") is None and not pruned_later:
+            names = [name for name in names if _is_pruned(model, name, masks)]
+    else:
+        names = match_modules(model, adapter, options)
+    return names if head is None else [*(name for name in names if name != head), head]
 
 
 def check_any_adapted(model: nn.Module, names: Sequence[str]) -> None:
@@ -314,8 +333,8 @@ def check_unshared(model: nn.Module, weights: Mapping[str, nn.Parameter | None])
             )
 
 
-def _head_name(model: nn.Module, adapter: str | None) -> str:
-    """Return the name of the output embeddings."""
+def head_name(model: nn.Module, adapter: str | None) -> str:
+    """Return the name of the output embeddings, which are to get an adapter."""
     if adapter is None:
         raise ValueError("adapt_head=True with adapter=None has no adapter to put on the head; name one, or remove it")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
@@ -337,7 +356,7 @@ def _is_pruned(model: nn.Module, name: str, masks: Mapping[str, Tensor]) -> bool
 
 def has_pruned(weight: Tensor, mask: Tensor | None) -> bool:
     """Whether a mask prunes any weight; without one, whether any is zero."""
-    return not bool((weight.detach() if mask is None else mask).all())
+    return count_over_ranks({"": weight.detach() if mask is None else mask}, lambda part: int((part == 0).sum())) > 0
 
 
 def without_adapter(targets: Sequence[Target], pruned: Callable[[str, nn.Parameter], bool] | None = None) -> str:
@@ -376,14 +395,13 @@ def _warn_of_zeros(model: nn.Module, names: Iterable[str], masks: Mapping[str, T
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         weight = getattr(module, attribute)
-        if name not in masks and weight.dim() > 1 and not weight.is_meta:
+        if name not in masks and weight.dim() > 1 and not weight.is_meta and not is_bias(attribute):
             lost[name] = pruned_zeros(weight, whole_rows=not embeds(module))
     text = ", ".join(f"{zeros:,} of {name!r}" for name, zeros in lost.items() if zeros)
-    if text and is_main_process():
-        warnings.warn(
+    if text:
+        warn(
             f"training whole matrices (train, adapt_head) fills zeros that look pruned: {text}. To keep them, leave "
             "that part out, or train the model under WeightPruning(score='keep', targets=...) or hold_masks",
-            stacklevel=4,
         )
 
 
@@ -612,13 +630,15 @@ def is_adapter_parameter(name: str) -> bool:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Everything that is trained, by plain names: ``"<module>.lora_A"``, ``"<module>.lora_B"``, and own parameters.
 
-    And what training changes besides: running averages of norms. The tensors share memory with the model.
+    And what training changes besides, or may change: buffers of numbers that belong to the model, such as running
+    averages of norms and codebooks. The tensors share memory with the model.
     """
     record = retraining_of(model)
+    stored = model.state_dict().keys()  # first: FSDP2 frees gathered parameters when it is asked for this
     own = {plain_name(name): p for name, p in model.named_parameters() if not is_adapter_parameter(name)}
     state = {name: own[name].detach() for name in map(plain_name, record.trained)}  # blocks may be compiled
     for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+        if name in stored and buffer.is_floating_point():
             state[plain_name(name)] = buffer
     for name, layer in sparse_layers(model):
         a, b = layer.matrices()
@@ -656,6 +676,11 @@ class SparsePeftModel(PeftModel):
             return super().__getattr__(name)
         plain = super().__getattr__("base_model").model
         return getattr(plain, name, plain)
+
+    def __getitem__(self, index: Any) -> Any:
+        """A part of the model, where it is a list of such, such as `nn.Sequential`; over which it can be iterated."""
+        plain: Any = self.get_base_model()
+        return plain[index]
 
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """Make embeddings' outputs require gradients where checkpoints are re-entrant, which need it.

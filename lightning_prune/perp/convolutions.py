@@ -113,7 +113,7 @@ def check_convolution(name: str, layer: nn.Module, options: Mapping[str, Any]) -
         ValueError: see `check_substitution` and `checked_weight`; or it computes with other numbers than zeros where
             its weight has zeros.
     """
-    check_substitution("the products of", name, name, options)
+    check_substitution(name, options)
     checked_weight(name, layer)
     if not keeps_zeros(layer):
         raise ValueError(

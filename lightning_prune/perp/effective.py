@@ -23,7 +23,7 @@ but `effective_linear` takes these too.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +188,12 @@ class _EffectiveWeight(torch.autograd.Function):
         mask = kept_by_sign(weight) if mask is None else mask
         gradient = gradients[0].clone(memory_format=torch.contiguous_format)
         with torch.autocast(weight.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                combined, needs = followed(ctx.combine, weight, mask, left, right), ctx.needs_input_grad
+                d_weight, d_left, d_right = _followed_gradients(
+                    combined, gradient, (weight, left, right), (needs[0], needs[2], needs[3])
+                )
+                return d_weight, None, d_left, d_right, None
             found = _thin_gradients(ctx.combine, gradient, weight, mask, left, right, ctx.needs_input_grad[0])
         return found[0], None, found[1], found[2], None
 
@@ -235,6 +241,14 @@ class _EffectiveLinear(torch.autograd.Function):
         # The caller may run the backward under autocast; the dtypes here are decided already.
         with torch.autocast(x.device.type, enabled=False):
             (d_y,) = gradients
+            if torch.is_grad_enabled():
+                effective = followed(ctx.combine, weight, mask, left, right).to(ctx.dtype)
+                y = F.linear(x, effective.t() if ctx.transposed else effective)
+                d_x, d_weight, d_left, d_right = _followed_gradients(
+                    y, d_y, (x, weight, left, right), (needs_x, needs_weight, needs_left, needs_right)
+                )
+                d_bias = d_y.reshape(-1, d_y.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
+                return d_x, d_weight, None, d_left, d_right, d_bias, None, None, None
             flat_x, flat_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])  # [T, I], [T, O]
             if needs_x:
                 effective = _combined(ctx.combine, weight, mask, left, right).to(ctx.dtype)
@@ -255,6 +269,33 @@ class _EffectiveLinear(torch.autograd.Function):
 def _combined(combine: Combine, weight: Tensor, mask: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The combined weight for use at once: its memory is used again."""
     return combine(weight, mask, left, right, scratch(weight.shape, combined_dtype(weight, left), weight.device))
+
+
+def followed(combine: Combine, weight: Tensor, mask: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """What `combine` gives, in steps that autograd follows: for gradients that are differentiated in turn.
+
+    Losses of forces, of gradient penalties and of learning to learn do so. Arguments as of `masked_sum`.
+    """
+    kept, product = mask != 0, thin_product(weight, left, right)
+    wide, zero = weight.to(product.dtype), product.new_zeros(())
+    if combine is masked_sum:
+        return (wide + torch.where(kept, product, zero)).to(weight.dtype)
+    # Twice, before and after: what a function makes of a pruned weight may be NaN, and so may its derivative.
+    wide, product = torch.where(kept, wide, zero), torch.where(kept, product, zero)
+    if isinstance(combine, Elementwise):
+        combined = combine.function(wide, product)
+    else:
+        combined = wide * (product if combine is masked_product else 1.0 + product)
+    return torch.where(kept, combined, zero).to(weight.dtype)
+
+
+def _followed_gradients(
+    y: Tensor, gradient: Tensor, inputs: Sequence[Tensor], needed: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """Gradients of inputs that can be differentiated; None of those that are not needed."""
+    wanted = [tensor for tensor, needs in zip(inputs, needed, strict=True) if needs]
+    found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True, materialize_grads=True))
+    return iter([next(found) if needs else None for needs in needed])
 
 
 def _thin_gradients(

@@ -107,5 +107,5 @@ def check_experts(name: str, experts: nn.Module, parameter_name: str, options: M
     Raises:
         ValueError: see `check_substitution` and `check_base_weight`.
     """
-    check_substitution("the experts of", name, name.rpartition(".")[0], options)
+    check_substitution(name, options)
     check_base_weight(name, experts, own_parameters(experts)[parameter_name])

@@ -111,7 +111,7 @@ class KeptWeights:
     ) -> None:
         self.settings, self.masks = settings, masks
         parameters = named_weights(model)
-        self._prunable = _by_block(list(parameters_of(find_targets(model, frozen=True))), blocks)
+        self._prunable = _by_block(list(parameters_of(find_targets(model, frozen=True, parametrized=False))), blocks)
         self.weights = {
             block: [w for w in names if has_pruned(parameters[f"{block}.{w}"], masks.get(f"{block}.{w}"))]
             for block, names in self._prunable.items()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,9 +16,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_prune.errors import check_whole
-from lightning_prune.naming import clean_name, is_head
+from lightning_prune.naming import clean_name, clean_path, is_bias, is_head, own_parameters, uncompiled
 from lightning_prune.perp.layers import CombinedLinear, find_variant
+from lightning_prune.progress import warn
 from lightning_prune.pruning.experts import expert_parameters
+from lightning_prune.pruning.zeros import CONVOLUTIONS
 from lightning_prune.sharding import type_name
 
 # Section 4 and the published settings of arXiv 2312.15230: rank 16, alpha twice the rank.
@@ -42,6 +43,7 @@ _SCALINGS = ("lora_alpha", "use_rslora", "alpha_pattern")
 _INSTEAD = {
     "bias": "train=('bias',)",
     "lora_bias": "train=('bias',)",
+    "target_parameters": "target_modules, which names parameters of experts too",
     "modules_to_save": "train, any of 'norm', 'head' and 'embedding'",
 }
 
@@ -134,34 +136,38 @@ class WholeNames(list[str]):
 def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) -> list[str]:
     """Names of the modules that ``target_modules`` and its companions name, as PEFT would find them.
 
-    Experts that hold their weights as parameters are named by these (``experts.down_proj``), and all at once by their
-    own name (``experts``).
+    Names count with what ``torch.compile`` adds and without it. Experts that hold their weights as parameters are named
+    by these (``experts.down_proj``), and all at once by their own name (``experts``). What takes no adapter is left out
+    where it is named beside what does (``.*mlp.*``): activations, norms, and whatever holds others.
 
     Raises:
         ValueError: none, or a pattern that cannot be compiled.
     """
-    chosen = options["target_modules"]
-    among = set(map(clean_name, chosen)) if isinstance(chosen, WholeNames) else None
+    chosen, everything = options["target_modules"], dict(nameable(model))
+    among = set(map(clean_path, chosen)) if isinstance(chosen, WholeNames) else None
     if among is not None:
         chosen = sorted({name.rpartition(".")[2] for name in among})
     if not isinstance(chosen, str) and not (
         isinstance(chosen, (Sequence, set)) and chosen and all(isinstance(name, str) for name in chosen)
     ):
         raise ValueError(f"target_modules={chosen!r} must be a list of module names or a regular expression")
-    config = make_config(adapter, {**options, "target_modules": chosen if isinstance(chosen, str) else list(chosen)})
-    names = {name: path for name, path in nameable(model) if among is None or clean_name(name) in among}
+    check_options(adapter, options)
+    excluded = _excluded(model, everything, options.get("exclude_modules"))
+    names = {n: p for n, p in everything.items() if n not in excluded and (among is None or clean_path(n) in among)}
+    narrowing = {name: options.get(name) for name in _NARROWING if name != "exclude_modules"}
+    entries = [list(chosen)] if among is not None else _entries(chosen)
     try:
-        found = [name for name, path in names.items() if _is_chosen(config, name, path)]
+        matched = [_named(names, entry, **narrowing) for entry in entries]
     except re.error as error:
         raise ValueError(f"target_modules={chosen!r} is no regular expression: {error}") from error
-    if not found and among is not None:
+    if not any(matched) and among is not None:
         given = {name: options[name] for name in _NARROWING if options.get(name) is not None}
         raise ValueError(
             f"{', '.join(f'{name}={value!r}' for name, value in given.items())} leaves none of the {len(among)} layers "
             f"that would get an adapter, such as {min(among)!r}: leave it out, or name others"
         )
-    if not found:
-        tails = sorted({name.rsplit(".", 1)[-1] for name in names})
+    if not any(matched):
+        tails = sorted({clean_path(name).rsplit(".", 1)[-1] for name in names})
         near = [
             n for c in ([chosen] if isinstance(chosen, str) else chosen) for n in difflib.get_close_matches(c, tails)
         ]
@@ -169,27 +175,94 @@ def match_modules(model: nn.Module, adapter: str, options: Mapping[str, Any]) ->
             f"target_modules={chosen!r} matches no module of {type(model).__name__}; did you mean "
             f"{', '.join(map(repr, near or tails[:8]))}?"
         )
+    if among is None:
+        unmatched = [entry for entry, found in zip(entries, matched, strict=True) if not found]
+        if nothing := [entry for entry in unmatched if not _named(everything, entry)]:  # others were narrowed away
+            warn(f"target_modules: {', '.join(map(_said, nothing))} matches no layer that can get an adapter")
+        matched = [_adaptable_of(model, names, entry, found) for entry, found in zip(entries, matched, strict=True)]
+    return [name for name in names if any(name in found for found in matched)]
+
+
+def _entries(chosen: str | Collection[str]) -> list[str | list[str]]:
+    """The regular expression, or each name of a list by itself."""
+    return [chosen] if isinstance(chosen, str) else [[name] for name in chosen]
+
+
+def _said(entry: str | list[str]) -> str:
+    return repr(entry if isinstance(entry, str) else entry[0])
+
+
+def _excluded(model: nn.Module, names: Mapping[str, str], chosen: Any) -> set[str]:
+    """What ``exclude_modules`` names; told where that is nothing which could get an adapter."""
+    found: set[str] = set()
+    for entry in _entries(chosen) if chosen else ():
+        try:
+            matched = _named(names, entry)
+        except re.error as error:
+            raise ValueError(f"exclude_modules={chosen!r} is no regular expression: {error}") from error
+        if not any(name != names[name] or _takes_adapter(model.get_submodule(name)) for name in matched):
+            warn(
+                f"exclude_modules: {_said(entry)} matches no layer that can get an adapter; a regular expression, such "
+                f"as '.*{entry[0]}.*', also excludes what is inside"
+                if isinstance(entry, list)
+                else "",
+            )
+        found |= matched
     return found
+
+
+def _named(names: Mapping[str, str], chosen: str | list[str], **narrowing: Any) -> set[str]:
+    """Those of some names, given with their paths, that are chosen in any form, as PEFT chooses.
+
+    The forms are with what ``torch.compile`` adds and without, of a parameter of experts also the experts' name.
+    """
+    config, found = LoraConfig(target_modules=chosen, **narrowing), set()
+    for name, path in names.items():
+        forms = (name, clean_path(name), *([clean_path(path)] if name != path else []))
+        if any(check_target_module_exists(config, form) for form in dict.fromkeys(forms)):
+            found.add(name)
+    return found
+
+
+def _adaptable_of(model: nn.Module, names: Mapping[str, str], entry: str | list[str], matched: set[str]) -> set[str]:
+    """What takes an adapter of what one expression names; what does not is told, and left out.
+
+    Where it names nothing else all stays, to be refused by name.
+    """
+    modules = {name: model.get_submodule(name) for name in names if name in matched and name == names[name]}
+    others = {name: module for name, module in modules.items() if not _takes_adapter(module)}
+    if len(others) == len(matched):
+        return matched
+    kinds: dict[str, list[str]] = {}
+    for name, module in others.items():
+        if own_parameters(module) or not list(module.children()):  # what holds others is told by these
+            kinds.setdefault(type_name(module), []).append(clean_path(name))
+    if kinds:
+        text = ", ".join(f"{n[0]!r} ({kind}{f', and {len(n) - 1} more' if n[1:] else ''})" for kind, n in kinds.items())
+        warn(
+            f"target_modules: {_said(entry)} also matches what no adapter goes with, which is left out: {text}",
+        )
+    return matched - others.keys()
+
+
+def _takes_adapter(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS))
 
 
 def nameable(model: nn.Module) -> Iterator[tuple[str, str]]:
     """What can be named of a model: modules, and in the place of experts each of their parameters; with the paths."""
     for path, module in model.named_modules():
+        if uncompiled(module) is not module:
+            continue  # what is compiled comes next, by a path that it alone has
         experts = expert_parameters(module)
         for name in [f"{path}.{parameter}" for parameter in experts] or [path]:
-            if path:
+            if clean_path(path):
                 yield name, path
 
 
-def _is_chosen(config: LoraConfig, name: str, path: str) -> bool:
-    """Whether a module is chosen by its name; a parameter of experts by its own or by that of the experts."""
-    if name == path:
-        return bool(check_target_module_exists(config, name))
-    everything = LoraConfig(target_modules=".*", exclude_modules=config.exclude_modules)
-    forms = (clean_name(name), clean_name(name).rpartition(".")[0])
-    return any(check_target_module_exists(config, form) for form in forms) and all(
-        check_target_module_exists(everything, form) for form in forms
-    )
+def _forms(name: str, path: str) -> Iterator[str]:
+    """By what a module is named: with what ``torch.compile`` adds and without; a parameter also as its experts are."""
+    yield from dict.fromkeys((name, clean_path(name), *([clean_path(path)] if name != path else [])))
 
 
 def by_pattern(pattern: Mapping[str, Any] | None, names: Iterable[str], default: Any) -> Any:
@@ -206,8 +279,7 @@ def warn_of_unmatched(option: str, pattern: Mapping[str, Any] | None, names: Ite
     """Warn of keys of ``rank_pattern`` or ``alpha_pattern`` that name none of the layers, as PEFT does."""
     forms = {form for name in names for form in (name, clean_name(name))}
     left = [key for key in pattern or () if not any(get_pattern_key([key], form) == key for form in forms)]
-    if left:
-        warnings.warn(f"{option}: {left} match no layer that gets an adapter", stacklevel=4)
+    warn(f"{option}: {left} match no layer that gets an adapter" if left else "")
 
 
 PARTS = ("bias", "norm", "head", "embedding")
@@ -234,7 +306,7 @@ def select_parameters(model: nn.Module, train: Iterable[str]) -> dict[str, nn.Pa
 
     Args:
         model: A plain model, before any adapter.
-        train: Any of ``"bias"`` (every parameter named bias, of norms and experts too), ``"norm"`` (the parameters of
+        train: Any of ``"bias"`` (every bias, see `lightning_prune.naming.is_bias`), ``"norm"`` (the parameters of
             normalization layers), ``"head"`` (the output embeddings; of a model without any, its classifier) and
             ``"embedding"`` (all embeddings).
 
@@ -269,10 +341,9 @@ def _parameters_of(model: nn.Module, part: str) -> Iterator[nn.Parameter]:
         yield from found
         return
     for module in model.modules():
-        biases = ("bias", *(f"{name}_bias" for name in expert_parameters(module)))
         for name, parameter in module.named_parameters(recurse=False):
             if (
-                (part == "bias" and name in biases)
+                (part == "bias" and is_bias(name))
                 or (part == "norm" and is_norm(module))
                 or (part == "embedding" and isinstance(module, nn.Embedding))
             ):

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name
+from lightning_prune.naming import clean_path
 from lightning_prune.perp.layers import find_variant, sparse_layers
 from lightning_prune.perp.options import DEFAULT_RANK, WholeNames, check_options, check_parts, is_scaling, nameable
 from lightning_prune.perp.record import retraining_of
@@ -254,7 +254,7 @@ def options_for(
     targets = options.get("target_modules", [])
     if not targets:
         return {}
-    there = {clean_name(name) for name, _ in nameable(model)}
+    there = {clean_path(name) for name, _ in nameable(model)}
     strange = [name for name in targets if name not in there]
     if strange:
         raise ValueError(

@@ -15,7 +15,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_prune.naming import clean_name, is_compiled_alone
 from lightning_prune.perp.layers import SparseLayer, SparseLinear
 from lightning_prune.sharding import local, take_shard
 
@@ -89,23 +88,12 @@ class SubstitutingLayer(SparseLayer):
         return functional_call(self.base_layer, {name: self.weight_with_adapter()}, args, kwargs)
 
 
-def check_substitution(what: str, name: str, path: str, options: Mapping[str, Any]) -> None:
-    """Refuse a layer that could not run with another weight in its place, and what such an adapter has not.
-
-    Args:
-        what: What is compiled alone, as messages have it before the name.
-        name: Of the weight, or the layer, that gets the adapter.
-        path: Of the layer.
-        options: Of LoRA.
+def check_substitution(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that an adapter of a weight which is substituted has not.
 
     Raises:
-        ValueError: the layer is compiled by itself; or `options` have dropout, which drops inputs of layers.
+        ValueError: `options` have dropout, which drops inputs of layers; `name` is in the message.
     """
-    if is_compiled_alone(path):
-        raise ValueError(
-            f"{what} {clean_name(name)!r} were given to torch.compile alone, and would go on without an adapter: add "
-            "adapters first, and compile the blocks or the model"
-        )
     if options.get("lora_dropout"):
         raise ValueError(
             f"lora_dropout={options['lora_dropout']!r} must be 0 for {name!r}: it would drop inputs of the adapter "

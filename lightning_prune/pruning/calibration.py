@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import adapter_in_its_place, to_ignore
-from lightning_prune.progress import progress_bar
+from lightning_prune.progress import progress_bar, warn
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
 from lightning_prune.pruning.hooks import Tap, Taps
 from lightning_prune.pruning.offloading import put_away
@@ -582,12 +582,11 @@ def _fall_back(taps: Taps, unreached: Sequence[Tap], results: dict[str, LayerSta
 def warn_of_unrouted(unrouted: Iterable[str]) -> None:
     """Say which experts' matrices no token was routed to, if there are any."""
     if names := list(unrouted):
-        warnings.warn(
+        warn(
             f"no calibration token was routed to {len(names)} of the experts' matrices ({', '.join(names[:4])}"
             f"{', ...' if len(names) > 4 else ''}): their weights are compared by magnitude, and with other layers' as "
             "if they mattered as little as those of the least used expert. Use more samples for statistics of their "
             "own",
-            stacklevel=4,
         )
 
 
@@ -611,18 +610,16 @@ def _check_zeros(taps: Sequence[Tap], statistics: frozenset[str], ranks: Ranks |
             "schedule=OneShot(10)), or choose a score without gradients (wanda, sparsegpt, magnitude)"
         )
     if dead:
-        warnings.warn(
+        warn(
             f"the inputs are zero in {_some_of(dead, taps)} in every calibration sample (behind a layer that is still "
             "zero?): nothing is known of their weights' effect, and they are pruned by what else their score knows. "
             "Give samples that reach them, or put them into `ignore`",
-            stacklevel=4,
         )
     if zero := [name for name in zero if name not in dead]:
-        warnings.warn(
+        warn(
             f"the gradient of the calibration loss is zero in {_some_of(zero, taps)}: nothing is known of their "
             "weights' effect on it, and they are pruned by what else their score knows. Put layers that the loss does "
             "not depend on into `ignore`",
-            stacklevel=4,
         )
 
 

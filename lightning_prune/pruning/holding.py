@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_prune.naming import has_class
+from lightning_prune.progress import warn
 from lightning_prune.pruning.enforcement import Enforcer
 from lightning_prune.pruning.masks import (
     PackedMasks,
@@ -172,14 +171,13 @@ def _warn_of_merges(model: nn.Module, weights: Iterable[nn.Parameter]) -> None:
         and not any(has_class(module, kind) for kind in _KEEP_ZEROS)
         and any(id(p) in pruned for p in module.base_layer.parameters())
     ]
-    if dense and (not dist.is_initialized() or dist.get_rank() == 0):
+    if dense:
         name, module = dense[0]
-        warnings.warn(
+        warn(
             f"{len(dense)} layers with pruned weights, first {name!r}, have adapters of PEFT "
             f"({type(module).__module__}.{type(module).__name__}): merged (merge_and_unload), these fill the zeros, "
             "and no mask holds by then. Keep them unmerged, or train those of lightning_prune.perp.add_adapters, whose "
             "merge keeps the zeros",
-            stacklevel=4,
         )
 
 
@@ -287,12 +285,10 @@ class MaskHold:
                 "Replace or shrink layers before masks are held, or when they are no more (MaskHold.remove), or leave "
                 "them unpruned"
             ) from error
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            warnings.warn(
-                f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their "
-                "masks hold for the new ones from now on",
-                stacklevel=2,
-            )
+        warn(
+            f"{len(strange)} pruned parameters ({strange[0]}, ...) were replaced during training; their masks hold for "
+            "the new ones from now on",
+        )
 
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, before they are clipped; of those that have changed."""

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix, Routed, written_out
-from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, LINEAR, LayerKind, as_called
+from lightning_prune.pruning.layer_kinds import LINEAR, LayerKind, as_called
 from lightning_prune.pruning.padding import Padding
 from lightning_prune.pruning.precision import full_precision
 from lightning_prune.pruning.projections import Projection, projections_written_out
@@ -39,7 +39,7 @@ from lightning_prune.pruning.statistics import (
 )
 from lightning_prune.pruning.targets import Target
 from lightning_prune.pruning.weight_uses import LayerCall, WeightUses, same_gradient
-from lightning_prune.pruning.zeros import pads_by_itself
+from lightning_prune.pruning.zeros import CONVOLUTIONS, pads_by_itself
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import Layout, gather_whole, local
 

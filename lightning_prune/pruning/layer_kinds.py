@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.naming import clean_name, own_parameters
 from lightning_prune.pruning.experts import expert_parameters
-from lightning_prune.pruning.zeros import is_plain_product
+from lightning_prune.pruning.zeros import CONVOLUTIONS, is_plain_product
 from lightning_prune.sharding import type_name
 
 
@@ -145,7 +145,6 @@ CONV2D = LayerKind(
 )
 CONVOLUTION1D = replace(CONV2D, name="Conv1d", output_rows=_outputs(1))
 CONVOLUTION3D = replace(CONV2D, name="Conv3d", output_rows=_outputs(3))
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 # A matrix that its module multiplies with by itself, without a layer that could be watched.
 INNER = replace(LINEAR, name="inner matrix")

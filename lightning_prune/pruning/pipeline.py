@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError, check_model
-from lightning_prune.progress import is_main_process, progress_bar
+from lightning_prune.progress import progress_bar, warn
 from lightning_prune.pruning.allocation import (
     Allocation,
     KFACAllocation,
@@ -147,7 +147,7 @@ def prune(
         raise ValueError(f"score={plan.score.name!r} needs calibration data: pass batches")
     check_repeatable(batches, plan.passes, "batches")
     if plan.coverage.worrying:
-        warnings.warn(f"prune: {plan.coverage}", stacklevel=2)
+        warn(f"prune: {plan.coverage}")
     else:
         _log.info("prune: %s", plan.coverage)
     moved = None if batches is None else _Moved(model, batches)
@@ -230,15 +230,14 @@ def run_plan(
 
 def _warn_of_untouched(targets: Sequence[Target], plan: PruningPlan) -> None:
     """Name layers in whose groups not even one weight goes."""
-    if not targets or not is_main_process():
+    if not targets:
         return
     names, size = [t.name for t in targets], targets[0].shape[1] if plan.group == "row" else targets[0].numel
-    warnings.warn(
+    warn(
         f"nothing is pruned in {len(names)} of {len(plan.targets)} layers ({', '.join(names[:4])}"
         f"{', ...' if len(names) > 4 else ''}): sparsity={float(plan.sparsity)} of a group of {size} weights "
         f"(group={plan.group!r}) is less than one. Compare within larger groups (group='layer', 'global'), or add them "
         "to `ignore`",
-        stacklevel=5,
     )
 
 

@@ -23,7 +23,7 @@ from lightning_prune.pruning.allocation import (
     uniform_counts,
 )
 from lightning_prune.pruning.coverage import Coverage, coverage_of
-from lightning_prune.pruning.layer_kinds import CONVOLUTIONS, INNER
+from lightning_prune.pruning.layer_kinds import INNER
 from lightning_prune.pruning.offloading import check_offloaded
 from lightning_prune.pruning.patterns import NM
 from lightning_prune.pruning.scores import Criterion
@@ -31,6 +31,7 @@ from lightning_prune.pruning.settings import PruningSettings
 from lightning_prune.pruning.stacks import find_stacks, likely_stacks
 from lightning_prune.pruning.statistics import BACKWARD_STATISTICS, FORWARD_STATISTICS, HESSIAN
 from lightning_prune.pruning.targets import Target, parameters_of, select_layers
+from lightning_prune.pruning.zeros import CONVOLUTIONS
 from lightning_prune.ranks import Ranks, ShortOfMemoryError
 from lightning_prune.schedules import Share, count_of, exact_share
 from lightning_prune.sharding import local, type_name

@@ -35,7 +35,6 @@ from lightning_prune.pruning.clearing import to_bytes, zero_pruned_
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.layer_kinds import (
     ATTENTION_MATRICES,
-    CONVOLUTIONS,
     EXPERT,
     EXPERT_TRANSPOSED,
     INNER,
@@ -49,7 +48,7 @@ from lightning_prune.pruning.layer_kinds import (
 from lightning_prune.pruning.offloading import at_hand, device_of, is_offloaded
 from lightning_prune.pruning.patterns import lowest_in_layer, lowest_over_ranks
 from lightning_prune.pruning.projections import OUTPUT, Projection, can_be_written_out, output_layer
-from lightning_prune.pruning.zeros import keeps_zeros
+from lightning_prune.pruning.zeros import CONVOLUTIONS, keeps_zeros
 from lightning_prune.ranks import Ranks
 from lightning_prune.sharding import (
     Layout,
@@ -77,6 +76,7 @@ DEPTHWISE = "depthwise Conv1d"
 STANDARDIZED = "its forward makes other numbers of zeros (weight standardization?)"
 # Why others are left alone.
 IGNORED, NOT_NAMED = "in ignore", "not in targets"
+PARAMETRIZED = "its weight is no parameter, but made of others (weight_norm?)"
 
 RETRAINING = "_lightning_prune_perp"
 """Attribute of a model, or of one inside a PEFT model, that is retrained while its weights are frozen."""
@@ -361,6 +361,7 @@ def find_targets(
     targets: Sequence[str | type[nn.Module]] | None = None,
     ignore: Sequence[str | type[nn.Module]] = DEFAULT_IGNORE,
     frozen: bool = False,
+    parametrized: bool = True,
 ) -> list[Target]:
     """Find the weights to prune.
 
@@ -380,6 +381,8 @@ def find_targets(
             (`DEFAULT_IGNORE`), which are left out beside other layers that are named here too; with ``[]`` they are
             pruned. Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
         frozen: Whether to take frozen layers like others, for what trains them by adapters.
+        parametrized: Whether to refuse layers whose weight is made of others (``weight_norm``). False: leave them out,
+            where what has been pruned is looked for, of which they cannot be.
 
     Returns:
         One entry a parameter, in the model's order; layers that share a parameter share the entry. Layers without any
@@ -389,7 +392,7 @@ def find_targets(
         ValueError: nothing is left to prune; a pattern matches no layer; a weight is also used by a module
             that is not a target (tied embeddings), is quantized, parametrized, or has no data (meta device).
     """
-    return select_layers(model, targets, ignore, frozen=frozen).targets
+    return select_layers(model, targets, ignore, frozen=frozen, parametrized=parametrized).targets
 
 
 def select_layers(
@@ -400,6 +403,7 @@ def select_layers(
     hessian: bool = False,
     frozen: bool = False,
     offloaded: bool = False,
+    parametrized: bool = True,
 ) -> Selection:
     """Divide the layers of a model as `find_targets` does, and say why the others are left alone.
 
@@ -411,6 +415,7 @@ def select_layers(
         hessian: Whether Hessians are among these; a grouped convolution has one in each group.
         frozen: See `find_targets`.
         offloaded: Whether to take weights that a `device_map` keeps in main memory or on disk.
+        parametrized: See `find_targets`.
 
     Raises:
         ValueError, TypeError: see `find_targets`.
@@ -454,6 +459,8 @@ def select_layers(
         elif reasons[name]:
             order = (STANDARDIZED, ROUTER, HEAD, FUNCTIONAL, GROUPED, DEPTHWISE, FROZEN)
             left_out[name] = next(reason for reason in order if reason in reasons[name])
+        elif not parametrized and layer.weight is None:
+            left_out[name] = PARAMETRIZED
     chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:
         raise ValueError(_nothing_to_prune(model, targets, ignore, left_out))

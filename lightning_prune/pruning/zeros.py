@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import own_parameters
 
-_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = (nn.Linear, *CONVOLUTIONS)
 _PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "addmm", "__matmul__"))
 
 
@@ -40,15 +41,15 @@ class _Products(TorchFunctionMode):
 def keeps_zeros(layer: nn.Module) -> bool:
     """Return whether zeros of a layer's weight are zeros in what its forward multiplies with the input.
 
-    Weight standardization subtracts a mean first, after which none is. A scale or a rounding keeps them. A layer with a
-    forward of its own is tried with a made-up weight and input, on a copy; one that cannot be run so counts as keeping
+    Weight standardization subtracts a mean first, after which none is. A scale or a rounding keeps them. A layer of a
+    class of its own is tried with a made-up weight and input, on a copy; one that cannot be run so counts as keeping
     them. What else it learns is tried without zeros: a gain that begins at zero hides what will become of the weight's.
 
     Args:
         layer: A Linear or convolution, or of a class that inherits from one.
     """
     weight = own_parameters(layer).get("weight")
-    if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or not weight.is_floating_point():
+    if type(layer) in _PLAIN or weight is None or weight.is_meta or not weight.is_floating_point():
         return True
     try:
         index = torch.arange(weight.numel(), device=weight.device)
@@ -88,7 +89,7 @@ def pads_by_itself(layer: nn.Module) -> bool:
     It is tried out as in `keeps_zeros`.
     """
     weight = own_parameters(layer).get("weight")
-    if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or is_lazy(weight):
+    if type(layer) in _PLAIN or weight is None or weight.is_meta or is_lazy(weight):
         return False
     x, trial = _input(layer, weight), nn.Parameter(torch.zeros_like(weight))
     try:
@@ -146,7 +147,7 @@ def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor, learned: bool = 
 
 def _input(layer: nn.Module, weight: Tensor) -> Tensor:
     """Ones that a layer takes, not as many as its weight has."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if isinstance(layer, CONVOLUTIONS):
         # Twice what the kernel spans: a padding mode may want more than the padding.
         spans = [2 * step * (size - 1) + 1 for size, step in zip(layer.kernel_size, layer.dilation, strict=True)]
         shape = [layer.in_channels, *spans]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import CalibrationError, check_bool, check_model, refuse_inference_tensors
-from lightning_prune.progress import progress_bar
+from lightning_prune.progress import progress_bar, warn
 from lightning_prune.pruning.batches import samples
 from lightning_prune.pruning.calibration import HALF_SCALE, LossFn, collect
 from lightning_prune.pruning.coverage import pruned_zeros
@@ -354,11 +353,10 @@ class _Round:
             if pruned_zeros(now[name], whole_rows=True)
         }
         if filled := {name: count for name, count in filled.items() if count}:
-            warnings.warn(
+            warn(
                 f"compensate=True fills {sum(filled.values()):,} zeros of pruned weights in {len(filled)} layers "
                 f"({next(iter(filled))}, ...), which it re-fits for the inputs that go: shrink before you prune, prune "
                 "again afterwards, or pass compensate=False, which keeps them",
-                stacklevel=4,
             )
 
     def _moments(self, data: list[Any], types: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.naming import clean_name, own_parameters, uncompiled
+from lightning_prune.naming import clean_name, clean_path, own_parameters, uncompiled
 from lightning_prune.pruning.experts import expert_parameters
 from lightning_prune.pruning.layer_kinds import layer_kind
 from lightning_prune.sharding import memory_of, packed_class, plain_class, type_name
@@ -237,7 +237,7 @@ def language_models(module: nn.Module) -> list[tuple[str, nn.Module]]:
         if hasattr(getattr(child, "config", None), "model_type") and hasattr(child, "get_output_embeddings"):
             inner = uncompiled(child)
             if not any(inner in set(outer.modules()) for _, outer in found):
-                found.append((clean_name(f"{name}.").rstrip("."), inner))
+                found.append((clean_path(name), inner))
     return found
 
 

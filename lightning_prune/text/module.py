@@ -427,7 +427,8 @@ class CausalLM(L.LightningModule):
             if self._trainer is None:  # zeros are loaded with the weights, but no norms that leave channels out
                 mask_units(self.model, units.removal, attention_unit=units.attention_unit)
         state = checkpoint.get("state_dict", {})  # ModelParallelStrategy has loaded the weights already
-        unmerged = any(".lora_A." in name for name in state)
+        own = {name for name, _ in self.named_parameters() if ".lora_A." in name}  # also of another model beside
+        unmerged = any(".lora_A." in name and name not in own for name in state)
         wrapped = any(name.startswith("model.base_model.model.") for name in state) and not unmerged
         if wrapped and not hasattr(uncompiled(self.model), "get_base_model"):
             raise CheckpointError(
@@ -435,7 +436,7 @@ class CausalLM(L.LightningModule):
                 "same around it first, in __init__ of a subclass (self.model = get_peft_model(self.model, ...))"
             )
         beside = any("unmerged" in held for held in checkpoint.get("callbacks", {}).values() if isinstance(held, dict))
-        if not (unmerged or beside) or any(".lora_A." in n for n, _ in self.named_parameters()):
+        if not (unmerged or beside) or not own <= state.keys():
             return
 
         if self._trainer is not None and self._trainer.state.fn == "fit":
@@ -448,9 +449,9 @@ class CausalLM(L.LightningModule):
                 "was made with, into this Trainer too; or start from CausalLM.load_from_checkpoint, which merges them"
             )
         if unmerged:
-            from lightning_prune.checkpoints.states import merged_state  # takes peft with it, which few need here
+            from lightning_prune.checkpoints.states import merged_parts  # takes peft with it, which few need here
 
-            checkpoint["state_dict"] = merged_state(state, checkpoint.get("callbacks", {}), "the checkpoint")
+            checkpoint["state_dict"], _ = merged_parts(state, checkpoint.get("callbacks", {}), "the checkpoint")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Save model and tokenizer as a plain transformers folder with safetensors, a model card and `sparsity.json`.

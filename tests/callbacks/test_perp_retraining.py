@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from peft import LoraConfig, get_peft_model
 from perp_models import halve, zeros
@@ -26,7 +26,7 @@ from versions import WEIGHTS_ONLY
 from lightning_prune import CausalLM, CubicSchedule, WeightPruning, prune
 from lightning_prune.callbacks.perp_retraining import PERPRetraining
 from lightning_prune.errors import CalibrationError
-from lightning_prune.perp import SparsePeftModel, trainable_share
+from lightning_prune.perp import SparsePeftModel, merge, trainable_share
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -237,6 +237,37 @@ def test_interrupted_fit_leaves_the_adapters_on(tmp_path: Path) -> None:
     assert isinstance(module.model, SparsePeftModel)
     make_trainer(tmp_path, pruner, PERPRetraining()).fit(module, loader())
     assert isinstance(module.model, LlamaForCausalLM)
+
+
+class Thaw(L.Callback):
+    """Makes everything trainable at the second epoch, as BackboneFinetuning does; without it no optimizer knows."""
+
+    def __init__(self, in_optimizer: bool) -> None:
+        self.in_optimizer = in_optimizer
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.model.requires_grad_(True)
+            if self.in_optimizer:
+                BaseFinetuning.unfreeze_and_add_param_group(pl_module.model, trainer.optimizers[0], lr=1e-2)
+
+
+@pytest.mark.parametrize(("adapter", "beside"), [("mask_lora", False), ("mask_lora", True), (None, False)])
+def test_what_unfreezes_pruned_weights_is_refused(adapter: str | None, beside: bool, tmp_path: Path) -> None:
+    for in_optimizer in (False, True):
+        module, others = make_module(), [pruning()] if beside else []
+        if not beside:
+            halve(module.model)
+        before = zeros(module.model)
+        trainer = make_trainer(tmp_path, PERPRetraining(adapter, r=2), *others, Thaw(in_optimizer), max_epochs=2)
+        if in_optimizer:
+            with pytest.raises(ValueError, match=r"q_proj(\.weight)?' is pruned and was frozen by PERPRetraining, but"):
+                trainer.fit(module, loader())
+            module.model = merge(module.model)
+        else:
+            trainer.fit(module, loader())
+        if not beside:
+            assert all(torch.equal(z, before[n]) for n, z in zeros(module.model).items())
 
 
 def test_adapters_leave_the_random_state_alone(tmp_path: Path) -> None:

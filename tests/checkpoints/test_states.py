@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, get_peft_model
 from perp_models import halve
 from perp_trainers import GPT2, LLAMA, loader, make_module, make_trainer, pruning
 from tiny import snapshot
+from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 from versions import WEIGHTS_ONLY
 
-from lightning_prune import CausalLM, PERPRetraining
+from lightning_prune import CausalLM, PERPRetraining, load_merged_state
 from lightning_prune.checkpoints.export import export
 from lightning_prune.checkpoints.inspection import inspect
 from lightning_prune.cli import main
@@ -58,7 +63,8 @@ def unmerged(checkpoint: Path, folder: Path, prefix: str = "model.") -> Path:
     perp = next(state for key, state in stored["callbacks"].items() if key.startswith("PERPRetraining"))
     parts, start = perp.pop("unmerged"), f"{prefix}base_model.model."
     names = {key.replace(start, prefix).replace(".base_layer.", "."): key for key in parts if "lora_" not in key}
-    names = {key: names.get(key, start + key.removeprefix(prefix)) for key in stored["state_dict"]}
+    own = {key: start + key.removeprefix(prefix) if key.startswith(prefix) else key for key in stored["state_dict"]}
+    names = {key: names.get(key, name) for key, name in own.items()}
     stored["state_dict"] = {**{names[key]: t for key, t in stored["state_dict"].items()}, **parts}
     for key, state in stored["callbacks"].items():
         if key.startswith("WeightPruning"):
@@ -95,6 +101,70 @@ def test_is_the_merged_model(name: str, form: str, fits: Any, tmp_path: Path) ->
     assert found.sparsity == inspect(tmp_path / "exported", progress=False).sparsity == pytest.approx(0.5, abs=0.01)
     assert found.masks == (None if name == "pruned before" else 14 if name != "gpt2" else 8)
     assert found.resurrected == 0
+
+
+class WithTeacher(CausalLM):
+    """A second model, whose adapters of PEFT are on the same layers, of the same ranks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False)
+        self.teacher = get_peft_model(make_module(seed=3).model, config)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["", "written by a version that did not say which model it was"])
+@pytest.mark.parametrize("form", ["merged", "unmerged"])
+def test_adapters_of_peft_on_another_model_stay_its_own(form: str, known: bool, tmp_path: Path) -> None:
+    module = WithTeacher(config=LLAMA, learning_rate=1e-2, lr_schedule="constant")
+    if not known:  # of the two the one whose layers the state names
+        module.teacher.base_model.model.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 32, bias=False)
+    callbacks = [pruning(ignore=["teacher", "lm_head"]), PERPRetraining(r=2)]
+    save = ModelCheckpoint(dirpath=tmp_path, filename="end")
+    make_trainer(tmp_path, *callbacks, save, max_epochs=1).fit(module, loader())
+    checkpoint = tmp_path / "end.ckpt" if form == "merged" else unmerged(tmp_path / "end.ckpt", tmp_path)
+    if not known:
+        stored = torch.load(checkpoint, weights_only=True)
+        del stored["callbacks"]["PERPRetraining"]["attribute"]
+        torch.save(stored, checkpoint)
+    state, expected = load_merged_state(checkpoint), module.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert inspect(checkpoint, progress=False).masks == 14
+    with pytest.raises(
+        ValueError, match="49 such as 'teacher.*load it with the class that wrote it" if known else "teach"
+    ):
+        export(checkpoint, tmp_path / "exported", progress=False)
+    if known:
+        loaded = WithTeacher.load_from_checkpoint(checkpoint, weights_only=True)
+        assert snapshot(loaded) == snapshot(module)
+        other = WithTeacher(config=LLAMA)
+        make_trainer(tmp_path).validate(other, loader(), ckpt_path=checkpoint, **WEIGHTS_ONLY, verbose=False)
+        assert snapshot(other) == snapshot(module)
+        with pytest.raises(ValueError, match=r"put PERPRetraining\(...\)"):
+            make_trainer(tmp_path).fit(WithTeacher(config=LLAMA), loader(), ckpt_path=checkpoint, **WEIGHTS_ONLY)
+
+
+def test_layers_are_known_by_their_whole_name(tmp_path: Path) -> None:
+    class Named(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(OrderedDict(layer=nn.Linear(4, 4), block=nn.Sequential()))
+            self.net.block.layer = nn.Linear(4, 4)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+    torch.manual_seed(0)
+    module = Named()
+    options = {"alpha_pattern": {"block.layer": 64}}
+    save = ModelCheckpoint(dirpath=tmp_path, filename="end")
+    perp = PERPRetraining(r=2, attribute="net", lora_options=options)
+    make_trainer(tmp_path, pruning(), perp, save).fit(module, DataLoader(torch.randn(16, 4), batch_size=4))
+    state = load_merged_state(unmerged(tmp_path / "end.ckpt", tmp_path, "net."))
+    assert all(torch.equal(state[name], tensor) for name, tensor in module.state_dict().items())
 
 
 def test_merged_models_have_the_exact_sparsity_they_had_before(tmp_path: Path) -> None:

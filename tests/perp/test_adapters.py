@@ -563,6 +563,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (pruned, {"use_dora": True}, "use_dora=True is not supported"),
     (pruned, {"bias": "all"}, r"use train=\('bias',\)"),
     (pruned, {"modules_to_save": ["norm"]}, "use train, any of"),
+    (pruned, {"target_parameters": ["experts"]}, "use target_modules, which names parameters of experts too"),
     (pruned, {"init_lora_weights": "pissa"}, "would fill their zeros"),
     (pruned, {"adapter": "scale_lora", "lora_alpha": 8}, "has no effect on adapter='scale_lora'"),
     (pruned, {"adapter": None, "r": 4}, "adapter=None takes no LoRA options"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from convolution_models import make_images, make_short_convolution, make_vision, naive_convolution
+from safetensors.torch import load_file
 from substituted import EXACT, adapted, check_fold, check_merge_in_place, combined
 from tiny import make_tokens, snapshot
 from torch import Tensor, nn
@@ -408,7 +409,7 @@ def standardized() -> nn.Module:
         (lambda: nn.utils.weight_norm(nn.Conv1d(4, 4, 3)), {}, "'second' is not a plain parameter"),
         (standardized, {}, r"'second' \(WeightStandardizedConv2d\) makes other numbers of its weight's zeros"),
         (lambda: nn.Conv2d(4, 4, 3, device="meta"), {}, "'second' has no data here"),
-        (lambda: torch.compile(nn.Conv2d(4, 4, 3), backend="eager"), {}, "'second' is a OptimizedModule"),
+        (lambda: torch.compile(nn.Conv2d(4, 4, 3), backend="eager"), {}, "'second' were given to torch.compile"),
     ],
     ids=["dropout", "transposed", "lazy", "weight_norm", "old weight_norm", "standardized", "meta", "compiled"],
 )  # fmt: skip
@@ -423,6 +424,75 @@ def test_what_cannot_be_adapted_is_refused_by_its_name(
         add_adapters(model, **{"target_modules": ["first", "second"], **options})
     assert [type(module) for module in model.modules()] == kinds
     assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_layers_beside_parametrized_ones_are_adapted(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), wrap(nn.Conv2d(4, 4, 3)), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    with pytest.raises(ValueError, match="the weight of '1' is not a plain parameter"):
+        prune(plain, score="magnitude", progress=False)
+    masks = prune(plain, score="magnitude", ignore=["1"], progress=False)
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    model, x = moved(add_adapters(plain, r=2, train=())), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert [name for name, _ in sparse_layers(model)] == ["0", "3"]
+    model(x).square().sum().backward()
+    y = model.eval()(x)
+    merged = merge(model)
+    assert torch.equal(merged(x), y)
+    changed = {name for name, p in merged.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == masks.keys() == {"0.weight", "3.weight"}
+    assert not any(merged.get_parameter(name).detach()[~mask].any() for name, mask in masks.items())
+
+
+class Codebook(nn.Module):
+    """Vectors that follow what they stand for, as buffers; of one more nothing is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("vectors", torch.randn(8, 4))
+        self.register_buffer("scratch", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.movedim(1, -1).reshape(-1, 4).detach()
+        nearest = torch.cdist(flat, self.vectors).argmin(1)
+        if self.training:
+            sums = torch.zeros_like(self.vectors).index_add_(0, nearest, flat)
+            self.vectors.lerp_(sums / torch.bincount(nearest, minlength=8)[:, None].clamp(min=1), 0.1)
+        found = self.vectors[nearest].view(x.movedim(1, -1).shape).movedim(-1, 1)
+        return x + (found - x).detach()
+
+
+def test_a_saved_adapter_has_all_that_training_changed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), Codebook(), parametrizations.spectral_norm(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4)]
+    plain = nn.Sequential(*layers, nn.Conv2d(4, 2, 1)).train()
+    prune(plain, score="magnitude", ignore=["2"], progress=False)
+    other, x = copy.deepcopy(plain).eval(), torch.randn(2, 3, 8, 8)
+    model = moved(add_adapters(plain, r=2))
+    for _ in range(3):
+        model.train()(x)
+    expected = model.eval()(x)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(other, tmp_path).eval()(x), expected)
+    (file,) = tmp_path.glob("perp_adapter-*")
+    names = load_file(file).keys()
+    assert {"1.vectors", "3.running_mean"} < names
+    assert "1.scratch" not in names
+
+
+def test_parts_of_a_sequence_are_found_with_adapters() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    prune(plain, score="magnitude", progress=False)
+    model, x = moved(add_adapters(plain, r=2)), torch.randn(2, 3, 5, 5)
+    y = x
+    for part in model:
+        y = part(y)
+    assert torch.equal(y, model(x))
+    assert model[0] is plain[0]
+    assert not torch.equal(model[:1](x), plain[0].base_layer(x))
+    with pytest.raises(TypeError, match="not subscriptable"):
+        add_adapters(pruned_vision("resnet"), r=2)[0]
 
 
 def test_a_shared_convolution_is_refused() -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from lightning_prune.perp.effective import (
     Combine,
+    Elementwise,
     effective_linear,
+    effective_weight,
     kept_by_sign,
     masked_growth,
     masked_product,
@@ -75,6 +77,33 @@ def test_outputs_and_gradients_are_those_of_float64(
     for name in names:
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(ours[name].grad.double(), expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+# With a derivative of NaN where a weight is zero.
+ROOTS = Elementwise(lambda weight, product: weight * (1.0 + weight.abs().sqrt() * product))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("combine", [*COMBINATIONS, ROOTS], ids=["sum", "product", "growth", "function"])
+def test_gradients_can_be_differentiated(combine: Combine, transposed: bool) -> None:
+    made = {n: t.double() if t.is_floating_point() else t for n, t in make((6, 9), transposed).items()}
+    kept = to_bytes(made["mask"], torch.device("cpu"))
+    x, left, right, bias = (made[n].requires_grad_() for n in ("x", "left", "right", "bias"))
+    linear = lambda x, left, right, bias: effective_linear(  # noqa: E731
+        x, made["weight"], kept, left, right, bias, combine, transposed
+    )
+    assert torch.autograd.gradgradcheck(linear, (x[0, :2].detach().requires_grad_(), left, right, bias))
+    weight = lambda left, right: effective_weight(made["weight"], kept, left, right, combine)  # noqa: E731
+    assert torch.autograd.gradgradcheck(weight, (left, right))
+
+    # And they are those that nobody differentiates.
+    y = linear(x, left, right, bias)
+    upstream = torch.randn_like(y)
+    inputs = (x, left, right, bias)
+    plain = torch.autograd.grad(y, inputs, upstream, retain_graph=True)
+    followed = torch.autograd.grad(y, inputs, upstream, create_graph=True)
+    for found, expected in zip(followed, plain, strict=True):
+        torch.testing.assert_close(found.detach(), expected)
 
 
 @pytest.mark.parametrize("biased", [False, True])

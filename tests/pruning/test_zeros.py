@@ -46,6 +46,17 @@ class Gate(nn.Linear):
         return F.linear(x, self.weight * self.gain, self.bias)
 
 
+class Standardized3d(nn.Conv3d):
+    """In what the forward of a convolution calls."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean((1, 2, 3, 4), keepdim=True), bias)
+
+
+class Inherited(nn.Conv3d):
+    """Nothing of its own."""
+
+
 class Binary(nn.Linear):
     """The signs of the centered weight."""
 
@@ -96,6 +107,8 @@ class Counting(nn.Linear):
         (lambda: Standardized(4, 4, 1, dtype=torch.bfloat16), False),
         (lambda: Gained(3, 4, 3), False),
         (lambda: Gate(6, 4), True),
+        (lambda: Standardized3d(3, 4, (1, 2, 3), dilation=(1, 2, 1)), False),
+        (lambda: Inherited(4, 4, 2, groups=2, padding="same"), True),
         (lambda: Binary(6, 4), False),
         (lambda: Binary(6, 1), False),
         (lambda: Ternary(6, 4), True),
