@@ -52,7 +52,7 @@ class _UserError(Exception):
 
 _KNOWN = (_UserError, ArgumentError)
 
-_LONGEST = 2000  # characters of an error: jsonargparse repeats a whole file that is no configuration
+_NO_SETTINGS = "Unexpected config:"  # jsonargparse's, before all that is in the file
 
 _OTHER_WEIGHTS = "Error(s) in loading state_dict for "  # torch's, of a checkpoint of another model
 
@@ -170,6 +170,9 @@ def _one_line(error: Exception) -> str:
         )
     if isinstance(error, UnicodeDecodeError):
         return f"a file is not UTF-8 text ({error}); is --config the name of a YAML file?"
+    if str(error).startswith(_NO_SETTINGS):
+        begins = str(error).removeprefix(_NO_SETTINGS).strip()[:60]
+        return f"a --config file must hold settings by name (such as trainer:), and one begins with {begins!r}"
     lines: list[str] = []
     for line in str(error).splitlines():
         line = line.strip().removeprefix("- ").strip()
@@ -179,8 +182,7 @@ def _one_line(error: Exception) -> str:
             lines.append(line)
     if isinstance(error, ArgumentError) and lines and lines[0].startswith("unrecognized arguments"):
         lines.append("(options stand after their command, whose --help lists them)")
-    line = " ".join(" ".join(lines).split()) or " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+    return " ".join(" ".join(lines).split()) or " ".join(str(error).split()) or type(error).__name__
 
 
 # -- own commands ----------------------------------------------------------------------------------------------------
