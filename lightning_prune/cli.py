@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import json
 import os
 import re
 import signal
 import sys
 import threading
+import traceback
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -49,6 +52,8 @@ class _UserError(Exception):
 
 _KNOWN = (_UserError, ArgumentError)
 
+_NO_SETTINGS = "Unexpected config:"  # jsonargparse's, before all that is in the file
+
 _OTHER_WEIGHTS = "Error(s) in loading state_dict for "  # torch's, of a checkpoint of another model
 
 _TRIED = re.compile(
@@ -69,6 +74,8 @@ def main(args: Sequence[str] | None = None) -> int:
         Ctrl-C, 143 after SIGTERM. Errors that are nobody's input keep their traceback.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # work of hours must not end at a letter of its report
     try:
         with _terminable():
             if _is_for_trainer(arguments):
@@ -96,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_of_the_user(error) or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
-        own = isinstance(error, _KNOWN) or type(error).__module__.startswith("lightning_prune.")
+        own = isinstance(error, _KNOWN) or _is_raised_here(error)
         hint = "" if own else f" ({TRACEBACK_VARIABLE}=1 shows where)"
         print(f"lightning-prune: error: {_one_line(error)}{hint}", file=sys.stderr)
         return _USER_ERROR
@@ -139,6 +146,12 @@ def _is_of_the_user(error: Exception) -> bool:
     return any(kind.__name__ in ("OutOfMemoryError", "MisconfigurationException") for kind in type(error).__mro__)
 
 
+def _is_raised_here(error: Exception) -> bool:
+    """Whether the package itself has raised an error, whose message then says all."""
+    place = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(place).is_relative_to(Path(__file__).parent)
+
+
 def _one_line(error: Exception) -> str:
     """The message without what jsonargparse adds: types that were tried in vain, and the whole configuration."""
     if str(error).startswith(_OTHER_WEIGHTS):
@@ -155,6 +168,11 @@ def _one_line(error: Exception) -> str:
             f"the file before the command {command!r} has {setting!r} outside of a section {command!r}: give it after "
             f"the command (lightning-prune {command} --config FILE), or put its settings under {command}:"
         )
+    if isinstance(error, UnicodeDecodeError):
+        return f"a file is not UTF-8 text ({error}); is --config the name of a YAML file?"
+    if str(error).startswith(_NO_SETTINGS):
+        begins = str(error).removeprefix(_NO_SETTINGS).strip()[:60]
+        return f"a --config file must hold settings by name (such as trainer:), and one begins with {begins!r}"
     lines: list[str] = []
     for line in str(error).splitlines():
         line = line.strip().removeprefix("- ").strip()
@@ -333,11 +351,12 @@ def _measure(function: Callable[..., Any], options: dict[str, Any]) -> int:
     outputs = check_outputs(options.pop("output"))
     results = function(**options)
     console, tables = Console(), results.tables()
+    # First of all: the reader of a pipe may go away.
+    write_results(outputs, results.to_dict(), f"{function.__name__.capitalize()} {options['model']}", tables)
     for table in tables:
         console.print(table.rich())
         for note in table.notes:
             console.print(note, highlight=False, markup=False)
-    write_results(outputs, results.to_dict(), f"{function.__name__.capitalize()} {options['model']}", tables)
     for path in outputs:
         console.print(f"Written: {path}", highlight=False, markup=False, soft_wrap=True)
     return 0

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lightning as L
 import torch
 import transformers
@@ -38,6 +37,7 @@ from lightning_prune.pruning.pipeline import prune
 from lightning_prune.report.figures import perplexity_over_sparsity, sparsity_per_layer
 from lightning_prune.safety import check_writable, expanded, replace_text
 from lightning_prune.text.data import TextDataModule
+from lightning_prune.text.documents import quiet_datasets
 from lightning_prune.text.module import CausalLM
 
 VOCABULARY = 2048
@@ -91,7 +91,7 @@ def quickstart(
     num_samples: int = 128,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run the whole comparison.
+    """Train a small language model, prune it in several ways, retrain it, and compare all of them.
 
     Writes into `output`: one transformers folder a model, ``results.json``, ``perplexity.png`` and
     ``sparsity.png``.
@@ -108,11 +108,14 @@ def quickstart(
         The content of ``results.json``.
 
     Raises:
-        ValueError: if a number is below 1, `output` cannot be written or holds other things by the names of what is
-            written, or a saved model does not have the zeros of its masks.
+        ValueError: if a number is out of range, `output` cannot be written or holds other things by the names of what
+            is written, or a saved model does not have the zeros of its masks.
     """
     for name, value in (("steps", steps), ("retrain_steps", retrain_steps), ("num_samples", num_samples)):
         check_whole(name, value)
+    check_whole("seed", seed, least=0)
+    if seed >= 2**32:
+        raise ValueError(f"seed={seed} must be below 2**32, as numpy's are")
     folder = expanded(output, "output")
     check_writable(folder, "dense")
     strange = [] if (folder / "cache").exists() else [name for name in _WRITTEN if (folder / name).exists()]
@@ -361,18 +364,14 @@ def _quiet() -> Iterator[None]:
     """Without the hints of the libraries, which would bury the report."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "transformers")]
     levels = [logger.level for logger in loggers]
-    bars = datasets.are_progress_bars_disabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_datasets():
             warnings.simplefilter("ignore")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
         transformers.utils.logging.enable_progress_bar()

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -21,8 +23,9 @@ from tiny import TINY
 from lightning_prune import CausalLM
 from lightning_prune.callbacks.fit_end import check_saving
 from lightning_prune.checkpoints.inspection import inspect
-from lightning_prune.cli import main, parser_of
+from lightning_prune.cli import _measure, main, parser_of
 from lightning_prune.pruning.masks import pack_masks
+from lightning_prune.results import Table
 from lightning_prune.text.data import EMBEDDED
 
 # LightningCLI notices that these tests pass arguments while pytest has some of its own.
@@ -209,6 +212,53 @@ def test_errors_that_are_nobodys_input_are_not_hidden(monkeypatch):
     monkeypatch.setattr("lightning_prune.checkpoints.inspection.open_checkpoint", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         main(["inspect", "x"])
+
+
+def test_a_traceback_is_offered_where_another_package_has_raised(monkeypatch, capsys):
+    """Messages of this one say all there is to say, of whatever type they are."""
+    assert main(["quickstart", "--steps", "0"]) == 2
+    assert "TRACEBACK" not in capsys.readouterr().err
+    monkeypatch.setattr("lightning_prune.checkpoints.inspection.open_checkpoint", lambda path: json.loads("x"))
+    assert main(["inspect", "x"]) == 2
+    assert "(LIGHTNING_PRUNE_TRACEBACK=1 shows where)" in capsys.readouterr().err
+
+
+def test_letters_that_an_output_does_not_have_are_escaped(monkeypatch, tmp_path):
+    """It ended with an error at the first of them, after the work."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    (tmp_path / "Präzision").mkdir()
+    assert main(["inspect", str(write_model(tmp_path / "Präzision"))]) == 0
+    sys.stdout.flush()
+    assert "Pr\\xe4zision" in written.getvalue().decode().replace("\n", "")
+
+
+def test_results_are_on_disk_before_they_are_shown(monkeypatch, tmp_path):
+    """`| head` takes less than all, and Ctrl-C may come."""
+
+    def evaluate(model):
+        return SimpleNamespace(tables=lambda: [Table("A", ("b",), [("c",)])], to_dict=lambda: {"a": 1})
+
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("rich.console.Console.print", closed)
+    with pytest.raises(BrokenPipeError):
+        _measure(evaluate, {"model": "a", "output": [str(tmp_path / "results.json")]})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"a": 1}
+
+
+def test_a_file_that_is_no_configuration(tmp_path, capsys):
+    """jsonargparse says all that is in it, and of bytes not which file they are in."""
+    for content in ("It is a truth universally acknowledged " * 1000, "- 1", ""):
+        (tmp_path / "novel.txt").write_text(content)
+        assert main(["fit", "--config", str(tmp_path / "novel.txt")]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "--config file must hold settings by name" in line
+        assert line.endswith(repr(content[:60].strip()))
+    (tmp_path / "model.bin").write_bytes(b"\x00\xff" * 100)
+    assert main(["fit", "--config", str(tmp_path / "model.bin")]) == 2
+    assert "a file is not UTF-8 text ('utf-8' codec" in capsys.readouterr().err
 
 
 def test_the_module_runs_as_the_command_does(monkeypatch, capsys):

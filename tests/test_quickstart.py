@@ -172,3 +172,10 @@ def test_a_folder_with_other_models_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds a file 'results\.json' that no earlier quickstart has left"):
         quickstart(own.parent)
     assert own.read_text() == "[1]"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 0.5])
+def test_seeds_that_nothing_takes_are_refused_at_once(seed, tmp_path):
+    with pytest.raises(ValueError, match=f"seed={seed} must be"):
+        quickstart(tmp_path / "out", seed=seed)
+    assert not (tmp_path / "out").exists()

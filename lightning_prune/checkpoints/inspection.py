@@ -204,7 +204,7 @@ def inspect(path: str | Path, progress: bool = True) -> Inspection:
 
     Args:
         path: A transformers folder, ``.safetensors`` file, Lightning ``.ckpt``, state dict, or the folder of a
-            distributed checkpoint; see `open_checkpoint`.
+            distributed checkpoint.
         progress: Show a bar where stderr is a terminal.
 
     Returns:

@@ -100,21 +100,26 @@ def export_masks(checkpoint: str | Path, output: str | Path, overwrite: bool = F
         checkpoint: A Lightning ``.ckpt`` or the folder of a distributed checkpoint.
         output: File to write, such as ``masks.safetensors``. Masks are named as the parameters of the transformers
             model where the checkpoint is one of `CausalLM`, else as those of the LightningModule.
-        overwrite: Replace `output` if it exists.
+        overwrite: Replace `output` if it holds masks.
 
     Returns:
         Number of masks.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or one of its masks is.
-        ValueError: it has no masks, or `output` exists or cannot be written.
+        ValueError: it has no masks, or `output` exists, holds other things than masks, or cannot be written.
     """
     check_bool("overwrite", overwrite)
     source, target = open_checkpoint(checkpoint, argument="checkpoint"), expanded(output, "output")
     if target.is_dir() or (target.exists() and not overwrite):
         raise ValueError(
             f"output={str(output)!r} {'is a folder' if target.is_dir() else 'exists'}; give the name of a new file "
-            "(masks.safetensors), or replace a file with overwrite=True (--overwrite)"
+            "(masks.safetensors), or replace a file of masks with overwrite=True (--overwrite)"
+        )
+    if target.exists() and not _may_replace(target):
+        raise ValueError(
+            f"output={str(output)!r} holds other things than masks, which overwrite would delete; give the name of a "
+            "new file, or remove it yourself"
         )
     stored = StoredMasks.of(source)
     if stored is None or not stored.count:
@@ -126,6 +131,15 @@ def export_masks(checkpoint: str | Path, output: str | Path, overwrite: bool = F
     facts = {"score": stored.score} if stored.score else {}
     save_masks(masks, target, **facts)
     return len(masks)
+
+
+def _may_replace(file: Path) -> bool:
+    """Whether a file is empty or holds masks; no weights, which are safetensors too."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return (handle.metadata() or {}).get("format") == _FORMAT
+    except SafetensorError:
+        return not file.stat().st_size
 
 
 def _name(source: Checkpoint, name: str) -> str:

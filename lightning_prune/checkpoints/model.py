@@ -179,10 +179,12 @@ def _tokenizer_of(source: Checkpoint, wanted: str | None) -> PreTrainedTokenizer
     try:
         return load_tokenizer(named, **settings)
     except Exception as error:  # files of strangers, and a hub that may not answer
+        said = first_line(error)
+        own = said.removeprefix(f"tokenizer={named!r} ")  # most name it
         raise ExportError(
-            f"tokenizer={named!r}{'' if wanted else ', which the checkpoint names,'} cannot be loaded: "
-            f"{first_line(error)}; give a hub id, folder, .gguf file or tokenizer.json, or {NO_TOKENIZER!r} to export "
-            "without a tokenizer"
+            f"tokenizer={named!r}{'' if wanted else ', which the checkpoint names,'} "
+            f"{'cannot be loaded: ' if own == said else ''}{own}; give a hub id, folder, .gguf file or tokenizer.json "
+            f"(export takes {NO_TOKENIZER!r} too, for no tokenizer)"
         ) from error
 
 
@@ -557,7 +559,8 @@ def device_of(device: str | None) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} is not there ({first_line(error)}); use 'cpu', or leave it out") from error
+        reason = first_line(error).partition(". ")[0]  # torch's explanations go on for a page
+        raise ValueError(f"device={device!r} is not there ({reason}); use 'cpu', or leave it out") from error
     return found
 
 

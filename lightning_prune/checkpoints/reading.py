@@ -17,6 +17,7 @@ import pickle
 import re
 import shlex
 import struct
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -167,9 +168,11 @@ def _open_folder(folder: Path) -> Checkpoint:
         return _open_safetensors(folder, whole)
     if len(variants := _files(folder, _VARIANTS)) == 1:
         return _open_torch(variants[0])
-    checkpoints = _files(folder, "*.ckpt") + _files(folder, "*.bin") + checkpoints_of_runs(folder)
-    checkpoints += [config.parent for config in sorted(folder.glob("*/config.json"))]
-    hint = f"; did you mean {str(checkpoints[0])!r}?" if checkpoints else ""
+    hint = ""
+    with contextlib.suppress(OSError):  # of files that come and go while they are looked for
+        near = _files(folder, "*.ckpt") + _files(folder, "*.bin") + checkpoints_of_runs(folder)
+        near += [config.parent for config in sorted(folder.glob("*/config.json"))]
+        hint = f"; did you mean {str(near[0])!r}?" if near else ""
     fail(
         folder,
         "is a folder without model.safetensors, pytorch_model.bin, an index of shards, or the .metadata of a "
@@ -325,7 +328,9 @@ def _torch_load(path: Path) -> Any:
         if head and head != b"PK" and head[:1] != pickle.PROTO:
             fail(path, "is no checkpoint: neither a safetensors file nor one that torch.save has written")
         # Only the zip format can be mapped; files written before torch 1.6 are read whole.
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # torch's about another protocol, beside the error that follows
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         check_claims(loaded, path.stat().st_size)
         return loaded
 

@@ -47,8 +47,13 @@ def looks_like_path(source: str) -> bool:
     )
 
 
-def existing_path(source: str, argument: str) -> Path:
+def existing_path(source: str, argument: str, on_hub: bool = True) -> Path:
     """Expand `~` and check that the path exists.
+
+    Args:
+        source: The path.
+        argument: What the user calls it, for errors.
+        on_hub: Whether it might be the name of something on the hub, which is said then.
 
     Raises:
         FileNotFoundError: If it does not; the message names `argument`.
@@ -57,7 +62,7 @@ def existing_path(source: str, argument: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(
             f"{argument}={source!r} is not an existing file or folder (looked at {path.absolute()}). "
-            "Check the path; a hub id has the form 'name' or 'owner/name'."
+            f"Check the path{'; a hub id has the form name or owner/name' if on_hub else ''}."
         )
     return path
 
@@ -218,8 +223,9 @@ def named_where_it_fails(argument: str, name: str) -> Iterator[None]:
         if Path(name).exists():
             raise
         raise OSError(
-            f"{argument}={name!r} is no folder on this machine, and cannot be had from the hub: {first_line(error)} "
-            "Check the path, or give a name of the hub (owner/name) where it can be reached"
+            f"{argument}={name!r} is no folder on this machine, and cannot be had from the hub: "
+            f"{first_line(error).rstrip('.')}. Check the path, or give a name of the hub (owner/name) where it can be "
+            "reached; without a network, HF_HUB_OFFLINE=1 saves the wait"
         ) from error
 
 

@@ -135,7 +135,7 @@ def _short_names(files: Iterable[str]) -> dict[str, str]:
 
 
 def _read_text(file: str | Path) -> str:
-    path = existing_path(str(file), "text")
+    path = existing_path(str(file), "text", on_hub=False)
     if path.is_dir():
         raise ValueError(f"text={str(file)!r} is a folder; name its files")
     try:

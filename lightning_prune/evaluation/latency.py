@@ -78,7 +78,8 @@ def benchmark(
     check_whole("warmup", warmup, least=0)
     place = device_of(device)
     sources = [("dense", dense), ("pruned", model)] if dense is not None else [("pruned", model)]
-    loaded = [load_model(source, None, dtype, role, progress) for role, source in sources if source is not None]
+    arguments = {"dense": "dense", "pruned": "model"}
+    loaded = [load_model(s, None, dtype, arguments[role], progress) for role, s in sources if s is not None]
     found = [one.inspection() for one in loaded]
     if csr:
         _check_csr(loaded[-1].model, place)

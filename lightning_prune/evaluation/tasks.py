@@ -250,8 +250,8 @@ def read_tasks(specs: Sequence[str]) -> tuple[list[LocalTask], list[str]]:
     for spec in specs:
         path = expanded(spec.removeprefix(PREFIX), "tasks")
         if spec.startswith(PREFIX) or path.suffix == ".jsonl" or path.is_dir() or "/" in spec:
-            local += _read_path(existing_path(str(path), "tasks"), pairs_only=spec.startswith(PREFIX))
-        elif path.suffix in (".yaml", ".yml", ".json", ".py"):
+            local += _read_path(existing_path(str(path), "tasks", on_hub=False), pairs_only=spec.startswith(PREFIX))
+        elif path.suffix in (".yaml", ".yml", ".json", ".py") or (path.suffix and path.is_file()):
             raise ValueError(
                 f"tasks={spec!r}: local tasks are .jsonl files; definitions may name code, and are not read"
             )

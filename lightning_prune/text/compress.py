@@ -32,7 +32,7 @@ from lightning_prune.safety import expanded
 from lightning_prune.structure.folders import check_replaceable
 from lightning_prune.structure.oneshot import check_structured, shrink_by_plan
 from lightning_prune.structure.permutation import check_permutable, permute_channels
-from lightning_prune.text.documents import check_local, check_parts, texts_of
+from lightning_prune.text.documents import check_local, check_parts, quiet_datasets, texts_of
 
 _WINDOW = 512  # tokens, where the model takes as many
 _PLENTY = 16  # times the text that is needed is read, to take samples from different parts of it
@@ -403,12 +403,13 @@ class _Job:
         """Take samples to calibrate on, and windows that are held out, each spread over its part of the text."""
         enough = _PLENTY * (num_samples + windows) * self.seq_len
         ids: list[int] = []
-        for document in texts_of(self.text, name, split, field):
-            # verbose=False: the stream is cut into windows, so it is not too long
-            ids += self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            ids.append(self.tokenizer.eos_token_id)
-            if len(ids) >= enough:
-                break
+        with quiet_datasets():
+            for document in texts_of(self.text, name, split, field):
+                # verbose=False: the stream is cut into windows, so it is not too long
+                ids += self.tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+                ids.append(self.tokenizer.eos_token_id)
+                if len(ids) >= enough:
+                    break
         own = self.seq_len - len(self.begin)
         rows = torch.tensor(ids[: len(ids) // own * own]).view(-1, own)
         rows = torch.cat([torch.tensor(self.begin, dtype=rows.dtype).expand(len(rows), -1), rows], 1)  # [N, T]
@@ -449,7 +450,7 @@ class _Job:
         if fitting is None:
             needed = (seconds - left + min(costs.values())) / 60
             raise ValueError(
-                f"minutes={seconds / 60:g} are too few on this device; the quickest takes {needed:.1f}. Give as many, "
+                f"minutes={seconds / 60:g} are too few on this device; the quickest takes {needed:.2g}. Give as many, "
                 "or leave minutes out and choose score='magnitude'"
             )
         self.say(f"Within {seconds / 60:g} minutes: {fitting} (about {costs[fitting] / 60:.1f} of them)")

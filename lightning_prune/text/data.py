@@ -20,7 +20,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_prune.checkpoints.sources import first_token, load_tokenizer, plain_source, trained_tokenizer
+from lightning_prune.checkpoints.sources import (
+    first_token,
+    load_tokenizer,
+    named_where_it_fails,
+    plain_source,
+    trained_tokenizer,
+)
 from lightning_prune.errors import check_whole
 from lightning_prune.safety import expanded
 from lightning_prune.text.chat import check_chat_tokenizer, tokenize_conversations
@@ -370,14 +376,15 @@ class TextDataModule(L.LightningDataModule):
         if is_saved(source):
             documents = saved_rows(str(source), hp["split"], "source", streaming=True)
         elif isinstance(source, str) and not is_local(source):
-            documents = datasets.load_dataset(
-                source,
-                hp["name"],
-                split=hp["split"],
-                revision=hp["revision"],
-                cache_dir=hp["cache_dir"],
-                streaming=True,
-            )
+            with named_where_it_fails("source", source):
+                documents = datasets.load_dataset(
+                    source,
+                    hp["name"],
+                    split=hp["split"],
+                    revision=hp["revision"],
+                    cache_dir=hp["cache_dir"],
+                    streaming=True,
+                )
         else:
             documents = local_documents(source, "source", hp["sample_by"], hp["cache_dir"], streaming=True)
         # Older versions of datasets do not know them before they have read a row.
@@ -444,13 +451,14 @@ class TextDataModule(L.LightningDataModule):
         on_hub = argument == "source" and isinstance(source, str) and not is_local(source)
         split_of_hub = argument != "source" and isinstance(source, str) and not is_local(source)
         if on_hub or (split_of_hub and isinstance(hp["source"], str) and not is_local(hp["source"])):
-            return datasets.load_dataset(
-                hp["source"],
-                hp["name"],
-                split=hp["split"] if on_hub else source,
-                revision=hp["revision"],
-                cache_dir=hp["cache_dir"],
-            )
+            with named_where_it_fails("source", hp["source"]):
+                return datasets.load_dataset(
+                    hp["source"],
+                    hp["name"],
+                    split=hp["split"] if on_hub else source,
+                    revision=hp["revision"],
+                    cache_dir=hp["cache_dir"],
+                )
         return local_documents(source, argument, hp["sample_by"], hp["cache_dir"])
 
     def _training_text(self) -> TextPrefix:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from lightning_prune.checkpoints.sources import existing_path, looks_like_path
+from lightning_prune.checkpoints.sources import existing_path, looks_like_path, named_where_it_fails
 from lightning_prune.errors import first_line
-from lightning_prune.safety import expanded
+from lightning_prune.safety import ProcessWide, expanded
 
 EMBEDDED = {"austen": Path(__file__).parent / "embedded" / "austen.txt"}
 """Texts in the package, by the name that stands for the file."""
@@ -142,7 +143,8 @@ def texts_of(
     elif isinstance(source, list) or is_local(source):
         rows = local_documents(source, "text", "document", None)
     else:
-        rows = datasets.load_dataset(source, name, split=split, streaming=True)
+        with named_where_it_fails("text", source):
+            rows = datasets.load_dataset(source, name, split=split, streaming=True)
     for row in rows:
         text = row.get(text_field, 0)
         if not isinstance(text, (str, type(None))):
@@ -150,6 +152,25 @@ def texts_of(
             raise ValueError(f"text_field={text_field!r} names no text of text={source!r}: it {held}")
         if text and _has_text(text):
             yield text
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+
+
+_QUIET_DATASETS = ProcessWide(_quiet_datasets)
+
+
+def quiet_datasets() -> AbstractContextManager[None]:
+    """Go without bars of the datasets library for a block, which it shows in logs too."""
+    return _QUIET_DATASETS.changed()
 
 
 def _encoding_of(files: list[Path], argument: str) -> str:

@@ -601,7 +601,8 @@ def _config_of(config: dict[str, Any] | str | None, revision: str | None) -> Pre
     try:
         return config_from(model_type, fields)
     except Exception as error:  # each family raises its own
-        raise ValueError(f"config={config!r} is not a configuration of transformers: {error}") from error
+        said = str(error).partition(" Should contain one of")[0]  # of hundreds of families
+        raise ValueError(f"config={config!r} is not a configuration of transformers: {said}") from error
 
 
 def _tokenizer_origin(model: str | None, gguf_file: str | None, tokenizer: str | None) -> tuple[str | None, str | None]:

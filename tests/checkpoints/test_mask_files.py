@@ -114,3 +114,20 @@ def test_command(tmp_path, capsys):
         assert message in error
         assert error.count("\n") == 1
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_overwrite_takes_nothing_away_but_masks(tmp_path):
+    """Weights, which are safetensors too, and texts stay."""
+    source = write_masked_ckpt(tmp_path)
+    weights, text, empty = tmp_path / "model.safetensors", tmp_path / "notes.txt", tmp_path / "empty"
+    save_file(example_state(), weights)
+    text.write_text("mine")
+    for file in (weights, text):
+        before = file.read_bytes()
+        with pytest.raises(ValueError, match=rf"output='.*{file.name}' holds other things than masks, .* new file"):
+            export_masks(source, file, overwrite=True)
+        assert file.read_bytes() == before
+    empty.touch()
+    for _ in range(2):
+        export_masks(source, empty, overwrite=True)
+        assert load_masks(empty).keys() == PRUNABLE

@@ -283,3 +283,21 @@ def test_a_home_is_expanded_in_every_path(kind, tmp_path, monkeypatch):
     }
     assert {file.name for file in tmp_path.iterdir()} == {"here", "plain", "model", "a.ckpt", *written}
     assert not list((tmp_path / "here").iterdir())
+
+
+def test_a_folder_whose_files_vanish_is_refused_as_any_other(tmp_path, monkeypatch):
+    """What might have been meant is looked for in it, and in folders such as /proc goes away meanwhile."""
+
+    def gone(folder):
+        raise FileNotFoundError(2, "No such file or directory", "/proc/4711")
+
+    monkeypatch.setattr("lightning_prune.checkpoints.reading.checkpoints_of_runs", gone)
+    with pytest.raises(CheckpointError, match=r"is a folder without .* distributed checkpoint$"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pickle_of_another_protocol_is_refused_without_a_warning(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(CheckpointError, match="is not opened"):
+        open_checkpoint(tmp_path / "a.pkl")

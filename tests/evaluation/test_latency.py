@@ -184,6 +184,7 @@ def test_command(files, tmp_path, capsys):
         (["--prompt_tokens", "60", "--new_tokens", "5"], "more than the 64 tokens"),
         (["--dense", "/no/such"], "dense='/no/such' is not an existing file"),
         (["--device", "cuda:99"], "device='cuda:99' is not there"),
+        (["--dense", "./none"], "dense='./none' is not an existing file"),
     ],
 )
 def test_user_errors_are_one_line(options, message, files, capsys):

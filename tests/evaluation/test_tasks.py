@@ -138,10 +138,13 @@ def test_specifications_that_are_refused(files, model, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "task.yaml").write_text("task: !function evil.run\n")
+    (tmp_path / "words.txt").write_text("a\n")
+    monkeypatch.chdir(tmp_path)
     for spec, message in [
         (tmp_path / "empty", "folder without .jsonl files"),
         (tmp_path / "empty.jsonl", "holds no samples"),
         ("task.yaml", "definitions may name code"),
+        ("words.txt", "local tasks are .jsonl files"),  # there: no name of a task, which lm-eval takes long to look up
     ]:
         with pytest.raises(ValueError, match=message):
             read_tasks([str(spec)])

@@ -10,7 +10,7 @@ from tiny import TINY
 
 from lightning_prune import CausalLM, TextDataModule
 from lightning_prune.evaluation.evaluate import evaluate
-from lightning_prune.text.documents import local_documents
+from lightning_prune.text.documents import local_documents, quiet_datasets, texts_of
 
 TEXT = "Il \xe9tait une fois. " * 400
 
@@ -132,3 +132,29 @@ def test_paths_become_names_that_a_checkpoint_keeps(tmp_path):
     data = TextDataModule(tmp_path / "a.txt", validation=[tmp_path / "b.txt"])
     assert data.hparams["source"] == str(tmp_path / "a.txt")
     assert data.hparams["validation"] == [str(tmp_path / "b.txt")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_that_the_hub_does_not_have_is_in_the_message(streaming, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'my_text' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    there = r"='my_text' is no folder on this machine, and cannot be had from the hub: Couldn't reach .*Error\)\. Check"
+    with pytest.raises(OSError, match=f"^text{there}"):
+        next(texts_of("my_text"))
+    data = TextDataModule("my_text", tokenizer="gpt2", block_size=16, streaming=streaming)
+    with pytest.raises(OSError, match=f"^source{there}"):
+        data._streamed_documents("my_text") if streaming else data._rows("my_text", "source")
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_bars_of_datasets_are_as_before_after_a_quiet_block(disabled):
+    before = datasets.are_progress_bars_disabled()
+    try:
+        (datasets.disable_progress_bars if disabled else datasets.enable_progress_bars)()
+        with quiet_datasets():
+            assert datasets.are_progress_bars_disabled()
+        assert datasets.are_progress_bars_disabled() == disabled
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()

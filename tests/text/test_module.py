@@ -131,6 +131,7 @@ def test_dtype_and_attention(folder):
         ({"config": LLAMA, "learning_rate": "fast"}, "learning_rate='fast' is out of range: it must be above 0"),
         ({"config": LLAMA, "betas": 0.9}, "betas=0.9 is out of range: it must be two values"),
         ({"config": LLAMA | {"hidden_size": "a"}}, "is not a configuration of transformers: .*'hidden_size'"),
+        ({"config": {"model_type": "lama"}}, "is not a configuration of transformers: .* identifier: lama.$"),
         ({"config": LLAMA, "weight_decay": -1.0}, "weight_decay=-1.0 is out of range"),
         ({"config": LLAMA, "betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) is out of range"),
         ({"config": LLAMA, "warmup_steps": -1}, "warmup_steps=-1 is out of range"),
