@@ -166,12 +166,13 @@ class Padding:
             return mask.t().to(x.device)
         if rows[:2] == (samples, 1):  # a pooler, a classifier
             return None
+        # First: of a sample too short for any row the model's own mask has all.
+        if mask is source and (strided := self.strided.get(rows[1])) is not None and rows[:2] == strided.shape:
+            return strided.to(x.device)
         if rows[0] == samples and rows[1] < tokens:
             for shorten in self.shorten:
                 if (short := _shortened(shorten, rows[1], mask)) is not None:
                     return short.to(x.device)
-        if mask is source and (strided := self.strided.get(rows[1])) is not None and rows[:2] == strided.shape:
-            return strided.to(x.device)
         self.unplaced[name] = None
         return None
 
