@@ -39,6 +39,7 @@ USES = {
     "_MEM_FORMAT_ENCODING": "checkpoints.reading",
     "_start_method": "callbacks.kinds",
     "_ddp_comm_state": "callbacks.checks",
+    "_step_supports_amp_scaling": "callbacks.pruning_aware_pretraining",
     "_data_source": "callbacks.calibration_data",
     "_batches_that_stepped": "callbacks.sparsity_monitor",
     "_attn_implementation": "structure.classes",

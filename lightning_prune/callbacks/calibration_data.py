@@ -70,7 +70,7 @@ class CalibrationData:
         self.local_samples = num_samples // self.world
         self.presplit = self.kept = self.once = False
         self._touched: dict[str, Any] = {}
-        self._given: list[tuple[weakref.ref[Tensor], int]] = []  # first tensors of the batches that somebody still has
+        self._given: list[tuple[list[weakref.ref[Tensor]], int]] = []  # tensors of batches that somebody still has
         self._index = 0
         training = _training_source(trainer).instance
         if _several(source):
@@ -108,14 +108,18 @@ class CalibrationData:
                 batch = hooks.on_before_batch_transfer(batch, 0)  # by position, as there
                 batch = trainer.strategy.batch_to_device(batch)
                 self._index += 1
-                self._given = [(given, i) for given, i in self._given if given() is not None]
-                self._given += [(weakref.ref(tensor), self._index) for tensor in islice(tensors_of(batch), 1)]
+                self._given = [(given, i) for given, i in self._given if given and all(r() is not None for r in given)]
+                self._given.append(([weakref.ref(tensor) for tensor in tensors_of(batch)], self._index))
                 yield batch
 
     def index_of(self, batch: Any) -> int:
         """Return the number of a batch of this rank, as training would give it; of a part that of what came last."""
-        first = next(tensors_of(batch), None)
-        return next((i for given, i in reversed(self._given) if given() is first), max(self._index, 0))
+        tensors = list(tensors_of(batch))  # all of them, since batches may share some
+
+        def is_of(given: list[weakref.ref[Tensor]]) -> bool:
+            return len(given) == len(tensors) and all(ref() is t for ref, t in zip(given, tensors, strict=True))
+
+        return next((i for given, i in reversed(self._given) if is_of(given)), max(self._index, 0))
 
     @classmethod
     @contextmanager

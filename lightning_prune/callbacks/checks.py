@@ -330,6 +330,21 @@ def check_not_masked(structure: Structure) -> None:
         )
 
 
+def check_trained(structure: Structure, saliency: SaliencyAccumulator, types: Sequence[str]) -> None:
+    """Frozen parameters whose gradients the saliency is made of: they would count as zero.
+
+    Raises:
+        ValueError: there are some.
+    """
+    parameters = structure.parameters()
+    if frozen := [name for name in saliency.read_gradients() if not parameters[name].requires_grad]:
+        raise ValueError(
+            f"saliency={saliency.kind!r} of types={tuple(types)!r} needs gradients, but {len(frozen)} parameters are "
+            f"frozen ({frozen[0]}, ...); train them, use saliency='magnitude', or types of units that they are no part "
+            "of ('ffn' needs those of its own layers alone)"
+        )
+
+
 def check_optimizers(
     structure: Structure, optimizers: Sequence[Optimizer], saliency: SaliencyAccumulator, types: Sequence[str]
 ) -> None:
@@ -344,13 +359,8 @@ def check_optimizers(
             f"PruningAwarePretraining needs one optimizer, found {len(optimizers)}: with several, a step is no longer "
             "one set of gradients"
         )
+    check_trained(structure, saliency, types)
     parameters, needed = structure.parameters(), saliency.read_gradients()
-    if frozen := [name for name in needed if not parameters[name].requires_grad]:
-        raise ValueError(
-            f"saliency={saliency.kind!r} of types={tuple(types)!r} needs gradients, but {len(frozen)} parameters are "
-            f"frozen ({frozen[0]}, ...); train them, use saliency='magnitude', or types of units that they are no part "
-            "of ('ffn' needs those of its own layers alone)"
-        )
     found = list(with_inner(optimizers))
     stepped = {p for optimizer in found for group in optimizer.param_groups for p in group["params"]}
     trained = {p for p in parameters.values() if p.requires_grad}

@@ -21,6 +21,7 @@ from lightning_prune.callbacks.checks import (
     check_optimizers,
     check_settings,
     check_states,
+    check_trained,
     check_trainer,
     masked_while_shrinking,
     neighbor,
@@ -389,6 +390,8 @@ class PruningAwarePretraining(L.Callback):
         """Accumulate saliency of the step's gradients, and keep masked units from coming back."""
         self._now.mask_gradients()
         if trainer.global_step >= self.schedule.start and not self._now.reached:
+            if self._now.saliency.stream is None:  # others see what passes, also through weights frozen by now
+                check_trained(self._now.structure, self._now.saliency, self.types)
             self._now.saliency.add(_loss_scale(trainer, optimizer))
 
     def on_train_batch_end(
@@ -573,10 +576,11 @@ def _builds_later(module: L.LightningModule) -> bool:
 
 
 def _loss_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
-    """How many times too large gradients are before a step: a fused optimizer unscales those of a scaled loss."""
+    """How many times too large gradients are before a step: some optimizers unscale those of a scaled loss in it."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    fused = any(group.get("fused") for group in optimizer.param_groups)
-    return float(scaler.get_scale()) if scaler is not None and fused else 1.0
+    # As Lightning tells them; those with fused=True have it, while of single groups that are fused it is not set.
+    unscales = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaler is not None and unscales else 1.0
 
 
 def _shrunk_to(state: dict[str, Any], sizes: Sizes) -> bool:

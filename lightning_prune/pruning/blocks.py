@@ -326,14 +326,32 @@ class BlockWalk:
                 output, or that run again on what they returned.
         """
         seen: list[Any] = []
+        gaps: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by run and block, see `_adds_the_same`
+        before: dict[int, Any] = {}
+
+        def receive(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, passed = args[0] if args else kwargs[hidden_keyword(kwargs)], before.pop(index)
+            if isinstance(passed, Tensor) and hidden.shape == passed.shape:
+                received = _wide(hidden)
+                gaps[len(seen), index] = received - passed.to(received), _rounding(hidden) * received.norm(dim=-1)
 
         def run() -> None:
-            handle = self.blocks[-1].register_forward_hook(lambda _, args, output: seen.append(_first(output)))
+            handles = [self.blocks[-1].register_forward_hook(lambda _, args, output: seen.append(_first(output)))]
+            for index in {i for one in recorded for i, call in enumerate(one.calls) if call.added is not None}:
+                handles += [
+                    self.blocks[index - 1].register_forward_hook(
+                        lambda _, args, output, index=index: before.update({index: _first(output)})
+                    ),
+                    self.blocks[index].register_forward_pre_hook(
+                        lambda _, args, kwargs, index=index: receive(index, args, kwargs), with_kwargs=True
+                    ),
+                ]
             try:
                 with self.samples.forward_context():
                     self.samples.run(self.samples.model, batch)
             finally:
-                handle.remove()
+                for handle in handles:
+                    handle.remove()
 
         def walk(one: BlockBatch) -> Tensor:
             hidden = one.hidden
@@ -348,12 +366,12 @@ class BlockWalk:
                 self.runs = len(seen)
                 with drawn.again():
                     recorded = self._record(batch, size)
-            for one, expected in itertools.zip_longest(recorded, seen):
-                if one is None or expected is None:
+            for number, (one, expected) in enumerate(itertools.zip_longest(recorded, seen)):
+                if one is None or expected is None or not _adds_the_same(one, number, gaps):
                     raise self._computes_between()
                 hidden = self._finished(self.recording, partial(walk, one), one.numbers, one.samples)
                 assert hidden is not None  # which it is of ranks in lock step alone
-                tolerance = 1e-3 if hidden.dtype.itemsize > 2 else 5e-2
+                tolerance = _tolerance(hidden)
                 hidden, expected = hidden.float(), expected.float()
                 if hidden.shape != expected.shape or (hidden - expected).norm() > tolerance * expected.norm():
                     raise self._computes_between()
@@ -362,12 +380,13 @@ class BlockWalk:
     def _added(self, hidden: Tensor, passed: Any, version: int) -> Tensor:
         """What has been added to the hidden states that a block handed on, if that is all that was done to them.
 
-        Whether it does not depend on them is seen when the batch is compared.
+        Whether it does not depend on them is seen when the batch is compared: it is recorded of pass-throughs.
 
         Raises:
-            CalibrationError: they were replaced, or changed in place; or the batch will not be compared.
+            CalibrationError: they were replaced, or changed in place; or the batch will not be compared, or only with
+                what the same blocks gave.
         """
-        compared = self.samples.compared and self.samples.ranks is None
+        compared = self.samples.compared and self.samples.ranks is None and self.returns in (0, 1)
         if not compared or not isinstance(passed, Tensor) or hidden is passed or hidden.shape != passed.shape:
             raise self._computes_between()
         if _times_written(passed) != version:
@@ -400,6 +419,42 @@ def _same(received: Tensor, passed: Any, version: int) -> bool:
     if received is passed:
         return _times_written(received) == version
     return received.shape == passed.shape and torch.allclose(received.to(passed), passed, 0, 0, equal_nan=True)
+
+
+def _adds_the_same(one: BlockBatch, run: int, gaps: Mapping[tuple[int, int], tuple[Tensor, Tensor]]) -> bool:
+    """Whether the model adds to real hidden states what it has added to those of pass-throughs, row by row.
+
+    Args:
+        one: The record of a run.
+        run: Its number.
+        gaps: By run and block, what was added to real hidden states, and how far that is rounded in each row.
+    """
+    passed = one.hidden
+    for index, call in enumerate(one.calls):
+        if call.added is None:
+            continue
+        passed = passed + call.added
+        if (run, index) not in gaps:
+            return False
+        gap, rounded = gaps[run, index]
+        added = call.added.to(gap)
+        bound = rounded + _rounding(passed) * passed.to(gap).norm(dim=-1) + _tolerance(passed) * added.norm(dim=-1)
+        if bool(((gap - added).norm(dim=-1) > bound).any()):
+            return False
+    return True
+
+
+def _wide(hidden: Tensor) -> Tensor:
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _rounding(hidden: Tensor) -> float:
+    return torch.finfo(hidden.dtype).eps
+
+
+def _tolerance(hidden: Tensor) -> float:
+    """How far two ways to compute the same may differ."""
+    return 1e-3 if hidden.dtype.itemsize > 2 else 5e-2
 
 
 def _times_written(tensor: Any) -> int:

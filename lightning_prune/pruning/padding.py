@@ -166,12 +166,13 @@ class Padding:
             return mask.t().to(x.device)
         if rows[:2] == (samples, 1):  # a pooler, a classifier
             return None
-        if rows[0] == samples and rows[1] < tokens:
+        # First: of a sample too short for any row the model's own mask has all.
+        if mask is source and (strided := self.strided.get(rows[1])) is not None and rows[:2] == strided.shape:
+            return strided.to(x.device)
+        if rows[0] == samples and rows[1] < tokens and _at_the_end(mask):
             for shorten in self.shorten:
                 if (short := _shortened(shorten, rows[1], mask)) is not None:
                     return short.to(x.device)
-        if mask is source and (strided := self.strided.get(rows[1])) is not None and rows[:2] == strided.shape:
-            return strided.to(x.device)
         self.unplaced[name] = None
         return None
 
@@ -389,12 +390,17 @@ def _shortened(shorten: Callable[[int, Tensor], Tensor], length: int, mask: Tens
 
 def _strided(layer: nn.Conv1d, mask: Tensor) -> Tensor | None:
     """The mask of a convolution's rows, as many as each sample has without padding; None where that is not behind."""
-    lengths, places = mask.sum(1, keepdim=True), torch.arange(mask.shape[1], device=mask.device)
-    if isinstance(layer.padding, str) or not _equal(mask.bool(), places < lengths):
+    lengths = mask.sum(1, keepdim=True)
+    if isinstance(layer.padding, str) or not _at_the_end(mask):
         return None
     least = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1 - 2 * layer.padding[0]
     rows = (mask.shape[1] - least) // layer.stride[0] + 1
     return torch.arange(max(rows, 0), device=mask.device) < (lengths - least) // layer.stride[0] + 1
+
+
+def _at_the_end(mask: Tensor) -> bool:
+    """Whether all that is padded is at the end, where the masks of fewer rows have it too."""
+    return _equal(mask.bool(), torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -1026,7 +1026,8 @@ def test_a_step_is_told_which_batch_it_is_given(score: str) -> None:
     assert all(batch == index for batch, index in calibration)
 
 
-def test_a_step_is_told_which_batch_it_is_given_where_batches_wait_for_several_stacks() -> None:
+@pytest.mark.parametrize("shared", [False, True])  # a tensor that all batches have
+def test_a_step_is_told_which_batch_it_is_given_where_batches_wait_for_several_stacks(shared: bool) -> None:
     told: list[tuple[int, int]] = []
 
     class Translating(L.LightningModule):
@@ -1039,14 +1040,17 @@ def test_a_step_is_told_which_batch_it_is_given_where_batches_wait_for_several_s
                 )
             )
 
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            batch = batch[1] if isinstance(batch, list) else batch
             if not self.training and len(batch) == 2:  # not one that shows the order of the stacks alone
                 told.append((int(batch[0, 0]) - 1, batch_idx))
             return self.model(input_ids=batch, labels=batch).loss
 
         configure_optimizers = Numbered.configure_optimizers
 
-    data = [torch.full((2, 5), 1 + i) for i in range(3)]
+    data: list[Any] = [torch.full((2, 5), 1 + i) for i in range(3)]
+    if shared:
+        data = [[weights, batch] for weights in (torch.ones(2),) for batch in data]
     pruner = WeightPruning("wanda", sparsity=0.5, sequential=True, num_samples=6, calibration=data)
     fit(DataLoader(torch.ones(8, 5, dtype=torch.long), 4), pruner, module=Translating())
     assert len(told) >= 6

@@ -699,6 +699,23 @@ def test_frozen_parameters_that_no_saliency_reads_are_no_cause_to_refuse(salienc
             fit(PruningAwarePretraining(0.9, types, saliency=saliency), make())
 
 
+def test_parameters_that_are_frozen_while_training_are_refused_at_that_step() -> None:
+    """They counted as zero, and so did the units that they are all of."""
+
+    class Freezing(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 2:
+                for layer in pl_module.model.model.layers:
+                    layer.mlp.requires_grad_(False)
+
+    with pytest.raises(ValueError, match=r"6 parameters are frozen \(model.layers.0.mlp"):
+        fit(PruningAwarePretraining(0.9, ("ffn",), end=4), make_module(), Freezing(), max_steps=5)
+    for how in ({"saliency": "magnitude"}, {"saliency": "kfac"}, {"types": ("attention",)}):
+        callback = PruningAwarePretraining(0.9, **{"types": ("ffn",), "end": 4, **how})
+        fit(callback, make_module(), Freezing(), max_steps=5)
+        assert callback.finished
+
+
 def test_gradients_that_no_optimizer_clears_are_refused() -> None:
     """They are the sums of all steps so far, by which units would be judged."""
 
@@ -749,20 +766,25 @@ def test_masked_layers_with_biases_do_not_come_back(kind: str) -> None:
 
 @pytest.mark.parametrize("saliency", ["taylor1", "taylor2"])
 def test_a_scaled_loss_gives_the_saliencies_of_the_loss(saliency: str) -> None:
-    """A fused optimizer gets gradients that are scaled still, and so they are when saliency is read from them."""
+    """A fused optimizer gets gradients that are scaled still, and so they are when saliency is read from them.
+
+    One with fused groups, or whose states a fused one has left, does not.
+    """
 
     class InFloat32(MixedPrecision):
         def autocast_context_manager(self) -> Any:
             return contextlib.nullcontext()
 
     class Module(CausalLM):
-        fused = False
+        fused: bool | None = False
 
         def configure_optimizers(self) -> Any:
+            if self.fused is None:
+                return torch.optim.AdamW([{"params": list(self.parameters()), "fused": True}], lr=1e-3)
             return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=self.fused)
 
     found = []
-    for fused, scaled in ((False, False), (False, True), (True, True)):
+    for fused, scaled in ((False, False), (False, True), (True, True), (None, True)):
         torch.manual_seed(0)
         module = Module(config=SMALL)
         module.fused = fused
@@ -774,6 +796,7 @@ def test_a_scaled_loss_gives_the_saliencies_of_the_loss(saliency: str) -> None:
     assert len(found[0]) == 4
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert found[2] == pytest.approx(found[0], rel=1e-4)
+    assert found[3] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_a_teacher_in_the_module_is_refused_with_a_way_that_works() -> None:

@@ -672,6 +672,58 @@ def test_what_is_added_between_blocks_is_added_to_the_outputs_of_pruned_ones(upd
         BlockWalk(offloaded, list(model.blocks))
 
 
+class Residual(nn.Linear):
+    """A block that changes what it is given by much."""
+
+    def forward(self, x):
+        return x + 2 * super().forward(x)
+
+
+class InTuple(Residual):
+    def forward(self, x):
+        return super().forward(x), x.mean(-1)
+
+
+class Between(nn.Module):
+    """Between two blocks is what is asked for."""
+
+    def __init__(self, block, between):
+        super().__init__()
+        self.blocks, self.between = nn.ModuleList(block(16, 16) for _ in range(3)), between
+        self._no_split_modules = [block.__name__]
+
+    def forward(self, x):
+        first = x
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+            x = x if index == 2 else self.between(x, first)
+        return x
+
+
+def one_token(x, _):
+    return torch.cat([x[:, :1] * 1.5, x[:, 1:]], 1)
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [Residual, InTuple])
+@pytest.mark.parametrize("between", [one_token, lambda x, _: x * 1.02, lambda x, first: x + torch.sin(first * 3)])
+def test_what_is_added_to_a_few_tokens_must_not_depend_on_them(between, block, dtype):
+    """It gives almost the same in the end, within what bfloat16 rounds; and blocks that return more do run."""
+    torch.manual_seed(0)
+    model, data = Between(block, between).to(dtype), [torch.randn(2, 400, 16).to(dtype)]
+
+    def walk():
+        prune(model, data, "wanda", sequential=True, num_samples=2, progress=False)
+
+    if block is Residual and between(torch.ones(1, 1), torch.zeros(1, 1)) == 1:
+        walk()
+    else:
+        with pytest.raises(CalibrationError, match="or computes something between them"):
+            walk()
+
+
 @pytest.mark.filterwarnings("ignore:prune. .* weights are candidates")
 def test_qwen3_vl_is_walked():
     text = {

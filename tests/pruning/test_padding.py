@@ -339,6 +339,40 @@ def test_layers_of_speech_have_the_mask_of_their_length_or_are_named(kind, stati
         assert text == ""
 
 
+def test_sound_padded_at_the_front_is_named():
+    """The model's own mask takes the rows of the padding for the real ones."""
+    torch.manual_seed(0)
+    model = tr.Wav2Vec2Model(tr.Wav2Vec2Config(**WAV2VEC2)).double().eval()
+    mask = mask_of([400, 250]).flip(1)
+    batch = {"input_values": normal(2, 400).double() * mask, "attention_mask": mask}
+    found = [t for t in find_targets(model) if "q_proj" in t.name]
+    with pytest.warns(UserWarning, match="padding of the batches cannot be found in the inputs of 'encoder.layers.0"):
+        collect(model, [batch], found, statistics={"input_norm"}, num_samples=2, progress=False,
+                loss_fn=lambda m, b: m(**b)[0].square().mean((1, 2)))  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [0, 12])
+def test_sound_too_short_for_the_convolutions_has_no_rows(length):
+    """The mask that the model makes for its layers has all of them."""
+    torch.manual_seed(0)
+    model = tr.Wav2Vec2Model(tr.Wav2Vec2Config(**WAV2VEC2)).double().eval()
+    waves = [normal(n, seed=i).double() for i, n in enumerate([400, 250, length])]
+    batch = {"input_values": nn.utils.rnn.pad_sequence(waves, batch_first=True)}
+    batch["attention_mask"] = mask_of([400, 250, length])
+    found = find_targets(model)
+    rows = model._get_feat_extract_output_lengths(torch.tensor([400, 250, length])).clamp(min=0)
+    inputs = {}
+    query = model.encoder.layers[0].attention.q_proj
+    query.register_forward_pre_hook(lambda _, args: inputs.update(x=args[0].detach()))
+    how = {"statistics": {"input_norm"}, "progress": False, "num_samples": 3}
+    whole = collect(model, [batch], found, loss_fn=lambda m, b: m(**b)[0].square().mean((1, 2)), **how)
+    real = torch.cat([x[:n] for x, n in zip(inputs["x"], rows, strict=True)])
+    assert rows.tolist()[2] == 0
+    torch.testing.assert_close(
+        whole["encoder.layers.0.attention.q_proj.weight"].input_norm, (real.square().sum(0) / 3).sqrt()
+    )
+
+
 @pytest.mark.parametrize("sequential", [False, True])
 @pytest.mark.parametrize(
     "name", ["pixel_mask", "pixel_attention_mask", "feature_attention_mask", "image_attention_mask"]
