@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.naming import adapter_in_its_place, is_base_of_adapter, to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.offloading import is_offloaded
-from lightning_prune.sharding import local, type_name
+from lightning_prune.sharding import is_sharded, local, type_name
 
 _PRODUCTS = frozenset(
     (
@@ -200,11 +200,29 @@ class WeightUses(TorchFunctionMode):
         if names is None:
             return None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        weight, name = self.known.get(id(given.get("weight")), (None, ""))
-        if weight is None or weight is not self.stored.get(name) or name in self.called:
+        name = self._holding(given.get("weight"))
+        if name is None or name in self.called:
+            return None
+        if id(given.get("input")) in self.known:  # weights with each other, as penalties have them
             return None
         rest = {key: value for key, value in given.items() if key != "input"}
         return self.taps.run_as_layer(name, given["input"], rest, lambda x: func(x, **rest))
+
+    def _holding(self, weight: Any) -> str | None:
+        """The name of a weight that is as some layer holds it; of a shard's that is whole while its parent runs."""
+        known, name = self.known.get(id(weight), (None, ""))
+        if known is not None and known is self.stored.get(name):
+            return name
+        if not isinstance(weight, nn.Parameter):
+            return None
+        return next(
+            (
+                name
+                for name, modules in self.layers
+                if is_sharded(self.stored[name]) and any(module.weight is weight for module in modules)
+            ),
+            None,
+        )
 
     def _look_at(self, name: str, layer: nn.Module, stored: Tensor, instead: Tensor) -> None:
         """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.
