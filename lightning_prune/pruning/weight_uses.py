@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_prune.naming import adapter_in_its_place, is_base_of_adapter, to_ignore
 from lightning_prune.pruning.experts import ExpertMatrix
 from lightning_prune.pruning.offloading import is_offloaded
-from lightning_prune.sharding import is_sharded, local, type_name
+from lightning_prune.sharding import local, type_name
 
 _PRODUCTS = frozenset(
     (
@@ -82,6 +82,7 @@ class Watched(Protocol):
     of_weights: bool
     watched: bool
     calls: list[LayerCall]
+    around: dict[str, tuple[nn.Module, Callable[..., Any], Callable[..., Any]]]
 
     def fail(self, message: str) -> None: ...  # noqa: D102
 
@@ -209,20 +210,13 @@ class WeightUses(TorchFunctionMode):
         return self.taps.run_as_layer(name, given["input"], rest, lambda x: func(x, **rest))
 
     def _holding(self, weight: Any) -> str | None:
-        """The name of a weight that is as some layer holds it; of a shard's that is whole while its parent runs."""
+        """The name of a weight that is as its layer holds it now; in a shard's place FSDP2 puts another meanwhile."""
         known, name = self.known.get(id(weight), (None, ""))
         if known is not None and known is self.stored.get(name):
             return name
         if not isinstance(weight, nn.Parameter):
             return None
-        return next(
-            (
-                name
-                for name, modules in self.layers
-                if is_sharded(self.stored[name]) and any(module.weight is weight for module in modules)
-            ),
-            None,
-        )
+        return next((name for name, (layer, *_) in self.taps.around.items() if layer.weight is weight), None)
 
     def _look_at(self, name: str, layer: nn.Module, stored: Tensor, instead: Tensor) -> None:
         """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.

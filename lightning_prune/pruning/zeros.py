@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import own_parameters
-from lightning_prune.sharding import is_sharded
+from lightning_prune.sharding import ones_for_shard
 
 _FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 _PRODUCTS = frozenset(("linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "addmm", "__matmul__"))
@@ -91,7 +91,7 @@ def pads_by_itself(layer: nn.Module) -> bool:
     weight = own_parameters(layer).get("weight")
     if type(layer).forward in _FORWARDS or weight is None or weight.is_meta or is_lazy(weight):
         return False
-    trial = nn.Parameter(_ones(weight))
+    trial = nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device=weight.device))
     x = _input(layer, trial)
     try:
         with _Inputs(trial) as inputs:
@@ -154,9 +154,9 @@ def run_copy(
     held = vars(trial)
     for kind in ("_parameters", "_buffers", "_modules"):
         held[kind] = copy.deepcopy({name: value for name, value in held[kind].items() if value is not own})
-    for module in trial.modules():  # what a trial mixes with a shard has to be one too
-        shards = {name: value for name, value in own_parameters(module).items() if is_sharded(value)}
-        module._parameters.update({name: nn.Parameter(_ones(value)) for name, value in shards.items()})
+    for module in trial.modules():
+        for name, parameter in own_parameters(module).items():
+            module.register_parameter(name, ones_for_shard(parameter))
     for parameter in own_parameters(trial).values() if learned else ():
         parameter.masked_fill_(parameter == 0, 1)
     trial.weight = weight
@@ -164,10 +164,6 @@ def run_copy(
         trial.bias = bias
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         return type(layer).forward(trial.eval(), x)
-
-
-def _ones(like: Tensor) -> Tensor:
-    return torch.ones(like.shape, dtype=like.dtype, device=like.device)
 
 
 def _input(layer: nn.Module, weight: Tensor) -> Tensor:
