@@ -119,6 +119,24 @@ def test_gradients_in_a_checkpoint_are_refused_and_norms_are_right(reentrant: bo
     assert all(torch.equal(found[name].hessian, layer.hessian) for name, layer in plain.items())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("statistics", [{"gradient_l2"}, {"output_grad_norm"}])
+def test_a_second_use_in_a_checkpoint_is_refused_too(reentrant: bool, statistics: set[str]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def use(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.layer.weight, self.layer.bias).tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.use, self.use(x), use_reentrant=reentrant))
+
+    with pytest.raises(CalibrationError, match=r"'layer' .*checkpoint.*add 'layer' to `ignore`"):
+        gather(Twice(), data(2, 4, 6), squares, statistics)
+
+
 @pytest.mark.parametrize("called_first", [False, True])
 def test_a_layer_that_is_called_too_is_refused(called_first: bool) -> None:
     class Both(nn.Module):
