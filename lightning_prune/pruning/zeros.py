@@ -118,7 +118,8 @@ def is_plain_product(layer: nn.Module, transposed: bool = False) -> bool:
         return False
     if any(parameter is not weight and parameter is not bias for parameter in layer.parameters()):
         return False
-    made, added = (_ramp(t) if isinstance(t, nn.Parameter) and own is None else t for t in (weight, bias))
+    made = _ramp(weight) if own is None else weight
+    added = _ramp(bias) if own is None and isinstance(bias, nn.Parameter) else bias
     matrix = made.t() if transposed else made
     x = torch.linspace(-1, 1, 2 * matrix.shape[1], device=weight.device).to(weight.dtype).view(2, -1)
     x = torch.cat([x, -x])  # a single output has both signs
