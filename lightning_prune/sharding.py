@@ -219,6 +219,13 @@ def as_shard_of(parameter: Tensor, part: Tensor) -> Tensor:
     )
 
 
+def ones_for_shard(parameter: nn.Parameter) -> nn.Parameter:
+    """Return a whole parameter of ones in the place of a shard, which mixes with nothing plain; any other as it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return nn.Parameter(torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device))
+
+
 def laid_out_like(parameter: Tensor, mask: Tensor) -> Tensor:
     """Gather a sharded mask of a parameter that is whole; any other mask as it is."""
     if is_sharded(mask) and not is_sharded(parameter):

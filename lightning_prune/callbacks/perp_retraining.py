@@ -619,6 +619,7 @@ def _switched_off(layers: Iterable[SparseLayer]) -> Iterator[None]:
     So scores see the weight itself where a module multiplies with it (``F.linear(x, layer.weight)``).
     """
     layers = list(layers)
+    trained = [(matrix, matrix.requires_grad) for layer in layers for matrix in layer.matrices()]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -626,6 +627,8 @@ def _switched_off(layers: Iterable[SparseLayer]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for matrix, required in trained:  # PEFT would train what a user has frozen
+            matrix.requires_grad_(required)
 
 
 def _forget(trainer: L.Trainer, parameters: Iterable[Tensor]) -> None:

@@ -26,7 +26,7 @@ from lightning_prune.errors import CalibrationError
 from lightning_prune.naming import adapter_in_its_place, to_ignore
 from lightning_prune.progress import progress_bar, warn
 from lightning_prune.pruning.batches import batch_size, is_sequences, samples, take
-from lightning_prune.pruning.hooks import Tap, Taps
+from lightning_prune.pruning.hooks import Tap, Taps, in_checkpoint
 from lightning_prune.pruning.offloading import put_away
 from lightning_prune.pruning.padding import Padding, PaddingFinder
 from lightning_prune.pruning.room import Passes, Room, numbers_in
@@ -153,12 +153,7 @@ def _explained(functional: Collection[str] = ()) -> Iterator[None]:
         elif any(part in str(error) for part in _WITHOUT_PARAMETERS):
             why = "the loss takes gradients by parameters inside of it, which have none while layers are scored"
         if not isinstance(error, CalibrationError) and _IN_CHECKPOINT in str(error) and functional:
-            name = min(functional).removesuffix(".weight")
-            raise CalibrationError(
-                f"{name!r} is never called, since what holds it multiplies with its weight (F.linear), and it is in a "
-                "gradient checkpoint, in which that cannot be seen: switch checkpointing off until the model is "
-                f"pruned, choose a score without gradients (wanda, sparsegpt, magnitude), or add {to_ignore(name)}"
-            ) from error
+            raise CalibrationError(in_checkpoint(min(functional))) from error
         if not why or isinstance(error, CalibrationError):
             raise
         raise CalibrationError(

@@ -323,6 +323,8 @@ class Taps:
             tap.at_once = all(n == 1 for n in uses)
         self._backward(loss)
         self.uses.check_gradients()
+        if unseen := self.uses.functional & self.without_gradient:
+            self.fail(in_checkpoint(min(unseen), "under no_grad, or in a re-entrant gradient checkpoint"))
         for tap, uses in zip(self.all, zip(*everywhere, strict=True), strict=True):
             if not tap.at_once and any(uses) and self.statistics & GRADIENTS:
                 self._add_gradients(tap, tap.pending[0] if tap.pending else ())
@@ -636,6 +638,16 @@ def _gradient(delta: Tensor, x: Tensor, groups: int) -> Tensor:
         delta, x = (torch.unflatten(rows, -1, (groups, -1)).movedim(-2, -3) for rows in (delta, x))  # [..., G, T, .]
         return (delta.mT @ x).flatten(-3, -2)
     return delta.mT @ x
+
+
+def in_checkpoint(name: str, where: str = "in a gradient checkpoint") -> str:
+    """Say that a product which stands for a call of a layer cannot be seen when it is made again in backward."""
+    layer = name.removesuffix(".weight")
+    return (
+        f"what {layer!r} multiplies with is seen only where its weight is used (F.linear by what holds it, or padding "
+        f"of its own), and that is {where}, in which it cannot be seen: switch checkpointing off until the model is "
+        f"pruned, choose a score without gradients (wanda, sparsegpt, magnitude), or add {to_ignore(layer)}"
+    )
 
 
 def routed_to(layer: nn.Module) -> Routed | None:

@@ -180,7 +180,8 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     if re.search(r"Linear|Dense", type_name(module)):
         weight = own_parameters(module).get("weight")
         lazy = weight is not None and is_lazy(weight)  # refused later, with what to do
-        return LINEAR_ALIKE if lazy or is_plain_product(module) else None
+        own = "forward" in vars(module)  # which only a trial of the module itself could tell
+        return LINEAR_ALIKE if lazy or (not own and is_plain_product(module)) else None
     return None
 
 

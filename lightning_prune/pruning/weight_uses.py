@@ -82,6 +82,7 @@ class Watched(Protocol):
     of_weights: bool
     watched: bool
     calls: list[LayerCall]
+    around: dict[str, tuple[nn.Module, Callable[..., Any], Callable[..., Any]]]
 
     def fail(self, message: str) -> None: ...  # noqa: D102
 
@@ -200,11 +201,22 @@ class WeightUses(TorchFunctionMode):
         if names is None:
             return None
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        weight, name = self.known.get(id(given.get("weight")), (None, ""))
-        if weight is None or weight is not self.stored.get(name) or name in self.called:
+        name = self._holding(given.get("weight"))
+        if name is None or name in self.called:
+            return None
+        if id(given.get("input")) in self.known:  # weights with each other, as penalties have them
             return None
         rest = {key: value for key, value in given.items() if key != "input"}
         return self.taps.run_as_layer(name, given["input"], rest, lambda x: func(x, **rest))
+
+    def _holding(self, weight: Any) -> str | None:
+        """The name of a weight that is as its layer holds it now; in a shard's place FSDP2 puts another meanwhile."""
+        known, name = self.known.get(id(weight), (None, ""))
+        if known is not None and known is self.stored.get(name):
+            return name
+        if not isinstance(weight, nn.Parameter):
+            return None
+        return next((name for name, (layer, *_) in self.taps.around.items() if layer.weight is weight), None)
 
     def _look_at(self, name: str, layer: nn.Module, stored: Tensor, instead: Tensor) -> None:
         """Warn of a layer that multiplies with other numbers than its weight's, as one with a scale of its own does.

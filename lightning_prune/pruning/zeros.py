@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from lightning_prune.naming import own_parameters
+from lightning_prune.sharding import ones_for_shard
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = (nn.Linear, *CONVOLUTIONS)
@@ -91,7 +92,8 @@ def pads_by_itself(layer: nn.Module) -> bool:
     weight = own_parameters(layer).get("weight")
     if type(layer) in _PLAIN or weight is None or weight.is_meta or is_lazy(weight):
         return False
-    x, trial = _input(layer, weight), nn.Parameter(torch.zeros_like(weight))
+    trial = nn.Parameter(torch.ones(weight.shape, dtype=weight.dtype, device=weight.device))
+    x = _input(layer, trial)
     try:
         with _Inputs(trial) as inputs:
             run_copy(layer, trial, x)
@@ -104,20 +106,27 @@ def pads_by_itself(layer: nn.Module) -> bool:
 def is_plain_product(layer: nn.Module, transposed: bool = False) -> bool:
     """Return whether a layer multiplies its input with its weight and adds its bias, and no more.
 
-    It is tried out; one that cannot be run alone does something else, and so does one without numbers yet.
+    It is tried out with a made-up weight and bias, since its own may hide what it does with them (new ones are zeros,
+    or all positive). One that cannot be run alone does something else, and so does one without numbers yet, or with
+    other parameters: a gain begins at one, an adapter at zero.
 
     Args:
         layer: Of any class, with a parameter ``weight``.
         transposed: Whether that is stored ``[I, O]``, and not ``[O, I]``.
     """
-    weight, own, bias = own_parameters(layer).get("weight"), vars(layer).get("forward"), getattr(layer, "bias", None)
+    own, weight, bias = vars(layer).get("forward"), own_parameters(layer).get("weight"), getattr(layer, "bias", None)
     if weight is None or is_lazy(weight) or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
         return False
-    matrix = weight.t() if transposed else weight
+    if any(parameter is not weight and parameter is not bias for parameter in layer.parameters()):
+        return False
+    made = _ramp(weight) if own is None else weight
+    added = _ramp(bias) if own is None and isinstance(bias, nn.Parameter) else bias
+    matrix = made.t() if transposed else made
     x = torch.linspace(-1, 1, 2 * matrix.shape[1], device=weight.device).to(weight.dtype).view(2, -1)
+    x = torch.cat([x, -x])  # a single output has both signs
     try:
-        found = run_copy(layer, weight, x) if own is None else own(x)
-        expected = F.linear(x, matrix, bias)
+        found = run_copy(layer, made, x, added) if own is None else own(x)
+        expected = F.linear(x, matrix, added)
         close = 0.02 if weight.element_size() < 4 else 1e-4
         least = close * float(expected.abs().max()) if expected.numel() else 0.0
         return found.shape == expected.shape and torch.allclose(found, expected, close, least, equal_nan=True)
@@ -125,22 +134,36 @@ def is_plain_product(layer: nn.Module, transposed: bool = False) -> bool:
         return False
 
 
-def run_copy(layer: nn.Module, weight: nn.Parameter, x: Tensor, learned: bool = False) -> Any:
+def _ramp(like: Tensor) -> nn.Parameter:
+    """Different numbers of both signs, here, in the shape and precision of a parameter."""
+    ramp = torch.linspace(-1, 1, like.numel(), dtype=torch.float32, device=like.device)
+    return nn.Parameter(ramp.to(like.dtype).view(like.shape))
+
+
+def run_copy(
+    layer: nn.Module, weight: nn.Parameter, x: Tensor, bias: nn.Parameter | None = None, learned: bool = False
+) -> Any:
     """Run the forward of a layer's class on a copy in evaluation mode, so that the layer stays as it is.
 
     Args:
         layer: The layer. It is not called, so that its hooks do not run.
         weight: Of the copy, which shares it.
         x: Its input.
+        bias: Of the copy, in the place of the layer's; default a copy of that.
         learned: Whether to run it as it may be once it has learned: with ones for zeros in its other parameters.
     """
     trial, own = copy.copy(layer), own_parameters(layer).get("weight")
     held = vars(trial)
     for kind in ("_parameters", "_buffers", "_modules"):
         held[kind] = copy.deepcopy({name: value for name, value in held[kind].items() if value is not own})
+    for module in trial.modules():
+        for name, parameter in own_parameters(module).items():
+            module.register_parameter(name, ones_for_shard(parameter))
     for parameter in own_parameters(trial).values() if learned else ():
         parameter.masked_fill_(parameter == 0, 1)
     trial.weight = weight
+    if bias is not None:
+        trial.bias = bias
     with torch.random.fork_rng([weight.device] if weight.is_cuda else []):
         return type(layer).forward(trial.eval(), x)
 

@@ -119,6 +119,24 @@ def test_gradients_in_a_checkpoint_are_refused_and_norms_are_right(reentrant: bo
     assert all(torch.equal(found[name].hessian, layer.hessian) for name, layer in plain.items())
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("statistics", [{"gradient_l2"}, {"output_grad_norm"}])
+def test_a_second_use_in_a_checkpoint_is_refused_too(reentrant: bool, statistics: set[str]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def use(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.layer.weight, self.layer.bias).tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.use, self.use(x), use_reentrant=reentrant))
+
+    with pytest.raises(CalibrationError, match=r"'layer' .*checkpoint.*add 'layer' to `ignore`"):
+        gather(Twice(), data(2, 4, 6), squares, statistics)
+
+
 @pytest.mark.parametrize("called_first", [False, True])
 def test_a_layer_that_is_called_too_is_refused(called_first: bool) -> None:
     class Both(nn.Module):
@@ -134,6 +152,20 @@ def test_a_layer_that_is_called_too_is_refused(called_first: bool) -> None:
     for statistics in (ALL, FORWARD_STATISTICS):
         with pytest.raises(CalibrationError, match=r"'layer\.weight' is also used outside.*add 'layer' to `ignore`"):
             gather(Both(), data(2, 4, 6), squares, statistics)
+
+
+@pytest.mark.parametrize("score", ["wanda", "kfac"])
+def test_a_penalty_on_products_of_weights_is_no_call_of_a_layer(score: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+
+    def loss(m: nn.Module, batch: Tensor) -> Tensor:
+        return 0 * F.linear(m[0].weight, m[2].weight).sum() + squares(m, batch)
+
+    found, wanted = (
+        prune(copy.deepcopy(model), data(3, 4, 6), score, num_samples=6, loss_fn=f, progress=False)
+        for f in (loss, squares)
+    )
+    assert all(torch.equal(mask, wanted[name]) for name, mask in found.items())
 
 
 @pytest.mark.parametrize("how", [{"score": "wanda"}, {"update": "exact"}, {"score": "wanda", "pattern": "1:2"}])
@@ -196,3 +228,20 @@ def test_new_adapters_change_no_mask(score: str) -> None:
         found.append(dict(pruning.masks))
     assert list(found[0]) == list(found[1])
     assert all(torch.equal(mask, found[1][name]) for name, mask in found[0].items())
+
+
+def test_what_is_frozen_of_adapters_stays_so() -> None:
+    class FrozenA(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            for name, parameter in pl_module.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+
+    flags: list[bool] = []
+
+    class Watch(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            flags.extend(p.requires_grad for name, p in pl_module.named_parameters() if "lora_A" in name)
+
+    fit(Module(), FrozenA(), WeightPruning("wanda", num_samples=8, progress=False), PERPRetraining(r=2), Watch())
+    assert len(flags) == 6
+    assert not any(flags)

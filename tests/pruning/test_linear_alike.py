@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_prune import PERPRetraining, WeightPruning, prune
 from lightning_prune.pruning.calibration import collect
+from lightning_prune.pruning.layer_kinds import LINEAR_ALIKE, layer_kind
 from lightning_prune.pruning.targets import find_targets
 
 
@@ -35,6 +36,56 @@ class MonotonicLinear(GraphLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.abs(), self.bias)
+
+
+class ScaledLinear(GraphLinear):
+    """Its gain begins at one."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__(*size)
+        self.gain = nn.Parameter(torch.ones(size[1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.gain, self.bias)
+
+
+class AdaptedLinear(GraphLinear):
+    """An adapter of its own begins at zero."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Linear(inputs, 2, bias=False), nn.Linear(2, outputs, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.b(self.a(x))
+
+
+class ZeroDense(GraphLinear):
+    """New, it returns zeros whatever it computes."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__(*size)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.silu(x))
+
+
+class PositiveLinear(MonotonicLinear):
+    """New, its weight is its own absolute value."""
+
+    def __init__(self, *size: int) -> None:
+        super().__init__(*size)
+        nn.init.uniform_(self.weight)
+
+
+class RectifiedDense(GraphLinear):
+    """One with an activation of its own, which a few outputs may pass as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
 
 
 def make(kind: Any = GraphLinear) -> nn.Sequential:
@@ -71,6 +122,36 @@ def test_the_masks_are_those_of_the_same_model_of_torchs_layers(how: Any) -> Non
 def test_one_that_computes_something_else_is_left_out_and_named() -> None:
     with pytest.warns(UserWarning, match=r"\*\.weight \(1 tensor, .*MonotonicLinear cannot be pruned"):
         assert list(prune(make(MonotonicLinear), score="magnitude")) == ["2.weight", "4.weight"]
+
+
+@pytest.mark.parametrize("kind", [ScaledLinear, AdaptedLinear, ZeroDense, PositiveLinear, RectifiedDense])
+def test_one_that_only_begins_as_a_plain_product_is_left_out(kind: Any) -> None:
+    for size in ((6, 8), (6, 1)):
+        assert layer_kind(kind(*size)) is None
+        assert layer_kind(GraphLinear(*size)) is LINEAR_ALIKE
+
+
+def test_its_being_tried_out_leaves_no_trace() -> None:
+    calls: list[Any] = []
+
+    class CountingLinear(GraphLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.count += 1
+            return super().forward(x + 0 * torch.rand(()))
+
+    layer, other = (CountingLinear(6, 8) for _ in range(2))
+    for module in (layer, other):
+        module.register_buffer("count", torch.zeros(()))
+        module.register_forward_hook(lambda *given: calls.append(given))
+    other.forward = lambda x: CountingLinear.forward(other, x)  # type: ignore[method-assign]
+    random, weight = torch.get_rng_state(), layer.weight.detach().clone()
+    assert layer_kind(layer) is LINEAR_ALIKE
+    assert layer_kind(other) is None  # it could not be tried out so
+    assert not calls
+    assert layer.count == other.count == 0
+    assert torch.equal(random, torch.get_rng_state())
+    assert torch.equal(weight, layer.weight)
+    assert layer.training
 
 
 def test_one_without_a_shape_is_refused() -> None:
