@@ -47,7 +47,7 @@ class CalibrationData:
     Args:
         trainer: The Trainer.
         source: The user's DataLoader or iterable, taken in its own order; None draws from the training data.
-        num_samples: Samples over all ranks; as many on each, so that a remainder is left out.
+        num_samples: Samples over all ranks.
         seed: Of the draw.
 
     Attributes:
@@ -66,8 +66,7 @@ class CalibrationData:
         self.rank, self.world = split["rank"], split["num_replicas"]
         if num_samples < self.world:
             raise ValueError(f"num_samples={num_samples} must be at least one for each of the {self.world} ranks")
-        # As many on each: a loss that gathers over ranks waits for all of them, in each of its forward passes.
-        self.local_samples = num_samples // self.world
+        self.local_samples = len(range(self.rank, num_samples, self.world))
         self.presplit = self.kept = self.once = False
         self._touched: dict[str, Any] = {}
         self._given: list[tuple[list[weakref.ref[Tensor]], int]] = []  # tensors of batches that somebody still has
@@ -192,9 +191,7 @@ class CalibrationData:
             # Samples that the sampler leaves out may be those of validation, and batches may be composed with care.
             pool = _listed(sampler if batches is None else batches, dataset, num_samples, seed)
         order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed), device="cpu")
-        most = min(num_samples, len(pool))
-        most -= most % self.world if most > self.world else 0
-        mine = [pool[i] for i in order[:most][self.rank :: self.world].tolist()]
+        mine = [pool[i] for i in order[:num_samples][self.rank :: self.world].tolist()]
         if batches is None:
             return _loader(loader, dataset, seed, batch_size=None, sampler=mine)
         if isinstance(pool, range):

@@ -100,7 +100,7 @@ class WeightPruning(L.Callback):
         group: ``"row"``, ``"layer"``, ``"global"``, or None for the score's own.
         allocation: Layer sparsities.
         update: None, ``"exact"``, ``"alps"`` (or an `ALPS`), ``"obs"``.
-        num_samples: Calibration samples over all data-parallel ranks, as many on each (a remainder is left out).
+        num_samples: Calibration samples over all ranks, at least one for each data-parallel rank.
         alpha: Weight of gblm's gradient term.
         gamma: Power of kfac's output-gradient norm.
         grad_norm: ``"l1"`` or ``"l2"``.

@@ -37,8 +37,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from lightning_prune import LinearSchedule, OneShot, WeightPruning, prune
 from lightning_prune.callbacks import traces
-from lightning_prune.callbacks.calibration_data import CalibrationData, _silent
-from lightning_prune.pruning.batches import samples
+from lightning_prune.callbacks.calibration_data import _silent
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -1072,24 +1071,3 @@ def test_a_step_that_passes_over_a_batch_gives_inputs_but_no_gradient() -> None:
     assert masks[0] == masks[1]
     with pytest.raises(RuntimeError, match=r"loss of a calibration batch is None.*without gradients \(wanda"):
         fit(DataLoader(rows(), 4), pruning(loss_fn=None, calibration=rows().split(4)), module=Passing())
-
-
-@pytest.mark.parametrize("asked", [11, 100])  # of 24 samples, on 5 ranks
-@pytest.mark.parametrize("own", [False, True])
-def test_every_rank_has_as_many_samples(own: bool, asked: int) -> None:
-    """A loss that gathers over ranks would wait for one that has fewer."""
-    found: list[list[int]] = []
-
-    class Look(L.Callback):
-        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            for rank in range(5):
-                trainer.strategy.distributed_sampler_kwargs = {"num_replicas": 5, "rank": rank}
-                source = DataLoader(rows(100), batch_size=1) if own else None
-                data = CalibrationData(trainer, source, asked, 0)
-                read = samples(data, data.local_samples)
-                found.append(numbers([batch for batch, _ in read]))
-            del trainer.strategy.distributed_sampler_kwargs
-
-    fit(DataLoader(rows(), batch_size=2), Look())
-    assert [len(mine) for mine in found] == [{11: 2, 100: 20 if own else 4}[asked]] * 5
-    assert len({n for mine in found for n in mine}) == sum(map(len, found))  # each its own
