@@ -179,7 +179,7 @@ def _tokenizer_of(source: Checkpoint, wanted: str | None) -> PreTrainedTokenizer
     try:
         return load_tokenizer(named, **settings)
     except Exception as error:  # files of strangers, and a hub that may not answer
-        said = first_line(error)
+        said = first_line(error).removesuffix(".")
         own = said.removeprefix(f"tokenizer={named!r} ")  # most name it
         raise ExportError(
             f"tokenizer={named!r}{'' if wanted else ', which the checkpoint names,'} "

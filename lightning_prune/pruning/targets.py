@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.prune import is_pruned
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.errors import refuse_inference_tensors
@@ -382,7 +383,7 @@ def find_targets(
             pruned. Embeddings, norms and biases are never pruned; of a PEFT layer only the base layer is.
         frozen: Whether to take frozen layers like others, for what trains them by adapters.
         parametrized: Whether to refuse layers whose weight is made of others (``weight_norm``). False: leave them out,
-            where what has been pruned is looked for, of which they cannot be.
+            where what has been pruned is looked for, of which they cannot be, unless ``torch.nn.utils.prune`` made it.
 
     Returns:
         One entry a parameter, in the model's order; layers that share a parameter share the entry. Layers without any
@@ -459,7 +460,7 @@ def select_layers(
         elif reasons[name]:
             order = (STANDARDIZED, ROUTER, HEAD, FUNCTIONAL, GROUPED, DEPTHWISE, FROZEN)
             left_out[name] = next(reason for reason in order if reason in reasons[name])
-        elif not parametrized and layer.weight is None:
+        elif not parametrized and layer.weight is None and not is_pruned(layer.module):
             left_out[name] = PARAMETRIZED
     chosen = {name: layer for name, layer in layers.items() if name not in left_out and not _is_empty(layer)}
     if not chosen:

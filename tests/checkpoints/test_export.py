@@ -667,7 +667,10 @@ def test_command(trained, tmp_path, capsys):
         (["export", str(source)], "output"),
         (["export", "/no/such.ckpt", "x"], "checkpoint='/no/such.ckpt' does not exist"),
         ([*command, "--dtype", "int4"], "dtype='int4' is not known; use one of 'float32', 'bfloat16', 'float16'"),
-        ([*command, "--overwrite", "--tokenizer", "/no/such"], "tokenizer='/no/such' cannot be loaded"),
+        (
+            [*command, "--overwrite", "--tokenizer", "/no/such"],
+            "tokenizer='/no/such' is not an existing file or folder",
+        ),
     ]:
         assert main(wrong) == 2
         assert message in capsys.readouterr().err
