@@ -135,7 +135,7 @@ def test_adapters_of_peft_on_another_model_stay_its_own(form: str, known: bool, 
     ):
         export(checkpoint, tmp_path / "exported", progress=False)
     if known:
-        loaded = WithTeacher.load_from_checkpoint(checkpoint, weights_only=True)
+        loaded = WithTeacher.load_from_checkpoint(checkpoint, **WEIGHTS_ONLY)
         assert snapshot(loaded) == snapshot(module)
         other = WithTeacher(config=LLAMA)
         make_trainer(tmp_path).validate(other, loader(), ckpt_path=checkpoint, **WEIGHTS_ONLY, verbose=False)
