@@ -3,6 +3,7 @@
 Letters: B samples, T tokens, V vocabulary.
 """
 
+import inspect
 import json
 import math
 import shlex
@@ -397,8 +398,12 @@ class CausalLM(L.LightningModule):
                 )
             if kwargs.get("weights_only") is not False:
                 _check_origin(cls, checkpoint_path, read_resumable(checkpoint_path).get("hyper_parameters") or {})
-        kwargs.setdefault("weights_only", True)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        load = super().load_from_checkpoint
+        if "weights_only" in inspect.signature(load).parameters:
+            kwargs.setdefault("weights_only", True)
+        else:  # before lightning 2.6, which would give it to the class
+            kwargs.pop("weights_only", None)
+        return load(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write the architecture as it is now into the hyper-parameters, in place of where it came from."""
